@@ -1,0 +1,25 @@
+"""Train, measure and run rerankers: models that score how well a document answers a query.
+
+The public names are loaded on first use, so that `import rag_retrieval` costs nothing and a wrong
+configuration is reported before torch is imported.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "CrossEncoder": "rag_retrieval.models.cross_encoder",
+    "LLMDecoder": "rag_retrieval.models.llm_decoder",
+}
+__all__ = ["CrossEncoder", "LLMDecoder", "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'rag_retrieval' has no attribute {name!r}; it has {', '.join(_PUBLIC)}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

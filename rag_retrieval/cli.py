@@ -1,0 +1,35 @@
+"""The command `rag-retrieval`: one subcommand for each thing that the package does.
+
+A subcommand's module is imported only when it is called, so that `--help` and mistakes answer at once.
+"""
+
+import sys
+
+HELP = """usage: rag-retrieval COMMAND [options]
+
+  train --config FILE [--KEY VALUE ...]   train a reranker from a YAML file (train --help lists every key)
+  quickstart [--output_dir DIR]           train on the example data and show what it brought
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else None
+    if command == "train":
+        from rag_retrieval.train.reranker.train_reranker import main as train
+
+        return train(arguments[1:])
+    if command == "quickstart":
+        from rag_retrieval.quickstart import main as quickstart
+
+        return quickstart(arguments[1:])
+    if command in ("-h", "--help"):
+        print(HELP)
+        return 0
+    problem = f"unknown command {command!r}" if command else "a command is missing"
+    print(f"error: {problem}\n\n{HELP}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""From a query and a document to token ids: fixed parts, budgets, truncation.
+
+A pair is `prefix + query + middle + document + suffix`. Prefix, middle and suffix (bos, cls, sep, the
+separator, the special token that asks for the score) are never cut; only the two texts are. The three
+parts are tokenized on their own, so a query has the same tokens whatever document stands beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+QUERY_SHARE = 0.5  # of the tokens that the fixed parts leave; beyond it a query gives way to the document
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of one pair with their segment ids (`types` is None for families without segments)."""
+
+    ids: list[int]
+    types: list[int] | None
+    truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """The fixed parts of a pair, as token ids, and the segment id of every part.
+
+    `types` holds the segment ids of (prefix, query, middle, document, suffix); None without segments.
+    `query_format` and `document_format` are the text before each of the two texts; what follows a text
+    in its format belongs to `middle` or `suffix`, where truncation cannot reach it.
+    """
+
+    prefix: list[int]
+    middle: list[int]
+    suffix: list[int]
+    types: tuple[list[int], int, list[int], int, list[int]] | None = None
+    before_query: str = ""
+    before_document: str = ""
+
+    @property
+    def fixed_tokens(self) -> int:
+        return len(self.prefix) + len(self.middle) + len(self.suffix)
+
+
+def encoder_template(tokenizer: PreTrainedTokenizerBase) -> PairTemplate:
+    """Read the family's own pair layout, e.g. `[CLS] q [SEP] d [SEP]` or `<s> q </s></s> d </s>`."""
+    encoded = tokenizer("a", "b")
+    owners = encoded.sequence_ids()  # None for a special token, else 0 (query) or 1 (document)
+    first = [position for position, owner in enumerate(owners) if owner == 0]
+    second = [position for position, owner in enumerate(owners) if owner == 1]
+    spans = (slice(0, first[0]), slice(first[-1] + 1, second[0]), slice(second[-1] + 1, len(owners)))
+    prefix, middle, suffix = (encoded["input_ids"][span] for span in spans)
+    types = None
+    if "token_type_ids" in encoded:
+        segments = encoded["token_type_ids"]
+        parts = [segments[span] for span in spans]
+        types = (parts[0], segments[first[0]], parts[1], segments[second[0]], parts[2])
+    return PairTemplate(prefix, middle, suffix, types)
+
+
+def decoder_template(
+    tokenizer: PreTrainedTokenizerBase, query_format: str, document_format: str, seq: str, special_token: str
+) -> PairTemplate:
+    """`[bos] query_format + seq + document_format + special_token`, bos only where the family has one."""
+    before_query, after_query = split_format("query_format", query_format)
+    before_document, after_document = split_format("document_format", document_format)
+    owners = tokenizer("a").sequence_ids()
+    bos_tokens = owners.index(0)
+    prefix = tokenizer("a")["input_ids"][:bos_tokens]
+    middle, suffix = tokenize(tokenizer, [after_query + seq, after_document + special_token])
+    if not suffix:
+        raise ValueError(f"special_token {special_token!r} gives no token; the score is read at its last token")
+    return PairTemplate(prefix, middle, suffix, None, before_query, before_document)
+
+
+def split_format(name: str, text: str) -> tuple[str, str]:
+    """The text before and after the one `{}` of a format; ValueError when there is not exactly one."""
+    if text.count("{}") != 1:
+        raise ValueError(f"{name} must contain {{}} exactly once, where the text goes; found {text!r}")
+    before, _, after = text.partition("{}")
+    return before, after
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens and without truncation."""
+    if not texts:
+        return []
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # a text longer than the model is normal here: it is cut later
+    )["input_ids"]
+
+
+def fit_to_budget(query_tokens: int, document_tokens: int, budget: int) -> tuple[int, int]:
+    """How many tokens of each text to keep, both from their beginning, within `budget` tokens.
+
+    The document is cut to what the query leaves. A query is itself cut only when it exceeds QUERY_SHARE of
+    the budget and the document needs the room.
+    """
+    query_keep = min(query_tokens, max(int(budget * QUERY_SHARE), budget - document_tokens))
+    return query_keep, min(document_tokens, budget - query_keep)
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """Encodes pairs for one model: its tokenizer, its template and its limit of `max_length` tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: PairTemplate
+    max_length: int
+    budget: int = field(init=False)
+
+    def __post_init__(self):
+        budget = self.max_length - self.template.fixed_tokens
+        if budget < 2:
+            raise ValueError(
+                f"max_length {self.max_length} is too small: special tokens, separator and formats take "
+                f"{self.template.fixed_tokens} tokens, and query and document need at least one each"
+            )
+        object.__setattr__(self, "budget", budget)
+
+    def query_ids(self, queries: Sequence[str]) -> list[list[int]]:
+        return tokenize(self.tokenizer, [self.template.before_query + text for text in queries])
+
+    def document_ids(self, documents: Sequence[str]) -> list[list[int]]:
+        return tokenize(self.tokenizer, [self.template.before_document + text for text in documents])
+
+    def untruncated_length(self, query_ids: list[int], document_ids: list[int]) -> int:
+        return self.template.fixed_tokens + len(query_ids) + len(document_ids)
+
+    def join(self, query_ids: list[int], document_ids: list[int]) -> EncodedPair:
+        """One pair of at most `max_length` tokens from the ids of its two texts."""
+        template = self.template
+        query_keep, document_keep = fit_to_budget(len(query_ids), len(document_ids), self.budget)
+        ids = [
+            *template.prefix, *query_ids[:query_keep],
+            *template.middle, *document_ids[:document_keep],
+            *template.suffix,
+        ]  # fmt: skip
+        truncated = query_keep < len(query_ids) or document_keep < len(document_ids)
+        return EncodedPair(ids, self._types(query_keep, document_keep), truncated)
+
+    def _types(self, query_tokens: int, document_tokens: int) -> list[int] | None:
+        if self.template.types is None:
+            return None
+        prefix, query, middle, document, suffix = self.template.types
+        return [*prefix, *[query] * query_tokens, *middle, *[document] * document_tokens, *suffix]
+
+    def encode(self, pairs: Sequence[Sequence[str]]) -> list[EncodedPair]:
+        """Encode (query, document) pairs in order; a query that repeats is tokenized once."""
+        queries = list(dict.fromkeys(query for query, _ in pairs))
+        ids_of = dict(zip(queries, self.query_ids(queries), strict=True))
+        documents = self.document_ids([document for _, document in pairs])
+        return [self.join(ids_of[query], ids) for (query, _), ids in zip(pairs, documents, strict=True)]

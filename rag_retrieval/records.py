@@ -1,0 +1,406 @@
+"""Ranking records and their files: one record is a query with its documents and their labels.
+
+Three formats are told apart record by record, by their keys (other keys are ignored):
+
+    {"query": "q", "content": "d", "label": 1}                                  pointwise
+    {"query": "q", "hits": [{"content": "d", "label": 1}, ...]}                 hits
+    {"query": "q", "pos": ["d", ...], "neg": [...], "pos_scores": [...], "neg_scores": [...]}    pos/neg
+
+The trap: `read_records` yields the good records as it goes and raises the bad lines only at the end, all
+together. Whoever stores records must throw the work away when `DataError` comes. An empty document is legal.
+"""
+
+import difflib
+import gzip
+import json
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+OTHER_FILE_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".arrow")
+FLOAT32_MAX = 3.4028234663852886e38
+MAX_SHOWN = 20
+ONE_POSITIVE_EXPECTED = "expected exactly one 1 and the rest 0 for listwise cross entropy."
+
+
+class DataError(ValueError):
+    """Ranking data that cannot be used; the message has one line for each bad line of the source."""
+
+
+class RecordError(ValueError):
+    """What is wrong with one record; `read_records` puts the file and the line before it."""
+
+
+class _SourceError(Exception):
+    """A fault that ends the reading of a source at a line (None: before any line)."""
+
+    def __init__(self, line: int | None, message: str):
+        self.line, self.message = line, message
+
+
+@dataclass(frozen=True)
+class RecordRules:
+    """What a record must satisfy beyond its format.
+
+    label_key: name of the label's key in pointwise records and in hits.
+    min_label, max_label: the allowed range, both ends included; None leaves that end open.
+    exactly_one_positive: every hits record has one label 1 and the rest 0 (listwise cross entropy).
+    """
+
+    label_key: str = "label"
+    min_label: float | None = None
+    max_label: float | None = None
+    exactly_one_positive: bool = False
+
+
+@dataclass(slots=True)
+class Record:
+    """A valid record. `documents`, `labels` and `positive` have one entry per document, at least one.
+
+    labels: exact float32 values. pos/neg records without scores have 1.0 and 0.0.
+    positive: membership in `pos`, and for the other formats `positives(labels)`.
+    format: "pointwise", "hits" or "pos_neg".
+    line: counted from 1; the row for Parquet and hub datasets.
+    """
+
+    query: str
+    documents: list[str]
+    labels: list[float]
+    positive: list[bool]
+    format: str
+    line: int
+
+
+def positives(labels: list[float]) -> list[bool]:
+    """True for labels above the lowest of their group; where all are equal, for labels above 0."""
+    lowest = min(labels)
+    threshold = lowest if max(labels) > lowest else 0.0
+    return [label > threshold for label in labels]
+
+
+def describe_labels(labels: Iterable[float]) -> str:
+    """At most ten labels for an error message: `1, 0.5, 0`."""
+    labels = list(labels)
+    return ", ".join(f"{label:.6g}" for label in labels[:10]) + (", ..." if len(labels) > 10 else "")
+
+
+def bad_lines_error(problems: list[str], count: int) -> DataError:
+    """One error for `count` bad lines, of which `problems` holds at least the first `MAX_SHOWN`."""
+    shown = problems[:MAX_SHOWN]
+    if count > len(shown):
+        more = count - len(shown)
+        shown = [*shown, f"... and {more} more bad line{'s' if more > 1 else ''}"]
+    return DataError("\n".join(shown))
+
+
+# ---- one record -----------------------------------------------------------------------------------------
+
+
+def parse_record(data: object, line: int, rules: RecordRules) -> Record:
+    """Validate one decoded JSON value, Parquet row or dataset row; RecordError on the first fault found."""
+    if not isinstance(data, dict):
+        raise RecordError(f"found {_kind(data)}; expected an object with the keys of one record.")
+    query = _text(_required(data, "query"), "query")
+    if not query.strip():
+        raise RecordError("query is empty; expected text.")
+    format_ = _format(data)
+    if format_ == "pointwise":
+        documents = [_text(data["content"], "content")]
+        labels = [_label(_required(data, rules.label_key, is_label=True), rules.label_key, rules)]
+    elif format_ == "hits":
+        documents, labels = _hits(data["hits"], rules)
+    else:
+        documents, labels, positive = _pos_neg(data, rules)
+    labels = array("f", labels).tolist()
+    if format_ != "pos_neg":
+        positive = positives(labels)
+    return Record(query, documents, labels, positive, format_, line)
+
+
+def _format(data: dict) -> str:
+    """The record's format by its main key. Columnar sources give absent keys as null, so null is absent."""
+    formats = {"content": "pointwise", "hits": "hits", "pos": "pos_neg"}
+    present = [key for key in formats if data.get(key) is not None]
+    if len(present) > 1:
+        raise RecordError(f"found both {_quoted(present)}; expected one format: keep one of these keys.")
+    present = present or [key for key in formats if key in data]
+    if present:
+        return formats[present[0]]
+    for key in formats:
+        if found := _nearest(key, data):
+            raise RecordError(f"found no {key!r} but {found!r}; rename it to {key!r}.")
+    raise RecordError(f"found the keys {_quoted(data)}; expected one of 'content', 'hits', 'pos'.")
+
+
+def _hits(hits: object, rules: RecordRules) -> tuple[list[str], list[float]]:
+    documents, labels = [], []
+    for index, hit in enumerate(_filled_list(hits, "hits", "objects")):
+        name = f"hits[{index}]"
+        if not isinstance(hit, dict):
+            raise RecordError(f"{name} is {_kind(hit)}; expected an object with content and label.")
+        documents.append(_text(_required(hit, "content", name), f"{name}.content"))
+        label = _required(hit, rules.label_key, name, is_label=True)
+        labels.append(_label(label, f"{name}.{rules.label_key}", rules))
+    if rules.exactly_one_positive and (labels.count(1) != 1 or labels.count(0) != len(labels) - 1):
+        raise RecordError(f"hits has the labels {describe_labels(labels)}; {ONE_POSITIVE_EXPECTED}")
+    return documents, labels
+
+
+def _pos_neg(data: dict, rules: RecordRules) -> tuple[list[str], list[float], list[bool]]:
+    for key in ("neg", "pos_scores", "neg_scores"):
+        if key not in data and (found := _misspelt_optional(key, data)):
+            raise RecordError(f"found {found!r}, which looks like {key!r}; rename it.")
+    pos = [_text(text, f"pos[{i}]") for i, text in enumerate(_filled_list(data["pos"], "pos", "strings"))]
+    neg = _list([] if data.get("neg") is None else data["neg"], "neg", "strings")
+    neg = [_text(text, f"neg[{i}]") for i, text in enumerate(neg)]
+    positive = [True] * len(pos) + [False] * len(neg)
+    return pos + neg, _pos_neg_labels(data, len(pos), len(neg), rules), positive
+
+
+def _pos_neg_labels(data: dict, num_pos: int, num_neg: int, rules: RecordRules) -> list[float]:
+    """The scores, or 1 and 0. Scores on one side only would mix a teacher's scale with 1 and 0: an error."""
+    pos_scores, neg_scores = data.get("pos_scores"), data.get("neg_scores")
+    if pos_scores is None and neg_scores is None:
+        labels = [1.0] * num_pos + [0.0] * num_neg
+        hint = " (pos and neg without scores count as 1 and 0)"
+        return [_label(label, "the label of a document", rules, hint) for label in labels]
+    if pos_scores is None:
+        raise RecordError("found neg_scores without pos_scores; give both or neither.")
+    if neg_scores is None and num_neg:
+        raise RecordError(f"found pos_scores without neg_scores for {num_neg} neg; give both or neither.")
+    labels = []
+    for side, count, scores in (("pos", num_pos, pos_scores), ("neg", num_neg, neg_scores or [])):
+        name = f"{side}_scores"
+        if len(_list(scores, name, "numbers")) != count:
+            found = f"{side} has {count} document{'' if count == 1 else 's'} but {name} has {len(scores)}"
+            raise RecordError(f"{found}; give one score per document.")
+        labels += [_label(score, f"{name}[{i}]", rules) for i, score in enumerate(scores)]
+    return labels
+
+
+def _label(value: object, name: str, rules: RecordRules, hint: str = "") -> float:
+    if type(value) not in (int, float):  # not isinstance: a bool is an int
+        raise RecordError(f"{name} is {_kind(value)}; expected a number.")
+    if not abs(value) <= FLOAT32_MAX:  # false for NaN too
+        raise RecordError(f"{name} is {str(value)[:20]}; expected a finite number that float32 can hold.")
+    low = -float("inf") if rules.min_label is None else rules.min_label
+    high = float("inf") if rules.max_label is None else rules.max_label
+    if not low <= value <= high:
+        raise RecordError(
+            f"{name} is {value}{hint}; expected a value in [{low:g}, {high:g}]: "
+            "correct it, or change min_label and max_label."
+        )
+    return float(value)
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise RecordError(f"{name} is {_kind(value)}; expected a string.")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a pair: "\ud83d"
+            half = ascii(value[error.start])
+            raise RecordError(f"{name} has half of a character ({half}); expected its pair too.") from None
+    return value
+
+
+def _list(value: object, name: str, of: str) -> list:
+    if not isinstance(value, list):
+        raise RecordError(f"{name} is {_kind(value)}; expected a list of {of}.")
+    return value
+
+
+def _filled_list(value: object, name: str, of: str) -> list:
+    if not _list(value, name, of):
+        raise RecordError(f"{name} is an empty list; expected at least one document.")
+    return value
+
+
+def _required(data: dict, key: str, where: str = "", is_label: bool = False) -> object:
+    if key in data:
+        return data[key]
+    place = f" in {where}" if where else ""
+    if found := _nearest(key, data):
+        raise RecordError(f"found no {key!r}{place} but {found!r}; rename it to {key!r}.")
+    remedy = "add it, or set label_key to the key that holds the label" if is_label else "add it"
+    raise RecordError(f"found no {key!r}{place} among the keys {_quoted(data)}; {remedy}.")
+
+
+def _nearest(key: str, data: dict) -> str | None:
+    return next(iter(difflib.get_close_matches(key, data, n=1, cutoff=0.6)), None)
+
+
+def _misspelt_optional(key: str, data: dict) -> str | None:
+    """A key that likely means the absent optional `key` ("negs", "pos_score"): data lost if ignored."""
+    others = [other for other in data if other not in ("query", "pos", "neg", "pos_scores", "neg_scores")]
+    longer = [other for other in others if other.lower().startswith(key)]
+    return next(iter(longer or difflib.get_close_matches(key, others, n=1, cutoff=0.8)), None)
+
+
+def _kind(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return f"the number {str(value)[:20]}"
+    if isinstance(value, str):
+        return f"the string {value if len(value) <= 30 else value[:30] + '...'!r}"
+    return {list: "a list", dict: "an object"}.get(type(value), f"of type {type(value).__name__}")
+
+
+def _quoted(keys: Iterable[str]) -> str:
+    return ", ".join(map(repr, keys)) or "(none)"
+
+
+# ---- whole sources --------------------------------------------------------------------------------------
+
+
+def read_records(source: str | Path, rules: RecordRules, *, split: str = "train") -> Iterator[Record]:
+    """Yield every valid record of a file or hub dataset, in order, with one small batch in memory at a time.
+
+    split: of a hub dataset; files have none. Raises DataError after the last line with all bad lines, and
+    also when the source cannot be opened or has no records. Blank lines are skipped but counted.
+    """
+    name = str(source) if is_file(source) else f"{source}[{split}]"
+    problems, num_bad, num_good = [], 0, 0
+    try:
+        for line, data in _rows(source, split):
+            try:
+                if isinstance(data, RecordError):
+                    raise data
+                record = parse_record(data, line, rules)
+            except RecordError as error:
+                num_bad += 1
+                if num_bad <= MAX_SHOWN:
+                    problems.append(f"{name}:{line}: {error}")
+            else:
+                num_good += 1
+                yield record
+    except _SourceError as error:
+        where = name if error.line is None else f"{name}:{error.line}"
+        # Reading ended here, so this line is always shown, whatever came before it.
+        problems, num_bad = [*problems[: MAX_SHOWN - 1], f"{where}: {error.message}"], num_bad + 1
+    if num_bad:
+        raise bad_lines_error(problems, num_bad)
+    if not num_good:
+        raise DataError(f"{name}: found no records; expected one record per line (or row).")
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether the source names a file rather than a hub dataset ("name" or "owner/name")."""
+    path = Path(source)
+    looks_like_file = str(source).lower().endswith(SUFFIXES + OTHER_FILE_SUFFIXES)
+    is_no_hub_name = str(source).startswith((".", "~", "/")) or len(path.parts) > 2
+    return isinstance(source, Path) or looks_like_file or is_no_hub_name or path.exists()
+
+
+def checked_path(source: str | Path) -> Path:
+    """The path of an existing file with a known suffix, else DataError."""
+    path = Path(source).expanduser()
+    expected = f"expected a file that ends in {', '.join(SUFFIXES)}"
+    if path.is_dir():
+        raise DataError(f"{source}: found a folder; {expected}.")
+    if not path.exists():
+        raise DataError(f"{source}: no such file; check the path (the current folder is {Path.cwd()}).")
+    if not path.name.lower().endswith(SUFFIXES):
+        raise DataError(f"{source}: found the suffix {path.suffix!r}; {expected}.")
+    return path
+
+
+def load_hub_dataset(name: str, split: str):
+    """`datasets.load_dataset(name, split=split)`, with DataError where neither hub nor cache has it."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{name}[{split}]: no file of this name, and the hub dataset could not be loaded ({reason}); "
+            "check the path, or the name, split and connection."
+        ) from error
+
+
+def _rows(source: str | Path, split: str) -> Iterator[tuple[int, object]]:
+    if not is_file(source):
+        return enumerate(load_hub_dataset(str(source), split), 1)
+    path = checked_path(source)
+    return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """(line, decoded JSON or RecordError); _SourceError where no further line can be read."""
+    line, offset = 0, 0
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            _refuse_other_layouts(stream.peek(256))
+            # Not text mode: that would end lines at a lone \r too, and lose the place of a wrong byte.
+            for line, raw in enumerate(stream, 1):
+                if raw.strip(b"\xef\xbb\xbf \t\r\n" if line == 1 else None):
+                    yield line, _decode_json(raw, line, offset)
+                offset += len(raw)
+    except EOFError:
+        raise _SourceError(line + 1, "the gzip data ends too early; copy the whole file again.") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise _SourceError(line + 1, f"found broken gzip data ({error}); expected a gzip file.") from None
+    except OSError as error:
+        raise _SourceError(None, f"the file cannot be read ({error.strerror}).") from None
+
+
+def _refuse_other_layouts(head: bytes) -> None:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _SourceError(1, "found a UTF-16 mark at byte offset 0; expected UTF-8: save the file as UTF-8.")
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise _SourceError(1, "found a JSON list; expected one record per line: convert it (jq -c '.[]').")
+
+
+def _decode_json(raw: bytes, line: int, offset: int) -> object:
+    try:
+        return json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        # error.object: the bytes that error.start counts in, without the UTF-8 mark.
+        at = offset + len(raw) - len(error.object) + error.start
+        return RecordError(_wrong_byte(error, at, "the text"))
+    except json.JSONDecodeError as error:
+        where = f"at column {error.colno} ({error.msg})"
+        return RecordError(f"found broken JSON {where}; expected one whole object per line.")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deep nesting
+        return RecordError(f"found JSON that cannot be read ({error}); expected one record.")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
+    row = 0
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for data in _batch_rows(batch):
+                    row += 1
+                    yield row, data
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise _SourceError(row + 1, f"found broken Parquet data ({reason}); expected a whole file.") from None
+
+
+def _batch_rows(batch: pa.RecordBatch) -> list:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # find the rows that are at fault
+        return [_batch_row(batch, index) for index in range(batch.num_rows)]
+
+
+def _batch_row(batch: pa.RecordBatch, index: int) -> object:
+    try:
+        return batch.slice(index, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return RecordError(_wrong_byte(error, error.start, "a text of this row"))
+
+
+def _wrong_byte(error: UnicodeDecodeError, offset: int, of: str) -> str:
+    byte = error.object[error.start]
+    return f"found the byte 0x{byte:02x} at byte offset {offset} of {of}; expected UTF-8."

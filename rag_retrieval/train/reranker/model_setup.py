@@ -1,0 +1,109 @@
+"""The model of a run as the configuration asks for it: loaded, partly frozen, with LoRA, and its optimizer."""
+
+import logging
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rag_retrieval.models.cross_encoder import CrossEncoder
+from rag_retrieval.models.llm_decoder import LLMDecoder
+from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.train.optimizer import make_adamw, parameter_groups
+from rag_retrieval.train.reranker.training_config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+def load_scorer(config: TrainingConfig) -> PairScorer:
+    """The model to train, weights in float32. Raises ValueError where model and configuration do not fit."""
+    shared = {
+        "num_labels": config.num_labels,
+        "max_length": config.max_len,
+        "trust_remote_code": config.trust_remote_code,
+        "attn_implementation": config.attn_implementation,
+    }
+    if config.model_type == "bert_encoder":
+        return CrossEncoder.from_pretrained(config.model_name_or_path, **shared)
+    formats = {name: getattr(config, name) for name in ("query_format", "document_format", "seq", "special_token")}
+    return LLMDecoder.from_pretrained(config.model_name_or_path, **shared, **formats)
+
+
+def prepare_for_training(scorer: PairScorer, config: TrainingConfig):
+    """Freeze, checkpoint gradients and add LoRA in place. Returns the LoRA wrapper, or None without LoRA."""
+    model = scorer.model
+    if config.freeze_embeddings:
+        freeze(embeddings_of(model))
+    for layer in lower_layers(model, config.freeze_layers):
+        freeze(layer)
+    adapter = add_lora(scorer, config) if config.lora_r else None
+    if config.gradient_checkpointing:
+        # the reentrant form needs inputs with gradients, which frozen embeddings and LoRA do not have
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return adapter
+
+
+def freeze(module: nn.Module) -> None:
+    module.requires_grad_(False)
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    return getattr(model, model.base_model_prefix)
+
+
+def embeddings_of(model: PreTrainedModel) -> nn.Module:
+    """Token embeddings with whatever the family adds to them (positions, segments, their norm)."""
+    backbone = backbone_of(model)
+    return getattr(backbone, "embeddings", None) or backbone.get_input_embeddings()
+
+
+def lower_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
+    """The `count` transformer layers nearest to the input. Raises ValueError when there are not more than that."""
+    if count == 0:
+        return []
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = [module for module in backbone_of(model).modules() if isinstance(module, nn.ModuleList)]
+    layers = next((stack for stack in stacks if len(stack) == depth), None)
+    if layers is None or count >= depth:
+        raise ValueError(f"freeze_layers {count}: this model has {depth} layers; at least one must stay trainable")
+    return list(layers[:count])
+
+
+def add_lora(scorer: PairScorer, config: TrainingConfig):
+    """Put LoRA adapters into the model; the head, and whatever else is new, trains in full."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        modules_to_save=sorted({name.rpartition(".")[0] for name in scorer.new_parameters}) or None,
+        task_type=TaskType.SEQ_CLS,
+    )
+    return get_peft_model(scorer.model, settings)
+
+
+def new_parameter_names(scorer: PairScorer) -> set[str]:
+    """Names, as the scorer has them, of newly initialised parameters that are trained in full."""
+    return {
+        name
+        for name, _ in scorer.named_parameters()
+        if name.removeprefix("model.").replace(".modules_to_save.default", "") in scorer.new_parameters
+    }
+
+
+def make_optimizer(scorer: PairScorer, config: TrainingConfig) -> torch.optim.Optimizer:
+    new = new_parameter_names(scorer)
+    groups = list(parameter_groups(scorer, config.lr, config.head_lr, new, config.weight_decay))
+    if new:
+        logger.info("newly initialised, trained with head_lr %.1e: %s", config.head_lr, ", ".join(sorted(new)))
+    else:
+        logger.info("the model brings its own head: head_lr is not used")
+    return make_adamw(groups, (config.adam_beta1, config.adam_beta2), config.adam_epsilon)
+
+
+def describe_parameters(scorer: PairScorer) -> str:
+    total = sum(parameter.numel() for parameter in scorer.parameters())
+    trained = sum(parameter.numel() for parameter in scorer.parameters() if parameter.requires_grad)
+    return f"{type(scorer.model).__name__}, {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained"

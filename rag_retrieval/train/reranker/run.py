@@ -1,0 +1,196 @@
+"""One training run from a validated configuration: data, model, trainer, in the order in which a person waits.
+
+Data come before the model, so that a mistake in a file is reported before anything heavy is loaded.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+
+from rag_retrieval.losses import LOSSES, Loss
+from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.record_store import RecordStore, format_summary, open_store, summary
+from rag_retrieval.train.checkpoints import TrainState, begin_run, newest_checkpoint, read_run, read_state
+from rag_retrieval.train.launch import build_accelerator
+from rag_retrieval.train.loop import LoopSettings, Trainer
+from rag_retrieval.train.reranker.model_setup import (
+    describe_parameters,
+    load_scorer,
+    make_optimizer,
+    prepare_for_training,
+)
+from rag_retrieval.train.reranker.reranker_task import RerankerTask
+from rag_retrieval.train.reranker.training_config import TrainingConfig
+from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
+from rag_retrieval.train.reranker.validation import Validation
+from rag_retrieval.train.step_data import StepShape
+
+logger = logging.getLogger(__name__)
+
+LENGTH_SAMPLE = 10_000  # pairs whose token lengths the summary is made of
+
+
+def run(config: TrainingConfig) -> TrainState | None:
+    """Train as configured. Returns the final state, or None when `resume: auto` found the run finished."""
+    output_dir = Path(config.output_dir)
+    accelerator = build_accelerator(config.mixed_precision, config.log_with, output_dir)
+    loss = configured_loss(config)
+    train_store, val_store = open_stores(config, loss, accelerator)
+    start = broadcast(accelerator, find_start, config, output_dir)
+    if start is None:
+        logger.info("%s: this run is finished; nothing to resume", output_dir)
+        return None
+    state, checkpoint = start
+    set_seed(config.seed)
+    scorer = load_scorer(config)
+    report_data(config, train_store, val_store, scorer)
+    trainer = build_trainer(config, accelerator, loss, train_store, val_store, scorer, state)
+    if accelerator.is_main_process:
+        config.save(output_dir / "training_config.yaml")
+    set_seed(config.seed, device_specific=True)  # other dropout masks on every process
+    if checkpoint is not None:
+        logger.info("resuming from %s, step %d", checkpoint, state.step)
+        trainer.load_checkpoint(checkpoint)
+    state = trainer.train()
+    logger.info("done: %s", output_dir / "model")
+    return state
+
+
+def configured_loss(config: TrainingConfig) -> Loss:
+    return LOSSES[config.loss_type].with_options(temperature=config.temperature)
+
+
+def open_stores(config: TrainingConfig, loss: Loss, accelerator: Accelerator) -> tuple[RecordStore, RecordStore | None]:
+    """The memory-mapped training and validation data; the first process of a machine builds what is missing."""
+    grouped = config.train_dataset_type == "grouped"
+    label_range = {"min_label": config.min_label, "max_label": config.max_label}
+    with accelerator.local_main_process_first():
+        train = open_store(
+            config.train_dataset,
+            split=config.train_split or "train",
+            label_key=config.train_label_key,
+            group_by_query=grouped,
+            exactly_one_positive=loss.one_positive,
+            **label_range,
+        )
+        if config.val_dataset is None:
+            return train, None
+        validation = open_store(
+            config.val_dataset,
+            split=config.val_split or "validation",
+            label_key=config.val_label_key,
+            group_by_query=True,  # ranking metrics need the pairs of a query together
+            exactly_one_positive=loss.one_positive,
+            **label_range,
+        )
+    return train, validation
+
+
+def broadcast(accelerator: Accelerator, function, *arguments):
+    """What `function` returns on the main process, on every process; an error there is raised on every process."""
+    result = [None, None]
+    if accelerator.is_main_process:
+        try:
+            result[0] = function(*arguments)
+        except ValueError as error:
+            result[1] = error
+    broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def find_start(config: TrainingConfig, output_dir: Path) -> tuple[TrainState, Path | None] | None:
+    """The state to start from and the checkpoint it was saved in (None: from the beginning).
+
+    None alone means that the run is finished. Raises ValueError when the folder of `resume` is no checkpoint.
+    """
+    if config.resume is None:
+        return begin_run(output_dir, config.overwrite_output_dir), None
+    if config.resume == "auto":
+        earlier = read_run(output_dir)
+        if earlier and earlier["finished"]:
+            return None
+        checkpoint = newest_checkpoint(output_dir)
+        if checkpoint is None:  # nothing to lose: the earlier attempt saved no checkpoint
+            return begin_run(output_dir, overwrite=True), None
+        return read_state(checkpoint), checkpoint
+    checkpoint = Path(config.resume)
+    state = read_state(checkpoint)
+    if state is None:
+        raise ValueError(f"resume: {checkpoint} is no complete checkpoint; give a folder checkpoint-N of a run, or auto")
+    if (read_run(output_dir) or {}).get("run_id") == state.run_id:
+        return state, checkpoint
+    fresh = begin_run(output_dir, config.overwrite_output_dir)
+    return TrainState(fresh.run_id, state.step), checkpoint
+
+
+def report_data(config: TrainingConfig, train: RecordStore, validation: RecordStore | None, scorer: PairScorer) -> None:
+    for name, store in (("training data", train), ("validation data", validation)):
+        if store is not None:
+            lengths, sampled = token_lengths(store, scorer)
+            text = format_summary(summary(store), token_lengths=lengths, max_len=config.max_len, sampled=sampled)
+            logger.info("%s: %s\n%s", name, store.source, text)
+    logger.info("%s", describe_parameters(scorer))
+
+
+def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, bool]:
+    """Lengths in tokens, before truncation, of all pairs or of an evenly spread sample of them."""
+    count = min(store.num_pairs, LENGTH_SAMPLE)
+    places = np.linspace(0, store.num_pairs - 1, count).astype(int)
+    encoder = scorer.pair_encoder
+    pairs = [store.pair(int(place)) for place in places]
+    queries = encoder.query_ids([pair.query for pair in pairs])
+    documents = encoder.document_ids([pair.document for pair in pairs])
+    lengths = [encoder.untruncated_length(*ids) for ids in zip(queries, documents, strict=True)]
+    return np.array(lengths), count < store.num_pairs
+
+
+def build_trainer(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    loss: Loss,
+    train: RecordStore,
+    validation: RecordStore | None,
+    scorer: PairScorer,
+    state: TrainState,
+) -> Trainer:
+    adapter = prepare_for_training(scorer, config)
+    scorer.to(accelerator.device)
+    optimizer = make_optimizer(scorer, config)
+    logger.info("%s", describe_parameters(scorer))
+    shape = StepShape(
+        records=train.num_groups if loss.dataset_type == "grouped" else train.num_pairs,
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+    )
+    options = SamplingOptions(
+        config.seed, config.train_group_size, config.min_label, config.max_label, config.shuffle_rate
+    )
+    steps = TrainingSteps(train, scorer.pair_encoder, loss, shape, options)
+    evaluate = build_validation(config, accelerator, loss, validation, scorer)
+    task = RerankerTask(scorer, loss, evaluate, adapter)
+    run_config = config.model_dump()
+    return Trainer(
+        accelerator, scorer, optimizer, steps, task, loop_settings(config), Path(config.output_dir), state, run_config
+    )
+
+
+def build_validation(
+    config: TrainingConfig, accelerator: Accelerator, loss: Loss, store: RecordStore | None, scorer: PairScorer
+) -> Validation | None:
+    if store is None:
+        return None
+    pairs_per_batch = config.batch_size * (config.train_group_size or 1)
+    label_range = (config.min_label, config.max_label)
+    return Validation(store, scorer.pair_encoder, loss, label_range, pairs_per_batch, accelerator)
+
+
+def loop_settings(config: TrainingConfig) -> LoopSettings:
+    same = LoopSettings.__dataclass_fields__.keys() - {"evaluates"}
+    return LoopSettings(evaluates=config.val_dataset is not None, **{name: getattr(config, name) for name in same})

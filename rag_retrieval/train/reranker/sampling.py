@@ -1,0 +1,67 @@
+"""What an epoch sees: the order of records, which documents of a group, which reordered texts.
+
+Everything is a pure function of (seed, epoch, record): no state runs along, so a resumed run, another number
+of workers or of processes draws exactly the same.
+"""
+
+import numpy as np
+
+ORDER, POSITIVES, NEGATIVES, THIRDS = range(4)  # one independent stream of random numbers for each purpose
+LONG_DOCUMENT = 100  # characters; only longer documents have their thirds reordered
+REORDERINGS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+
+
+def epoch_order(seed: int, epoch: int, records: int) -> np.ndarray:
+    """A permutation of range(records): [records], int32 or int64 (the only memory that grows with the data)."""
+    order = np.arange(records, dtype=np.int32 if records < 2**31 else np.int64)
+    np.random.default_rng([seed, ORDER, epoch]).shuffle(order)
+    return order
+
+
+def sample_in_turns(items: np.ndarray, count: int, epoch: int, key: list[int]) -> np.ndarray:
+    """`count` of `items` without replacement, another window of a seeded shuffle in each epoch.
+
+    After ceil(len(items) / count) epochs every item was drawn at least once; then the shuffle is drawn anew.
+    """
+    if count >= len(items):
+        return items
+    windows = -(-len(items) // count)
+    turn, window = divmod(epoch, windows)
+    shuffled = np.random.default_rng([*key, turn]).permutation(items)
+    # the last window is filled up from the front, which it does not overlap
+    return np.roll(shuffled, -window * count)[:count]
+
+
+def sample_group(positive: np.ndarray, size: int, epoch: int, seed: int, record: int, one_positive: bool) -> np.ndarray:
+    """Positions of the documents that a group shows in this epoch, in ascending order.
+
+    positive: [documents], bool. A group of at most `size` documents is used whole, unless `one_positive` asks for
+    exactly one positive. A larger one keeps its share of positives, but always at least one positive and one
+    negative where it has them.
+    """
+    positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
+    if one_positive:
+        wanted = min(1, len(positives))
+    elif len(positive) <= size:
+        return np.arange(len(positive))
+    else:
+        share = round(size * len(positives) / len(positive))
+        most = size - 1 if len(negatives) else size
+        wanted = min(max(share, size - len(negatives), 1), most, len(positives))
+    chosen = [
+        sample_in_turns(positives, wanted, epoch, [seed, POSITIVES, record]),
+        sample_in_turns(negatives, size - wanted, epoch, [seed, NEGATIVES, record]),
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def reorder_thirds(text: str, probability: float, seed: int, epoch: int, pair: int) -> str:
+    """With `probability`, a text longer than LONG_DOCUMENT characters with its thirds in another order."""
+    if probability == 0 or len(text) <= LONG_DOCUMENT:
+        return text
+    random = np.random.default_rng([seed, THIRDS, epoch, pair])
+    if random.random() >= probability:
+        return text
+    third = len(text) // 3
+    parts = (text[:third], text[third : 2 * third], text[2 * third :])
+    return "".join(parts[part] for part in REORDERINGS[random.integers(len(REORDERINGS))])

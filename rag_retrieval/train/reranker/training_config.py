@@ -1,0 +1,331 @@
+"""What a reranker training run can be told: every key with its type, range and meaning.
+
+Easy to get wrong: many keys have a default that hangs on another key (`head_lr` is 10 x `lr`). Such a field
+is declared with default None, and a finished `TrainingConfig` has the real value in it. None in a finished
+configuration therefore means "does not apply to this run" or "off".
+
+Nothing here imports torch: a wrong configuration must be reported before anything heavy is loaded.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+LOSS_DATASET_TYPE = {
+    "point_ce": "pointwise",
+    "point_mse": "pointwise",
+    "pairwise_ranknet": "grouped",
+    "listwise_ce": "grouped",
+}
+LOSS_ALIASES = {"pointwise_bce": "point_ce", "pointwise_mse": "point_mse"}
+KEY_ALIASES = {"epoch": "epochs"}
+DECODER_DEFAULTS = {
+    "query_format": "query: {}",
+    "document_format": "document: {}",
+    "seq": "\n",
+    "special_token": "\nrelevance",
+}
+ABSENT = (None, "None", "none")
+DATA_FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
+PATH_BEGINNINGS = (".", "/", "~")
+FLOAT_DIGITS = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"  # YAML 1.1 misses 5e-5
+
+DatasetType = Literal["pointwise", "grouped"]
+
+
+class TrainingConfig(BaseModel):
+    """The validated configuration of one run. Frozen; types are strict (True and "32" are no numbers).
+
+    Raises pydantic.ValidationError with every problem of the given values at once, cross-field ones included.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # Model
+    model_name_or_path: str = Field(
+        min_length=1, description="A folder, a hub name, or package:NAME (an installed package with a model).")
+    model_type: Literal["bert_encoder", "llm_decoder"] = Field(description="Family of the model.")
+    num_labels: int = Field(1, description="Scores per pair; a reranker gives one, so only 1 is accepted.")
+    query_format: str | None = Field(
+        None, description='llm_decoder only: text around the query, with {} once. Default "query: {}".')
+    document_format: str | None = Field(
+        None, description='llm_decoder only: text around the document, with {} once. Default "document: {}".')
+    seq: str | None = Field(
+        None, description="llm_decoder only: text between query and document. Default a newline.")
+    special_token: str | None = Field(
+        None, min_length=1,
+        description='llm_decoder only: text at the end that asks for the score. Default "\\nrelevance".')
+    max_len: int = Field(512, ge=16, description="Longest pair, in tokens, special tokens included.")
+    attn_implementation: str | None = Field(
+        None, min_length=1, description="Attention code, such as eager or sdpa. Absent: the model's own.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+    # Data
+    train_dataset: str = Field(min_length=1, description="Training data: a file or a hub dataset.")
+    train_dataset_type: DatasetType = Field(
+        description="Train on single pairs (pointwise) or on all documents of a query together (grouped).")
+    train_label_key: str = Field("label", min_length=1, description="Key of the label in training data.")
+    train_split: str | None = Field(
+        None, min_length=1, description="hub datasets only: split to train on. Default train.")
+    train_group_size: int | None = Field(
+        None, ge=2, description="grouped only: documents per query; larger groups are sampled. Default 8.")
+    max_label: float | None = Field(
+        None, description="Highest label. pointwise: becomes 1, default 1. grouped: only checked, if given.")
+    min_label: float | None = Field(
+        None, description="Lowest label. pointwise: becomes 0, default 0. grouped: only checked, if given.")
+    shuffle_rate: float = Field(
+        0.0, ge=0, le=1, description="Probability that a document over 100 characters has its thirds moved.")
+    val_dataset: str | None = Field(
+        None, min_length=1, description="Validation data: a file or a hub dataset. Absent: no validation.")
+    val_dataset_type: DatasetType | None = Field(None, description="Default as train_dataset_type.")
+    val_label_key: str | None = Field(
+        None, min_length=1, description="Key of the label in validation data. Default as train_label_key.")
+    val_split: str | None = Field(
+        None, min_length=1, description="hub datasets only: split to validate on. Default validation.")
+    num_workers: int = Field(2, ge=0, description="Data loading processes beside each training process.")
+
+    # Loss
+    loss_type: Literal["point_ce", "point_mse", "pairwise_ranknet", "listwise_ce"] = Field(
+        description="The first two are for pointwise data, and also called pointwise_bce and pointwise_mse.")
+    temperature: float | None = Field(None, gt=0, description="listwise_ce only: divides scores. Default 1.")
+
+    # Training
+    output_dir: str = Field(min_length=1, description="Folder for all results, from the current folder.")
+    epochs: int = Field(1, ge=1, description="Passes over the training data. Also written epoch.")
+    batch_size: int = Field(
+        32, ge=1, description="Per process and micro-batch: pairs (pointwise) or groups (grouped).")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    lr: float = Field(5e-5, gt=0, description="Highest learning rate.")
+    head_lr: float | None = Field(
+        None, gt=0, description="Highest learning rate of a newly initialised head. Default 10 x lr.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay; none on biases and norms.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW decay of the gradient's mean.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW decay of the squared gradient's mean.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW term against division by zero.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Clip the gradient to this L2 norm. Written out as None: no clipping.")
+    warmup_proportion: float = Field(
+        0.1, ge=0, le=1, description="Fraction of optimizer steps in which lr rises from 0.")
+    stable_proportion: float = Field(
+        0.0, ge=0, le=1, description="Fraction of optimizer steps, after warmup, at full lr. Then cosine.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="Autocast; weights are float32.")
+    seed: int = Field(42, ge=0, description="Seed of head, data order, sampling and dropout.")
+    freeze_embeddings: bool = Field(False, description="Do not train the embeddings.")
+    freeze_layers: int = Field(0, ge=0, description="Number of lower layers that are not trained.")
+    lora_r: int | None = Field(None, ge=1, description="Rank of LoRA adapters. Absent: train all weights.")
+    lora_alpha: int | None = Field(None, ge=1, description="LoRA only: scale, as alpha / r. Default 2 x r.")
+    lora_dropout: float | None = Field(None, ge=0, lt=1, description="LoRA only: dropout. Default 0.")
+    lora_target_modules: list[str] | str | None = Field(
+        None, min_length=1, description="LoRA only: modules with adapters, or all-linear. Absent: peft's choice.")
+
+    # Checkpoints, evaluation, tracking
+    save_on_epoch_end: bool = Field(True, description="Write a checkpoint at the end of each epoch.")
+    save_steps: int | None = Field(None, ge=1, description="Also write one every so many optimizer steps.")
+    num_max_checkpoints: int = Field(3, ge=1, description="Newest checkpoints to keep, beside the best.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Validate every so many optimizer steps. Absent: at the end of each epoch.")
+    eval_on_start: bool = Field(False, description="Also validate before the first step.")
+    metric_for_best_model: Literal["loss", "ndcg@10", "mrr@10", "map", "pair_accuracy"] | None = Field(
+        None, description="Validation figure that decides which checkpoint is best. Default ndcg@10.")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="Stop after so many validations without improvement. Absent: never.")
+    resume: str | None = Field(
+        None, min_length=1, description="auto (newest checkpoint in output_dir, if any) or a folder.")
+    log_interval: int = Field(10, ge=1, description="Optimizer steps between two logged lines.")
+    log_with: Literal["wandb", "tensorboard"] | None = Field(
+        None, description="Tracker beside the JSONL log, which is always written.")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _report_all_and_resolve(cls, data: Mapping[str, Any], handler) -> "TrainingConfig":
+        values, errors = _normalise(data)
+        try:
+            handler(values)
+        except ValidationError as error:
+            found = error.errors(include_url=False)
+            parts = ("type", "loc", "input", "ctx")
+            errors += [{part: entry.get(part, {}) for part in parts} for entry in found]
+        valid = _valid_values(values, {entry["loc"][0] for entry in errors})
+        errors += [_problem(key, message, values.get(key)) for key, message in _cross_field_problems(valid)]
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return handler(values | _derived_values(valid))
+
+    def to_yaml(self) -> str:
+        """Every key with its resolved value; `load_config` reads it back as an equal object."""
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what our reader would otherwise take for a number, such as the folder name "1e5"."""
+
+
+_TAG = "tag:yaml.org,2002:"
+_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
+    _TAG + "str", text, style='"' if "\n" in text else None))  # other styles fold a newline over three lines
+_Dumper.add_implicit_resolver(_TAG + "float", re.compile(f"(?:{FLOAT_DIGITS})$"), list("-+.0123456789"))
+
+
+def is_data_file_name(name: str) -> bool:
+    """Whether a dataset's name is written as a file; otherwise it is one of the Hugging Face hub."""
+    return name.startswith(PATH_BEGINNINGS) or name.endswith(DATA_FILE_ENDINGS)
+
+
+def _problem(key: str, message: str, found: Any) -> InitErrorDetails:
+    # the message goes in as a value because pydantic fills {} in templates, and formats contain {}
+    return InitErrorDetails(
+        type=PydanticCustomError("problem", "{message}", {"message": message}), loc=(key,), input=found
+    )
+
+
+def _normalise(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
+    """Other spellings of the same thing become one; absent values are left out."""
+    # max_grad_norm alone has both a default and an "off", so its None is a value; unknown keys are kept too
+    droppable = (TrainingConfig.model_fields.keys() | KEY_ALIASES.keys()) - {"max_grad_norm"}
+    values = {key: None if value in ABSENT else value for key, value in data.items()
+              if value not in ABSENT or key not in droppable}
+    errors = []
+    for alias, key in KEY_ALIASES.items():
+        if alias in values and key in values:
+            message = f"is another name of {key}, which is given too; keep one"
+            errors.append(_problem(alias, message, values.pop(alias)))
+        elif alias in values:
+            values[key] = values.pop(alias)
+    for key, value in values.items():
+        values[key] = _normalise_value(key, value)
+    return values, errors
+
+
+def _normalise_value(key: str, value: Any) -> Any:
+    if key == "loss_type" and isinstance(value, str):
+        return LOSS_ALIASES.get(value, value)
+    if key == "mixed_precision" and value is False:
+        return "no"  # YAML 1.1 reads a bare `no` as False
+    field = TrainingConfig.model_fields.get(key)
+    if field and field.annotation is bool and type(value) is int and value in (0, 1):
+        return bool(value)  # existing files say `save_on_epoch_end: 1`
+    return value
+
+
+def _valid_values(values: dict[str, Any], invalid: set[str]) -> dict[str, Any]:
+    """Given values and plain defaults without those of invalid keys."""
+    fields = TrainingConfig.model_fields
+    defaults = {key: field.default for key, field in fields.items() if not field.is_required()}
+    return {key: value for key, value in (defaults | values).items() if key not in invalid}
+
+
+def _cross_field_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, message) for valid values that do not fit each other. Invalid keys are missing in `values`."""
+    yield from _check_model(values)
+    yield from _check_data(values)
+    yield from _check_loss(values)
+    yield from _check_training(values)
+    yield from _check_validation(values)
+
+
+def _given(values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that ask for something (None and False do not)."""
+    return [key for key in keys if values.get(key) is not None and values[key] is not False]
+
+
+def _check_model(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if values.get("num_labels", 1) != 1:
+        yield "num_labels", f"expected 1, found {values['num_labels']}: a reranker gives one score per pair"
+    if values.get("model_type") == "bert_encoder":
+        for key in _given(values, DECODER_DEFAULTS):
+            yield key, "is only for model_type llm_decoder, and model_type is bert_encoder; remove it"
+    for key in _given(values, ("query_format", "document_format")):
+        if values[key].count("{}") != 1:
+            found = json.dumps(values[key], ensure_ascii=False)
+            yield key, f'expected "{{}}" exactly once, where the text goes, found {found}'
+
+
+def _check_data(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    dataset_type = values.get("train_dataset_type")
+    if dataset_type == "pointwise" and _given(values, ["train_group_size"]):
+        yield "train_group_size", "is only for train_dataset_type grouped, and it is pointwise; remove it"
+    for split, dataset in (("train_split", "train_dataset"), ("val_split", "val_dataset")):
+        if _given(values, [split]) and is_data_file_name(values.get(dataset) or ""):
+            yield split, f"is only for datasets of the hub, and {dataset} is a file; remove it"
+    yield from _check_label_range(values, dataset_type)
+
+
+def _check_label_range(values: Mapping[str, Any], dataset_type: str | None) -> Iterator[tuple[str, str]]:
+    given = _given(values, ("max_label", "min_label"))
+    if not given or dataset_type is None or not {"max_label", "min_label"} <= values.keys():
+        return
+    if dataset_type == "grouped" and len(given) == 1:
+        other = {"max_label": "min_label", "min_label": "max_label"}[given[0]]
+        yield given[0], f"needs {other} beside it for grouped data; give both or none"
+        return
+    bounds = {"max_label": 1.0, "min_label": 0.0} | {key: values[key] for key in given}
+    if bounds["min_label"] >= bounds["max_label"]:
+        low, high = bounds["min_label"], bounds["max_label"]
+        yield given[0], f"expected min_label below max_label, found min_label {low} and max_label {high}"
+
+
+def _check_loss(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    loss, dataset_type = values.get("loss_type"), values.get("train_dataset_type")
+    if loss and dataset_type and LOSS_DATASET_TYPE[loss] != dataset_type:
+        fitting = " or ".join(name for name, needed in LOSS_DATASET_TYPE.items() if needed == dataset_type)
+        yield "loss_type", (f"{loss} is for {LOSS_DATASET_TYPE[loss]} data, and train_dataset_type is "
+                            f"{dataset_type}; for {dataset_type} data use {fitting}")
+    if loss and loss != "listwise_ce" and _given(values, ["temperature"]):
+        yield "temperature", f"is only for loss_type listwise_ce, and loss_type is {loss}; remove it"
+
+
+def _check_training(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    warmup, stable = values.get("warmup_proportion", 0.0), values.get("stable_proportion", 0.0)
+    if warmup + stable > 1 + 1e-9:  # 0.7 + 0.2 + 0.1 is not 1 in binary
+        yield "stable_proportion", f"expected at most 1 with warmup_proportion, found {warmup} + {stable}"
+    if "lora_r" in values and values["lora_r"] is None:
+        for key in _given(values, ("lora_alpha", "lora_dropout", "lora_target_modules")):
+            yield key, "needs lora_r, which switches LoRA on; add lora_r or remove this"
+
+
+def _check_validation(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    # val_dataset_type and the like are let through: they ask for nothing, and `--val_dataset None` stays easy
+    if values.get("val_dataset", "invalid") is None:
+        keys = ("eval_steps", "eval_on_start", "metric_for_best_model", "early_stopping_patience")
+        for key in _given(values, keys):
+            yield key, "needs val_dataset; add val_dataset or remove this"
+
+
+def _derived_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for keys not given, from the values of other keys. `values` are valid and fit each other."""
+    derived = {"head_lr": 10 * values["lr"]}
+    if values["model_type"] == "llm_decoder":
+        derived |= DECODER_DEFAULTS
+    if values["train_dataset_type"] == "grouped":
+        derived["train_group_size"] = 8
+    else:
+        derived |= {"max_label": 1.0, "min_label": 0.0}
+    if values["loss_type"] == "listwise_ce":
+        derived["temperature"] = 1.0
+    if not is_data_file_name(values["train_dataset"]):
+        derived["train_split"] = "train"
+    if values["lora_r"] is not None:
+        derived |= {"lora_alpha": 2 * values["lora_r"], "lora_dropout": 0.0}
+    derived |= _derived_validation_values(values)
+    return {key: value for key, value in derived.items() if value is None or values[key] is None}
+
+
+def _derived_validation_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    if values["val_dataset"] is None:
+        # what describes a validation that is off is dropped: the saved configuration must not suggest one
+        return dict.fromkeys(("val_dataset_type", "val_label_key", "val_split"))
+    return {
+        "val_dataset_type": values["train_dataset_type"],
+        "val_label_key": values["train_label_key"],
+        "metric_for_best_model": "ndcg@10",
+    } | ({} if is_data_file_name(values["val_dataset"]) else {"val_split": "validation"})

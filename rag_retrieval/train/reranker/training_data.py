@@ -1,0 +1,150 @@
+"""From the record store to the micro-batches of one optimizer step.
+
+`TrainingSteps` is what the loader's workers hold: a path, a tokenizer and a few numbers, never the model and never
+the data. Each item is a whole step's share of one process, tokenized and laid out, ready to be moved to the device.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from rag_retrieval.losses import Loss
+from rag_retrieval.models.pair_batch import PairBatch, make_batch
+from rag_retrieval.models.pair_encoding import PairEncoder
+from rag_retrieval.record_store import RecordStore
+from rag_retrieval.train.reranker.sampling import epoch_order, reorder_thirds, sample_group
+from rag_retrieval.train.step_data import StepShape
+
+
+@dataclass
+class RerankerMicroBatch:
+    """Pairs with their labels.
+
+    labels: float32, mask: bool, both [pairs] for pointwise losses and [groups, documents] for grouped ones, where
+    the scores fill the True places of the mask row by row. `items` is the loss's count, `size` the number of pairs,
+    `sources` names the records as `file:line`. A filler has one pair and a mask without any True.
+    """
+
+    pairs: PairBatch
+    labels: torch.Tensor
+    mask: torch.Tensor
+    items: int
+    size: int
+    sources: list[str]
+
+    def to(self, device: torch.device) -> "RerankerMicroBatch":
+        labels, mask = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.mask))
+        return RerankerMicroBatch(self.pairs.to(device), labels, mask, self.items, self.size, self.sources)
+
+    def pin_memory(self) -> "RerankerMicroBatch":
+        labels, mask = self.labels.pin_memory(), self.mask.pin_memory()
+        return RerankerMicroBatch(self.pairs.pin_memory(), labels, mask, self.items, self.size, self.sources)
+
+    def place_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of the pairs, [pairs], in the layout of labels and mask; 0 where the mask is False."""
+        if self.size == 0:  # a filler's score keeps the graph, with weight zero
+            return scores.sum() * 0 + torch.zeros_like(self.labels)
+        return torch.zeros_like(self.labels).masked_scatter(self.mask, scores)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """group_size: documents per group at most (grouped only). lowest, highest: the range that pointwise labels are
+    rescaled from. shuffle_rate: see `reorder_thirds`."""
+
+    seed: int
+    group_size: int | None
+    lowest: float
+    highest: float
+    shuffle_rate: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query with the documents that this epoch shows: one for pointwise data."""
+
+    query: str
+    documents: list[str]
+    labels: np.ndarray
+    line: int
+
+
+class TrainingSteps(Dataset):
+    """Indexed by (epoch, step in epoch); see `StepShape` for which records a step holds."""
+
+    def __init__(
+        self, store: RecordStore, encoder: PairEncoder, loss: Loss, shape: StepShape, options: SamplingOptions
+    ):
+        self.store, self.encoder, self.loss = store, encoder, loss
+        self.shape, self.options = shape, options
+        self.grouped = loss.dataset_type == "grouped"
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.shape.steps_per_epoch
+
+    def __getitem__(self, position: tuple[int, int]) -> list[RerankerMicroBatch]:
+        epoch, step = position
+        order = self._epoch_order(epoch)
+        return [
+            self.micro_batch([self.example(int(order[place]), epoch) for place in places])
+            for places in self.shape.positions(step)
+        ]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, epoch_order(self.options.seed, epoch, self.shape.records))
+        return self._order[1]
+
+    def example(self, record: int, epoch: int) -> Example:
+        return self._group(record, epoch) if self.grouped else self._pair(record, epoch)
+
+    def _pair(self, record: int, epoch: int) -> Example:
+        pair = self.store.pair(record)
+        labels = rescale(np.array([pair.label], dtype=np.float32), self.options.lowest, self.options.highest)
+        return Example(pair.query, [self._augmented(pair.document, epoch, record)], labels, pair.line)
+
+    def _group(self, record: int, epoch: int) -> Example:
+        group, options = self.store.group(record), self.options
+        positive = np.asarray(group.positive)
+        one_positive = self.loss.name == "listwise_ce"
+        kept = sample_group(positive, options.group_size, epoch, options.seed, record, one_positive)
+        labels = positive if one_positive else np.asarray(group.labels)
+        documents = [self._augmented(group.documents[place], epoch, group.first_pair + int(place)) for place in kept]
+        return Example(group.query, documents, labels[kept].astype(np.float32), group.line)
+
+    def _augmented(self, text: str, epoch: int, pair: int) -> str:
+        return reorder_thirds(text, self.options.shuffle_rate, self.options.seed, epoch, pair)
+
+    def micro_batch(self, examples: list[Example]) -> RerankerMicroBatch:
+        """Encode examples; an empty list gives the filler."""
+        if not examples:
+            return self._filler()
+        texts = [(example.query, document) for example in examples for document in example.documents]
+        labels, mask = layout([example.labels for example in examples])
+        if not self.grouped:
+            labels, mask = labels[:, 0], mask[:, 0]
+        items = self.loss.count(labels, mask)
+        sources = [f"{self.store.source}:{example.line}" for example in examples]
+        return RerankerMicroBatch(make_batch(self.encoder.encode(texts)), labels, mask, items, len(texts), sources)
+
+    def _filler(self) -> RerankerMicroBatch:
+        shape = (1, 1) if self.grouped else (1,)
+        pairs = make_batch(self.encoder.encode([("", "")]))
+        return RerankerMicroBatch(pairs, torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), 0, 0, [])
+
+
+def rescale(labels: np.ndarray, lowest: float, highest: float) -> np.ndarray:
+    """Labels of [lowest, highest] moved to [0, 1], float32: levels 0, 1, 2 become 0, 0.5, 1."""
+    return ((labels - np.float32(lowest)) / np.float32(highest - lowest)).astype(np.float32)
+
+
+def layout(labels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged rows as a matrix and its mask: float32 and bool, [rows, longest row]."""
+    lengths = torch.tensor([len(row) for row in labels])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    values = torch.from_numpy(np.concatenate(labels))
+    return torch.zeros(mask.shape).masked_scatter_(mask, values), mask

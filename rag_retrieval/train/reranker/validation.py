@@ -1,0 +1,120 @@
+"""Validation: every pair scored once, over all processes, then loss and ranking metrics from the whole set.
+
+Which pairs share a batch is planned over the whole set before it is dealt to the processes, so that the number of
+processes changes no digit of a metric. Groups are used whole: sampling is for training.
+"""
+
+import math
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from rag_retrieval.losses import Loss
+from rag_retrieval.metrics import rank_metrics
+from rag_retrieval.models.pair_batch import PairBatch, make_batch
+from rag_retrieval.models.pair_encoding import PairEncoder
+from rag_retrieval.models.pair_scorer import batches_by_length
+from rag_retrieval.record_store import RecordStore
+from rag_retrieval.train.reranker.training_data import layout, rescale
+
+ENCODING_CHUNK = 4096  # pairs tokenized at a time
+LOSS_CHUNK = 1024  # groups in one evaluation of the loss
+
+
+class Validation:
+    """Scores a validation store with a model. Build it once: batches are encoded and kept."""
+
+    def __init__(
+        self,
+        store: RecordStore,
+        encoder: PairEncoder,
+        loss: Loss,
+        label_range: tuple[float, float],
+        batch_size: int,
+        accelerator: Accelerator,
+    ):
+        self.store, self.loss, self.label_range, self.accelerator = store, loss, label_range, accelerator
+        self.groups = [np.arange(first, first + count) for first, count in store.group_spans()]
+        self.labels = np.asarray(store.labels)
+        self.relevant_from = relevance_threshold(self.labels)
+        self._plan(encoder, batch_size)
+
+    def _plan(self, encoder: PairEncoder, batch_size: int) -> None:
+        lengths = [len(pair) for chunk in self._chunks(ENCODING_CHUNK) for pair in self._encode(encoder, chunk)]
+        plan = list(batches_by_length(lengths, batch_size))
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        mine = plan[index::processes]
+        self.batches: list[tuple[list[int], PairBatch]] = [
+            (positions, make_batch(self._encode(encoder, positions))) for positions in mine
+        ]
+        # engines that exchange weights in the forward need the same number of forwards on every process
+        if len(mine) < math.ceil(len(plan) / processes):
+            self.batches.append(([], make_batch(self._encode(encoder, [0]))))
+
+    def _chunks(self, size: int) -> list[range]:
+        return [range(start, min(start + size, len(self.labels))) for start in range(0, len(self.labels), size)]
+
+    def _encode(self, encoder: PairEncoder, positions) -> list:
+        pairs = [self.store.pair(position) for position in positions]
+        return encoder.encode([(pair.query, pair.document) for pair in pairs])
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """loss, and where some query has documents with and without relevance: ndcg@10, mrr@10, map,
+        pair_accuracy, and how many queries they were measured on."""
+        scores = self.score(model)
+        values = {"loss": self.mean_loss(scores)}
+        if any(len(group) > 1 for group in self.groups):
+            rows = [(scores[group], self.labels[group]) for group in self.groups]
+            values |= rank_metrics([row[0] for row in rows], [row[1] for row in rows], self.relevant_from)
+        return values
+
+    def score(self, model: nn.Module) -> np.ndarray:
+        """Scores of all pairs in the store's order: [pairs], float32, equal on all processes."""
+        found = []
+        for positions, batch in self.batches:
+            batch_scores = model(batch.to(self.accelerator.device)).float().cpu().numpy()
+            if positions:
+                found.append((positions, batch_scores))
+        scores = np.full(len(self.labels), np.nan, dtype=np.float32)
+        for positions, batch_scores in gather_object(found):
+            scores[positions] = batch_scores
+        return scores
+
+    def mean_loss(self, scores: np.ndarray) -> float:
+        """The training loss over the whole set, divided once by its count."""
+        total, items = 0.0, 0
+        units = self._loss_units()
+        for start in range(0, len(units), LOSS_CHUNK):
+            chunk = units[start : start + LOSS_CHUNK]
+            labels, mask = layout([unit_labels for _, unit_labels in chunk])
+            values, _ = layout([scores[places] for places, _ in chunk])
+            total += self.loss.function(values, labels, mask, reduction="sum").item()
+            items += self.loss.count(labels, mask)
+        return total / max(items, 1)
+
+    def _loss_units(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(pair positions, labels) of everything that the loss takes as one row."""
+        if self.loss.dataset_type == "pointwise":
+            labels = rescale(self.labels, *self.label_range)
+            return [(np.array([place]), labels[place : place + 1]) for place in range(len(labels))]
+        if self.loss.name == "listwise_ce":
+            return [unit for group in self.groups for unit in self._one_positive_at_a_time(group)]
+        return [(group, self.labels[group]) for group in self.groups]
+
+    def _one_positive_at_a_time(self, group: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        positive = np.asarray(self.store.positive[group])
+        negatives = group[~positive]
+        one_hot = np.zeros(len(negatives) + 1, dtype=np.float32)
+        one_hot[0] = 1.0
+        return [(np.concatenate([[place], negatives]), one_hot) for place in group[positive]]
+
+
+def relevance_threshold(labels: np.ndarray) -> float:
+    """From which label on a document counts as relevant in MRR and MAP: 1 for whole-numbered labels (trec_eval's
+    default), else the middle of their range (soft labels in [0, 1] would never reach 1)."""
+    if not len(labels) or np.all(labels == np.round(labels)):
+        return 1.0
+    return float(labels.min() + labels.max()) / 2

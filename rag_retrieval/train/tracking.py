@@ -1,0 +1,116 @@
+"""What a run tells: a progress bar or log lines, `metrics.jsonl`, and tensorboard or wandb.
+
+`metrics.jsonl` is always written and survives a resume: lines after the step that training resumes from are cut,
+so that every step stands there once.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+PROJECT = "rag_retrieval"
+
+
+class MetricsFile:
+    """One JSON object per line, flushed as written; every line has `step`."""
+
+    def __init__(self, path: Path, resumed_step: int):
+        self.path = path
+        kept = []
+        if path.exists() and resumed_step:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= resumed_step]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, path)
+
+    def write(self, record: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None  # the last line of a killed run may be cut in the middle
+
+
+class Tracking:
+    """Everything a run reports, on the main process; the other processes write nothing."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, total_steps: int, done: int, run_config: dict):
+        self.accelerator = accelerator
+        self.total_steps = total_steps
+        self.shown = accelerator.is_main_process
+        if not self.shown:
+            return
+        self.file = MetricsFile(output_dir / "metrics.jsonl", resumed_step=done)
+        if accelerator.log_with:
+            _wandb_without_account()
+            accelerator.init_trackers(PROJECT, config=run_config)
+        self.started, self.first_step = time.monotonic(), done
+        # a bar in a log file is unreadable: there, one line for each log
+        self.bar = tqdm(
+            total=total_steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def step_done(self) -> None:
+        if self.shown:
+            self.bar.update(1)
+
+    def train(self, step: int, values: dict[str, float]) -> None:
+        """Report training values over the last `log_interval` steps."""
+        if not self.shown:
+            return
+        self._write(step, "train", values)
+        brief = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['pairs_per_second']:.0f} pairs/s"
+        if self.bar.disable:
+            logger.info("step %d/%d  %s  %s left", step, self.total_steps, brief, self._time_left(step))
+        else:
+            self.bar.set_postfix_str(brief, refresh=True)
+
+    def evaluation(self, step: int, values: dict[str, float], note: str) -> None:
+        if not self.shown:
+            return
+        self._write(step, "eval", values)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
+        self.say(f"evaluation at step {step}: {text}{note}")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.shown:
+            with self.bar.external_write_mode(file=sys.stderr):
+                logger.info(text)
+
+    def _write(self, step: int, kind: str, values: dict[str, float]) -> None:
+        self.file.write({"step": step, "kind": kind, **values})
+        if self.accelerator.log_with:
+            self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def _time_left(self, step: int) -> str:
+        seconds = (time.monotonic() - self.started) / (step - self.first_step) * (self.total_steps - step)
+        return tqdm.format_interval(seconds)
+
+    def close(self) -> None:
+        if self.shown:
+            self.bar.close()
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+
+
+def _wandb_without_account() -> None:
+    """wandb asks for an account on the terminal; a run that has none is recorded offline instead."""
+    if "WANDB_MODE" in os.environ or "WANDB_API_KEY" in os.environ:
+        return
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    if not (netrc.exists() and "wandb" in netrc.read_text(errors="replace")):
+        os.environ["WANDB_MODE"] = "offline"
