@@ -65,7 +65,7 @@ class Group(NamedTuple):
 
 
 class RecordStore:
-    """Random access to a store's folder. Pickles as the path alone; each process maps the files on first use."""
+    """Random access to a store's folder. Pickles as the path alone; processes map the files on first use."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -103,22 +103,22 @@ class RecordStore:
     @cached_property
     def labels(self) -> np.ndarray:
         """float32 [pairs], read-only view of the file."""
-        return self._pairs["label"].to_numpy()
+        return _numbers(self._pairs, "label")
 
     @cached_property
     def positives(self) -> np.ndarray:
         """bool [pairs], read-only view of the file."""
-        return self._pairs["positive"].to_numpy().view(bool)
+        return _numbers(self._pairs, "positive").view(bool)
 
     @cached_property
     def group_offsets(self) -> np.ndarray:
         """int64 [groups]: the first pair of each group, ascending; read-only view of the file."""
-        return self._groups["first"].to_numpy()
+        return _numbers(self._groups, "first")
 
     @cached_property
     def group_sizes(self) -> np.ndarray:
         """int64 [groups]: the number of documents of each group, at least 1; read-only view of the file."""
-        return self._groups["size"].to_numpy()
+        return _numbers(self._groups, "size")
 
     @cached_property
     def meta(self) -> dict:
@@ -144,10 +144,10 @@ class _View:
         self.num_groups, self.num_pairs = groups.num_rows, pairs.num_rows
         self.query, self.document = _Texts(groups["query"]), _Texts(pairs["document"])
         self.first, self.size, self.group_line = (
-            memoryview(groups[name].to_numpy()) for name in ("first", "size", "line")
+            memoryview(_numbers(groups, name)) for name in ("first", "size", "line")
         )
         self.pair_group, self.label, self.pair_line = (
-            memoryview(pairs[name].to_numpy()) for name in ("group", "label", "line")
+            memoryview(_numbers(pairs, name)) for name in ("group", "label", "line")
         )
 
 
@@ -161,6 +161,12 @@ class _Texts:
 
     def __getitem__(self, index: int) -> str:
         return str(self.text[self.offsets[index] : self.offsets[index + 1]], "utf-8")
+
+
+def _numbers(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """A number column in place. Not `to_numpy`, which imports pandas: 30 MiB and half a second a process."""
+    column = batch[name]
+    return np.frombuffer(column.buffers()[1], column.type.to_pandas_dtype(), len(column))
 
 
 def _read_arrow(path: Path) -> pa.RecordBatch:
@@ -191,7 +197,7 @@ def open_store(
         damaged stores. The key holds the file's path, size, time and the content of its first and last MiB.
 
     Building needs about three times the source's size on disk for a while. Its memory does not grow with the
-    source, but for group_by_query: about 100 bytes for each run of adjacent pairs of one query.
+    source, but for group_by_query: about 50 bytes for each run of adjacent pairs of one query.
     """
     rules = RecordRules(label_key, min_label, max_label, exactly_one_positive)
     settings = [FORMAT_VERSION, asdict(rules), group_by_query]
@@ -207,7 +213,7 @@ def open_store(
             _build_aside(folder, source, split, rules, group_by_query)
             if _identity(source, split) != identity:
                 shutil.rmtree(folder)
-                raise DataError(f"{source}: the source changed while it was read; start again once it is whole.")
+                raise DataError(f"{source}: the source changed while it was read; start again.")
     return RecordStore(folder)
 
 
@@ -294,7 +300,7 @@ def _column(raw: Path, name: str, mode: str = "r") -> np.ndarray:
 
 
 def _write_raw(raw: Path, records: Iterable[Record], group_by_query: bool) -> dict[str, int]:
-    """Stream the records into columns. With group_by_query a group is a run of adjacent pairs of one query."""
+    """Stream records into columns. With group_by_query a group is a run of adjacent pairs of one query."""
     counts = {"records": 0, "empty_documents": 0}
     with ExitStack() as stack:
         # group.first and pair.group follow from the sizes at the end
@@ -361,14 +367,14 @@ class _RawWriter:
 
 
 def _merge_runs(raw: Path) -> None:
-    """Bring runs of the same query together, in the order of first runs; does nothing where each is one run."""
+    """Bring runs of the same query together, in order of first runs; does nothing where each has one run."""
     numbers, leaders = _number_runs(raw)
     if len(leaders) == len(numbers):
         return
     order = np.argsort(numbers, kind="stable")  # stable: file order within a query
     sizes = _column(raw, "group.size")
     starts = np.cumsum(sizes) - sizes
-    _reorder(raw, "document", ["pair.label", "pair.line"], starts[order], sizes[order])
+    _reorder(raw, "document", ["pair.label", "pair.positive", "pair.line"], starts[order], sizes[order])
     _reorder(raw, "query", ["group.line", "group.pointwise"], leaders, np.ones_like(leaders))
     merged = np.zeros(len(leaders), np.int64)
     np.add.at(merged, numbers, sizes)
@@ -471,11 +477,10 @@ def _write_store(folder: Path, raw: Path) -> None:
             (pairs.start + first).tofile(first_file)
             np.repeat(np.arange(groups.start, groups.stop, dtype=np.int32), sizes).tofile(group_file)
     columns = {"query": _text_array(raw, "query")}
-    columns |= {name: pa.array(_column(raw, f"group.{name}")) for name in ("first", "size", "line")}
+    columns |= {name: _number_array(raw, f"group.{name}") for name in ("first", "size", "line")}
     _write_arrow(folder / "groups.arrow", columns)
     columns = {"document": _text_array(raw, "document")}
-    columns |= {name: pa.array(_column(raw, f"pair.{name}")) for name in ("group", "label", "line")}
-    columns["positive"] = pa.array(_column(raw, "pair.positive").view("u1"))  # Arrow's own bool is one bit
+    columns |= {name: _number_array(raw, f"pair.{name}") for name in ("group", "label", "line", "positive")}
     _write_arrow(folder / "pairs.arrow", columns)
 
 
@@ -483,6 +488,13 @@ def _text_array(raw: Path, name: str) -> pa.LargeStringArray:
     offsets, text = _column(raw, f"{name}.offsets"), _column(raw, f"{name}.text")
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
     return pa.Array.from_buffers(pa.large_string(), len(offsets) - 1, buffers)
+
+
+def _number_array(raw: Path, name: str) -> pa.Array:
+    values = _column(raw, name)
+    if values.dtype == bool:
+        values = values.view(np.uint8)  # Arrow's own bool is one bit, which numpy cannot view
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
 def _write_arrow(path: Path, columns: dict[str, pa.Array]) -> None:
@@ -544,7 +556,7 @@ def _summarise(raw: Path, records: int, empty_documents: int) -> StoreSummary:
 
 
 def _count_distinct(raw: Path, name: str) -> int:
-    """Distinct 64-bit hashes, sorted within the file's own pages. One collision is expected at six billion."""
+    """Distinct 64-bit hashes, sorted in the file's own pages. One collision is expected at six billion."""
     hashes = _column(raw, name, "r+")
     hashes.sort()
     distinct = 1

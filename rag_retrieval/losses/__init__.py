@@ -20,7 +20,6 @@ from rag_retrieval.losses.pointwise import chance_bce, chance_mse, count_pairs, 
 
 __all__ = [
     "LOSSES",
-    "LOSS_ALIASES",
     "Loss",
     "chance_bce",
     "chance_listwise_ce",
@@ -46,6 +45,7 @@ class Loss:
     count: (labels, mask) to the number of items that the mean divides by, for tensors on the CPU.
     chance: (labels, mask) to the mean loss of the best constant score: what a model that learned nothing
         gives. Also for tensors on the CPU.
+    one_positive: whether a group must have exactly one label 1 and zeros besides.
     """
 
     name: str
@@ -53,16 +53,14 @@ class Loss:
     function: Callable[..., Tensor]
     count: Callable[[Tensor, Tensor | None], int]
     chance: Callable[[Tensor, Tensor | None], float]
+    one_positive: bool = False
 
 
 _ALL = (
     Loss("point_ce", "pointwise", pointwise_bce, count_pairs, chance_bce),
     Loss("point_mse", "pointwise", pointwise_mse, count_pairs, chance_mse),
     Loss("pairwise_ranknet", "grouped", ranknet, count_ordered_pairs, chance_ranknet),
-    Loss("listwise_ce", "grouped", listwise_ce, count_groups, chance_listwise_ce),
+    Loss("listwise_ce", "grouped", listwise_ce, count_groups, chance_listwise_ce, one_positive=True),
 )
 
 LOSSES: dict[str, Loss] = {loss.name: loss for loss in _ALL}
-
-# Other accepted names of a loss, each with its key in LOSSES.
-LOSS_ALIASES = {"pointwise_bce": "point_ce", "pointwise_mse": "point_mse"}

@@ -84,6 +84,12 @@ def test_a_group_without_a_positive_contributes_nothing_and_is_not_counted():
     assert count_groups(labels, None) == 1
 
 
+def test_only_a_label_of_exactly_one_is_a_positive():
+    labels = torch.tensor([[0.5, 0.0], [2.0, 0.0]])
+    assert count_groups(labels, None) == 0
+    assert listwise_ce(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), labels, reduction="sum").item() == 0.0
+
+
 def test_a_positive_that_is_padding_is_no_positive():
     assert count_groups(torch.tensor([[1.0, 0.0]]), torch.tensor([[False, True]])) == 0
 

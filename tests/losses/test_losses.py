@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from rag_retrieval.losses import LOSS_ALIASES, LOSSES, Loss
+from rag_retrieval.losses import LOSSES, Loss
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 GARBAGE = [float("nan"), float("inf"), float("-inf"), 1e30, -7.0]
@@ -32,11 +32,6 @@ def gradient(loss: Loss, scores, labels, mask, reduction="mean") -> torch.Tensor
 def test_the_registry_has_the_documented_names():
     assert list(LOSSES) == ["point_ce", "point_mse", "pairwise_ranknet", "listwise_ce"]
     assert [loss.dataset_type for loss in LOSSES.values()] == ["pointwise", "pointwise", "grouped", "grouped"]
-
-
-def test_every_alias_leads_to_a_loss_and_is_no_loss_itself():
-    assert LOSS_ALIASES == {"pointwise_bce": "point_ce", "pointwise_mse": "point_mse"}
-    assert not set(LOSS_ALIASES) & set(LOSSES)
 
 
 def test_an_entry_cannot_be_changed():

@@ -161,7 +161,10 @@ def _read_mapping(reader: _Reader, root: yaml.MappingNode, shown: str) -> _Sourc
             source.problems.append((key, f"{place}: given twice, first at {source.places[key]}; keep one"))
             continue
         source.places[key] = place
-        source.values[key] = reader.construct_object(value_node, deep=True)
+        try:
+            source.values[key] = reader.construct_object(value_node, deep=True)
+        except ValueError as error:  # of a tag such as `!!int x`
+            source.report(key, str(error))
     return source
 
 

@@ -4,6 +4,8 @@ Data come before the model, so that a mistake in a file is reported before anyth
 """
 
 import logging
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +62,10 @@ def run(config: TrainingConfig) -> TrainState | None:
 
 
 def configured_loss(config: TrainingConfig) -> Loss:
-    return LOSSES[config.loss_type].with_options(temperature=config.temperature)
+    loss = LOSSES[config.loss_type]
+    if config.temperature is None:
+        return loss
+    return replace(loss, function=partial(loss.function, temperature=config.temperature))
 
 
 def open_stores(config: TrainingConfig, loss: Loss, accelerator: Accelerator) -> tuple[RecordStore, RecordStore | None]:
@@ -83,7 +88,6 @@ def open_stores(config: TrainingConfig, loss: Loss, accelerator: Accelerator) ->
             split=config.val_split or "validation",
             label_key=config.val_label_key,
             group_by_query=True,  # ranking metrics need the pairs of a query together
-            exactly_one_positive=loss.one_positive,
             **label_range,
         )
     return train, validation
@@ -129,12 +133,15 @@ def find_start(config: TrainingConfig, output_dir: Path) -> tuple[TrainState, Pa
 
 
 def report_data(config: TrainingConfig, train: RecordStore, validation: RecordStore | None, scorer: PairScorer) -> None:
-    for name, store in (("training data", train), ("validation data", validation)):
+    sources = (("training data", config.train_dataset, train), ("validation data", config.val_dataset, validation))
+    for name, source, store in sources:
         if store is not None:
             lengths, sampled = token_lengths(store, scorer)
-            text = format_summary(summary(store), token_lengths=lengths, max_len=config.max_len, sampled=sampled)
-            logger.info("%s: %s\n%s", name, store.source, text)
-    logger.info("%s", describe_parameters(scorer))
+            title = f"{name}: {source}"
+            text = format_summary(
+                summary(store), title, token_lengths=lengths, max_len=config.max_len, sampled=sampled
+            )
+            logger.info("%s", text)
 
 
 def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, bool]:
@@ -172,7 +179,7 @@ def build_trainer(
     options = SamplingOptions(
         config.seed, config.train_group_size, config.min_label, config.max_label, config.shuffle_rate
     )
-    steps = TrainingSteps(train, scorer.pair_encoder, loss, shape, options)
+    steps = TrainingSteps(train, config.train_dataset, scorer.pair_encoder, loss, shape, options)
     evaluate = build_validation(config, accelerator, loss, validation, scorer)
     task = RerankerTask(scorer, loss, evaluate, adapter)
     run_config = config.model_dump()

@@ -49,18 +49,16 @@ class TrainingConfig(BaseModel):
 
     # Model
     model_name_or_path: str = Field(
-        min_length=1, description="A folder, a hub name, or package:NAME (an installed package with a model).")
+        min_length=1, description="Folder, hub name, or package:NAME (the model in an installed package).")
     model_type: Literal["bert_encoder", "llm_decoder"] = Field(description="Family of the model.")
     num_labels: int = Field(1, description="Scores per pair; a reranker gives one, so only 1 is accepted.")
     query_format: str | None = Field(
         None, description='llm_decoder only: text around the query, with {} once. Default "query: {}".')
     document_format: str | None = Field(
         None, description='llm_decoder only: text around the document, with {} once. Default "document: {}".')
-    seq: str | None = Field(
-        None, description="llm_decoder only: text between query and document. Default a newline.")
+    seq: str | None = Field(None, description="llm_decoder only: text between the two. Default a newline.")
     special_token: str | None = Field(
-        None, min_length=1,
-        description='llm_decoder only: text at the end that asks for the score. Default "\\nrelevance".')
+        None, min_length=1, description='llm_decoder only: asks for the score, last. Default "\\nrelevance".')
     max_len: int = Field(512, ge=16, description="Longest pair, in tokens, special tokens included.")
     attn_implementation: str | None = Field(
         None, min_length=1, description="Attention code, such as eager or sdpa. Absent: the model's own.")
@@ -123,7 +121,7 @@ class TrainingConfig(BaseModel):
     lora_alpha: int | None = Field(None, ge=1, description="LoRA only: scale, as alpha / r. Default 2 x r.")
     lora_dropout: float | None = Field(None, ge=0, lt=1, description="LoRA only: dropout. Default 0.")
     lora_target_modules: list[str] | str | None = Field(
-        None, min_length=1, description="LoRA only: modules with adapters, or all-linear. Absent: peft's choice.")
+        None, min_length=1, description="LoRA only: module names, or all-linear. Absent: peft's choice.")
 
     # Checkpoints, evaluation, tracking
     save_on_epoch_end: bool = Field(True, description="Write a checkpoint at the end of each epoch.")
@@ -136,11 +134,12 @@ class TrainingConfig(BaseModel):
         None, description="Validation figure that decides which checkpoint is best. Default ndcg@10.")
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop after so many validations without improvement. Absent: never.")
+    overwrite_output_dir: bool = Field(
+        False, description="Replace the run that output_dir holds. Otherwise a second run there is refused.")
     resume: str | None = Field(
         None, min_length=1, description="auto (newest checkpoint in output_dir, if any) or a folder.")
     log_interval: int = Field(10, ge=1, description="Optimizer steps between two logged lines.")
-    log_with: Literal["wandb", "tensorboard"] | None = Field(
-        None, description="Tracker beside the JSONL log, which is always written.")
+    log_with: Literal["wandb", "tensorboard"] | None = Field(None, description="Tracker beside our JSONL.")
 
     @model_validator(mode="wrap")
     @classmethod

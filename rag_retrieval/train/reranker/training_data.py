@@ -75,9 +75,15 @@ class TrainingSteps(Dataset):
     """Indexed by (epoch, step in epoch); see `StepShape` for which records a step holds."""
 
     def __init__(
-        self, store: RecordStore, encoder: PairEncoder, loss: Loss, shape: StepShape, options: SamplingOptions
+        self,
+        store: RecordStore,
+        source: str,
+        encoder: PairEncoder,
+        loss: Loss,
+        shape: StepShape,
+        options: SamplingOptions,
     ):
-        self.store, self.encoder, self.loss = store, encoder, loss
+        self.store, self.source, self.encoder, self.loss = store, source, encoder, loss
         self.shape, self.options = shape, options
         self.grouped = loss.dataset_type == "grouped"
         self._order: tuple[int, np.ndarray] | None = None
@@ -109,11 +115,11 @@ class TrainingSteps(Dataset):
 
     def _group(self, record: int, epoch: int) -> Example:
         group, options = self.store.group(record), self.options
-        positive = np.asarray(group.positive)
-        one_positive = self.loss.name == "listwise_ce"
-        kept = sample_group(positive, options.group_size, epoch, options.seed, record, one_positive)
-        labels = positive if one_positive else np.asarray(group.labels)
-        documents = [self._augmented(group.documents[place], epoch, group.first_pair + int(place)) for place in kept]
+        one_positive = self.loss.one_positive
+        kept = sample_group(group.positives, options.group_size, epoch, options.seed, record, one_positive)
+        labels = group.positives if one_positive else group.labels
+        first = int(self.store.group_offsets[record])
+        documents = [self._augmented(group.documents[place], epoch, first + int(place)) for place in kept]
         return Example(group.query, documents, labels[kept].astype(np.float32), group.line)
 
     def _augmented(self, text: str, epoch: int, pair: int) -> str:
@@ -128,7 +134,7 @@ class TrainingSteps(Dataset):
         if not self.grouped:
             labels, mask = labels[:, 0], mask[:, 0]
         items = self.loss.count(labels, mask)
-        sources = [f"{self.store.source}:{example.line}" for example in examples]
+        sources = [f"{self.source}:{example.line}" for example in examples]
         return RerankerMicroBatch(make_batch(self.encoder.encode(texts)), labels, mask, items, len(texts), sources)
 
     def _filler(self) -> RerankerMicroBatch:
@@ -138,7 +144,7 @@ class TrainingSteps(Dataset):
 
 
 def rescale(labels: np.ndarray, lowest: float, highest: float) -> np.ndarray:
-    """Labels of [lowest, highest] moved to [0, 1], float32: levels 0, 1, 2 become 0, 0.5, 1."""
+    """Labels of [lowest, highest] moved uniformly to [0, 1], float32: levels 0, 1, 2 become 0, 0.5, 1."""
     return ((labels - np.float32(lowest)) / np.float32(highest - lowest)).astype(np.float32)
 
 

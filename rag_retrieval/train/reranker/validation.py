@@ -37,8 +37,11 @@ class Validation:
         accelerator: Accelerator,
     ):
         self.store, self.loss, self.label_range, self.accelerator = store, loss, label_range, accelerator
-        self.groups = [np.arange(first, first + count) for first, count in store.group_spans()]
-        self.labels = np.asarray(store.labels)
+        self.groups = [
+            np.arange(first, first + size)
+            for first, size in zip(store.group_offsets, store.group_sizes, strict=True)
+        ]
+        self.labels = store.labels
         self.relevant_from = relevance_threshold(self.labels)
         self._plan(encoder, batch_size)
 
@@ -100,12 +103,12 @@ class Validation:
         if self.loss.dataset_type == "pointwise":
             labels = rescale(self.labels, *self.label_range)
             return [(np.array([place]), labels[place : place + 1]) for place in range(len(labels))]
-        if self.loss.name == "listwise_ce":
+        if self.loss.one_positive:
             return [unit for group in self.groups for unit in self._one_positive_at_a_time(group)]
         return [(group, self.labels[group]) for group in self.groups]
 
     def _one_positive_at_a_time(self, group: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        positive = np.asarray(self.store.positive[group])
+        positive = self.store.positives[group]
         negatives = group[~positive]
         one_hot = np.zeros(len(negatives) + 1, dtype=np.float32)
         one_hot[0] = 1.0

@@ -1,0 +1,323 @@
+"""The typed configuration: strict types, ranges, fields that must fit each other, derived defaults."""
+
+import math
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from rag_retrieval.train.reranker.training_config import (
+    LOSS_ALIASES,
+    LOSS_DATASET_TYPE,
+    TrainingConfig,
+    is_data_file_name,
+)
+
+POINTWISE = {
+    "model_name_or_path": "owner/model",
+    "model_type": "bert_encoder",
+    "train_dataset": "train.jsonl",
+    "train_dataset_type": "pointwise",
+    "loss_type": "point_ce",
+    "output_dir": "out",
+}
+GROUPED = POINTWISE | {"train_dataset_type": "grouped", "loss_type": "listwise_ce"}
+DECODER = POINTWISE | {"model_type": "llm_decoder"}
+
+
+def problems(base: dict, **changes) -> dict[str, str]:
+    """Messages by key; all of them, whatever their kind."""
+    with pytest.raises(ValidationError) as caught:
+        TrainingConfig(**base | changes)
+    return {entry["loc"][0]: entry["msg"] for entry in caught.value.errors()}
+
+
+def test_a_minimal_pointwise_configuration_gets_the_documented_defaults():
+    given = TrainingConfig(**POINTWISE).model_dump()
+    assert given == POINTWISE | {
+        "num_labels": 1, "query_format": None, "document_format": None, "seq": None, "special_token":
+        None, "max_len": 512, "attn_implementation": None, "gradient_checkpointing": False,
+        "trust_remote_code": False, "train_label_key": "label", "train_split": None, "train_group_size":
+        None, "max_label": 1.0, "min_label": 0.0, "shuffle_rate": 0.0, "val_dataset": None,
+        "val_dataset_type": None, "val_label_key": None, "val_split": None, "num_workers": 2,
+        "temperature": None, "epochs": 1, "batch_size": 32, "gradient_accumulation_steps": 1, "lr": 5e-5,
+        "head_lr": 5e-4, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon":
+        1e-8, "max_grad_norm": 1.0, "warmup_proportion": 0.1, "stable_proportion": 0.0, "mixed_precision":
+        "no", "seed": 42, "freeze_embeddings": False, "freeze_layers": 0, "lora_r": None, "lora_alpha":
+        None, "lora_dropout": None, "lora_target_modules": None, "save_on_epoch_end": True, "save_steps":
+        None, "num_max_checkpoints": 3, "eval_steps": None, "eval_on_start": False,
+        "metric_for_best_model": None, "early_stopping_patience": None, "overwrite_output_dir": False,
+        "resume": None, "log_interval": 10, "log_with": None,
+    }  # fmt: skip
+
+
+def test_grouped_data_gets_a_group_size_and_no_label_range():
+    config = TrainingConfig(**GROUPED)
+    assert (config.train_group_size, config.max_label, config.min_label) == (8, None, None)
+    assert config.temperature == 1.0
+
+
+def test_a_decoder_gets_its_four_texts_and_a_given_one_stays():
+    config = TrainingConfig(**DECODER, seq="")
+    assert (config.query_format, config.document_format) == ("query: {}", "document: {}")
+    assert (config.seq, config.special_token) == ("", "\nrelevance")
+
+
+def test_the_head_learns_ten_times_faster_unless_told_otherwise():
+    assert TrainingConfig(**POINTWISE, lr=2e-5).head_lr == pytest.approx(2e-4)
+    assert TrainingConfig(**POINTWISE, lr=2e-5, head_lr=1e-3).head_lr == 1e-3
+
+
+def test_validation_follows_the_training_data_by_default():
+    config = TrainingConfig(**GROUPED, val_dataset="owner/data", train_label_key="grade")
+    assert (config.val_dataset_type, config.val_label_key) == ("grouped", "grade")
+    assert (config.val_split, config.metric_for_best_model) == ("validation", "ndcg@10")
+
+
+def test_what_describes_a_validation_that_is_off_is_dropped():
+    unused = {"val_dataset_type": "grouped", "val_label_key": "grade", "val_split": "dev"}
+    config = TrainingConfig(**POINTWISE, **unused)
+    assert (config.val_dataset_type, config.val_label_key, config.val_split) == (None, None, None)
+
+
+def test_only_hub_datasets_have_a_split():
+    assert TrainingConfig(**POINTWISE | {"train_dataset": "owner/data"}).train_split == "train"
+    assert TrainingConfig(**POINTWISE | {"train_dataset": "data"}, train_split="dev").train_split == "dev"
+    assert TrainingConfig(**POINTWISE, val_dataset="v.jsonl").val_split is None
+    found = problems(POINTWISE, train_split="train", val_dataset="/data/v", val_split="test")
+    assert found == {
+        "train_split": "is only for datasets of the hub, and train_dataset is a file; remove it",
+        "val_split": "is only for datasets of the hub, and val_dataset is a file; remove it",
+    }
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b/a.jsonl.gz", "a.parquet", "./a", "/a", "~/a"])
+def test_files_are_told_from_hub_names_by_how_they_are_written(name):
+    assert is_data_file_name(name)
+    assert not is_data_file_name("owner/name") and not is_data_file_name("name")
+
+
+def test_lora_defaults_follow_the_rank():
+    config = TrainingConfig(**POINTWISE, lora_r=8)
+    assert (config.lora_alpha, config.lora_dropout, config.lora_target_modules) == (16, 0.0, None)
+
+
+def test_lora_settings_without_a_rank_are_refused():
+    found = problems(POINTWISE, lora_alpha=8, lora_dropout=0.1, lora_target_modules="all-linear")
+    assert found == dict.fromkeys(
+        ("lora_alpha", "lora_dropout", "lora_target_modules"),
+        "needs lora_r, which switches LoRA on; add lora_r or remove this",
+    )
+
+
+def test_every_loss_accepts_its_own_dataset_type_and_names_the_others_for_the_wrong_one():
+    for loss, dataset_type in LOSS_DATASET_TYPE.items():
+        base = POINTWISE if dataset_type == "pointwise" else GROUPED
+        assert TrainingConfig(**base | {"loss_type": loss}).loss_type == loss
+    assert problems(GROUPED, loss_type="point_mse")["loss_type"] == (
+        "point_mse is for pointwise data, and train_dataset_type is grouped; "
+        "for grouped data use pairwise_ranknet or listwise_ce"
+    )
+    assert problems(POINTWISE, loss_type="listwise_ce")["loss_type"] == (
+        "listwise_ce is for grouped data, and train_dataset_type is pointwise; "
+        "for pointwise data use point_ce or point_mse"
+    )
+
+
+def test_other_names_of_losses_and_keys_become_the_one_name():
+    assert LOSS_ALIASES == {"pointwise_bce": "point_ce", "pointwise_mse": "point_mse"}
+    config = TrainingConfig(**POINTWISE | {"loss_type": "pointwise_mse"}, epoch=3)
+    assert (config.loss_type, config.epochs) == ("point_mse", 3)
+
+
+def test_epoch_and_epochs_together_are_refused():
+    assert problems(POINTWISE, epoch=1, epochs=1)["epoch"] == (
+        "is another name of epochs, which is given too; keep one"
+    )
+
+
+def test_more_than_one_label_is_refused_with_the_reason():
+    assert problems(POINTWISE, num_labels=2) == {
+        "num_labels": "expected 1, found 2: a reranker gives one score per pair"
+    }
+
+
+def test_decoder_texts_with_an_encoder_are_refused_each_by_name():
+    texts = {"query_format": "{}", "document_format": "{}", "seq": " ", "special_token": "x"}
+    message = "is only for model_type llm_decoder, and model_type is bert_encoder; remove it"
+    assert problems(POINTWISE, **texts) == dict.fromkeys(texts, message)
+
+
+@pytest.mark.parametrize("text", ["", "query:", "{} {}", "{ }"])
+def test_a_format_needs_its_place_exactly_once(text):
+    found = problems(DECODER, query_format=text, document_format=text)
+    expected = f'expected "{{}}" exactly once, where the text goes, found "{text}"'
+    assert found == {"query_format": expected, "document_format": expected}
+
+
+def test_a_group_size_for_pointwise_data_is_refused():
+    assert problems(POINTWISE, train_group_size=4) == {
+        "train_group_size": "is only for train_dataset_type grouped, and it is pointwise; remove it"
+    }
+
+
+def test_temperature_is_for_the_listwise_loss_alone():
+    assert TrainingConfig(**GROUPED, temperature=0.5).temperature == 0.5
+    assert problems(POINTWISE, temperature=0.5) == {
+        "temperature": "is only for loss_type listwise_ce, and loss_type is point_ce; remove it"
+    }
+
+
+@pytest.mark.parametrize(
+    ("base", "labels", "key", "message"),
+    [
+        (GROUPED, {"max_label": 3}, "max_label",
+         "needs min_label beside it for grouped data; give both or none"),
+        (GROUPED, {"min_label": 0}, "min_label",
+         "needs max_label beside it for grouped data; give both or none"),
+        (GROUPED, {"max_label": 1, "min_label": 1}, "max_label",
+         "expected min_label below max_label, found min_label 1 and max_label 1"),
+        (POINTWISE, {"min_label": 1.5}, "min_label",
+         "expected min_label below max_label, found min_label 1.5 and max_label 1.0"),
+        (POINTWISE, {"max_label": -1}, "max_label",
+         "expected min_label below max_label, found min_label 0.0 and max_label -1"),
+    ],
+)  # fmt: skip
+def test_label_ranges_that_are_half_given_or_upside_down_are_refused(base, labels, key, message):
+    assert problems(base, **labels) == {key: message}
+
+
+def test_label_ranges_that_fit_are_kept():
+    config = TrainingConfig(**POINTWISE, max_label=3)
+    assert (config.min_label, config.max_label) == (0.0, 3.0)
+    config = TrainingConfig(**GROUPED, max_label=3, min_label=0)
+    assert (config.min_label, config.max_label) == (0.0, 3.0)
+
+
+def test_warmup_and_stable_may_fill_the_schedule_but_no_more():
+    TrainingConfig(**POINTWISE, warmup_proportion=0.9, stable_proportion=0.1)
+    assert 0.15 + 0.85 + 1e-12 > 1
+    TrainingConfig(**POINTWISE, warmup_proportion=0.15, stable_proportion=0.85 + 1e-12)
+    assert problems(POINTWISE, warmup_proportion=0.6, stable_proportion=0.5) == {
+        "stable_proportion": "expected at most 1 with warmup_proportion, found 0.6 + 0.5"
+    }
+
+
+def test_what_needs_validation_is_refused_without_a_validation_dataset():
+    wanted = {"eval_steps": 5, "eval_on_start": True, "metric_for_best_model": "map"}
+    wanted["early_stopping_patience"] = 2
+    message = "needs val_dataset; add val_dataset or remove this"
+    assert problems(POINTWISE, **wanted) == dict.fromkeys(wanted, message)
+    config = TrainingConfig(**POINTWISE, val_dataset="v.jsonl", **wanted)
+    assert config.metric_for_best_model == "map"
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("batch_size", [True, "32", 2.0, 0, -1, [3]]),
+        ("epochs", [True, "2", 1.5, 0]),
+        ("gradient_accumulation_steps", [0, 1.5]),
+        ("num_labels", [True, "1"]),
+        ("max_len", [15, 64.0]),
+        ("seed", [-1, True]),
+        ("num_workers", [-1, 1.5]),
+        ("freeze_layers", [-1, True]),
+        ("lora_r", [0, 8.0]),
+        ("lora_alpha", [0]),
+        ("lora_dropout", [-0.1, 1]),
+        ("lora_target_modules", [[], [1], "", 3]),
+        ("train_group_size", [1, 8.0]),
+        ("save_steps", [0]),
+        ("eval_steps", [0]),
+        ("log_interval", [0]),
+        ("num_max_checkpoints", [0]),
+        ("early_stopping_patience", [0]),
+        ("lr", [0, -1e-5, True, "5e-5", math.nan, math.inf]),
+        ("head_lr", [0]),
+        ("weight_decay", [-0.1, math.inf]),
+        ("adam_beta1", [1, -0.1]),
+        ("adam_beta2", [1, -0.1]),
+        ("adam_epsilon", [0]),
+        ("max_grad_norm", [0, -1]),
+        ("temperature", [0, math.nan]),
+        ("max_label", [True, "1", math.nan]),
+        ("min_label", [-math.inf]),
+        ("shuffle_rate", [-0.1, 1.1]),
+        ("warmup_proportion", [-0.1, 1.1]),
+        ("stable_proportion", [-0.1, 1.1]),
+        ("save_on_epoch_end", ["true", 2, 1.0]),
+        ("gradient_checkpointing", ["yes", 2]),
+        ("mixed_precision", ["fp32", True]),
+        ("model_type", ["bert", 1]),
+        ("train_dataset_type", ["pairs"]),
+        ("val_dataset_type", ["pairs"]),
+        ("loss_type", ["bce", ["point_ce"]]),
+        ("metric_for_best_model", ["ndcg"]),
+        ("log_with", ["mlflow"]),
+        ("output_dir", ["", 2024]),
+        ("train_dataset", ["", ["a.jsonl"]]),
+        ("special_token", [""]),
+    ],
+)
+def test_wrong_types_and_values_outside_the_range_are_refused(key, wrong):
+    for value in wrong:
+        assert key in problems(POINTWISE, **{key: value}), value
+
+
+def test_whole_numbers_are_fine_where_numbers_are_expected():
+    config = TrainingConfig(**POINTWISE, lr=1, max_label=2)
+    assert isinstance(config.lr, float) and config.max_label == 2.0
+
+
+def test_zero_and_one_are_accepted_as_switches_because_existing_files_write_them():
+    assert TrainingConfig(**POINTWISE, save_on_epoch_end=0).save_on_epoch_end is False
+    assert TrainingConfig(**POINTWISE, save_on_epoch_end=1).save_on_epoch_end is True
+
+
+def test_the_false_that_yaml_makes_of_a_bare_no_is_the_precision_no():
+    assert TrainingConfig(**POINTWISE, mixed_precision=False).mixed_precision == "no"
+
+
+@pytest.mark.parametrize("absent", [None, "None", "none"])
+def test_none_means_absent_for_every_key(absent):
+    optional = TrainingConfig.model_fields.keys() - POINTWISE.keys()
+    values = dict.fromkeys(optional - {"max_grad_norm"}, absent)
+    assert TrainingConfig(**POINTWISE, **values) == TrainingConfig(**POINTWISE)
+    assert set(problems(dict.fromkeys(POINTWISE, absent))) == set(POINTWISE)
+
+
+def test_none_for_the_gradient_norm_means_no_clipping():
+    assert TrainingConfig(**POINTWISE, max_grad_norm=None).max_grad_norm is None
+    assert TrainingConfig(**POINTWISE, max_grad_norm="None").max_grad_norm is None
+
+
+def test_an_unknown_key_is_refused_even_when_it_is_empty():
+    assert set(problems(POINTWISE, learning_rate=None, btach_size=3)) == {"learning_rate", "btach_size"}
+
+
+def test_field_and_cross_field_problems_come_together_where_the_fields_involved_are_valid():
+    found = problems(
+        POINTWISE, loss_type="listwise_ce", lr=-1, stable_proportion=0.95, warmup_proportion="x", num_labels=3
+    )
+    assert set(found) == {"loss_type", "lr", "warmup_proportion", "num_labels"}
+    found = problems(POINTWISE, model_type="bert", seq=" ", lora_r=0, lora_alpha=1)
+    assert set(found) == {"model_type", "lora_r"}
+    assert set(problems(POINTWISE, val_dataset=3, eval_steps=5)) == {"val_dataset"}
+
+
+def test_a_configuration_cannot_be_changed_afterwards():
+    config = TrainingConfig(**POINTWISE)
+    with pytest.raises(ValidationError):
+        config.lr = 1.0
+
+
+def test_every_key_says_what_it_means():
+    assert all(len(field.description) > 15 for field in TrainingConfig.model_fields.values())
+
+
+def test_the_written_yaml_shows_resolved_values_that_any_yaml_reader_understands():
+    written = yaml.safe_load(TrainingConfig(**DECODER, lora_r=4, lora_target_modules=["q", "v"]).to_yaml())
+    assert written["lr"] == 5e-5 and written["head_lr"] == 5e-4 and written["lora_alpha"] == 8
+    assert written["seq"] == "\n" and written["mixed_precision"] == "no"
+    assert list(written) == list(TrainingConfig.model_fields)
