@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rag_retrieval.losses.pointwise import fill_label_padding, fill_padding, reduce_sum
+from rag_retrieval.losses.padding import fill_label_padding, fill_padding, reduce_sum
 
 
 def listwise_ce(

@@ -10,7 +10,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from rag_retrieval.losses.pointwise import fill_label_padding, fill_padding, reduce_sum
+from rag_retrieval.losses.padding import fill_label_padding, fill_padding, reduce_sum
 
 
 def ranknet(scores: Tensor, labels: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:

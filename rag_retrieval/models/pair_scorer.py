@@ -48,6 +48,11 @@ class PairScorer(nn.Module):
         return self.model.config
 
     @property
+    def _no_split_modules(self):
+        """The layer classes that FSDP wraps one by one, as the family names them."""
+        return self.model._no_split_modules
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

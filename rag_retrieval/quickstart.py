@@ -1,0 +1,115 @@
+"""`rag-retrieval quickstart`: train on the example data, measure on queries held out, show what changed.
+
+The documents of a test query stand in the file in BM25's order, so the file's order is the BM25 row. Every row
+ranks the same candidates.
+"""
+
+import argparse
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from rag_retrieval.metrics import ndcg, rank_metrics
+from rag_retrieval.models.cross_encoder import CrossEncoder
+from rag_retrieval.models.model_files import resolve_model_path
+from rag_retrieval.record_store import Group, open_store
+from rag_retrieval.train.reranker.config_file import load_config
+from rag_retrieval.train.reranker.train_reranker import SHIPPED_CONFIGS
+from rag_retrieval.train.reranker.train_reranker import main as train
+
+CONFIG = SHIPPED_CONFIGS / "quickstart.yaml"
+TEST_FILE = Path(__file__).resolve().parents[1] / "example_data" / "stdlib_grouped.test.jsonl"
+SHOWN = 3  # documents shown per ranking
+WIDTH = 96  # columns
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="rag-retrieval quickstart", description=__doc__)
+    parser.add_argument("--output_dir", default="runs/quickstart")
+    parser.add_argument("--seed", type=int, default=42)
+    options = parser.parse_args(arguments)
+    if not TEST_FILE.is_file():
+        print(f"error: {TEST_FILE} is missing; the quickstart runs from a checkout of the repository", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    overrides = ["--output_dir", options.output_dir, "--seed", str(options.seed), "--overwrite_output_dir", "true"]
+    code = train(["--config", str(CONFIG), *overrides])
+    if code:
+        return code
+    groups = read_groups(TEST_FILE)
+    base = load_config(str(CONFIG), []).model_name_or_path
+    model_folder = Path(options.output_dir) / "model"
+    rankings = {
+        "BM25's order": [-np.arange(len(group.documents), dtype=float) for group in groups],
+        "the base's embeddings, cosine": cosine_scores(base, groups),
+        "the trained reranker": reranker_scores(model_folder, groups),
+    }
+    show_table(rankings, groups)
+    show_examples(rankings["BM25's order"], rankings["the trained reranker"], groups)
+    print(f"\nThe model: {model_folder} ({time.monotonic() - started:.0f} s in all). Use it:\n")
+    print("    from rag_retrieval import CrossEncoder")
+    print(f'    CrossEncoder.from_pretrained("{model_folder}").compute_score([["query", "document"], ...])')
+    return 0
+
+
+def read_groups(file: Path) -> list[Group]:
+    store = open_store(file)
+    return [store.group(index) for index in range(store.num_groups)]
+
+
+def reranker_scores(folder: Path, groups: list[Group]) -> list[np.ndarray]:
+    pairs = [(group.query, document) for group in groups for document in group.documents]
+    scores = CrossEncoder.from_pretrained(str(folder)).compute_score(pairs, batch_size=32)
+    return list(np.split(scores.numpy(), np.cumsum([len(group.documents) for group in groups])[:-1]))
+
+
+def cosine_scores(base: str, groups: list[Group]) -> list[np.ndarray]:
+    """Cosine of mean-pooled token vectors, as the base (a sentence embedding model) was made for."""
+    texts = sorted({text for group in groups for text in (group.query, *group.documents)}, key=len)
+    vectors = embed(resolve_model_path(base), texts)
+    row = {text: place for place, text in enumerate(texts)}
+    return [vectors[[row[text] for text in group.documents]] @ vectors[row[group.query]] for group in groups]
+
+
+@torch.inference_mode()
+def embed(model_path: str, texts: list[str], batch_size: int = 32) -> np.ndarray:
+    """Unit vectors of the texts: [texts, width], float32."""
+    tokenizer, model = AutoTokenizer.from_pretrained(model_path), AutoModel.from_pretrained(model_path).eval()
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        inputs = tokenizer(batch, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        mask = inputs["attention_mask"][..., None].float()
+        pooled = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+        parts.append(torch.nn.functional.normalize(pooled, dim=1))
+    return torch.cat(parts).float().numpy()
+
+
+def show_table(rankings: dict[str, list[np.ndarray]], groups: list[Group]) -> None:
+    labels = [group.labels for group in groups]
+    print(f"\n{len(groups)} held-out queries, {sum(map(len, labels))} candidates, none of them seen in training:\n")
+    print(f"  {'':<30} nDCG@10   MRR@10")
+    for name, scores in rankings.items():
+        values = rank_metrics(scores, labels)
+        print(f"  {name:<30} {values['ndcg@10']:>7.4f}  {values['mrr@10']:>7.4f}")
+
+
+def show_examples(before: list[np.ndarray], after: list[np.ndarray], groups: list[Group]) -> None:
+    """The two queries that gained most and the one that lost most, with the first documents of both orders."""
+    gains = [
+        ndcg(new, group.labels) - ndcg(old, group.labels) for old, new, group in zip(before, after, groups, strict=True)
+    ]
+    order = np.argsort(gains, kind="stable")
+    for place in (order[-1], order[-2], order[0]):
+        print(f"\nquery: {groups[place].query}   (nDCG@10 {gains[place]:+.2f})")
+        for name, scores in (("BM25", before[place]), ("reranker", after[place])):
+            print(f"  {name}, first {SHOWN}; * is the right one:")
+            for document in np.argsort(-scores, kind="stable")[:SHOWN]:
+                mark = "*" if groups[place].labels[document] > 0 else " "
+                text = " ".join(groups[place].documents[document].split())
+                print(f"    {mark} {textwrap.shorten(text, WIDTH, placeholder=' ...')}")

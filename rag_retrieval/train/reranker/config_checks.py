@@ -1,0 +1,107 @@
+"""Which values of a training configuration do not fit each other, though each is valid by itself.
+
+Easy to get wrong: the checks run on what was given, before values are derived from other keys, and also when
+some keys are invalid. `values` then lacks those keys, and a check must stay silent where it needs one of them:
+`.get` with a default that raises no complaint, or `in`. None is a valid value and says "not given".
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+LOSS_DATASET_TYPE = {
+    "point_ce": "pointwise",
+    "point_mse": "pointwise",
+    "pairwise_ranknet": "grouped",
+    "listwise_ce": "grouped",
+}
+DECODER_DEFAULTS = {
+    "query_format": "query: {}",
+    "document_format": "document: {}",
+    "seq": "\n",
+    "special_token": "\nrelevance",
+}
+DATA_FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
+PATH_BEGINNINGS = (".", "/", "~")
+
+
+def is_data_file_name(name: str) -> bool:
+    """Whether a dataset's name is written as a file; otherwise it is one of the Hugging Face hub."""
+    return name.startswith(PATH_BEGINNINGS) or name.endswith(DATA_FILE_ENDINGS)
+
+
+def cross_field_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, message) for valid values that do not fit each other. Invalid keys are missing in `values`."""
+    yield from _check_model(values)
+    yield from _check_data(values)
+    yield from _check_loss(values)
+    yield from _check_training(values)
+    yield from _check_validation(values)
+
+
+def _given(values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that ask for something (None and False do not)."""
+    return [key for key in keys if values.get(key) is not None and values[key] is not False]
+
+
+def _check_model(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if values.get("num_labels", 1) != 1:
+        yield "num_labels", f"expected 1, found {values['num_labels']}: a reranker gives one score per pair"
+    if values.get("model_type") == "bert_encoder":
+        for key in _given(values, DECODER_DEFAULTS):
+            yield key, "is only for model_type llm_decoder, and model_type is bert_encoder; remove it"
+    for key in _given(values, ("query_format", "document_format")):
+        if values[key].count("{}") != 1:
+            found = json.dumps(values[key], ensure_ascii=False)
+            yield key, f'expected "{{}}" exactly once, where the text goes, found {found}'
+
+
+def _check_data(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    dataset_type = values.get("train_dataset_type")
+    if dataset_type == "pointwise" and _given(values, ["train_group_size"]):
+        yield "train_group_size", "is only for train_dataset_type grouped, and it is pointwise; remove it"
+    for split, dataset in (("train_split", "train_dataset"), ("val_split", "val_dataset")):
+        if _given(values, [split]) and is_data_file_name(values.get(dataset) or ""):
+            yield split, f"is only for datasets of the hub, and {dataset} is a file; remove it"
+    yield from _check_label_range(values, dataset_type)
+
+
+def _check_label_range(values: Mapping[str, Any], dataset_type: str | None) -> Iterator[tuple[str, str]]:
+    given = _given(values, ("max_label", "min_label"))
+    if not given or dataset_type is None or not {"max_label", "min_label"} <= values.keys():
+        return
+    if dataset_type == "grouped" and len(given) == 1:
+        other = {"max_label": "min_label", "min_label": "max_label"}[given[0]]
+        yield given[0], f"needs {other} beside it for grouped data; give both or none"
+        return
+    bounds = {"max_label": 1.0, "min_label": 0.0} | {key: values[key] for key in given}
+    if bounds["min_label"] >= bounds["max_label"]:
+        low, high = bounds["min_label"], bounds["max_label"]
+        yield given[0], f"expected min_label below max_label, found min_label {low} and max_label {high}"
+
+
+def _check_loss(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    loss, dataset_type = values.get("loss_type"), values.get("train_dataset_type")
+    if loss and dataset_type and LOSS_DATASET_TYPE[loss] != dataset_type:
+        fitting = " or ".join(name for name, needed in LOSS_DATASET_TYPE.items() if needed == dataset_type)
+        yield "loss_type", (f"{loss} is for {LOSS_DATASET_TYPE[loss]} data, and train_dataset_type is "
+                            f"{dataset_type}; for {dataset_type} data use {fitting}")
+    if loss and loss != "listwise_ce" and _given(values, ["temperature"]):
+        yield "temperature", f"is only for loss_type listwise_ce, and loss_type is {loss}; remove it"
+
+
+def _check_training(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    warmup, stable = values.get("warmup_proportion", 0.0), values.get("stable_proportion", 0.0)
+    if warmup + stable > 1 + 1e-9:  # 0.7 + 0.2 + 0.1 is not 1 in binary
+        yield "stable_proportion", f"expected at most 1 with warmup_proportion, found {warmup} + {stable}"
+    if "lora_r" in values and values["lora_r"] is None:
+        for key in _given(values, ("lora_alpha", "lora_dropout", "lora_target_modules")):
+            yield key, "needs lora_r, which switches LoRA on; add lora_r or remove this"
+
+
+def _check_validation(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    # val_dataset_type and the like are let through: they ask for nothing, and `--val_dataset None` stays easy
+    if values.get("val_dataset", "invalid") is None:
+        keys = ("eval_steps", "eval_on_start", "metric_for_best_model", "early_stopping_patience")
+        for key in _given(values, keys):
+            yield key, "needs val_dataset; add val_dataset or remove this"

@@ -1,0 +1,68 @@
+"""Imports go one way, as the design says. Read from the source, so that lazy imports count too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "rag_retrieval"
+LEVELS = [
+    {"records", "record_files", "record_store", "record_store_build", "record_summary", "metrics", "losses"},
+    {"models"},
+    {"train", "infer"},
+    {"distill", "mining", "export"},
+    {"quickstart"},
+    {"cli"},
+]
+LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+
+
+def imported_modules(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import; scripts here run from their own folder"
+            names.add(node.module)
+    return names
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+SOURCES = sorted(file for file in PACKAGE.rglob("*.py") if part_of(file) != "__init__")
+
+
+def test_there_are_sources_to_check():
+    assert len(SOURCES) > 20
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_its_own_part_and_from_lower_ones(file):
+    own = part_of(file)
+    for module in imported_modules(file):
+        if module.startswith("rag_retrieval."):
+            part = module.split(".")[1]
+            lower = LEVEL_OF[part] < LEVEL_OF[own] or (LEVEL_OF[part], LEVEL_OF[own]) == (0, 0)
+            assert part == own or lower, f"{file} imports {module}"
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "losses").glob("*.py")), ids=lambda file: file.name)
+def test_losses_import_torch_and_the_standard_library_alone(file):
+    allowed = {"torch", "rag_retrieval", "math", "collections", "dataclasses", "typing", "functools"}
+    assert {module.split(".")[0] for module in imported_modules(file)} <= allowed
+
+
+@pytest.mark.parametrize("name", ["loop", "step_data", "optimizer", "schedule", "checkpoints", "tracking", "launch"])
+def test_the_training_loop_knows_nothing_of_rerankers(name):
+    modules = imported_modules(PACKAGE / "train" / f"{name}.py")
+    assert not [module for module in modules if module.startswith(("rag_retrieval.models", "rag_retrieval.losses"))]
+    assert not [module for module in modules if module.startswith("rag_retrieval.train.reranker")]
+
+
+def test_a_script_folder_shadows_no_library():
+    scripts = PACKAGE / "train" / "reranker"
+    libraries = {"torch", "datasets", "transformers", "evaluate", "logging", "types", "config", "accelerate", "yaml"}
+    assert not {file.stem for file in scripts.glob("*.py")} & libraries

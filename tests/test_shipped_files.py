@@ -1,0 +1,104 @@
+"""Every file that ships is read, and every command that a README names is the one that is tested."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from rag_retrieval.record_store import open_store
+from rag_retrieval.train.reranker.config_file import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINER = ROOT / "rag_retrieval" / "train" / "reranker"
+TRAINING_FILES = sorted((TRAINER / "config").glob("*.yaml"))
+ACCELERATE_FILES = sorted((ROOT / "config").rglob("*.yaml"))
+EXAMPLE_FILES = sorted((ROOT / "example_data").glob("*.jsonl*"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_the_files_that_users_type_are_there():
+    assert {file.name for file in TRAINING_FILES} >= {"training_bert.yaml", "training_llm.yaml"}
+    assert {name_of(file) for file in ACCELERATE_FILES} >= {
+        "config/xlmroberta_default_config.yaml",
+        "config/default_fsdp.yaml",
+        "config/ddp.yaml",
+        *(f"config/deepspeed/deepspeed_zero{stage}.yaml" for stage in range(4)),
+    }
+    assert len(EXAMPLE_FILES) >= 6
+
+
+@pytest.mark.parametrize("file", TRAINING_FILES, ids=name_of)
+def test_a_shipped_configuration_is_valid_from_any_folder(file, tmp_path, monkeypatch):
+    for folder in (ROOT, TRAINER, tmp_path):
+        monkeypatch.chdir(folder)
+        config = load_config(str(file))
+        assert Path(config.train_dataset).is_file()
+        assert config.val_dataset is None or Path(config.val_dataset).is_file()
+
+
+@pytest.mark.parametrize("file", ACCELERATE_FILES, ids=name_of)
+def test_accelerate_reads_a_shipped_launch_file(file):
+    settings = load_config_from_file(str(file))
+    assert settings.num_processes == 2
+    assert settings.mixed_precision == "no", "the training file decides the precision"
+
+
+@pytest.mark.parametrize("file", EXAMPLE_FILES, ids=name_of)
+def test_an_example_file_is_read_without_a_complaint(file):
+    store = open_store(file)
+    assert store.num_pairs >= store.num_groups >= 40
+
+
+def test_the_readme_s_test_command_is_what_ci_runs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python3 -m venv .*$", readme, flags=re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[0].endswith("rag-retrieval quickstart")
+    assert commands[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_constraints_pin_exactly_one_version_of_everything():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert "torch==2.13.0" in lines
+    assert all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[A-Za-z0-9_.]+", line) for line in lines)
+
+
+def test_every_relative_link_of_the_readmes_leads_somewhere():
+    for readme in [path for path in ROOT.rglob("README.md") if ".venv" not in path.parts]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", readme.read_text(encoding="utf-8")):
+            assert (readme.parent / target).exists(), f"{readme}: {target}"
+
+
+def test_the_json_and_yaml_blocks_of_the_readmes_are_valid():
+    for readme in (ROOT / "README.md", TRAINER / "README.md"):
+        text = readme.read_text(encoding="utf-8")
+        for block in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL):
+            assert [json.loads(line) for line in block.splitlines()]
+        for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL):
+            assert yaml.safe_load(block)
+
+
+def run_in(folder: Path, command: list[str], **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_help_answers(arguments):
+    done = run_in(ROOT, [sys.executable, "-m", "rag_retrieval.cli", *arguments])
+    assert done.returncode == 0
+    assert "train" in done.stdout
+
+
+def test_an_unknown_subcommand_is_a_mistake_that_lists_the_known_ones():
+    done = run_in(ROOT, [sys.executable, "-m", "rag_retrieval.cli", "trian"])
+    assert done.returncode == 2
+    assert "unknown command 'trian'" in done.stderr and "quickstart" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,205 @@
+"""Tiny real Hugging Face folders for tests: config, random weights from a seed, and a trained tokenizer.
+
+Every tokenizer is the family's own class, trained here on a few English and Chinese sentences, so that its
+special tokens, byte fallback and word boundaries behave as in the real model. Weights are drawn wide
+(`initializer_range` 0.2), else all scores of a random model would be nearly equal and no test would notice.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    XLMRobertaConfig,
+    XLMRobertaTokenizer,
+)
+
+ENGLISH = (
+    "A reranker reads a query and a document together and gives the pair a score.",
+    "The capital of France is Paris, and the river that runs through it is the Seine.",
+    "How do I open a file in Python and read it line by line?",
+    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
+    "Fever, cough and tiredness are common symptoms of influenza in adults and children.",
+    "The function returns a list of tuples; each tuple holds a name and a number.",
+    "Water boils at 100 degrees Celsius at sea level, and at lower temperatures on high mountains.",
+    "Sort the words by length, then by alphabet, and print the first 25 of them.",
+    "query: what is the best medicine for a headache? document: rest, water and aspirin may help. relevance",
+    "Trains leave the station every 15 minutes from 6:30 in the morning until midnight.",
+)
+CHINESE = (
+    "北京是中国的首都，也是全国的政治和文化中心。",
+    "今天天气怎么样？明天会下雨吗？",
+    "如何用一种程序语言打开文件并逐行读取内容？",
+    "感冒的常见症状包括发烧、咳嗽和疲倦。",
+    "模型读取问题和文档，然后给出一个相关性分数。",
+    "水在一百度时沸腾，在高山上沸点会降低。",
+)
+TEXTS = ENGLISH + CHINESE
+VOCABULARY = 600
+HIDDEN = 32
+
+
+def tiny_bert(folder: Path | str, **options) -> str:
+    """`[CLS] a [SEP] b [SEP]`, token types, 512 positions."""
+    tokenizer = bert_tokenizer()
+    config = BertConfig(**_shape(tokenizer, "intermediate_size"), pad_token_id=tokenizer.pad_token_id)
+    return save_tiny(folder, config, tokenizer, **options)
+
+
+def tiny_xlm_roberta(folder: Path | str, **options) -> str:
+    """`<s> a </s></s> b </s>`, pad id 1, positions numbered from 2: 514 of them hold 512 tokens."""
+    tokenizer = xlm_roberta_tokenizer()
+    shape = _shape(tokenizer, "intermediate_size") | {"max_position_embeddings": 514, "type_vocab_size": 1}
+    return save_tiny(folder, XLMRobertaConfig(**shape, pad_token_id=tokenizer.pad_token_id), tokenizer, **options)
+
+
+def tiny_qwen2(
+    folder: Path | str, *, eos_token: str = "<|im_end|>", pad_token: str | None = "<|endoftext|>", **options
+) -> str:
+    """Byte-level BPE without bos. pad_token equal to eos_token, or None for a tokenizer that has none."""
+    tokenizer = qwen2_tokenizer(eos_token, pad_token)
+    config = Qwen2Config(**_decoder_shape(tokenizer), num_key_value_heads=1, bos_token_id=None)
+    return save_tiny(folder, config, tokenizer, **options)
+
+
+def tiny_llama(folder: Path | str, *, pad_token: str | None = None, **options) -> str:
+    """bos `<s>`, eos `</s>`, byte fallback, no pad token unless one is named (`"</s>"` for pad equal to eos)."""
+    tokenizer = llama_tokenizer(pad_token)
+    config = LlamaConfig(
+        **_decoder_shape(tokenizer), num_key_value_heads=1, bos_token_id=tokenizer.bos_token_id
+    )
+    return save_tiny(folder, config, tokenizer, **options)
+
+
+def save_tiny(
+    folder: Path | str,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    head_labels: int = 0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> str:
+    """Write the folder and return its path.
+
+    head_labels: labels of a sequence-classification head; 0 writes the base (a causal model for decoders).
+    dtype: of the checkpoint.
+    """
+    decoder = hasattr(config, "num_key_value_heads")
+    auto = AutoModelForCausalLM if decoder else AutoModel
+    if head_labels:
+        auto, config.num_labels = AutoModelForSequenceClassification, head_labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto.from_config(config)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _shape(tokenizer: PreTrainedTokenizerBase, *inner: str) -> dict:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+    } | dict.fromkeys(inner, 2 * HIDDEN)
+
+
+def _decoder_shape(tokenizer: PreTrainedTokenizerBase) -> dict:
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return _shape(tokenizer, "intermediate_size") | {"max_position_embeddings": 1024} | ids
+
+
+def bert_tokenizer() -> BertTokenizer:
+    return BertTokenizer(vocab=dict(_wordpiece_vocabulary()))
+
+
+def xlm_roberta_tokenizer() -> XLMRobertaTokenizer:
+    return XLMRobertaTokenizer(vocab=list(_unigram_vocabulary()))
+
+
+def qwen2_tokenizer(eos_token: str = "<|im_end|>", pad_token: str | None = "<|endoftext|>") -> Qwen2Tokenizer:
+    vocabulary, merges = _byte_level_bpe()
+    tokens = [AddedToken(text, special=True) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    return Qwen2Tokenizer(
+        vocab=dict(vocabulary),
+        merges=list(merges),
+        eos_token=eos_token,
+        pad_token=pad_token,
+        unk_token=None,
+        added_tokens_decoder={len(vocabulary) + place: token for place, token in enumerate(tokens)},
+        model_max_length=32768,
+    )
+
+
+def llama_tokenizer(pad_token: str | None = None) -> LlamaTokenizer:
+    vocabulary, merges = _byte_fallback_bpe()
+    return LlamaTokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token=pad_token)
+
+
+@cache
+def _wordpiece_vocabulary() -> tuple[tuple[str, int], ...]:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    learned = sorted(set(tokenizer.get_vocab()) - set(special))  # the trainer's own order varies
+    return tuple((token, place) for place, token in enumerate(special + learned))
+
+
+@cache
+def _unigram_vocabulary() -> tuple[tuple[str, float], ...]:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    # scores are not exposed: rank stands for the log probability, which the trainer sorts by
+    scored = [(token, 0.0 if token in special else -1.0 - rank / 100) for token, rank in ranked]
+    return (*scored, ("<mask>", 0.0))
+
+
+@cache
+def _byte_level_bpe() -> tuple[tuple[tuple[str, int], ...], tuple[tuple[str, str], ...]]:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=sorted(alphabet), show_progress=False)
+    return _trained_bpe(tokenizer, trainer)
+
+
+@cache
+def _byte_fallback_bpe() -> tuple[tuple[tuple[str, int], ...], tuple[tuple[str, str], ...]]:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    trainer = trainers.BpeTrainer(vocab_size=256 + VOCABULARY, special_tokens=special, show_progress=False)
+    return _trained_bpe(tokenizer, trainer)
+
+
+def _trained_bpe(tokenizer: Tokenizer, trainer: trainers.BpeTrainer):
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return tuple(vocabulary), tuple(tuple(merge) for merge in merges)
