@@ -3,9 +3,9 @@
 The columns are mapped, not loaded, so that memory does not grow with the source. `record_store` says what a
 store is and keeps the finished ones.
 
-The trap: the order of the steps in `build_store`. A row of a `group.*` column is a run of adjacent pairs until
-`_merge_runs`, a pointwise pair's mark as positive is its own until `_mark_positives`, and counting distinct
-hashes sorts their columns in place, after which they no longer stand beside their rows.
+The trap: the order of the steps in `build_store`. With group_by_query, a row of a `group.*` column is a run
+of adjacent pairs until `_merge_runs`, and a pair is marked positive by itself until `_mark_positives`. The
+hashes serve for counting alone: they are not reordered with their rows, and counting sorts them in place.
 """
 
 import hashlib

@@ -41,7 +41,7 @@ def summary(store) -> StoreSummary:
 
 
 def label_histogram(labels: np.ndarray) -> list[tuple[float, float, int]]:
-    """(lowest, highest, pairs) for each level or bin, as in `StoreSummary`. labels: float32 [pairs], not empty."""
+    """The histogram of a `StoreSummary`. labels: float32 [pairs], not empty."""
     chunks = [slice(begin, begin + CHUNK) for begin in range(0, len(labels), CHUNK)]
     levels = np.empty(0, np.float32)
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""One ranking record, a query with its documents and their labels: what is accepted, and what is wrong with it.
+"""One ranking record, a query with its documents and their labels: what is accepted, and what is refused how.
 
 Three formats are told apart record by record, by their keys (other keys are ignored):
 

@@ -63,7 +63,9 @@ def tiny_xlm_roberta(folder: Path | str, **options) -> str:
     """`<s> a </s></s> b </s>`, pad id 1, positions numbered from 2: 514 of them hold 512 tokens."""
     tokenizer = xlm_roberta_tokenizer()
     shape = _shape(tokenizer, "intermediate_size") | {"max_position_embeddings": 514, "type_vocab_size": 1}
-    return save_tiny(folder, XLMRobertaConfig(**shape, pad_token_id=tokenizer.pad_token_id), tokenizer, **options)
+    return save_tiny(
+        folder, XLMRobertaConfig(**shape, pad_token_id=tokenizer.pad_token_id), tokenizer, **options
+    )
 
 
 def tiny_qwen2(
@@ -76,7 +78,7 @@ def tiny_qwen2(
 
 
 def tiny_llama(folder: Path | str, *, pad_token: str | None = None, **options) -> str:
-    """bos `<s>`, eos `</s>`, byte fallback, no pad token unless one is named (`"</s>"` for pad equal to eos)."""
+    """bos `<s>`, eos `</s>`, byte fallback, no pad token unless one is named (`"</s>"`: pad equals eos)."""
     tokenizer = llama_tokenizer(pad_token)
     config = LlamaConfig(
         **_decoder_shape(tokenizer), num_key_value_heads=1, bos_token_id=tokenizer.bos_token_id
@@ -150,34 +152,31 @@ def qwen2_tokenizer(eos_token: str = "<|im_end|>", pad_token: str | None = "<|en
 
 def llama_tokenizer(pad_token: str | None = None) -> LlamaTokenizer:
     vocabulary, merges = _byte_fallback_bpe()
-    return LlamaTokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token=pad_token)
+    return LlamaTokenizer(
+        vocab=dict(vocabulary), merges=list(merges), pad_token=pad_token, add_bos_token=True
+    )
 
 
 @cache
 def _wordpiece_vocabulary() -> tuple[tuple[str, int], ...]:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces = [token for token, _ in _trained_bpe(tokenizer, _trainer(VOCABULARY // 2))[0]]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    learned = sorted(set(tokenizer.get_vocab()) - set(special))  # the trainer's own order varies
-    return tuple((token, place) for place, token in enumerate(special + learned))
+    return tuple(
+        (token, place) for place, token in enumerate(special + pieces + [f"##{piece}" for piece in pieces])
+    )
 
 
 @cache
 def _unigram_vocabulary() -> tuple[tuple[str, float], ...]:
-    tokenizer = Tokenizer(models.Unigram())
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    # scores are not exposed: rank stands for the log probability, which the trainer sorts by
-    scored = [(token, 0.0 if token in special else -1.0 - rank / 100) for token, rank in ranked]
-    return (*scored, ("<mask>", 0.0))
+    pieces = [token for token, _ in _trained_bpe(tokenizer, _trainer(VOCABULARY))[0]]
+    # one long piece must cost less than two short ones, and an early merge less than a late one
+    scored = [(piece, -1.0 - rank / (2 * VOCABULARY)) for rank, piece in enumerate(pieces)]
+    return tuple((token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")) + (*scored, ("<mask>", 0.0))
 
 
 @cache
@@ -185,8 +184,7 @@ def _byte_level_bpe() -> tuple[tuple[tuple[str, int], ...], tuple[tuple[str, str
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=sorted(alphabet), show_progress=False)
-    return _trained_bpe(tokenizer, trainer)
+    return _trained_bpe(tokenizer, _trainer(VOCABULARY, initial_alphabet=sorted(alphabet)))
 
 
 @cache
@@ -194,8 +192,12 @@ def _byte_fallback_bpe() -> tuple[tuple[tuple[str, int], ...], tuple[tuple[str, 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
-    trainer = trainers.BpeTrainer(vocab_size=256 + VOCABULARY, special_tokens=special, show_progress=False)
-    return _trained_bpe(tokenizer, trainer)
+    return _trained_bpe(tokenizer, _trainer(256 + VOCABULARY, special_tokens=special))
+
+
+def _trainer(vocabulary: int, **options) -> trainers.BpeTrainer:
+    """Byte pairs for every family: the WordPiece and Unigram trainers give other pieces in each process."""
+    return trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **options)
 
 
 def _trained_bpe(tokenizer: Tokenizer, trainer: trainers.BpeTrainer):

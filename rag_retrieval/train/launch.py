@@ -7,33 +7,54 @@ other: N silent copies. Here such a launch becomes plain data parallelism on the
 
 import logging
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
+from rag_retrieval.train.run_folder import TRACKER_FOLDER
+
 logger = logging.getLogger(__name__)
+
+PATIENCE = timedelta(hours=3)  # processes wait for the one that reads data or writes a large model
 
 
 class LaunchError(RuntimeError):
     """The launcher's settings and the machine or the configuration do not fit."""
 
 
-def build_accelerator(mixed_precision: str, log_with: str | None, output_dir: Path) -> Accelerator:
-    """The Accelerator of this run. Raises LaunchError when settings contradict each other or when the processes
-    that were started do not form one group."""
+def build_accelerator(
+    mixed_precision: str, log_with: str | None, output_dir: Path, batch_size: int, max_grad_norm: float | None
+) -> Accelerator:
+    """The Accelerator of this run. batch_size: records per micro-batch and process.
+
+    Raises LaunchError when settings contradict each other or when the processes that were started do not form
+    one group.
+    """
     check_precision(mixed_precision)
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    if not torch.accelerator.is_available():
-        handlers += adapt_to_cpu()
+    own_accumulation()
+    backend = None if torch.accelerator.is_available() else adapt_to_cpu()
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         log_with=log_with,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        kwargs_handlers=handlers,
+        project_config=ProjectConfiguration(
+            project_dir=str(output_dir), logging_dir=str(output_dir / TRACKER_FOLDER)
+        ),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(backend=backend, timeout=PATIENCE),
+        ],
     )
     check_one_group(accelerator.num_processes)
+    if accelerator.state.deepspeed_plugin is not None:
+        # DeepSpeed steps and clips inside its backward, and wants numbers that accelerate takes from a data loader
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": batch_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_grad_norm or 0.0,
+        }
     return accelerator
 
 
@@ -48,17 +69,29 @@ def check_precision(mixed_precision: str) -> None:
         raise LaunchError("mixed_precision fp16 needs a GPU, and none was found; use bf16 or no")
 
 
-def adapt_to_cpu() -> list:
-    """Without an accelerator: DeepSpeed over gloo, everything else as data parallelism on the CPU."""
+def own_accumulation() -> None:
+    """The loop divides by the items of the whole step; accelerate must not divide once more."""
+    given = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if given != "1":
+        logger.warning(
+            "gradient_accumulation_steps %s of accelerate's settings is not used; the training YAML decides", given
+        )
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"
+
+
+def adapt_to_cpu() -> str | None:
+    """Without an accelerator: DeepSpeed over gloo, everything else as data parallelism on the CPU.
+
+    Returns the backend to ask for, None for accelerate's choice.
+    """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return [InitProcessGroupKwargs(backend="gloo")]
+        return "gloo"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         os.environ["ACCELERATE_USE_FSDP"] = "false"
-        if os.environ.get("RANK", "0") == "0":
-            logger.warning("no accelerator found: training with data parallelism on the CPU instead of FSDP")
+        logger.warning("no accelerator found: training with data parallelism on the CPU instead of FSDP")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    return []
+    return None
 
 
 def check_one_group(processes: int) -> None:

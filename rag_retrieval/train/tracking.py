@@ -6,6 +6,7 @@ so that every step stands there once.
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -14,9 +15,46 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from rag_retrieval.train.run_folder import TRACKER_FOLDER
+
 logger = logging.getLogger(__name__)
 
 PROJECT = "rag_retrieval"
+
+
+class LogWindow:
+    """Means over the steps since the last log line."""
+
+    def __init__(self, num_processes: int):
+        self.num_processes = num_processes
+        self.started = time.monotonic()
+        self.steps = self.pairs = self.skipped = 0
+        self.loss_sum = self.lr = 0.0
+        self.norm: float | None = None
+
+    def add(self, loss: float, norm: float | None, pairs: int, lr: float) -> None:
+        """One step. norm: not finite where the fp16 scaler skipped the step. pairs: of this process."""
+        self.steps += 1
+        self.loss_sum += loss
+        self.pairs += pairs
+        self.norm, self.lr = norm, lr
+        self.skipped += norm is not None and not math.isfinite(norm)
+
+    def pause(self, seconds: float) -> None:
+        """Take time that was not spent on steps out of the throughput."""
+        self.started += seconds
+
+    def values(self) -> dict[str, float]:
+        """loss: mean over steps; lr and grad_norm: of the last step; pairs_per_second: over all processes."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        values = {
+            "loss": self.loss_sum / self.steps,
+            "lr": self.lr,
+            "pairs_per_second": self.pairs * self.num_processes / seconds,
+        }
+        if self.norm is not None and math.isfinite(self.norm):
+            values["grad_norm"] = self.norm
+        return values | ({"skipped_steps": self.skipped} if self.skipped else {})
 
 
 class MetricsFile:
@@ -27,21 +65,21 @@ class MetricsFile:
         kept = []
         if path.exists() and resumed_step:
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= resumed_step]
+            kept = [line for line in lines if _step_of(line) <= resumed_step]
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, path)
 
     def write(self, record: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
-def _step_of(line: str) -> int | None:
+def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return None  # the last line of a killed run may be cut in the middle
+        return math.inf  # the last line of a killed run may be cut in the middle
 
 
 class Tracking:
@@ -55,8 +93,7 @@ class Tracking:
             return
         self.file = MetricsFile(output_dir / "metrics.jsonl", resumed_step=done)
         if accelerator.log_with:
-            _wandb_without_account()
-            accelerator.init_trackers(PROJECT, config=run_config)
+            _start_tracker(accelerator, output_dir, run_config)
         self.started, self.first_step = time.monotonic(), done
         # a bar in a log file is unreadable: there, one line for each log
         self.bar = tqdm(
@@ -68,7 +105,7 @@ class Tracking:
             self.bar.update(1)
 
     def train(self, step: int, values: dict[str, float]) -> None:
-        """Report training values over the last `log_interval` steps."""
+        """Report training values over the steps since the last report."""
         if not self.shown:
             return
         self._write(step, "train", values)
@@ -97,14 +134,27 @@ class Tracking:
             self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def _time_left(self, step: int) -> str:
-        seconds = (time.monotonic() - self.started) / (step - self.first_step) * (self.total_steps - step)
+        seconds = (time.monotonic() - self.started) / max(step - self.first_step, 1) * (self.total_steps - step)
         return tqdm.format_interval(seconds)
 
     def close(self) -> None:
-        if self.shown:
-            self.bar.close()
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
+        """Also after an error: what was logged reaches the tracker, and the terminal is left clean."""
+        if not self.shown:
+            return
+        self.bar.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def _start_tracker(accelerator: Accelerator, output_dir: Path, run_config: dict) -> None:
+    folder = output_dir / TRACKER_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    _wandb_without_account()
+    # tensorboard's hyperparameters are numbers and texts: neither None nor lists
+    plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in run_config.items()}
+    accelerator.init_trackers(
+        PROJECT, config=plain, init_kwargs={"wandb": {"dir": str(folder), "name": output_dir.resolve().name}}
+    )
 
 
 def _wandb_without_account() -> None:

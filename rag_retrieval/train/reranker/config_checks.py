@@ -1,8 +1,8 @@
 """Which values of a training configuration do not fit each other, though each is valid by itself.
 
-Easy to get wrong: the checks run on what was given, before values are derived from other keys, and also when
-some keys are invalid. `values` then lacks those keys, and a check must stay silent where it needs one of them:
-`.get` with a default that raises no complaint, or `in`. None is a valid value and says "not given".
+Easy to get wrong: the checks run before any value is derived from other keys, and also when some keys are
+invalid. `values` then lacks those, and a check that needs one of them must stay silent: it asks with `in`, or
+with `.get` and a default that gives no complaint. A None that is there says "not given".
 """
 
 import json

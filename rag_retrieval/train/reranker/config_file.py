@@ -18,15 +18,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from rag_retrieval.train.reranker.training_config import (
-    ABSENT,
-    DECODER_DEFAULTS,
-    FLOAT_DIGITS,
-    KEY_ALIASES,
-    PATH_BEGINNINGS,
-    TrainingConfig,
-    is_data_file_name,
-)
+from rag_retrieval.train.reranker.config_checks import DECODER_DEFAULTS, PATH_BEGINNINGS, is_data_file_name
+from rag_retrieval.train.reranker.training_config import ABSENT, FLOAT_DIGITS, KEY_ALIASES, TrainingConfig
 
 KEYS = TrainingConfig.model_fields
 PATH_KEYS = ("model_name_or_path", "train_dataset", "val_dataset", "resume")

@@ -14,7 +14,8 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from rag_retrieval.losses import LOSSES, Loss
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.record_store import RecordStore, format_summary, open_store, summary
+from rag_retrieval.record_store import RecordStore, open_store
+from rag_retrieval.record_summary import format_summary, summary
 from rag_retrieval.train.checkpoints import TrainState, begin_run, newest_checkpoint, read_run, read_state
 from rag_retrieval.train.launch import build_accelerator
 from rag_retrieval.train.loop import LoopSettings, Trainer

@@ -16,7 +16,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from rag_retrieval.train.reranker.config_checks import DECODER_DEFAULTS, cross_field_problems, is_data_file_name
+from rag_retrieval.train.reranker.config_checks import (
+    DECODER_DEFAULTS,
+    cross_field_problems,
+    is_data_file_name,
+)
 
 LOSS_ALIASES = {"pointwise_bce": "point_ce", "pointwise_mse": "point_mse"}
 KEY_ALIASES = {"epoch": "epochs"}

@@ -6,12 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from rag_retrieval.train.reranker.training_config import (
-    LOSS_ALIASES,
-    LOSS_DATASET_TYPE,
-    TrainingConfig,
-    is_data_file_name,
-)
+from rag_retrieval.train.reranker.config_checks import LOSS_DATASET_TYPE, is_data_file_name
+from rag_retrieval.train.reranker.training_config import LOSS_ALIASES, TrainingConfig
 
 POINTWISE = {
     "model_name_or_path": "owner/model",

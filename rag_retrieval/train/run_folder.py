@@ -1,0 +1,127 @@
+"""The output folder of a run: whose it is, and how a run starts, goes on and ends in it.
+
+What a reader would get wrong: looking comes first and changing last. `plan_start` only reads; `claim` removes an
+earlier run and marks the folder, and is called when data and model are known to be good.
+"""
+
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from rag_retrieval.train.checkpoints import CheckpointStore, TrainState, read_json, read_state, write_json
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+RESULTS = ("model", "adapter")
+TRACKER_FOLDER = "tracking"
+
+
+class OutputFolderError(ValueError):
+    """The output folder holds something that this run must not touch."""
+
+
+def plan_start(output_dir: Path, resume: str | None, overwrite: bool) -> tuple[TrainState, Path | None] | None:
+    """The state to start from and the checkpoint that it was saved in (None: from the beginning).
+
+    resume: None, "auto" (the newest complete checkpoint in output_dir, if any) or a checkpoint folder, which may
+    be of another run. None alone is returned where auto finds the run finished. Raises OutputFolderError when
+    output_dir holds another run or results that are not a run's, ValueError when `resume` is no checkpoint.
+    """
+    earlier = read_json(output_dir / RUN_FILE)
+    if resume == "auto" and earlier:
+        if earlier["finished"]:
+            return None
+        found = CheckpointStore(output_dir, earlier["run_id"], keep=1).newest()
+        if found is None:
+            return _new_state(), None  # without a checkpoint there is nothing to lose
+        return _without_lost_best(output_dir, found[0]), found[1]
+    state = None
+    if resume not in (None, "auto"):
+        state = read_state(Path(resume))
+        if state is None:
+            raise ValueError(
+                f"resume: {resume} is no complete checkpoint; give a folder checkpoint-N of a run, or auto"
+            )
+        if state.run_id == earlier.get("run_id"):
+            return _without_lost_best(output_dir, state), Path(resume)
+    _check_free(output_dir, earlier, overwrite)
+    if state is None:
+        return _new_state(), None
+    # another run's checkpoint: its best one is not in this folder
+    return replace(_without_best(state), run_id=uuid.uuid4().hex), Path(resume)
+
+
+def _without_best(state: TrainState) -> TrainState:
+    return replace(state, best_metric=None, best_step=None, stale_evaluations=0)
+
+
+def _without_lost_best(output_dir: Path, state: TrainState) -> TrainState:
+    """The state, which knows of no best checkpoint where that was removed since (by a run that went further)."""
+    store = CheckpointStore(output_dir, state.run_id, keep=1)
+    if state.best_step is None or read_state(store.path(state.best_step)) is not None:
+        return state
+    logger.warning("the best checkpoint so far, step %d, is gone: the best is looked for anew", state.best_step)
+    return _without_best(state)
+
+
+def _new_state() -> TrainState:
+    return TrainState(uuid.uuid4().hex)
+
+
+def _check_free(output_dir: Path, earlier: dict, overwrite: bool) -> None:
+    if earlier and not overwrite:
+        raise OutputFolderError(
+            f"{output_dir} already holds a run. Go on with it: --resume auto. Keep it: another --output_dir. "
+            "Replace it: --overwrite_output_dir true"
+        )
+    for name in RESULTS:
+        if not earlier and (output_dir / name).exists():
+            raise OutputFolderError(
+                f"{output_dir / name} exists, is not of a run of this trainer, and would be replaced at the end; "
+                "move it away or take another output_dir"
+            )
+
+
+def claim(output_dir: Path, state: TrainState) -> None:
+    """Make the folder this run's: what it holds of another run goes, and of this one what lies beyond the state.
+
+    Removes checkpoints, results, metrics and tracker files that a run wrote, and nothing else.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    earlier = read_json(output_dir / RUN_FILE)
+    if earlier and earlier["run_id"] != state.run_id:
+        _remove_run(output_dir, earlier["run_id"])
+    CheckpointStore(output_dir, state.run_id, keep=1).remove_after(state.step)
+    write_json(output_dir / RUN_FILE, {"run_id": state.run_id, "finished": False})
+
+
+def _remove_run(output_dir: Path, run_id: str) -> None:
+    checkpoints = CheckpointStore(output_dir, run_id, keep=1)
+    checkpoints.remove_incomplete()
+    for _, folder in checkpoints.own():
+        shutil.rmtree(folder)
+    for name in (*RESULTS, TRACKER_FOLDER):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def finish(output_dir: Path, state: TrainState) -> None:
+    write_json(output_dir / RUN_FILE, {"run_id": state.run_id, "finished": True})
+
+
+def replace_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder aside, then put it in the place of `final`."""
+    aside, old = (final.with_name(f".{final.name}.{end}") for end in ("incomplete", "old"))
+    for folder in (aside, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write(aside)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(aside, final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,135 @@
+"""A built store has the records of its source, also where pairs are grouped by query."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from record_samples import groups_of, hits, pairs_of, pointwise, random_records, write
+
+from rag_retrieval import record_store_build
+from rag_retrieval.record_store import open_store
+from rag_retrieval.records import DataError, positives
+
+
+@pytest.fixture(autouse=True)
+def _cache_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_RETRIEVAL_CACHE", str(tmp_path / "cache"))
+
+
+def slow_groups(path, group_by_query):
+    """The groups by plain dicts and lists: (query, documents, labels, positives, lines)."""
+    groups, of_query = [], {}
+    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        data = json.loads(text)
+        if "hits" in data:
+            documents = [hit["content"] for hit in data["hits"]]
+            labels = [hit["label"] for hit in data["hits"]]
+        elif "pos" in data:
+            documents = data["pos"] + data["neg"]
+            labels = data.get("pos_scores", [1] * len(data["pos"]))
+            labels = labels + data.get("neg_scores", [0] * len(data["neg"]))
+        else:
+            documents, labels = [data["content"]], [data["label"]]
+        labels = [float(np.float32(label)) for label in labels]
+        earlier = of_query.get(data["query"]) if "content" in data and group_by_query else None
+        if earlier is not None:
+            earlier[1].extend(documents)
+            earlier[2].extend(labels)
+            earlier[4].append(line)
+            continue
+        in_pos = [True] + [False] * (len(documents) - 1) if "pos" in data else None
+        group = (data["query"], documents, labels, in_pos, [line] * len(documents))
+        groups.append(group)
+        if "content" in data:
+            of_query[data["query"]] = group
+    return [(q, d, x, in_pos or positives(x), lines) for q, d, x, in_pos, lines in groups]
+
+
+@pytest.mark.parametrize("group_by_query", [False, True])
+@pytest.mark.parametrize("chunk", [3, 1 << 13])
+def test_random_access_equals_the_source_for_every_record(tmp_path, monkeypatch, group_by_query, chunk):
+    monkeypatch.setattr(record_store_build, "CHUNK", chunk)
+    path = write(tmp_path / "a.jsonl", random_records(seed=1, count=400))
+    store = open_store(path, group_by_query=group_by_query)
+    expected = slow_groups(path, group_by_query)
+    assert groups_of(store) == [(q, d, x, p, lines[0]) for q, d, x, p, lines in expected]
+    pairs = [(q, *row) for q, d, x, _, lines in expected for row in zip(d, x, lines, strict=True)]
+    order = list(range(len(pairs)))
+    random.Random(2).shuffle(order)
+    assert [tuple(store.pair(index)) for index in order] == [pairs[index] for index in order]
+
+
+def test_labels_stay_exact_float32(tmp_path):
+    store = open_store(write(tmp_path / "a.jsonl", pointwise(("q", "d", 0.99988), ("q", "e", 1e-30))))
+    assert store.labels.tolist() == [16775203 / 2**24, float(np.float32(1e-30))]
+    assert store.pair(0).label == 16775203 / 2**24
+
+
+def test_pointwise_records_are_groups_of_one_unless_grouped(tmp_path):
+    path = write(tmp_path / "a.jsonl", pointwise(("q", "d", 1), ("q", "e", 0)))
+    assert groups_of(open_store(path)) == [("q", ["d"], [1], [True], 1), ("q", ["e"], [0], [False], 2)]
+
+
+def test_pairs_of_a_query_that_are_not_adjacent_form_one_group_in_order_of_appearance(tmp_path):
+    first = pointwise(("b", "b1", 0.2), ("a", "a1", 0), ("b", "b2", 0.9))
+    later = pointwise(("c", "c1", 1), ("a", "a2", 0), ("b", "b3", 0.2))
+    store = open_store(write(tmp_path / "a.jsonl", first + later), group_by_query=True)
+    low, high = float(np.float32(0.2)), float(np.float32(0.9))
+    assert groups_of(store) == [
+        ("b", ["b1", "b2", "b3"], [low, high, low], [False, True, False], 1),
+        ("a", ["a1", "a2"], [0, 0], [False, False], 2),
+        ("c", ["c1"], [1], [True], 4),
+    ]
+    assert [pair[3] for pair in pairs_of(store)] == [1, 3, 6, 2, 5, 4]
+
+
+def test_hits_and_pos_neg_records_keep_their_own_group_when_pairs_are_grouped_by_query(tmp_path):
+    records = [
+        *pointwise(("q", "d1", 1)),
+        hits("q", 1, 0),
+        {"query": "q", "pos": ["p"]},
+        *pointwise(("q", "d2", 0)),
+    ]
+    store = open_store(write(tmp_path / "a.jsonl", records), group_by_query=True)
+    assert [group[1] for group in groups_of(store)] == [["d1", "d2"], ["q0", "q1"], ["p"]]
+
+
+def test_grouped_records_give_one_pair_per_document(tmp_path):
+    records = [
+        hits("a", 2, 0),
+        {"query": "b", "pos": ["p"], "neg": ["n"], "pos_scores": [0.5], "neg_scores": [0.25]},
+    ]
+    store = open_store(write(tmp_path / "a.jsonl", records))
+    assert pairs_of(store) == [("a", "a0", 2, 1), ("a", "a1", 0, 1), ("b", "p", 0.5, 2), ("b", "n", 0.25, 2)]
+
+
+def test_documents_that_are_all_empty_can_be_stored(tmp_path):
+    path = write(tmp_path / "a.jsonl", pointwise(("a", "", 1), ("b", "", 0), ("a", "", 0)))
+    assert pairs_of(open_store(path)) == [("a", "", 1, 1), ("b", "", 0, 2), ("a", "", 0, 3)]
+    grouped = open_store(path, group_by_query=True)
+    assert pairs_of(grouped) == [("a", "", 1, 1), ("a", "", 0, 3), ("b", "", 0, 2)]
+
+
+def test_a_group_of_pairs_without_exactly_one_positive_is_reported_with_its_first_line(tmp_path):
+    triples = [("a", "1", 1), ("b", "1", 0), ("a", "2", 0), ("b", "2", 0), ("c", "1", 1), ("c", "2", 0.5)]
+    triples += [("d", "1", 2), ("d", "2", 0)]
+    path = write(tmp_path / "a.jsonl", pointwise(*triples))
+    with pytest.raises(DataError) as caught:
+        open_store(path, group_by_query=True, exactly_one_positive=True)
+    expected = "expected exactly one 1 and the rest 0 for listwise cross entropy."
+    assert str(caught.value).splitlines() == [
+        f"{path}:2: the pairs of this query have the labels 0, 0; {expected}",
+        f"{path}:5: the pairs of this query have the labels 1, 0.5; {expected}",
+        f"{path}:7: the pairs of this query have the labels 2, 0; {expected}",
+    ]
+
+
+def test_more_than_twenty_groups_without_exactly_one_positive_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_store_build, "CHUNK", 4)
+    path = write(tmp_path / "a.jsonl", pointwise(*((f"q{i}", "d", 0) for i in range(23))))
+    with pytest.raises(DataError) as caught:
+        open_store(path, group_by_query=True, exactly_one_positive=True)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[1] for line in lines[:20]] == [str(i) for i in range(1, 21)]
+    assert lines[20:] == ["... and 3 more bad lines"]
