@@ -73,6 +73,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--head_lr", type=float, default=1e-3, help="learning rate of the fresh head")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="autocast, both sides")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cosine", action="store_true", help="also rank by the base's own embeddings")
     parser.add_argument("--work", type=Path, help="empty folder to keep records and model in")
@@ -103,7 +104,7 @@ def make_row(options: argparse.Namespace) -> dict:
 
 def setting(options: argparse.Namespace, train_queries: int, test_queries: int) -> dict:
     """What rows must have in common to stand in one table."""
-    same = ("model", "negatives", "depth", "max_len", "lr", "head_lr", "threads")
+    same = ("model", "negatives", "depth", "max_len", "lr", "head_lr", "threads", "precision")
     data = options.data.resolve().name
     counts = {"data": data, "train_queries": train_queries, "test_queries": test_queries}
     return counts | {name: getattr(options, name) for name in same}
@@ -120,12 +121,13 @@ def train_and_rerank(
     ours = options.trainer == "ours"
     train = trainers.train_ours if ours else trainers.train_sentence_transformers
     score = trainers.score_ours if ours else trainers.score_sentence_transformers
-    fields = ("model", "loss", "negatives", "max_len", "lr", "head_lr", "seed")
+    fields = ("model", "loss", "negatives", "max_len", "lr", "head_lr", "seed", "precision")
     recipe = trainers.Recipe(**{name: getattr(options, name) for name in fields})
     with work_folder(options.work) as work:
         model_folder, training = timed(train, records, recipe, work)
         scored = pairs_of(folder, candidates)
-        scores, scoring = timed(score, model_folder, scored, options.max_len)
+        with torch.autocast(trainers.best_device(), torch.bfloat16, enabled=options.precision == "bf16"):
+            scores, scoring = timed(score, model_folder, scored, options.max_len)
     figures = {"trained": measure(qrels, reranked(candidates, scores))}
     if options.cosine:
         cosine = trainers.score_cosine(options.model, scored, options.max_len)

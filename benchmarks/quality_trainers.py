@@ -1,9 +1,9 @@
 """The two trainers that `quality.py` compares: ours, and the CrossEncoderTrainer of sentence-transformers.
 
 Both get the same records, pairs per step, epochs, learning rates (the fresh head's own included), weight
-decay, clipping, length and precision. What differs: the order of the records and the head's first values
-come from each library's own use of the seed, and sentence-transformers' warmup begins at a learning rate of 0,
-ours one step above it.
+decay, clipping, length and precision. What differs: the order of records and the head's first values
+come from each library's own use of the seed, and sentence-transformers' warmup begins at a learning rate of
+0, ours one step above it.
 """
 
 import json
@@ -28,7 +28,8 @@ Record = dict  # {"query": text, "pos": [one text], "neg": [texts]}
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. negatives: documents of a group beside the positive. max_len: tokens of a pair."""
+    """How to train. negatives: documents of a group beside the positive. max_len: tokens of a pair. precision:
+    no (float32) or bf16 (autocast)."""
 
     model: str
     loss: str
@@ -37,6 +38,7 @@ class Recipe:
     lr: float
     head_lr: float
     seed: int
+    precision: str
 
     @property
     def groups_per_step(self) -> int:
@@ -79,7 +81,7 @@ def our_config(recipe: Recipe, data: Path, output_dir: Path) -> dict:
         "weight_decay": WEIGHT_DECAY,
         "warmup_proportion": WARMUP,
         "max_grad_norm": MAX_GRAD_NORM,
-        "mixed_precision": "no",
+        "mixed_precision": recipe.precision,
         "seed": recipe.seed,
         "num_workers": 0,  # as the other side, which tokenizes between two steps too
         "save_on_epoch_end": False,  # the final model is written anyway
@@ -126,6 +128,7 @@ def train_sentence_transformers(records: list[Record], recipe: Recipe, work: Pat
         lr_scheduler_type="cosine",
         max_grad_norm=MAX_GRAD_NORM,
         seed=recipe.seed,
+        bf16=recipe.precision == "bf16",
         dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
         report_to="none",

@@ -18,3 +18,26 @@ def record_cache_of_this_session():
     with tempfile.TemporaryDirectory(prefix="rag-retrieval-tests-") as folder:
         os.environ["RAG_RETRIEVAL_CACHE"] = folder
         yield
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory) -> dict[str, str]:
+    """Tiny folders with a score head, by family. Read only: a test that writes makes its own."""
+    import tiny_models
+
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "bert": tiny_models.tiny_bert(root / "bert", head_labels=1),
+        "xlm_roberta": tiny_models.tiny_xlm_roberta(root / "xlm_roberta", head_labels=1),
+        "qwen2": tiny_models.tiny_qwen2(root / "qwen2", head_labels=1),
+        "llama": tiny_models.tiny_llama(root / "llama", head_labels=1),
+    }
+
+
+@pytest.fixture(scope="session")
+def load_tiny(model_folders):
+    """`load_tiny("bert")`: a fresh scorer of one of the four tiny families; options go to from_pretrained."""
+    from rag_retrieval import CrossEncoder, LLMDecoder
+
+    classes = {"bert": CrossEncoder, "xlm_roberta": CrossEncoder, "qwen2": LLMDecoder, "llama": LLMDecoder}
+    return lambda family, **options: classes[family].from_pretrained(model_folders[family], **options)

@@ -4,25 +4,25 @@ The pair is laid out as the family's own tokenizer does it (`[CLS] query [SEP] d
 the one logit of its sequence-classification head.
 """
 
-import logging
+import inspect
+import os
+from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rag_retrieval.models.model_files import RerankerSettings, choose_setting, read_settings, resolve_model_path
-from rag_retrieval.models.pair_batch import PairBatch, padded_inputs
-from rag_retrieval.models.pair_encoding import PairEncoder, encoder_template
-from rag_retrieval.models.pair_scorer import (
-    PairScorer,
-    check_max_length,
+from rag_retrieval.models.model_files import RerankerSettings, read_settings, resolve_model_path
+from rag_retrieval.models.model_loading import (
+    choose_max_length,
     is_decoder,
     load_classifier,
     load_tokenizer,
-    position_limit,
+    warn_of_new_parameters,
 )
-
-logger = logging.getLogger(__name__)
-
-DEFAULT_MAX_LENGTH = 512
+from rag_retrieval.models.pad_token import set_encoder_pad_token
+from rag_retrieval.models.pair_batch import PairBatch, padded_inputs
+from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, encoder_template
+from rag_retrieval.models.pair_scorer import PairScorer
 
 
 class CrossEncoder(PairScorer):
@@ -33,14 +33,14 @@ class CrossEncoder(PairScorer):
     @classmethod
     def from_pretrained(
         cls,
-        model_name_or_path: str,
+        model_name_or_path: str | os.PathLike,
         num_labels: int = 1,
         max_length: int | None = None,
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
     ) -> "CrossEncoder":
-        """Load a base model (with a fresh head, logged) or a trained reranker.
+        """Load a base model (with a fresh head, and a warning) or a trained reranker.
 
         model_name_or_path: a folder, a hub name, or `package:NAME` for a model inside a Python package.
         max_length: tokens per pair; default what the folder was saved with, else 512 or the model's limit.
@@ -50,7 +50,9 @@ class CrossEncoder(PairScorer):
         path = resolve_model_path(model_name_or_path)
         saved = read_settings(path)
         if saved is not None and saved.model_type != cls.model_type:
-            raise ValueError(f"{path} was saved as {saved.model_type}; load it with LLMDecoder.from_pretrained")
+            raise ValueError(
+                f"{path} was saved as {saved.model_type}; load it with LLMDecoder.from_pretrained"
+            )
         model, new_parameters = load_classifier(
             path,
             num_labels=num_labels,
@@ -59,17 +61,31 @@ class CrossEncoder(PairScorer):
             attn_implementation=attn_implementation,
         )
         if is_decoder(model):
-            raise ValueError(f"{path} is a {type(model).__name__}, a decoder; use LLMDecoder (model_type: llm_decoder)")
-        if new_parameters:
-            logger.info("%s has no %s: newly initialised, train before use", path, ", ".join(sorted(new_parameters)))
+            name = type(model).__name__
+            raise ValueError(f"{path} is a {name}, a decoder; use LLMDecoder (model_type: llm_decoder)")
+        warn_of_new_parameters(path, new_parameters)
         tokenizer = load_tokenizer(path, trust_remote_code)
-        default = min(DEFAULT_MAX_LENGTH, position_limit(model) or DEFAULT_MAX_LENGTH)
-        max_length = choose_setting("max_length", max_length, saved and saved.max_len, default)
-        check_max_length(max_length, model)
+        set_encoder_pad_token(model, tokenizer)
+        max_length = choose_max_length(max_length, saved and saved.max_len, model)
         tokenizer.model_max_length = max_length  # other libraries truncate by it
-        settings = RerankerSettings(cls.model_type, max_length)
-        return cls(model, PairEncoder(tokenizer, encoder_template(tokenizer), max_length), settings, new_parameters)
+        encoder = PairEncoder(tokenizer, template_for(model, tokenizer), max_length)
+        return cls(model, encoder, RerankerSettings(cls.model_type, max_length), new_parameters)
 
     def forward(self, batch: PairBatch) -> torch.Tensor:
         inputs = padded_inputs(batch, self.tokenizer.pad_token_id)
         return self.model(**inputs).logits.squeeze(-1).float()
+
+
+def template_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PairTemplate:
+    """The tokenizer's pair layout, without segment ids where the model has no embedding for them."""
+    template = encoder_template(tokenizer)
+    if template.types is None:
+        return template
+    segments = getattr(model.config, "type_vocab_size", 0)
+    if segments >= 2 and "token_type_ids" in inspect.signature(model.forward).parameters:
+        return template
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.init_kwargs["model_input_names"] = (
+        tokenizer.model_input_names
+    )  # only what is named there is saved
+    return replace(template, types=None)

@@ -5,17 +5,27 @@ special token. That position is found by length, never by looking for padding: a
 the special token may be eos.
 """
 
-import logging
+import os
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rag_retrieval.models.model_files import RerankerSettings, choose_setting, read_settings, resolve_model_path
+from rag_retrieval.models.model_files import (
+    RerankerSettings,
+    choose_setting,
+    read_settings,
+    resolve_model_path,
+)
+from rag_retrieval.models.model_loading import (
+    choose_max_length,
+    is_decoder,
+    load_classifier,
+    load_tokenizer,
+    warn_of_new_parameters,
+)
+from rag_retrieval.models.pad_token import set_decoder_pad_token
 from rag_retrieval.models.pair_batch import PairBatch, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, decoder_template
-from rag_retrieval.models.pair_scorer import PairScorer, check_max_length, is_decoder, load_classifier, load_tokenizer
-
-logger = logging.getLogger(__name__)
+from rag_retrieval.models.pair_scorer import PairScorer
 
 DEFAULT_FORMATS = {
     "query_format": "query: {}",
@@ -23,8 +33,6 @@ DEFAULT_FORMATS = {
     "seq": "\n",
     "special_token": "\nrelevance",
 }
-DEFAULT_MAX_LENGTH = 512
-NEW_PAD_TOKEN = "<|pad|>"
 
 
 class LLMDecoder(PairScorer):
@@ -35,7 +43,7 @@ class LLMDecoder(PairScorer):
     @classmethod
     def from_pretrained(
         cls,
-        model_name_or_path: str,
+        model_name_or_path: str | os.PathLike,
         num_labels: int = 1,
         query_format: str | None = None,
         document_format: str | None = None,
@@ -46,7 +54,7 @@ class LLMDecoder(PairScorer):
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
     ) -> "LLMDecoder":
-        """Load a causal language model (with a fresh score head, logged) or a trained reranker.
+        """Load a causal language model (with a fresh score head, and a warning) or a trained reranker.
 
         Formats, `seq`, `special_token` and `max_length` come from the folder where it was saved by this
         library; an argument that differs wins, with a warning. For other folders the defaults are
@@ -57,12 +65,18 @@ class LLMDecoder(PairScorer):
         path = resolve_model_path(model_name_or_path)
         saved = read_settings(path)
         if saved is not None and saved.model_type != cls.model_type:
-            raise ValueError(f"{path} was saved as {saved.model_type}; load it with CrossEncoder.from_pretrained")
-        given = dict(query_format=query_format, document_format=document_format, seq=seq, special_token=special_token)
+            raise ValueError(
+                f"{path} was saved as {saved.model_type}; load it with CrossEncoder.from_pretrained"
+            )
+        given = dict(
+            query_format=query_format, document_format=document_format, seq=seq, special_token=special_token
+        )
         formats = {
             name: choose_setting(name, value, saved and getattr(saved, name), DEFAULT_FORMATS[name])
             for name, value in given.items()
         }
+        tokenizer = load_tokenizer(path, trust_remote_code)
+        template = decoder_template(tokenizer, **formats)
         model, new_parameters = load_classifier(
             path,
             num_labels=num_labels,
@@ -71,14 +85,11 @@ class LLMDecoder(PairScorer):
             attn_implementation=attn_implementation,
         )
         if not is_decoder(model):
-            raise ValueError(f"{path} is a {type(model).__name__}, an encoder; use CrossEncoder (model_type: bert_encoder)")
-        if new_parameters:
-            logger.info("%s has no %s: newly initialised, train before use", path, ", ".join(sorted(new_parameters)))
-        tokenizer = load_tokenizer(path, trust_remote_code)
-        template = decoder_template(tokenizer, **formats)
-        set_pad_token(model, tokenizer, template.suffix[-1])
-        max_length = choose_setting("max_length", max_length, saved and saved.max_len, DEFAULT_MAX_LENGTH)
-        check_max_length(max_length, model)
+            name = type(model).__name__
+            raise ValueError(f"{path} is a {name}, an encoder; use CrossEncoder (model_type: bert_encoder)")
+        warn_of_new_parameters(path, new_parameters)
+        set_decoder_pad_token(model, tokenizer, template.suffix[-1])
+        max_length = choose_max_length(max_length, saved and saved.max_len, model)
         settings = RerankerSettings(cls.model_type, max_length, **formats)
         return cls(model, PairEncoder(tokenizer, template, max_length), settings, new_parameters)
 
@@ -89,27 +100,3 @@ class LLMDecoder(PairScorer):
         rows = torch.arange(len(batch), device=hidden.device)
         # the head reads one position per pair, so it is applied to that position alone
         return self.model.score(hidden[rows, batch.lengths - 1]).squeeze(-1).float()
-
-
-def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scoring_token_id: int) -> None:
-    """Make tokenizer and config agree on a pad token that is not the token where the score is read.
-
-    transformers' own heads read the last token that differs from the pad token, so the saved folder gives
-    equal scores there only if the two differ. Taken in turn: the tokenizer's pad, eos or unk token, another
-    special token, or a new one.
-    """
-    special = [tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token, *tokenizer.all_special_tokens]
-    usable = [
-        token
-        for token in special
-        if token is not None and tokenizer.convert_tokens_to_ids(token) not in (None, scoring_token_id)
-    ]
-    if usable:
-        tokenizer.pad_token = usable[0]
-    else:
-        tokenizer.add_special_tokens({"pad_token": NEW_PAD_TOKEN})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-        logger.info("the tokenizer has no token to pad with: added %s", NEW_PAD_TOKEN)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id

@@ -8,6 +8,7 @@ mistake would cost quality silently.
 import importlib.util
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "reranker_config.json"
 PACKAGE_PREFIX = "package:"
+MODEL_TYPES = ("bert_encoder", "llm_decoder")
+FORMAT_NAMES = ("query_format", "document_format", "seq", "special_token")
 
 
 @dataclass(frozen=True)
@@ -31,28 +34,62 @@ class RerankerSettings:
     special_token: str | None = None
 
 
-def resolve_model_path(name: str) -> str:
+def resolve_model_path(name: str | os.PathLike) -> str:
     """A folder or hub name that transformers can open.
 
     `package:NAME` is the model that the installed Python package NAME carries in its files. Raises ValueError
-    when the package is not installed or does not hold exactly one model folder.
+    for a folder that does not exist or holds no model, and when the package is not installed or does not hold
+    exactly one model folder.
     """
-    if not name.startswith(PACKAGE_PREFIX):
-        return name
-    package = name.removeprefix(PACKAGE_PREFIX)
+    name = os.fspath(name)
+    if name.startswith(PACKAGE_PREFIX):
+        return package_folder(name.removeprefix(PACKAGE_PREFIX))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        check_model_folder(folder)
+        return str(folder)
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ValueError(f"{name}: no such folder (looked from {Path.cwd()})")
+    return name  # "bert-base-uncased" or "owner/name": a hub name
+
+
+def check_model_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    advice = "give the folder of a model"
+    if (folder / "model" / "config.json").is_file():
+        advice = f"a run keeps its model in {folder / 'model'}"
+    elif (folder / "adapter_config.json").is_file():
+        advice = "it holds a LoRA adapter; give the folder of the merged model"
+    raise ValueError(f"{folder}: no config.json in it; {advice}")
+
+
+def package_folder(package: str) -> str:
+    """The one model folder among the files of an installed package."""
+    module = package.replace("-", "_")
     # find_spec locates the package without importing it: some import half of a framework
-    spec = importlib.util.find_spec(package.replace("-", "_"))
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or spec.origin is None:
-        raise ValueError(f"{name}: no Python package {package!r} is installed here; run: pip install {package}")
+        raise ValueError(
+            f"{PACKAGE_PREFIX}{package}: no such Python package here; run: pip install {package}"
+        )
     root = Path(spec.origin).parent
-    folders = sorted({path.parent for path in root.rglob("*.safetensors") if (path.parent / "config.json").is_file()})
+    folders = sorted(
+        {path.parent for path in root.rglob("*.safetensors") if (path.parent / "config.json").is_file()}
+    )
     if len(folders) != 1:
-        raise ValueError(f"{name}: expected one model folder (config.json, *.safetensors) in {root}, found {len(folders)}")
+        raise ValueError(
+            f"{PACKAGE_PREFIX}{package}: expected one model folder (config.json, *.safetensors) in {root}, "
+            f"found {len(folders)}"
+        )
     return str(folders[0])
 
 
 def read_settings(model_path: str) -> RerankerSettings | None:
-    """The settings saved beside a model, from a folder or the hub; None where there are none."""
+    """The settings saved beside a model, from a folder or the hub; None where there are none.
+
+    Raises ValueError for a file that is damaged.
+    """
     path = cached_file(
         model_path,
         SETTINGS_FILE,
@@ -63,9 +100,24 @@ def read_settings(model_path: str) -> RerankerSettings | None:
     if path is None:
         return None
     try:
-        return RerankerSettings(**json.loads(Path(path).read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path}: not a settings file of this library ({error}); delete it or save the model anew")
+        settings = RerankerSettings(**json.loads(Path(path).read_text(encoding="utf-8")))
+        check_settings(settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a settings file of this library ({error}); delete it or save the model anew"
+        ) from error
+    return settings
+
+
+def check_settings(settings: RerankerSettings) -> None:
+    if settings.model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, found {settings.model_type!r}")
+    if type(settings.max_len) is not int or settings.max_len < 1:
+        raise ValueError(f"max_len must be a number of tokens, found {settings.max_len!r}")
+    wanted = str if settings.model_type == "llm_decoder" else type(None)
+    for name in FORMAT_NAMES:
+        if not isinstance(getattr(settings, name), wanted):
+            raise ValueError(f"{name} of a {settings.model_type} cannot be {getattr(settings, name)!r}")
 
 
 def write_settings(folder: Path, settings: RerankerSettings) -> None:

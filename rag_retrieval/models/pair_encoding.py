@@ -73,7 +73,9 @@ def decoder_template(
     prefix = tokenizer("a")["input_ids"][:bos_tokens]
     middle, suffix = tokenize(tokenizer, [after_query + seq, after_document + special_token])
     if not suffix:
-        raise ValueError(f"special_token {special_token!r} gives no token; the score is read at its last token")
+        raise ValueError(
+            f"special_token {special_token!r} gives no token; the score is read at its last token"
+        )
     return PairTemplate(prefix, middle, suffix, None, before_query, before_document)
 
 

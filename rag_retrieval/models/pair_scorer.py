@@ -5,17 +5,18 @@ that only a pointwise loss teaches one.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers import PreTrainedModel
 
-from rag_retrieval.models.model_files import RerankerSettings, resolve_model_path, write_settings
+from rag_retrieval.models.model_files import RerankerSettings, write_settings
+from rag_retrieval.models.model_loading import check_max_length
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_encoding import PairEncoder
 
@@ -30,13 +31,23 @@ class PairScorer(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, pair_encoder: PairEncoder, settings: RerankerSettings, new_parameters: set[str]
+        self,
+        model: PreTrainedModel,
+        pair_encoder: PairEncoder,
+        settings: RerankerSettings,
+        new_parameters: set[str],
     ):
         super().__init__()
         self.model = model
         self.pair_encoder = pair_encoder
         self.settings = settings
         self.new_parameters = new_parameters
+        self.training = (
+            model.training
+        )  # the Hugging Face model arrives in eval mode, a new module in train mode
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.out_features == 1:
+                module.register_forward_hook(score_in_float32)
 
     @property
     def tokenizer(self):
@@ -83,6 +94,7 @@ class PairScorer(nn.Module):
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
         encoder = self.pair_encoder
         if max_length is not None and max_length != encoder.max_length:
+            check_max_length(max_length, self.model)
             encoder = PairEncoder(encoder.tokenizer, encoder.template, max_length)
         if show_progress_bar is None:
             show_progress_bar = len(pairs) > 10 * batch_size and sys.stderr.isatty()
@@ -109,20 +121,48 @@ class PairScorer(nn.Module):
         write_settings(folder, self.settings)
 
 
+def score_in_float32(layer: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    """Forward hook of the layer that gives the score: the same product in float32, where autocast took half.
+
+    In bfloat16 scores between 4 and 8 would come in steps of 1/32: documents of a query would tie.
+    """
+    if output.dtype == torch.float32:
+        return output
+    bias = None if layer.bias is None else layer.bias.float()
+    with torch.autocast(output.device.type, enabled=False):
+        return nn.functional.linear(inputs[0].float(), layer.weight.float(), bias)
+
+
 def check_pairs(pairs) -> list[tuple[str, str]]:
     """The pairs as a list of tuples; a single [query, document] becomes a list of one."""
-    if isinstance(pairs, str):
-        raise ValueError("pairs must be a list of [query, document], found one string")
+    if isinstance(pairs, (str, bytes, Mapping, Set)) or not isinstance(pairs, Iterable):
+        raise ValueError(f"pairs must be a list of [query, document], found {type(pairs).__name__}")
     pairs = list(pairs)
     if len(pairs) == 2 and all(isinstance(text, str) for text in pairs):
         pairs = [pairs]
-    for position, pair in enumerate(pairs):
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise ValueError(f"pairs[{position}] must be [query, document], found {pair!r:.100}")
-        for name, text in zip(("query", "document"), pair, strict=True):
-            if not isinstance(text, str):
-                raise ValueError(f"pairs[{position}]: the {name} must be a string, found {type(text).__name__}")
-    return [(query, document) for query, document in pairs]
+    return [check_pair(position, pair) for position, pair in enumerate(pairs)]
+
+
+def check_pair(position: int, pair) -> tuple[str, str]:
+    if isinstance(pair, (str, bytes)) or not isinstance(pair, (Sequence, np.ndarray)) or len(pair) != 2:
+        raise ValueError(f"pairs[{position}] must be [query, document], found {pair!r:.100}")
+    for name, text in zip(("query", "document"), pair, strict=True):
+        if not isinstance(text, str):
+            raise ValueError(f"pairs[{position}]: the {name} must be a string, found {type(text).__name__}")
+        if not is_unicode(text):
+            raise ValueError(
+                f"pairs[{position}]: the {name} holds half a surrogate pair, which is no text: {text!a:.100}"
+            )
+    return pair[0], pair[1]
+
+
+def is_unicode(text: str) -> bool:
+    """False for a lone surrogate, as a broken JSON escape gives: tokenizers cannot read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def batches_by_length(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
@@ -134,69 +174,19 @@ def batches_by_length(lengths: list[int], batch_size: int) -> Iterator[list[int]
 
 @contextmanager
 def scoring_mode(scorer: PairScorer):
-    """Eval mode, no gradients and, on CUDA with float32 weights, half-precision autocast."""
-    was_training = scorer.training
+    """Eval mode, no gradients and, for float32 weights on CUDA, half-precision autocast.
+
+    Each module gets its own mode back, since parts of a model may be in eval mode while it trains.
+    """
+    modes = [(module, module.training) for module in scorer.modules()]
     scorer.eval()
     autocast = nullcontext()
-    if scorer.device.type == "cuda":
+    if scorer.device.type == "cuda" and scorer.model.dtype == torch.float32:
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         autocast = torch.autocast("cuda", dtype=dtype)
     try:
-        with torch.inference_mode(), autocast:
+        with torch.no_grad(), autocast:
             yield
     finally:
-        scorer.train(was_training)
-
-
-def load_tokenizer(model_path: str, trust_remote_code: bool):
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    if not tokenizer.is_fast:
-        raise ValueError(f"{model_path}: its tokenizer ({type(tokenizer).__name__}) has no fast version, which is needed")
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    return tokenizer
-
-
-def load_classifier(
-    model_name_or_path: str, *, num_labels: int, dtype, trust_remote_code: bool, attn_implementation: str | None
-) -> tuple[PreTrainedModel, set[str]]:
-    """The sequence-classification model with one label, and the names of its newly initialised parameters.
-
-    Weights come in float32 whatever the checkpoint's dtype, unless `dtype` says otherwise: training updates
-    float32 weights, and half precision is autocast's business.
-    """
-    if num_labels != 1:
-        raise ValueError(f"num_labels must be 1, found {num_labels}: a reranker gives one score for a pair")
-    path = resolve_model_path(model_name_or_path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    config.num_labels = 1
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype or torch.float32,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-    )
-    return model, set(loading["missing_keys"])
-
-
-def is_decoder(model: PreTrainedModel) -> bool:
-    """Whether the score is read at the last token (causal families) and not at the first."""
-    return isinstance(model, GenericForSequenceClassification) or hasattr(model, "score")
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """The longest input in tokens that the model has positions for; None where nothing bounds it."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or limit < 1:
-        return None
-    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    # RoBERTa and XLM-RoBERTa number positions from padding_idx + 1
-    first = 0 if getattr(embeddings, "padding_idx", None) is None else embeddings.padding_idx + 1
-    return limit - first
-
-
-def check_max_length(max_length: int, model: PreTrainedModel) -> None:
-    limit = position_limit(model)
-    if limit is not None and max_length > limit:
-        raise ValueError(f"max_len {max_length} is more than the {limit} tokens that this model has positions for")
+        for module, training in modes:
+            module.training = training

@@ -132,6 +132,9 @@ class CheckpointStore:
 
     def newest(self) -> tuple[TrainState, Path] | None:
         """The state and folder of the last complete checkpoint; None without one. Damaged ones are named."""
+        for folder in self.folder.glob("checkpoint-*"):
+            if (folder / STATE_FILE).exists() and not read_json(folder / STATE_FILE):
+                logger.warning("%s has a %s that cannot be read; passed over", folder, STATE_FILE)
         for _, folder in reversed(self.own()):
             state = read_state(folder)
             if state is not None:

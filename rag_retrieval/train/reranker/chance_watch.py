@@ -37,7 +37,7 @@ class ChanceWatch:
     def __init__(self, loss: Loss):
         self.loss = loss
         self.flat_reports = 0
-        self.last_step = self.flat_since = 0
+        self.flat_since = 0  # step of the last report that was not flat
         self.warned = False
         self._clear()
 

@@ -32,14 +32,16 @@ def load_scorer(config: TrainingConfig) -> PairScorer:
 def prepare_for_training(scorer: PairScorer, config: TrainingConfig):
     """Freeze, checkpoint gradients and add LoRA in place. Returns the LoRA wrapper, or None without LoRA."""
     model = scorer.model
+    adapter = add_lora(scorer, config) if config.lora_r else None  # first: it makes all else untrainable
     if config.freeze_embeddings:
         freeze(embeddings_of(model))
     for layer in lower_layers(model, config.freeze_layers):
         freeze(layer)
-    adapter = add_lora(scorer, config) if config.lora_r else None
     if config.gradient_checkpointing:
+        # transformers renamed it between 5.17 and 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         # the reentrant form needs inputs with gradients, which frozen embeddings and LoRA do not have
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable({"use_reentrant": False})
     return adapter
 
 

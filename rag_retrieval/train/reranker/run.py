@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from rag_retrieval.losses import LOSSES, Loss
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.record_store import RecordStore, open_store
 from rag_retrieval.record_summary import format_summary, summary
-from rag_retrieval.train.checkpoints import TrainState, begin_run, newest_checkpoint, read_run, read_state
+from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.launch import build_accelerator
 from rag_retrieval.train.loop import LoopSettings, Trainer
 from rag_retrieval.train.reranker.model_setup import (
@@ -29,6 +29,7 @@ from rag_retrieval.train.reranker.reranker_task import RerankerTask
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
+from rag_retrieval.train.run_folder import RESULTS, claim, plan_start
 from rag_retrieval.train.step_data import StepShape
 
 logger = logging.getLogger(__name__)
@@ -36,22 +37,32 @@ logger = logging.getLogger(__name__)
 LENGTH_SAMPLE = 10_000  # pairs whose token lengths the summary is made of
 
 
+class StartError(ValueError):
+    """A mistake found before training, raised by all processes alike."""
+
+
 def run(config: TrainingConfig) -> TrainState | None:
     """Train as configured. Returns the final state, or None when `resume: auto` found the run finished."""
     output_dir = Path(config.output_dir)
-    accelerator = build_accelerator(config.mixed_precision, config.log_with, output_dir)
-    loss = configured_loss(config)
-    train_store, val_store = open_stores(config, loss, accelerator)
-    start = broadcast(accelerator, find_start, config, output_dir)
+    accelerator = build_accelerator(
+        config.mixed_precision, config.log_with, output_dir, config.batch_size, config.max_grad_norm
+    )
+    check_model_is_kept(config)
+    start = on_main_process(accelerator, plan_start, output_dir, config.resume, config.overwrite_output_dir)
     if start is None:
         logger.info("%s: this run is finished; nothing to resume", output_dir)
         return None
     state, checkpoint = start
+    loss = configured_loss(config)
+    train_store, val_store = on_all_processes(open_stores, config, loss)
     set_seed(config.seed)
-    scorer = load_scorer(config)
-    report_data(config, train_store, val_store, scorer)
-    trainer = build_trainer(config, accelerator, loss, train_store, val_store, scorer, state)
+    scorer = on_all_processes(load_scorer, config)
+    adapter = on_all_processes(prepare_for_training, scorer, config)
     if accelerator.is_main_process:
+        report_data(config, train_store, val_store, scorer)
+    trainer = build_trainer(config, accelerator, loss, train_store, val_store, scorer, adapter, state)
+    if accelerator.is_main_process:
+        claim(output_dir, state)
         config.save(output_dir / "training_config.yaml")
     set_seed(config.seed, device_specific=True)  # other dropout masks on every process
     if checkpoint is not None:
@@ -59,7 +70,47 @@ def run(config: TrainingConfig) -> TrainState | None:
         trainer.load_checkpoint(checkpoint)
     state = trainer.train()
     logger.info("done: %s", output_dir / "model")
+    accelerator.end_training()
     return state
+
+
+def on_main_process(accelerator: Accelerator, function, *arguments):
+    """What `function` returns on the main process, on every process; a user's mistake is raised on every process."""
+    result = [None, None]
+    if accelerator.is_main_process:
+        try:
+            result[0] = function(*arguments)
+        except (ValueError, OSError) as error:
+            result[1] = str(error)
+    broadcast_object_list(result)
+    if result[1] is not None:
+        raise StartError(result[1])
+    return result[0]
+
+
+def on_all_processes(function, *arguments):
+    """What `function` returns on each process; a user's mistake found by any of them is raised by all."""
+    result = problem = None
+    try:
+        result = function(*arguments)
+    except (ValueError, OSError) as error:
+        problem = error
+    problems = [text for text in gather_object([problem and str(problem)]) if text is not None]
+    if problems:
+        raise StartError(problems[0]) from problem
+    return result
+
+
+def check_model_is_kept(config: TrainingConfig) -> None:
+    """Raises StartError when the model to start from is a result of the run that is to be overwritten."""
+    model, output_dir = Path(config.model_name_or_path).resolve(), Path(config.output_dir).resolve()
+    if config.overwrite_output_dir and model != output_dir and model.is_relative_to(output_dir):
+        folder = model.relative_to(output_dir).parts[0]
+        if folder in RESULTS or folder.startswith("checkpoint-"):
+            raise StartError(
+                f"model_name_or_path: {model} is a result of the run in output_dir, which overwrite_output_dir "
+                "removes; take another output_dir"
+            )
 
 
 def configured_loss(config: TrainingConfig) -> Loss:
@@ -69,68 +120,27 @@ def configured_loss(config: TrainingConfig) -> Loss:
     return replace(loss, function=partial(loss.function, temperature=config.temperature))
 
 
-def open_stores(config: TrainingConfig, loss: Loss, accelerator: Accelerator) -> tuple[RecordStore, RecordStore | None]:
+def open_stores(config: TrainingConfig, loss: Loss) -> tuple[RecordStore, RecordStore | None]:
     """The memory-mapped training and validation data; the first process of a machine builds what is missing."""
-    grouped = config.train_dataset_type == "grouped"
     label_range = {"min_label": config.min_label, "max_label": config.max_label}
-    with accelerator.local_main_process_first():
-        train = open_store(
-            config.train_dataset,
-            split=config.train_split or "train",
-            label_key=config.train_label_key,
-            group_by_query=grouped,
-            exactly_one_positive=loss.one_positive,
-            **label_range,
-        )
-        if config.val_dataset is None:
-            return train, None
-        validation = open_store(
-            config.val_dataset,
-            split=config.val_split or "validation",
-            label_key=config.val_label_key,
-            group_by_query=True,  # ranking metrics need the pairs of a query together
-            **label_range,
-        )
+    train = open_store(
+        config.train_dataset,
+        split=config.train_split or "train",
+        label_key=config.train_label_key,
+        group_by_query=config.train_dataset_type == "grouped",
+        exactly_one_positive=loss.one_positive,
+        **label_range,
+    )
+    if config.val_dataset is None:
+        return train, None
+    validation = open_store(
+        config.val_dataset,
+        split=config.val_split or "validation",
+        label_key=config.val_label_key,
+        group_by_query=True,  # ranking metrics need the pairs of a query together
+        **label_range,
+    )
     return train, validation
-
-
-def broadcast(accelerator: Accelerator, function, *arguments):
-    """What `function` returns on the main process, on every process; an error there is raised on every process."""
-    result = [None, None]
-    if accelerator.is_main_process:
-        try:
-            result[0] = function(*arguments)
-        except ValueError as error:
-            result[1] = error
-    broadcast_object_list(result)
-    if result[1] is not None:
-        raise result[1]
-    return result[0]
-
-
-def find_start(config: TrainingConfig, output_dir: Path) -> tuple[TrainState, Path | None] | None:
-    """The state to start from and the checkpoint it was saved in (None: from the beginning).
-
-    None alone means that the run is finished. Raises ValueError when the folder of `resume` is no checkpoint.
-    """
-    if config.resume is None:
-        return begin_run(output_dir, config.overwrite_output_dir), None
-    if config.resume == "auto":
-        earlier = read_run(output_dir)
-        if earlier and earlier["finished"]:
-            return None
-        checkpoint = newest_checkpoint(output_dir)
-        if checkpoint is None:  # nothing to lose: the earlier attempt saved no checkpoint
-            return begin_run(output_dir, overwrite=True), None
-        return read_state(checkpoint), checkpoint
-    checkpoint = Path(config.resume)
-    state = read_state(checkpoint)
-    if state is None:
-        raise ValueError(f"resume: {checkpoint} is no complete checkpoint; give a folder checkpoint-N of a run, or auto")
-    if (read_run(output_dir) or {}).get("run_id") == state.run_id:
-        return state, checkpoint
-    fresh = begin_run(output_dir, config.overwrite_output_dir)
-    return TrainState(fresh.run_id, state.step), checkpoint
 
 
 def report_data(config: TrainingConfig, train: RecordStore, validation: RecordStore | None, scorer: PairScorer) -> None:
@@ -164,9 +174,9 @@ def build_trainer(
     train: RecordStore,
     validation: RecordStore | None,
     scorer: PairScorer,
+    adapter,
     state: TrainState,
 ) -> Trainer:
-    adapter = prepare_for_training(scorer, config)
     scorer.to(accelerator.device)
     optimizer = make_optimizer(scorer, config)
     logger.info("%s", describe_parameters(scorer))
@@ -182,10 +192,11 @@ def build_trainer(
     )
     steps = TrainingSteps(train, config.train_dataset, scorer.pair_encoder, loss, shape, options)
     evaluate = build_validation(config, accelerator, loss, validation, scorer)
-    task = RerankerTask(scorer, loss, evaluate, adapter)
+    task = RerankerTask(scorer, loss, evaluate, partial(load_scorer, config), adapter)
+    settings = loop_settings(config, evaluate)
     run_config = config.model_dump()
     return Trainer(
-        accelerator, scorer, optimizer, steps, task, loop_settings(config), Path(config.output_dir), state, run_config
+        accelerator, scorer, optimizer, steps, task, settings, Path(config.output_dir), state, run_config
     )
 
 
@@ -199,6 +210,13 @@ def build_validation(
     return Validation(store, scorer.pair_encoder, loss, label_range, pairs_per_batch, accelerator)
 
 
-def loop_settings(config: TrainingConfig) -> LoopSettings:
-    same = LoopSettings.__dataclass_fields__.keys() - {"evaluates"}
-    return LoopSettings(evaluates=config.val_dataset is not None, **{name: getattr(config, name) for name in same})
+def loop_settings(config: TrainingConfig, validation: Validation | None) -> LoopSettings:
+    settings = LoopSettings(**{name: getattr(config, name) for name in LoopSettings.__dataclass_fields__})
+    metric = config.metric_for_best_model
+    if validation is None or metric in validation.metrics:
+        return settings
+    logger.warning(
+        "metric_for_best_model: %s cannot be measured on %s, where no query has several documents with a relevant one "
+        "among them; the validation loss decides which checkpoint is best", metric, config.val_dataset
+    )
+    return replace(settings, metric_for_best_model="loss")

@@ -9,22 +9,24 @@ so that an uninstalled checkout works from any folder.
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from rag_retrieval.records import DataError
 from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, load_config
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parent / "config"
 USAGE = "usage: train_reranker.py --config FILE [--KEY VALUE ...]"
+GRACE = 5.0  # seconds in which the first process prints what went wrong
 
 logger = logging.getLogger("rag_retrieval")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 trained, 2 a mistake in configuration, data or launch, 1 training failed."""
+    """Returns the exit code: 0 trained, 2 a mistake in configuration, data or launch, 1 training failed, 130
+    interrupted. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or {"-h", "--help"} & set(arguments):
         print(f"{USAGE}\n\n{describe_options()}")
@@ -33,19 +35,26 @@ def main(arguments: list[str] | None = None) -> int:
         path, overrides = split_arguments(arguments)
         config = load_config(path, overrides, SHIPPED_CONFIGS)
     except ConfigError as error:
-        return report(error)
+        return report(error, 2, on_all_processes=True)
     set_up_logging()
+    return train(config)
+
+
+def train(config) -> int:
+    """Run the training and turn its errors into one line and an exit code."""
+    from rag_retrieval.train.launch import LaunchError
     from rag_retrieval.train.loop import TrainingError
-    from rag_retrieval.train.reranker.run import run
+    from rag_retrieval.train.reranker.run import StartError, run
 
     try:
         run(config)
-    except TrainingError as error:
-        return report(error, code=1)
-    except (DataError, ValueError, OSError) as error:
-        if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
-            raise
-        return report(error)
+    except (TrainingError, LaunchError, StartError) as error:
+        return report(error, 1 if isinstance(error, TrainingError) else 2, on_all_processes=True)
+    except (ValueError, OSError) as error:
+        return report(error, 2, on_all_processes=False)
+    except KeyboardInterrupt:
+        resume = f"; go on with --resume auto --output_dir {config.output_dir}"
+        return report(InterruptedError(f"interrupted{resume}"), 130, on_all_processes=True)
     return 0
 
 
@@ -61,8 +70,17 @@ def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
     raise ConfigError(f"--config FILE is missing\n{USAGE}")
 
 
-def report(error: Exception, code: int = 2) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def report(error: Exception, code: int, on_all_processes: bool) -> int:
+    """Print the error, once where all processes have it, and return the exit code."""
+    if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
+        raise error
+    process = os.environ.get("RANK", "0")
+    if process == "0":
+        print(f"error: {error}", file=sys.stderr)
+    elif on_all_processes:
+        time.sleep(GRACE)  # a launcher ends all processes as soon as one has ended
+    else:
+        print(f"error in process {process}: {error}", file=sys.stderr)
     return code
 
 

@@ -44,8 +44,6 @@ class RerankerMicroBatch:
 
     def place_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores of the pairs, [pairs], in the layout of labels and mask; 0 where the mask is False."""
-        if self.size == 0:  # a filler's score keeps the graph, with weight zero
-            return scores.sum() * 0 + torch.zeros_like(self.labels)
         return torch.zeros_like(self.labels).masked_scatter(self.mask, scores)
 
 

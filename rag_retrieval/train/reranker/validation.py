@@ -7,7 +7,6 @@ processes changes no digit of a metric. Groups are used whole: sampling is for t
 import math
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -18,6 +17,7 @@ from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import batches_by_length
 from rag_retrieval.record_store import RecordStore
+from rag_retrieval.train.loop import TrainingError
 from rag_retrieval.train.reranker.training_data import layout, rescale
 
 ENCODING_CHUNK = 4096  # pairs tokenized at a time
@@ -25,7 +25,11 @@ LOSS_CHUNK = 1024  # groups in one evaluation of the loss
 
 
 class Validation:
-    """Scores a validation store with a model. Build it once: batches are encoded and kept."""
+    """Scores a validation store with a model. Build it once: batches are encoded and kept.
+
+    label_range: what pointwise labels are rescaled from. batch_size: pairs of one forward.
+    metrics: names of the values that this data allows to measure.
+    """
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class Validation:
         ]
         self.labels = store.labels
         self.relevant_from = relevance_threshold(self.labels)
+        self.metrics = self.values(np.zeros(len(self.labels), dtype=np.float32)).keys()
         self._plan(encoder, batch_size)
 
     def _plan(self, encoder: PairEncoder, batch_size: int) -> None:
@@ -65,17 +70,23 @@ class Validation:
         return encoder.encode([(pair.query, pair.document) for pair in pairs])
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """loss, and where some query has documents with and without relevance: ndcg@10, mrr@10, map,
-        pair_accuracy, and how many queries they were measured on."""
-        scores = self.score(model)
+        """The values of `self.metrics`, all finite, and on how many queries they were measured."""
+        return self.values(self.score(model))
+
+    def values(self, scores: np.ndarray) -> dict[str, float]:
+        """loss and, where some query has several documents, the ranking metrics that can be measured: without a
+        relevant document in any group there is no nDCG. scores: [pairs] in the store's order."""
         values = {"loss": self.mean_loss(scores)}
-        if any(len(group) > 1 for group in self.groups):
+        if self.store.group_sizes.max() > 1:
             rows = [(scores[group], self.labels[group]) for group in self.groups]
             values |= rank_metrics([row[0] for row in rows], [row[1] for row in rows], self.relevant_from)
-        return values
+        return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def score(self, model: nn.Module) -> np.ndarray:
-        """Scores of all pairs in the store's order: [pairs], float32, equal on all processes."""
+        """Scores of all pairs in the store's order: [pairs], float32, equal on all processes.
+
+        Raises TrainingError, on every process, when a score is not finite.
+        """
         found = []
         for positions, batch in self.batches:
             batch_scores = model(batch.to(self.accelerator.device)).float().cpu().numpy()
@@ -84,7 +95,17 @@ class Validation:
         scores = np.full(len(self.labels), np.nan, dtype=np.float32)
         for positions, batch_scores in gather_object(found):
             scores[positions] = batch_scores
+        self._check_finite(scores)
         return scores
+
+    def _check_finite(self, scores: np.ndarray) -> None:
+        bad = np.flatnonzero(~np.isfinite(scores))
+        if bad.size:
+            lines = ", ".join(str(self.store.pair(int(place)).line) for place in bad[:20])
+            raise TrainingError(
+                f"{bad.size} of {scores.size} validation pairs have a score that is not finite, on lines {lines}"
+                f"{' and more' if bad.size > 20 else ''} of the validation data; train in mixed_precision no or bf16"
+            )
 
     def mean_loss(self, scores: np.ndarray) -> float:
         """The training loss over the whole set, divided once by its count."""

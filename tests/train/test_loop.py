@@ -1,0 +1,323 @@
+"""The loop with a toy task: linear regression through dropout. Rerankers are in tests/train/reranker."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import Dataset
+from training_runs import read_metrics
+
+from rag_retrieval.train.checkpoints import TrainState, read_state
+from rag_retrieval.train.loop import LoopSettings, Trainer, TrainingError
+from rag_retrieval.train.run_folder import claim, plan_start
+from rag_retrieval.train.schedule import warmup_stable_cosine
+from rag_retrieval.train.step_data import StepShape
+
+FEATURES = 3
+
+
+@dataclass
+class Numbers:
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    items: int
+    size: int
+    sources: list[str] = field(default_factory=list)
+
+    def to(self, device):
+        return self
+
+    def pin_memory(self):
+        return self
+
+
+class ToySteps(Dataset):
+    def __init__(self, records: int, batch_size: int, accumulation: int):
+        self.shape = StepShape(records, batch_size, accumulation)
+        numbers = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(records, FEATURES, generator=numbers)
+        self.targets = torch.randn(records, 1, generator=numbers)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.shape.steps_per_epoch
+
+    def __getitem__(self, position):
+        return [
+            Numbers(
+                self.inputs[list(places)],
+                self.targets[list(places)],
+                len(places),
+                len(places),
+                [f"toy:{place + 1}" for place in places],
+            )
+            for places in self.shape.positions(position[1])
+        ]
+
+
+class ToyTask:
+    """`metrics` are handed out one by one, evaluation by evaluation."""
+
+    def __init__(self, model: nn.Module, metrics: list[float] = ()):
+        self.model, self.metrics = model, list(metrics)
+        self.modes = []
+
+    def loss_sum(self, model, micro_batch):
+        return (model(micro_batch.inputs) - micro_batch.targets).square().sum()
+
+    def report(self, step, total_steps):
+        return {}
+
+    def evaluate(self, model):
+        self.modes.append((model.training, torch.is_grad_enabled()))
+        return {"loss": self.metrics[0], "ndcg@10": self.metrics.pop(0)}
+
+    def save_model(self, folder: Path, state_dict):
+        folder.mkdir(exist_ok=True)
+        torch.save(state_dict, folder / "weights")
+
+    def load_model(self, folder: Path):
+        self.model.load_state_dict(torch.load(folder / "weights"))
+
+    def export(self, folder: Path, output_dir: Path):
+        shutil.copytree(folder, output_dir / "model", dirs_exist_ok=True)
+
+
+def settings(**changes) -> LoopSettings:
+    values = dict(
+        epochs=1, warmup_proportion=0.2, stable_proportion=0.0, max_grad_norm=1.0, log_interval=1, num_workers=0,
+        num_max_checkpoints=2, save_on_epoch_end=False,
+    )  # fmt: skip
+    return LoopSettings(**values | changes)
+
+
+def trainer(
+    folder: Path, records=20, batch_size=4, accumulation=1, metrics=(), resume=None, dropout=0.0, **changes
+) -> Trainer:
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    set_seed(0)
+    model = nn.Sequential(nn.Linear(FEATURES, 4), nn.Dropout(dropout), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    steps = ToySteps(records, batch_size, accumulation)
+    state, checkpoint = plan_start(folder, resume, overwrite=False)
+    made = Trainer(
+        accelerator, model, optimizer, steps, ToyTask(model, metrics), settings(**changes), folder, state, {}
+    )
+    claim(folder, state)
+    if checkpoint is not None:
+        made.load_checkpoint(checkpoint)
+    return made
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model" / "weights")
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- the schedule that is really used ---
+
+
+@pytest.mark.parametrize(
+    ("records", "batch_size", "accumulation", "epochs", "steps"),
+    [(20, 4, 1, 1, 5), (21, 4, 1, 2, 12), (20, 4, 2, 3, 9), (7, 2, 4, 2, 2), (1, 4, 4, 5, 5), (33, 2, 3, 1, 6)],
+)
+@pytest.mark.parametrize(("warmup", "stable"), [(0.2, 0.0), (0.0, 0.5), (0.5, 0.5)])
+def test_each_step_runs_at_the_rate_of_the_schedule_and_the_last_one_ends_it(
+    tmp_path, records, batch_size, accumulation, epochs, steps, warmup, stable
+):
+    proportions = {"warmup_proportion": warmup, "stable_proportion": stable}
+    state = trainer(tmp_path, records, batch_size, accumulation, epochs=epochs, **proportions).train()
+    assert state.step == steps
+    used = [line["lr"] for line in read_metrics(tmp_path, "train")]
+    expected = [0.05 * warmup_stable_cosine(step, steps, warmup, stable) for step in range(steps)]
+    assert used == pytest.approx(expected, rel=1e-12) and len(used) == steps
+
+
+# --- evaluation, best checkpoint, early stopping ---
+
+
+def test_the_best_checkpoint_becomes_the_model(tmp_path):
+    made = trainer(
+        tmp_path, metrics=[0.1, 0.3, 0.2], epochs=3, metric_for_best_model="ndcg@10", num_max_checkpoints=1,
+        save_on_epoch_end=True,
+    )  # fmt: skip
+    state = made.train()
+    assert (state.best_metric, state.best_step, state.stale_evaluations) == (0.3, 10, 1)
+    assert equal(weights(tmp_path), weights(tmp_path / "checkpoint-10"))
+    assert not equal(weights(tmp_path), weights(tmp_path / "checkpoint-15"))
+    assert not (tmp_path / "checkpoint-5").exists()
+
+
+def test_a_lower_loss_is_better(tmp_path):
+    state = trainer(tmp_path, metrics=[0.3, 0.1, 0.2], epochs=3, metric_for_best_model="loss").train()
+    assert (state.best_metric, state.best_step) == (0.1, 10)
+
+
+def test_training_stops_when_patience_ends(tmp_path, caplog):
+    caplog.set_level("INFO")
+    made = trainer(
+        tmp_path, metrics=[0.5, 0.4, 0.6, 0.6, 0.5, 0.9], epochs=6, metric_for_best_model="ndcg@10",
+        early_stopping_patience=2, log_interval=100,
+    )  # fmt: skip
+    state = made.train()
+    assert (state.step, state.best_step, state.stale_evaluations) == (25, 15, 2)
+    assert "early stop: ndcg@10 has not improved on step 15 in 2 evaluations" in caplog.text
+    assert equal(weights(tmp_path), weights(tmp_path / "checkpoint-15"))
+    assert [line["step"] for line in read_metrics(tmp_path, "train")] == [5, 10, 15, 20, 25]
+
+
+def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path):
+    made = trainer(
+        tmp_path, metrics=[0.0, 0.1, 0.2, 0.3], eval_steps=2, eval_on_start=True, metric_for_best_model="ndcg@10"
+    )
+    state = made.train()
+    assert [line["step"] for line in read_metrics(tmp_path, "eval")] == [0, 2, 4, 5]
+    assert made.task.modes == [(False, False)] * 4 and made.model.training
+    assert state.best_step == 5
+
+
+def test_an_evaluation_before_the_first_step_is_never_the_best(tmp_path):
+    metrics = [0.9, 0.2]
+    made = trainer(tmp_path, metrics=metrics, eval_on_start=True, metric_for_best_model="ndcg@10")
+    assert made.train().best_step == 5
+
+
+# --- checkpoints and resuming ---
+
+
+def test_checkpoints_come_by_steps_and_by_epochs_once_each(tmp_path):
+    made = trainer(tmp_path, epochs=2, save_steps=5, save_on_epoch_end=True, num_max_checkpoints=9)
+    made.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-10"}
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(made: Trainer, step: int) -> None:
+    """Run until `step` is done, as a process that dies then."""
+    take_step = made.train_step
+
+    def step_and_die(micro_batches):
+        if made.state.step == step:
+            raise Killed
+        take_step(micro_batches)
+
+    made.train_step = step_and_die
+    with pytest.raises(Killed):
+        made.train()
+
+
+def without_speed(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "pairs_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize("killed_after", [4, 6, 7, 9])
+@pytest.mark.parametrize(("accumulation", "num_workers"), [(1, 0), (2, 2)])
+def test_a_resumed_run_ends_with_the_bits_and_the_log_of_one_never_stopped(
+    tmp_path, killed_after, accumulation, num_workers
+):
+    run = dict(
+        records=20 * accumulation - 3, accumulation=accumulation, dropout=0.3, epochs=2, save_steps=3, log_interval=2,
+        num_workers=num_workers, metric_for_best_model="ndcg@10",
+    )  # fmt: skip
+    whole = trainer(tmp_path / "whole", metrics=[0.1, 0.2], **run).train()
+    kill_after(trainer(tmp_path / "cut", metrics=[0.1, 0.2], **run), killed_after)
+    made = trainer(tmp_path / "cut", resume="auto", **run)
+    assert made.state.step == {4: 3, 6: 6, 7: 6, 9: 9}[killed_after]
+    made.task.metrics = [0.1, 0.2][made.state.step // 5 :]
+    state = made.train()
+    assert equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert without_speed(tmp_path / "cut") == without_speed(tmp_path / "whole")
+    assert (state.step, state.best_step) == (whole.step, whole.best_step) == (10, 10)
+
+
+def test_a_resume_with_other_steps_per_epoch_is_refused(tmp_path):
+    kill_after(trainer(tmp_path, save_steps=2), 3)
+    with pytest.raises(ValueError, match="5 optimizer steps per epoch, and this run has 10"):
+        trainer(tmp_path, batch_size=2, resume="auto")
+
+
+def test_a_crash_while_saving_leaves_the_earlier_checkpoint(tmp_path):
+    made = trainer(tmp_path, save_steps=2)
+    save_state = made.accelerator.save_state
+
+    def fail(folder):
+        save_state(folder)
+        if made.state.step == 4:
+            raise OSError("no space left")
+
+    made.accelerator.save_state = fail
+    with pytest.raises(OSError, match="no space left"):
+        made.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
+    assert list(tmp_path.glob(".checkpoint-4*"))
+    assert trainer(tmp_path, resume="auto", save_steps=2).train().step == 5
+    assert not list(tmp_path.glob(".*"))
+
+
+# --- clipping and values that are not finite ---
+
+
+def test_the_gradient_is_clipped_to_its_norm(tmp_path):
+    made = trainer(tmp_path, max_grad_norm=1e-3)
+    made.forward_backward(made.dataset[0, 0])
+    before = torch.stack([p.grad.norm() for p in made.model.parameters()]).norm()
+    assert made._clip_gradients() == pytest.approx(before.item())
+    after = torch.stack([p.grad.norm() for p in made.model.parameters()]).norm()
+    assert before > 0.1 and after.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_no_limit_leaves_the_gradient_alone_and_still_tells_its_norm(tmp_path):
+    made = trainer(tmp_path, max_grad_norm=None)
+    made.forward_backward(made.dataset[0, 0])
+    before = [p.grad.clone() for p in made.model.parameters()]
+    assert made._clip_gradients() == pytest.approx(torch.stack([g.norm() for g in before]).norm().item())
+    assert all(torch.equal(p.grad, g) for p, g in zip(made.model.parameters(), before, strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_step_and_records(tmp_path):
+    made = trainer(tmp_path, records=24, batch_size=2, accumulation=2)
+    made.dataset.targets[9] = float("nan")  # step 3, second micro-batch
+    before = {}
+    take_step = made.train_step
+
+    def remember(micro_batches):
+        before.update({name: value.detach().clone() for name, value in made.model.state_dict().items()})
+        take_step(micro_batches)
+
+    made.train_step = remember
+    with pytest.raises(TrainingError) as caught:
+        made.train()
+    message = str(caught.value)
+    assert "the loss of step 3 is nan" in message and "toy:9, toy:10." in message
+    assert equal(before, made.model.state_dict()) and made.state.step == 2
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path):
+    made = trainer(tmp_path)
+    made.model[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    with pytest.raises(TrainingError, match="the gradient norm of step 1 is"):
+        made.train()
+    assert equal(before, made.model.state_dict())
+
+
+def test_a_finished_run_is_marked(tmp_path):
+    state = trainer(tmp_path, save_on_epoch_end=True).train()
+    assert plan_start(tmp_path, "auto", overwrite=False) is None
+    assert read_state(tmp_path / "checkpoint-5") == TrainState(state.run_id, 5, 5)
+    assert not list(tmp_path.glob(".*"))

@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import pytest
+
+from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
+from rag_retrieval.train.run_folder import (
+    OutputFolderError,
+    claim,
+    finish,
+    plan_start,
+    replace_folder,
+)
+
+
+def save(folder: Path, state: TrainState) -> Path:
+    store = CheckpointStore(folder, state.run_id, keep=9)
+    store.begin(state.step)
+    return store.commit(state)
+
+
+@pytest.fixture
+def earlier(tmp_path) -> TrainState:
+    """A run in tmp_path that saved checkpoints 2 and 4 (the best) and was killed."""
+    state = TrainState("earlier", best_metric=0.5, best_step=4, steps_per_epoch=10)
+    claim(tmp_path, state)
+    for step in (2, 4):
+        state.step = step
+        save(tmp_path, state)
+    for name in ("model", "adapter", "tracking"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    return state
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_new_folder_starts_a_new_run(tmp_path):
+    state, checkpoint = plan_start(tmp_path / "new", None, overwrite=False)
+    assert state.step == 0 and checkpoint is None and not (tmp_path / "new").exists()
+    assert state.run_id != plan_start(tmp_path / "new", "auto", overwrite=False)[0].run_id
+
+
+def test_a_second_run_in_the_same_folder_is_refused_with_the_three_ways_out(tmp_path, earlier):
+    with pytest.raises(OutputFolderError, match="already holds a run") as caught:
+        plan_start(tmp_path, None, overwrite=False)
+    for way in ("--resume auto", "another --output_dir", "--overwrite_output_dir true"):
+        assert way in str(caught.value)
+
+
+def test_planning_changes_nothing(tmp_path, earlier):
+    before = contents(tmp_path)
+    plan_start(tmp_path, None, overwrite=True)
+    plan_start(tmp_path, "auto", overwrite=False)
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_replaces_only_what_the_run_wrote(tmp_path, earlier):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoint-7").mkdir()
+    save(tmp_path, TrainState("a third run", step=3))
+    CheckpointStore(tmp_path, "earlier", 1).begin(5)
+    state, _ = plan_start(tmp_path, None, overwrite=True)
+    claim(tmp_path, state)
+    assert contents(tmp_path) == {"notes.txt", "checkpoint-7", "checkpoint-3", "run.json"}
+
+
+def test_a_model_folder_that_no_run_wrote_is_never_replaced(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(OutputFolderError, match="not of a run of this trainer"):
+        plan_start(tmp_path, None, overwrite=True)
+
+
+def test_auto_goes_on_from_the_newest_checkpoint(tmp_path, earlier):
+    state, checkpoint = plan_start(tmp_path, "auto", overwrite=False)
+    assert state == TrainState("earlier", 4, 10, 0.5, 4) and checkpoint == tmp_path / "checkpoint-4"
+
+
+def test_auto_has_nothing_to_do_for_a_finished_run(tmp_path, earlier):
+    finish(tmp_path, earlier)
+    assert plan_start(tmp_path, "auto", overwrite=False) is None
+
+
+def test_auto_starts_anew_where_a_run_was_killed_before_its_first_checkpoint(tmp_path):
+    claim(tmp_path, TrainState("killed early"))
+    state, checkpoint = plan_start(tmp_path, "auto", overwrite=False)
+    assert state.step == 0 and checkpoint is None
+
+
+def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="is no complete checkpoint; give a folder checkpoint-N"):
+        plan_start(tmp_path / "out", str(tmp_path), overwrite=False)
+
+
+def test_going_back_to_an_earlier_checkpoint_removes_the_later_ones_and_forgets_a_best_that_is_gone(
+    tmp_path, earlier, caplog
+):
+    save(tmp_path, TrainState("earlier", 3, best_metric=0.4, best_step=1))
+    state, checkpoint = plan_start(tmp_path, str(tmp_path / "checkpoint-3"), overwrite=False)
+    claim(tmp_path, state)
+    assert state.step == 3 and state.best_step is None and "step 1, is gone" in caplog.text
+    assert not (tmp_path / "checkpoint-4").exists() and checkpoint.exists()
+
+
+def test_a_checkpoint_of_another_run_starts_a_run_of_its_own(tmp_path, earlier):
+    source = str(tmp_path / "checkpoint-4")
+    state, checkpoint = plan_start(tmp_path / "elsewhere", source, overwrite=False)
+    assert (state.step, state.best_step, state.steps_per_epoch) == (4, None, 10)
+    assert state.run_id != "earlier" and str(checkpoint) == source
+
+
+def test_a_folder_is_replaced_only_when_the_new_one_is_complete(tmp_path):
+    final = tmp_path / "model"
+    replace_folder(final, lambda aside: (aside / "weights").write_text("old"))
+
+    def fail(aside: Path) -> None:
+        (aside / "weights").write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        replace_folder(final, fail)
+    assert (final / "weights").read_text() == "old"
+    replace_folder(final, lambda aside: (aside / "weights").write_text("new"))
+    assert (final / "weights").read_text() == "new"
+    assert contents(tmp_path) == {"model"}

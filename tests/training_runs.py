@@ -1,0 +1,98 @@
+"""What training tests share: small data, the keys of a small run, and runs in this process or in several."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from tiny_models import ENGLISH
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = sorted({word.strip(".,;?") for text in ENGLISH for word in text.split()})
+
+
+def without_dropout(folder: str) -> str:
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    config |= {name: 0.0 for name in ("hidden_dropout_prob", "attention_probs_dropout_prob") if name in config}
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def text(random_numbers: random.Random, words: int) -> str:
+    return " ".join(random_numbers.choices(WORDS, k=words))
+
+
+def grouped_records(count: int, seed: int = 0, sizes=(2, 3, 5, 8), levels=(0, 1)) -> list[dict]:
+    """hits records of unequal size, the first document with the highest label and the others without relevance.
+
+    The positive repeats the query's words, so that a model can learn something.
+    """
+    numbers = random.Random(seed)
+    records = []
+    for place in range(count):
+        query = text(numbers, 4)
+        labels = [levels[-1]] + numbers.choices(levels[:-1], k=sizes[place % len(sizes)] - 1)
+        hits = [
+            {"content": text(numbers, 6) + (" " + query if label == levels[-1] else ""), "label": label}
+            for label in labels
+        ]
+        records.append({"query": query, "hits": hits})
+    return records
+
+
+def pointwise_records(count: int, seed: int = 0, labels=(0, 1)) -> list[dict]:
+    """Every query has four pairs, side by side."""
+    numbers = random.Random(seed)
+    records = []
+    for place in range(count):
+        if place % 4 == 0:
+            query = text(numbers, 4)
+        label = labels[place % len(labels)]
+        document = text(numbers, 6) + (" " + query if label == labels[-1] else "")
+        records.append({"query": query, "content": document, "label": label})
+    return records
+
+
+def write_jsonl(path: Path, records: list[dict]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def read_metrics(output_dir: Path, kind: str) -> list[dict]:
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+def train(values: dict):
+    """Train in this process; returns the final state."""
+    from rag_retrieval.train.reranker.run import run
+    from rag_retrieval.train.reranker.training_config import TrainingConfig
+
+    AcceleratorState._reset_state(True)
+    return run(TrainingConfig(**values))
+
+
+def final_weights(output_dir: str | Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(output_dir) / "model" / "model.safetensors")
+
+
+def write_yaml(path: Path, values: dict) -> str:
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return str(path)
+
+
+def launch(command: list[str], timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+    """Run a launcher of this Python's environment from the repository root, one thread per process."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        environment.setdefault(name, "1")
+    program = [sys.executable, "-m", *command]
+    return subprocess.run(
+        program, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
+    )
