@@ -18,7 +18,9 @@ WORDS = sorted({word.strip(".,;?") for text in ENGLISH for word in text.split()}
 def without_dropout(folder: str) -> str:
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text())
-    config |= {name: 0.0 for name in ("hidden_dropout_prob", "attention_probs_dropout_prob") if name in config}
+    config |= {
+        name: 0.0 for name in ("hidden_dropout_prob", "attention_probs_dropout_prob") if name in config
+    }
     path.write_text(json.dumps(config))
     return folder
 
@@ -28,7 +30,8 @@ def text(random_numbers: random.Random, words: int) -> str:
 
 
 def grouped_records(count: int, seed: int = 0, sizes=(2, 3, 5, 8), levels=(0, 1)) -> list[dict]:
-    """hits records of unequal size, the first document with the highest label and the others without relevance.
+    """hits records of unequal size, the first document with the highest label and the others without
+    relevance.
 
     The positive repeats the query's words, so that a model can learn something.
     """

@@ -85,7 +85,6 @@ def template_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     if segments >= 2 and "token_type_ids" in inspect.signature(model.forward).parameters:
         return template
     tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-    tokenizer.init_kwargs["model_input_names"] = (
-        tokenizer.model_input_names
-    )  # only what is named there is saved
+    # save_pretrained writes only the attributes that init_kwargs names
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
     return replace(template, types=None)

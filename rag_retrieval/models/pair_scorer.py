@@ -42,9 +42,8 @@ class PairScorer(nn.Module):
         self.pair_encoder = pair_encoder
         self.settings = settings
         self.new_parameters = new_parameters
-        self.training = (
-            model.training
-        )  # the Hugging Face model arrives in eval mode, a new module in train mode
+        # a new module starts in train mode, but from_pretrained leaves the Hugging Face model in eval mode
+        self.training = model.training
         for module in model.modules():
             if isinstance(module, nn.Linear) and module.out_features == 1:
                 module.register_forward_hook(score_in_float32)

@@ -1,8 +1,8 @@
 """Checkpoint folders of one run: written aside, renamed when complete, rotated afterwards.
 
-What a reader would get wrong: a folder named `checkpoint-300` is not ours because of its name. Only folders whose
-`trainer_state.json` carries this run's id are ever counted, replaced or removed; where a stranger has the name,
-ours is `checkpoint-300-<id>`.
+What a reader would get wrong: a folder named `checkpoint-300` is not ours because of its name. Only folders
+whose `trainer_state.json` carries this run's id are ever counted, replaced or removed; where a stranger has
+the name, ours is `checkpoint-300-<id>`.
 """
 
 import json
@@ -19,7 +19,7 @@ STATE_FILE = "trainer_state.json"
 
 @dataclass
 class TrainState:
-    """Where a run stands. `step` counts optimizer steps done; metrics are those of the best evaluation so far.
+    """Where a run stands. `step` counts optimizer steps done, `best_metric` is the best evaluation's so far.
 
     steps_per_epoch: 0 until the data are known; a resumed run must have the same.
     """

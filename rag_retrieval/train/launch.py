@@ -1,8 +1,8 @@
 """From what the launcher set up to one group of processes that train together.
 
 `accelerate launch` starts processes and hands them settings through the environment. On a machine without an
-accelerator, accelerate 1.15 takes FSDP and multi-GPU settings to mean single processes that do not know of each
-other: N silent copies. Here such a launch becomes plain data parallelism on the CPU, and says so.
+accelerator, accelerate 1.15 takes FSDP and multi-GPU settings to mean single processes that do not know of
+each other: N silent copies. Here such a launch becomes plain data parallelism on the CPU, and says so.
 """
 
 import logging
@@ -49,7 +49,7 @@ def build_accelerator(
     )
     check_one_group(accelerator.num_processes)
     if accelerator.state.deepspeed_plugin is not None:
-        # DeepSpeed steps and clips inside its backward, and wants numbers that accelerate takes from a data loader
+        # DeepSpeed clips by itself, and wants numbers that accelerate would take from a data loader
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": batch_size,
             "gradient_accumulation_steps": 1,
@@ -62,8 +62,8 @@ def check_precision(mixed_precision: str) -> None:
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", mixed_precision):
         raise LaunchError(
-            f"mixed_precision is {mixed_precision} in the configuration but {launcher} in accelerate's settings "
-            "(its --config_file or --mixed_precision); make them equal"
+            f"mixed_precision is {mixed_precision} in the configuration but {launcher} in accelerate's "
+            "settings (its --config_file or --mixed_precision); make them equal"
         )
     if mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise LaunchError("mixed_precision fp16 needs a GPU, and none was found; use bf16 or no")
@@ -74,7 +74,8 @@ def own_accumulation() -> None:
     given = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if given != "1":
         logger.warning(
-            "gradient_accumulation_steps %s of accelerate's settings is not used; the training YAML decides", given
+            "gradient_accumulation_steps %s of accelerate's settings is not used; the training YAML decides",
+            given,
         )
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"
 
@@ -98,6 +99,7 @@ def check_one_group(processes: int) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != processes:
         raise LaunchError(
-            f"the launcher started {started} processes but accelerate sees {processes}: they would train separate "
-            "copies. On CPUs launch with torchrun --nproc_per_node N; on GPUs check num_processes and gpu_ids"
+            f"the launcher started {started} processes but accelerate sees {processes}: they would train "
+            "separate copies. On CPUs launch with torchrun --nproc_per_node N; on GPUs check num_processes "
+            "and gpu_ids"
         )

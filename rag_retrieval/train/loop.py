@@ -1,17 +1,15 @@
 """The training loop: steps, evaluations, checkpoints. It knows nothing of what is trained.
 
-A `Task` computes the summed loss of a micro-batch; the loop divides by the count over the whole optimizer step,
-over micro-batches and processes. So 1 process with batch 32, 2 with 16, and 8 with accumulation 4 take the same
-step. "Step" always means optimizer step.
+A `Task` computes the summed loss of a micro-batch; the loop divides by the count over the whole optimizer
+step, over micro-batches and processes. So 1 process with batch 32, 2 with 16, and 8 with accumulation 4 take
+the same step. "Step" always means optimizer step.
 """
 
 import math
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -22,57 +20,10 @@ from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
 from rag_retrieval.train.run_folder import finish
 from rag_retrieval.train.schedule import warmup_stable_cosine
 from rag_retrieval.train.step_data import MicroBatch, StepDataset, step_loader
+from rag_retrieval.train.task import LoopSettings, Task, TrainingError
 from rag_retrieval.train.tracking import LogWindow, Tracking
 
 MOST_SKIPPED = 30  # fp16 steps in a row; halving the first scale of 65536 so often leaves nothing to overflow
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the weights of the last checkpoint are intact."""
-
-
-class Task(Protocol):
-    """What the loop must be told of the thing it trains."""
-
-    def loss_sum(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """The summed loss of one micro-batch: float32 scalar with a graph."""
-
-    def report(self, step: int, total_steps: int) -> dict[str, float]:
-        """Further values over the steps since the last report, for the log."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Finite metrics on validation data, equal on all processes; in eval mode without gradients."""
-
-    def save_model(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
-        """Write the weights so that `load_model` and `export` can read them (main process only)."""
-
-    def load_model(self, folder: Path) -> None:
-        """Bring the bare model to the weights that `save_model` wrote."""
-
-    def export(self, folder: Path, output_dir: Path) -> None:
-        """Make the finished model in output_dir of what `save_model` wrote (main process only)."""
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """Counts are optimizer steps unless they say otherwise; None switches a thing off.
-
-    metric_for_best_model: a key of what `Task.evaluate` returns; None where nothing is evaluated.
-    """
-
-    epochs: int
-    warmup_proportion: float
-    stable_proportion: float
-    max_grad_norm: float | None
-    log_interval: int
-    num_workers: int
-    num_max_checkpoints: int
-    save_steps: int | None = None
-    save_on_epoch_end: bool = True
-    eval_steps: int | None = None
-    eval_on_start: bool = False
-    metric_for_best_model: str | None = None
-    early_stopping_patience: int | None = None
 
 
 class Trainer:
@@ -107,8 +58,9 @@ class Trainer:
         before, now = self.state.steps_per_epoch, self.dataset.steps_per_epoch
         if before not in (0, now):
             raise ValueError(
-                f"resume: the checkpoint is of a run with {before} optimizer steps per epoch, and this run has {now}. "
-                "Keep the training data and the product of batch_size, gradient_accumulation_steps and processes"
+                f"resume: the checkpoint is of a run with {before} optimizer steps per epoch, and this run "
+                f"has {now}. Keep the training data and the product of batch_size, "
+                "gradient_accumulation_steps and processes"
             )
         self.state.steps_per_epoch = now
 
@@ -150,7 +102,10 @@ class Trainer:
     def train_step(self, micro_batches: list[MicroBatch]) -> None:
         """One optimizer step over all micro-batches of all processes."""
         factor = warmup_stable_cosine(
-            self.state.step, self.total_steps, self.settings.warmup_proportion, self.settings.stable_proportion
+            self.state.step,
+            self.total_steps,
+            self.settings.warmup_proportion,
+            self.settings.stable_proportion,
         )
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * factor
@@ -159,7 +114,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1
-        self.window.add(loss, norm, sum(batch.size for batch in micro_batches), self.optimizer.param_groups[0]["lr"])
+        self.window.add(
+            loss, norm, sum(batch.size for batch in micro_batches), self.optimizer.param_groups[0]["lr"]
+        )
 
     def forward_backward(self, micro_batches: list[MicroBatch]) -> float:
         """Accumulate the gradient of the mean loss over the step's items; returns that mean.
@@ -188,20 +145,23 @@ class Trainer:
         """Raises TrainingError on every process when the step's loss is not finite on any."""
         if math.isfinite(mean):
             return
-        bad = [batch for loss, batch in zip(losses, micro_batches, strict=True) if not math.isfinite(loss.item())]
+        bad = [
+            batch for loss, batch in zip(losses, micro_batches, strict=True) if not math.isfinite(loss.item())
+        ]
         sources = gather_object([source for batch in bad for source in batch.sources])
         where = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
         raise TrainingError(
             f"the loss of step {self.state.step + 1} is {mean}; no weight was changed by it. Records of the "
             f"micro-batches at fault: {where}. Lower lr or max_grad_norm, lengthen the warmup, or train in "
-            "mixed_precision bf16 or no instead of fp16; if it happens in the first steps, look at these records "
-            "and at the model that you start from"
+            "mixed_precision bf16 or no instead of fp16; if it happens in the first steps, look at these "
+            "records and at the model that you start from"
         )
 
     def _clip_gradients(self) -> float | None:
         """Clip to max_grad_norm and return the norm before; None where the engine does not tell.
 
-        A norm that is not finite stops the run, but for fp16, whose scaler then skips the step and lowers its scale.
+        A norm that is not finite stops the run, but for fp16, whose scaler then skips the step and lowers its
+        scale.
         """
         limit = self.settings.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
@@ -212,8 +172,8 @@ class Trainer:
         most = MOST_SKIPPED if self.accelerator.mixed_precision == "fp16" else 0
         if self.skipped_in_a_row > most:
             raise TrainingError(
-                f"the gradient norm of step {self.state.step + 1} is {norm} though the loss is finite; no weight "
-                "was changed by it. Lower lr, or train in mixed_precision bf16 or no"
+                f"the gradient norm of step {self.state.step + 1} is {norm} though the loss is finite; no "
+                "weight was changed by it. Lower lr, or train in mixed_precision bf16 or no"
             )
         return norm
 
@@ -225,8 +185,8 @@ class Trainer:
             self._log()
 
     def _log(self) -> None:
-        """Report the steps since the last report, if there are any. Evaluations and checkpoints do so first: a
-        run resumed from a checkpoint then reports the same as one that was never stopped."""
+        """Report the steps since the last report, if there are any. Evaluations and checkpoints do so first:
+        a run resumed from a checkpoint then reports the same as one that was never stopped."""
         if not self.window.steps:
             return
         step = self.state.step
@@ -264,7 +224,11 @@ class Trainer:
         lower_is_better = self.settings.metric_for_best_model == "loss"
         improved = best is None or (value < best if lower_is_better else value > best)
         if improved:
-            self.state.best_metric, self.state.best_step, self.state.stale_evaluations = value, self.state.step, 0
+            self.state.best_metric, self.state.best_step, self.state.stale_evaluations = (
+                value,
+                self.state.step,
+                0,
+            )
         else:
             self.state.stale_evaluations += 1
         return improved
@@ -278,11 +242,13 @@ class Trainer:
     def _save_if_due(self) -> None:
         every = self.settings.save_steps
         due = every is not None and self.state.step % every == 0
-        if (due or (self.settings.save_on_epoch_end and self._at_epoch_end())) and self.saved_step != self.state.step:
+        if (
+            due or (self.settings.save_on_epoch_end and self._at_epoch_end())
+        ) and self.saved_step != self.state.step:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
-        """Model, optimizer, scaler, random states of every process and `trainer_state.json`, all or nothing."""
+        """Model, optimizer, scaler, random states of every process, and the run's state; all or nothing."""
         self._log()
         started = time.monotonic()
         accelerator, step = self.accelerator, self.state.step
@@ -300,7 +266,9 @@ class Trainer:
         self.window.pause(time.monotonic() - started)
 
     def _save_model(self, folder: Path) -> None:
-        state_dict = self.accelerator.get_state_dict(self.model)  # on every process: sharded engines gather here
+        state_dict = self.accelerator.get_state_dict(
+            self.model
+        )  # on every process: sharded engines gather here
         if self.accelerator.is_main_process:
             self.task.save_model(folder, state_dict)
 
@@ -318,7 +286,9 @@ class Trainer:
             saved = self.output_dir / ".final"
             self._save_model(saved)
         else:
-            self.tracking.say(f"final model: step {state.best_step}, the best {self.settings.metric_for_best_model}")
+            self.tracking.say(
+                f"final model: step {state.best_step}, the best {self.settings.metric_for_best_model}"
+            )
             saved = self.checkpoints.path(state.best_step) / "model"
         if self.accelerator.is_main_process:
             self.task.export(saved, self.output_dir)

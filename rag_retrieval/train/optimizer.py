@@ -1,7 +1,7 @@
 """AdamW with the right parameters in the right groups.
 
-Weight decay goes by module type, not by parameter name: biases and the weights of norms get none, whatever they
-are called. New parameters (a fresh head) learn at their own, larger rate.
+Weight decay goes by module type, not by parameter name: biases and the weights of norms get none, whatever
+they are called. New parameters (a fresh head) learn at their own, larger rate.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """The output folder of a run: whose it is, and how a run starts, goes on and ends in it.
 
-What a reader would get wrong: looking comes first and changing last. `plan_start` only reads; `claim` removes an
-earlier run and marks the folder, and is called when data and model are known to be good.
+What a reader would get wrong: looking comes first and changing last. `plan_start` only reads; `claim` removes
+an earlier run and marks the folder, and is called when data and model are known to be good.
 """
 
 import logging
@@ -25,12 +25,15 @@ class OutputFolderError(ValueError):
     """The output folder holds something that this run must not touch."""
 
 
-def plan_start(output_dir: Path, resume: str | None, overwrite: bool) -> tuple[TrainState, Path | None] | None:
+def plan_start(
+    output_dir: Path, resume: str | None, overwrite: bool
+) -> tuple[TrainState, Path | None] | None:
     """The state to start from and the checkpoint that it was saved in (None: from the beginning).
 
-    resume: None, "auto" (the newest complete checkpoint in output_dir, if any) or a checkpoint folder, which may
-    be of another run. None alone is returned where auto finds the run finished. Raises OutputFolderError when
-    output_dir holds another run or results that are not a run's, ValueError when `resume` is no checkpoint.
+    resume: None, "auto" (the newest complete checkpoint in output_dir, if any) or a checkpoint folder, which
+    may be of another run. None alone is returned where auto finds the run finished. Raises OutputFolderError
+    when output_dir holds another run or results that are not a run's, ValueError when `resume` is no
+    checkpoint.
     """
     earlier = read_json(output_dir / RUN_FILE)
     if resume == "auto" and earlier:
@@ -61,11 +64,13 @@ def _without_best(state: TrainState) -> TrainState:
 
 
 def _without_lost_best(output_dir: Path, state: TrainState) -> TrainState:
-    """The state, which knows of no best checkpoint where that was removed since (by a run that went further)."""
+    """The state, without a best checkpoint where that is gone: a run that went further removes it."""
     store = CheckpointStore(output_dir, state.run_id, keep=1)
     if state.best_step is None or read_state(store.path(state.best_step)) is not None:
         return state
-    logger.warning("the best checkpoint so far, step %d, is gone: the best is looked for anew", state.best_step)
+    logger.warning(
+        "the best checkpoint so far, step %d, is gone: the best is looked for anew", state.best_step
+    )
     return _without_best(state)
 
 
@@ -82,13 +87,13 @@ def _check_free(output_dir: Path, earlier: dict, overwrite: bool) -> None:
     for name in RESULTS:
         if not earlier and (output_dir / name).exists():
             raise OutputFolderError(
-                f"{output_dir / name} exists, is not of a run of this trainer, and would be replaced at the end; "
-                "move it away or take another output_dir"
+                f"{output_dir / name} exists, is not of a run of this trainer, and would be replaced at the "
+                "end; move it away or take another output_dir"
             )
 
 
 def claim(output_dir: Path, state: TrainState) -> None:
-    """Make the folder this run's: what it holds of another run goes, and of this one what lies beyond the state.
+    """Make the folder this run's, without another run and without what this one wrote beyond the state.
 
     Removes checkpoints, results, metrics and tracker files that a run wrote, and nothing else.
     """

@@ -1,8 +1,9 @@
 """How the data of a run is cut: the optimizer step is the unit, micro-batches are planned inside it.
 
-A step owns `batch_size * accumulation * processes` records, the same ones however they are spread. What a reader
-would get wrong: the last step of an epoch is smaller, and a process may then have nothing to do in a micro-batch
-in which others have; it runs a filler of weight zero, because all must meet in the gradient exchange.
+A step owns `batch_size * accumulation * processes` records, the same ones however they are spread. What a
+reader would get wrong: the last step of an epoch is smaller, and a process may then have nothing to do in a
+micro-batch in which others have; it runs a filler of weight zero, because all must meet in the gradient
+exchange.
 """
 
 from collections.abc import Iterator
@@ -75,7 +76,9 @@ class StepSampler(Sampler):
         return (divmod(step, self.steps_per_epoch) for step in range(self.done, self.total))
 
 
-def step_loader(dataset: StepDataset, epochs: int, done: int, num_workers: int, pin_memory: bool) -> DataLoader:
+def step_loader(
+    dataset: StepDataset, epochs: int, done: int, num_workers: int, pin_memory: bool
+) -> DataLoader:
     """Steps in order, prepared ahead by workers. The loader takes no random number from the global generator:
     a resumed run would otherwise see other dropout masks."""
     assert isinstance(dataset, Dataset)

@@ -1,7 +1,7 @@
 """What a run tells: a progress bar or log lines, `metrics.jsonl`, and tensorboard or wandb.
 
-`metrics.jsonl` is always written and survives a resume: lines after the step that training resumes from are cut,
-so that every step stands there once.
+`metrics.jsonl` is always written and survives a resume: lines after the step that training resumes from are
+cut, so that every step stands there once.
 """
 
 import json
@@ -85,7 +85,9 @@ def _step_of(line: str) -> float:
 class Tracking:
     """Everything a run reports, on the main process; the other processes write nothing."""
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, total_steps: int, done: int, run_config: dict):
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, total_steps: int, done: int, run_config: dict
+    ):
         self.accelerator = accelerator
         self.total_steps = total_steps
         self.shown = accelerator.is_main_process
@@ -119,7 +121,10 @@ class Tracking:
         if not self.shown:
             return
         self._write(step, "eval", values)
-        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
+        shown = {
+            name: f"{value:.4f}" if isinstance(value, float) else value for name, value in values.items()
+        }
+        text = "  ".join(f"{name} {value}" for name, value in shown.items())
         self.say(f"evaluation at step {step}: {text}{note}")
 
     def say(self, text: str) -> None:
@@ -134,7 +139,9 @@ class Tracking:
             self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def _time_left(self, step: int) -> str:
-        seconds = (time.monotonic() - self.started) / max(step - self.first_step, 1) * (self.total_steps - step)
+        seconds = (
+            (time.monotonic() - self.started) / max(step - self.first_step, 1) * (self.total_steps - step)
+        )
         return tqdm.format_interval(seconds)
 
     def close(self) -> None:
@@ -151,7 +158,10 @@ def _start_tracker(accelerator: Accelerator, output_dir: Path, run_config: dict)
     folder.mkdir(parents=True, exist_ok=True)
     _wandb_without_account()
     # tensorboard's hyperparameters are numbers and texts: neither None nor lists
-    plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in run_config.items()}
+    plain = {
+        key: value if isinstance(value, (int, float, str)) else str(value)
+        for key, value in run_config.items()
+    }
     accelerator.init_trackers(
         PROJECT, config=plain, init_kwargs={"wandb": {"dir": str(folder), "name": output_dir.resolve().name}}
     )

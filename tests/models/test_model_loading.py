@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, bert_tokenizer, save_tiny, tiny_bert, tiny_llama, tiny_qwen2, tiny_xlm_roberta
-from transformers import BertConfig, DebertaV2Config
+from transformers import BertConfig, ByT5Tokenizer, DebertaV2Config
 
 from rag_retrieval import CrossEncoder, LLMDecoder
 
@@ -141,6 +141,14 @@ def test_max_length_reaches_to_the_last_position_and_not_beyond(load_tiny, famil
         load_tiny(family, max_length=limit + 1)
     with pytest.raises(ValueError, match=message):
         scorer.compute_score(["a", "b"], max_length=limit + 1)
+
+
+def test_a_tokenizer_without_a_fast_version_is_refused_by_name(tmp_path):
+    folder = tiny_bert(tmp_path, head_labels=1)
+    (tmp_path / "tokenizer.json").unlink()
+    ByT5Tokenizer().save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"its tokenizer \(ByT5Tokenizer\) has no fast version"):
+        CrossEncoder.from_pretrained(folder)
 
 
 def test_the_default_max_length_is_512_or_what_a_smaller_model_has(load_tiny, tmp_path):

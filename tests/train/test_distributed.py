@@ -1,6 +1,5 @@
 """Real launchers with two processes on the CPU: the same training as in one process."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,13 @@ from training_runs import (
     write_yaml,
 )
 
+from rag_retrieval.train.checkpoints import read_state
+
 pytestmark = pytest.mark.slow
 
 SCRIPT = "rag_retrieval/train/reranker/train_reranker.py"
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
 CPU = {"ACCELERATE_USE_CPU": "true"}
-PORT = ["--main_process_port", "0"]
 
 
 def accelerate_launch(config_file: str) -> list[str]:
@@ -29,8 +29,8 @@ def accelerate_launch(config_file: str) -> list[str]:
     return [*command, "--main_process_port", "29517"]
 
 
-def run_in_two(values: dict, tmp_path: Path, command: list[str], **environment: str):
-    return launch([*command, SCRIPT, "--config", write_yaml(tmp_path / "two.yaml", values)], **environment)
+def run_in_two(values: dict, tmp_path: Path, command: list[str], script: str = SCRIPT, **environment: str):
+    return launch([*command, script, "--config", write_yaml(tmp_path / "two.yaml", values)], **environment)
 
 
 def assert_same_training(one: dict, two: dict, tolerance: float = 1e-5) -> None:
@@ -38,7 +38,9 @@ def assert_same_training(one: dict, two: dict, tolerance: float = 1e-5) -> None:
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=tolerance, rtol=0)
     logs = [read_metrics(Path(values["output_dir"]), "train") for values in (one, two)]
-    assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], abs=tolerance)
+    assert [line["loss"] for line in logs[0]] == pytest.approx(
+        [line["loss"] for line in logs[1]], abs=tolerance
+    )
     assert [line["lr"] for line in logs[0]] == [line["lr"] for line in logs[1]]
 
 
@@ -55,7 +57,7 @@ def both(settings, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("loss_type", ["point_ce", "point_mse", "pairwise_ranknet", "listwise_ce"])
+@pytest.mark.parametrize("loss_type", ["point_ce", "pairwise_ranknet"])
 def test_two_processes_take_the_steps_of_one(both, tmp_path, loss_type):
     one, two = both(loss_type)
     train(one)
@@ -105,7 +107,6 @@ def test_a_loss_that_is_not_finite_ends_both_processes_with_one_message(both, tm
     done = run_in_two(two, tmp_path, TORCHRUN, **CPU)
     assert done.returncode != 0
     assert done.stderr.count("error: the ") == 1
-    assert "rag_retrieval" not in done.stderr.split("error: the ")[0].rpartition("Traceback")[2] or True
     assert not (Path(two["output_dir"]) / "model").exists()
 
 
@@ -127,20 +128,47 @@ def test_fsdp_settings_on_a_cpu_machine_train_together(both, tmp_path):
     assert_same_training(one, two)
 
 
+DEEPSPEED = accelerate_launch("config/deepspeed/deepspeed_zero1.yaml")
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.05, None])
-def test_deepspeed_takes_the_same_steps_and_resumes(both, tmp_path, max_grad_norm):
+def test_deepspeed_takes_the_same_steps_and_clips_as_told(both, tmp_path, max_grad_norm):
     pytest.importorskip("deepspeed")
     one, two = both("listwise_ce", batch_size=8, max_grad_norm=max_grad_norm, gradient_accumulation_steps=2)
-    two |= {"save_steps": 3, "num_max_checkpoints": 9}
     train(one)
-    command = accelerate_launch("config/deepspeed/deepspeed_zero1.yaml")
-    done = run_in_two(two, tmp_path, command)
+    done = run_in_two(two, tmp_path, DEEPSPEED)
     assert done.returncode == 0, done.stderr
     assert_same_training(one, two)
-    checkpoint = Path(two["output_dir"]) / "checkpoint-3"
-    assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == 3
+
+
+def test_deepspeed_resumes_to_the_same_bits(both, tmp_path):
+    pytest.importorskip("deepspeed")
+    _, whole = both("listwise_ce", batch_size=16, save_steps=2)
+    assert run_in_two(whole, tmp_path, DEEPSPEED).returncode == 0
+    checkpoint = Path(whole["output_dir"]) / "checkpoint-2"
+    assert read_state(checkpoint).step == 2
+    resumed = whole | {"resume": str(checkpoint), "output_dir": str(tmp_path / "resumed")}
+    done = run_in_two(resumed, tmp_path, DEEPSPEED)
+    assert done.returncode == 0, done.stderr
+    first, second = (final_weights(values["output_dir"]) for values in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+FSDP = accelerate_launch("config/default_fsdp.yaml")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a GPU per process there")
+def test_fsdp_takes_the_same_steps_and_resumes_to_the_same_bits(both, tmp_path):
+    one, two = both("listwise_ce", batch_size=16, gradient_accumulation_steps=2)
+    train(one)
+    two |= {"save_steps": 2, "val_dataset": write_jsonl(tmp_path / "val.jsonl", grouped_records(5, seed=4))}
+    done = run_in_two(two, tmp_path, FSDP, script="tests/fsdp_on_cpu.py")
+    assert done.returncode == 0, done.stderr
+    assert_same_training(one, two)
+    checkpoint = Path(two["output_dir"]) / "checkpoint-2"
+    assert list(checkpoint.glob("*/*.distcp")), "weights are saved in shards"
     resumed = two | {"resume": str(checkpoint), "output_dir": str(tmp_path / "resumed")}
-    done = run_in_two(resumed, tmp_path, command)
+    done = run_in_two(resumed, tmp_path, FSDP, script="tests/fsdp_on_cpu.py")
     assert done.returncode == 0, done.stderr
     first, second = (final_weights(values["output_dir"]) for values in (two, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)

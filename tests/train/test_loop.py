@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 from training_runs import read_metrics
 
 from rag_retrieval.train.checkpoints import TrainState, read_state
-from rag_retrieval.train.loop import LoopSettings, Trainer, TrainingError
+from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.run_folder import claim, plan_start
 from rag_retrieval.train.schedule import warmup_stable_cosine
 from rag_retrieval.train.step_data import StepShape
+from rag_retrieval.train.task import LoopSettings, TrainingError
 
 FEATURES = 3
 
@@ -92,9 +93,15 @@ class ToyTask:
 
 def settings(**changes) -> LoopSettings:
     values = dict(
-        epochs=1, warmup_proportion=0.2, stable_proportion=0.0, max_grad_norm=1.0, log_interval=1, num_workers=0,
-        num_max_checkpoints=2, save_on_epoch_end=False,
-    )  # fmt: skip
+        epochs=1,
+        warmup_proportion=0.2,
+        stable_proportion=0.0,
+        max_grad_norm=1.0,
+        log_interval=1,
+        num_workers=0,
+        num_max_checkpoints=2,
+        save_on_epoch_end=False,
+    )
     return LoopSettings(**values | changes)
 
 
@@ -130,7 +137,14 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 @pytest.mark.parametrize(
     ("records", "batch_size", "accumulation", "epochs", "steps"),
-    [(20, 4, 1, 1, 5), (21, 4, 1, 2, 12), (20, 4, 2, 3, 9), (7, 2, 4, 2, 2), (1, 4, 4, 5, 5), (33, 2, 3, 1, 6)],
+    [
+        (20, 4, 1, 1, 5),
+        (21, 4, 1, 2, 12),
+        (20, 4, 2, 3, 9),
+        (7, 2, 4, 2, 2),
+        (1, 4, 4, 5, 5),
+        (33, 2, 3, 1, 6),
+    ],
 )
 @pytest.mark.parametrize(("warmup", "stable"), [(0.2, 0.0), (0.0, 0.5), (0.5, 0.5)])
 def test_each_step_runs_at_the_rate_of_the_schedule_and_the_last_one_ends_it(
@@ -149,9 +163,13 @@ def test_each_step_runs_at_the_rate_of_the_schedule_and_the_last_one_ends_it(
 
 def test_the_best_checkpoint_becomes_the_model(tmp_path):
     made = trainer(
-        tmp_path, metrics=[0.1, 0.3, 0.2], epochs=3, metric_for_best_model="ndcg@10", num_max_checkpoints=1,
+        tmp_path,
+        metrics=[0.1, 0.3, 0.2],
+        epochs=3,
+        metric_for_best_model="ndcg@10",
+        num_max_checkpoints=1,
         save_on_epoch_end=True,
-    )  # fmt: skip
+    )
     state = made.train()
     assert (state.best_metric, state.best_step, state.stale_evaluations) == (0.3, 10, 1)
     assert equal(weights(tmp_path), weights(tmp_path / "checkpoint-10"))
@@ -167,9 +185,13 @@ def test_a_lower_loss_is_better(tmp_path):
 def test_training_stops_when_patience_ends(tmp_path, caplog):
     caplog.set_level("INFO")
     made = trainer(
-        tmp_path, metrics=[0.5, 0.4, 0.6, 0.6, 0.5, 0.9], epochs=6, metric_for_best_model="ndcg@10",
-        early_stopping_patience=2, log_interval=100,
-    )  # fmt: skip
+        tmp_path,
+        metrics=[0.5, 0.4, 0.6, 0.6, 0.5, 0.9],
+        epochs=6,
+        metric_for_best_model="ndcg@10",
+        early_stopping_patience=2,
+        log_interval=100,
+    )
     state = made.train()
     assert (state.step, state.best_step, state.stale_evaluations) == (25, 15, 2)
     assert "early stop: ndcg@10 has not improved on step 15 in 2 evaluations" in caplog.text
@@ -179,7 +201,11 @@ def test_training_stops_when_patience_ends(tmp_path, caplog):
 
 def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path):
     made = trainer(
-        tmp_path, metrics=[0.0, 0.1, 0.2, 0.3], eval_steps=2, eval_on_start=True, metric_for_best_model="ndcg@10"
+        tmp_path,
+        metrics=[0.0, 0.1, 0.2, 0.3],
+        eval_steps=2,
+        eval_on_start=True,
+        metric_for_best_model="ndcg@10",
     )
     state = made.train()
     assert [line["step"] for line in read_metrics(tmp_path, "eval")] == [0, 2, 4, 5]
@@ -231,9 +257,15 @@ def test_a_resumed_run_ends_with_the_bits_and_the_log_of_one_never_stopped(
     tmp_path, killed_after, accumulation, num_workers
 ):
     run = dict(
-        records=20 * accumulation - 3, accumulation=accumulation, dropout=0.3, epochs=2, save_steps=3, log_interval=2,
-        num_workers=num_workers, metric_for_best_model="ndcg@10",
-    )  # fmt: skip
+        records=20 * accumulation - 3,
+        accumulation=accumulation,
+        dropout=0.3,
+        epochs=2,
+        save_steps=3,
+        log_interval=2,
+        num_workers=num_workers,
+        metric_for_best_model="ndcg@10",
+    )
     whole = trainer(tmp_path / "whole", metrics=[0.1, 0.2], **run).train()
     kill_after(trainer(tmp_path / "cut", metrics=[0.1, 0.2], **run), killed_after)
     made = trainer(tmp_path / "cut", resume="auto", **run)

@@ -23,7 +23,12 @@ def test_a_window_gives_the_mean_loss_and_the_last_rate_and_norm():
     window.add(loss=2.0, norm=4.0, pairs=60, lr=0.2)
     values = window.values()
     assert values["pairs_per_second"] == pytest.approx(100 * 2 / 5, rel=0.01)
-    assert {**values, "pairs_per_second": 0} == {"loss": 1.5, "lr": 0.2, "grad_norm": 4.0, "pairs_per_second": 0}
+    assert {**values, "pairs_per_second": 0} == {
+        "loss": 1.5,
+        "lr": 0.2,
+        "grad_norm": 4.0,
+        "pairs_per_second": 0,
+    }
 
 
 def test_steps_that_the_scaler_skipped_are_counted_and_their_norm_is_left_out():
@@ -65,7 +70,10 @@ def test_without_a_terminal_there_are_log_lines(tmp_path, caplog):
     made.train(10, VALUES)
     assert caplog.messages[-1] == "step 10/100  loss 0.2500  lr 1.00e-04  1000 pairs/s  09:00 left"
     made.evaluation(10, {"loss": 0.5, "ndcg@10": 0.75, "queries": 10}, "  (best ndcg@10 so far)")
-    assert caplog.messages[-1] == "evaluation at step 10: loss 0.5000  ndcg@10 0.7500  (best ndcg@10 so far)"
+    assert (
+        caplog.messages[-1]
+        == "evaluation at step 10: loss 0.5000  ndcg@10 0.7500  queries 10  (best ndcg@10 so far)"
+    )
     made.close()
     assert [line["kind"] for line in lines(tmp_path)] == ["train", "eval"]
     assert lines(tmp_path)[0] == {"step": 10, "kind": "train", **VALUES}

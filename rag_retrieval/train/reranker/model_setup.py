@@ -1,4 +1,7 @@
-"""The model of a run as the configuration asks for it: loaded, partly frozen, with LoRA, and its optimizer."""
+"""The model of a run as the configuration asks for it: loaded, partly frozen, with LoRA; its optimizer.
+
+What a reader would get wrong: LoRA comes before freezing, because peft decides anew what is trainable.
+"""
 
 import logging
 
@@ -25,7 +28,9 @@ def load_scorer(config: TrainingConfig) -> PairScorer:
     }
     if config.model_type == "bert_encoder":
         return CrossEncoder.from_pretrained(config.model_name_or_path, **shared)
-    formats = {name: getattr(config, name) for name in ("query_format", "document_format", "seq", "special_token")}
+    formats = {
+        name: getattr(config, name) for name in ("query_format", "document_format", "seq", "special_token")
+    }
     return LLMDecoder.from_pretrained(config.model_name_or_path, **shared, **formats)
 
 
@@ -39,7 +44,9 @@ def prepare_for_training(scorer: PairScorer, config: TrainingConfig):
         freeze(layer)
     if config.gradient_checkpointing:
         # transformers renamed it between 5.17 and 5.23
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
         # the reentrant form needs inputs with gradients, which frozen embeddings and LoRA do not have
         enable({"use_reentrant": False})
     return adapter
@@ -60,14 +67,16 @@ def embeddings_of(model: PreTrainedModel) -> nn.Module:
 
 
 def lower_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
-    """The `count` transformer layers nearest to the input. Raises ValueError when there are not more than that."""
+    """The `count` transformer layers nearest to the input. Raises ValueError when the model has no more."""
     if count == 0:
         return []
     depth = model.config.get_text_config().num_hidden_layers
     stacks = [module for module in backbone_of(model).modules() if isinstance(module, nn.ModuleList)]
     layers = next((stack for stack in stacks if len(stack) == depth), None)
     if layers is None or count >= depth:
-        raise ValueError(f"freeze_layers {count}: this model has {depth} layers; at least one must stay trainable")
+        raise ValueError(
+            f"freeze_layers {count}: this model has {depth} layers; at least one must stay trainable"
+        )
     return list(layers[:count])
 
 
@@ -99,7 +108,9 @@ def make_optimizer(scorer: PairScorer, config: TrainingConfig) -> torch.optim.Op
     new = new_parameter_names(scorer)
     groups = list(parameter_groups(scorer, config.lr, config.head_lr, new, config.weight_decay))
     if new:
-        logger.info("newly initialised, trained with head_lr %.1e: %s", config.head_lr, ", ".join(sorted(new)))
+        logger.info(
+            "newly initialised, trained with head_lr %.1e: %s", config.head_lr, ", ".join(sorted(new))
+        )
     else:
         logger.info("the model brings its own head: head_lr is not used")
     return make_adamw(groups, (config.adam_beta1, config.adam_beta2), config.adam_epsilon)

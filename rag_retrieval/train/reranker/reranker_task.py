@@ -22,8 +22,8 @@ from rag_retrieval.train.run_folder import replace_folder
 class RerankerTask:
     """One run's loss, validation and files.
 
-    adapter: the LoRA wrapper around `scorer.model`, if any. load_base: loads the model as it was before training,
-    for merging an adapter into.
+    adapter: the LoRA wrapper around `scorer.model`, if any. load_base: loads the model as it was before
+    training, for merging an adapter into.
     """
 
     def __init__(
@@ -60,7 +60,9 @@ class RerankerTask:
             self.scorer.save_pretrained(folder, weights)
         else:
             # embeddings are never trained here; by itself peft asks the hub whether they changed
-            self.adapter.save_pretrained(folder, state_dict=adapter_names(weights), save_embedding_layers=False)
+            self.adapter.save_pretrained(
+                folder, state_dict=adapter_names(weights), save_embedding_layers=False
+            )
 
     def load_model(self, folder: Path) -> None:
         if self.adapter is None:

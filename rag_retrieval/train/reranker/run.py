@@ -1,4 +1,4 @@
-"""One training run from a validated configuration: data, model, trainer, in the order in which a person waits.
+"""One training run from a validated configuration: data, model, trainer.
 
 Data come before the model, so that a mistake in a file is reported before anything heavy is loaded.
 """
@@ -18,7 +18,7 @@ from rag_retrieval.record_store import RecordStore, open_store
 from rag_retrieval.record_summary import format_summary, summary
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.launch import build_accelerator
-from rag_retrieval.train.loop import LoopSettings, Trainer
+from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.reranker.model_setup import (
     describe_parameters,
     load_scorer,
@@ -31,6 +31,7 @@ from rag_retrieval.train.reranker.training_data import SamplingOptions, Training
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.run_folder import RESULTS, claim, plan_start
 from rag_retrieval.train.step_data import StepShape
+from rag_retrieval.train.task import LoopSettings
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def run(config: TrainingConfig) -> TrainState | None:
 
 
 def on_main_process(accelerator: Accelerator, function, *arguments):
-    """What `function` returns on the main process, on every process; a user's mistake is raised on every process."""
+    """What `function` returns on the main process, on every process; so is a user's mistake raised."""
     result = [None, None]
     if accelerator.is_main_process:
         try:
@@ -108,8 +109,8 @@ def check_model_is_kept(config: TrainingConfig) -> None:
         folder = model.relative_to(output_dir).parts[0]
         if folder in RESULTS or folder.startswith("checkpoint-"):
             raise StartError(
-                f"model_name_or_path: {model} is a result of the run in output_dir, which overwrite_output_dir "
-                "removes; take another output_dir"
+                f"model_name_or_path: {model} is a result of the run in output_dir, which "
+                "overwrite_output_dir removes; take another output_dir"
             )
 
 
@@ -121,7 +122,7 @@ def configured_loss(config: TrainingConfig) -> Loss:
 
 
 def open_stores(config: TrainingConfig, loss: Loss) -> tuple[RecordStore, RecordStore | None]:
-    """The memory-mapped training and validation data; the first process of a machine builds what is missing."""
+    """The memory-mapped training and validation data; one process of a machine builds what is missing."""
     label_range = {"min_label": config.min_label, "max_label": config.max_label}
     train = open_store(
         config.train_dataset,
@@ -143,8 +144,13 @@ def open_stores(config: TrainingConfig, loss: Loss) -> tuple[RecordStore, Record
     return train, validation
 
 
-def report_data(config: TrainingConfig, train: RecordStore, validation: RecordStore | None, scorer: PairScorer) -> None:
-    sources = (("training data", config.train_dataset, train), ("validation data", config.val_dataset, validation))
+def report_data(
+    config: TrainingConfig, train: RecordStore, validation: RecordStore | None, scorer: PairScorer
+) -> None:
+    sources = (
+        ("training data", config.train_dataset, train),
+        ("validation data", config.val_dataset, validation),
+    )
     for name, source, store in sources:
         if store is not None:
             lengths, sampled = token_lengths(store, scorer)
@@ -201,7 +207,11 @@ def build_trainer(
 
 
 def build_validation(
-    config: TrainingConfig, accelerator: Accelerator, loss: Loss, store: RecordStore | None, scorer: PairScorer
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    loss: Loss,
+    store: RecordStore | None,
+    scorer: PairScorer,
 ) -> Validation | None:
     if store is None:
         return None
@@ -216,7 +226,9 @@ def loop_settings(config: TrainingConfig, validation: Validation | None) -> Loop
     if validation is None or metric in validation.metrics:
         return settings
     logger.warning(
-        "metric_for_best_model: %s cannot be measured on %s, where no query has several documents with a relevant one "
-        "among them; the validation loss decides which checkpoint is best", metric, config.val_dataset
+        "metric_for_best_model: %s cannot be measured on %s, where no query has several documents with a "
+        "relevant one among them; the validation loss decides which checkpoint is best",
+        metric,
+        config.val_dataset,
     )
     return replace(settings, metric_for_best_model="loss")

@@ -12,7 +12,7 @@ REORDERINGS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 
 def epoch_order(seed: int, epoch: int, records: int) -> np.ndarray:
-    """A permutation of range(records): [records], int32 or int64 (the only memory that grows with the data)."""
+    """A permutation of range(records): [records], int32 or int64. Only this grows with the data."""
     order = np.arange(records, dtype=np.int32 if records < 2**31 else np.int64)
     np.random.default_rng([seed, ORDER, epoch]).shuffle(order)
     return order
@@ -32,12 +32,14 @@ def sample_in_turns(items: np.ndarray, count: int, epoch: int, key: list[int]) -
     return np.roll(shuffled, -window * count)[:count]
 
 
-def sample_group(positive: np.ndarray, size: int, epoch: int, seed: int, record: int, one_positive: bool) -> np.ndarray:
+def sample_group(
+    positive: np.ndarray, size: int, epoch: int, seed: int, record: int, one_positive: bool
+) -> np.ndarray:
     """Positions of the documents that a group shows in this epoch, in ascending order.
 
-    positive: [documents], bool. A group of at most `size` documents is used whole, unless `one_positive` asks for
-    exactly one positive. A larger one keeps its share of positives, but always at least one positive and one
-    negative where it has them.
+    positive: [documents], bool. A group of at most `size` documents is used whole, unless `one_positive` asks
+    for exactly one positive. A larger one keeps its share of positives, but always at least one positive and
+    one negative where it has them.
     """
     positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
     if one_positive:

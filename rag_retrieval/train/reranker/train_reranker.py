@@ -2,8 +2,8 @@
 
     accelerate launch train_reranker.py --config training_bert.yaml [--any_key value ...]
 
-Run as a script, Python puts this file's folder, not the repository, on the import path; the first lines mend that,
-so that an uninstalled checkout works from any folder.
+Run as a script, Python puts this file's folder, not the repository, on the import path; the first lines mend
+that, so that an uninstalled checkout works from any folder.
 """
 
 import logging
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 def train(config) -> int:
     """Run the training and turn its errors into one line and an exit code."""
     from rag_retrieval.train.launch import LaunchError
-    from rag_retrieval.train.loop import TrainingError
     from rag_retrieval.train.reranker.run import StartError, run
+    from rag_retrieval.train.task import TrainingError
 
     try:
         run(config)

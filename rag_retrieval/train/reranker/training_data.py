@@ -1,7 +1,8 @@
 """From the record store to the micro-batches of one optimizer step.
 
-`TrainingSteps` is what the loader's workers hold: a path, a tokenizer and a few numbers, never the model and never
-the data. Each item is a whole step's share of one process, tokenized and laid out, ready to be moved to the device.
+`TrainingSteps` is what the loader's workers hold: a path, a tokenizer and a few numbers, never the model and
+never the data. Each item is a whole step's share of one process, tokenized and laid out, ready to be moved to
+the device.
 """
 
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ from rag_retrieval.train.step_data import StepShape
 class RerankerMicroBatch:
     """Pairs with their labels.
 
-    labels: float32, mask: bool, both [pairs] for pointwise losses and [groups, documents] for grouped ones, where
-    the scores fill the True places of the mask row by row. `items` is the loss's count, `size` the number of pairs,
-    `sources` names the records as `file:line`. A filler has one pair and a mask without any True.
+    labels: float32, mask: bool, both [pairs] for pointwise losses and [groups, documents] for grouped ones,
+    where the scores fill the True places of the mask row by row. `items` is the loss's count, `size` the
+    number of pairs, `sources` names the records as `file:line`. A filler has one pair and a mask without any
+    True.
     """
 
     pairs: PairBatch
@@ -49,8 +51,8 @@ class RerankerMicroBatch:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """group_size: documents per group at most (grouped only). lowest, highest: the range that pointwise labels are
-    rescaled from. shuffle_rate: see `reorder_thirds`."""
+    """group_size: documents per group at most (grouped only). lowest, highest: the range that pointwise
+    labels are rescaled from. shuffle_rate: see `reorder_thirds`."""
 
     seed: int
     group_size: int | None
@@ -133,7 +135,9 @@ class TrainingSteps(Dataset):
             labels, mask = labels[:, 0], mask[:, 0]
         items = self.loss.count(labels, mask)
         sources = [f"{self.source}:{example.line}" for example in examples]
-        return RerankerMicroBatch(make_batch(self.encoder.encode(texts)), labels, mask, items, len(texts), sources)
+        return RerankerMicroBatch(
+            make_batch(self.encoder.encode(texts)), labels, mask, items, len(texts), sources
+        )
 
     def _filler(self) -> RerankerMicroBatch:
         shape = (1, 1) if self.grouped else (1,)

@@ -1,7 +1,7 @@
 """Validation: every pair scored once, over all processes, then loss and ranking metrics from the whole set.
 
-Which pairs share a batch is planned over the whole set before it is dealt to the processes, so that the number of
-processes changes no digit of a metric. Groups are used whole: sampling is for training.
+Which pairs share a batch is planned over the whole set before it is dealt to the processes, so that the
+number of processes changes no digit of a metric. Groups are used whole: sampling is for training.
 """
 
 import math
@@ -17,8 +17,8 @@ from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import batches_by_length
 from rag_retrieval.record_store import RecordStore
-from rag_retrieval.train.loop import TrainingError
 from rag_retrieval.train.reranker.training_data import layout, rescale
+from rag_retrieval.train.task import TrainingError
 
 ENCODING_CHUNK = 4096  # pairs tokenized at a time
 LOSS_CHUNK = 1024  # groups in one evaluation of the loss
@@ -51,7 +51,9 @@ class Validation:
         self._plan(encoder, batch_size)
 
     def _plan(self, encoder: PairEncoder, batch_size: int) -> None:
-        lengths = [len(pair) for chunk in self._chunks(ENCODING_CHUNK) for pair in self._encode(encoder, chunk)]
+        lengths = [
+            len(pair) for chunk in self._chunks(ENCODING_CHUNK) for pair in self._encode(encoder, chunk)
+        ]
         plan = list(batches_by_length(lengths, batch_size))
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         mine = plan[index::processes]
@@ -63,7 +65,9 @@ class Validation:
             self.batches.append(([], make_batch(self._encode(encoder, [0]))))
 
     def _chunks(self, size: int) -> list[range]:
-        return [range(start, min(start + size, len(self.labels))) for start in range(0, len(self.labels), size)]
+        return [
+            range(start, min(start + size, len(self.labels))) for start in range(0, len(self.labels), size)
+        ]
 
     def _encode(self, encoder: PairEncoder, positions) -> list:
         pairs = [self.store.pair(position) for position in positions]
@@ -74,13 +78,14 @@ class Validation:
         return self.values(self.score(model))
 
     def values(self, scores: np.ndarray) -> dict[str, float]:
-        """loss and, where some query has several documents, the ranking metrics that can be measured: without a
-        relevant document in any group there is no nDCG. scores: [pairs] in the store's order."""
+        """loss and, where some query has several documents, the ranking metrics that can be measured: without
+        a relevant document in any group there is no nDCG. scores: [pairs] in the store's order."""
         values = {"loss": self.mean_loss(scores)}
         if self.store.group_sizes.max() > 1:
             rows = [(scores[group], self.labels[group]) for group in self.groups]
             values |= rank_metrics([row[0] for row in rows], [row[1] for row in rows], self.relevant_from)
-        return {name: value for name, value in values.items() if math.isfinite(value)}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        return {name: int(value) if name.startswith("queries") else value for name, value in finite.items()}
 
     def score(self, model: nn.Module) -> np.ndarray:
         """Scores of all pairs in the store's order: [pairs], float32, equal on all processes.
@@ -103,8 +108,9 @@ class Validation:
         if bad.size:
             lines = ", ".join(str(self.store.pair(int(place)).line) for place in bad[:20])
             raise TrainingError(
-                f"{bad.size} of {scores.size} validation pairs have a score that is not finite, on lines {lines}"
-                f"{' and more' if bad.size > 20 else ''} of the validation data; train in mixed_precision no or bf16"
+                f"{bad.size} of {scores.size} validation pairs have a score that is not finite, on lines "
+                f"{lines}{' and more' if bad.size > 20 else ''} of the validation data; train in "
+                "mixed_precision no or bf16"
             )
 
     def mean_loss(self, scores: np.ndarray) -> float:
@@ -137,8 +143,8 @@ class Validation:
 
 
 def relevance_threshold(labels: np.ndarray) -> float:
-    """From which label on a document counts as relevant in MRR and MAP: 1 for whole-numbered labels (trec_eval's
-    default), else the middle of their range (soft labels in [0, 1] would never reach 1)."""
+    """From which label on a document counts as relevant in MRR and MAP: 1 for whole-numbered labels
+    (trec_eval's default), else the middle of their range (soft labels in [0, 1] would never reach 1)."""
     if not len(labels) or np.all(labels == np.round(labels)):
         return 1.0
     return float(labels.min() + labels.max()) / 2

@@ -59,7 +59,9 @@ def test_turns_give_all_items_where_there_are_no_more():
 
 @pytest.mark.parametrize("one_positive", [False, True])
 @pytest.mark.parametrize("size", [2, 3, 5, 8])
-@pytest.mark.parametrize(("positives", "negatives"), [(1, 1), (1, 12), (3, 9), (5, 5), (9, 1), (6, 0), (0, 6)])
+@pytest.mark.parametrize(
+    ("positives", "negatives"), [(1, 1), (1, 12), (3, 9), (5, 5), (9, 1), (6, 0), (0, 6)]
+)
 def test_a_sampled_group_keeps_its_promises(positives, negatives, size, one_positive):
     flags = group(positives, negatives)
     for epoch in range(20):
@@ -81,7 +83,9 @@ def test_a_small_group_is_used_whole():
 
 def test_a_large_group_keeps_its_share_of_positives():
     assert group(4, 12)[draw(group(4, 12), 8, 0, one_positive=False)].sum() == 2  # 8 * 4 / 16
-    assert group(30, 2)[draw(group(30, 2), 8, 0, one_positive=False)].sum() == 7  # 8 * 30 / 32, one negative stays
+    assert (
+        group(30, 2)[draw(group(30, 2), 8, 0, one_positive=False)].sum() == 7
+    )  # 8 * 30 / 32, one negative stays
 
 
 @pytest.mark.parametrize("one_positive", [False, True])

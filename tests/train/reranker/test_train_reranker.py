@@ -18,7 +18,9 @@ def config(settings, tmp_path):
 
 
 def errors(capsys) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))]
+    return [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))
+    ]
 
 
 def test_a_run_returns_zero_and_options_win_over_the_file(config, tmp_path):
@@ -108,7 +110,9 @@ def test_other_processes_leave_the_message_to_the_first(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["rag_retrieval.cli", "train"], ["accelerate.commands.launch", "--cpu", SCRIPT]])
+@pytest.mark.parametrize(
+    "command", [["rag_retrieval.cli", "train"], ["accelerate.commands.launch", "--cpu", SCRIPT]]
+)
 def test_the_command_trains_from_the_repository_root(config, tmp_path, command):
     done = launch([*command, "--config", config()])
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,13 @@ def steps(tmp_path, bert):
     encoder = CrossEncoder.from_pretrained(bert, max_length=48).pair_encoder
 
     def make(
-        loss: str, records: list[dict], processes=1, index=0, group_size=8, levels=(0.0, 1.0), shuffle_rate=0.0
+        loss: str,
+        records: list[dict],
+        processes=1,
+        index=0,
+        group_size=8,
+        levels=(0.0, 1.0),
+        shuffle_rate=0.0,
     ) -> TrainingSteps:
         chosen = LOSSES[loss]
         source = write_jsonl(tmp_path / "data.jsonl", records)
@@ -139,6 +145,15 @@ def test_documents_are_reordered_anew_in_each_epoch(steps):
     assert shown[:2] != shown[2:]
 
 
+def test_each_document_of_each_group_is_drawn_by_itself(steps):
+    long = " ".join(["river"] * 10 + ["paris"] * 10 + ["seine"] * 10)
+    records = [{"query": "q", "pos": [long], "neg": [long]} for _ in range(8)]
+    data = steps("listwise_ce", records, shuffle_rate=0.5)
+    shown = [pairs_of(data, batch) for batch in data[0, 0]]
+    groups = [tuple(texts[first : first + 2]) for texts in shown for first in range(0, 8, 2)]
+    assert len(set(groups)) > 3 and any(first != second for first, second in groups)
+
+
 @pytest.mark.parametrize("loss", ["point_mse", "listwise_ce"])
 def test_workers_change_nothing(steps, loss):
     records = pointwise_records(40) if loss == "point_mse" else grouped_records(40)
@@ -147,7 +162,10 @@ def test_workers_change_nothing(steps, loss):
     def contents(num_workers: int) -> list:
         loader = step_loader(data, epochs=2, done=0, num_workers=num_workers, pin_memory=False)
         return [
-            [(b.pairs.token_ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources) for b in step]
+            [
+                (b.pairs.token_ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources)
+                for b in step
+            ]
             for step in loader
         ]
 
