@@ -49,13 +49,19 @@ def build_accelerator(
     )
     check_one_group(accelerator.num_processes)
     if accelerator.state.deepspeed_plugin is not None:
-        # DeepSpeed clips by itself, and wants numbers that accelerate would take from a data loader
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": batch_size,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": max_grad_norm or 0.0,
-        }
+        set_up_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, batch_size, max_grad_norm)
     return accelerator
+
+
+def set_up_deepspeed(config: dict, batch_size: int, max_grad_norm: float | None) -> None:
+    """What DeepSpeed must be told before it takes the model: it clips by itself, wants numbers that accelerate
+    would take from a data loader, and gathers the weights of ZeRO-3 for saving only when asked to."""
+    config |= {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm or 0.0,
+    }
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def check_precision(mixed_precision: str) -> None:

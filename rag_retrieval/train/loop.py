@@ -125,9 +125,13 @@ class Trainer:
         the last backward, because DeepSpeed updates the weights inside it.
         """
         accelerator = self.accelerator
-        items = torch.tensor(float(sum(batch.items for batch in micro_batches)), device=accelerator.device)
+        mine = torch.tensor([sum(batch.items for batch in micro_batches), len(micro_batches)])
+        items, counts = accelerator.gather(mine[None].to(accelerator.device)).T
+        # all processes meet in every micro-batch, also those that planned fewer
+        missing = int(counts.max()) - len(micro_batches)
+        micro_batches = micro_batches + [self.dataset.filler() for _ in range(missing)]
         # a step without any item (no ordered pair at all) has loss 0 and gradient 0
-        divisor = accelerator.reduce(items, "sum").clamp(min=1)
+        divisor = items.sum().clamp(min=1).float()
         losses = []
         for position, batch in enumerate(micro_batches):
             last = position == len(micro_batches) - 1

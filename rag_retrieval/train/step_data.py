@@ -35,6 +35,9 @@ class StepDataset(Protocol):
 
     def __getitem__(self, position: tuple[int, int]) -> list[MicroBatch]: ...
 
+    def filler(self) -> MicroBatch:
+        """A micro-batch of weight zero."""
+
 
 @dataclass(frozen=True)
 class StepShape:

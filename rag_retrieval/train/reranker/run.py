@@ -35,6 +35,7 @@ from rag_retrieval.train.task import LoopSettings
 
 logger = logging.getLogger(__name__)
 
+CPU_MAX_TOKENS = 2048  # of a forward pass: enough to keep two cores busy, little enough to waste no padding
 LENGTH_SAMPLE = 10_000  # pairs whose token lengths the summary is made of
 
 
@@ -128,7 +129,7 @@ def open_stores(config: TrainingConfig, loss: Loss) -> tuple[RecordStore, Record
         config.train_dataset,
         split=config.train_split or "train",
         label_key=config.train_label_key,
-        group_by_query=config.train_dataset_type == "grouped",
+        group_by_query=True,  # pointwise steps keep the pairs of a query together too
         exactly_one_positive=loss.one_positive,
         **label_range,
     )
@@ -193,8 +194,14 @@ def build_trainer(
         processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
+    on_cpu = accelerator.device.type == "cpu"
     options = SamplingOptions(
-        config.seed, config.train_group_size, config.min_label, config.max_label, config.shuffle_rate
+        config.seed,
+        config.train_group_size,
+        config.min_label,
+        config.max_label,
+        config.shuffle_rate,
+        config.max_tokens_per_batch or (CPU_MAX_TOKENS if on_cpu else None),
     )
     steps = TrainingSteps(train, config.train_dataset, scorer.pair_encoder, loss, shape, options)
     evaluate = build_validation(config, accelerator, loss, validation, scorer)

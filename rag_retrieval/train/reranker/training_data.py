@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 
 from rag_retrieval.losses import Loss
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
-from rag_retrieval.models.pair_encoding import PairEncoder
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.record_store import RecordStore
-from rag_retrieval.train.reranker.sampling import epoch_order, reorder_thirds, sample_group
+from rag_retrieval.train.reranker.sampling import epoch_order, pair_order, reorder_thirds, sample_group
+from rag_retrieval.train.reranker.token_budget import plan_by_tokens
 from rag_retrieval.train.step_data import StepShape
 
 
@@ -52,13 +53,14 @@ class RerankerMicroBatch:
 @dataclass(frozen=True)
 class SamplingOptions:
     """group_size: documents per group at most (grouped only). lowest, highest: the range that pointwise
-    labels are rescaled from. shuffle_rate: see `reorder_thirds`."""
+    labels are rescaled from. shuffle_rate: see `reorder_thirds`. max_tokens: see `plan_by_tokens`."""
 
     seed: int
     group_size: int | None
     lowest: float
     highest: float
     shuffle_rate: float
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,20 @@ class TrainingSteps(Dataset):
         epoch, step = position
         order = self._epoch_order(epoch)
         return [
-            self.micro_batch([self.example(int(order[place]), epoch) for place in places])
+            micro_batch
             for places in self.shape.positions(step)
+            for micro_batch in self.micro_batches([self.example(int(order[place]), epoch) for place in places])
         ]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.options.seed, epoch, self.shape.records))
+            self._order = (epoch, self._draw_order(epoch))
         return self._order[1]
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        if self.grouped:
+            return epoch_order(self.options.seed, epoch, self.shape.records)
+        return pair_order(self.options.seed, epoch, self.store.group_sizes)
 
     def example(self, record: int, epoch: int) -> Example:
         return self._group(record, epoch) if self.grouped else self._pair(record, epoch)
@@ -125,21 +133,28 @@ class TrainingSteps(Dataset):
     def _augmented(self, text: str, epoch: int, pair: int) -> str:
         return reorder_thirds(text, self.options.shuffle_rate, self.options.seed, epoch, pair)
 
-    def micro_batch(self, examples: list[Example]) -> RerankerMicroBatch:
-        """Encode examples; an empty list gives the filler."""
+    def micro_batches(self, examples: list[Example]) -> list[RerankerMicroBatch]:
+        """Encode examples and lay them out, cut by the token budget; an empty list gives one filler."""
         if not examples:
-            return self._filler()
-        texts = [(example.query, document) for example in examples for document in example.documents]
+            return [self.filler()]
+        encoded = self.encoder.encode([(example.query, text) for example in examples for text in example.documents])
+        ends = np.cumsum([len(example.documents) for example in examples])
+        pairs = [encoded[end - len(example.documents) : end] for example, end in zip(examples, ends, strict=True)]
+        plan = plan_by_tokens([[len(pair) for pair in group] for group in pairs], self.options.max_tokens)
+        return [self._lay_out([examples[i] for i in part], [pairs[i] for i in part]) for part in plan]
+
+    def _lay_out(self, examples: list[Example], pairs: list[list[EncodedPair]]) -> RerankerMicroBatch:
         labels, mask = layout([example.labels for example in examples])
         if not self.grouped:
             labels, mask = labels[:, 0], mask[:, 0]
-        items = self.loss.count(labels, mask)
+        flat = [pair for group in pairs for pair in group]
         sources = [f"{self.source}:{example.line}" for example in examples]
         return RerankerMicroBatch(
-            make_batch(self.encoder.encode(texts)), labels, mask, items, len(texts), sources
+            make_batch(flat), labels, mask, self.loss.count(labels, mask), len(flat), sources
         )
 
-    def _filler(self) -> RerankerMicroBatch:
+    def filler(self) -> RerankerMicroBatch:
+        """One pair of weight zero, for a process that has less to do than another."""
         shape = (1, 1) if self.grouped else (1,)
         pairs = make_batch(self.encoder.encode([("", "")]))
         return RerankerMicroBatch(pairs, torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), 0, 0, [])

@@ -24,7 +24,7 @@ from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.train.reranker.run import StartError
-from rag_retrieval.train.reranker.sampling import epoch_order
+from rag_retrieval.train.reranker.sampling import epoch_order, pair_order
 from rag_retrieval.train.task import TrainingError
 
 EPSILON = 1e-3  # Adam divides rounding noise by itself where a gradient is zero, as that of key biases is
@@ -78,7 +78,7 @@ def plain_run(values: dict, records: list[dict], steps: int) -> tuple[list[float
     losses = []
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
-        order = epoch_order(42, epoch, len(records))[place * per_step : (place + 1) * per_step]
+        order = drawn_order(records, epoch)[place * per_step : (place + 1) * per_step]
         loss = plain_loss(values["loss_type"], [scored(model, tokenizer, records[row]) for row in order])
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -90,6 +90,17 @@ def plain_run(values: dict, records: list[dict], steps: int) -> tuple[list[float
             group["lr"] = rate * factor
         optimizer.step()
     return losses, model.state_dict()
+
+
+def drawn_order(records: list[dict], epoch: int) -> list[int]:
+    """The trainer's order: of groups, or of pairs that stand sorted by the first appearance of their query."""
+    if "hits" in records[0]:
+        return epoch_order(42, epoch, len(records)).tolist()
+    rows_of: dict[str, list[int]] = {}
+    for row, record in enumerate(records):
+        rows_of.setdefault(record["query"], []).append(row)
+    rows = [row for of_query in rows_of.values() for row in of_query]
+    return [rows[place] for place in pair_order(42, epoch, np.array([len(r) for r in rows_of.values()]))]
 
 
 def scored(model, tokenizer, record: dict) -> tuple[torch.Tensor, list[float]]:

@@ -1,12 +1,15 @@
 from collections import Counter
+from itertools import groupby
 
 import numpy as np
 import pytest
 
 from rag_retrieval.train.reranker.sampling import (
     LONG_DOCUMENT,
+    QUERY_RUN,
     REORDERINGS,
     epoch_order,
+    pair_order,
     reorder_thirds,
     sample_group,
     sample_in_turns,
@@ -137,3 +140,27 @@ def test_short_documents_and_rate_zero_are_left_alone():
     assert reorder_thirds("x" * 50 + "y" * 50, 1.0, 0, 0, 0) == "x" * 50 + "y" * 50
     assert len("x" * 50 + "y" * 50) == LONG_DOCUMENT
     assert all(reorder_thirds(LONG, 0.0, 0, epoch, 0) == LONG for epoch in range(20))
+
+
+def test_pairs_of_a_query_stay_together_in_shuffled_runs():
+    sizes = np.array([4, 1, 20, 3])
+    order = pair_order(3, 0, sizes)
+    assert sorted(order) == list(range(28))
+    query_of = np.repeat(np.arange(4), sizes)[order]
+    runs = [len(list(run)) for _, run in groupby(query_of)]
+    assert max(runs) <= 20 and len(runs) <= 6  # 20 pairs make runs of 8, 8 and 4; the others one each
+    assert not np.array_equal(order, pair_order(3, 1, sizes))
+    assert np.array_equal(order, pair_order(3, 0, sizes))
+
+
+def test_a_query_with_many_pairs_is_spread_over_the_epoch():
+    query_of = np.repeat([0, 1], [400, 400])[pair_order(0, 0, np.array([400, 400]))]
+    switches = np.flatnonzero(np.diff(query_of))
+    assert len(switches) > 20, "100 runs of 8 in random order change query about 50 times"
+    assert set(np.diff(switches) % QUERY_RUN) == {0}
+
+
+def test_pairs_of_different_queries_are_just_shuffled():
+    order = pair_order(0, 0, np.ones(1000, dtype=np.int64))
+    assert sorted(order) == list(range(1000))
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1

@@ -29,7 +29,7 @@ def steps(tmp_path, bert):
         chosen = LOSSES[loss]
         source = write_jsonl(tmp_path / "data.jsonl", records)
         grouped = chosen.dataset_type == "grouped"
-        store = open_store(source, group_by_query=grouped, exactly_one_positive=chosen.one_positive)
+        store = open_store(source, group_by_query=True, exactly_one_positive=chosen.one_positive)
         count = store.num_groups if grouped else store.num_pairs
         shape = StepShape(count, batch_size=4, accumulation=2, processes=processes, process_index=index)
         options = SamplingOptions(5, group_size if grouped else None, *levels, shuffle_rate)
