@@ -25,7 +25,8 @@ SKIPPED_MODULES = frozenset(
     + ["nis", "ossaudiodev", "posix", "pydoc_data", "readline", "spwd", "test", "this", "tkinter", "turtle"]
     + ["turtledemo"]
 )
-MAX_CHARACTERS = 400  # of a passage's text: about 100 word pieces, so that length 128 cuts few pairs
+MAX_CHARACTERS = 250
+MAX_PIECES = 40  # words, digits and signs, about what a tokenizer makes of the text: short pairs train fast
 MIN_CHARACTERS = 25
 
 # The first pattern that matches decides the kind. The order matters: "Raises ValueError if sub is not found"
@@ -37,6 +38,7 @@ KINDS = (
     ("returns", re.compile(r"^\W*(The )?(method |function )?[Rr]eturn(s|ed|ing)?\b|\b(is|are) returned\b")),
 )
 ARGUMENT_OPENING = r"(If|When|The|With|Optional|By default,?)?\W*(the |optional )*\W*"
+PIECE = re.compile(r"[A-Za-z]+|\d|[^\w\s]|_")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z*'\"`(])")
 
 # Percent of the possible questions that are asked. These two kinds are the most frequent and the easiest (the
@@ -169,7 +171,7 @@ def _continues(piece: list, kind: str, argument: str, text: str, paragraph: str)
     """Whether the text belongs to the passage before it rather than opening a new one."""
     if (kind, argument) == (piece[0], piece[1]):
         return len(piece[2]) + len(text) < MAX_CHARACTERS
-    return kind == "details" and paragraph is piece[3] and piece[0] != "purpose"
+    return kind == "details" and paragraph is piece[3]
 
 
 def _sentences(paragraph: str) -> list[str]:
@@ -195,12 +197,14 @@ def _kind(text: str, arguments: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _cut(text: str) -> str:
-    """At most MAX_CHARACTERS, ending at a line or sentence where one is near."""
-    if len(text) <= MAX_CHARACTERS:
+    """At most MAX_CHARACTERS and MAX_PIECES, ending at a line or sentence where one is near."""
+    pieces = [match.end() for match in PIECE.finditer(text)]
+    limit = min(MAX_CHARACTERS, pieces[MAX_PIECES - 1] if len(pieces) > MAX_PIECES else len(text))
+    if len(text) <= limit:
         return text
-    head = text[:MAX_CHARACTERS]
+    head = text[:limit]
     end = max(head.rfind("\n"), head.rfind(". ") + 1)
-    return head[: end if end > MAX_CHARACTERS // 2 else head.rfind(" ")].rstrip()
+    return head[: end if end > limit // 2 else head.rfind(" ")].rstrip()
 
 
 def questions_of(passages: list[Passage]) -> list[Question]:

@@ -85,6 +85,8 @@ def checked_path(source: str | Path) -> Path:
         raise DataError(f"{source}: found a folder; {expected}.")
     if not path.exists():
         raise DataError(f"{source}: no such file; check the path (the current folder is {Path.cwd()}).")
+    if not path.is_file():  # a pipe can be read only once, a device has no end
+        raise DataError(f"{source}: found a pipe or a device; {expected}.")
     if not path.name.lower().endswith(SUFFIXES):
         raise DataError(f"{source}: found the suffix {path.suffix!r}; {expected}.")
     return path
@@ -133,6 +135,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
 def _refuse_other_layouts(head: bytes) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise _SourceError(1, "found a UTF-16 mark at byte offset 0; expected UTF-8: save the file as UTF-8.")
+    if head.startswith(b"\x1f\x8b"):
+        raise _SourceError(1, "found gzip data; expected plain text: let the file's name end in .gz.")
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         raise _SourceError(1, "found a JSON list; expected one record per line: convert it (jq -c '.[]').")
 
@@ -167,7 +171,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
 def _batch_rows(batch: pa.RecordBatch) -> list:
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:  # find the rows that are at fault
+    except (ValueError, OverflowError):  # find the rows that are at fault
         return [_batch_row(batch, index) for index in range(batch.num_rows)]
 
 
@@ -176,6 +180,8 @@ def _batch_row(batch: pa.RecordBatch, index: int) -> object:
         return batch.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
         return RecordError(_wrong_byte(error, error.start, "a text of this row"))
+    except (ValueError, OverflowError) as error:  # Python has no date so late, for example
+        return RecordError(f"found a value that cannot be read ({error}); mend it or leave its column out.")
 
 
 def _wrong_byte(error: UnicodeDecodeError, offset: int, of: str) -> str:

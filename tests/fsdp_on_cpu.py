@@ -1,7 +1,7 @@
 """Starts the trainer under real FSDP2 on a machine without an accelerator; for tests only.
 
-Accelerate decides the engine from the device it finds, so it is told that gloo on the CPU serves many devices;
-and the trainer's own turn to plain data parallelism is switched off.
+Accelerate decides the engine from the device it finds, so it is told that gloo on the CPU serves many
+devices; and the trainer's own turn to plain data parallelism is switched off.
 """
 
 import os

@@ -1,6 +1,8 @@
 """Record files and hub datasets: every layout that is read, and every error with its file and line."""
 
+import gzip
 import json
+import os
 
 import datasets
 import pyarrow as pa
@@ -167,6 +169,35 @@ def test_a_missing_file_is_named_with_the_current_folder(tmp_path, monkeypatch, 
 def test_a_folder_is_refused(tmp_path):
     expected = "expected a file that ends in .jsonl, .jsonl.gz, .json, .json.gz, .parquet."
     assert error_of(str(tmp_path)) == f"{tmp_path}: found a folder; {expected}"
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    path = tmp_path / "a.jsonl"
+    os.mkfifo(path)
+    expected = "expected a file that ends in .jsonl, .jsonl.gz, .json, .json.gz, .parquet."
+    assert error_of(path) == f"{path}: found a pipe or a device; {expected}"
+
+
+def test_an_endless_device_under_the_name_of_a_data_file_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.symlink_to("/dev/zero")
+    assert error_of(path).startswith(f"{path}: found a pipe or a device; ")
+
+
+def test_a_gzip_file_without_a_gzip_name_is_one_error(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(gzip.compress(b"\n".join([json.dumps(GOOD).encode()] * 3)))
+    expected = "found gzip data; expected plain text: let the file's name end in .gz."
+    assert error_of(path) == f"{path}:1: {expected}"
+
+
+def test_a_parquet_value_that_python_cannot_hold_is_reported_with_its_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    times = pa.array([0, 2**62, 0], pa.timestamp("us"))  # the second is in the year 148107
+    columns = {name: [value] * 3 for name, value in GOOD.items()}
+    pq.write_table(pa.table(columns | {"time": times}), path)
+    expected = "found a value that cannot be read (date value out of range); mend it or leave its column out."
+    assert error_of(path) == f"{path}:2: {expected}"
 
 
 def test_a_wrong_suffix_is_refused_with_the_right_ones(tmp_path):

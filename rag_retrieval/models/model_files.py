@@ -48,6 +48,8 @@ def resolve_model_path(name: str | os.PathLike) -> str:
     if folder.is_dir():
         check_model_folder(folder)
         return str(folder)
+    if folder.is_file():
+        raise ValueError(f"{name}: found a file; expected the folder of a model")
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ValueError(f"{name}: no such folder (looked from {Path.cwd()})")
     return name  # "bert-base-uncased" or "owner/name": a hub name

@@ -5,6 +5,8 @@ and its scores mean nothing until it is trained; hence the warning.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -20,15 +22,41 @@ NAMES_SHOWN = 6  # parameters named in a message; the rest are counted
 
 
 def load_tokenizer(model_path: str, trust_remote_code: bool):
-    """The tokenizer of a folder, padding and cutting at the right. ValueError without a fast version."""
+    """The tokenizer of a folder, padding and cutting at the right.
+
+    Raises ValueError for files that cannot be read, and for a tokenizer without a fast version or without a
+    vocabulary.
+    """
     # as arguments, because attributes set later are not saved with the tokenizer
     sides = {"padding_side": "right", "truncation_side": "right"}
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code, **sides)
+    with reading(f"{model_path}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code, **sides)
     if not tokenizer.is_fast:
         raise ValueError(
             f"{model_path}: its tokenizer ({type(tokenizer).__name__}) has no fast version, which is needed"
         )
+    # without its files transformers makes one of special tokens alone, and every word becomes [UNK]
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{model_path}: its tokenizer knows only special tokens; copy the model's tokenizer files there"
+        )
     return tokenizer
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raise ValueError that names `what` for whatever other libraries raise over files they cannot use.
+
+    That may be KeyError, SafetensorError, ImportError of a missing package and more. Their OSError goes
+    through: it names the file.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what} cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def load_classifier(
@@ -42,22 +70,23 @@ def load_classifier(
     """The sequence-classification model with one label, and the names of its newly initialised parameters.
 
     Weights come in float32 whatever the checkpoint's dtype, unless `dtype` says otherwise: training updates
-    float32 weights, and half precision is autocast's business. Raises ValueError for num_labels other than 1
-    and for a checkpoint whose weights do not fit.
+    float32 weights, and half precision is autocast's business. Raises ValueError for num_labels other than 1,
+    for files that cannot be loaded, and for a checkpoint whose weights do not fit.
     """
     if num_labels != 1:
         raise ValueError(f"num_labels must be 1, found {num_labels}: a reranker gives one score for a pair")
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    config.num_labels = 1
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        model_path,
-        config=config,
-        dtype=dtype or torch.float32,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-        ignore_mismatched_sizes=True,  # refused below, in one sentence
-        output_loading_info=True,
-    )
+    with reading(f"{model_path}: the model"):
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        config.num_labels = 1
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            model_path,
+            config=config,
+            dtype=dtype or torch.float32,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,  # refused below, in one sentence
+            output_loading_info=True,
+        )
     new_parameters = {name for name, _ in model.named_parameters() if name in loading["missing_keys"]}
     check_weights(model_path, model, new_parameters, loading["mismatched_keys"])
     own_memory(model)

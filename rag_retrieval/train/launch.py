@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rag_retrieval.train.run_folder import TRACKER_FOLDER
 
@@ -54,14 +55,20 @@ def build_accelerator(
 
 
 def set_up_deepspeed(config: dict, batch_size: int, max_grad_norm: float | None) -> None:
-    """What DeepSpeed must be told before it takes the model: it clips by itself, wants numbers that accelerate
-    would take from a data loader, and gathers the weights of ZeRO-3 for saving only when asked to."""
+    """Tell DeepSpeed, before it takes the model, what it does by itself: clip, and gather ZeRO-3's weights
+    for saving. The other numbers accelerate would take from a data loader."""
     config |= {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm or 0.0,
     }
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    if config.get("bf16", {}).get("enabled"):
+        # DeepSpeed's own bf16 turns the weights of the model, and of every saved one, into bf16
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    # else transformers loads any model in step with all processes, and the first one merges an adapter alone
+    unset_hf_deepspeed_config()
 
 
 def check_precision(mixed_precision: str) -> None:

@@ -118,6 +118,13 @@ def test_a_folder_that_does_not_exist_is_named(name):
         resolve_model_path(name)
 
 
+def test_a_file_is_no_model_folder(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(ValueError, match=f"{file}: found a file; expected the folder of a model"):
+        resolve_model_path(file)
+
+
 def test_a_folder_without_a_model_says_where_the_model_may_be(tmp_path):
     with pytest.raises(ValueError, match="no config.json in it; give the folder of a model"):
         resolve_model_path(str(tmp_path))

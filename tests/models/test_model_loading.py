@@ -1,5 +1,6 @@
 """Loading: float32 weights, a head of one label, missing weights, and how many tokens a model takes."""
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -149,6 +150,39 @@ def test_a_tokenizer_without_a_fast_version_is_refused_by_name(tmp_path):
     ByT5Tokenizer().save_pretrained(folder)
     with pytest.raises(ValueError, match=r"its tokenizer \(ByT5Tokenizer\) has no fast version"):
         CrossEncoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("make", "scorer"), [BASES["bert"], BASES["qwen2"]])
+def test_a_folder_without_tokenizer_files_is_refused(tmp_path, make, scorer):
+    folder = make(tmp_path, head_labels=1)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=f"{folder}: its tokenizer knows only special tokens"):
+        scorer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["{}", "no JSON"])
+def test_a_damaged_tokenizer_file_is_an_error_that_names_the_folder(tmp_path, text):
+    folder = tiny_bert(tmp_path, head_labels=1)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{folder}: its tokenizer cannot be loaded"):
+        CrossEncoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 100_000])
+def test_a_weights_file_cut_short_is_an_error_that_names_the_folder(tmp_path, size):
+    folder = tiny_bert(tmp_path, head_labels=1)
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.truncate(size)
+    with pytest.raises(ValueError, match=rf"{folder}: the model cannot be loaded \(SafetensorError: "):
+        CrossEncoder.from_pretrained(folder)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_attention_code_whose_package_is_missing_is_one_clear_error(load_tiny):
+    message = r"the model cannot be loaded \(ImportError: FlashAttention2"
+    with pytest.raises(ValueError, match=message):
+        load_tiny("bert", attn_implementation="flash_attention_2")
 
 
 def test_the_default_max_length_is_512_or_what_a_smaller_model_has(load_tiny, tmp_path):

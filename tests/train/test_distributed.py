@@ -68,7 +68,9 @@ def test_two_processes_take_the_steps_of_one(both, tmp_path, loss_type):
 
 
 def test_a_process_with_nothing_to_do_and_accumulation_do_not_hang_or_change_the_step(both, tmp_path):
-    one, two = both("listwise_ce", batch_size=16, gradient_accumulation_steps=5)  # 80 to a step, then 1
+    # 80 groups to a step, then 1; the token budget cuts their batches into different numbers of parts
+    one, two = both("listwise_ce", batch_size=16, gradient_accumulation_steps=5, max_tokens_per_batch=96)
+    two |= {"max_tokens_per_batch": 96}  # the two plan different numbers of micro-batches
     train(one)
     done = run_in_two(two, tmp_path, TORCHRUN, **CPU)
     assert done.returncode == 0, done.stderr
@@ -154,12 +156,37 @@ def test_deepspeed_resumes_to_the_same_bits(both, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+ZERO3 = accelerate_launch("config/deepspeed/deepspeed_zero3.yaml")
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_r": 4, "lora_target_modules": "all-linear"}])
+def test_zero3_saves_whole_weights_under_their_names_and_merges_adapters(both, tmp_path, lora):
+    pytest.importorskip("deepspeed")
+    one, two = both("listwise_ce", **lora)
+    train(one)
+    done = run_in_two(two, tmp_path, ZERO3)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(one, two)
+
+
+def test_deepspeed_keeps_float32_weights_under_bf16(both, tmp_path):
+    pytest.importorskip("deepspeed")
+    one, two = both("listwise_ce", mixed_precision="bf16")
+    train(one)
+    done = run_in_two(two, tmp_path, DEEPSPEED)
+    assert done.returncode == 0, done.stderr
+    weights = final_weights(two["output_dir"])
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any((value != value.bfloat16()).any() for value in weights.values()), "not rounded either"
+    assert_same_training(one, two, tolerance=5e-3)
+
+
 FSDP = accelerate_launch("config/default_fsdp.yaml")
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a GPU per process there")
 def test_fsdp_takes_the_same_steps_and_resumes_to_the_same_bits(both, tmp_path):
-    one, two = both("listwise_ce", batch_size=16, gradient_accumulation_steps=2)
+    one, two = both("listwise_ce", batch_size=16, gradient_accumulation_steps=2, max_tokens_per_batch=96)
     train(one)
     two |= {"save_steps": 2, "val_dataset": write_jsonl(tmp_path / "val.jsonl", grouped_records(5, seed=4))}
     done = run_in_two(two, tmp_path, FSDP, script="tests/fsdp_on_cpu.py")

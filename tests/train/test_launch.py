@@ -10,6 +10,7 @@ from rag_retrieval.train.launch import (
     check_one_group,
     check_precision,
     own_accumulation,
+    set_up_deepspeed,
 )
 
 NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without an accelerator")
@@ -66,3 +67,13 @@ def test_without_an_accelerator_fsdp_becomes_data_parallelism(monkeypatch, caplo
 def test_without_an_accelerator_deepspeed_talks_over_gloo(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert adapt_to_cpu() == "gloo"
+
+
+def test_deepspeed_is_told_to_clip_to_gather_and_to_keep_float32_weights():
+    config = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto", "bf16": {"enabled": True}}
+    set_up_deepspeed(config, batch_size=8, max_grad_norm=0.5)
+    assert config["gradient_clipping"] == 0.5 and config["gradient_accumulation_steps"] == 1
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    assert config["bf16"] == {"enabled": False} and config["torch_autocast"]["dtype"] == "bfloat16"
+    set_up_deepspeed(config, batch_size=8, max_grad_norm=None)
+    assert config["gradient_clipping"] == 0.0

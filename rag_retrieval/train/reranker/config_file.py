@@ -121,6 +121,8 @@ def _read_file(file: Path) -> _Source:
             raise ConfigError(f"{shown}:{_line(root)}: expected lines such as `model_type: bert_encoder`, "
                               f"found a {'list' if isinstance(root, yaml.SequenceNode) else 'text'}")
         return _read_mapping(reader, root, shown)
+    except RecursionError:
+        raise ConfigError(f"{shown}: broken YAML: lists or maps nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         what = ": ".join(part for part in (error.context, error.problem) if part)
@@ -211,7 +213,10 @@ def _override_value(key: str, text: str) -> Any:
 
 
 def _look_up_paths(source: _Source, config_folder: Path) -> None:
-    """Makes the paths among the values absolute."""
+    """Makes the paths among the values absolute, but for output_dir, which may not exist yet."""
+    output_dir = source.values.get("output_dir")
+    if isinstance(output_dir, str):
+        source.values["output_dir"] = os.path.expanduser(output_dir)
     for key in PATH_KEYS:
         name = source.values.get(key)
         if isinstance(name, str) and name and name not in ABSENT:

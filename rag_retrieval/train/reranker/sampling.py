@@ -7,9 +7,10 @@ of workers or of processes draws exactly the same.
 import numpy as np
 
 ORDER, POSITIVES, NEGATIVES, THIRDS = range(4)  # one independent stream of random numbers for each purpose
-# Pairs of one query that a pointwise epoch keeps together. MiniLM with BCE on 2,000 queries with one right and three
-# wrong documents each stood at chance after 130 of 250 steps with pairs shuffled one by one (loss 0.562, chance
-# 0.562), and at 0.298 after 110 steps with each query's pairs in one step: there they differ in the document alone.
+# Pairs of one query that a pointwise epoch keeps together. MiniLM with BCE on 2,000 queries with one right
+# and three wrong documents each stood at chance after 130 of 250 steps with pairs shuffled one by one (loss
+# 0.562, chance 0.562), and at 0.298 after 110 steps with each query's pairs in one step: there they differ
+# in the document alone.
 QUERY_RUN = 8
 LONG_DOCUMENT = 100  # characters; only longer documents have their thirds reordered
 REORDERINGS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
@@ -25,7 +26,7 @@ def epoch_order(seed: int, epoch: int, records: int) -> np.ndarray:
 def pair_order(seed: int, epoch: int, group_sizes: np.ndarray) -> np.ndarray:
     """A permutation of all pairs in which pairs of one query stay together, in runs of at most QUERY_RUN.
 
-    group_sizes: [queries], the pairs of each query, which stand side by side. Returns [pairs], int32 or int64.
+    group_sizes: [queries], the pairs of each query, which stand side by side. Returns [pairs], integers.
     """
     random = np.random.default_rng([seed, ORDER, epoch])
     ends = np.cumsum(group_sizes)

@@ -100,7 +100,9 @@ class TrainingSteps(Dataset):
         return [
             micro_batch
             for places in self.shape.positions(step)
-            for micro_batch in self.micro_batches([self.example(int(order[place]), epoch) for place in places])
+            for micro_batch in self.micro_batches(
+                [self.example(int(order[place]), epoch) for place in places]
+            )
         ]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
@@ -137,9 +139,13 @@ class TrainingSteps(Dataset):
         """Encode examples and lay them out, cut by the token budget; an empty list gives one filler."""
         if not examples:
             return [self.filler()]
-        encoded = self.encoder.encode([(example.query, text) for example in examples for text in example.documents])
+        encoded = self.encoder.encode(
+            [(example.query, text) for example in examples for text in example.documents]
+        )
         ends = np.cumsum([len(example.documents) for example in examples])
-        pairs = [encoded[end - len(example.documents) : end] for example, end in zip(examples, ends, strict=True)]
+        pairs = [
+            encoded[end - len(example.documents) : end] for example, end in zip(examples, ends, strict=True)
+        ]
         plan = plan_by_tokens([[len(pair) for pair in group] for group in pairs], self.options.max_tokens)
         return [self._lay_out([examples[i] for i in part], [pairs[i] for i in part]) for part in plan]
 

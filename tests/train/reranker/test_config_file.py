@@ -302,6 +302,11 @@ def test_a_file_that_is_no_list_of_keys_is_refused_with_its_place(folder, conten
     assert str(caught.value) == message
 
 
+def test_a_file_nested_too_deeply_is_an_error_of_the_file(folder):
+    message = "train.yaml: broken YAML: lists or maps nested too deeply"
+    assert errors("foo: " + "[" * 5000 + "]" * 5000) == [message]
+
+
 def test_a_file_that_cannot_be_read_says_why(folder, monkeypatch):
     def refuse(self):
         raise PermissionError(13, "Permission denied")
@@ -427,6 +432,13 @@ def test_the_home_folder_is_understood(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     (folder / "a.jsonl").touch()
     assert load("train_dataset: ~/a.jsonl").train_dataset == str(folder / "a.jsonl")
+
+
+def test_the_home_folder_is_understood_in_output_dir_too(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert load("output_dir: ~/runs/a").output_dir == f"{folder}/runs/a"
+    assert load("", "--output_dir=~/runs/a").output_dir == f"{folder}/runs/a"
+    assert load("output_dir: runs/a").output_dir == "runs/a"
 
 
 def test_a_package_model_is_kept_by_name_and_a_wrong_name_refused():

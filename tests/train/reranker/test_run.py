@@ -93,7 +93,8 @@ def plain_run(values: dict, records: list[dict], steps: int) -> tuple[list[float
 
 
 def drawn_order(records: list[dict], epoch: int) -> list[int]:
-    """The trainer's order: of groups, or of pairs that stand sorted by the first appearance of their query."""
+    """The trainer's order: of groups, or of pairs that stand sorted by the first appearance of their
+    query."""
     if "hits" in records[0]:
         return epoch_order(42, epoch, len(records)).tolist()
     rows_of: dict[str, list[int]] = {}
@@ -610,6 +611,8 @@ def test_a_token_budget_cuts_more_micro_batches_and_changes_no_step(settings, lo
         train(values)
         runs.append((read_metrics(Path(values["output_dir"]), "train"), final_weights(values["output_dir"])))
     (whole_lines, whole), (cut_lines, cut) = runs
-    assert [line["loss"] for line in cut_lines] == pytest.approx([line["loss"] for line in whole_lines], abs=1e-5)
+    assert [line["loss"] for line in cut_lines] == pytest.approx(
+        [line["loss"] for line in whole_lines], abs=1e-5
+    )
     for name, value in whole.items():
         torch.testing.assert_close(cut[name], value, atol=1e-5, rtol=0)
