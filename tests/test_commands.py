@@ -109,7 +109,7 @@ def test_a_shipped_decoder_configuration_trains(name, tmp_path):
 def test_the_shipped_xlm_roberta_configuration_trains_on_chinese(tmp_path):
     options = small_run(tiny_bert(tmp_path / "base"), tmp_path / "out")
     run_command("rag-retrieval train --config training_xlmroberta.yaml", TRAINER, options)
-    assert list((tmp_path / "out" / "logs").rglob("events.*")), "it asks for tensorboard"
+    assert list((tmp_path / "out" / "tracking").rglob("events.*")), "it asks for tensorboard"
 
 
 def test_an_uninstalled_checkout_trains_from_any_folder(tmp_path):

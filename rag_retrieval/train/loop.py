@@ -273,8 +273,16 @@ class Trainer:
         state_dict = self.accelerator.get_state_dict(
             self.model
         )  # on every process: sharded engines gather here
-        if self.accelerator.is_main_process:
-            self.task.save_model(folder, state_dict)
+        if not self.accelerator.is_main_process:
+            return
+        # the last update's effect is seen by no later loss
+        broken = [name for name, value in state_dict.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise TrainingError(
+                f"after step {self.state.step} weights are not finite ({', '.join(broken[:5])}) and are not saved; "
+                "earlier checkpoints are intact. Lower lr, lengthen the warmup, or set max_grad_norm"
+            )
+        self.task.save_model(folder, state_dict)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Bring model, optimizer, scaler and random states to where `folder` was written."""

@@ -4,13 +4,17 @@ What a reader would get wrong: looking comes first and changing last. `plan_star
 an earlier run and marks the folder, and is called when data and model are known to be good.
 """
 
+import hashlib
 import logging
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from rag_retrieval.train.checkpoints import CheckpointStore, TrainState, read_json, read_state, write_json
 
@@ -25,6 +29,21 @@ class OutputFolderError(ValueError):
     """The output folder holds something that this run must not touch."""
 
 
+def folder_lock(output_dir: Path) -> FileLock:
+    """The lock of a run on its output folder; the system lets it go when the process ends, however it ends."""
+    name = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:32]
+    return FileLock(Path(tempfile.gettempdir()) / f"rag_retrieval-{name}.lock", timeout=0)
+
+
+def take_lock(lock: FileLock, output_dir: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputFolderError(
+            f"output_dir: another process is training in {output_dir}; wait for it or take another output_dir"
+        ) from None
+
+
 def plan_start(
     output_dir: Path, resume: str | None, overwrite: bool
 ) -> tuple[TrainState, Path | None] | None:
@@ -37,7 +56,7 @@ def plan_start(
     """
     earlier = read_json(output_dir / RUN_FILE)
     if resume == "auto" and earlier:
-        if earlier["finished"]:
+        if earlier.get("finished"):
             return None
         found = CheckpointStore(output_dir, earlier["run_id"], keep=1).newest()
         if found is None:

@@ -3,8 +3,10 @@
 What a reader would get wrong: with LoRA a checkpoint's `model` folder holds the adapter alone, not a model.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,7 +78,20 @@ class RerankerTask:
             replace_folder(output_dir / "model", lambda aside: copy_files(folder, aside))
             return
         replace_folder(output_dir / "adapter", lambda aside: copy_files(folder, aside))
-        replace_folder(output_dir / "model", merged(self.load_base(), folder).save_pretrained)
+        with without_new_head_warning():  # the adapter brings the head
+            model = merged(self.load_base(), folder)
+        replace_folder(output_dir / "model", model.save_pretrained)
+
+
+@contextmanager
+def without_new_head_warning():
+    loading = logging.getLogger("rag_retrieval.models.model_loading")
+    level = loading.level
+    loading.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        loading.setLevel(level)
 
 
 def copy_files(source: Path, target: Path) -> None:

@@ -29,13 +29,13 @@ from rag_retrieval.train.reranker.reranker_task import RerankerTask
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
-from rag_retrieval.train.run_folder import RESULTS, claim, plan_start
+from rag_retrieval.train.run_folder import RESULTS, claim, folder_lock, plan_start, take_lock
 from rag_retrieval.train.step_data import StepShape
 from rag_retrieval.train.task import LoopSettings
 
 logger = logging.getLogger(__name__)
 
-CPU_MAX_TOKENS = 2048  # of a forward pass: enough to keep two cores busy, little enough to waste no padding
+CPU_MAX_TOKENS = 1024  # of a forward pass: enough to keep the cores busy, little enough to waste no padding
 LENGTH_SAMPLE = 10_000  # pairs whose token lengths the summary is made of
 
 
@@ -44,11 +44,23 @@ class StartError(ValueError):
 
 
 def run(config: TrainingConfig) -> TrainState | None:
-    """Train as configured. Returns the final state, or None when `resume: auto` found the run finished."""
+    """Train as configured. Returns the final state, or None when `resume: auto` found the run finished.
+
+    The output folder belongs to one run at a time on a machine: a second one gets a StartError.
+    """
     output_dir = Path(config.output_dir)
     accelerator = build_accelerator(
         config.mixed_precision, config.log_with, output_dir, config.batch_size, config.max_grad_norm
     )
+    lock = folder_lock(output_dir)
+    on_main_process(accelerator, take_lock, lock, output_dir)
+    try:
+        return run_in_folder(config, accelerator, output_dir)
+    finally:
+        lock.release()
+
+
+def run_in_folder(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) -> TrainState | None:
     check_model_is_kept(config)
     start = on_main_process(accelerator, plan_start, output_dir, config.resume, config.overwrite_output_dir)
     if start is None:
@@ -57,6 +69,7 @@ def run(config: TrainingConfig) -> TrainState | None:
     state, checkpoint = start
     loss = configured_loss(config)
     train_store, val_store = on_all_processes(open_stores, config, loss)
+    on_all_processes(check_teachable, config, loss, train_store)
     set_seed(config.seed)
     scorer = on_all_processes(load_scorer, config)
     adapter = on_all_processes(prepare_for_training, scorer, config)
@@ -143,6 +156,21 @@ def open_stores(config: TrainingConfig, loss: Loss) -> tuple[RecordStore, Record
         **label_range,
     )
     return train, validation
+
+
+def check_teachable(config: TrainingConfig, loss: Loss, train: RecordStore) -> None:
+    """Groups in which all labels are equal (one document, too) teach a grouped loss nothing: they are reported,
+    and data that hold nothing else are refused."""
+    counts = summary(train)
+    if loss.dataset_type == "pointwise" or not counts.equal_label_groups:
+        return
+    idle = f"{counts.equal_label_groups:,} of {counts.groups:,} groups have documents of one label only"
+    if counts.equal_label_groups == counts.groups:
+        raise StartError(
+            f"train_dataset: {config.train_dataset}: {idle}, so {config.loss_type} has nothing to learn; give each "
+            "query documents of different labels, or use a pointwise loss"
+        )
+    logger.warning("%s: they teach %s nothing", idle, config.loss_type)
 
 
 def report_data(
@@ -232,6 +260,11 @@ def loop_settings(config: TrainingConfig, validation: Validation | None) -> Loop
     metric = config.metric_for_best_model
     if validation is None or metric in validation.metrics:
         return settings
+    if "loss" not in validation.metrics:
+        raise StartError(
+            f"val_dataset: {config.val_dataset} measures nothing: no group has documents of different labels; "
+            "give documents that are relevant and documents that are not"
+        )
     logger.warning(
         "metric_for_best_model: %s cannot be measured on %s, where no query has several documents with a "
         "relevant one among them; the validation loss decides which checkpoint is best",

@@ -1,7 +1,7 @@
 """Micro-batches planned by tokens: pairs of similar length together, so that little padding is computed.
 
 The plan changes no result: losses are summed and divided once per optimizer step. It cuts a batch into more
-forward passes, which costs nothing on a CPU (2,048 tokens keep its cores busy) and bounds memory on a GPU.
+forward passes, which costs nothing on a CPU (1,024 tokens keep its cores busy) and bounds memory on a GPU.
 """
 
 

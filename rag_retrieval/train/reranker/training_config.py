@@ -92,7 +92,7 @@ class TrainingConfig(BaseModel):
         32, ge=1, description="Per process and micro-batch: pairs (pointwise) or groups (grouped).")
     max_tokens_per_batch: int | None = Field(
         None, ge=16, description="Most tokens of a forward pass, padding included: a batch is cut into several of "
-        "similar length, with the same result. Absent: 2048 on a CPU, no bound elsewhere.")
+        "similar length, with the same result. Absent: 1024 on a CPU, no bound elsewhere.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     lr: float = Field(5e-5, gt=0, description="Highest learning rate.")
     head_lr: float | None = Field(

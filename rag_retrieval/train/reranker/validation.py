@@ -114,7 +114,7 @@ class Validation:
             )
 
     def mean_loss(self, scores: np.ndarray) -> float:
-        """The training loss over the whole set, divided once by its count."""
+        """The training loss over the whole set, divided once by its count; NaN where there is nothing to count."""
         total, items = 0.0, 0
         units = self._loss_units()
         for start in range(0, len(units), LOSS_CHUNK):
@@ -123,7 +123,7 @@ class Validation:
             values, _ = layout([scores[places] for places, _ in chunk])
             total += self.loss.function(values, labels, mask, reduction="sum").item()
             items += self.loss.count(labels, mask)
-        return total / max(items, 1)
+        return total / items if items else math.nan
 
     def _loss_units(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(pair positions, labels) of everything that the loss takes as one row."""

@@ -25,6 +25,7 @@ from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.train.reranker.run import StartError
 from rag_retrieval.train.reranker.sampling import epoch_order, pair_order
+from rag_retrieval.train.run_folder import folder_lock
 from rag_retrieval.train.task import TrainingError
 
 EPSILON = 1e-3  # Adam divides rounding noise by itself where a gradient is zero, as that of key biases is
@@ -306,9 +307,12 @@ def test_a_ranking_metric_that_cannot_be_measured_gives_way_to_the_loss(validate
 
 
 def test_groups_without_any_relevant_document_give_way_to_the_loss(validated, caplog):
-    records = [equal_labels(record) for record in grouped_records(4)]
+    records = [
+        {**record, "hits": [hit | {"label": hit["label"] - 1} for hit in record["hits"]]}  # no label of 1 or more
+        for record in grouped_records(4)
+    ]
     values = validated("pairwise_ranknet", validation=records)
-    assert train(values).best_metric == 0.0  # no ordered pair
+    assert train(values).best_metric > 0.0
     assert "cannot be measured" in caplog.text
 
 
@@ -496,7 +500,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
     settings, decoder, tmp_path, family, lora, monkeypatch
 ):
     make = settings if family == "bert" else decoder
-    plain = make(**lora)
+    plain = make(**lora, max_tokens_per_batch=10**6)  # one forward pass in each step
     saving = plain | {"gradient_checkpointing": True, "output_dir": str(tmp_path / "saving")}
     runs = count_layer_runs(monkeypatch, family)
     train(plain)
@@ -616,3 +620,46 @@ def test_a_token_budget_cuts_more_micro_batches_and_changes_no_step(settings, lo
     )
     for name, value in whole.items():
         torch.testing.assert_close(cut[name], value, atol=1e-5, rtol=0)
+
+
+# --- data that can teach or measure nothing, and a folder that is in use ---
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "record"),
+    [
+        ("pairwise_ranknet", {"query": "q", "hits": [{"content": "a", "label": 2}, {"content": "b", "label": 2}]}),
+        ("pairwise_ranknet", {"query": "q", "content": "a", "label": 1}),
+        ("listwise_ce", {"query": "q", "pos": ["a"]}),
+    ],
+)
+def test_data_that_can_teach_the_loss_nothing_are_refused(settings, loss_type, record):
+    records = [{**record, "query": f"q{number}"} for number in range(8)]
+    with pytest.raises(StartError, match=f"8 of 8 groups have documents of one label only, so {loss_type}"):
+        train(settings(loss_type, records))
+
+
+def test_groups_that_teach_nothing_are_counted_once(settings, caplog):
+    records = grouped_records(6, levels=(0, 1, 2), sizes=(3,))
+    train(settings("pairwise_ranknet", [*records[:4], *map(equal_labels, records[4:])], epochs=2))
+    assert caplog.text.count("2 of 6 groups have documents of one label only: they teach pairwise_ranknet") == 1
+
+
+def test_validation_data_that_measure_nothing_are_refused(settings, tmp_path):
+    validation = write_jsonl(tmp_path / "val.jsonl", [equal_labels(record) for record in grouped_records(4)])
+    with pytest.raises(StartError, match="measures nothing"):
+        train(settings("pairwise_ranknet", val_dataset=validation))
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(settings):
+    values = settings("listwise_ce")
+    with folder_lock(Path(values["output_dir"])), pytest.raises(StartError, match="another process is training"):
+        train(values)
+    train(values)
+
+
+def test_weights_that_the_last_step_spoiled_are_not_saved(settings):
+    values = settings("listwise_ce", batch_size=100, lr=1e38, head_lr=1e38, warmup_proportion=0.0, epochs=1)
+    with pytest.raises(TrainingError, match="after step 1 weights are not finite"):
+        train(values)
+    assert not (Path(values["output_dir"]) / "model").exists()

@@ -36,7 +36,8 @@ def test_a_minimal_pointwise_configuration_gets_the_documented_defaults():
         "trust_remote_code": False, "train_label_key": "label", "train_split": None, "train_group_size":
         None, "max_label": 1.0, "min_label": 0.0, "shuffle_rate": 0.0, "val_dataset": None,
         "val_dataset_type": None, "val_label_key": None, "val_split": None, "num_workers": 2,
-        "temperature": None, "epochs": 1, "batch_size": 32, "max_tokens_per_batch": None, "gradient_accumulation_steps": 1, "lr": 5e-5,
+        "temperature": None, "epochs": 1, "batch_size": 32,
+        "max_tokens_per_batch": None, "gradient_accumulation_steps": 1, "lr": 5e-5,
         "head_lr": 5e-4, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon":
         1e-8, "max_grad_norm": 1.0, "warmup_proportion": 0.1, "stable_proportion": 0.0, "mixed_precision":
         "no", "seed": 42, "freeze_embeddings": False, "freeze_layers": 0, "lora_r": None, "lora_alpha":
