@@ -108,7 +108,7 @@ class TrainingConfig(BaseModel):
     stable_proportion: float = Field(
         0.0, ge=0, le=1, description="Fraction of optimizer steps, after warmup, at full lr. Then cosine.")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="Autocast; weights are float32.")
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of head, data order, sampling and dropout.")
+    seed: int = Field(42, ge=0, description="Seed of head, data order, sampling and dropout.")
     freeze_embeddings: bool = Field(False, description="Do not train the embeddings.")
     freeze_layers: int = Field(0, ge=0, description="Number of lower layers that are not trained.")
     lora_r: int | None = Field(None, ge=1, description="Rank of LoRA adapters. Absent: train all weights.")
