@@ -20,7 +20,7 @@ from stdlib_passages import Passage, Question, documented_objects, passages_of, 
 
 MAX_PASSAGES = 10  # an object with more is a manual (pdb): its passages hardly name what they are about
 HELD_OUT = {"test": range(0, 20), "dev": range(20, 35)}  # percent of the top-level modules; the rest trains
-QUESTIONS = {"grouped": 1600, "pointwise": 600, "pos_neg": 300, "pos_neg_scores": 300}
+QUESTIONS = {"grouped": 1200, "pointwise": 600, "pos_neg": 300, "pos_neg_scores": 300}
 HELD_OUT_QUESTIONS = {"dev": 100, "test": 200}
 CANDIDATES = 20  # per held-out question
 NEGATIVES = 6  # per training question, BM25's best

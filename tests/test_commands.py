@@ -23,7 +23,7 @@ def commands_of(readme: Path, start: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.startswith(start)]
 
 
-def run_command(command: str, folder: Path, options: str) -> str:
+def run_command(command: str, folder: Path, options: str, timeout: int = 280) -> str:
     """Run a documented line in a shell, with `options` added before a redirection. Returns what it printed."""
     head, arrow, redirection = command.partition(" > ")
     environment = os.environ | {
@@ -38,7 +38,7 @@ def run_command(command: str, folder: Path, options: str) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
         env=environment,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -125,9 +125,10 @@ def test_an_uninstalled_checkout_trains_from_any_folder(tmp_path):
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.timeout(1500)
 def test_the_quickstart_prints_the_three_rows_and_examples(tmp_path):
     options = f"--output_dir {tmp_path / 'quick'}"
-    text = run_command("rag-retrieval quickstart", ROOT, options)
+    text = run_command("rag-retrieval quickstart", ROOT, options, timeout=1400)
     rows = dict(re.findall(r"^  (\S.*?)\s{2,}(0\.\d{4})\s+0\.\d{4}$", text, flags=re.MULTILINE))
     assert list(rows) == ["BM25's order", "the base's embeddings, cosine", "the trained reranker"]
     before = max(float(rows["BM25's order"]), float(rows["the base's embeddings, cosine"]))
