@@ -15,10 +15,10 @@ from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 
 from rag_retrieval.train import launch  # noqa: E402
-from rag_retrieval.train.reranker.train_reranker import main  # noqa: E402
+from rag_retrieval.train.reranker.train_reranker import leave, main  # noqa: E402
 
 PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 launch.adapt_to_cpu = lambda: None
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
