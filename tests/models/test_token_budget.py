@@ -1,6 +1,6 @@
 import pytest
 
-from rag_retrieval.train.reranker.token_budget import plan_by_tokens
+from rag_retrieval.models.token_budget import plan_by_tokens
 
 
 def test_without_a_bound_the_batch_stays_one_part_in_its_order():
