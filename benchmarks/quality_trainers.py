@@ -129,6 +129,7 @@ def train_sentence_transformers(records: list[Record], recipe: Recipe, work: Pat
         max_grad_norm=MAX_GRAD_NORM,
         seed=recipe.seed,
         bf16=recipe.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),  # without it, bf16 is refused on a CPU
         dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
         report_to="none",
