@@ -101,9 +101,9 @@ def read_all(store: RecordStore, barrier, seed: int) -> tuple[float, float, floa
     return store.num_pairs / seconds, *(value / MIB for value in grown)
 
 
-def private_memory() -> int:
-    """Bytes that are this process's own: resident, but backed by no file."""
-    memory = psutil.Process().memory_info()
+def private_memory(pid: int | None = None) -> int:
+    """Bytes that are a process's own (default: this process's): resident, but backed by no file."""
+    memory = psutil.Process(pid).memory_info()
     return memory.rss - memory.shared
 
 

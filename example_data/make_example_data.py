@@ -22,6 +22,7 @@ MAX_PASSAGES = 10  # an object with more is a manual (pdb): its passages hardly 
 HELD_OUT = {"test": range(0, 20), "dev": range(20, 35)}  # percent of the top-level modules; the rest trains
 QUESTIONS = {"grouped": 1200, "pointwise": 600, "pos_neg": 300, "pos_neg_scores": 300}
 HELD_OUT_QUESTIONS = {"dev": 100, "test": 200}
+POINTWISE_DEV_QUESTIONS = 60
 CANDIDATES = 20  # per held-out question
 NEGATIVES = 6  # per training question, BM25's best
 ZH_QUESTIONS = {"grouped": 200, "pointwise": 120, "dev": 60}
@@ -80,7 +81,7 @@ def held_out_groups(questions: list[Question], passages: list[Passage], count: i
     return groups[:count]
 
 
-def training_candidates(questions: list[Question], passages: list[Passage]) -> list[tuple]:
+def english_rows(questions: list[Question], passages: list[Passage]) -> list[tuple]:
     """(question, [(wrong passage, BM25 score), ...] best first, the answer's BM25 score) per question."""
     search = Search([p.document for p in passages])
     number = {p: i for i, p in enumerate(passages)}
@@ -149,9 +150,11 @@ def english_files() -> dict[str, list[dict]]:
         f"stdlib_grouped.{split}.jsonl": held_out_groups(asked[split], parts[split], count)
         for split, count in HELD_OUT_QUESTIONS.items()
     }
-    rows = training_candidates(asked["train"], parts["train"])
+    rows = english_rows(asked["train"], parts["train"])
     for form in (grouped, pointwise, pos_neg, pos_neg_scores):
         files[f"stdlib_{form.__name__}.train.jsonl"] = form(rows[: QUESTIONS[form.__name__]])
+    rows = english_rows(asked["dev"][:POINTWISE_DEV_QUESTIONS], parts["dev"])
+    files["stdlib_pointwise.dev.jsonl"] = pointwise(rows)
     return files
 
 

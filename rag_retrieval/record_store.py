@@ -176,7 +176,8 @@ def open_store(
         positives are those of a hits record. Other records keep their own group.
     exactly_one_positive: hits records, and groups made by group_by_query, have one label 1 and the rest 0.
     cache_dir: default $RAG_RETRIEVAL_CACHE, else ~/.cache/rag_retrieval. Nothing is ever deleted from it but
-        damaged stores. The key holds the file's path, size, time and the content of its first and last MiB.
+        damaged stores. The key holds the file's path, size, time and the content of its first and last MiB. A
+        change between these is not noticed when size and time (to the nanosecond) are what they were before.
 
     Building needs about three times the source's size on disk for a while. Its memory does not grow with the
     source, but for group_by_query: about 50 bytes for each run of adjacent pairs of one query.

@@ -98,6 +98,19 @@ def test_other_content_of_the_same_size_is_rebuilt(tmp_path):
     assert before.pair(0).document == "old"
 
 
+def test_a_change_in_the_middle_of_a_large_file_is_known_by_its_time_alone(tmp_path):
+    def text(middle: str) -> str:
+        return "".join(json.dumps(hits(word, 1)) + "\n" for word in ["a" * 2**20, middle, "b" * 2**20])
+
+    path = tmp_path / "a.jsonl"
+    path.write_text(text("old"))
+    time = path.stat().st_mtime_ns
+    assert open_store(path).group(1).query == "old"
+    path.write_text(text("new"))
+    os.utime(path, ns=(time, time + 1))  # the smallest difference that there is
+    assert open_store(path).group(1).query == "new"
+
+
 def test_the_same_content_with_another_time_is_rebuilt(tmp_path, cache_dir):
     path = write(tmp_path / "a.jsonl", pointwise(("q", "d", 1)))
     open_store(path)

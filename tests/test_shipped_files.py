@@ -10,14 +10,15 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from rag_retrieval.record_store import open_store
+from rag_retrieval.record_store import RecordStore, open_store
 from rag_retrieval.train.reranker.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "rag_retrieval" / "train" / "reranker"
 TRAINING_FILES = sorted((TRAINER / "config").glob("*.yaml"))
 ACCELERATE_FILES = sorted((ROOT / "config").rglob("*.yaml"))
-EXAMPLE_FILES = sorted((ROOT / "example_data").glob("*.jsonl*"))
+EXAMPLES = ROOT / "example_data"
+EXAMPLE_FILES = sorted(EXAMPLES.glob("*.jsonl*"))
 
 
 def name_of(path: Path) -> str:
@@ -42,6 +43,30 @@ def test_a_shipped_configuration_is_valid_from_any_folder(file, tmp_path, monkey
         config = load_config(str(file))
         assert Path(config.train_dataset).is_file()
         assert config.val_dataset is None or Path(config.val_dataset).is_file()
+
+
+@pytest.mark.parametrize("file", TRAINING_FILES, ids=name_of)
+def test_a_shipped_configuration_validates_on_the_label_levels_that_it_trains_on(file):
+    config = load_config(str(file))
+    train = open_store(config.train_dataset)
+    assert config.max_label in (None, train.labels.max())
+    if config.val_dataset is not None:
+        assert set(open_store(config.val_dataset).labels) == set(train.labels)
+
+
+def test_the_graded_dev_file_has_no_query_and_no_document_of_the_training_files():
+    dev, *training = (
+        open_store(file, group_by_query=True)
+        for file in [EXAMPLES / "stdlib_pointwise.dev.jsonl", *EXAMPLES.glob("stdlib_*.train.jsonl")]
+    )
+    assert (dev.num_pairs, dev.num_groups, len(training)) == (341, 60, 4)
+    for store in training:
+        assert texts_of(dev).isdisjoint(texts_of(store))
+
+
+def texts_of(store: RecordStore) -> set[str]:
+    groups = [store.group(index) for index in range(store.num_groups)]
+    return {text for group in groups for text in (group.query, *group.documents)}
 
 
 @pytest.mark.parametrize("file", ACCELERATE_FILES, ids=name_of)

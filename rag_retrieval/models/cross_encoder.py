@@ -19,6 +19,7 @@ from rag_retrieval.models.model_loading import (
     load_tokenizer,
     warn_of_new_parameters,
 )
+from rag_retrieval.models.packed_forward import ENCODER_HEADS, Head
 from rag_retrieval.models.pad_token import set_encoder_pad_token
 from rag_retrieval.models.pair_batch import PairBatch, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, encoder_template
@@ -29,6 +30,7 @@ class CrossEncoder(PairScorer):
     """An encoder that reads query and document together. Build it with `from_pretrained`."""
 
     model_type = "bert_encoder"
+    causal = False
 
     @classmethod
     def from_pretrained(
@@ -69,9 +71,14 @@ class CrossEncoder(PairScorer):
         max_length = choose_max_length(max_length, saved and saved.max_len, model)
         tokenizer.model_max_length = max_length  # other libraries truncate by it
         encoder = PairEncoder(tokenizer, template_for(model, tokenizer), max_length)
-        return cls(model, encoder, RerankerSettings(cls.model_type, max_length), new_parameters)
+        settings = RerankerSettings(cls.model_type, max_length)
+        return cls(model, encoder, settings, new_parameters, attn_implementation)
 
-    def forward(self, batch: PairBatch) -> torch.Tensor:
+    @property
+    def packed_head(self) -> Head | None:
+        return ENCODER_HEADS.get(self.config.model_type)
+
+    def padded_scores(self, batch: PairBatch) -> torch.Tensor:
         inputs = padded_inputs(batch, self.tokenizer.pad_token_id)
         return self.model(**inputs).logits.squeeze(-1).float()
 

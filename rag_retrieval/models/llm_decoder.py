@@ -22,8 +22,9 @@ from rag_retrieval.models.model_loading import (
     load_tokenizer,
     warn_of_new_parameters,
 )
+from rag_retrieval.models.packed_forward import Head, last_token_head
 from rag_retrieval.models.pad_token import set_decoder_pad_token
-from rag_retrieval.models.pair_batch import PairBatch, padded_inputs
+from rag_retrieval.models.pair_batch import PairBatch, on_device, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, decoder_template
 from rag_retrieval.models.pair_scorer import PairScorer
 
@@ -39,6 +40,7 @@ class LLMDecoder(PairScorer):
     """A causal model that scores a pair at its last token. Build it with `from_pretrained`."""
 
     model_type = "llm_decoder"
+    causal = True
 
     @classmethod
     def from_pretrained(
@@ -91,12 +93,18 @@ class LLMDecoder(PairScorer):
         set_decoder_pad_token(model, tokenizer, template.suffix[-1])
         max_length = choose_max_length(max_length, saved and saved.max_len, model)
         settings = RerankerSettings(cls.model_type, max_length, **formats)
-        return cls(model, PairEncoder(tokenizer, template, max_length), settings, new_parameters)
+        encoder = PairEncoder(tokenizer, template, max_length)
+        return cls(model, encoder, settings, new_parameters, attn_implementation)
 
-    def forward(self, batch: PairBatch) -> torch.Tensor:
+    @property
+    def packed_head(self) -> Head:
+        return last_token_head
+
+    def padded_scores(self, batch: PairBatch) -> torch.Tensor:
         inputs = padded_inputs(batch, self.tokenizer.pad_token_id)
         backbone = getattr(self.model, self.model.base_model_prefix)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
         rows = torch.arange(len(batch), device=hidden.device)
+        last = on_device(batch.lengths, hidden.device) - 1
         # the head reads one position per pair, so it is applied to that position alone
-        return self.model.score(hidden[rows, batch.lengths - 1]).squeeze(-1).float()
+        return self.model.score(hidden[rows, last]).squeeze(-1).float()

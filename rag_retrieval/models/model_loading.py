@@ -170,7 +170,11 @@ def position_limit(model: PreTrainedModel) -> int | None:
     # DeBERTa with relative positions alone has no table that could run out
     if limit is None or limit < 1 or getattr(config, "position_biased_input", True) is False:
         return None
+    return limit - first_position(model)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The number of a text's first position: RoBERTa and XLM-RoBERTa count from padding_idx + 1, others from 0."""
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    # RoBERTa and XLM-RoBERTa number positions from padding_idx + 1
-    first = 0 if getattr(embeddings, "padding_idx", None) is None else embeddings.padding_idx + 1
-    return limit - first
+    padding_idx = getattr(embeddings, "padding_idx", None)
+    return 0 if padding_idx is None else padding_idx + 1

@@ -15,11 +15,15 @@ QUERY_SHARE = 0.5  # of the tokens that the fixed parts leave; beyond it a query
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of one pair with their segment ids (`types` is None for families without segments)."""
+    """Token ids of one pair with their segment ids (`types` is None for families without segments).
+
+    document_start: tokens before the document, which pairs of one query have in common.
+    """
 
     ids: list[int]
     types: list[int] | None
     truncated: bool
+    document_start: int
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -147,7 +151,8 @@ class PairEncoder:
             *template.suffix,
         ]  # fmt: skip
         truncated = query_keep < len(query_ids) or document_keep < len(document_ids)
-        return EncodedPair(ids, self._types(query_keep, document_keep), truncated)
+        document_start = len(template.prefix) + query_keep + len(template.middle)
+        return EncodedPair(ids, self._types(query_keep, document_keep), truncated, document_start)
 
     def _types(self, query_tokens: int, document_tokens: int) -> list[int] | None:
         if self.template.types is None:

@@ -12,18 +12,19 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
 from rag_retrieval.train.run_folder import finish
 from rag_retrieval.train.schedule import warmup_stable_cosine
+from rag_retrieval.train.step_checks import StepChecks, StepOutcome
 from rag_retrieval.train.step_data import MicroBatch, StepDataset, step_loader
 from rag_retrieval.train.task import LoopSettings, Task, TrainingError
 from rag_retrieval.train.tracking import LogWindow, Tracking
-
-MOST_SKIPPED = 30  # fp16 steps in a row; halving the first scale of 65536 so often leaves nothing to overflow
 
 
 class Trainer:
@@ -49,7 +50,9 @@ class Trainer:
         self._check_resumable()
         self.checkpoints = CheckpointStore(output_dir, state.run_id, settings.num_max_checkpoints)
         self.saved_step = state.step
-        self.skipped_in_a_row = 0
+        self.checks = StepChecks(accelerator, optimizer)
+        # counts are exchanged between hosts: asking a device for them would let it run dry in every step
+        self.hosts = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         # weights stand in the checkpoint as a model folder; accelerate saves only what lies beside them
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -109,29 +112,26 @@ class Trainer:
         )
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * factor
-        loss = self.forward_backward(micro_batches)
+        losses, mean = self.forward_backward(micro_batches)
         norm = self._clip_gradients()
+        self.checks.guard(mean, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1
-        self.window.add(
-            loss, norm, sum(batch.size for batch in micro_batches), self.optimizer.param_groups[0]["lr"]
-        )
+        lr = self.optimizer.param_groups[0]["lr"]
+        self._count_steps(StepOutcome(self.state.step, micro_batches, losses, mean, norm, lr))
 
-    def forward_backward(self, micro_batches: list[MicroBatch]) -> float:
-        """Accumulate the gradient of the mean loss over the step's items; returns that mean.
+    def forward_backward(self, micro_batches: list[MicroBatch]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Accumulate the gradient of the mean loss over the step's items; returns the summed losses and that mean.
 
-        Engines average gradients over processes, hence the factor num_processes. The loss is looked at before
-        the last backward, because DeepSpeed updates the weights inside it.
+        Engines average gradients over processes, hence the factor num_processes.
         """
         accelerator = self.accelerator
-        mine = torch.tensor([sum(batch.items for batch in micro_batches), len(micro_batches)])
-        items, counts = accelerator.gather(mine[None].to(accelerator.device)).T
+        items, most = self._count(micro_batches)
         # all processes meet in every micro-batch, also those that planned fewer
-        missing = int(counts.max()) - len(micro_batches)
-        micro_batches = micro_batches + [self.dataset.filler() for _ in range(missing)]
+        micro_batches = micro_batches + [self.dataset.filler() for _ in range(most - len(micro_batches))]
         # a step without any item (no ordered pair at all) has loss 0 and gradient 0
-        divisor = items.sum().clamp(min=1).float()
+        divisor = max(items, 1)
         losses = []
         for position, batch in enumerate(micro_batches):
             last = position == len(micro_batches) - 1
@@ -140,48 +140,38 @@ class Trainer:
                 loss = self.task.loss_sum(self.model, batch.to(accelerator.device))
                 losses.append(loss.detach())
                 if last:
-                    mean = (accelerator.reduce(torch.stack(losses).sum(), "sum") / divisor).item()
-                    self._check_finite(mean, losses, micro_batches)
+                    mean = accelerator.reduce(torch.stack(losses).sum(), "sum") / divisor
+                    if not self.checks.skips_on_device:  # DeepSpeed updates weights inside the last backward
+                        self.checks.check_loss(self.state.step + 1, mean.item(), losses, micro_batches)
                 accelerator.backward(loss * (accelerator.num_processes / divisor))
-        return mean
+        return losses, mean
 
-    def _check_finite(self, mean: float, losses: list[torch.Tensor], micro_batches: list[MicroBatch]) -> None:
-        """Raises TrainingError on every process when the step's loss is not finite on any."""
-        if math.isfinite(mean):
-            return
-        bad = [
-            batch for loss, batch in zip(losses, micro_batches, strict=True) if not math.isfinite(loss.item())
-        ]
-        sources = gather_object([source for batch in bad for source in batch.sources])
-        where = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
-        raise TrainingError(
-            f"the loss of step {self.state.step + 1} is {mean}; no weight was changed by it. Records of the "
-            f"micro-batches at fault: {where}. Lower lr or max_grad_norm, lengthen the warmup, or train in "
-            "mixed_precision bf16 or no instead of fp16; if it happens in the first steps, look at these "
-            "records and at the model that you start from"
-        )
+    def _count(self, micro_batches: list[MicroBatch]) -> tuple[int, int]:
+        """Items of the step over all processes, and the most micro-batches of any. Exchanged between hosts."""
+        mine = torch.tensor([sum(batch.items for batch in micro_batches), len(micro_batches)])
+        if self.accelerator.num_processes == 1:
+            return int(mine[0]), int(mine[1])
+        counts = torch.empty(self.accelerator.num_processes, 2, dtype=mine.dtype)
+        distributed.all_gather(list(counts.unbind()), mine, group=self.hosts)
+        return int(counts[:, 0].sum()), int(counts[:, 1].max())
 
-    def _clip_gradients(self) -> float | None:
-        """Clip to max_grad_norm and return the norm before; None where the engine does not tell.
-
-        A norm that is not finite stops the run, but for fp16, whose scaler then skips the step and lowers its
-        scale.
-        """
+    def _clip_gradients(self) -> torch.Tensor | None:
+        """Clip to max_grad_norm and return the norm before, a scalar; None where the engine does not tell."""
         limit = self.settings.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
         if norm is None:
             return None
-        norm = float(norm)
-        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        most = MOST_SKIPPED if self.accelerator.mixed_precision == "fp16" else 0
-        if self.skipped_in_a_row > most:
-            raise TrainingError(
-                f"the gradient norm of step {self.state.step + 1} is {norm} though the loss is finite; no "
-                "weight was changed by it. Lower lr, or train in mixed_precision bf16 or no"
-            )
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+        if not self.checks.skips_on_device:
+            self.checks.check_norm(self.state.step + 1, norm.item())
         return norm
 
     # --- what happens between steps ---
+
+    def _count_steps(self, latest: StepOutcome | None = None) -> None:
+        """Enter into the log window what is known to be sound; the latest step not before the next one."""
+        for outcome, loss, norm in self.checks.passed(latest):
+            self.window.add(loss, norm, sum(batch.size for batch in outcome.micro_batches), outcome.lr)
 
     def _log_if_due(self) -> None:
         step = self.state.step
@@ -191,6 +181,7 @@ class Trainer:
     def _log(self) -> None:
         """Report the steps since the last report, if there are any. Evaluations and checkpoints do so first:
         a run resumed from a checkpoint then reports the same as one that was never stopped."""
+        self._count_steps()
         if not self.window.steps:
             return
         step = self.state.step

@@ -6,17 +6,25 @@ import torch
 from rag_retrieval.models.pair_batch import make_batch, padded_inputs
 from rag_retrieval.models.pair_encoding import EncodedPair
 
-SHORT = EncodedPair([7, 8], [0, 1], truncated=False)
-LONG = EncodedPair([4, 5, 6, 9], [0, 0, 1, 1], truncated=True)
+SHORT = EncodedPair([7, 8], [0, 1], truncated=False, document_start=1)
+LONG = EncodedPair([4, 5, 6, 9], [0, 0, 1, 1], truncated=True, document_start=2)
 
 
 def test_pairs_lie_one_after_another_with_their_lengths():
     batch = make_batch([SHORT, LONG])
     assert batch.token_ids.tolist() == [7, 8, 4, 5, 6, 9]
     assert batch.token_types.tolist() == [0, 1, 0, 0, 1, 1]
-    assert batch.lengths.tolist() == [2, 4]
-    assert (batch.longest, len(batch)) == (4, 2)
-    assert batch.token_ids.dtype == batch.lengths.dtype == torch.int64
+    assert (batch.lengths, len(batch)) == ([2, 4], 2)
+    assert batch.token_ids.dtype == torch.int64
+
+
+def test_a_pair_shares_what_stands_before_its_document_with_the_pair_before_it():
+    pairs = [
+        EncodedPair(ids, None, False, document_start)
+        for ids, document_start in (([1, 2, 3], 2), ([1, 2, 4, 5], 2), ([1, 2, 3], 1), ([1, 9], 1), ([8, 9], 1))
+    ]
+    # the third begins alike, but its query is shorter; the last begins with another token
+    assert make_batch(pairs).shared == [0, 2, 0, 1, 0]
 
 
 def test_padding_stands_at_the_right_with_mask_and_segment_zero():
@@ -27,7 +35,7 @@ def test_padding_stands_at_the_right_with_mask_and_segment_zero():
 
 
 def test_families_without_segments_get_no_token_types():
-    pair = EncodedPair([7, 8], None, truncated=False)
+    pair = EncodedPair([7, 8], None, truncated=False, document_start=1)
     batch = make_batch([pair])
     assert batch.token_types is None
     assert sorted(padded_inputs(batch, 0)) == ["attention_mask", "input_ids"]
@@ -35,16 +43,15 @@ def test_families_without_segments_get_no_token_types():
 
 
 def test_a_real_token_equal_to_the_pad_token_is_not_masked():
-    inputs = padded_inputs(
-        make_batch([EncodedPair([3, 3], None, False), EncodedPair([1, 2, 3], None, False)]), 3
-    )
+    pairs = [EncodedPair([3, 3], None, False, 1), EncodedPair([1, 2, 3], None, False, 1)]
+    inputs = padded_inputs(make_batch(pairs), 3)
     assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def test_moving_a_batch_keeps_what_it_holds():
     moved = make_batch([SHORT, LONG]).to(torch.device("meta"))
-    assert {moved.token_ids.device.type, moved.token_types.device.type, moved.lengths.device.type} == {"meta"}
-    assert (moved.longest, len(moved)) == (4, 2)
+    assert {moved.token_ids.device.type, moved.token_types.device.type} == {"meta"}
+    assert (moved.lengths, moved.shared) == ([2, 4], [0, 0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")

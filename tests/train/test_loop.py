@@ -336,7 +336,32 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_ste
         made.train()
     message = str(caught.value)
     assert "the loss of step 3 is nan" in message and "toy:9, toy:10." in message
-    assert equal(before, made.model.state_dict()) and made.state.step == 2
+    assert equal(before, made.model.state_dict())
+
+
+def test_a_step_is_looked_at_when_the_next_is_under_way_and_has_changed_nothing(tmp_path):
+    made = trainer(tmp_path, records=24, batch_size=2, accumulation=2, log_interval=100)
+    made.dataset.targets[9] = float("nan")  # step 3
+    seen = []
+    take_step = made.train_step
+
+    def remember(micro_batches):
+        seen.append({name: value.detach().clone() for name, value in made.model.state_dict().items()})
+        take_step(micro_batches)
+
+    made.train_step = remember
+    with pytest.raises(TrainingError, match="the loss of step 3 is nan"):
+        made.train()
+    assert len(seen) == 4 and not equal(seen[1], seen[2]) and equal(seen[2], seen[3])
+
+
+def test_an_optimizer_that_cannot_be_told_on_the_device_is_stopped_at_once(tmp_path):
+    made = trainer(tmp_path, records=24, batch_size=2, accumulation=2, log_interval=100)
+    made.checks.skips_on_device = False
+    made.dataset.targets[9] = float("nan")  # step 3
+    with pytest.raises(TrainingError, match="the loss of step 3 is nan"):
+        made.train()
+    assert made.state.step == 2
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path):

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from rag_retrieval.losses import LOSSES, Loss
+from rag_retrieval.models.packed_forward import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.record_store import RecordStore, open_store
 from rag_retrieval.record_summary import format_summary, summary
@@ -36,7 +37,10 @@ from rag_retrieval.train.task import LoopSettings
 logger = logging.getLogger(__name__)
 
 CPU_MAX_TOKENS = 1024  # of a forward pass: enough to keep the cores busy, little enough to waste no padding
-LENGTH_SAMPLE = 10_000  # pairs whose token lengths the summary is made of
+# The summary's token lengths are of so many pairs at most, and of fewer where these have more text than one core
+# tokenizes in about a second: 10,000 pairs of 500 characters each took 4 of the 10 seconds before the first step.
+LENGTH_SAMPLE, LEAST_SAMPLE = 10_000, 1_000  # pairs
+SAMPLE_BYTES = 2_000_000
 
 
 class StartError(ValueError):
@@ -192,7 +196,7 @@ def report_data(
 
 def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, bool]:
     """Lengths in tokens, before truncation, of all pairs or of an evenly spread sample of them."""
-    count = min(store.num_pairs, LENGTH_SAMPLE)
+    count = sample_size(store.num_pairs, store.meta["bytes"]["pairs.arrow"])
     places = np.linspace(0, store.num_pairs - 1, count).astype(int)
     encoder = scorer.pair_encoder
     pairs = [store.pair(int(place)) for place in places]
@@ -200,6 +204,12 @@ def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, b
     documents = encoder.document_ids([pair.document for pair in pairs])
     lengths = [encoder.untruncated_length(*ids) for ids in zip(queries, documents, strict=True)]
     return np.array(lengths), count < store.num_pairs
+
+
+def sample_size(pairs: int, size: int) -> int:
+    """How many of `pairs` pairs, whose documents and numbers take `size` bytes, the token lengths are counted of."""
+    affordable = pairs * SAMPLE_BYTES // size
+    return min(pairs, LENGTH_SAMPLE, max(affordable, LEAST_SAMPLE))
 
 
 def build_trainer(
@@ -223,6 +233,9 @@ def build_trainer(
         process_index=accelerator.process_index,
     )
     on_cpu = accelerator.device.type == "cpu"
+    with accelerator.autocast():  # on a GPU, packing takes half precision
+        packs, shares_queries = scorer.packs, scorer.shares_queries
+    report_layout(scorer, packs)
     options = SamplingOptions(
         config.seed,
         config.train_group_size,
@@ -230,6 +243,8 @@ def build_trainer(
         config.max_label,
         config.shuffle_rate,
         config.max_tokens_per_batch or (CPU_MAX_TOKENS if on_cpu else None),
+        padded=not packs,
+        shares_queries=shares_queries,
     )
     steps = TrainingSteps(train, config.train_dataset, scorer.pair_encoder, loss, shape, options)
     evaluate = build_validation(config, accelerator, loss, validation, scorer)
@@ -239,6 +254,16 @@ def build_trainer(
     return Trainer(
         accelerator, scorer, optimizer, steps, task, settings, Path(config.output_dir), state, run_config
     )
+
+
+def report_layout(scorer: PairScorer, packs: bool) -> None:
+    if not packs:
+        reason = scorer.packing_problem or "no kernel for variable lengths in this precision on this device"
+        logger.info("batches are padded: %s", reason)
+        return
+    rate = attention_dropout(scorer.model)
+    note = f"; the attention dropout of {rate} in its config is not applied" if rate else ""
+    logger.info("batches are packed, without padding%s", note)
 
 
 def build_validation(

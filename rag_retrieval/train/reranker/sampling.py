@@ -12,6 +12,7 @@ ORDER, POSITIVES, NEGATIVES, THIRDS = range(4)  # one independent stream of rand
 # 0.562, chance 0.562), and at 0.298 after 110 steps with each query's pairs in one step: there they differ
 # in the document alone.
 QUERY_RUN = 8
+CHUNK = 1 << 13  # groups or runs handled at once; the memory for a chunk does not depend on the data
 LONG_DOCUMENT = 100  # characters; only longer documents have their thirds reordered
 REORDERINGS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
@@ -26,17 +27,52 @@ def epoch_order(seed: int, epoch: int, records: int) -> np.ndarray:
 def pair_order(seed: int, epoch: int, group_sizes: np.ndarray) -> np.ndarray:
     """A permutation of all pairs in which pairs of one query stay together, in runs of at most QUERY_RUN.
 
-    group_sizes: [queries], the pairs of each query, which stand side by side. Returns [pairs], integers.
+    group_sizes: [queries], the pairs of each query, which stand side by side. Returns [pairs], int32 or int64.
+    While it draws it takes 8 bytes for each pair and 21 for each run, of which 4 for each pair stay.
     """
     random = np.random.default_rng([seed, ORDER, epoch])
-    ends = np.cumsum(group_sizes)
-    pairs = int(ends[-1])
-    place_in_group = np.arange(pairs) - np.repeat(ends - group_sizes, group_sizes)
-    within_groups = np.lexsort((random.random(pairs), np.repeat(np.arange(len(group_sizes)), group_sizes)))
-    run = np.cumsum(place_in_group % QUERY_RUN == 0) - 1
-    rank_of_run = random.permutation(run[-1] + 1)
-    order = within_groups[np.argsort(rank_of_run[run], kind="stable")]
-    return order.astype(np.int32 if pairs < 2**31 else np.int64)
+    shuffled = _shuffle_within_groups(random, group_sizes)
+    starts, sizes = _runs(group_sizes, shuffled.dtype)
+    by_rank = np.empty(len(starts), shuffled.dtype)
+    by_rank[random.permutation(len(starts))] = np.arange(len(starts), dtype=shuffled.dtype)
+    order, end = np.empty_like(shuffled), 0
+    for first in range(0, len(by_rank), CHUNK):
+        runs = by_rank[first : first + CHUNK]
+        places = _stretches(starts[runs], sizes[runs])
+        order[end : end + len(places)] = shuffled[places]
+        end += len(places)
+    return order
+
+
+def _shuffle_within_groups(random: np.random.Generator, group_sizes: np.ndarray) -> np.ndarray:
+    """The numbers of all pairs, group after group, shuffled inside each: [pairs], int32 or int64."""
+    pairs = int(group_sizes.sum())
+    shuffled = np.empty(pairs, np.int32 if pairs < 2**31 else np.int64)
+    start = 0
+    for first in range(0, len(group_sizes), CHUNK):
+        sizes = group_sizes[first : first + CHUNK]
+        stop = start + int(sizes.sum())
+        group = np.repeat(np.arange(len(sizes)), sizes)
+        # numbers drawn chunk by chunk are those that one call would draw
+        shuffled[start:stop] = start + np.lexsort((random.random(stop - start), group))
+        start = stop
+    return shuffled
+
+
+def _runs(group_sizes: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(first place, size) of each run of at most QUERY_RUN pairs: [runs] of dtype and uint8."""
+    runs_of_group = -(-group_sizes // QUERY_RUN)
+    sizes = np.full(runs_of_group.sum(), QUERY_RUN, np.uint8)
+    sizes[np.cumsum(runs_of_group) - 1] = (group_sizes - 1) % QUERY_RUN + 1  # a group's last run has the rest
+    starts = np.cumsum(sizes, dtype=dtype)
+    starts -= sizes
+    return starts, sizes
+
+
+def _stretches(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The numbers start .. start + size - 1 of each stretch, one stretch after the other, int64."""
+    sizes = sizes.astype(np.int64)
+    return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
 
 
 def sample_in_turns(items: np.ndarray, count: int, epoch: int, key: list[int]) -> np.ndarray:

@@ -6,13 +6,14 @@ the device.
 """
 
 from dataclasses import dataclass
+from itertools import groupby, islice
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from rag_retrieval.losses import Loss
-from rag_retrieval.models.pair_batch import PairBatch, make_batch
+from rag_retrieval.models.pair_batch import PairBatch, make_batch, shared_beginnings
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.token_budget import plan_by_tokens
 from rag_retrieval.record_store import RecordStore
@@ -53,7 +54,8 @@ class RerankerMicroBatch:
 @dataclass(frozen=True)
 class SamplingOptions:
     """group_size: documents per group at most (grouped only). lowest, highest: the range that pointwise
-    labels are rescaled from. shuffle_rate: see `reorder_thirds`. max_tokens: see `plan_by_tokens`."""
+    labels are rescaled from. shuffle_rate: see `reorder_thirds`. max_tokens, padded: see `plan_by_tokens`.
+    shares_queries: whether the model computes the query of consecutive pairs once."""
 
     seed: int
     group_size: int | None
@@ -61,6 +63,8 @@ class SamplingOptions:
     highest: float
     shuffle_rate: float
     max_tokens: int | None = None
+    padded: bool = True
+    shares_queries: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,15 +143,27 @@ class TrainingSteps(Dataset):
         """Encode examples and lay them out, cut by the token budget; an empty list gives one filler."""
         if not examples:
             return [self.filler()]
-        encoded = self.encoder.encode(
-            [(example.query, text) for example in examples for text in example.documents]
+        encoded = iter(
+            self.encoder.encode([(example.query, text) for example in examples for text in example.documents])
         )
-        ends = np.cumsum([len(example.documents) for example in examples])
-        pairs = [
-            encoded[end - len(example.documents) : end] for example, end in zip(examples, ends, strict=True)
-        ]
-        plan = plan_by_tokens([[len(pair) for pair in group] for group in pairs], self.options.max_tokens)
+        pairs = [list(islice(encoded, len(example.documents))) for example in examples]
+        plan = self._plan(examples, pairs)
         return [self._lay_out([examples[i] for i in part], [pairs[i] for i in part]) for part in plan]
+
+    def _plan(self, examples: list[Example], pairs: list[list[EncodedPair]]) -> list[list[int]]:
+        """Positions of the examples of each micro-batch. Where queries are shared, neighbours of one query stay
+        neighbours."""
+        units = [[place] for place in range(len(examples))]
+        if self.options.shares_queries:
+            units = [list(run) for _, run in groupby(range(len(examples)), lambda place: examples[place].query)]
+        lengths = [self._lengths([pair for place in unit for pair in pairs[place]]) for unit in units]
+        plan = plan_by_tokens(lengths, self.options.max_tokens, padded=self.options.padded)
+        return [[place for unit in part for place in units[unit]] for part in plan]
+
+    def _lengths(self, pairs: list[EncodedPair]) -> list[int]:
+        """Tokens that the model computes for each pair of a unit."""
+        shared = shared_beginnings(pairs) if self.options.shares_queries else [0] * len(pairs)
+        return [len(pair) - tokens for pair, tokens in zip(pairs, shared, strict=True)]
 
     def _lay_out(self, examples: list[Example], pairs: list[list[EncodedPair]]) -> RerankerMicroBatch:
         labels, mask = layout([example.labels for example in examples])

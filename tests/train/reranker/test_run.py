@@ -23,7 +23,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.train.reranker.run import StartError
+from rag_retrieval.record_store import open_store
+from rag_retrieval.train.reranker import run as run_module
+from rag_retrieval.train.reranker.run import StartError, sample_size, token_lengths
 from rag_retrieval.train.reranker.sampling import epoch_order, pair_order
 from rag_retrieval.train.run_folder import folder_lock
 from rag_retrieval.train.task import TrainingError
@@ -475,8 +477,8 @@ def test_a_trained_head_learns_at_the_rate_of_the_body(settings, tmp_path, monke
 
 @pytest.fixture
 def decoder(settings, qwen2):
-    return lambda **changes: settings(
-        **{"model_name_or_path": qwen2, "model_type": "llm_decoder", "max_len": 64} | changes
+    return lambda *loss, **changes: settings(
+        *loss, **{"model_name_or_path": qwen2, "model_type": "llm_decoder", "max_len": 64} | changes
     )
 
 
@@ -484,13 +486,19 @@ LORA = {"lora_r": 4, "lora_target_modules": "all-linear"}
 
 
 def count_layer_runs(monkeypatch, family: str) -> list[int]:
-    """A list that grows by one with each run of a transformer layer."""
+    """A list that grows by one with each run of a transformer layer in training."""
     from transformers.models.bert.modeling_bert import BertIntermediate
     from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
     part, runs = {"bert": BertIntermediate, "qwen2": Qwen2MLP}[family], []
     forward = part.forward
-    monkeypatch.setattr(part, "forward", lambda self, hidden: runs.append(1) or forward(self, hidden))
+
+    def counting(self, hidden):
+        if torch.is_grad_enabled():  # loading checks a few pairs without
+            runs.append(1)
+        return forward(self, hidden)
+
+    monkeypatch.setattr(part, "forward", counting)
     return runs
 
 
@@ -622,6 +630,32 @@ def test_a_token_budget_cuts_more_micro_batches_and_changes_no_step(settings, lo
         torch.testing.assert_close(cut[name], value, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_packed_batches_take_the_same_steps_as_padded_ones(settings, decoder, loss_type, family, caplog):
+    caplog.set_level(logging.INFO)
+    make = settings if family == "bert" else decoder
+    runs = []
+    for attention, said in (("sdpa", "padded: attn_implementation sdpa was asked for"), (None, "batches are packed")):
+        values = make(
+            loss_type,
+            warmup_proportion=0.0,
+            adam_epsilon=EPSILON,
+            gradient_accumulation_steps=2,
+            max_tokens_per_batch=150,
+            attn_implementation=attention,
+        )
+        values["output_dir"] += f"-{attention}"
+        train(values)
+        assert said in caplog.text
+        runs.append((read_metrics(Path(values["output_dir"]), "train"), final_weights(values["output_dir"])))
+    (padded_lines, padded), (packed_lines, packed) = runs
+    expected = [line["loss"] for line in padded_lines]
+    assert [line["loss"] for line in packed_lines] == pytest.approx(expected, abs=1e-5)
+    for name, value in padded.items():
+        torch.testing.assert_close(packed[name], value, atol=1e-5, rtol=0)
+
+
 # --- data that can teach or measure nothing, and a folder that is in use ---
 
 
@@ -663,3 +697,28 @@ def test_weights_that_the_last_step_spoiled_are_not_saved(settings):
     with pytest.raises(TrainingError, match="after step 1 weights are not finite"):
         train(values)
     assert not (Path(values["output_dir"]) / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "size", "expected"),
+    [
+        (8_400, 1_900_000, 8_400),  # small: all of them
+        (1_000_000, 100_000_000, 10_000),  # 100 bytes each
+        (1_000_000, 500_000_000, 4_000),  # 500 bytes each: 4,000 have 2 MB
+        (1_000_000, 50_000_000_000, 1_000),  # 50 kB each
+        (300, 15_000_000, 300),
+    ],
+)
+def test_token_lengths_are_counted_on_as_many_pairs_as_take_a_moment(pairs, size, expected):
+    assert sample_size(pairs, size) == expected
+
+
+def test_the_sampled_pairs_are_spread_evenly_over_the_data(tmp_path, bert, monkeypatch):
+    lines = [{"query": "rain", "content": "a " * (place + 1), "label": 1} for place in range(9)]
+    store = open_store(write_jsonl(tmp_path / "a.jsonl", lines), cache_dir=tmp_path)
+    scorer = CrossEncoder.from_pretrained(bert, num_labels=1, max_length=16)
+    lengths, sampled = token_lengths(store, scorer)
+    assert not sampled and np.diff(lengths).tolist() == [1] * 8
+    monkeypatch.setattr(run_module, "sample_size", lambda pairs, size: 3)
+    some, sampled = token_lengths(store, scorer)
+    assert sampled and some.tolist() == lengths[[0, 4, 8]].tolist()

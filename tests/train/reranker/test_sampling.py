@@ -1,9 +1,11 @@
+import tracemalloc
 from collections import Counter
 from itertools import groupby
 
 import numpy as np
 import pytest
 
+from rag_retrieval.train.reranker import sampling
 from rag_retrieval.train.reranker.sampling import (
     LONG_DOCUMENT,
     QUERY_RUN,
@@ -151,6 +153,38 @@ def test_pairs_of_a_query_stay_together_in_shuffled_runs():
     assert max(runs) <= 20 and len(runs) <= 6  # 20 pairs make runs of 8, 8 and 4; the others one each
     assert not np.array_equal(order, pair_order(3, 1, sizes))
     assert np.array_equal(order, pair_order(3, 0, sizes))
+
+
+def plain_pair_order(seed: int, epoch: int, group_sizes: list[int]) -> list[int]:
+    """What `pair_order` promises, pair by pair: a query's pairs by a random key each, cut into runs of 8, and
+    the runs by a permutation that is drawn after all keys."""
+    random = np.random.default_rng([seed, 0, epoch])
+    keys = random.random(sum(group_sizes))
+    runs, first = [], 0
+    for size in group_sizes:
+        pairs = sorted(range(first, first + size), key=lambda pair: keys[pair])
+        runs += [pairs[start : start + 8] for start in range(0, size, 8)]
+        first += size
+    ranked = sorted(zip(random.permutation(len(runs)), runs, strict=True))
+    return [pair for _, run in ranked for pair in run]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("sizes", [[1], [8], [9], [3, 17, 1, 8, 2, 16, 30], [1] * 20, [5] * 11])
+def test_the_pair_order_is_that_of_a_plain_implementation_whatever_the_chunk(sizes, chunk, monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK", chunk)
+    order = pair_order(6, 2, np.array(sizes))
+    assert order.tolist() == plain_pair_order(6, 2, sizes)
+    assert order.dtype == np.int32
+
+
+def test_the_pair_order_of_many_queries_takes_little_more_memory_than_itself():
+    sizes = np.full(40_000, 5)
+    tracemalloc.start()
+    pair_order(0, 0, sizes)
+    highest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert highest < 200_000 * 24  # 8 bytes a pair, 21 a run of five pairs, and a chunk
 
 
 def test_a_query_with_many_pairs_is_spread_over_the_epoch():

@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def steps(tmp_path, bert):
 
 
 def pairs_of(texts: TrainingSteps, micro_batch) -> list[str]:
-    ids = micro_batch.pairs.token_ids.split(micro_batch.pairs.lengths.tolist())
+    ids = micro_batch.pairs.token_ids.split(micro_batch.pairs.lengths)
     return [texts.encoder.tokenizer.decode(row) for row in ids]
 
 
@@ -98,6 +99,34 @@ def test_labels_stand_beside_their_documents(steps):
     for text, label in zip(pairs_of(data, batch), batch.labels[batch.mask].tolist(), strict=True):
         assert words[int(label)] in text
         assert text.count("capital") + text.count("boils") == 2
+
+
+def test_pointwise_pairs_of_a_query_stay_together_where_the_model_computes_it_once(steps):
+    long, short = "boils " * 12, "rest"
+    records = [
+        {"query": query, "content": content, "label": 0}
+        for query in ("what is the capital of France", "how do I open a file in Python")
+        for content in (long, short)
+    ]
+    data = steps("point_ce", records)
+    examples = [data.example(record, 0) for record in range(4)]
+    lengths = {}
+    for shares in (False, True):
+        data.options = replace(data.options, max_tokens=64, padded=False, shares_queries=shares)
+        lengths[shares] = [batch.pairs.shared for batch in data.micro_batches(examples)]
+    # by length alone the two long ones come first, apart; with its query counted once, a long and a short one fit
+    assert lengths[False] == [[0], [0], [0, 0]]
+    assert [[tokens > 0 for tokens in shared] for shared in lengths[True]] == [[False, True], [False, True]]
+
+
+def test_shared_tokens_count_once_in_the_budget(steps):
+    data = steps("listwise_ce", grouped_records(1, sizes=(4,)))
+    pairs = data.encoder.encode([("one two three", "a"), ("one two three", "b c"), ("four", "d")])
+    start = pairs[0].document_start
+    data.options = replace(data.options, shares_queries=True)
+    assert data._lengths(pairs) == [len(pairs[0]), len(pairs[1]) - start, len(pairs[2])]
+    data.options = replace(data.options, shares_queries=False)
+    assert data._lengths(pairs) == [len(pair) for pair in pairs]
 
 
 def test_sources_name_file_and_line(steps):
