@@ -11,8 +11,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CrossEncoder": "rag_retrieval.models.cross_encoder",
     "LLMDecoder": "rag_retrieval.models.llm_decoder",
+    "score_over_processes": "rag_retrieval.models.process_scoring",
 }
-__all__ = ["CrossEncoder", "LLMDecoder", "__version__"]
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str):

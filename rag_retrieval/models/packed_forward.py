@@ -5,16 +5,15 @@ is loaded, and whatever differs, or has no head here, is computed padded.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from rag_retrieval.models.packed_attention import ATTENTION
 from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.pair_batch import PairBatch
+from rag_retrieval.models.scoring_mode import evaluating
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # of scores, relative where they exceed 1
 HALF_TOLERANCE = 0.03
@@ -114,19 +113,6 @@ def pairs_to_check(model: PreTrainedModel, max_length: int) -> list[tuple[str, s
     window = getattr(config, "local_attention", None) or getattr(config, "sliding_window", None) or 0
     words = 2 * window if window < max_length else 0  # half a window to each side, in some families
     return [("1", ""), ("2 3", "4 5 6 7 8"), ("2 3", "9 " * (words + 9))]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; each module gets its own mode back, since parts may be in eval mode already."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def difference(expected: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> str | None:

@@ -5,22 +5,25 @@ that only a pointwise loss teaches one.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from rag_retrieval.models.device_pool import DevicePool, check_devices, pool_for
 from rag_retrieval.models.model_files import RerankerSettings, write_settings
-from rag_retrieval.models.model_loading import check_max_length
+from rag_retrieval.models.model_loading import first_position
+from rag_retrieval.models.packed_attention import kernel_problem
+from rag_retrieval.models.packed_forward import Head, packed_hidden_states, packing_problem, pairs_to_check
+from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
+from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.pair_encoding import PairEncoder
-
-SCORING_CHUNK = 8192  # pairs tokenized and sorted together; bounds memory on endless lists
+from rag_retrieval.models.scoring import ScoringOptions, check_options, score_pairs
+from rag_retrieval.models.scoring_mode import Precision
 
 
 class PairScorer(nn.Module):
@@ -28,7 +31,12 @@ class PairScorer(nn.Module):
 
     `model` is the Hugging Face model, `pair_encoder` turns texts into ids, `settings` is what is saved beside
     the weights, `new_parameters` names the parameters that no checkpoint gave (a fresh head).
+    `packing_problem` says why batches of this model are padded; None where they are packed, which is so unless
+    the caller named an `attn_implementation` or the family fails the check. `fitting_tokens` is the most that a
+    forward of scoring may hold since one ran out of GPU memory; None where none did.
     """
+
+    causal: bool  # whether tokens see only what stands before them, so that pairs of a query can share it
 
     def __init__(
         self,
@@ -36,17 +44,30 @@ class PairScorer(nn.Module):
         pair_encoder: PairEncoder,
         settings: RerankerSettings,
         new_parameters: set[str],
+        attn_implementation: str | None = None,
     ):
         super().__init__()
         self.model = model
         self.pair_encoder = pair_encoder
         self.settings = settings
         self.new_parameters = new_parameters
+        self.fitting_tokens: int | None = None
+        self._device_pool: DevicePool | None = None
         # a new module starts in train mode, but from_pretrained leaves the Hugging Face model in eval mode
         self.training = model.training
         for module in model.modules():
             if isinstance(module, nn.Linear) and module.out_features == 1:
                 module.register_forward_hook(score_in_float32)
+        self.first_position = first_position(model)
+        self.packing_problem = self._packing_problem(attn_implementation)
+
+    def _packing_problem(self, attn_implementation: str | None) -> str | None:
+        if attn_implementation is not None:
+            return f"attn_implementation {attn_implementation} was asked for"
+        if self.packed_head is None:
+            return f"no padding-free forward for {self.config.model_type}"
+        batch = make_batch(self.pair_encoder.encode(pairs_to_check(self.model, self.pair_encoder.max_length)))
+        return packing_problem(self.model, self.padded_scores, self.packed_scores, batch.to(self.device))
 
     @property
     def tokenizer(self):
@@ -66,8 +87,34 @@ class PairScorer(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def packs(self) -> bool:
+        """Whether batches are computed without padding, on the present device and under the present autocast."""
+        device = self.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.model.dtype
+        return self.packing_problem is None and kernel_problem(self.device, dtype) is None
+
+    @property
+    def shares_queries(self) -> bool:
+        """Whether the query of consecutive pairs is computed once: packed, and causal."""
+        return self.causal and self.packs
+
     def forward(self, batch: PairBatch) -> torch.Tensor:
         """Scores (logits) of the pairs: [pairs], float32, on the model's device."""
+        return self.packed_scores(batch) if self.packs else self.padded_scores(batch)
+
+    def packed_scores(self, batch: PairBatch) -> torch.Tensor:
+        packing = Packing(batch, share_beginnings=self.causal)
+        hidden = packed_hidden_states(self.model, batch, packing, self.first_position)
+        return self.packed_head(self.model, hidden, packing).view(-1).float()
+
+    def padded_scores(self, batch: PairBatch) -> torch.Tensor:
+        raise NotImplementedError
+
+    @property
+    def packed_head(self) -> Head | None:
+        """What turns packed hidden states into scores; None for a family that has none here."""
         raise NotImplementedError
 
     def compute_score(
@@ -77,35 +124,52 @@ class PairScorer(nn.Module):
         max_length: int | None = None,
         normalize: bool = False,
         show_progress_bar: bool | None = None,
+        devices: Sequence[str | torch.device] | None = None,
+        precision: Precision | None = None,
     ) -> torch.Tensor:
         """Scores of (query, document) pairs: [pairs], float32, on the CPU, in the order given.
 
         pairs: a list of [query, document], or one such pair. An empty list gives an empty tensor.
-        batch_size: pairs per forward pass. max_length: tokens per pair; None means the model's own.
+        batch_size: pairs per forward pass at most; a forward is bounded by its tokens besides, and on a GPU that
+        bound is halved where memory runs out. max_length: tokens per pair; None means the model's own.
         normalize: the sigmoid of the score, in [0, 1]. After RankNet or listwise training only the order of
         scores was taught, and this is no probability.
-        show_progress_bar: None shows one on a terminal when there are more than ten batches.
-        Work is sorted by token length and runs in eval mode without gradients, under bf16 (or fp16) autocast
-        on CUDA; the mode the model was in is restored. Raises ValueError naming the position of a bad pair.
+        show_progress_bar: None shows one on a terminal when there are more than `10 * batch_size` pairs.
+        devices: such as ["cuda:0", "cuda:1"]: a process on each holds a copy of the model, until `close`, for
+        further calls; a script that uses it keeps its work under `if __name__ == "__main__":`. None: in this
+        process, on the model's device.
+        precision: of autocast: "no", "bf16", "fp16" (GPU alone). None is half precision for float32 weights on
+        CUDA and none on the CPU, where "bf16" is faster if the CPU has instructions for it.
+        Scoring runs in eval mode without gradients; the mode the model was in is restored. Raises ValueError
+        naming the position of a bad pair, and RuntimeError when a process of `devices` fails.
         """
         pairs = check_pairs(pairs)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-        encoder = self.pair_encoder
-        if max_length is not None and max_length != encoder.max_length:
-            check_max_length(max_length, self.model)
-            encoder = PairEncoder(encoder.tokenizer, encoder.template, max_length)
+        options = ScoringOptions(batch_size, max_length, precision)
+        devices = None if devices is None else check_devices(devices)
+        check_options(self, options, devices or [self.device])
         if show_progress_bar is None:
             show_progress_bar = len(pairs) > 10 * batch_size and sys.stderr.isatty()
-        scores = torch.empty(len(pairs), dtype=torch.float32)
-        with scoring_mode(self), tqdm(total=len(pairs), unit="pair", disable=not show_progress_bar) as bar:
-            for start in range(0, len(pairs), SCORING_CHUNK):
-                encoded = encoder.encode(pairs[start : start + SCORING_CHUNK])
-                for positions in batches_by_length([len(pair) for pair in encoded], batch_size):
-                    batch = make_batch([encoded[position] for position in positions]).to(self.device)
-                    scores[start + torch.tensor(positions)] = self(batch).float().cpu()
-                    bar.update(len(positions))
+        with tqdm(total=len(pairs), unit="pair", disable=not show_progress_bar) as bar:
+            if devices in (None, [self.device]):
+                scores = score_pairs(self, pairs, options, bar)
+            else:
+                self._device_pool = pool_for(self, devices, self._device_pool)
+                scores = self._device_pool.score(pairs, options, bar)
         return scores.sigmoid() if normalize else scores
+
+    def close(self) -> None:
+        """End the processes that `compute_score(devices=...)` started; a later call starts new ones.
+
+        Needed after a change to the model that is no change of weights, such as an adapter switched off: a change
+        of weights is seen. Otherwise they end with the scorer or the program.
+        """
+        if self._device_pool is not None:
+            self._device_pool.close()
+            self._device_pool = None
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: the processes of `devices` stay with the original."""
+        return self.__dict__ | {"_device_pool": None}
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write a plain Hugging Face folder (safetensors, config, tokenizer) plus `reranker_config.json`.
@@ -130,62 +194,3 @@ def score_in_float32(layer: nn.Linear, inputs: tuple[torch.Tensor], output: torc
     bias = None if layer.bias is None else layer.bias.float()
     with torch.autocast(output.device.type, enabled=False):
         return nn.functional.linear(inputs[0].float(), layer.weight.float(), bias)
-
-
-def check_pairs(pairs) -> list[tuple[str, str]]:
-    """The pairs as a list of tuples; a single [query, document] becomes a list of one."""
-    if isinstance(pairs, (str, bytes, Mapping, Set)) or not isinstance(pairs, Iterable):
-        raise ValueError(f"pairs must be a list of [query, document], found {type(pairs).__name__}")
-    pairs = list(pairs)
-    if len(pairs) == 2 and all(isinstance(text, str) for text in pairs):
-        pairs = [pairs]
-    return [check_pair(position, pair) for position, pair in enumerate(pairs)]
-
-
-def check_pair(position: int, pair) -> tuple[str, str]:
-    if isinstance(pair, (str, bytes)) or not isinstance(pair, (Sequence, np.ndarray)) or len(pair) != 2:
-        raise ValueError(f"pairs[{position}] must be [query, document], found {pair!r:.100}")
-    for name, text in zip(("query", "document"), pair, strict=True):
-        if not isinstance(text, str):
-            raise ValueError(f"pairs[{position}]: the {name} must be a string, found {type(text).__name__}")
-        if not is_unicode(text):
-            raise ValueError(
-                f"pairs[{position}]: the {name} holds half a surrogate pair, which is no text: {text!a:.100}"
-            )
-    return pair[0], pair[1]
-
-
-def is_unicode(text: str) -> bool:
-    """False for a lone surrogate, as a broken JSON escape gives: tokenizers cannot read it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def batches_by_length(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Positions in batches of similar length, longest first so that memory peaks at once."""
-    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-@contextmanager
-def scoring_mode(scorer: PairScorer):
-    """Eval mode, no gradients and, for float32 weights on CUDA, half-precision autocast.
-
-    Each module gets its own mode back, since parts of a model may be in eval mode while it trains.
-    """
-    modes = [(module, module.training) for module in scorer.modules()]
-    scorer.eval()
-    autocast = nullcontext()
-    if scorer.device.type == "cuda" and scorer.model.dtype == torch.float32:
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        autocast = torch.autocast("cuda", dtype=dtype)
-    try:
-        with torch.no_grad(), autocast:
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

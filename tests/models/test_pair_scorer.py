@@ -1,30 +1,16 @@
-"""compute_score: order, shapes, modes, errors; and that padding and neighbours never change a score."""
+"""compute_score as its users call it: order, shapes, errors; and that padding and neighbours never change a score."""
 
 import copy
-import random
 
 import numpy as np
 import pytest
 import torch
+from pair_samples import some_pairs
 from tiny_models import CHINESE, ENGLISH
-from torch import nn
 
-from rag_retrieval.models import pair_scorer
 from rag_retrieval.models.pair_batch import make_batch
-from rag_retrieval.models.pair_scorer import batches_by_length, check_pairs
 
 FAMILIES = ["bert", "xlm_roberta", "qwen2", "llama"]
-
-
-def some_pairs(count: int) -> list[tuple[str, str]]:
-    """Pairs of very different lengths, in random order, some with an empty text."""
-    generator = random.Random(3)
-    pairs = [("", ""), ("", "water"), (CHINESE[0], ""), (CHINESE[1], CHINESE[2])]
-    while len(pairs) < count:
-        document = " ".join(generator.choices(ENGLISH + CHINESE, k=generator.randint(1, 6)))
-        pairs.append((generator.choice(ENGLISH + CHINESE), document[: generator.randint(0, 400)]))
-    generator.shuffle(pairs)
-    return pairs
 
 
 def one_by_one(scorer, pairs) -> torch.Tensor:
@@ -74,14 +60,6 @@ def test_the_token_that_fills_the_padding_does_not_change_a_score(load_tiny, fam
     expected = scorer.compute_score(pairs)
     scorer.tokenizer.pad_token = scorer.tokenizer.convert_ids_to_tokens(77)
     torch.testing.assert_close(scorer.compute_score(pairs), expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_more_pairs_than_one_chunk_score_alike(load_tiny, family, monkeypatch):
-    scorer, pairs = load_tiny(family), some_pairs(23)
-    expected = scorer.compute_score(pairs)
-    monkeypatch.setattr(pair_scorer, "SCORING_CHUNK", 5)
-    torch.testing.assert_close(scorer.compute_score(pairs, batch_size=2), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,83 +120,6 @@ def test_a_max_length_too_small_for_the_fixed_parts_is_refused(bert):
 def test_a_batch_size_below_one_is_refused(bert, batch_size):
     with pytest.raises(ValueError, match=f"batch_size must be at least 1, found {batch_size}"):
         bert.compute_score(["a", "b"], batch_size=batch_size)
-
-
-@pytest.mark.parametrize(
-    "pairs,message",
-    [
-        ("text", "pairs must be a list of .query, document., found str"),
-        (None, "found NoneType"),
-        (7, "found int"),
-        ({"query": "a", "document": "b"}, "found dict"),
-        ({"a", "b"}, "found set"),
-        ([["a", "b"], "cd"], r"pairs\[1\] must be \[query, document\], found 'cd'"),
-        (["a", "b", "c"], r"pairs\[0\] must be \[query, document\], found 'a'"),
-        ([["a", "b"], ["a", "b", "c"]], r"pairs\[1\] must be .* found \['a', 'b', 'c'\]"),
-        ([["a", "b"], ["a"]], r"pairs\[1\] must be"),
-        ([["a", "b"], None], r"pairs\[1\] must be .* found None"),
-        ([["a", "b"], 3], r"pairs\[1\] must be .* found 3"),
-        ([["a", "b"], ["a", None]], r"pairs\[1\]: the document must be a string, found NoneType"),
-        ([["a", "b"], [5, "b"]], r"pairs\[1\]: the query must be a string, found int"),
-        ([["a", b"b"]], r"pairs\[0\]: the document must be a string, found bytes"),
-        ([["a", "b"], ["a", "\ud83d"]], r"pairs\[1\]: the document holds half a surrogate pair"),
-    ],
-)
-def test_a_bad_pair_is_named_with_its_position(pairs, message):
-    with pytest.raises(ValueError, match=message):
-        check_pairs(pairs)
-
-
-def test_batches_hold_every_position_once_longest_first():
-    lengths = [3, 9, 1, 9, 5, 2, 7]
-    batches = list(batches_by_length(lengths, 3))
-    assert batches == [[1, 3, 6], [4, 0, 5], [2]]
-    assert list(batches_by_length([], 3)) == []
-
-
-def test_a_loaded_model_is_in_eval_mode_and_stays_there(bert):
-    assert not any(module.training for module in bert.modules())
-    bert.compute_score(["a", "b"])
-    assert not any(module.training for module in bert.modules())
-
-
-def test_dropout_is_off_while_scoring_and_train_mode_comes_back(bert):
-    assert any(isinstance(module, nn.Dropout) and module.p > 0 for module in bert.modules())
-    expected = bert.compute_score(some_pairs(8))
-    bert.train()
-    assert torch.equal(bert.compute_score(some_pairs(8)), expected)
-    assert all(module.training for module in bert.modules())
-    batch = make_batch(bert.pair_encoder.encode(some_pairs(8)))
-    assert not torch.equal(bert(batch), bert(batch)), "dropout is not on again"
-
-
-def test_a_part_that_was_in_eval_mode_during_training_is_so_again(bert):
-    bert.train()
-    bert.model.bert.embeddings.eval()
-    bert.compute_score(["a", "b"])
-    assert not bert.model.bert.embeddings.dropout.training
-    assert bert.model.bert.encoder.training and bert.model.training and bert.training
-
-
-def test_the_mode_comes_back_after_an_error(bert, monkeypatch):
-    def broken(batch):
-        assert not bert.training
-        raise RuntimeError("out of something")
-
-    bert.train()
-    monkeypatch.setattr(bert, "forward", broken)
-    with pytest.raises(RuntimeError, match="out of something"):
-        bert.compute_score(["a", "b"])
-    assert all(module.training for module in bert.modules())
-    assert torch.is_grad_enabled()
-
-
-def test_scores_carry_no_gradient_and_the_model_trains_on_afterwards(bert):
-    scores = bert.compute_score(some_pairs(4))
-    assert not scores.requires_grad and not scores.is_inference()
-    bert.train()
-    bert(make_batch(bert.pair_encoder.encode(some_pairs(4)))).sum().backward()
-    assert all(parameter.grad is not None for parameter in bert.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from rag_retrieval.losses import Loss
 from rag_retrieval.metrics import rank_metrics
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_encoding import PairEncoder
-from rag_retrieval.models.pair_scorer import batches_by_length
+from rag_retrieval.models.token_budget import plan_by_tokens
 from rag_retrieval.record_store import RecordStore
 from rag_retrieval.train.reranker.training_data import layout, rescale
 from rag_retrieval.train.task import TrainingError
@@ -54,7 +54,7 @@ class Validation:
         lengths = [
             len(pair) for chunk in self._chunks(ENCODING_CHUNK) for pair in self._encode(encoder, chunk)
         ]
-        plan = list(batches_by_length(lengths, batch_size))
+        plan = plan_by_tokens([[length] for length in lengths], None, max_pairs=batch_size)
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         mine = plan[index::processes]
         self.batches: list[tuple[list[int], PairBatch]] = [

@@ -1,0 +1,156 @@
+"""Scoring shared by the processes of `accelerate launch` or torchrun.
+
+Every process must call it: a collective that one process leaves out hangs the others. That is why `compute_score`,
+which scripts call on the first process alone, never does this by itself, and why an error of one process is told
+to all.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from itertools import chain, count
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+
+from rag_retrieval.models.pair_checks import check_pairs
+from rag_retrieval.models.scoring import (
+    SCORING_CHUNK,
+    Pairs,
+    Scored,
+    ScoringOptions,
+    check_options,
+    encoder_for,
+    joined,
+    mode_of,
+    one_ahead,
+    plan_forwards,
+    score_parts,
+    sizes_of,
+    token_budget,
+)
+from rag_retrieval.models.scoring_mode import Precision
+from rag_retrieval.models.token_budget import PairSize
+
+if TYPE_CHECKING:
+    from rag_retrieval.models.pair_scorer import PairScorer
+
+Result = TypeVar("Result")
+Plan = list[list[int]]  # of one chunk: the positions of the pairs of each forward, in the whole list
+
+
+def score_over_processes(
+    scorer: "PairScorer",
+    pairs: Sequence[Sequence[str]] | Sequence[str],
+    batch_size: int = 256,
+    max_length: int | None = None,
+    normalize: bool = False,
+    precision: Precision | None = None,
+) -> torch.Tensor:
+    """`compute_score` shared by all processes of the group: [pairs], float32, on the CPU, the same on every one.
+
+    Each process passes the same pairs and options and a whole copy of the same model; FSDP and ZeRO-3, which shard
+    it, cannot be used. The forwards are those of one process, dealt out, so that scores equal compute_score's to the
+    last digit where threads and devices are alike and no memory runs out. Without a group of several processes it
+    is compute_score. Raises ValueError on every process when their pairs or options differ, and an error on every
+    process when one of them fails.
+    """
+    options = ScoringOptions(batch_size, max_length, precision)
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return scorer.compute_score(pairs, batch_size, max_length, normalize, precision=precision)
+    all_succeed(lambda: check_options(scorer, options, [scorer.device]))
+    pairs = all_succeed(lambda: check_pairs(pairs))
+    check_agreement(pairs, options)
+    plans = agreed_plans(scorer, pairs, options)
+    scored = all_succeed(lambda: score_share(scorer, pairs, share_of(plans), options))
+    scores = torch.empty(len(pairs))
+    for positions, values in chain.from_iterable(gather(scored)):
+        scores[positions] = values
+    return scores.sigmoid() if normalize else scores
+
+
+def all_succeed(work: Callable[[], Result]) -> Result:
+    """What `work` gives on this process; where it raises on any, every process raises."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:
+        error = raised
+    errors = gather(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for process, text in enumerate(errors):
+        if text is not None:
+            raise RuntimeError(f"scoring failed on process {process}: {text}")
+    return result
+
+
+def gather(value: Result) -> list[Result]:
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_agreement(pairs: Pairs, options: ScoringOptions) -> None:
+    """Raises ValueError on every process when pairs or options of some differ from those of the first."""
+    checksum = 0
+    for text in chain.from_iterable(pairs):
+        checksum = zlib.crc32(text.encode() + b"\0", checksum)
+    first, *others = gather((len(pairs), checksum, options))
+    for process, other in enumerate(others, start=1):
+        if other != first:
+            raise ValueError(
+                "score_over_processes needs the same pairs and options on every process: process 0 has "
+                f"{first[0]} pairs and {first[2]}, process {process} has {other[0]} pairs and {other[2]}"
+                + (", other texts" if (other[0], other[2]) == (first[0], first[2]) else "")
+            )
+
+
+def agreed_plans(scorer: "PairScorer", pairs: Pairs, options: ScoringOptions) -> list[Plan]:
+    """The plan of every chunk, as one process makes it, but tokenized by all and with the smallest token budget."""
+    found = gather((all_succeed(lambda: sizes_of_share(scorer, pairs, options)), token_budget(scorer)))
+    sizes = list(chain.from_iterable(share for share, _ in found))
+    max_tokens = min(tokens for _, tokens in found)
+    plans = []
+    if dist.get_rank() == 0:
+        with mode_of(scorer, options.precision):
+            for start in range(0, len(sizes), SCORING_CHUNK):
+                chunk = sizes[start : start + SCORING_CHUNK]
+                parts = plan_forwards(scorer, chunk, options.batch_size, max_tokens)
+                plans.append([[start + position for position in part] for part in parts])
+    return gather(plans)[0]
+
+
+def sizes_of_share(scorer: "PairScorer", pairs: Pairs, options: ScoringOptions) -> list[PairSize]:
+    """Sizes of the pairs of this process's stretch; the stretches of all processes follow one another."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    first, last = len(pairs) * rank // world, len(pairs) * (rank + 1) // world
+    encode = encoder_for(scorer, options.max_length).encode
+    chunks = (pairs[start : min(start + SCORING_CHUNK, last)] for start in range(first, last, SCORING_CHUNK))
+    return [size for chunk in chunks for size in sizes_of(encode(chunk))]
+
+
+def share_of(plans: list[Plan]) -> list[Plan]:
+    """This process's forwards of every chunk, dealt in turn: neighbours in a plan are of like length."""
+    turn = count()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = [[part for part in plan if next(turn) % world == rank] for plan in plans]
+    return [plan for plan in share if plan]
+
+
+def score_share(scorer: "PairScorer", pairs: Pairs, plans: list[Plan], options: ScoringOptions) -> list[Scored]:
+    """The scores of all forwards of this process, on the CPU, with their positions in the whole list."""
+    encoder = encoder_for(scorer, options.max_length)
+
+    def encode(plan: Plan):
+        positions = list(chain.from_iterable(plan))
+        encoded = encoder.encode([pairs[position] for position in positions])
+        return plan, dict(zip(positions, encoded, strict=True))
+
+    with mode_of(scorer, options.precision), closing(one_ahead(encode, plans)) as encoded_plans:
+        return [
+            joined(score_parts(scorer, encoded, plan, options.batch_size, tqdm(disable=True)))
+            for plan, encoded in encoded_plans
+        ]
