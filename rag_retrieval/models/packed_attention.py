@@ -36,9 +36,9 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention within the segments of `packing`, or SDPA over the padded batch where there is none.
 
-    query: [1, heads, tokens, size]; key, value the same with as many or fewer heads. Returns [1, tokens, heads,
-    size]. options: scaling, is_causal, sliding_window (tokens at a distance of less are seen) and whatever else
-    SDPA takes. Raises ValueError for a softcap, which neither computes.
+    query: [1, heads, asking tokens, size]; key, value: [1, as many or fewer heads, tokens, size]. Returns [1, asking
+    tokens, heads, size]. options: scaling, is_causal, sliding_window (tokens at a distance of less are seen) and
+    whatever else SDPA takes. Raises ValueError for a softcap, which neither computes.
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -66,22 +66,19 @@ def sdpa_by_segment(query, key, value, packing: Packing, causal: bool, window: i
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:  # by itself SDPA leaves its fast path for fewer key heads
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    queries, keys, values = (tensor.split(packing.lengths, dim=2) for tensor in (query, key, value))
+    queries = query.split([asking for asking, _ in packing.queries], dim=2)
+    keys, values = (tensor.split(packing.lengths, dim=2) for tensor in (key, value))
     outputs = []
-    for place, segment in enumerate(packing.segments):
+    for own_queries, (asking, place) in zip(queries, packing.queries, strict=True):
         own_keys, own_values = keys[place], values[place]
-        if segment.begins_with is not None:
-            own_keys = torch.cat([keys[segment.begins_with], own_keys], dim=2)
-            own_values = torch.cat([values[segment.begins_with], own_values], dim=2)
-        mask = visible(segment.length, own_keys.shape[2], causal, window, query.device)
+        if (root := packing.segments[place].begins_with) is not None:
+            own_keys = torch.cat([keys[root], own_keys], dim=2)
+            own_values = torch.cat([values[root], own_values], dim=2)
+        mask = visible(asking, own_keys.shape[2], causal, window, query.device)
+        square = causal and mask is None and asking > 1
         outputs.append(
             scaled_dot_product_attention(
-                queries[place],
-                own_keys,
-                own_values,
-                attn_mask=mask,
-                is_causal=causal and mask is None,
-                scale=scale,
+                own_queries, own_keys, own_values, attn_mask=mask, is_causal=square, scale=scale
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
@@ -90,10 +87,10 @@ def sdpa_by_segment(query, key, value, packing: Packing, causal: bool, window: i
 def visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> torch.Tensor | None:
     """[queries, keys], bool: which keys a segment's tokens see; the queries are the last of the keys.
 
-    None where SDPA needs no mask: all see all, or a plain causal square.
+    None where SDPA needs no mask: all see all, as the last one alone does, or a plain causal square.
     """
     windowed = window is not None and keys > window
-    if not windowed and (not causal or queries == keys):
+    if not windowed and (not causal or queries in (1, keys)):
         return None
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
@@ -138,7 +135,7 @@ def kernel_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     generator = torch.Generator().manual_seed(0)
     lengths, shared = [5, 70, 68, 1], [0, 0, 60, 0]
     tokens = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
-    packing = Packing(PairBatch(tokens, None, lengths, shared), share_beginnings=True)
+    packing = Packing(PairBatch(tokens, None, lengths, shared), causal=True)
     shape = (3, 1, 4, sum(packing.lengths), 64)
     query, key, value = torch.randn(shape, generator=generator).to(device, dtype)
     arguments = (query, key, value, packing, True, None, None)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from rag_retrieval.models.last_layer import read_at_last_layer
 from rag_retrieval.models.packed_attention import ATTENTION
 from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.pair_batch import PairBatch
@@ -21,7 +22,8 @@ NOT_A_MASK = (1, 1, 1, 1)  # a 4-dimensional mask is passed on untouched: the fa
 
 
 def packed_hidden_states(model: PreTrainedModel, batch: PairBatch, packing: Packing, first_position: int):
-    """The backbone's last hidden states of the packed row: [tokens, hidden].
+    """The backbone's last hidden states: [tokens, hidden] of the packed row, or [pairs, hidden] where the last layer
+    computes no more (`read_at_last_layer`).
 
     first_position: the number that the family gives to a pair's first token.
     """
@@ -41,26 +43,31 @@ def packed_hidden_states(model: PreTrainedModel, batch: PairBatch, packing: Pack
     return backbone(**inputs).last_hidden_state[0]
 
 
+def read_states(hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """The states that the head reads: [pairs, hidden]."""
+    # one state for each pair is what the last layer gave, or what pairs of one token have anyway
+    return hidden if len(hidden) == len(packing.read) else hidden[packing.read]
+
+
 def pooler_head(model: PreTrainedModel, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
-    first = hidden[packing.starts][:, None]
-    pooled = getattr(model, model.base_model_prefix).pooler(first)
+    pooled = getattr(model, model.base_model_prefix).pooler(read_states(hidden, packing)[:, None])
     return model.classifier(model.dropout(pooled))
 
 
 def first_token_head(model: PreTrainedModel, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
-    return model.classifier(hidden[packing.starts][:, None])  # it takes the first of a row's tokens itself
+    return model.classifier(read_states(hidden, packing)[:, None])  # it takes the first of a row's tokens itself
 
 
 def modernbert_head(model: PreTrainedModel, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
     if model.config.classifier_pooling == "cls":
-        pooled = hidden[packing.starts]
+        pooled = read_states(hidden, packing)
     else:
         pooled = torch.stack([pair.mean(dim=0) for pair in hidden.split(packing.lengths)])
     return model.classifier(model.drop(model.head(pooled)))
 
 
 def last_token_head(model: PreTrainedModel, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
-    return model.score(hidden[packing.ends])
+    return model.score(read_states(hidden, packing))
 
 
 Head = Callable[[PreTrainedModel, torch.Tensor, Packing], torch.Tensor]
@@ -81,7 +88,7 @@ def packing_problem(
     packed_scores: Callable[[PairBatch], torch.Tensor],
     batch: PairBatch,
 ) -> str | None:
-    """Why this model cannot be packed, or None: then it has been given our attention function.
+    """Why this model cannot be packed, or None: then it has been given our attention function and last layer.
 
     Compares both scores of `batch`, whose pairs should differ in length, share a query, and exceed a sliding window
     where the model has one. The model is left in its mode; no random number is drawn.
@@ -92,6 +99,7 @@ def packing_problem(
         expected = padded_scores(batch)
         try:
             model.set_attn_implementation(ATTENTION)
+            read_at_last_layer(model)
             if model.config._attn_implementation == ATTENTION:
                 problem = difference(expected, packed_scores(batch), model.dtype)
         except Exception as error:  # whatever a family's own code raises when it is called in another way

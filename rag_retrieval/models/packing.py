@@ -9,6 +9,7 @@ tokens look at the document, so they differ from document to document.
 """
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -39,47 +40,56 @@ class KernelBounds(NamedTuple):
 
 
 class Packing:
-    """The layout of one batch.
+    """The layout of one batch for a causal model, which shares beginnings and is read at a pair's last token, or for a
+    bidirectional one, which is read at its first.
 
-    token_index: [tokens], int64: which of the batch's tokens stand in the row. positions: [tokens], int64, from 0
-    in each pair. ends: [pairs], int64: place of each pair's last token in the row. starts: the same for its first,
-    which is common to pairs that share it. segments: of the row, in order.
+    segments: of the row, in order. queries: (how many of its last tokens ask, which segment it is) for every segment
+    that asks; all of them with all their tokens, but for `reading`. token_index: [tokens], int64, which of the
+    batch's tokens stand in the row; None for all. positions: [tokens], int64, from 0 in each pair.
     """
 
-    def __init__(self, batch: PairBatch, share_beginnings: bool):
-        shared = batch.shared if share_beginnings else [0] * len(batch)
-        index, positions, starts, ends = [], [], [], []
+    def __init__(self, batch: PairBatch, causal: bool):
+        shared = batch.shared if causal else [0] * len(batch)
         self.segments: list[Segment] = []
-        row = first_token = 0  # tokens in the row so far; the next pair's place in the batch
+        self._pair_segments: list[int] = []  # the segment in which each pair ends
+        index, positions, read = [], [], []
+        first_token = 0  # of the next pair, in the batch
         for run, beginning in _runs(shared):
+            root = None
             if beginning:
+                root = len(self.segments)
+                self.segments.append(Segment(beginning))
                 index += range(first_token, first_token + beginning)
                 positions += range(beginning)
-                self.segments.append(Segment(beginning))
-            run_start, root = row, len(self.segments) - 1 if beginning else None
-            row += beginning
             for pair in run:
                 length = batch.lengths[pair]
+                read.append(len(index))
                 index += range(first_token + beginning, first_token + length)
                 positions += range(beginning, length)
+                if causal:
+                    read[-1] = len(index) - 1
+                self._pair_segments.append(len(self.segments))
                 self.segments.append(Segment(length - beginning, root))
-                starts.append(run_start if beginning else row)
-                row += length - beginning
-                ends.append(row - 1)
                 first_token += length
-        device = batch.token_ids.device
+        self.device = batch.token_ids.device
         whole = len(index) == len(batch.token_ids)
-        self.token_index = None if whole else on_device(index, device)
-        self.positions = on_device(positions, device)
-        self._starts, self._ends, self.device = starts, ends, device
+        self.token_index = None if whole else on_device(index, self.device)
+        self.positions = on_device(positions, self.device)
+        self.queries = [(segment.length, place) for place, segment in enumerate(self.segments)]
+        self._read = read
 
-    @property
-    def starts(self) -> torch.Tensor:
-        return on_device(self._starts, self.device)
+    @cached_property
+    def read(self) -> torch.Tensor:
+        """[pairs], int64: place in the row of the token whose state the head reads."""
+        return on_device(self._read, self.device)
 
-    @property
-    def ends(self) -> torch.Tensor:
-        return on_device(self._ends, self.device)
+    @cached_property
+    def reading(self) -> "Packing":
+        """The same row, where nothing asks but the token of each pair that the head reads."""
+        reading = copy(self)
+        reading.__dict__.pop("kernel_bounds", None)
+        reading.queries = [(1, place) for place in self._pair_segments]
+        return reading
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -91,17 +101,19 @@ class Packing:
         starts = [0, *accumulate(self.lengths)]
         key_index: list[int] = []
         key_lengths = []
-        for start, segment in zip(starts, self.segments, strict=False):
+        for _, place in self.queries:
             before = range(0)
-            if segment.begins_with is not None:
-                before = range(starts[segment.begins_with], starts[segment.begins_with + 1])
-            key_index += [*before, *range(start, start + segment.length)]
-            key_lengths.append(len(before) + segment.length)
-        plain = len(key_index) == starts[-1]
+            if (root := self.segments[place].begins_with) is not None:
+                before = range(starts[root], starts[root + 1])
+            own = range(starts[place], starts[place + 1])
+            key_index += [*before, *own]
+            key_lengths.append(len(before) + len(own))
+        query_lengths = [asking for asking, _ in self.queries]
+        plain = key_index == list(range(starts[-1]))
         return KernelBounds(
-            on_device(starts, self.device).int(),
+            on_device([0, *accumulate(query_lengths)], self.device).int(),
             on_device([0, *accumulate(key_lengths)], self.device).int(),
-            max(self.lengths),
+            max(query_lengths),
             max(key_lengths),
             None if plain else on_device(key_index, self.device),
         )

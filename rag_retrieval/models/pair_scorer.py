@@ -105,7 +105,7 @@ class PairScorer(nn.Module):
         return self.packed_scores(batch) if self.packs else self.padded_scores(batch)
 
     def packed_scores(self, batch: PairBatch) -> torch.Tensor:
-        packing = Packing(batch, share_beginnings=self.causal)
+        packing = Packing(batch, self.causal)
         hidden = packed_hidden_states(self.model, batch, packing, self.first_position)
         return self.packed_head(self.model, hidden, packing).view(-1).float()
 

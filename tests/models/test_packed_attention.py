@@ -61,6 +61,16 @@ def test_every_token_sees_what_it_should_and_nothing_else(causal, share, window,
         torch.testing.assert_close(gradient, right, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_token_that_is_read_sees_what_it_sees_among_all(window):
+    packing, query, key, value = row(True)
+    options = {"scaling": 0.3, "sliding_window": window}
+    everywhere, _ = packed.packed_attention(Layer(True), query, key, value, None, packing=packing, **options)
+    asking = query[:, :, packing.read]
+    found, _ = packed.packed_attention(Layer(True), asking, key, value, None, packing=packing.reading, **options)
+    torch.testing.assert_close(found, everywhere[:, packing.read], atol=1e-6, rtol=0)
+
+
 def test_without_packing_it_is_ordinary_sdpa():
     _, query, key, value = row(False)
     mask = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(2)) < 0.9

@@ -156,13 +156,34 @@ def test_a_decoder_computes_a_shared_query_once(models):
     batch = make_batch(random_pairs(scorer, [20, 30, 40]))
     assert batch.shared == [0, 7, 7] and scorer.shares_queries
     computed = []
-    hook = scorer.model.model.register_forward_hook(
-        lambda module, inputs, output: computed.append(output.last_hidden_state.shape[1])
-    )
+    hooks = [
+        part.register_forward_hook(lambda module, inputs, output: computed.append(output.shape[1]))
+        for layer in scorer.model.model.layers
+        for part in (layer.self_attn.k_proj, layer.mlp)
+    ]
     with torch.no_grad():
         scorer(batch)
-    hook.remove()
-    assert computed == [20 + 30 + 40 - 2 * 7]
+    for hook in hooks:
+        hook.remove()
+    tokens = 20 + 30 + 40 - 2 * 7
+    assert computed == [tokens, tokens, tokens, 3], "and of the last layer what the three scores need"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_computes_no_more_than_what_is_read(models, family):
+    scorer = models(family)
+    layers = next(stack for stack in scorer.model.modules() if isinstance(stack, torch.nn.ModuleList))
+    widths = {}
+    for place in (0, 1):
+        hook = layers[place].register_forward_hook(
+            lambda module, inputs, output, place=place: widths.__setitem__(place, output.shape[1])
+        )
+        with torch.no_grad():
+            scorer(make_batch(random_pairs(scorer, [20, 31])))
+        hook.remove()
+    shared = 7 if family in DECODERS else 0
+    known = not family.startswith("modernbert")
+    assert widths == {0: 51 - shared, 1: 2 if known else 51}
 
 
 def test_an_encoder_shares_no_query_because_its_query_sees_the_document(models):
@@ -218,14 +239,14 @@ def test_an_attention_that_was_asked_for_is_used_and_padded(tmp_path):
 @pytest.mark.parametrize(
     ("family", "break_packing"),
     [
-        ("bert", lambda packing: packing.segments.__init__([Segment(len(packing.positions))])),
+        ("bert", lambda packing: packing.segments.__setitem__(slice(0, 2), longer_by_one(*packing.segments[:2]))),
         ("roberta", lambda packing: packing.positions.add_(1)),
         ("qwen2", lambda packing: packing.positions.copy_(torch.arange(len(packing.positions)))),
     ],
 )
 def test_the_check_at_load_notices_wrong_scores(models, family, break_packing, monkeypatch):
-    """Pairs that see each other; positions off by one; positions that do not restart (relative ones only shift
-    with the query shared, so they differ there)."""
+    """A pair that sees a token of its neighbour; positions off by one; positions that do not restart (they are
+    relative, but a shared query stays where it is)."""
     scorer = models(family)
     real = packed_forward.packed_hidden_states
 
@@ -237,6 +258,10 @@ def test_the_check_at_load_notices_wrong_scores(models, family, break_packing, m
     assert "differ from padded ones" in scorer._packing_problem(None)
     monkeypatch.undo()
     assert scorer._packing_problem(None) is None  # and it is packed again
+
+
+def longer_by_one(first: Segment, second: Segment) -> list[Segment]:
+    return [Segment(first.length + 1), Segment(second.length - 1)]
 
 
 def test_scores_that_are_all_equal_prove_nothing():
