@@ -4,7 +4,8 @@ Every token's key and value are needed there, but no other token's query, output
 encoder layer's products fall away, 14 percent of a six-layer model, and no score changes.
 
 What a reader would get wrong: the layer then gives one vector for each pair, not for each token. Only packed batches
-take this way; for all others the layer is as the family made it.
+take this way; for all others the layer is as the family made it. Gradient checkpointing does
+not recompute it (newer transformers wrap the family's `forward`), and need not: the backward begins with it.
 """
 
 from functools import partial

@@ -14,6 +14,7 @@ from rag_retrieval.models.last_layer import read_at_last_layer
 from rag_retrieval.models.packed_attention import ATTENTION
 from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.pair_batch import PairBatch
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.scoring_mode import evaluating
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # of scores, relative where they exceed 1
@@ -115,12 +116,25 @@ def attention_dropout(model: PreTrainedModel) -> float:
     return getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", None) or 0.0
 
 
-def pairs_to_check(model: PreTrainedModel, max_length: int) -> list[tuple[str, str]]:
-    """Pairs for `packing_problem`: the last is longer than a sliding window, if there is one within max_length."""
+def pairs_to_check(model: PreTrainedModel, encoder: PairEncoder) -> list[EncodedPair]:
+    """Pairs for `packing_problem`: the last is longer than a sliding window, if there is one within max_length.
+
+    Their tokens come from all over the vocabulary: of a text of our own a tokenizer may know no word.
+    """
     config = model.config.get_text_config()
     window = getattr(config, "local_attention", None) or getattr(config, "sliding_window", None) or 0
-    words = 2 * window if window < max_length else 0  # half a window to each side, in some families
-    return [("1", ""), ("2 3", "4 5 6 7 8"), ("2 3", "9 " * (words + 9))]
+    tokens = 2 * window if window < encoder.max_length else 0  # half a window to each side, in some families
+    special, size = set(encoder.tokenizer.all_special_ids), min(len(encoder.tokenizer), config.vocab_size)
+    ordinary = [token for token in range(0, size, max(1, size // 1000)) if token not in special]
+
+    def ids(first: int, count: int) -> list[int]:
+        return [ordinary[(first + 7 * place) % len(ordinary)] for place in range(count)]
+
+    return [encoder.join(ids(*query), ids(*document)) for query, document in (
+        ((1, 1), (0, 0)),
+        ((2, 2), (3, 5)),
+        ((2, 2), (5, tokens + 9)),
+    )]  # fmt: skip
 
 
 def difference(expected: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> str | None:

@@ -66,7 +66,7 @@ class PairScorer(nn.Module):
             return f"attn_implementation {attn_implementation} was asked for"
         if self.packed_head is None:
             return f"no padding-free forward for {self.config.model_type}"
-        batch = make_batch(self.pair_encoder.encode(pairs_to_check(self.model, self.pair_encoder.max_length)))
+        batch = make_batch(pairs_to_check(self.model, self.pair_encoder))
         return packing_problem(self.model, self.padded_scores, self.packed_scores, batch.to(self.device))
 
     @property

@@ -1,6 +1,7 @@
 """Packed against padded, for every family: equal scores, equal gradients, and a reason where there is none."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -271,12 +272,25 @@ def test_scores_that_are_all_equal_prove_nothing():
     assert "differ" in packed_forward.difference(equal, broken, torch.float32)
 
 
-def test_the_check_reaches_beyond_a_sliding_window():
-    from transformers import ModernBertModel
+def test_the_check_reaches_beyond_a_sliding_window(models):
+    scorer = models("modernbert")
+    assert len(packed_forward.pairs_to_check(scorer.model, scorer.pair_encoder)[-1]) > 32
+    short = replace(scorer.pair_encoder, max_length=24)
+    assert len(packed_forward.pairs_to_check(scorer.model, short)[-1]) < 24  # no pair can be that long
 
-    model = ModernBertModel(ModernBertConfig(vocab_size=100, **MODERN))
-    assert len(packed_forward.pairs_to_check(model, 512)[-1][1].split()) > 32
-    assert len(packed_forward.pairs_to_check(model, 24)[-1][1].split()) == 9  # no pair can be that long
+
+def test_a_tokenizer_that_knows_few_words_does_not_stop_the_check(tmp_path):
+    """To a tokenizer without digits, texts of digits are all one unknown token, or none."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    trained.train_from_iterator(["a relevance"], trainers.BpeTrainer(special_tokens=["<unk>", "<pad>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, unk_token="<unk>", pad_token="<pad>")
+    config = Qwen2Config(vocab_size=len(tokenizer), pad_token_id=1, **DECODER)
+    scorer = LLMDecoder.from_pretrained(save_tiny(tmp_path, config, tokenizer, head_labels=1))
+    assert scorer.packing_problem is None
 
 
 @pytest.mark.parametrize("make", [tiny_bert, tiny_xlm_roberta, tiny_qwen2])
