@@ -151,14 +151,22 @@ def our_trainer(job: Job, first: int, output_dir: Path, log_interval: int = 10):
 
     config = our_config(job, output_dir, log_interval)
     AcceleratorState._reset_state(reset_partial_state=True)  # else it keeps the precision of an earlier run
-    accelerator = build_accelerator(config.mixed_precision, None, output_dir, config.batch_size, config.max_grad_norm)
+    accelerator = build_accelerator(
+        config.mixed_precision,
+        None,
+        output_dir,
+        config.batch_size,
+        config.gradient_accumulation_steps,
+        config.max_grad_norm,
+    )
     loss = run.configured_loss(config)
     store, _ = run.open_stores(config, loss)
     set_seed(config.seed)
     scorer = run.load_scorer(config)
     adapter = run.prepare_for_training(scorer, config)
     state = TrainState("speed", step=first)
-    return run.build_trainer(config, accelerator, loss, store, None, scorer, adapter, state)
+    origin = run.provenance(config, accelerator, store, None)
+    return run.build_trainer(config, accelerator, loss, store, None, scorer, adapter, state, origin)
 
 
 def our_config(job: Job, output_dir: Path, log_interval: int):

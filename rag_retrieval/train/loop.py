@@ -3,27 +3,35 @@
 A `Task` computes the summed loss of a micro-batch; the loop divides by the count over the whole optimizer
 step, over micro-batches and processes. So 1 process with batch 32, 2 with 16, and 8 with accumulation 4 take
 the same step. "Step" always means optimizer step.
+
+What a reader would get wrong: a wish to stop is agreed on in the exchange at the beginning of a step, so that all
+processes stop after the same one. It is saved before it is evaluated; a resumed run makes up for that.
 """
 
 import math
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as distributed
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
+from rag_retrieval.train.failures import is_out_of_memory, memory_failure, told_of_loaders, told_of_storage
+from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.run_folder import finish
+from rag_retrieval.train.saving import Saver
 from rag_retrieval.train.schedule import warmup_stable_cosine
+from rag_retrieval.train.signals import StopWish, TrainingStopped, on_signals
+from rag_retrieval.train.starting import StartError
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
 from rag_retrieval.train.step_data import MicroBatch, StepDataset, step_loader
-from rag_retrieval.train.task import LoopSettings, Task, TrainingError
+from rag_retrieval.train.task import LoopSettings, Task
 from rag_retrieval.train.tracking import LogWindow, Tracking
 
 
@@ -40,27 +48,26 @@ class Trainer:
         settings: LoopSettings,
         output_dir: Path,
         state: TrainState,
-        run_config: dict,
+        provenance: Provenance,
     ):
         self.accelerator, self.dataset, self.task, self.settings = accelerator, dataset, task, settings
-        self.output_dir, self.state, self.run_config = output_dir, state, run_config
+        self.output_dir, self.state, self.provenance = output_dir, state, provenance
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.total_steps = dataset.steps_per_epoch * settings.epochs
         self._check_resumable()
         self.checkpoints = CheckpointStore(output_dir, state.run_id, settings.num_max_checkpoints)
+        self.saver = Saver(accelerator, self.model, self.optimizer, task, self.checkpoints, provenance)
         self.saved_step = state.step
         self.checks = StepChecks(accelerator, optimizer)
         # counts are exchanged between hosts: asking a device for them would let it run dry in every step
         self.hosts = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        # weights stand in the checkpoint as a model folder; accelerate saves only what lies beside them
-        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        self.wish, self.agreed_stop = StopWish(), 0
 
     def _check_resumable(self) -> None:
         before, now = self.state.steps_per_epoch, self.dataset.steps_per_epoch
         if before not in (0, now):
-            raise ValueError(
+            raise StartError(
                 f"resume: the checkpoint is of a run with {before} optimizer steps per epoch, and this run "
                 f"has {now}. Keep the training data and the product of batch_size, "
                 "gradient_accumulation_steps and processes"
@@ -68,15 +75,20 @@ class Trainer:
         self.state.steps_per_epoch = now
 
     def train(self) -> TrainState:
-        """Run until the last step or an early stop, and write the final model. Returns the final state."""
-        self.tracking = Tracking(
-            self.accelerator, self.output_dir, self.total_steps, self.state.step, self.run_config
-        )
-        try:
-            self._run_steps()
-            self._finish()
-        finally:
-            self.tracking.close()
+        """Run until the last step or an early stop, and write the final model. Returns the final state.
+
+        Raises TrainingStopped after SIGTERM or SIGINT, ProcessFailure for what strikes this process alone, and
+        TrainingError where training cannot go on.
+        """
+        with told_of_storage(self.output_dir), told_of_loaders(), on_signals(self.wish.note):
+            self.tracking = Tracking(
+                self.accelerator, self.output_dir, self.total_steps, self.state.step, self.provenance.configuration
+            )
+            try:
+                self._run_steps()
+                self._finish()
+            finally:
+                self.tracking.close()
         return self.state
 
     def _run_steps(self) -> None:
@@ -87,18 +99,26 @@ class Trainer:
         on_gpu = self.accelerator.device.type == "cuda"
         loader = step_loader(self.dataset, settings.epochs, done, settings.num_workers, pin_memory=on_gpu)
         self.model.train()
+        self._evaluate_if_due()  # where a stop came first
+        if self._has_stopped_improving():
+            return
         for micro_batches in loader:
             self.train_step(micro_batches)
             self.tracking.step_done()
             self._log_if_due()
+            self._stop_if_told()
             self._evaluate_if_due()
             self._save_if_due()
             if self._has_stopped_improving():
-                self.tracking.say(
-                    f"early stop: {settings.metric_for_best_model} has not improved on step "
-                    f"{self.state.best_step} in {self.state.stale_evaluations} evaluations"
-                )
-                break
+                return
+
+    def _stop_if_told(self) -> None:
+        number = self.agreed_stop if self.accelerator.num_processes > 1 else self.wish.number
+        if not number or self.state.step == self.total_steps:  # what is left is to finish
+            return
+        self.save_checkpoint()
+        folder = self.checkpoints.path(self.state.step)
+        raise TrainingStopped(number, self.state.step, self.total_steps, str(folder))
 
     # --- one step ---
 
@@ -115,7 +135,8 @@ class Trainer:
         losses, mean = self.forward_backward(micro_batches)
         norm = self._clip_gradients()
         self.checks.guard(mean, norm)
-        self.optimizer.step()
+        with self._memory_told(None):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1
         lr = self.optimizer.param_groups[0]["lr"]
@@ -136,7 +157,7 @@ class Trainer:
         for position, batch in enumerate(micro_batches):
             last = position == len(micro_batches) - 1
             accelerator.sync_gradients = last
-            with nullcontext() if last else accelerator.no_sync(self.model):
+            with self._memory_told(batch), nullcontext() if last else accelerator.no_sync(self.model):
                 loss = self.task.loss_sum(self.model, batch.to(accelerator.device))
                 losses.append(loss.detach())
                 if last:
@@ -147,13 +168,26 @@ class Trainer:
         return losses, mean
 
     def _count(self, micro_batches: list[MicroBatch]) -> tuple[int, int]:
-        """Items of the step over all processes, and the most micro-batches of any. Exchanged between hosts."""
-        mine = torch.tensor([sum(batch.items for batch in micro_batches), len(micro_batches)])
+        """Items of the step over all processes, and the most micro-batches of any. Exchanged between hosts, with
+        the wish to stop."""
+        mine = torch.tensor([sum(batch.items for batch in micro_batches), len(micro_batches), self.wish.number])
         if self.accelerator.num_processes == 1:
             return int(mine[0]), int(mine[1])
-        counts = torch.empty(self.accelerator.num_processes, 2, dtype=mine.dtype)
+        counts = torch.empty(self.accelerator.num_processes, 3, dtype=mine.dtype)
         distributed.all_gather(list(counts.unbind()), mine, group=self.hosts)
+        self.agreed_stop = int(counts[:, 2].max())
         return int(counts[:, 0].sum()), int(counts[:, 1].max())
+
+    @contextmanager
+    def _memory_told(self, batch: MicroBatch | None) -> Iterator[None]:
+        """batch: what is computed; None for the optimizer's update."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            where = f"at a micro-batch of {self.task.extent(batch)}" if batch else "in the optimizer's update"
+            raise memory_failure(error, self.state.step + 1, where, self.provenance.configuration) from error
 
     def _clip_gradients(self) -> torch.Tensor | None:
         """Clip to max_grad_norm and return the norm before, a scalar; None where the engine does not tell."""
@@ -194,9 +228,11 @@ class Trainer:
         return self.state.step % self.dataset.steps_per_epoch == 0
 
     def _evaluate_if_due(self) -> None:
-        every = self.settings.eval_steps
-        due = self._at_epoch_end() if every is None else self.state.step % every == 0
-        if self.settings.metric_for_best_model and (due or self.state.step == self.total_steps):
+        every, step = self.settings.eval_steps, self.state.step
+        if not self.settings.metric_for_best_model or step == self.state.evaluated_step:
+            return
+        due = self._at_epoch_end() if every is None else step % every == 0
+        if due or step == self.total_steps:
             self.evaluate()
 
     def evaluate(self) -> None:
@@ -208,6 +244,7 @@ class Trainer:
             values = self.task.evaluate(self.model)
         self.model.train()
         self.window.pause(time.monotonic() - started)
+        self.state.evaluated_step = self.state.step
         metric = self.settings.metric_for_best_model
         improved = self.state.step > 0 and self._note_best(values[metric])
         self.tracking.evaluation(self.state.step, values, f"  (best {metric} so far)" if improved else "")
@@ -229,8 +266,14 @@ class Trainer:
         return improved
 
     def _has_stopped_improving(self) -> bool:
-        patience = self.settings.early_stopping_patience
-        return patience is not None and self.state.stale_evaluations >= patience
+        patience, state = self.settings.early_stopping_patience, self.state
+        if patience is None or state.stale_evaluations < patience:
+            return False
+        self.tracking.say(
+            f"early stop: {self.settings.metric_for_best_model} has not improved on step {state.best_step} in "
+            f"{state.stale_evaluations} evaluations"
+        )
+        return True
 
     # --- saving and loading ---
 
@@ -243,43 +286,16 @@ class Trainer:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
-        """Model, optimizer, scaler, random states of every process, and the run's state; all or nothing."""
+        """See `Saver.save`. The log goes first, and the time is not taken for training."""
         self._log()
         started = time.monotonic()
-        accelerator, step = self.accelerator, self.state.step
-        if accelerator.is_main_process:
-            self.checkpoints.begin(step)
-        accelerator.wait_for_everyone()
-        aside = self.checkpoints.aside(step)
-        self._save_model(aside / "model")
-        accelerator.save_state(str(aside))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            self.tracking.say(f"checkpoint: {self.checkpoints.commit(self.state)}")
-        accelerator.wait_for_everyone()
-        self.saved_step = step
+        self.tracking.say(f"checkpoint: {self.saver.save(self.state)}")
+        self.saved_step = self.state.step
         self.window.pause(time.monotonic() - started)
-
-    def _save_model(self, folder: Path) -> None:
-        state_dict = self.accelerator.get_state_dict(
-            self.model
-        )  # on every process: sharded engines gather here
-        if not self.accelerator.is_main_process:
-            return
-        # the last update's effect is seen by no later loss
-        broken = [name for name, value in state_dict.items() if not torch.isfinite(value).all()]
-        if broken:
-            raise TrainingError(
-                f"after step {self.state.step} weights are not finite ({', '.join(broken[:5])}) and are not saved; "
-                "earlier checkpoints are intact. Lower lr, lengthen the warmup, or set max_grad_norm"
-            )
-        self.task.save_model(folder, state_dict)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Bring model, optimizer, scaler and random states to where `folder` was written."""
-        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            self.task.load_model(folder / "model")  # the sharding engines keep their own copy of the weights
-        self.accelerator.load_state(str(folder))
+        self.saver.load(folder)
 
     def _finish(self) -> None:
         """Write the final model: the best checkpoint's weights where a metric chose one, else the last."""
@@ -287,7 +303,7 @@ class Trainer:
         state = self.state
         if state.best_step is None:
             saved = self.output_dir / ".final"
-            self._save_model(saved)
+            self.saver.save_model(saved, state.step)
         else:
             self.tracking.say(
                 f"final model: step {state.best_step}, the best {self.settings.metric_for_best_model}"

@@ -16,7 +16,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rag_retrieval.train.checkpoints import CheckpointStore, TrainState, read_json, read_state, write_json
+from rag_retrieval.train.checkpoints import (
+    STATE_FILE,
+    CheckpointStore,
+    DamagedCheckpoint,
+    TrainState,
+    flush,
+    read_json,
+    read_state,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +45,13 @@ def folder_lock(output_dir: Path) -> FileLock:
 
 
 def take_lock(lock: FileLock, output_dir: Path) -> None:
+    """Raises OutputFolderError where another process trains in the folder, or where nothing can be written to it."""
+    existing = next(folder for folder in (output_dir, *output_dir.resolve().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputFolderError(
+            f"output_dir: {existing} is {'not writable' if existing.is_dir() else 'a file'}; take another output_dir "
+            "or mend its rights or mount"
+        )
     try:
         lock.acquire()
     except Timeout:
@@ -51,25 +67,26 @@ def plan_start(
 
     resume: None, "auto" (the newest complete checkpoint in output_dir, if any) or a checkpoint folder, which
     may be of another run. None alone is returned where auto finds the run finished. Raises OutputFolderError
-    when output_dir holds another run or results that are not a run's, ValueError when `resume` is no
+    when output_dir holds another run or results that are not a run's, ValueError when `resume` is no complete
     checkpoint.
     """
-    earlier = read_json(output_dir / RUN_FILE)
+    earlier = read_run(output_dir)
     if resume == "auto" and earlier:
         if earlier.get("finished"):
             return None
-        found = CheckpointStore(output_dir, earlier["run_id"], keep=1).newest()
+        store = CheckpointStore(output_dir, earlier["run_id"], keep=1)
+        found = store.newest()
         if found is None:
+            _check_nothing_lost(store)
             return _new_state(), None  # without a checkpoint there is nothing to lose
         return _without_lost_best(output_dir, found[0]), found[1]
+    if resume == "auto":
+        _check_no_orphans(output_dir)
     state = None
     if resume not in (None, "auto"):
-        state = read_state(Path(resume))
-        if state is None:
-            raise ValueError(
-                f"resume: {resume} is no complete checkpoint; give a folder checkpoint-N of a run, or auto"
-            )
-        if state.run_id == earlier.get("run_id"):
+        state = _named_state(Path(resume))
+        in_place = Path(resume).resolve().parent == output_dir.resolve()
+        if state.run_id == earlier.get("run_id") or (in_place and not earlier):  # a spoilt run file is mended
             return _without_lost_best(output_dir, state), Path(resume)
     _check_free(output_dir, earlier, overwrite)
     if state is None:
@@ -78,19 +95,60 @@ def plan_start(
     return replace(_without_best(state), run_id=uuid.uuid4().hex), Path(resume)
 
 
+def read_run(output_dir: Path) -> dict:
+    """run_id and finished of the run in the folder; {} where there is none."""
+    values = read_json(output_dir / RUN_FILE)
+    return values if isinstance(values.get("run_id"), str) else {}
+
+
+def _named_state(folder: Path) -> TrainState:
+    try:
+        return read_state(folder)
+    except DamagedCheckpoint as damage:
+        raise ValueError(
+            f"resume: {folder} is no complete checkpoint ({damage}); give another folder checkpoint-N of a run, or "
+            "auto, which takes the newest complete one"
+        ) from None
+
+
+def _check_nothing_lost(store: CheckpointStore) -> None:
+    """Raises OutputFolderError where there are checkpoints but all are damaged: a new run would remove them."""
+    damaged = ", ".join(folder.name for _, folder in store.own())
+    if damaged:
+        raise OutputFolderError(
+            f"resume: no complete checkpoint is left in {store.folder}, {damaged} are damaged. Start anew with "
+            "--overwrite_output_dir true and without --resume, which removes them, or in another output_dir"
+        )
+
+
+def _check_no_orphans(output_dir: Path) -> None:
+    """Raises OutputFolderError where there are checkpoints but it cannot be told of which run: starting anew
+    beside them would silently lose them."""
+    for folder in output_dir.glob("checkpoint-*"):
+        run_id = read_json(folder / STATE_FILE).get("run_id")
+        if run_id and CheckpointStore(output_dir, run_id, keep=1).newest():
+            raise OutputFolderError(
+                f"resume: {output_dir / RUN_FILE} is missing or damaged, though there are checkpoints such as "
+                f"{folder}; name the one to go on from (--resume {folder}), or take another output_dir"
+            )
+
+
 def _without_best(state: TrainState) -> TrainState:
     return replace(state, best_metric=None, best_step=None, stale_evaluations=0)
 
 
 def _without_lost_best(output_dir: Path, state: TrainState) -> TrainState:
     """The state, without a best checkpoint where that is gone: a run that went further removes it."""
-    store = CheckpointStore(output_dir, state.run_id, keep=1)
-    if state.best_step is None or read_state(store.path(state.best_step)) is not None:
+    if state.best_step in (None, state.step):
         return state
-    logger.warning(
-        "the best checkpoint so far, step %d, is gone: the best is looked for anew", state.best_step
-    )
-    return _without_best(state)
+    try:
+        read_state(CheckpointStore(output_dir, state.run_id, keep=1).path(state.best_step))
+        return state
+    except DamagedCheckpoint as damage:
+        logger.warning(
+            "the best checkpoint so far, step %d, is gone (%s): the best is looked for anew", state.best_step, damage
+        )
+        return _without_best(state)
 
 
 def _new_state() -> TrainState:
@@ -117,7 +175,7 @@ def claim(output_dir: Path, state: TrainState) -> None:
     Removes checkpoints, results, metrics and tracker files that a run wrote, and nothing else.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    earlier = read_json(output_dir / RUN_FILE)
+    earlier = read_run(output_dir)
     if earlier and earlier["run_id"] != state.run_id:
         _remove_run(output_dir, earlier["run_id"])
     CheckpointStore(output_dir, state.run_id, keep=1).remove_after(state.step)
@@ -145,6 +203,7 @@ def replace_folder(final: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     aside.mkdir(parents=True)
     write(aside)
+    flush(aside)
     if final.exists():
         os.replace(final, old)
     os.replace(aside, final)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rag_retrieval.train.schedule import optimizer_steps_per_epoch
+from rag_retrieval.train.signals import spare_worker
 
 
 class MicroBatch(Protocol):
@@ -94,6 +95,7 @@ def step_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=spare_worker,
     )
 
 

@@ -14,7 +14,11 @@ from rag_retrieval.train.step_data import MicroBatch
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the weights of the last checkpoint are intact."""
+    """Training cannot go on; the weights of the last checkpoint are intact. Raised by all processes alike."""
+
+
+class ProcessFailure(TrainingError):
+    """The same, found by this process alone: the others know nothing of it."""
 
 
 class Task(Protocol):
@@ -22,6 +26,9 @@ class Task(Protocol):
 
     def loss_sum(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """The summed loss of one micro-batch: float32 scalar with a graph."""
+
+    def extent(self, micro_batch: MicroBatch) -> str:
+        """How large a micro-batch is, in words: told where memory ends."""
 
     def report(self, step: int, total_steps: int) -> dict[str, float]:
         """Further values over the steps since the last report, for the log."""

@@ -1,13 +1,18 @@
 import json
+import os
+import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 
+from rag_retrieval.train import checkpoints
 from rag_retrieval.train.checkpoints import (
     STATE_FILE,
     CheckpointStore,
+    DamagedCheckpoint,
     TrainState,
-    file_sizes,
+    file_checksums,
     read_state,
     write_json,
 )
@@ -32,7 +37,7 @@ def names(folder: Path) -> list[str]:
 def test_a_state_comes_back_as_it_was_saved(store):
     folder = save(store, 5, best_step=3)
     assert read_state(folder) == TrainState("this-run", 5, best_step=3)
-    assert file_sizes(folder) == {"model/weights": 12}
+    assert file_checksums(folder) == {"model/weights": [12, zlib.crc32(b"weights of 5")]}
 
 
 def test_rotation_keeps_the_newest_and_the_best(store, tmp_path):
@@ -94,6 +99,31 @@ def damage_state(folder: Path) -> None:
     (folder / STATE_FILE).write_text('{"run_id": "this-run", "step"')
 
 
+def damage_step(folder: Path) -> None:
+    text = (folder / STATE_FILE).read_text()
+    (folder / STATE_FILE).write_text(text.replace('"step": 2', '"step": 3'))
+
+
+def damage_types(folder: Path) -> None:
+    values = json.loads((folder / STATE_FILE).read_text())
+    write_json(folder / STATE_FILE, values | {"step": "two", "files": []})
+
+
+def damage_owner(folder: Path) -> None:
+    text = (folder / STATE_FILE).read_text()
+    (folder / STATE_FILE).write_text(text.replace("this-run", "thjs-run"))
+
+
+def damage_bit(folder: Path) -> None:
+    content = bytearray((folder / "model" / "weights").read_bytes())
+    content[5] ^= 4
+    (folder / "model" / "weights").write_bytes(content)
+
+
+def damage_addition(folder: Path) -> None:
+    (folder / "random_states_1.pkl").write_text("of another run")
+
+
 def damage_size(folder: Path) -> None:
     (folder / "model" / "weights").write_text("weig")
 
@@ -107,7 +137,11 @@ def damage_fields(folder: Path) -> None:
     write_json(folder / STATE_FILE, {name: values[name] for name in ("run_id", "step", "files")})
 
 
-@pytest.mark.parametrize("damage", [damage_state, damage_size, damage_missing, damage_fields])
+DAMAGES = [damage_state, damage_step, damage_types, damage_owner, damage_bit, damage_addition, damage_size,
+           damage_missing, damage_fields]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_checkpoint_is_passed_over(store, damage, caplog):
     save(store, 1)
     damage(save(store, 2))
@@ -124,3 +158,127 @@ def test_going_back_removes_what_lies_beyond(store, tmp_path):
     save(store, 2)
     store.remove_after(1)
     assert names(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (damage_bit, "model/weights is not as it was written"),
+        (damage_missing, "model/weights is missing"),
+        (damage_state, "trainer_state.json is missing or cannot be read"),
+        (damage_types, "trainer_state.json is not as it was written"),
+    ],
+)
+def test_what_is_damaged_is_named(store, damage, what):
+    folder = save(store, 2)
+    damage(folder)
+    with pytest.raises(DamagedCheckpoint) as caught:
+        read_state(folder)
+    assert str(caught.value) == f"{folder}: {what}"
+
+
+def complete(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints, found as a resume finds them: by content, whatever their names."""
+    steps = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            steps.append(read_state(path).step)
+        except DamagedCheckpoint:
+            continue
+    return sorted(steps)
+
+
+@pytest.fixture
+def watched(monkeypatch, tmp_path) -> list[list[int]]:
+    """The complete checkpoints before and after every rename and removal."""
+    seen = []
+
+    def watch(module, name: str) -> None:
+        function = getattr(module, name)
+
+        def observed(*arguments, **options):
+            seen.append(complete(tmp_path))
+            function(*arguments, **options)
+            seen.append(complete(tmp_path))
+
+        monkeypatch.setattr(module, name, observed)
+
+    watch(os, "replace"), watch(os, "unlink"), watch(shutil, "rmtree")
+    return seen
+
+
+def test_at_every_instant_of_rotation_a_complete_checkpoint_is_there(tmp_path, watched):
+    store = CheckpointStore(tmp_path, "this-run", keep=1)
+    save(store, 1)
+    watched.clear()
+    save(store, 2)
+    assert all(watched) and watched[-1] == [2] and [1, 2] in watched
+
+
+def test_a_step_that_is_saved_again_is_there_at_every_instant(tmp_path, watched):
+    store = CheckpointStore(tmp_path, "this-run", keep=1)
+    save(store, 3)
+    watched.clear()
+    save(store, 3, best_step=3)
+    assert all(watched) and names(tmp_path) == ["checkpoint-3"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", range(12))
+def test_a_kill_at_any_removal_or_rename_leaves_nothing_that_is_taken_for_a_checkpoint(tmp_path, monkeypatch, after):
+    store = CheckpointStore(tmp_path, "this-run", keep=1)
+    for step in (1, 3):
+        save(store, step)
+    calls = []
+
+    def dying(function):
+        def call(*arguments, **options):
+            calls.append(function)
+            if len(calls) > after:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "unlink"), (os, "fsync")):
+            patch.setattr(module, name, dying(getattr(module, name)))
+        try:
+            save(store, 3, best_step=1)
+            save(store, 4)
+        except Killed:
+            pass
+    state, folder = store.newest()
+    assert state.step in (3, 4) and folder in [path for _, path in store.own()]
+    store.remove_incomplete()
+    assert not list(tmp_path.glob(".*"))
+    save(store, 5)
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
+def test_files_and_folder_are_flushed_before_the_rename(store, monkeypatch):
+    flushed, fsync, replace = [], os.fsync, os.replace
+
+    def note(descriptor):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def rename(source, target):
+        if Path(target).name == "checkpoint-1":
+            assert {"weights", "model", STATE_FILE, store.aside(1).name} <= set(flushed)
+            flushed.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", note)
+    monkeypatch.setattr(checkpoints.os, "replace", rename)
+    save(store, 1)
+    assert flushed[flushed.index("renamed") + 1] == store.folder.name
+
+
+def test_an_output_folder_that_is_gone_is_not_made_anew(store):
+    shutil.rmtree(store.folder)
+    with pytest.raises(FileNotFoundError):
+        store.begin(1)

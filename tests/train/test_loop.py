@@ -1,7 +1,13 @@
 """The loop with a toy task: linear regression through dropout. Rerankers are in tests/train/reranker."""
 
+import errno
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,18 +16,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 from training_runs import read_metrics
 
 from rag_retrieval.train.checkpoints import TrainState, read_state
 from rag_retrieval.train.loop import Trainer
+from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.run_folder import claim, plan_start
 from rag_retrieval.train.schedule import warmup_stable_cosine
+from rag_retrieval.train.signals import TrainingStopped
 from rag_retrieval.train.step_data import StepShape
-from rag_retrieval.train.task import LoopSettings, TrainingError
+from rag_retrieval.train.task import LoopSettings, ProcessFailure, TrainingError
 
 FEATURES = 3
+ORIGIN = Provenance({"lr": 0.05, "batch_size": 4}, {}, "DDP", 1, {})
 
 
 @dataclass
@@ -73,6 +83,9 @@ class ToyTask:
     def loss_sum(self, model, micro_batch):
         return (model(micro_batch.inputs) - micro_batch.targets).square().sum()
 
+    def extent(self, micro_batch):
+        return f"{micro_batch.size} numbers"
+
     def report(self, step, total_steps):
         return {}
 
@@ -116,7 +129,7 @@ def trainer(
     steps = ToySteps(records, batch_size, accumulation)
     state, checkpoint = plan_start(folder, resume, overwrite=False)
     made = Trainer(
-        accelerator, model, optimizer, steps, ToyTask(model, metrics), settings(**changes), folder, state, {}
+        accelerator, model, optimizer, steps, ToyTask(model, metrics), settings(**changes), folder, state, ORIGIN
     )
     claim(folder, state)
     if checkpoint is not None:
@@ -290,15 +303,187 @@ def test_a_crash_while_saving_leaves_the_earlier_checkpoint(tmp_path):
     def fail(folder):
         save_state(folder)
         if made.state.step == 4:
-            raise OSError("no space left")
+            raise Killed
 
     made.accelerator.save_state = fail
-    with pytest.raises(OSError, match="no space left"):
+    made.checkpoints.discard = lambda step: None  # a killed process removes nothing
+    with pytest.raises(Killed):
         made.train()
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
     assert list(tmp_path.glob(".checkpoint-4*"))
     assert trainer(tmp_path, resume="auto", save_steps=2).train().step == 5
     assert not list(tmp_path.glob(".*"))
+
+
+# --- stopping by a signal ---
+
+
+def send_in_step(made: Trainer, step: int, *numbers: int) -> None:
+    """Send signals to this process while `step` (from 1) is computed."""
+    take_step = made.train_step
+
+    def step_with_signal(micro_batches):
+        for number in numbers if made.state.step == step - 1 else ():
+            os.kill(os.getpid(), number)
+        take_step(micro_batches)
+
+    made.train_step = step_with_signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [1, 5, 7])  # 5: the end of an epoch, where an evaluation is due
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_the_rest_gives_the_same_bits(
+    tmp_path, number, step
+):
+    run = dict(dropout=0.3, epochs=2, num_workers=2, metric_for_best_model="ndcg@10", early_stopping_patience=2)
+    metrics = [0.2, 0.1]
+    trainer(tmp_path / "whole", metrics=metrics, **run).train()
+    made = trainer(tmp_path / "cut", metrics=metrics, **run)
+    send_in_step(made, step, number)
+    with pytest.raises(TrainingStopped, match=f"stopped by {number.name} after step {step} of 10, saved in") as stop:
+        made.train()
+    assert stop.value.number == number and read_state(tmp_path / "cut" / f"checkpoint-{step}").step == step
+    made = trainer(tmp_path / "cut", metrics=metrics[step > 5 :], resume="auto", **run)
+    state = made.train()
+    assert (state.step, state.best_step, made.task.metrics) == (10, 5, [])
+    assert equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert [line["step"] for line in read_metrics(tmp_path / "cut", "eval")] == [5, 10]
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path):
+    made = trainer(tmp_path)
+    send_in_step(made, 5, signal.SIGTERM)
+    assert made.train().step == 5 and (tmp_path / "model").exists()
+
+
+def test_an_early_stop_holds_for_a_run_that_is_resumed_before_it_has_finished(tmp_path, monkeypatch):
+    run = dict(epochs=3, metric_for_best_model="ndcg@10", early_stopping_patience=1, save_on_epoch_end=True)
+    made = trainer(tmp_path, metrics=[0.5, 0.4], **run)
+
+    def die():
+        raise Killed
+
+    monkeypatch.setattr(made, "_finish", die)
+    with pytest.raises(Killed):
+        made.train()
+    state = trainer(tmp_path, metrics=[], resume="auto", **run).train()
+    assert (state.step, state.best_step) == (10, 5)
+
+
+# --- a folder or a memory that is full ---
+
+
+def fill_disk(made: Trainer, step: int, error: Exception) -> None:
+    save_state = made.accelerator.save_state
+
+    def fail(folder):
+        save_state(folder)
+        if made.state.step == step:
+            raise error
+
+    made.accelerator.save_state = fail
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FULL,
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_a_full_disk_is_one_error_that_names_the_folder_and_leaves_the_earlier_checkpoint(tmp_path, error):
+    made = trainer(tmp_path, save_steps=2)
+    fill_disk(made, 4, error)
+    with pytest.raises(ProcessFailure, match=f"output_dir {tmp_path}: .*--resume auto"):
+        made.train()
+    assert {path.name for path in tmp_path.iterdir() if "checkpoint" in path.name} == {"checkpoint-2"}
+    assert trainer(tmp_path, resume="auto", save_steps=2).train().step == 5
+
+
+def test_an_error_that_is_not_of_the_disk_keeps_its_type(tmp_path):
+    made = trainer(tmp_path, save_steps=2)
+    fill_disk(made, 2, OSError(errno.ECONNREFUSED, "no tracker"))
+    with pytest.raises(ConnectionRefusedError):
+        made.train()
+
+
+@pytest.mark.parametrize("log_interval", [1, 100])  # found in writing the log, or the checkpoint
+def test_a_folder_that_vanishes_in_the_run_is_named_and_not_made_anew(tmp_path, log_interval):
+    folder = tmp_path / "run"
+    made = trainer(folder, save_steps=4, log_interval=log_interval)
+    take_step = made.train_step
+
+    def step_without_folder(micro_batches):
+        if made.state.step == 2:
+            shutil.rmtree(folder)
+        take_step(micro_batches)
+
+    made.train_step = step_without_folder
+    with pytest.raises(ProcessFailure, match=f"output_dir {folder}: the folder is gone"):
+        made.train()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory: you tried")]
+)
+def test_memory_that_is_full_names_the_batch_the_settings_and_the_keys(tmp_path, error):
+    made = trainer(tmp_path)
+
+    def fail(model, micro_batch):
+        raise error
+
+    made.task.loss_sum = fail
+    with pytest.raises(ProcessFailure) as caught:
+        made.train()
+    message = str(caught.value)
+    assert "out of memory in step 1, at a micro-batch of 4 numbers; settings: batch_size 4." in message
+    assert "max_tokens_per_batch" in message and "gradient_checkpointing" in message and str(error) in message
+
+
+def test_memory_that_ends_in_the_update_says_so(tmp_path):
+    made = trainer(tmp_path)
+
+    def fail():
+        raise torch.OutOfMemoryError("no more")
+
+    made.optimizer.step = fail
+    with pytest.raises(ProcessFailure, match="out of memory in step 1, in the optimizer's update"):
+        made.train()
+
+
+@pytest.mark.parametrize("inside", [True, False])  # the signal of its death comes in a step, or between steps
+def test_a_killed_data_loading_process_is_one_error(tmp_path, inside):
+    made = trainer(tmp_path, records=400, num_workers=1)
+    take_step = made.train_step
+
+    def step_without_worker(micro_batches):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+            time.sleep(0.1 if inside else 0)
+        take_step(micro_batches)
+
+    made.train_step = step_without_worker
+    with pytest.raises(ProcessFailure, match="a data loading process ended: .*lower num_workers"):
+        made.train()
+
+
+def test_a_data_loading_process_outlives_a_signal_that_is_sent_to_all(tmp_path):
+    made = trainer(tmp_path, records=400, num_workers=1, epochs=2)
+    take_step = made.train_step
+
+    def step_with_signals(micro_batches):
+        for child in multiprocessing.active_children() if made.state.step == 3 else ():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                subprocess.run(["sh", "-c", f"kill -{int(number)} {child.pid}"], check=True)
+        take_step(micro_batches)
+
+    made.train_step = step_with_signals
+    assert made.train().step == 200
 
 
 # --- clipping and values that are not finite ---

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -7,14 +8,17 @@ from rag_retrieval.train.run_folder import (
     OutputFolderError,
     claim,
     finish,
+    folder_lock,
     plan_start,
     replace_folder,
+    take_lock,
 )
 
 
 def save(folder: Path, state: TrainState) -> Path:
     store = CheckpointStore(folder, state.run_id, keep=9)
     store.begin(state.step)
+    (store.aside(state.step) / "weights").write_text(f"weights of {state.step}")
     return store.commit(state)
 
 
@@ -89,8 +93,47 @@ def test_auto_starts_anew_where_a_run_was_killed_before_its_first_checkpoint(tmp
 
 
 def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="is no complete checkpoint; give a folder checkpoint-N"):
+    with pytest.raises(ValueError, match="is no complete checkpoint .* give another folder checkpoint-N"):
         plan_start(tmp_path / "out", str(tmp_path), overwrite=False)
+
+
+def test_a_named_checkpoint_that_is_damaged_is_an_error_that_says_what_is_wrong(tmp_path, earlier):
+    folder = tmp_path / "checkpoint-4"
+    (folder / "weights").write_text("more")
+    with pytest.raises(ValueError, match=f"{folder} is no complete checkpoint .*weights is not as it was written"):
+        plan_start(tmp_path, str(folder), overwrite=False)
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_names_it(tmp_path, earlier, caplog):
+    (tmp_path / "checkpoint-4" / "weights").write_text("more")
+    state, checkpoint = plan_start(tmp_path, "auto", overwrite=False)
+    assert checkpoint == tmp_path / "checkpoint-2" and "checkpoint-4: weights is not as it was written" in caplog.text
+
+
+def test_auto_does_not_start_anew_where_every_checkpoint_is_damaged(tmp_path, earlier):
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / "weights").unlink()
+    with pytest.raises(OutputFolderError, match="no complete checkpoint is left in .*checkpoint-2, checkpoint-4 are"):
+        plan_start(tmp_path, "auto", overwrite=False)
+    assert plan_start(tmp_path, None, overwrite=True)[0].step == 0
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"run_id": 7}', '{"run_id"'])
+def test_auto_does_not_start_anew_beside_checkpoints_whose_run_file_is_spoilt(tmp_path, earlier, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(OutputFolderError, match="run.json is missing or damaged, though there are checkpoints"):
+        plan_start(tmp_path, "auto", overwrite=False)
+    state, checkpoint = plan_start(tmp_path, str(tmp_path / "checkpoint-2"), overwrite=False)
+    assert state.step == 2
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(OutputFolderError, match=f"output_dir: {tmp_path} is not writable"):
+        take_lock(folder_lock(tmp_path / "runs" / "a"), tmp_path / "runs" / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputFolderError, match="is a file"):
+        take_lock(folder_lock(tmp_path / "file" / "a"), tmp_path / "file" / "a")
 
 
 def test_going_back_to_an_earlier_checkpoint_removes_the_later_ones_and_forgets_a_best_that_is_gone(

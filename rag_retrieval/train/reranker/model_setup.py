@@ -7,10 +7,11 @@ import logging
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
+from rag_retrieval.models.packed_attention import ATTENTION, packed_attention
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.train.optimizer import make_adamw, parameter_groups
 from rag_retrieval.train.reranker.training_config import TrainingConfig
@@ -49,7 +50,19 @@ def prepare_for_training(scorer: PairScorer, config: TrainingConfig):
         )
         # the reentrant form needs inputs with gradients, which frozen embeddings and LoRA do not have
         enable({"use_reentrant": False})
+    if config.torch_compile:
+        compile_layers(model)
     return adapter
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile every transformer layer in place, once for all lengths; attention stays as it is.
+
+    Traced into our attention, the compiler would begin anew for every batch, whose segments are Python numbers.
+    """
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(packed_attention))
+    for layer in transformer_layers(model):
+        layer.compile(dynamic=True)
 
 
 def freeze(module: nn.Module) -> None:
@@ -66,18 +79,21 @@ def embeddings_of(model: PreTrainedModel) -> nn.Module:
     return getattr(backbone, "embeddings", None) or backbone.get_input_embeddings()
 
 
-def lower_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
-    """The `count` transformer layers nearest to the input. Raises ValueError when the model has no more."""
-    if count == 0:
-        return []
+def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """From the input on; none where the family keeps them in another way than all others."""
     depth = model.config.get_text_config().num_hidden_layers
     stacks = [module for module in backbone_of(model).modules() if isinstance(module, nn.ModuleList)]
-    layers = next((stack for stack in stacks if len(stack) == depth), None)
-    if layers is None or count >= depth:
+    return next((list(stack) for stack in stacks if len(stack) == depth), [])
+
+
+def lower_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
+    """The `count` transformer layers nearest to the input. Raises ValueError when the model has no more."""
+    layers = transformer_layers(model)
+    if count and count >= len(layers):
         raise ValueError(
-            f"freeze_layers {count}: this model has {depth} layers; at least one must stay trainable"
+            f"freeze_layers {count}: this model has {len(layers)} layers; at least one must stay trainable"
         )
-    return list(layers[:count])
+    return layers[:count]
 
 
 def add_lora(scorer: PairScorer, config: TrainingConfig):

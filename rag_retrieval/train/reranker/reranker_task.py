@@ -49,6 +49,11 @@ class RerankerTask:
         # a loss may hide an infinite score (MSE: sigmoid(inf) is 1), and a filler's score has no weight in it
         return loss + 0.0 * pair_scores.sum()
 
+    def extent(self, micro_batch: RerankerMicroBatch) -> str:
+        lengths, sources = micro_batch.pairs.lengths, micro_batch.sources
+        where = f", {sources[0]} to {sources[-1]}" if sources else ""
+        return f"{len(lengths)} pairs, the longest of {max(lengths)} tokens, {sum(lengths):,} tokens in all{where}"
+
     def report(self, step: int, total_steps: int) -> dict[str, float]:
         return self.watch.report(step, total_steps)
 

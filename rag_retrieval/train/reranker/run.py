@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 
 from rag_retrieval.losses import LOSSES, Loss
 from rag_retrieval.models.packed_forward import attention_dropout
@@ -18,8 +18,9 @@ from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.record_store import RecordStore, open_store
 from rag_retrieval.record_summary import format_summary, summary
 from rag_retrieval.train.checkpoints import TrainState
-from rag_retrieval.train.launch import build_accelerator
+from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, check_wrapped_layers
 from rag_retrieval.train.loop import Trainer
+from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.model_setup import (
     describe_parameters,
     load_scorer,
@@ -27,44 +28,59 @@ from rag_retrieval.train.reranker.model_setup import (
     prepare_for_training,
 )
 from rag_retrieval.train.reranker.reranker_task import RerankerTask
+from rag_retrieval.train.reranker.resume_checks import checked_resume, provenance
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.run_folder import RESULTS, claim, folder_lock, plan_start, take_lock
+from rag_retrieval.train.starting import StartError, mistakes_told, on_all_processes, on_main_process
 from rag_retrieval.train.step_data import StepShape
 from rag_retrieval.train.task import LoopSettings
 
 logger = logging.getLogger(__name__)
 
-CPU_MAX_TOKENS = 1024  # of a forward pass: enough to keep the cores busy, little enough to waste no padding
+# of a forward pass on a CPU: enough to keep its cores busy; padded, little enough to waste no padding
+CPU_PACKED_TOKENS, CPU_PADDED_TOKENS = 2048, 1024
 # The summary's token lengths are of so many pairs at most, and of fewer where these have more text than one core
 # tokenizes in about a second: 10,000 pairs of 500 characters each took 4 of the 10 seconds before the first step.
 LENGTH_SAMPLE, LEAST_SAMPLE = 10_000, 1_000  # pairs
 SAMPLE_BYTES = 2_000_000
 
 
-class StartError(ValueError):
-    """A mistake found before training, raised by all processes alike."""
-
-
 def run(config: TrainingConfig) -> TrainState | None:
     """Train as configured. Returns the final state, or None when `resume: auto` found the run finished.
 
-    The output folder belongs to one run at a time on a machine: a second one gets a StartError.
+    Raises StartError for a mistake found before the first step, LaunchError for one of the launcher's settings,
+    TrainingError where training cannot go on, TrainingStopped where a signal ended it. The output folder belongs to
+    one run at a time on a machine: a second one gets a StartError.
     """
     output_dir = Path(config.output_dir)
-    accelerator = build_accelerator(
-        config.mixed_precision, config.log_with, output_dir, config.batch_size, config.max_grad_norm
-    )
-    lock = folder_lock(output_dir)
-    on_main_process(accelerator, take_lock, lock, output_dir)
+    with mistakes_told():
+        accelerator = build_accelerator(
+            config.mixed_precision,
+            config.log_with,
+            output_dir,
+            config.batch_size,
+            config.gradient_accumulation_steps,
+            config.max_grad_norm,
+        )
+        lock = folder_lock(output_dir)
+        on_main_process(accelerator, take_lock, lock, output_dir)
     try:
-        return run_in_folder(config, accelerator, output_dir)
+        with mistakes_told():
+            trainer = prepare(config, accelerator, output_dir)
+        if trainer is None:
+            return None
+        state = trainer.train()
     finally:
         lock.release()
+    logger.info("done: %s", output_dir / "model")
+    accelerator.end_training()
+    return state
 
 
-def run_in_folder(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) -> TrainState | None:
+def prepare(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) -> Trainer | None:
+    """The trainer, brought to where the run begins or goes on; None where it is finished."""
     check_model_is_kept(config)
     start = on_main_process(accelerator, plan_start, output_dir, config.resume, config.overwrite_output_dir)
     if start is None:
@@ -74,50 +90,27 @@ def run_in_folder(config: TrainingConfig, accelerator: Accelerator, output_dir: 
     loss = configured_loss(config)
     train_store, val_store = on_all_processes(open_stores, config, loss)
     on_all_processes(check_teachable, config, loss, train_store)
+    origin = on_main_process(accelerator, provenance, config, accelerator, train_store, val_store)
+    if checkpoint is not None:
+        state = on_main_process(accelerator, checked_resume, state, checkpoint, origin, config.resume_with_changes)
     set_seed(config.seed)
     scorer = on_all_processes(load_scorer, config)
+    check_wrapped_layers(scorer.model)
     adapter = on_all_processes(prepare_for_training, scorer, config)
     if accelerator.is_main_process:
         report_data(config, train_store, val_store, scorer)
-    trainer = build_trainer(config, accelerator, loss, train_store, val_store, scorer, adapter, state)
-    if accelerator.is_main_process:
-        claim(output_dir, state)
-        config.save(output_dir / "training_config.yaml")
+    trainer = build_trainer(config, accelerator, loss, train_store, val_store, scorer, adapter, state, origin)
+    on_main_process(accelerator, take_folder, config, output_dir, state)
     set_seed(config.seed, device_specific=True)  # other dropout masks on every process
     if checkpoint is not None:
         logger.info("resuming from %s, step %d", checkpoint, state.step)
         trainer.load_checkpoint(checkpoint)
-    state = trainer.train()
-    logger.info("done: %s", output_dir / "model")
-    accelerator.end_training()
-    return state
+    return trainer
 
 
-def on_main_process(accelerator: Accelerator, function, *arguments):
-    """What `function` returns on the main process, on every process; so is a user's mistake raised."""
-    result = [None, None]
-    if accelerator.is_main_process:
-        try:
-            result[0] = function(*arguments)
-        except (ValueError, OSError) as error:
-            result[1] = str(error)
-    broadcast_object_list(result)
-    if result[1] is not None:
-        raise StartError(result[1])
-    return result[0]
-
-
-def on_all_processes(function, *arguments):
-    """What `function` returns on each process; a user's mistake found by any of them is raised by all."""
-    result = problem = None
-    try:
-        result = function(*arguments)
-    except (ValueError, OSError) as error:
-        problem = error
-    problems = [text for text in gather_object([problem and str(problem)]) if text is not None]
-    if problems:
-        raise StartError(problems[0]) from problem
-    return result
+def take_folder(config: TrainingConfig, output_dir: Path, state: TrainState) -> None:
+    claim(output_dir, state)
+    config.save(output_dir / "training_config.yaml")
 
 
 def check_model_is_kept(config: TrainingConfig) -> None:
@@ -221,8 +214,10 @@ def build_trainer(
     scorer: PairScorer,
     adapter,
     state: TrainState,
+    origin: Provenance,
 ) -> Trainer:
     scorer.to(accelerator.device)
+    autocast_under_fsdp(accelerator, scorer)
     optimizer = make_optimizer(scorer, config)
     logger.info("%s", describe_parameters(scorer))
     shape = StepShape(
@@ -232,17 +227,19 @@ def build_trainer(
         processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
-    on_cpu = accelerator.device.type == "cpu"
     with accelerator.autocast():  # on a GPU, packing takes half precision
         packs, shares_queries = scorer.packs, scorer.shares_queries
     report_layout(scorer, packs)
+    max_tokens = config.max_tokens_per_batch
+    if max_tokens is None and accelerator.device.type == "cpu":
+        max_tokens = CPU_PACKED_TOKENS if packs else CPU_PADDED_TOKENS
     options = SamplingOptions(
         config.seed,
         config.train_group_size,
         config.min_label,
         config.max_label,
         config.shuffle_rate,
-        config.max_tokens_per_batch or (CPU_MAX_TOKENS if on_cpu else None),
+        max_tokens,
         padded=not packs,
         shares_queries=shares_queries,
     )
@@ -250,10 +247,7 @@ def build_trainer(
     evaluate = build_validation(config, accelerator, loss, validation, scorer)
     task = RerankerTask(scorer, loss, evaluate, partial(load_scorer, config), adapter)
     settings = loop_settings(config, evaluate)
-    run_config = config.model_dump()
-    return Trainer(
-        accelerator, scorer, optimizer, steps, task, settings, Path(config.output_dir), state, run_config
-    )
+    return Trainer(accelerator, scorer, optimizer, steps, task, settings, Path(config.output_dir), state, origin)
 
 
 def report_layout(scorer: PairScorer, packs: bool) -> None:

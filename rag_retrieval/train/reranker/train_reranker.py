@@ -3,63 +3,94 @@
     accelerate launch train_reranker.py --config training_bert.yaml [--any_key value ...]
 
 Run as a script, Python puts this file's folder, not the repository, on the import path; the first lines mend
-that, so that an uninstalled checkout works from any folder.
+that, so that an uninstalled checkout works from any folder. Everything but the standard library is imported in
+`main`, where a Ctrl-C is already looked after.
 """
 
 import logging
 import os
+import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, load_config
+from rag_retrieval.train.signals import (
+    Interrupted,
+    TrainingStopped,
+    exit_code,
+    interrupt,
+    leave_at_once,
+    on_signals,
+)
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parent / "config"
 USAGE = "usage: train_reranker.py --config FILE [--KEY VALUE ...]"
+PEER_GONE = (
+    "another process of this run has ended. What it printed tells why; one that printed nothing was killed, most often "
+    "because memory ran out"
+)
 GRACE = 5.0  # seconds in which the first process prints what went wrong
 
 logger = logging.getLogger("rag_retrieval")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 trained, 2 a mistake in configuration, data or launch, 1 training failed, 130
-    interrupted. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
+    """Returns the exit code: 0 trained; 1 training failed; 2 a mistake in configuration, data or launch; 130 and 143
+    ended by SIGINT and SIGTERM (in training: after the step, with a checkpoint). With RAG_RETRIEVAL_TRACEBACK=1 in
+    the environment, errors are raised instead."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{USAGE}\n\n{describe_options()}")
-        return 0 if arguments else 2
-    try:
-        path, overrides = split_arguments(arguments)
-        config = load_config(path, overrides, SHIPPED_CONFIGS)
-    except ConfigError as error:
-        return report(error, 2, on_all_processes=True)
-    set_up_logging()
-    return train(config)
+    with on_signals(leave_at_once):
+        from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, load_config
+
+        if not arguments or {"-h", "--help"} & set(arguments):
+            print(f"{USAGE}\n\n{describe_options()}")
+            return 0 if arguments else 2
+        try:
+            path, overrides = split_arguments(arguments)
+            config = load_config(path, overrides, SHIPPED_CONFIGS)
+        except ConfigError as error:
+            return report(error, 2, on_all_processes=True)
+        set_up_logging()
+        return train(config)
 
 
 def train(config) -> int:
-    """Run the training and turn its errors into one line and an exit code."""
+    """Run the training and turn its errors into one line and an exit code. An error of ours keeps its traceback."""
+    from rag_retrieval.train.failures import is_peer_gone
     from rag_retrieval.train.launch import LaunchError
-    from rag_retrieval.train.reranker.run import StartError, run
-    from rag_retrieval.train.task import TrainingError
+    from rag_retrieval.train.reranker.run import run
+    from rag_retrieval.train.starting import OwnMistake, StartError
+    from rag_retrieval.train.task import ProcessFailure, TrainingError
 
+    go_on = f"go on with --resume auto --output_dir {config.output_dir}"
     try:
-        run(config)
-    except (TrainingError, LaunchError, StartError) as error:
-        return report(error, 1 if isinstance(error, TrainingError) else 2, on_all_processes=True)
-    except (ValueError, OSError) as error:
-        return report(error, 2, on_all_processes=False)
-    except KeyboardInterrupt:
-        resume = f"; go on with --resume auto --output_dir {config.output_dir}"
-        return report(InterruptedError(f"interrupted{resume}"), 130, on_all_processes=True)
+        with on_signals(interrupt):
+            run(config)
+    except (LaunchError, StartError) as error:
+        return report(error, 2, on_all_processes=not isinstance(error, OwnMistake))
+    except TrainingError as error:
+        return report(error, 1, on_all_processes=not isinstance(error, ProcessFailure))
+    except TrainingStopped as stop:
+        return report(InterruptedError(f"{stop}; {go_on}"), exit_code(stop.number), on_all_processes=True)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        message = f"interrupted by {signal.Signals(number).name}; {go_on}"
+        return report(InterruptedError(message), exit_code(number), on_all_processes=True)
+    except Exception as error:
+        if is_peer_gone(error):
+            return report(ConnectionError(PEER_GONE), 1, on_all_processes=False)
+        return report_crash(error, go_on)
     return 0
 
 
 def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
     """The configuration file's name and the other arguments."""
+    from rag_retrieval.train.reranker.config_file import ConfigError
+
     for position, argument in enumerate(arguments):
         if argument.startswith("--config="):
             return argument.removeprefix("--config="), arguments[:position] + arguments[position + 1 :]
@@ -82,6 +113,17 @@ def report(error: Exception, code: int, on_all_processes: bool) -> int:
     else:
         print(f"error in process {process}: {error}", file=sys.stderr)
     return code
+
+
+def report_crash(error: Exception, go_on: str) -> int:
+    """Print the traceback of an error that is no user's, whole and at once, with the process that it struck."""
+    if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
+        raise error
+    process = os.environ.get("RANK", "0")
+    text = "".join(traceback.format_exception(error))
+    sys.stderr.write(f"error in process {process}:\n{text}Checkpoints written before are intact; {go_on}\n")
+    sys.stderr.flush()
+    return 1
 
 
 def set_up_logging() -> None:

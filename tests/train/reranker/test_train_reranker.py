@@ -1,6 +1,11 @@
 """The command: exit codes, and errors as one line."""
 
 import os
+import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,7 +60,7 @@ def test_a_model_that_is_not_there_is_an_error_line(config, capsys):
 def test_a_contradiction_of_launcher_and_configuration_is_an_error_line(config, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert main(["--config", config()]) == 2
-    assert "error: mixed_precision is no in the configuration but bf16" in capsys.readouterr().err
+    assert "error: mixed_precision is no in the training configuration but bf16" in capsys.readouterr().err
 
 
 def test_processes_that_would_train_separate_copies_are_an_error_line(config, capsys, monkeypatch):
@@ -81,19 +86,98 @@ def test_a_loss_that_is_not_finite_is_code_1_without_a_traceback(config, capsys)
     assert not any("Traceback" in line for line in lines)
 
 
-def test_an_interruption_says_how_to_go_on(config, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_training_ends_after_the_step_with_a_code_of_its_own(config, tmp_path, capsys, monkeypatch, number,
+                                                                          code):
     from rag_retrieval.train.loop import Trainer
 
-    def interrupt(self):
-        raise KeyboardInterrupt
+    take_step = Trainer.train_step
 
-    monkeypatch.setattr(Trainer, "train", interrupt)
-    assert main(["--config", config()]) == 130
-    assert "error: interrupted; go on with --resume auto" in capsys.readouterr().err
+    def step_with_signal(self, micro_batches):
+        os.kill(os.getpid(), number) if self.state.step == 2 else None
+        take_step(self, micro_batches)
+
+    path = config()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_with_signal)
+        assert main(["--config", path]) == code
+    folder = tmp_path / "run" / "checkpoint-3"
+    stopped = f"error: stopped by {number.name} after step 3 of 5, saved in {folder}; go on with --resume auto"
+    assert stopped in capsys.readouterr().err and folder.exists()
+    assert main(["--config", path, "--resume", "auto"]) == 0
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "handlers are given back"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_step_is_one_line(config, capsys, monkeypatch, number, code):
+    from rag_retrieval.train.reranker import run as run_module
+
+    def load(config):
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+
+    monkeypatch.setattr(run_module, "load_scorer", load)
+    assert main(["--config", config()]) == code
+    assert errors(capsys)[-1].startswith(f"error: interrupted by {number.name}; go on with --resume auto")
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line(config, tmp_path):
+    """A process of its own, since it leaves at once. The import of torch is the longest."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\nassert False"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    program = [sys.executable, "-m", "rag_retrieval.cli", "train", "--config", config()]
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted by SIGINT\n")
+
+
+def test_an_error_of_ours_keeps_its_traceback(config, capsys, monkeypatch):
+    from rag_retrieval.train.loop import Trainer
+
+    def fail(self, micro_batches):
+        raise ValueError("a thing that cannot be")
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    assert main(["--config", config()]) == 1
+    told = capsys.readouterr().err
+    assert "error in process 0:\nTraceback" in told and "in fail" in told and "--resume auto" in told
+
+
+def test_a_process_whose_peer_has_ended_says_so_without_a_traceback(config, capsys, monkeypatch):
+    from rag_retrieval.train.loop import Trainer
+
+    def fail(self, micro_batches):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10917. Check")
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    assert main(["--config", config()]) == 1
+    assert errors(capsys)[-1].startswith("error: another process of this run has ended.")
+
+
+def test_a_full_disk_is_an_error_line_and_code_1(config, tmp_path, capsys):
+    """Files may not grow beyond what a small state needs: the weights are larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = config(save_steps=2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        assert main(["--config", path]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = errors(capsys)[-1]
+    assert told.startswith(f"error: output_dir {tmp_path / 'run'}: ") and "--resume auto" in told
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+    assert main(["--config", path, "--resume", "auto"]) == 0
+
+
+def test_a_folder_without_the_right_to_write_is_an_error_line_at_once(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert main(["--config", config(model_name_or_path="a-hub/model-that-is-not-here")]) == 2
+    assert f"error: output_dir: {tmp_path} is not writable; take another output_dir" in capsys.readouterr().err
 
 
 def test_a_traceback_can_be_asked_for(config, monkeypatch):
-    from rag_retrieval.train.reranker.run import StartError
+    from rag_retrieval.train.starting import StartError
 
     monkeypatch.setenv("RAG_RETRIEVAL_TRACEBACK", "1")
     with pytest.raises(StartError):
@@ -123,11 +207,6 @@ def test_the_command_trains_from_the_repository_root(config, tmp_path, command):
 @pytest.mark.slow
 def test_a_killed_process_resumes(config, tmp_path):
     """A real kill in the middle of a run, not an exception."""
-    import signal
-    import subprocess
-    import sys
-    import time
-
     path = config(epochs=400, save_steps=20, num_workers=2)
     program = [sys.executable, "-m", "rag_retrieval.cli", "train", "--config", path]
     process = subprocess.Popen(program, cwd=ROOT, env=os.environ, stderr=subprocess.DEVNULL)
@@ -137,6 +216,7 @@ def test_a_killed_process_resumes(config, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    resumed = ["--config", path, "--resume", "auto"]
     reached = max(int(folder.name.split("-")[1]) for folder in Path(output_dir).glob("checkpoint-*"))
-    assert main(["--config", path, "--resume", "auto", "--epochs", str(reached // 5 + 8)]) == 0
+    assert main([*resumed, "--epochs", str(reached // 5 + 8), "--resume_with_changes", "true"]) == 0
     assert read_metrics(output_dir, "train")[-1]["step"] == reached // 5 * 5 + 40

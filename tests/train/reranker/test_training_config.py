@@ -32,7 +32,7 @@ def test_a_minimal_pointwise_configuration_gets_the_documented_defaults():
     given = TrainingConfig(**POINTWISE).model_dump()
     assert given == POINTWISE | {
         "num_labels": 1, "query_format": None, "document_format": None, "seq": None, "special_token":
-        None, "max_len": 512, "attn_implementation": None, "gradient_checkpointing": False,
+        None, "max_len": 512, "attn_implementation": None, "gradient_checkpointing": False, "torch_compile": False,
         "trust_remote_code": False, "train_label_key": "label", "train_split": None, "train_group_size":
         None, "max_label": 1.0, "min_label": 0.0, "shuffle_rate": 0.0, "val_dataset": None,
         "val_dataset_type": None, "val_label_key": None, "val_split": None, "num_workers": 2,
@@ -44,7 +44,7 @@ def test_a_minimal_pointwise_configuration_gets_the_documented_defaults():
         None, "lora_dropout": None, "lora_target_modules": None, "save_on_epoch_end": True, "save_steps":
         None, "num_max_checkpoints": 3, "eval_steps": None, "eval_on_start": False,
         "metric_for_best_model": None, "early_stopping_patience": None, "overwrite_output_dir": False,
-        "resume": None, "log_interval": 10, "log_with": None,
+        "resume": None, "resume_with_changes": False, "log_interval": 10, "log_with": None,
     }  # fmt: skip
 
 

@@ -208,3 +208,20 @@ def test_pickled_steps_carry_neither_data_nor_model(steps):
     small[0, 0], large[0, 0]
     assert len(pickle.dumps(small)) < tokenizer + 3000
     assert len(pickle.dumps(large)) < tokenizer + 3000 + 4 * 2000  # one epoch's order, four bytes a record
+
+
+@pytest.mark.parametrize("loss", ["point_ce", "pairwise_ranknet"])
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("records", [2, 49])
+def test_an_epoch_sees_every_record_once_on_one_process_alone(steps, loss, processes, records):
+    """And every pair of it; what fills up has no weight."""
+    data = pointwise_records(records) if loss == "point_ce" else grouped_records(records)
+    seen, pairs = [], 0
+    for index in range(processes):
+        share = steps(loss, data, processes=processes, index=index)
+        batches = [batch for step in range(share.steps_per_epoch) for batch in share[1, step]]
+        seen += [source for batch in batches for source in batch.sources]
+        pairs += sum(int(batch.mask.sum()) for batch in batches)
+        assert all(batch.items == 0 for batch in batches if not batch.mask.any())
+    assert sorted(seen) == sorted(f"data.jsonl:{line}" for line in range(1, records + 1))
+    assert pairs == sum(len(record.get("hits", [record])) for record in data)

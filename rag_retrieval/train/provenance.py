@@ -1,0 +1,73 @@
+"""What a checkpoint was made of: configuration, data, engine and library versions, beside its weights.
+
+What a reader would get wrong: data are told apart by their content, not by their path, so that a run may go on
+on another machine; above SAMPLED_BLOCKS MiB only that many evenly spread blocks of a file are read.
+"""
+
+import platform
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from rag_retrieval import __version__
+from rag_retrieval.train.checkpoints import read_json, write_json
+
+PROVENANCE_FILE = "provenance.json"
+BLOCK, SAMPLED_BLOCKS = 1 << 20, 256  # bytes; 256 MiB take a tenth of a second
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """configuration: resolved keys of the YAML. data: name of a data set to the digest of its content.
+
+    engine: how weights and optimizer lie on disk, see `engine_of`. processes: at least 1. versions: by library.
+    """
+
+    configuration: dict[str, Any]
+    data: dict[str, str]
+    engine: str
+    processes: int
+    versions: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / PROVENANCE_FILE, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Provenance":
+        """Of a complete checkpoint: whoever checks that it is complete has checked this file too."""
+        return cls(**read_json(folder / PROVENANCE_FILE))
+
+
+def library_versions() -> dict[str, str]:
+    libraries = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    return {"rag_retrieval": __version__, "python": platform.python_version(), **libraries}
+
+
+def engine_of(accelerator: Accelerator) -> str:
+    """DDP (one process and many write the same files), FSDP, or DeepSpeed ZeRO with its stage."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "FSDP"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "DDP"
+
+
+def content_digest(files: Sequence[Path]) -> str:
+    """Eight hexadecimal digits for sizes and content of the files, in this order."""
+    crc = 0
+    for path in files:
+        size = path.stat().st_size
+        crc = zlib.crc32(str(size).encode(), crc)
+        blocks = -(-size // BLOCK)
+        count = min(blocks, SAMPLED_BLOCKS)
+        with path.open("rb") as file:
+            for place in range(count):
+                file.seek(place * blocks // count * BLOCK)
+                crc = zlib.crc32(file.read(BLOCK), crc)
+    return f"{crc:08x}"

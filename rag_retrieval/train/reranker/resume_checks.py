@@ -1,0 +1,116 @@
+"""May a run go on from a checkpoint? Only as the same run: what would change the training is compared and said.
+
+What a reader would get wrong: the list below is of keys that may change; every other key, a new one too, matters.
+Validation matters as well, since the best score so far and the patience of early stopping were measured with it.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from rag_retrieval.record_store import RecordStore
+from rag_retrieval.record_store_build import STORE_FILES
+from rag_retrieval.train.checkpoints import TrainState
+from rag_retrieval.train.provenance import Provenance, content_digest, engine_of, library_versions
+from rag_retrieval.train.reranker.training_config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = {
+    *("output_dir", "overwrite_output_dir", "resume", "resume_with_changes", "trust_remote_code"),
+    *("log_interval", "log_with", "num_workers", "save_on_epoch_end", "save_steps", "num_max_checkpoints"),
+    *("eval_steps", "eval_on_start", "early_stopping_patience"),
+    # the same step in other arithmetic
+    *("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation", "torch_compile"),
+}
+STEP_SIZE = ("batch_size", "gradient_accumulation_steps")  # times processes
+DATA = ("train_dataset", "val_dataset")
+VALIDATION = {"val_dataset", "val_dataset_type", "val_label_key", "val_split", "metric_for_best_model"}
+
+
+class ResumeError(ValueError):
+    """The checkpoint and this run do not fit; the message has a line for each difference."""
+
+
+def provenance(
+    config: TrainingConfig, accelerator: Accelerator, train: RecordStore, validation: RecordStore | None
+) -> Provenance:
+    """What the checkpoints of this run will say of it."""
+    stores = zip(DATA, (train, validation), strict=True)
+    data = {name: store_digest(store) for name, store in stores if store is not None}
+    processes = accelerator.num_processes
+    return Provenance(config.model_dump(), data, engine_of(accelerator), processes, library_versions())
+
+
+def store_digest(store: RecordStore) -> str:
+    return content_digest([store.folder / name for name in STORE_FILES])
+
+
+def checked_resume(state: TrainState, checkpoint: Path, now: Provenance, with_changes: bool) -> TrainState:
+    """The state to go on with. Raises ResumeError where the engine does not allow it, or where something that
+    matters differs and `with_changes` is False; warns of other library versions."""
+    before = Provenance.read(checkpoint)
+    check_engine(checkpoint, before, now)
+    found = dict(differences(before, now))
+    if found and not with_changes:
+        lines = "".join(f"\n  {key}: {change}" for key, change in found.items())
+        raise ResumeError(
+            f"resume: {checkpoint} is of a run that was configured otherwise:{lines}\nRestore these to go on with "
+            "that run, or say --resume_with_changes true to go on with the new ones"
+        )
+    for key, change in found.items():
+        logger.warning("resume_with_changes: %s: %s", key, change)
+    for library, version in before.versions.items():
+        if now.versions[library] != version:
+            logger.warning("resume: written with %s %s, now %s: the last digits of weights may differ from those of a "
+                           "run never stopped", library, version, now.versions[library])
+    if found.keys() & VALIDATION:  # what was measured otherwise is not compared with
+        return replace(state, best_metric=None, best_step=None, stale_evaluations=0)
+    return state
+
+
+def check_engine(checkpoint: Path, before: Provenance, now: Provenance) -> None:
+    """The files of one engine are not those of another, and DeepSpeed's are one for each process."""
+    where = f"resume: {checkpoint} was written by {before.engine} on {before.processes} processes"
+    remedy = f"; or start a new run from its weights: --model_name_or_path {checkpoint / 'model'}"
+    if before.engine != now.engine:
+        raise ResumeError(f"{where}, and {now.engine} cannot read it. Launch with {before.engine}{remedy}")
+    if before.engine.startswith("DeepSpeed") and before.processes != now.processes:
+        raise ResumeError(
+            f"{where}, and DeepSpeed resumes on that number alone, not on {now.processes}. Launch "
+            f"{before.processes} processes{remedy}"
+        )
+
+
+def differences(before: Provenance, now: Provenance) -> Iterator[tuple[str, str]]:
+    """(key, "was X, now Y") of everything that matters, in the order of the configuration."""
+    was, becomes = before.configuration, now.configuration
+    for key in becomes | was:
+        if key in DATA:
+            if before.data.get(key) != now.data.get(key):
+                yield key, f"was {_told(was, before, key)}, now {_told(becomes, now, key)}"
+        elif key not in MAY_CHANGE and key not in STEP_SIZE and was.get(key) != becomes.get(key):
+            yield key, f"was {was.get(key)!r}, now {becomes.get(key)!r}"
+    if _step_size(before) != _step_size(now):
+        yield "batch_size x gradient_accumulation_steps x processes", f"was {_product(before)}, now {_product(now)}"
+
+
+def _told(configuration: Mapping[str, Any], of: Provenance, key: str) -> str:
+    return f"{configuration.get(key)} (content {of.data[key]})" if key in of.data else "none"
+
+
+def _factors(of: Provenance) -> list[int]:
+    return [*(of.configuration[key] for key in STEP_SIZE), of.processes]
+
+
+def _step_size(of: Provenance) -> int:
+    batch_size, accumulation, processes = _factors(of)
+    return batch_size * accumulation * processes
+
+
+def _product(of: Provenance) -> str:
+    return f"{' x '.join(map(str, _factors(of)))} = {_step_size(of)}"

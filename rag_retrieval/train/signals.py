@@ -1,0 +1,98 @@
+"""SIGTERM (a node is taken away) and SIGINT (Ctrl-C), at each stage of a run.
+
+While modules are imported there is nothing to lose: the process leaves with one line. While data and model are
+read, the signal is an exception, so that half-built files are removed. In training it is a wish, noted until the
+step is done and a checkpoint written; a second one leaves at once.
+
+What a reader would get wrong: one Ctrl-C under torchrun arrives twice, from the terminal and from torchrun, and
+schedulers too tell both launcher and processes. Signals within REPEAT of the first are the first.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+REPEAT = 1.0  # seconds
+
+
+class Interrupted(KeyboardInterrupt):
+    """Signal `number` came before training began."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class TrainingStopped(Exception):
+    """Training was told by signal `number` to stop, and stands in a checkpoint. Raised by all processes alike."""
+
+    def __init__(self, number: int, step: int, total_steps: int, checkpoint: str):
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} after step {step} of {total_steps}, saved in {checkpoint}"
+        )
+        self.number = number
+
+
+def exit_code(number: int) -> int:
+    """As shells give it for a process that a signal ended: 143 for SIGTERM, 130 for SIGINT."""
+    return 128 + number
+
+
+@contextmanager
+def on_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Let `handler` have the signals in this block. Outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def leave_at_once(number: int, frame: object) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"error: interrupted by {signal.Signals(number).name}\n".encode())
+    os._exit(exit_code(number))
+
+
+def interrupt(number: int, frame: object) -> None:
+    raise Interrupted(number)
+
+
+class StopWish:
+    """Notes the first signal: `number` is 0 until one comes. `with on_signals(wish.note): ...`"""
+
+    def __init__(self):
+        self.number = 0
+        self.noted = 0.0
+
+    def note(self, number: int, frame: object) -> None:
+        if not self.number:
+            self.number, self.noted = number, time.monotonic()
+        elif time.monotonic() - self.noted > REPEAT:
+            os._exit(exit_code(number))
+
+
+def spare_worker(worker: int) -> None:
+    """Let a data loading process outlive a signal that was sent to all: the step under way needs its work.
+
+    Its parent still ends it. Only sigwaitinfo tells who sent a signal, and it wants a thread of its own.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    sys.stdout.flush()
+    os._exit(0)

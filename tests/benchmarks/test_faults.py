@@ -1,0 +1,64 @@
+"""The fault harness: what it plans, and a few faults for real."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+from training_runs import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import faults  # noqa: E402
+from fault_runs import Fault, Outcome  # noqa: E402
+
+
+def test_at_least_thirty_kills_reach_every_phase_of_one_and_of_two_processes():
+    planned = list(faults.kills(random.Random(0)))
+    assert len(planned) >= 30
+    for processes in (1, 2):
+        phases = {case.fault.phase for case in planned if case.processes == processes}
+        assert phases == {"step", "saving", "rotation", "evaluation", "the end"}
+    assert {case.fault.ranks for case in planned if case.fault.do == "kill one"} == {(0,), (1,)}
+    assert any(case.fault.do == "kill all" for case in planned)
+
+
+def test_the_moments_follow_from_the_seed():
+    first, same, other = (list(faults.all_cases(random.Random(seed))) for seed in (1, 1, 2))
+    assert first == same != other
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "hung", "seconds", "right"),
+    [
+        (1, "stopped by SIGTERM", False, 3.0, True),
+        (0, "stopped by SIGTERM", False, 3.0, False),
+        (1, "Killed", False, 3.0, False),
+        (1, "stopped by SIGTERM", True, 3.0, False),
+        (1, "stopped by SIGTERM", False, 61.0, False),
+    ],
+)
+def test_an_end_counts_that_is_told_and_quick(code, log, hung, seconds, right):
+    case = faults.Case("a row", 1, Fault("SIGTERM to one"), says="stopped by SIGTERM")
+    assert faults.told(case, Outcome(code, seconds, log, hung)) == right
+
+
+@pytest.mark.parametrize(("how", "size"), [("truncate", 500), ("flip", 1000), ("unlink", None)])
+def test_the_largest_file_of_the_newest_checkpoint_is_damaged(tmp_path, how, size):
+    for step, content in ((9, b"x" * 1000), (10, b"y" * 1000)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(content)
+        (tmp_path / f"checkpoint-{step}" / "small").write_bytes(b"z")
+    faults.spoil(tmp_path, how)
+    damaged = tmp_path / "checkpoint-10" / "weights"
+    assert (damaged.stat().st_size if damaged.exists() else None) == size
+    assert not damaged.exists() or damaged.read_bytes() != b"y" * 1000
+    assert (tmp_path / "checkpoint-9" / "weights").read_bytes() == b"x" * 1000
+
+
+@pytest.mark.slow
+def test_a_few_real_faults_end_as_told_and_resume_to_the_same_weights():
+    program = [sys.executable, "benchmarks/faults.py", "--quick"]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 faults, 4 of them ended with the weights of the run without them" in done.stdout

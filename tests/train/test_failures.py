@@ -1,0 +1,67 @@
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from rag_retrieval.train.failures import is_out_of_memory, is_peer_gone, storage_cause, told_of_storage
+from rag_retrieval.train.task import ProcessFailure, TrainingError
+
+FOLDER = Path("/")  # there, with much space
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError(errno.ENOSPC, "full"), "no space left to write"),
+        (OSError(errno.EFBIG, "File too large"), "no space left to write"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "no space left to write"),
+        (OSError(errno.EROFS, "read-only"), "cannot be written to"),
+        (PermissionError(errno.EACCES, "denied", "/metrics.jsonl"), "cannot be written to"),
+        (OSError(errno.EIO, "bad disk"), "writing failed"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/1"), "writing failed"),
+    ],
+)
+def test_the_cause_is_told_from_the_system_and_from_what_libraries_make_of_it(error, cause):
+    assert storage_cause(error, FOLDER).startswith(cause)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ECONNREFUSED, "no tracker"),
+        FileNotFoundError(errno.ENOENT, "no such file", "/elsewhere/train.jsonl"),
+        RuntimeError("shapes do not fit"),
+        SafetensorError("header too large"),
+    ],
+)
+def test_other_errors_pass(error, tmp_path):
+    assert storage_cause(error, tmp_path) is None
+    with pytest.raises(type(error)), told_of_storage(tmp_path):
+        raise error
+
+
+def test_a_folder_that_is_gone_is_told_whatever_the_error(tmp_path):
+    assert "the folder is gone" in storage_cause(RuntimeError("Parent directory /x does not exist."), tmp_path / "gone")
+    error = FileNotFoundError(errno.ENOENT, "no such file", str(tmp_path / "gone" / "metrics.jsonl"))
+    assert "the folder is gone" in storage_cause(error, tmp_path / "gone")
+
+
+def test_an_error_that_is_told_already_is_not_told_again(tmp_path):
+    with pytest.raises(TrainingError) as caught, told_of_storage(tmp_path):
+        raise TrainingError("inline_container")
+    assert not isinstance(caught.value, ProcessFailure)
+
+
+def test_memory_that_is_full_is_told_from_other_errors():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_a_peer_that_is_gone_is_told_from_other_errors():
+    assert is_peer_gone(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:10917."))
+    assert not is_peer_gone(RuntimeError("shapes do not fit")) and not is_peer_gone(ConnectionResetError("wandb"))

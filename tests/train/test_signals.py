@@ -1,0 +1,93 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from rag_retrieval.train import signals
+from rag_retrieval.train.signals import Interrupted, StopWish, exit_code, interrupt, on_signals, spare_worker
+
+
+def test_exit_codes_are_those_of_shells():
+    assert (exit_code(signal.SIGTERM), exit_code(signal.SIGINT)) == (143, 130)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_wish_is_noted_and_earlier_handlers_come_back(number):
+    before, wish = signal.getsignal(number), StopWish()
+    with on_signals(wish.note):
+        assert wish.number == 0
+        os.kill(os.getpid(), number)
+        assert wish.number == number
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_before_training_is_an_exception_that_knows_its_number():
+    with pytest.raises(Interrupted) as caught, on_signals(interrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert caught.value.number == signal.SIGTERM and isinstance(caught.value, KeyboardInterrupt)
+
+
+def test_outside_the_main_thread_nothing_changes():
+    seen, before = [], signal.getsignal(signal.SIGTERM)
+
+    def look():
+        with on_signals(interrupt):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_one_signal_that_arrives_twice_is_one_and_a_second_later_leaves_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    wish = StopWish()
+    wish.note(signal.SIGINT, None)
+    wish.note(signal.SIGTERM, None)
+    assert not left and wish.number == signal.SIGINT
+    monkeypatch.setattr(signals, "REPEAT", -1.0)
+    wish.note(signal.SIGTERM, None)
+    assert left == [143]
+
+
+def test_a_second_signal_really_ends_the_process():
+    program = (
+        "import time\nfrom rag_retrieval.train.signals import StopWish, on_signals\n"
+        "with on_signals(StopWish().note):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(signals.REPEAT + 0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+
+
+def wait_as_worker(ready) -> None:
+    spare_worker(0)
+    ready.set()
+    time.sleep(30)
+
+
+def test_a_worker_outlives_signals_of_others_and_ends_when_its_parent_says_so():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=wait_as_worker, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(10)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        subprocess.run(["sh", "-c", f"kill -{int(number)} {worker.pid}"], check=True)
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
