@@ -30,8 +30,11 @@ def test_the_files_that_users_type_are_there():
     assert {name_of(file) for file in ACCELERATE_FILES} >= {
         "config/xlmroberta_default_config.yaml",
         "config/default_fsdp.yaml",
+        "config/fsdp_qwen.yaml",
+        "config/fsdp_two_nodes.yaml",
         "config/ddp.yaml",
         *(f"config/deepspeed/deepspeed_zero{stage}.yaml" for stage in range(4)),
+        "config/deepspeed/deepspeed_zero3_two_nodes.yaml",
     }
     assert len(EXAMPLE_FILES) >= 6
 
@@ -74,6 +77,23 @@ def test_accelerate_reads_a_shipped_launch_file(file):
     settings = load_config_from_file(str(file))
     assert settings.num_processes == 2
     assert settings.mixed_precision == "no", "the training file decides the precision"
+    assert settings.num_machines == (2 if "two_nodes" in file.name else 1)
+    if settings.fsdp_config:
+        assert settings.fsdp_config["fsdp_version"] == 2
+        assert "fsdp_transformer_layer_cls_to_wrap" not in settings.fsdp_config, "layers follow the model"
+
+
+@pytest.mark.parametrize(
+    "one, two",
+    [
+        ("default_fsdp", "fsdp_two_nodes"),
+        ("deepspeed/deepspeed_zero3", "deepspeed/deepspeed_zero3_two_nodes"),
+    ],
+)
+def test_a_file_for_two_nodes_differs_from_that_for_one_in_the_nodes_alone(one, two):
+    expected, found = (yaml.safe_load((ROOT / "config" / f"{name}.yaml").read_text()) for name in (one, two))
+    nodes = {"num_machines", "main_process_ip", "main_process_port", "same_network", "rdzv_backend"}
+    assert {key for key in found if found[key] != expected.get(key)} == nodes
 
 
 @pytest.mark.parametrize("file", EXAMPLE_FILES, ids=name_of)

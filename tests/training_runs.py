@@ -91,6 +91,12 @@ def write_yaml(path: Path, values: dict) -> str:
     return str(path)
 
 
+def engine_command(config_file: str, processes: int, script: str) -> list[str]:
+    """Arguments of `launch` that start a script under an accelerate file, on a port that is free."""
+    arguments = ["--config_file", config_file, "--num_processes", str(processes), "--main_process_port", "0"]
+    return ["accelerate.commands.launch", *arguments, script]
+
+
 def launch(command: list[str], timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
     """Run a launcher of this Python's environment from the repository root, one thread per process."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

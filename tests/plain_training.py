@@ -1,0 +1,144 @@
+"""Reranker training as a plain loop: one process, float32, no engine, every formula written out; for tests.
+
+Only the data are the trainer's own: token ids and labels of each step. What a reader would get wrong: a step here
+is one batch of all its records, padded, in one forward, however many processes and micro-batches the trainer takes.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rag_retrieval.losses import LOSSES
+from rag_retrieval.record_store import open_store
+from rag_retrieval.train.reranker.model_setup import load_scorer
+from rag_retrieval.train.reranker.training_config import TrainingConfig
+from rag_retrieval.train.reranker.training_data import RerankerMicroBatch, SamplingOptions, TrainingSteps
+from rag_retrieval.train.step_data import StepShape
+
+Group = tuple[list[list[int]], list[list[int]], list[float]]  # of each document: token ids, token types; labels
+
+
+def plain_training(
+    values: dict, records_per_step: int, factors: list[float]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The loss of each step and the weights after the last.
+
+    factors: of the learning rate, one for each step.
+    """
+    config = TrainingConfig(**values)
+    torch.manual_seed(config.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(config.model_name_or_path, num_labels=1).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), eps=config.adam_epsilon, fused=False, foreach=False)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    losses = []
+    for groups, factor in zip(step_groups(config, records_per_step), factors, strict=True):
+        loss = mean_loss(config.loss_type, group_scores(model, groups), [labels for *_, labels in groups])
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        clip([parameter.grad for parameter in model.parameters()], config.max_grad_norm)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        optimizer.step()
+    return losses, model.state_dict()
+
+
+def parameter_groups(model: PreTrainedModel, config: TrainingConfig) -> Iterator[dict]:
+    """Matrices decay, vectors (biases, norms) do not; the new head has a rate of its own."""
+    head = set((model.score if config.model_type == "llm_decoder" else model.classifier).parameters())
+    for parameter in model.parameters():
+        yield {
+            "params": [parameter],
+            "lr": config.head_lr if parameter in head else config.lr,
+            "weight_decay": config.weight_decay if parameter.dim() > 1 else 0.0,
+        }
+
+
+def step_groups(config: TrainingConfig, records_per_step: int) -> Iterator[list[Group]]:
+    """The groups of each step of the first epoch; for pointwise losses each pair is a group."""
+    loss = LOSSES[config.loss_type]
+    store = open_store(config.train_dataset, group_by_query=True, exactly_one_positive=loss.one_positive)
+    records = store.num_groups if loss.dataset_type == "grouped" else store.num_pairs
+    shape = StepShape(records, records_per_step, accumulation=1)
+    options = SamplingOptions(config.seed, config.train_group_size, 0.0, 1.0, shuffle_rate=0.0)
+    steps = TrainingSteps(store, "train", load_scorer(config).pair_encoder, loss, shape, options)
+    for step in range(steps.steps_per_epoch):
+        (batch,) = steps[0, step]
+        yield list(groups_of(batch))
+
+
+def groups_of(batch: RerankerMicroBatch) -> Iterator[Group]:
+    ids = [row.tolist() for row in batch.pairs.token_ids.split(batch.pairs.lengths)]
+    types = [[0] * len(row) for row in ids]
+    if batch.pairs.token_types is not None:
+        types = [row.tolist() for row in batch.pairs.token_types.split(batch.pairs.lengths)]
+    start = 0
+    for labels, mask in zip(batch.labels, batch.mask, strict=True):
+        labels = labels[mask].tolist() if labels.dim() else [labels.item()]
+        stop = start + len(labels)
+        yield ids[start:stop], types[start:stop], labels
+        start = stop
+
+
+def group_scores(model: PreTrainedModel, groups: list[Group]) -> list[torch.Tensor]:
+    """The scores of each group: [documents]. One padded forward over all pairs of the step."""
+    rows = [row for ids, *_ in groups for row in ids]
+    types = [row for _, rows_types, _ in groups for row in rows_types]
+    real = [[1] * len(row) for row in rows]
+    inputs = {"input_ids": padded(rows, model.config.pad_token_id), "attention_mask": padded(real)}
+    if hasattr(model, "score"):  # a decoder: the score of the last token
+        hidden = model.model(**inputs).last_hidden_state
+        last = torch.stack([hidden[place, len(row) - 1] for place, row in enumerate(rows)])
+        scores = model.score(last)[:, 0]
+    else:
+        scores = model(**inputs, token_type_ids=padded(types)).logits[:, 0]
+    return list(scores.split([len(ids) for ids, *_ in groups]))
+
+
+def padded(rows: list[list[int]], value: int = 0) -> torch.Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def mean_loss(loss_type: str, scores: list[torch.Tensor], labels: list[list[float]]) -> torch.Tensor:
+    """The mean of all terms of the step; 0 with a graph where there is none."""
+    terms = [term for group, of_group in zip(scores, labels, strict=True) for term in TERMS[loss_type](group, of_group)]
+    return torch.stack(terms).mean() if terms else sum(group.sum() for group in scores) * 0.0
+
+
+def bce_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+    for score, label in zip(scores, labels, strict=True):
+        yield -(label * score.sigmoid().log() + (1 - label) * (-score).sigmoid().log())
+
+
+def mse_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+    for score, label in zip(scores, labels, strict=True):
+        yield (score.sigmoid() - label) ** 2
+
+
+def ranknet_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+    for lower, label in zip(scores, labels, strict=True):
+        for higher, other in zip(scores, labels, strict=True):
+            if label < other:
+                yield (other - label) * (1 + (lower - higher).exp()).log()
+
+
+def listwise_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+    yield scores.exp().sum().log() - scores[labels.index(1.0)]
+
+
+TERMS = {
+    "point_ce": bce_terms,
+    "point_mse": mse_terms,
+    "pairwise_ranknet": ranknet_terms,
+    "listwise_ce": listwise_terms,
+}
+
+
+def clip(gradients: list[torch.Tensor], limit: float | None) -> None:
+    norm = math.sqrt(sum((gradient.double() ** 2).sum().item() for gradient in gradients))
+    if limit is not None and norm > limit:
+        for gradient in gradients:
+            gradient.mul_(limit / norm)

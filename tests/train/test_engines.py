@@ -1,0 +1,164 @@
+"""Real launchers on the CPU: what starts, what is refused, and how several processes end.
+
+That engines take the right steps is in test_exactness.py.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from training_runs import (
+    engine_command,
+    final_weights,
+    grouped_records,
+    launch,
+    pointwise_records,
+    read_metrics,
+    train,
+    write_jsonl,
+    write_yaml,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "rag_retrieval/train/reranker/train_reranker.py"
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", SCRIPT]
+CPU = {"ACCELERATE_USE_CPU": "true"}
+NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without an accelerator")
+
+pytestmark = pytest.mark.slow
+
+
+def run_in_two(values: dict, tmp_path: Path, command: list[str], **environment: str):
+    return launch([*command, "--config", write_yaml(tmp_path / "two.yaml", values)], **environment)
+
+
+def assert_same_training(one: dict, two: dict, tolerance: float = 1e-5) -> None:
+    first, second = (final_weights(values["output_dir"]) for values in (one, two))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=tolerance, rtol=0)
+    logs = [read_metrics(Path(values["output_dir"]), "train") for values in (one, two)]
+    assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], abs=tolerance)
+    assert [line["lr"] for line in logs[0]] == [line["lr"] for line in logs[1]]
+
+
+@pytest.fixture
+def both(settings, tmp_path):
+    """The same run for one process and for two: 81 records, 32 to a step, the last step partial."""
+
+    def make(loss_type: str = "listwise_ce", **changes) -> tuple[dict, dict]:
+        records = pointwise_records(81) if loss_type.startswith("point") else grouped_records(81)
+        one = settings(loss_type, records, **{"adam_epsilon": 1e-3, "batch_size": 32} | changes)
+        return one, one | {"batch_size": one["batch_size"] // 2, "output_dir": str(tmp_path / "two")}
+
+    return make
+
+
+# --- what starts ---
+
+
+def test_torchrun_starts_processes_that_take_the_steps_of_one(both, tmp_path):
+    one, two = both("pairwise_ranknet")
+    train(one)
+    done = run_in_two(two, tmp_path, TORCHRUN, **CPU)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(one, two)
+    assert "Traceback" not in done.stderr
+
+
+@NO_GPU
+def test_fsdp_settings_on_a_cpu_machine_train_together(both, tmp_path):
+    one, two = both()
+    train(one)
+    done = run_in_two(two, tmp_path, engine_command("config/xlmroberta_default_config.yaml", 2, SCRIPT))
+    assert done.returncode == 0, done.stderr
+    assert "instead of FSDP" in done.stderr
+    assert_same_training(one, two)
+
+
+def test_two_processes_resume_to_the_same_bits_in_a_new_launch(both, tmp_path, bert_with_dropout):
+    _, whole = both(batch_size=8, model_name_or_path=bert_with_dropout, epochs=2, save_steps=4)
+    whole |= {"num_max_checkpoints": 9}
+    assert run_in_two(whole, tmp_path, TORCHRUN, **CPU).returncode == 0
+    resumed = whole | {
+        "output_dir": str(tmp_path / "resumed"),
+        "resume": str(Path(whole["output_dir"]) / "checkpoint-8"),
+    }
+    done = run_in_two(resumed, tmp_path, TORCHRUN, **CPU)
+    assert done.returncode == 0, done.stderr
+    first, second = (final_weights(values["output_dir"]) for values in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_three_processes_validate_to_the_digits_of_one(settings, tmp_path):
+    """Any number of queries, fewer than processes too."""
+    still = {"lr": 1e-30, "head_lr": 1e-30, "eval_on_start": True}
+    cases = {}
+    for loss, records in (("listwise_ce", grouped_records), ("point_ce", pointwise_records)):
+        for count in (1, 2, 9):
+            file = write_jsonl(tmp_path / f"{loss}-{count}.jsonl", records(count, seed=4))
+            cases[f"{loss}-{count}"] = settings(loss, val_dataset=file, **still)
+    one, three = ({case: str(tmp_path / name / case) for case in cases} for name in ("one", "three"))
+    for case, values in cases.items():
+        train(values | {"output_dir": one[case]})
+    launched = {case: values | {"output_dir": three[case]} for case, values in cases.items()}
+    (tmp_path / "cases.json").write_text(json.dumps(launched))
+    command = engine_command("config/ddp.yaml", 3, "tests/engine_runs.py")
+    done = launch([*command, str(tmp_path / "cases.json")])
+    assert done.returncode == 0, done.stderr
+    for case in cases:
+        first, second = (read_metrics(Path(folders[case]), "eval")[0] for folders in (one, three))
+        assert first == second and first["step"] == 0, case
+
+
+# --- what is refused ---
+
+
+def changed_file(tmp_path: Path, file: str, **changes) -> str:
+    """A copy of a shipped file with other values, those of its nested part too."""
+    settings = yaml.safe_load((ROOT / "config" / file).read_text())
+    nested = settings.get("fsdp_config", settings.get("deepspeed_config", {}))
+    for key, value in changes.items():
+        (settings if key in settings else nested)[key] = value
+    return write_yaml(tmp_path / "accelerate.yaml", settings)
+
+
+@pytest.mark.parametrize(
+    "file, changes, message",
+    [
+        ("deepspeed/deepspeed_zero1.yaml", {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 1"),
+        ("deepspeed/deepspeed_zero1.yaml", {"gradient_clipping": 0.3}, "max_grad_norm (gradient_clipping) is 1.0"),
+        ("ddp.yaml", {"mixed_precision": "bf16"}, "mixed_precision is no in the training configuration but bf16"),
+        ("default_fsdp.yaml", {"fsdp_transformer_layer_cls_to_wrap": "Qwen2DecoderLayer"}, "BertEmbeddings, BertLayer"),
+        pytest.param("ddp.yaml", {"distributed_type": "MULTI_CPU"}, "asked for several processes", marks=NO_GPU),
+    ],
+)
+def test_a_launch_file_that_contradicts_the_run_ends_it_with_one_message(both, tmp_path, file, changes, message):
+    if "deepspeed" in file:
+        pytest.importorskip("deepspeed")
+    _, two = both()
+    done = run_in_two(two, tmp_path, engine_command(changed_file(tmp_path, file, **changes), 2, SCRIPT))
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], done.stderr
+    assert not Path(two["output_dir"], "model").exists()
+
+
+# --- how processes end ---
+
+
+def test_a_loss_that_is_not_finite_ends_both_processes_with_one_message(both, tmp_path):
+    _, two = both(lr=1e30, head_lr=1e30, max_grad_norm=None, warmup_proportion=0.0)
+    done = run_in_two(two, tmp_path, TORCHRUN, **CPU)
+    assert done.returncode != 0
+    assert done.stderr.count("error: the ") == 1
+    assert not (Path(two["output_dir"]) / "model").exists()
+
+
+def test_a_mistake_in_the_data_ends_both_processes_with_one_message(both, tmp_path):
+    _, two = both()
+    Path(two["train_dataset"]).write_text('{"query": "q", "hits": []}\n')
+    done = run_in_two(two, tmp_path, TORCHRUN, **CPU)
+    assert done.returncode != 0
+    assert done.stderr.count("train.jsonl:1:") == 1, done.stderr
