@@ -98,7 +98,8 @@ def test_three_processes_validate_to_the_digits_of_one(settings, tmp_path):
     for loss, records in (("listwise_ce", grouped_records), ("point_ce", pointwise_records)):
         for count in (1, 2, 9):
             file = write_jsonl(tmp_path / f"{loss}-{count}.jsonl", records(count, seed=4))
-            cases[f"{loss}-{count}"] = settings(loss, val_dataset=file, **still)
+            data = write_jsonl(tmp_path / f"{loss}-train.jsonl", records(20))
+            cases[f"{loss}-{count}"] = settings(loss, train_dataset=data, val_dataset=file, **still)
     one, three = ({case: str(tmp_path / name / case) for case in cases} for name in ("one", "three"))
     for case, values in cases.items():
         train(values | {"output_dir": one[case]})

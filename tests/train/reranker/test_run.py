@@ -525,7 +525,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
 @pytest.mark.parametrize("family", ["bert", "qwen2"])
 def test_compiled_layers_take_the_same_steps(settings, decoder, tmp_path, family, monkeypatch):
     make = settings if family == "bert" else decoder
-    plain = make(attn_implementation=None)
+    plain = make(adam_epsilon=1e-3)  # Adam divides rounding noise by itself where a gradient is zero: key biases
     compiled = plain | {"torch_compile": True, "output_dir": str(tmp_path / "compiled")}
     calls = []
     compile_module = torch.nn.Module.compile
