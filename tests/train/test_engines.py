@@ -34,10 +34,12 @@ def run_in_two(values: dict, tmp_path: Path, command: list[str], **environment: 
     return launch([*command, "--config", write_yaml(tmp_path / "two.yaml", values)], **environment)
 
 
-def assert_same_training(one: dict, two: dict, tolerance: float = 1e-5) -> None:
+def assert_same_training(one: dict, two: dict, tolerance: float = 1e-5, logs: bool = True) -> None:
     first, second = (final_weights(values["output_dir"]) for values in (one, two))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=tolerance, rtol=0)
+    if not logs:  # of a run that began in the middle
+        return
     logs = [read_metrics(Path(values["output_dir"]), "train") for values in (one, two)]
     assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], abs=tolerance)
     assert [line["lr"] for line in logs[0]] == [line["lr"] for line in logs[1]]
@@ -89,6 +91,41 @@ def test_two_processes_resume_to_the_same_bits_in_a_new_launch(both, tmp_path, b
     assert done.returncode == 0, done.stderr
     first, second = (final_weights(values["output_dir"]) for values in (whole, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def resumed_on(processes: int, values: dict, tmp_path: Path, file: str, script: str):
+    path = write_yaml(tmp_path / f"on-{processes}.yaml", values)
+    return launch([*engine_command(f"config/{file}.yaml", processes, script), "--config", path])
+
+
+def test_fsdp_resumes_on_more_and_on_fewer_processes(settings, tmp_path):
+    """Sharded weights and optimizer states are cut anew; the product of batch size and processes stays."""
+    whole = settings(records=grouped_records(60), batch_size=6, adam_epsilon=1e-3)  # 10 steps
+    train(whole)
+    script, file = "tests/fsdp_on_cpu.py", "default_fsdp"
+    on_two = whole | {"batch_size": 3, "save_steps": 4, "num_max_checkpoints": 9, "output_dir": str(tmp_path / "two")}
+    on_three = on_two | {"batch_size": 2, "output_dir": str(tmp_path / "three"), "save_steps": 2}
+    on_three["resume"] = str(tmp_path / "two" / "checkpoint-4")
+    back = on_two | {"output_dir": str(tmp_path / "back"), "resume": str(tmp_path / "three" / "checkpoint-6")}
+    for processes, values in ((2, on_two), (3, on_three), (2, back)):
+        done = resumed_on(processes, values, tmp_path, file, script)
+        assert done.returncode == 0, done.stderr
+        assert ("resuming from" in done.stderr) == ("resume" in values)
+        assert_same_training(whole | {"output_dir": values["output_dir"]}, whole, logs=False)
+
+
+def test_deepspeed_says_that_it_resumes_on_as_many_processes_alone(settings, tmp_path):
+    pytest.importorskip("deepspeed")
+    values = settings(batch_size=2, save_steps=2)
+    file = "deepspeed/deepspeed_zero1"
+    assert resumed_on(2, values, tmp_path, file, SCRIPT).returncode == 0
+    other = values | {"batch_size": 4, "output_dir": str(tmp_path / "other")}
+    other["resume"] = str(tmp_path / "run" / "checkpoint-2")
+    done = resumed_on(1, other, tmp_path, file, SCRIPT)
+    assert done.returncode != 0
+    refusal = "written by DeepSpeed ZeRO-1 on 2 processes, and DeepSpeed resumes on that number alone, not on 1"
+    assert refusal in done.stderr
+    assert not (tmp_path / "other" / "model").exists()
 
 
 def test_three_processes_validate_to_the_digits_of_one(settings, tmp_path):
