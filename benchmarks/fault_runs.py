@@ -140,6 +140,7 @@ DEEDS: dict[str, Callable[[Fault], None]] = {
 
 def train_hurt(config: Path, options: tuple[str, ...], fault: Fault | None) -> None:
     """The command `train_reranker --config CONFIG OPTIONS`; it leaves the process unless it succeeded."""
+    os.environ["FAULT_OUTPUT_DIR"] = json.loads(config.read_text())["output_dir"]
     if fault is not None:
         hurt(fault)
     code = main(["--config", str(config), *options])
