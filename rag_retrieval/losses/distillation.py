@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rag_retrieval.losses.listwise import softmax_logits
-from rag_retrieval.losses.padding import fill_label_padding, fill_padding, reduce_sum
+from rag_retrieval.losses.padding import centred, fill_label_padding, fill_padding, reduce_sum
 
 
-def margin_mse(
-    scores: Tensor, teacher_scores: Tensor, mask: Tensor | None = None, reduction: str = "mean"
-) -> Tensor:
+def margin_mse(scores: Tensor, teacher_scores: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
     """MarginMSE: the mean over all pairs of documents i < j of a group of ((s_i - s_j) - (t_i - t_j))^2.
 
     Hofstätter et al., "Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation"
@@ -81,9 +79,7 @@ def chance_margin_mse(teacher_scores: Tensor, mask: Tensor | None = None) -> flo
     return float(_pair_errors(teacher_scores.double(), mask, sizes).sum()) / max(int(_pairs(sizes).sum()), 1)
 
 
-def chance_kl_distillation(
-    teacher_scores: Tensor, mask: Tensor | None = None, temperature: float = 1.0
-) -> float:
+def chance_kl_distillation(teacher_scores: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> float:
     """Mean KL distillation loss of a constant score: T^2 (log(documents) - entropy of the teacher).
 
     Every constant gives the same. 0.0 where every group has one document.
@@ -100,9 +96,7 @@ def _pairs(sizes: Tensor) -> Tensor:
 
 def _pair_errors(errors: Tensor, mask: Tensor, sizes: Tensor) -> Tensor:
     """sum_{i < j} (e_i - e_j)^2 of each group, [groups], as n sum_i (e_i - mean)^2: memory stays groups * documents."""
-    means = errors.sum(dim=1, keepdim=True) / sizes.clamp(min=1).unsqueeze(1)
-    centred = (errors - means).masked_fill(~mask, 0.0)
-    return sizes * centred.square().sum(dim=1)
+    return sizes * centred(errors, mask).masked_fill(~mask, 0.0).square().sum(dim=1)
 
 
 def _divergence(scores: Tensor, teacher_scores: Tensor, mask: Tensor, temperature: float) -> Tensor:

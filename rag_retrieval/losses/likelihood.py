@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rag_retrieval.losses.graded_groups import graded, ordered_pairs
-from rag_retrieval.losses.padding import fill_label_padding, fill_padding, reduce_sum
+from rag_retrieval.losses.padding import centred, fill_label_padding, fill_padding, reduce_sum
 
 
 def listmle(scores: Tensor, labels: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
@@ -33,9 +33,7 @@ def listmle(scores: Tensor, labels: Tensor, mask: Tensor | None = None, reductio
     return reduce_sum(_terms(scores, labels, mask).sum(), graded(labels, mask).sum(), reduction)
 
 
-def position_listmle(
-    scores: Tensor, labels: Tensor, mask: Tensor | None = None, reduction: str = "mean"
-) -> Tensor:
+def position_listmle(scores: Tensor, labels: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
     """Position-aware ListMLE: the terms of `listmle`, each weighted with a(r) = 2^(n - r) - 1, r the document's rank
     by label from 1 to n, divided by the sum of all n weights.
 
@@ -67,6 +65,7 @@ def _chance(terms: Tensor, labels: Tensor, mask: Tensor) -> float:
 
 def _terms(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """log( sum_{j: y_j <= y_i} exp(s_j) ) - s_i at [group, i]; 0 at the lowest labels and at padding."""
+    scores = centred(scores, mask)
     outranks = ordered_pairs(labels, mask)  # [group, lower, higher]
     above_lowest = outranks.any(dim=1)
     # at [group, i, j]: j is not above i; a row of padding may compete with anything, its term is dropped

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rag_retrieval.losses.graded_groups import graded, ordered_pairs
-from rag_retrieval.losses.padding import fill_label_padding, fill_padding, reduce_sum
+from rag_retrieval.losses.padding import centred, fill_label_padding, fill_padding, reduce_sum
 
 
 def listwise_ce(
@@ -88,7 +88,7 @@ def info_nce(
     Returns a float32 scalar; 0 (with a graph) where no two documents of a group differ in label.
     """
     scores, labels, mask = fill_padding(scores, labels, mask)
-    positive = _above_lowest(labels, mask)
+    scores, positive = centred(scores, mask), _above_lowest(labels, mask)
     logits = softmax_logits(scores, mask & ~positive, temperature)
     # log(1 + exp(negatives - positive)), which neither overflows nor loses a small loss to rounding
     losses = F.softplus(logits.logsumexp(dim=1, keepdim=True) - scores / temperature)
