@@ -242,7 +242,7 @@ MISSING = (
         ),
         ({"query": "q", "pos": ["d"]}, MISSING.format("pos_scores")),
         (GOOD | {"teacher_score": "1"}, "teacher_score is the string '1'; expected a number."),
-        (GOOD | {"teacher_score": float("nan")}, "teacher_score is nan; expected a finite number that float32 can hold."),
+        (GOOD | {"teacher_score": math.nan}, "teacher_score is nan; expected a finite number that float32 can hold."),
         (
             {"query": "q", "pos": ["d"], "neg": ["e"], "pos_scores": [1], "neg_scores": []},
             "neg has 1 document but neg_scores has 0; give one score per document.",

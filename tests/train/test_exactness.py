@@ -18,6 +18,7 @@ from training_runs import (
     pointwise_records,
     read_metrics,
     train,
+    with_teacher_scores,
     write_jsonl,
 )
 
@@ -26,7 +27,8 @@ from rag_retrieval.train.reranker.sampling import epoch_order
 pytestmark = pytest.mark.slow
 
 LAUNCH_FILES = ["ddp", "default_fsdp", *(f"deepspeed/deepspeed_zero{stage}" for stage in range(4))]
-LOSSES = ["point_ce", "point_mse", "pairwise_ranknet", "listwise_ce"]
+# the last is a mix of two losses whose divisors differ, one of which has nothing to count in some steps
+LOSSES = ["point_ce", "point_mse", "pairwise_ranknet", "listwise_ce", "pairwise_ranknet+margin_mse"]
 CASES = [
     f"{loss}-{accumulation}-{family}" for loss in LOSSES for accumulation in (1, 3) for family in ("bert", "qwen2")
 ]
@@ -53,7 +55,7 @@ def records_of(loss: str, accumulation: int) -> list[dict]:
         return pointwise_records(count, labels=(0, 0.25, 1))
     if loss == "listwise_ce":
         return grouped_records(count)
-    records, size = grouped_records(count, levels=(0, 1, 2)), step_size(loss, accumulation)
+    records, size = with_teacher_scores(grouped_records(count, levels=(0, 1, 2))), step_size(loss, accumulation)
     order = epoch_order(42, 0, count)
     alone = order[STEP_WITHOUT_PAIRS_ON_ONE * size : (STEP_WITHOUT_PAIRS_ON_ONE + 1) * size][1::PROCESSES]
     whole = order[STEP_WITHOUT_PAIRS * size : (STEP_WITHOUT_PAIRS + 1) * size]
@@ -64,7 +66,9 @@ def records_of(loss: str, accumulation: int) -> list[dict]:
 
 def step_keys(loss: str, accumulation: int) -> dict:
     """The keys of a case that takes the plain loop's steps, but for its model and files."""
-    return SCHEDULE | {
+    loss, _, teacher_loss = loss.partition("+")
+    teacher = {"teacher_loss_type": teacher_loss, "teacher_weight": 0.3} if teacher_loss else {}
+    return SCHEDULE | teacher | {
         "max_len": 48,
         "train_dataset_type": "pointwise" if loss.startswith("point") else "grouped",
         "loss_type": loss,
