@@ -1,6 +1,7 @@
 """The typed configuration: strict types, ranges, fields that must fit each other, derived defaults."""
 
 import math
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from rag_retrieval.losses import LOSSES
+from rag_retrieval.train.reranker import training_config
 from rag_retrieval.train.reranker.config_checks import (
     GROUPED_LABEL_RANGES,
     LOSS_DATASET_TYPE,
@@ -181,6 +183,12 @@ def test_what_is_told_of_a_loss_here_is_what_the_losses_say():
     assert {name: found for name, found in ranges.items() if found} == GROUPED_LABEL_RANGES
     (teacher_losses, _) = get_args(TrainingConfig.model_fields["teacher_loss_type"].annotation)
     assert get_args(teacher_losses) == ("point_ce", "point_mse", *TEACHER_LOSSES)
+
+
+def test_the_readme_has_a_row_for_every_loss():
+    readme = (Path(training_config.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for name in LOSSES:
+        assert f"\n| `{name}`" in readme
 
 
 @pytest.mark.parametrize(
