@@ -86,9 +86,7 @@ def _column(raw: Path, name: str, mode: str = "r") -> np.ndarray:
     return np.asarray(np.memmap(path, COLUMNS[name], mode))  # a plain array: slicing a memmap is slow
 
 
-def _write_raw(
-    raw: Path, records: Iterable[Record], group_by_query: bool, with_teacher: bool
-) -> dict[str, int]:
+def _write_raw(raw: Path, records: Iterable[Record], group_by_query: bool, with_teacher: bool) -> dict[str, int]:
     """Stream records into columns. With group_by_query a group is a run of adjacent pairs of one query."""
     counts = {"records": 0, "empty_documents": 0}
     # group.first and pair.group follow from the sizes at the end

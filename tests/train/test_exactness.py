@@ -68,21 +68,25 @@ def step_keys(loss: str, accumulation: int) -> dict:
     """The keys of a case that takes the plain loop's steps, but for its model and files."""
     loss, _, teacher_loss = loss.partition("+")
     teacher = {"teacher_loss_type": teacher_loss, "teacher_weight": 0.3} if teacher_loss else {}
-    return SCHEDULE | teacher | {
-        "max_len": 48,
-        "train_dataset_type": "pointwise" if loss.startswith("point") else "grouped",
-        "loss_type": loss,
-        "batch_size": step_size(loss, 1) // PROCESSES,
-        "gradient_accumulation_steps": accumulation,
-        # cuts the batches of the processes into different numbers of micro-batches
-        "max_tokens_per_batch": 96 if accumulation > 1 else None,
-        "max_grad_norm": None if loss == "point_mse" else 0.5,
-        "lr": 1e-3,
-        "adam_epsilon": 1e-3,  # Adam divides rounding noise by itself where a gradient is zero: key biases
-        "num_workers": 0,
-        "log_interval": 1,
-        "save_on_epoch_end": False,
-    }
+    return (
+        SCHEDULE
+        | teacher
+        | {
+            "max_len": 48,
+            "train_dataset_type": "pointwise" if loss.startswith("point") else "grouped",
+            "loss_type": loss,
+            "batch_size": step_size(loss, 1) // PROCESSES,
+            "gradient_accumulation_steps": accumulation,
+            # cuts the batches of the processes into different numbers of micro-batches
+            "max_tokens_per_batch": 96 if accumulation > 1 else None,
+            "max_grad_norm": None if loss == "point_mse" else 0.5,
+            "lr": 1e-3,
+            "adam_epsilon": 1e-3,  # Adam divides rounding noise by itself where a gradient is zero: key biases
+            "num_workers": 0,
+            "log_interval": 1,
+            "save_on_epoch_end": False,
+        }
+    )
 
 
 def further_keys(cases: dict[str, dict], validation: dict[int, str], with_dropout: str) -> dict[str, dict]:

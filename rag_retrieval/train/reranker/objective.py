@@ -75,9 +75,7 @@ class Objective:
 
     def counts(self, labels: Tensor, teacher_scores: Tensor | None, mask: Tensor) -> tuple[int, ...]:
         """What each sum is to be divided by, for tensors on the CPU."""
-        return tuple(
-            weighted.loss.count(weighted.targets(labels, teacher_scores), mask) for weighted in self.losses
-        )
+        return tuple(weighted.loss.count(weighted.targets(labels, teacher_scores), mask) for weighted in self.losses)
 
     def chance(self, labels: Tensor, teacher_scores: Tensor | None, mask: Tensor) -> float:
         """The mean of the best constant score, for tensors on the CPU. A mix has the sum of what each loss has, which
