@@ -179,7 +179,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def assert_plain_steps(output_dir: Path, losses: list[float], weights: dict[str, torch.Tensor]) -> None:
     logged = [line["loss"] for line in read_metrics(output_dir, "train")]
-    assert logged == pytest.approx(losses, abs=1e-5)
+    assert logged == pytest.approx(losses, rel=2e-6, abs=1e-5)  # relative too: MarginMSE is near 10
     assert_close(final_weights(output_dir), weights, atol=1e-5)
 
 
