@@ -111,8 +111,8 @@ def fill_disk(fault: Fault) -> None:
 
 
 def spoil_loss(fault: Fault) -> None:
-    loss_sum = RerankerTask.loss_sum
-    RerankerTask.loss_sum = lambda task, model, batch: loss_sum(task, model, batch) * torch.nan
+    loss_sums = RerankerTask.loss_sums
+    RerankerTask.loss_sums = lambda task, model, batch: loss_sums(task, model, batch) * torch.nan
 
 
 def remove_folder(fault: Fault) -> None:

@@ -159,14 +159,14 @@ def our_trainer(job: Job, first: int, output_dir: Path, log_interval: int = 10):
         config.gradient_accumulation_steps,
         config.max_grad_norm,
     )
-    loss = run.configured_loss(config)
-    store, _ = run.open_stores(config, loss)
+    objective = run.configured_objective(config)
+    store, _ = run.open_stores(config, objective)
     set_seed(config.seed)
     scorer = run.load_scorer(config)
     adapter = run.prepare_for_training(scorer, config)
     state = TrainState("speed", step=first)
     origin = run.provenance(config, accelerator, store, None)
-    return run.build_trainer(config, accelerator, loss, store, None, scorer, adapter, state, origin)
+    return run.build_trainer(config, accelerator, objective, store, None, scorer, adapter, state, origin)
 
 
 def our_config(job: Job, output_dir: Path, log_interval: int):

@@ -2,7 +2,8 @@
 
 A store is a folder with two Arrow files of one record batch each, so that every column is one contiguous
 stretch of the file and is read in place: `groups.arrow` (query, first, size, line) and `pairs.arrow`
-(document, group, label, line, positive), a group's pairs side by side. `meta.json` holds sizes and summary.
+(document, group, label, line, positive, and teacher where a teacher's scores are read), a group's pairs side by side.
+`meta.json` holds sizes and summary.
 
 The trap: a pointwise file has one group per record unless it is opened with `group_by_query=True`; then pairs
 of the same query form one group wherever they stand, and pair order is no longer file order.
@@ -93,6 +94,12 @@ class RecordStore:
         return _numbers(self._pairs, "positive").view(bool)
 
     @cached_property
+    def teacher_scores(self) -> np.ndarray | None:
+        """float32 [pairs], read-only view of the file, NaN where a document has none; None where the store was opened
+        without a teacher_key."""
+        return _numbers(self._pairs, "teacher") if "teacher" in self._pairs.schema.names else None
+
+    @cached_property
     def group_offsets(self) -> np.ndarray:
         """int64 [groups]: the first pair of each group, ascending; read-only view of the file."""
         return _numbers(self._groups, "first")
@@ -168,6 +175,9 @@ def open_store(
     max_label: float | None = None,
     group_by_query: bool = False,
     exactly_one_positive: bool = False,
+    teacher_key: str | None = None,
+    needs_teacher: bool = False,
+    teacher_range: tuple[float, float] | None = None,
     cache_dir: Path | None = None,
 ) -> RecordStore:
     """The store of a file or hub dataset, built unless the cache has it; DataError with all bad lines.
@@ -175,6 +185,7 @@ def open_store(
     group_by_query: pointwise pairs of one query become one group, in the order of first appearance, and their
         positives are those of a hits record. Other records keep their own group.
     exactly_one_positive: hits records, and groups made by group_by_query, have one label 1 and the rest 0.
+    teacher_key, needs_teacher, teacher_range: see `RecordRules`; without teacher_key the store has no teacher scores.
     cache_dir: default $RAG_RETRIEVAL_CACHE, else ~/.cache/rag_retrieval. Nothing is ever deleted from it but
         damaged stores. The key holds the file's path, size, time and the content of its first and last MiB. A
         change between these is not noticed when size and time (to the nanosecond) are what they were before.
@@ -182,7 +193,9 @@ def open_store(
     Building needs about three times the source's size on disk for a while. Its memory does not grow with the
     source, but for group_by_query: about 50 bytes for each run of adjacent pairs of one query.
     """
-    rules = RecordRules(label_key, min_label, max_label, exactly_one_positive)
+    rules = RecordRules(
+        label_key, min_label, max_label, exactly_one_positive, teacher_key, needs_teacher, teacher_range
+    )
     settings = [FORMAT_VERSION, asdict(rules), group_by_query]
     cache_dir = Path(cache_dir) if cache_dir else _default_cache_dir()
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -236,7 +249,8 @@ def _build_aside(
     aside = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     records = read_records(source, rules, split=split)
     try:
-        build_store(aside, records, name, group_by_query, rules.exactly_one_positive)
+        with_teacher = rules.teacher_key is not None
+        build_store(aside, records, name, group_by_query, rules.exactly_one_positive, with_teacher)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

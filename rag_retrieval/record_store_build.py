@@ -26,7 +26,7 @@ from rag_retrieval.record_summary import StoreSummary, label_histogram
 from rag_retrieval.records import ONE_POSITIVE_EXPECTED, Record, describe_labels
 
 STORE_FILES = ("groups.arrow", "pairs.arrow")
-FORMAT_VERSION = 1  # raise it whenever the same source would give another store
+FORMAT_VERSION = 2  # raise it whenever the same source would give another store
 CHUNK = 1 << 13  # groups or pairs handled at once
 
 COLUMNS = {
@@ -45,21 +45,28 @@ COLUMNS = {
     "pair.line": "i8",
     "pair.group": "i4",
     "pair.hash": "u8",  # of query and document
+    "pair.teacher": "f4",  # NaN: absent. Only where teacher scores are read
 }
 _pack_int64 = struct.Struct("=q").pack
 
 
 def build_store(
-    folder: Path, records: Iterable[Record], name: str, group_by_query: bool, exactly_one_positive: bool
+    folder: Path,
+    records: Iterable[Record],
+    name: str,
+    group_by_query: bool,
+    exactly_one_positive: bool,
+    with_teacher: bool,
 ) -> None:
     """Write the store of `records` into the new folder; after an error, the caller removes what is there.
 
-    name: the source, for error messages. Raises DataError where groups made by group_by_query must have
-    exactly one positive and do not. The records must not be none: reading them raises that.
+    name: the source, for error messages. with_teacher: the records have teacher scores, which are kept.
+    Raises DataError where groups made by group_by_query must have exactly one positive and do not. The records
+    must not be none: reading them raises that.
     """
     raw = folder / "raw"
     raw.mkdir(parents=True)
-    counts = _write_raw(raw, records, group_by_query)
+    counts = _write_raw(raw, records, group_by_query, with_teacher)
     if group_by_query:
         _merge_runs(raw)
         _mark_positives(raw)
@@ -79,16 +86,13 @@ def _column(raw: Path, name: str, mode: str = "r") -> np.ndarray:
     return np.asarray(np.memmap(path, COLUMNS[name], mode))  # a plain array: slicing a memmap is slow
 
 
-def _write_raw(raw: Path, records: Iterable[Record], group_by_query: bool) -> dict[str, int]:
+def _write_raw(raw: Path, records: Iterable[Record], group_by_query: bool, with_teacher: bool) -> dict[str, int]:
     """Stream records into columns. With group_by_query a group is a run of adjacent pairs of one query."""
     counts = {"records": 0, "empty_documents": 0}
+    # group.first and pair.group follow from the sizes at the end
+    others = {"group.first", "pair.group"} | (set() if with_teacher else {"pair.teacher"})
     with ExitStack() as stack:
-        # group.first and pair.group follow from the sizes at the end
-        files = {
-            name: stack.enter_context(open(raw / name, "wb"))
-            for name in COLUMNS
-            if name not in ("group.first", "pair.group")
-        }
+        files = {name: stack.enter_context(open(raw / name, "wb")) for name in COLUMNS if name not in others}
         writer = _RawWriter(files, group_by_query)
         for record in records:
             writer.add(record)
@@ -122,6 +126,8 @@ class _RawWriter:
         count = len(record.documents)
         self.write["pair.label"](array("f", record.labels).tobytes())
         self.write["pair.positive"](bytes(record.positive))
+        if record.teacher_scores is not None:
+            self.write["pair.teacher"](array("f", record.teacher_scores).tobytes())
         self.write["pair.line"](_pack_int64(record.line) * count)
         self.size += count
 
@@ -154,12 +160,18 @@ def _merge_runs(raw: Path) -> None:
     order = np.argsort(numbers, kind="stable")  # stable: file order within a query
     sizes = _column(raw, "group.size")
     starts = np.cumsum(sizes) - sizes
-    _reorder(raw, "document", ["pair.label", "pair.positive", "pair.line"], starts[order], sizes[order])
+    columns = ["pair.label", "pair.positive", "pair.line", *_teacher_columns(raw)]
+    _reorder(raw, "document", columns, starts[order], sizes[order])
     _reorder(raw, "query", ["group.line", "group.pointwise"], leaders, np.ones_like(leaders))
     merged = np.zeros(len(leaders), np.int64)
     np.add.at(merged, numbers, sizes)
     merged.tofile(raw / "group.size.new")
     (raw / "group.size.new").rename(raw / "group.size")
+
+
+def _teacher_columns(raw: Path) -> list[str]:
+    """The column of teacher scores where there is one."""
+    return ["pair.teacher"] if (raw / "pair.teacher").exists() else []
 
 
 def _number_runs(raw: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -260,7 +272,8 @@ def _write_store(folder: Path, raw: Path) -> None:
     columns |= {name: _number_array(raw, f"group.{name}") for name in ("first", "size", "line")}
     _write_arrow(folder / "groups.arrow", columns)
     columns = {"document": _text_array(raw, "document")}
-    columns |= {name: _number_array(raw, f"pair.{name}") for name in ("group", "label", "line", "positive")}
+    numbers = ["pair.group", "pair.label", "pair.line", "pair.positive", *_teacher_columns(raw)]
+    columns |= {name.removeprefix("pair."): _number_array(raw, name) for name in numbers}
     _write_arrow(folder / "pairs.arrow", columns)
 
 

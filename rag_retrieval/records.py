@@ -6,6 +6,12 @@ Three formats are told apart record by record, by their keys (other keys are ign
     {"query": "q", "hits": [{"content": "d", "label": 1}, ...]}                 hits
     {"query": "q", "pos": ["d", ...], "neg": [...], "pos_scores": [...], "neg_scores": [...]}    pos/neg
 
+A teacher's score stands beside the label, under `teacher_score` unless told otherwise, in pointwise records and in
+hits; it is read only where a loss learns from it. In pos/neg records pos_scores and neg_scores are the labels, but
+where teacher scores are read they are these, and the labels are 1 and 0:
+
+    {"query": "q", "hits": [{"content": "d", "label": 1, "teacher_score": 6.2}, ...]}
+
 The trap: a positive is not a label above 0 but one above the lowest of its group, and in pos/neg records what
 stands in `pos`, whatever its score. An empty document is legal, an empty query is not.
 """
@@ -35,12 +41,18 @@ class RecordRules:
     label_key: name of the label's key in pointwise records and in hits.
     min_label, max_label: the allowed range, both ends included; None leaves that end open.
     exactly_one_positive: every hits record has one label 1 and the rest 0 (listwise cross entropy).
+    teacher_key: name of the key of the teacher's score beside the label; None: teacher scores are not read.
+    needs_teacher: every document must have one; otherwise what is absent is NaN.
+    teacher_range: the allowed range of teacher scores, both ends included; None: any finite number.
     """
 
     label_key: str = "label"
     min_label: float | None = None
     max_label: float | None = None
     exactly_one_positive: bool = False
+    teacher_key: str | None = None
+    needs_teacher: bool = False
+    teacher_range: tuple[float, float] | None = None
 
 
 @dataclass(slots=True)
@@ -48,6 +60,7 @@ class Record:
     """A valid record. `documents`, `labels` and `positive` have one entry per document, at least one.
 
     labels: exact float32 values. pos/neg records without scores have 1.0 and 0.0.
+    teacher_scores: NaN where a document has none; None where they are not read.
     positive: membership in `pos`, and for the other formats `positives(labels)`.
     format: "pointwise", "hits" or "pos_neg".
     line: counted from 1; the row for Parquet and hub datasets.
@@ -59,6 +72,7 @@ class Record:
     positive: list[bool]
     format: str
     line: int
+    teacher_scores: list[float] | None = None
 
 
 def positives(labels: list[float]) -> list[bool]:
@@ -92,7 +106,8 @@ def parse_record(data: object, line: int, rules: RecordRules) -> Record:
     labels = array("f", labels).tolist()
     if format_ != "pos_neg":
         positive = positives(labels)
-    return Record(query, documents, labels, positive, format_, line)
+    teacher_scores = None if rules.teacher_key is None else _teacher_scores(data, format_, len(documents), rules)
+    return Record(query, documents, labels, positive, format_, line, teacher_scores)
 
 
 def _format(data: dict) -> str:
@@ -136,39 +151,84 @@ def _pos_neg(data: dict, rules: RecordRules) -> tuple[list[str], list[float], li
 
 
 def _pos_neg_labels(data: dict, num_pos: int, num_neg: int, rules: RecordRules) -> list[float]:
-    """The scores, or 1 and 0. Scores on one side only would mix a teacher's scale with 1 and 0: an error."""
+    """The scores, or 1 and 0 where there are none or where they are the teacher's."""
+    scores = None if rules.teacher_key else _pos_neg_scores(data, num_pos, num_neg)
+    if scores is not None:
+        return [_label(score, name, rules) for name, score in scores]
+    labels = [1.0] * num_pos + [0.0] * num_neg
+    hint = " (pos and neg without scores count as 1 and 0)"
+    return [_label(label, "the label of a document", rules, hint) for label in labels]
+
+
+def _pos_neg_scores(data: dict, num_pos: int, num_neg: int) -> list[tuple[str, object]] | None:
+    """(name, score) of each document, or None where there are no scores. Scores on one side only would mix a teacher's
+    scale with 1 and 0: an error."""
     pos_scores, neg_scores = data.get("pos_scores"), data.get("neg_scores")
     if pos_scores is None and neg_scores is None:
-        labels = [1.0] * num_pos + [0.0] * num_neg
-        hint = " (pos and neg without scores count as 1 and 0)"
-        return [_label(label, "the label of a document", rules, hint) for label in labels]
+        return None
     if pos_scores is None:
         raise RecordError("found neg_scores without pos_scores; give both or neither.")
     if neg_scores is None and num_neg:
         raise RecordError(f"found pos_scores without neg_scores for {num_neg} neg; give both or neither.")
-    labels = []
+    named = []
     for side, count, scores in (("pos", num_pos, pos_scores), ("neg", num_neg, neg_scores or [])):
         name = f"{side}_scores"
         if len(_list(scores, name, "numbers")) != count:
             found = f"{side} has {count} document{'' if count == 1 else 's'} but {name} has {len(scores)}"
             raise RecordError(f"{found}; give one score per document.")
-        labels += [_label(score, f"{name}[{i}]", rules) for i, score in enumerate(scores)]
-    return labels
+        named += [(f"{name}[{i}]", score) for i, score in enumerate(scores)]
+    return named
 
 
-def _label(value: object, name: str, rules: RecordRules, hint: str = "") -> float:
+def _teacher_scores(data: dict, format_: str, count: int, rules: RecordRules) -> list[float]:
+    """One score per document of a record that is valid otherwise, exact float32; NaN where one may be absent and is."""
+    key = rules.teacher_key
+    if format_ == "pointwise":
+        found = [(key, data.get(key))]
+    elif format_ == "hits":
+        found = [(f"hits[{index}].{key}", hit.get(key)) for index, hit in enumerate(data["hits"])]
+    else:
+        num_pos = len(data["pos"])
+        found = _pos_neg_scores(data, num_pos, count - num_pos) or [("pos_scores", None)] * count
+    return array("f", [_teacher_score(score, name, rules) for name, score in found]).tolist()
+
+
+def _teacher_score(value: object, name: str, rules: RecordRules) -> float:
+    if value is None:
+        if not rules.needs_teacher:
+            return float("nan")
+        raise RecordError(
+            f"found no {name}, which the loss learns from; add the teacher's score (rag-retrieval distill writes it), "
+            "or set teacher_score_key to the key that holds it."
+        )
+    value = _number(value, name)
+    low, high = rules.teacher_range or (-FLOAT32_MAX, FLOAT32_MAX)
+    if not low <= value <= high:
+        raise RecordError(
+            f"{name} is {value:g}; expected a value in [{low:g}, {high:g}]: give the teacher's probabilities (set "
+            "teacher_score_key to their key), or learn from logits with margin_mse or kl_distillation on groups."
+        )
+    return value
+
+
+def _number(value: object, name: str) -> float:
     if type(value) not in (int, float):  # not isinstance: a bool is an int
         raise RecordError(f"{name} is {_kind(value)}; expected a number.")
     if not abs(value) <= FLOAT32_MAX:  # false for NaN too
         raise RecordError(f"{name} is {str(value)[:20]}; expected a finite number that float32 can hold.")
+    return float(value)
+
+
+def _label(value: object, name: str, rules: RecordRules, hint: str = "") -> float:
+    number = _number(value, name)
     low = -float("inf") if rules.min_label is None else rules.min_label
     high = float("inf") if rules.max_label is None else rules.max_label
-    if not low <= value <= high:
+    if not low <= number <= high:
         raise RecordError(
             f"{name} is {value}{hint}; expected a value in [{low:g}, {high:g}]: "
             "correct it, or change min_label and max_label."
         )
-    return float(value)
+    return number
 
 
 def _text(value: object, name: str) -> str:

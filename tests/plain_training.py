@@ -10,14 +10,15 @@ from collections.abc import Iterator
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rag_retrieval.losses import LOSSES
 from rag_retrieval.record_store import open_store
 from rag_retrieval.train.reranker.model_setup import load_scorer
+from rag_retrieval.train.reranker.objective import configured_objective
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch, SamplingOptions, TrainingSteps
 from rag_retrieval.train.step_data import StepShape
 
-Group = tuple[list[list[int]], list[list[int]], list[float]]  # of each document: token ids, token types; labels
+# of each document: token ids, token types, label, teacher's score (empty where none are read)
+Group = tuple[list[list[int]], list[list[int]], list[float], list[float]]
 
 
 def plain_training(
@@ -34,7 +35,7 @@ def plain_training(
     rates = [group["lr"] for group in optimizer.param_groups]
     losses = []
     for groups, factor in zip(step_groups(config, records_per_step), factors, strict=True):
-        loss = mean_loss(config.loss_type, group_scores(model, groups), [labels for *_, labels in groups])
+        loss = step_loss(config, group_scores(model, groups), groups)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -58,12 +59,17 @@ def parameter_groups(model: PreTrainedModel, config: TrainingConfig) -> Iterator
 
 def step_groups(config: TrainingConfig, records_per_step: int) -> Iterator[list[Group]]:
     """The groups of each step of the first epoch; for pointwise losses each pair is a group."""
-    loss = LOSSES[config.loss_type]
-    store = open_store(config.train_dataset, group_by_query=True, exactly_one_positive=loss.one_positive)
-    records = store.num_groups if loss.dataset_type == "grouped" else store.num_pairs
+    objective = configured_objective(config)
+    store = open_store(
+        config.train_dataset,
+        group_by_query=True,
+        exactly_one_positive=objective.one_positive,
+        teacher_key=config.teacher_score_key,
+    )
+    records = store.num_groups if objective.grouped else store.num_pairs
     shape = StepShape(records, records_per_step, accumulation=1)
     options = SamplingOptions(config.seed, config.train_group_size, 0.0, 1.0, shuffle_rate=0.0)
-    steps = TrainingSteps(store, "train", load_scorer(config).pair_encoder, loss, shape, options)
+    steps = TrainingSteps(store, "train", load_scorer(config).pair_encoder, objective, shape, options)
     for step in range(steps.steps_per_epoch):
         (batch,) = steps[0, step]
         yield list(groups_of(batch))
@@ -75,17 +81,18 @@ def groups_of(batch: RerankerMicroBatch) -> Iterator[Group]:
     if batch.pairs.token_types is not None:
         types = [row.tolist() for row in batch.pairs.token_types.split(batch.pairs.lengths)]
     start = 0
-    for labels, mask in zip(batch.labels, batch.mask, strict=True):
-        labels = labels[mask].tolist() if labels.dim() else [labels.item()]
+    for row, mask in enumerate(batch.mask):
+        labels = batch.labels[row][mask].tolist()
+        teacher_scores = [] if batch.teacher_scores is None else batch.teacher_scores[row][mask].tolist()
         stop = start + len(labels)
-        yield ids[start:stop], types[start:stop], labels
+        yield ids[start:stop], types[start:stop], labels, teacher_scores
         start = stop
 
 
 def group_scores(model: PreTrainedModel, groups: list[Group]) -> list[torch.Tensor]:
     """The scores of each group: [documents]. One padded forward over all pairs of the step."""
     rows = [row for ids, *_ in groups for row in ids]
-    types = [row for _, rows_types, _ in groups for row in rows_types]
+    types = [row for _, rows_types, *_ in groups for row in rows_types]
     real = [[1] * len(row) for row in rows]
     inputs = {"input_ids": padded(rows, model.config.pad_token_id), "attention_mask": padded(real)}
     if hasattr(model, "score"):  # a decoder: the score of the last token
@@ -100,6 +107,17 @@ def group_scores(model: PreTrainedModel, groups: list[Group]) -> list[torch.Tens
 def padded(rows: list[list[int]], value: int = 0) -> torch.Tensor:
     longest = max(len(row) for row in rows)
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def step_loss(config: TrainingConfig, scores: list[torch.Tensor], groups: list[Group]) -> torch.Tensor:
+    """The mean of each loss over the step, weighted."""
+    labels, teacher_scores = [group[2] for group in groups], [group[3] for group in groups]
+    from_teacher = config.loss_type in ("margin_mse", "kl_distillation")
+    loss = mean_loss(config.loss_type, scores, teacher_scores if from_teacher else labels)
+    if config.teacher_loss_type is None:
+        return loss
+    weight = config.teacher_weight
+    return (1 - weight) * loss + weight * mean_loss(config.teacher_loss_type, scores, teacher_scores)
 
 
 def mean_loss(loss_type: str, scores: list[torch.Tensor], labels: list[list[float]]) -> torch.Tensor:
@@ -129,11 +147,92 @@ def listwise_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.
     yield scores.exp().sum().log() - scores[labels.index(1.0)]
 
 
+def listnet_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+    weights = [math.exp(label) for label in labels]
+    if len(set(labels)) > 1:
+        yield sum(w / sum(weights) * (scores.exp().sum().log() - s) for w, s in zip(weights, scores, strict=True))
+
+
+def levels(scores: torch.Tensor, labels: list[float]) -> list[tuple[int, torch.Tensor]]:
+    """(place, -log of its probability among all that are not above it), for documents above the lowest."""
+    return [
+        (place, sum(s.exp() for s, other in zip(scores, labels, strict=True) if other <= label).log() - scores[place])
+        for place, label in enumerate(labels)
+        if label > min(labels)
+    ]
+
+
+def listmle_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+    if len(set(labels)) > 1:
+        yield sum(term for _, term in levels(scores, labels))
+
+
+def position_listmle_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+    ranked = sorted(labels, reverse=True)
+    weights = [2 ** (len(labels) - rank) - 1 for rank in range(1, len(labels) + 1)]
+    if len(set(labels)) > 1:
+        of_label = {y: [w for w, x in zip(weights, ranked, strict=True) if x == y] for y in labels}
+        shares = {y: sum(of) / len(of) / sum(weights) for y, of in of_label.items()}
+        yield sum(shares[labels[place]] * term for place, term in levels(scores, labels))
+
+
+def lambda_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+    """NDCG-Loss2++ of the whole ranking."""
+    order = sorted(range(len(labels)), key=lambda place: (-scores[place].item(), labels[place]))
+    rank = {place: position for position, place in enumerate(order, 1)}
+    ideal = sum((2**y - 1) / math.log2(1 + r) for r, y in enumerate(sorted(labels, reverse=True), 1))
+    terms = []
+    for i, high in enumerate(labels):
+        for j, low in enumerate(labels):
+            if high > low:
+                apart = abs(rank[i] - rank[j])
+                weight = abs(1 / math.log2(1 + rank[i]) - 1 / math.log2(1 + rank[j]))
+                weight += 10 * (1 / math.log2(1 + apart) - 1 / math.log2(2 + apart))
+                error = (1 + (scores[j] - scores[i]).exp()).log() / math.log(2)
+                terms.append(weight * (2**high - 2**low) / ideal * error)
+    if terms:
+        yield sum(terms)
+
+
+def info_nce_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+    negatives = [s.exp() for s, label in zip(scores, labels, strict=True) if label == min(labels)]
+    for score, label in zip(scores, labels, strict=True):
+        if label > min(labels):
+            yield -(score.exp() / (score.exp() + sum(negatives))).log()
+
+
+def adr_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+    for score, label in zip(scores, labels, strict=True):
+        rank = sum(y > label for y in labels) + (labels.count(label) + 1) / 2
+        if len(set(labels)) > 1:
+            yield (rank - (0.5 + (scores - score).sigmoid().sum())) ** 2 / math.log2(1 + rank)
+
+
+def margin_terms(scores: torch.Tensor, teacher_scores: list[float]) -> Iterator[torch.Tensor]:
+    for i in range(len(scores)):
+        for j in range(i):
+            yield ((scores[i] - scores[j]) - (teacher_scores[i] - teacher_scores[j])) ** 2
+
+
+def kl_terms(scores: torch.Tensor, teacher_scores: list[float]) -> Iterator[torch.Tensor]:
+    target = torch.tensor(teacher_scores).softmax(0)
+    if len(scores) > 1:
+        yield (target * (target.log() - scores.softmax(0).log())).sum()
+
+
 TERMS = {
     "point_ce": bce_terms,
     "point_mse": mse_terms,
     "pairwise_ranknet": ranknet_terms,
     "listwise_ce": listwise_terms,
+    "listnet": listnet_terms,
+    "listmle": listmle_terms,
+    "position_listmle": position_listmle_terms,
+    "lambda_loss": lambda_terms,
+    "info_nce": info_nce_terms,
+    "adr_mse": adr_terms,
+    "margin_mse": margin_terms,
+    "kl_distillation": kl_terms,
 }
 
 

@@ -225,3 +225,57 @@ def test_building_and_reading_a_store_imports_neither_pandas_nor_torch(tmp_path)
     root = Path(record_store.__file__).parents[1]
     printed = subprocess.check_output([sys.executable, "-c", program], cwd=root, text=True)
     assert printed.strip() == "[]"
+
+
+# ---- teacher scores
+
+
+def with_teacher(records):
+    """Each document's teacher score says which it is: its number in the file, as a logit."""
+    numbered = iter(range(10**6))
+    for record in records:
+        if "hits" in record:
+            scored = [hit | {"teacher_score": next(numbered) - 500} for hit in record["hits"]]
+            yield record | {"hits": scored}
+        elif "content" in record:
+            yield record | {"teacher_score": next(numbered) - 500}
+        else:
+            sides = {f"{side}_scores": [next(numbered) - 500 for _ in record[side]] for side in ("pos", "neg")}
+            yield record | sides
+
+
+@pytest.mark.parametrize("group_by_query", [False, True])
+def test_teacher_scores_go_with_their_documents_wherever_grouping_brings_them(tmp_path, group_by_query):
+    records = list(with_teacher(random_records(seed=3, count=300)))
+    expected = {}
+    for line, record in enumerate(records, 1):
+        if "pos" in record:
+            texts, scores = record["pos"] + record["neg"], record["pos_scores"] + record["neg_scores"]
+        else:
+            hits_of = record.get("hits", [record])
+            texts, scores = ([hit[key] for hit in hits_of] for key in ("content", "teacher_score"))
+        expected[line] = list(zip(texts, scores, strict=True))
+    path = write(tmp_path / "a.jsonl", records)
+    store = open_store(path, teacher_key="teacher_score", needs_teacher=True, group_by_query=group_by_query)
+    found = {}
+    for index in range(store.num_pairs):
+        pair = store.pair(index)
+        found.setdefault(pair.line, []).append((pair.document, store.teacher_scores[index]))
+    assert found == expected
+
+
+def test_teacher_scores_are_a_view_of_the_mapped_file_and_cost_nothing_where_they_are_not_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", list(with_teacher([hits("a", 1, 0), hits("b", 1, 0, 0)])))
+    without, store = open_store(path), open_store(path, teacher_key="teacher_score")
+    assert without.teacher_scores is None and without.folder != store.folder
+    assert store.teacher_scores.tolist() == [-500, -499, -498, -497, -496]
+    assert store.teacher_scores.dtype == np.float32
+    assert not store.teacher_scores.flags.owndata and not store.teacher_scores.flags.writeable
+    columns = [[field.name for field in opened._pairs.schema] for opened in (without, store)]
+    assert columns == [["document", "group", "label", "line", "positive"], [*columns[0], "teacher"]]
+
+
+def test_a_pickled_store_has_its_teacher_scores_again(tmp_path):
+    path = write(tmp_path / "a.jsonl", list(with_teacher([hits("a", 1, 0)])))
+    store = open_store(path, teacher_key="teacher_score")
+    assert pickle.loads(pickle.dumps(store)).teacher_scores.tolist() == [-500, -499]

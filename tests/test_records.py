@@ -188,3 +188,76 @@ def test_hits_without_exactly_one_positive_are_reported_where_that_is_demanded(t
         f"{path}:2: hits has the labels {shown}; "
         "expected exactly one 1 and the rest 0 for listwise cross entropy."
     )
+
+
+# teacher scores
+
+
+def teacher_scores_of(path, **rules):
+    return [record.teacher_scores for record in read(path, **{"teacher_key": "teacher_score"} | rules)]
+
+
+def test_teacher_scores_stand_beside_the_label_and_may_be_logits(tmp_path):
+    lines = [
+        GOOD | {"teacher_score": 7.5},
+        {"query": "q", "hits": [{"content": "d", "label": 1, "teacher_score": -2},
+                                {"content": "e", "label": 0, "teacher_score": 0.25}]},
+    ]  # fmt: skip
+    assert teacher_scores_of(write_lines(tmp_path / "a.jsonl", lines)) == [[7.5], [-2, 0.25]]
+
+
+def test_teacher_scores_are_not_read_unless_asked_for(tmp_path):
+    [record] = read(write_lines(tmp_path / "a.jsonl", [GOOD | {"teacher_score": "x"}]))
+    assert record.teacher_scores is None
+
+
+def test_the_scores_of_pos_and_neg_are_the_teachers_where_these_are_read_and_labels_are_then_one_and_zero(tmp_path):
+    line = {"query": "q", "pos": ["a"], "neg": ["b", "c"], "pos_scores": [7.5], "neg_scores": [-2, 3]}
+    path = write_lines(tmp_path / "a.jsonl", [line])
+    [record] = read(path, teacher_key="teacher_score", max_label=1.0)
+    assert (record.labels, record.teacher_scores) == ([1, 0, 0], [7.5, -2, 3])
+    assert read(path)[0].labels == [7.5, -2, 3]
+
+
+def test_absent_teacher_scores_are_nan_where_they_may_be_absent(tmp_path):
+    lines = [GOOD, {"query": "q", "hits": [{"content": "d", "label": 1, "teacher_score": None}]},
+             {"query": "q", "pos": ["d"], "neg": ["e"]}]  # fmt: skip
+    found = teacher_scores_of(write_lines(tmp_path / "a.jsonl", lines))
+    assert [[math.isnan(score) for score in scores] for scores in found] == [[True], [True], [True, True]]
+
+
+MISSING = (
+    "found no {}, which the loss learns from; add the teacher's score (rag-retrieval distill writes it), or set "
+    "teacher_score_key to the key that holds it."
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (GOOD, MISSING.format("teacher_score")),
+        (
+            {"query": "q", "hits": [{"content": "d", "label": 1, "teacher_score": 1}, {"content": "e", "label": 0}]},
+            MISSING.format("hits[1].teacher_score"),
+        ),
+        ({"query": "q", "pos": ["d"]}, MISSING.format("pos_scores")),
+        (GOOD | {"teacher_score": "1"}, "teacher_score is the string '1'; expected a number."),
+        (GOOD | {"teacher_score": math.nan}, "teacher_score is nan; expected a finite number that float32 can hold."),
+        (
+            {"query": "q", "pos": ["d"], "neg": ["e"], "pos_scores": [1], "neg_scores": []},
+            "neg has 1 document but neg_scores has 0; give one score per document.",
+        ),
+    ],
+)
+def test_a_teacher_score_that_is_needed_and_missing_or_no_number_is_refused(tmp_path, line, message):
+    path = write_lines(tmp_path / "a.jsonl", [line])
+    assert error_of(path, teacher_key="teacher_score", needs_teacher=True) == f"{path}:1: {message}"
+
+
+@pytest.mark.parametrize("score", [1.5, -0.25])
+def test_a_teacher_score_outside_its_range_is_refused_with_what_to_do(tmp_path, score):
+    path = write_lines(tmp_path / "a.jsonl", [GOOD | {"teacher_score": score}])
+    assert error_of(path, teacher_key="teacher_score", teacher_range=(0.0, 1.0)) == (
+        f"{path}:1: teacher_score is {score}; expected a value in [0, 1]: give the teacher's probabilities (set "
+        "teacher_score_key to their key), or learn from logits with margin_mse or kl_distillation on groups."
+    )

@@ -61,6 +61,19 @@ def pointwise_records(count: int, seed: int = 0, labels=(0, 1)) -> list[dict]:
     return records
 
 
+def with_teacher_scores(records: list[dict], seed: int = 0) -> list[dict]:
+    """The records with a logit beside each label: twice the label, and noise."""
+    numbers = random.Random(seed)
+
+    def scored(labelled: dict) -> dict:
+        return labelled | {"teacher_score": 2 * labelled["label"] + numbers.gauss(0, 1)}
+
+    return [
+        record | {"hits": [scored(hit) for hit in record["hits"]]} if "hits" in record else scored(record)
+        for record in records
+    ]
+
+
 def write_jsonl(path: Path, records: list[dict]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)

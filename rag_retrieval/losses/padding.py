@@ -33,6 +33,13 @@ def fill_label_padding(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
     return labels.float().masked_fill(~mask, 0.0), mask
 
 
+def centred(values: Tensor, mask: Tensor) -> Tensor:
+    """values minus the mean of their group: [groups, documents]. No gradient passes through the mean, so that this is
+    for losses alone that see differences of scores; without it they would lose digits where all scores are large."""
+    sizes = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return values - values.detach().masked_fill(~mask, 0.0).sum(dim=1, keepdim=True) / sizes
+
+
 def reduce_sum(total: Tensor, count: Tensor, reduction: str) -> Tensor:
     """`total` for "sum", `total / count` for "mean"; a count of 0 leaves the total, which is then 0.
 

@@ -10,6 +10,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
+from rag_retrieval.losses.graded_groups import differences, ordered_pairs
 from rag_retrieval.losses.padding import fill_label_padding, fill_padding, reduce_sum
 
 
@@ -29,8 +30,8 @@ def ranknet(scores: Tensor, labels: Tensor, mask: Tensor | None = None, reductio
     Memory is groups * documents^2. Raises ValueError when the shapes differ or the reduction is unknown.
     """
     scores, labels, mask = fill_padding(scores, labels, mask)
-    ordered = _ordered_pairs(labels, mask)
-    losses = -_differences(labels) * F.softplus(_differences(scores))
+    ordered = ordered_pairs(labels, mask)
+    losses = -differences(labels) * F.softplus(differences(scores))
     return reduce_sum(losses.masked_fill(~ordered, 0.0).sum(), ordered.sum(), reduction)
 
 
@@ -41,7 +42,7 @@ def count_ordered_pairs(labels: Tensor, mask: Tensor | None = None) -> int:
     on a GPU it waits for the device.
     """
     labels, mask = fill_label_padding(labels, mask)
-    return int(_ordered_pairs(labels, mask).sum())
+    return int(ordered_pairs(labels, mask).sum())
 
 
 def chance_ranknet(labels: Tensor, mask: Tensor | None = None) -> float:
@@ -50,16 +51,5 @@ def chance_ranknet(labels: Tensor, mask: Tensor | None = None) -> float:
     Every constant gives the same. 0.0 where there is no ordered pair.
     """
     labels, mask = fill_label_padding(labels, mask)
-    weights = -_differences(labels)[_ordered_pairs(labels, mask)].double()
+    weights = -differences(labels)[ordered_pairs(labels, mask)].double()
     return math.log(2.0) * float(weights.mean()) if weights.numel() else 0.0
-
-
-def _differences(values: Tensor) -> Tensor:
-    """values_i - values_j at [group, i, j]: [groups, documents] to [groups, documents, documents]."""
-    return values.unsqueeze(2) - values.unsqueeze(1)
-
-
-def _ordered_pairs(labels: Tensor, mask: Tensor) -> Tensor:
-    """True at [group, i, j] where j has the higher label and neither is padding."""
-    both_real = mask.unsqueeze(2) & mask.unsqueeze(1)
-    return (labels.unsqueeze(2) < labels.unsqueeze(1)) & both_real

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations, checkpoints. It knows nothing of what is trained.
 
-A `Task` computes the summed loss of a micro-batch; the loop divides by the count over the whole optimizer
-step, over micro-batches and processes. So 1 process with batch 32, 2 with 16, and 8 with accumulation 4 take
+A `Task` computes the summed loss of a micro-batch (or several); the loop divides by the count over the whole
+optimizer step, over micro-batches and processes. So 1 process with batch 32, 2 with 16, and 8 with accumulation 4 take
 the same step. "Step" always means optimizer step.
 
 What a reader would get wrong: a wish to stop is agreed on in the exchange at the beginning of a step, so that all
@@ -143,7 +143,8 @@ class Trainer:
         self._count_steps(StepOutcome(self.state.step, micro_batches, losses, mean, norm, lr))
 
     def forward_backward(self, micro_batches: list[MicroBatch]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Accumulate the gradient of the mean loss over the step's items; returns the summed losses and that mean.
+        """Accumulate the gradient of the mean loss over the step's items; returns the summed losses of each
+        micro-batch, [losses], and that mean. Of several losses each has its own divisor, and their means are added.
 
         Engines average gradients over processes, hence the factor num_processes.
         """
@@ -152,31 +153,32 @@ class Trainer:
         # all processes meet in every micro-batch, also those that planned fewer
         micro_batches = micro_batches + [self.dataset.filler() for _ in range(most - len(micro_batches))]
         # a step without any item (no ordered pair at all) has loss 0 and gradient 0
-        divisor = max(items, 1)
+        divisors = [max(count, 1) for count in items]
         losses = []
         for position, batch in enumerate(micro_batches):
             last = position == len(micro_batches) - 1
             accelerator.sync_gradients = last
             with self._memory_told(batch), nullcontext() if last else accelerator.no_sync(self.model):
-                loss = self.task.loss_sum(self.model, batch.to(accelerator.device))
-                losses.append(loss.detach())
+                sums = self.task.loss_sums(self.model, batch.to(accelerator.device))
+                losses.append(sums.detach())
                 if last:
-                    mean = accelerator.reduce(torch.stack(losses).sum(), "sum") / divisor
+                    mean = added(accelerator.reduce(torch.stack(losses).sum(0), "sum"), [1 / n for n in divisors])
                     if not self.checks.skips_on_device:  # DeepSpeed updates weights inside the last backward
                         self.checks.check_loss(self.state.step + 1, mean.item(), losses, micro_batches)
-                accelerator.backward(loss * (accelerator.num_processes / divisor))
+                accelerator.backward(added(sums, [accelerator.num_processes / n for n in divisors]))
         return losses, mean
 
-    def _count(self, micro_batches: list[MicroBatch]) -> tuple[int, int]:
-        """Items of the step over all processes, and the most micro-batches of any. Exchanged between hosts, with
-        the wish to stop."""
-        mine = torch.tensor([sum(batch.items for batch in micro_batches), len(micro_batches), self.wish.number])
+    def _count(self, micro_batches: list[MicroBatch]) -> tuple[list[int], int]:
+        """Items of the step over all processes for each loss, and the most micro-batches of any. Exchanged between
+        hosts, with the wish to stop."""
+        items = [sum(counts) for counts in zip(*(batch.items for batch in micro_batches), strict=True)]
+        mine = torch.tensor([*items, len(micro_batches), self.wish.number])
         if self.accelerator.num_processes == 1:
-            return int(mine[0]), int(mine[1])
-        counts = torch.empty(self.accelerator.num_processes, 3, dtype=mine.dtype)
+            return items, len(micro_batches)
+        counts = torch.empty(self.accelerator.num_processes, len(mine), dtype=mine.dtype)
         distributed.all_gather(list(counts.unbind()), mine, group=self.hosts)
-        self.agreed_stop = int(counts[:, 2].max())
-        return int(counts[:, 0].sum()), int(counts[:, 1].max())
+        self.agreed_stop = int(counts[:, -1].max())
+        return counts[:, :-2].sum(0).tolist(), int(counts[:, -2].max())
 
     @contextmanager
     def _memory_told(self, batch: MicroBatch | None) -> Iterator[None]:
@@ -314,3 +316,9 @@ class Trainer:
             shutil.rmtree(self.output_dir / ".final", ignore_errors=True)
             finish(self.output_dir, state)
         self.accelerator.wait_for_everyone()
+
+
+def added(sums: torch.Tensor, factors: list[float]) -> torch.Tensor:
+    """sum_l sums[l] * factors[l], a scalar. sums: [losses]. Factors stay on the host: sending them to a device would
+    cost a copy a step."""
+    return sum(part * factor for part, factor in zip(sums.unbind(), factors, strict=True))

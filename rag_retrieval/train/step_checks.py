@@ -23,8 +23,8 @@ WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GP
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step gave, on the device: summed losses of its micro-batches, their mean over all items, and the norm
-    of the gradient before clipping (None where the engine does not tell). step: counted from 1."""
+    """What a step gave, on the device: summed losses of its micro-batches, [losses] each, their mean over all items,
+    and the norm of the gradient before clipping (None where the engine does not tell). step: counted from 1."""
 
     step: int
     micro_batches: list[MicroBatch]
@@ -71,7 +71,8 @@ class StepChecks:
         if math.isfinite(mean):
             return
         # fillers beyond the micro-batches have a loss and no source
-        bad = [batch for loss, batch in zip(losses, micro_batches, strict=False) if not math.isfinite(loss.item())]
+        finite = [math.isfinite(sums.sum().item()) for sums in losses]
+        bad = [batch for batch, sound in zip(micro_batches, finite, strict=False) if not sound]
         sources = gather_object([source for batch in bad for source in batch.sources])
         where = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
         raise TrainingError(

@@ -18,9 +18,9 @@ from rag_retrieval.train.signals import spare_worker
 
 
 class MicroBatch(Protocol):
-    """One forward and backward. `items` is its part of the loss's divisor, `size` what throughput counts."""
+    """One forward and backward. `items` is its part of each loss's divisor, `size` what throughput counts."""
 
-    items: int
+    items: tuple[int, ...]
     size: int
     sources: list[str]
 

@@ -1,6 +1,6 @@
 """What the training loop is told: a task with its loss, its validation and its files, and a run's settings.
 
-What a reader would get wrong: `loss_sum` is a sum, never a mean; the loop divides by the count of the step.
+What a reader would get wrong: `loss_sums` are sums, never means; the loop divides by the counts of the step.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class ProcessFailure(TrainingError):
 class Task(Protocol):
     """What the loop must be told of the thing it trains."""
 
-    def loss_sum(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """The summed loss of one micro-batch: float32 scalar with a graph."""
+    def loss_sums(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """The summed losses of one micro-batch: float32 [losses] with a graph, as many as its `items`."""
 
     def extent(self, micro_batch: MicroBatch) -> str:
         """How large a micro-batch is, in words: told where memory ends."""

@@ -1,11 +1,20 @@
-"""Listwise cross entropy against hand values and plain Python."""
+"""The softmax losses of a group against hand values and plain Python."""
 
 import math
 
 import pytest
 import torch
 
-from rag_retrieval.losses import chance_listwise_ce, count_groups, listwise_ce
+from rag_retrieval.losses import (
+    chance_info_nce,
+    chance_listnet,
+    chance_listwise_ce,
+    count_groups,
+    count_positives,
+    info_nce,
+    listnet,
+    listwise_ce,
+)
 
 # Three groups of 3, 2 and 1 documents, and a filler row; padding carries misleading values.
 SCORES = torch.tensor([[1.0, 2.0, -0.5], [0.3, -1.2, 50.0], [4.0, 50.0, 50.0], [1.0, 2.0, 3.0]])
@@ -110,3 +119,78 @@ def test_chance_of_listwise_ce_is_the_mean_log_of_the_group_size():
     for constant in (-3.0, 0.0, 20.0):
         loss = listwise_ce(torch.full((4, 3), constant), LABELS, MASK)
         assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+# --- ListNet and InfoNCE ---
+
+GRADES = torch.tensor([[0.0, 2.0, 1.0], [1.0, 0.0, 9.0], [1.0, 9.0, 9.0], [1.0, 0.0, 0.0]])
+
+
+def softmax(values: list[float]) -> list[float]:
+    weights = [math.exp(value) for value in values]
+    return [weight / sum(weights) for weight in weights]
+
+
+def test_listnet_is_the_cross_entropy_of_two_softmaxes_over_groups_with_different_labels():
+    total = 0.0
+    for scores, labels in (([1.0, 2.0, -0.5], [0.0, 2.0, 1.0]), ([0.3, -1.2], [1.0, 0.0])):
+        total -= sum(p * math.log(q) for p, q in zip(softmax(labels), softmax(scores), strict=True))
+    assert listnet(SCORES, GRADES, MASK, "sum").item() == pytest.approx(total, rel=1e-6)
+    assert listnet(SCORES, GRADES, MASK).item() == pytest.approx(total / 2, rel=1e-6)
+
+
+def test_the_gradient_of_listnet_is_the_difference_of_the_distributions():
+    scores = SCORES.clone().requires_grad_()
+    listnet(scores, GRADES, MASK, "sum").backward()
+    pairs = zip(softmax([1.0, 2.0, -0.5]), softmax([0.0, 2.0, 1.0]), strict=True)
+    assert scores.grad[0].tolist() == pytest.approx([q - p for q, p in pairs], abs=1e-6)
+    assert scores.grad[2:].tolist() == [[0.0] * 3] * 2
+
+
+def test_listnet_is_least_where_the_scores_are_the_labels_plus_a_number():
+    scores = (GRADES[:1] + 5.0).requires_grad_()
+    loss = listnet(scores, GRADES[:1])
+    loss.backward()
+    assert scores.grad[0].tolist() == pytest.approx([0.0] * 3, abs=1e-6)
+    assert loss.item() == pytest.approx(-sum(p * math.log(p) for p in softmax([0.0, 2.0, 1.0])), rel=1e-6)
+
+
+def test_the_target_of_listnet_for_one_positive_of_four_is_as_flat_as_documented():
+    assert softmax([1.0, 0.0, 0.0, 0.0]) == pytest.approx([0.48, 0.17, 0.17, 0.17], abs=0.006)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_info_nce_takes_each_positive_against_the_negatives_alone(temperature):
+    scores, labels = torch.tensor([[1.0, 2.0, -0.5, 0.7]]), torch.tensor([[0.0, 2.0, 1.0, 0.0]])
+    terms = [slow_term(2.0, [1.0, 0.7], temperature), slow_term(-0.5, [1.0, 0.7], temperature)]
+    assert count_positives(labels) == 2
+    assert info_nce(scores, labels, temperature=temperature).item() == pytest.approx(sum(terms) / 2, rel=1e-6)
+
+
+def test_positives_of_info_nce_do_not_push_each_other_down():
+    scores = torch.tensor([[3.0, -3.0, 0.0]], requires_grad=True)
+    info_nce(scores, torch.tensor([[1.0, 1.0, 0.0]])).backward()
+    assert scores.grad[0, 0] < 0 and scores.grad[0, 1] < 0 < scores.grad[0, 2]
+
+
+def test_info_nce_of_one_positive_is_the_listwise_cross_entropy_also_for_huge_scores():
+    labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    for scores in (SCORES[:2], 1e4 * SCORES[:2].sign(), torch.full((2, 3), -3e4)):
+        expected = listwise_ce(scores, labels, temperature=0.5).item()
+        assert info_nce(scores, labels, temperature=0.5).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_chance_of_listnet_and_info_nce_is_the_loss_of_any_constant():
+    for constant in (-3.0, 0.0, 20.0):
+        flat = torch.full((4, 3), constant)
+        assert listnet(flat, GRADES, MASK).item() == pytest.approx((math.log(3) + math.log(2)) / 2, rel=1e-6)
+        # two positives with one negative each in the first group, one with one in the second
+        assert info_nce(flat, GRADES, MASK).item() == pytest.approx(math.log(2), rel=1e-6)
+    assert chance_listnet(GRADES, MASK) == pytest.approx((math.log(3) + math.log(2)) / 2, rel=1e-12)
+    assert chance_info_nce(GRADES, MASK) == pytest.approx(math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_info_nce_refuses_a_temperature_that_is_not_positive(temperature):
+    with pytest.raises(ValueError, match="temperature .* is not positive"):
+        info_nce(SCORES, GRADES, MASK, temperature=temperature)

@@ -1,6 +1,7 @@
 """The rules that every entry of LOSSES obeys, on padding, dtype, gradients, reduction and micro-batches."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -30,8 +31,20 @@ def gradient(loss: Loss, scores, labels, mask, reduction="mean") -> torch.Tensor
 
 
 def test_the_registry_has_the_documented_names():
-    assert list(LOSSES) == ["point_ce", "point_mse", "pairwise_ranknet", "listwise_ce"]
-    assert [loss.dataset_type for loss in LOSSES.values()] == ["pointwise", "pointwise", "grouped", "grouped"]
+    assert list(LOSSES) == [
+        "point_ce", "point_mse", "pairwise_ranknet", "listwise_ce", "listnet", "listmle", "position_listmle",
+        "lambda_loss", "info_nce", "adr_mse", "margin_mse", "kl_distillation",
+    ]  # fmt: skip
+    assert [name for name, loss in LOSSES.items() if loss.dataset_type == "pointwise"] == ["point_ce", "point_mse"]
+    assert [name for name, loss in LOSSES.items() if loss.reads == "teacher_score"] == ["margin_mse", "kl_distillation"]
+    assert [name for name, loss in LOSSES.items() if loss.reads == "positive"] == ["listwise_ce", "info_nce"]
+
+
+@every_loss
+def test_the_named_options_are_arguments_of_the_function_and_of_chance(loss):
+    shared = {"scores", "labels", "teacher_scores", "mask", "reduction"}
+    assert set(inspect.signature(loss.function).parameters) - shared == set(loss.options)
+    assert set(inspect.signature(loss.chance).parameters) - shared == set(loss.chance_options)
 
 
 def test_an_entry_cannot_be_changed():
@@ -118,8 +131,10 @@ def nothing_to_learn(loss: Loss) -> list[tuple[torch.Tensor, torch.Tensor, torch
         (nan, nan, torch.zeros(shape, dtype=torch.bool)),
     ]
     if loss.dataset_type == "grouped":
-        # A group without documents, and groups whose labels are all equal.
+        # A group without documents, groups of one, and for labels groups in which all are equal.
         cases.append((torch.zeros(2, 0), torch.zeros(2, 0), torch.ones(2, 0, dtype=torch.bool)))
+        cases.append((torch.randn(2, 1), torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool)))
+    if loss.dataset_type == "grouped" and loss.reads != "teacher_score":
         cases.append((torch.randn(shape), torch.zeros(shape), torch.ones(shape, dtype=torch.bool)))
     return cases
 
@@ -182,7 +197,9 @@ def test_integer_labels_give_the_same_loss_as_float_labels(loss):
 @every_loss
 def test_a_model_that_ranks_well_is_below_chance_and_one_that_ranks_badly_above(loss):
     _, labels, mask = batch(loss)
-    good, bad = 8 * labels - 4, 4 - 8 * labels
+    # these three are at their best where the scores are the labels
+    good = labels if loss.name in ("listnet", "margin_mse", "kl_distillation") else 8 * labels - 4
+    bad = 4 - 8 * labels
     assert loss.function(good, labels, mask).item() < loss.chance(labels, mask)
     assert loss.function(bad, labels, mask).item() > loss.chance(labels, mask)
 

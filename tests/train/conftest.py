@@ -34,7 +34,7 @@ def settings(tmp_path, bert):
     """Keys of a small run: 20 groups, batches of 4, so 5 optimizer steps an epoch. Change them at will."""
 
     def make(loss_type: str = "listwise_ce", records: list[dict] | None = None, **changes) -> dict:
-        grouped = loss_type in ("listwise_ce", "pairwise_ranknet")
+        grouped = not loss_type.startswith("point")
         if records is None:
             records = grouped_records(20) if grouped else pointwise_records(40)
         values = {

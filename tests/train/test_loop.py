@@ -38,7 +38,7 @@ ORIGIN = Provenance({"lr": 0.05, "batch_size": 4}, {}, "DDP", 1, {})
 class Numbers:
     inputs: torch.Tensor
     targets: torch.Tensor
-    items: int
+    items: tuple[int, ...]
     size: int
     sources: list[str] = field(default_factory=list)
 
@@ -65,7 +65,7 @@ class ToySteps(Dataset):
             Numbers(
                 self.inputs[list(places)],
                 self.targets[list(places)],
-                len(places),
+                (len(places),),
                 len(places),
                 [f"toy:{place + 1}" for place in places],
             )
@@ -80,8 +80,8 @@ class ToyTask:
         self.model, self.metrics = model, list(metrics)
         self.modes = []
 
-    def loss_sum(self, model, micro_batch):
-        return (model(micro_batch.inputs) - micro_batch.targets).square().sum()
+    def loss_sums(self, model, micro_batch):
+        return (model(micro_batch.inputs) - micro_batch.targets).square().sum()[None]
 
     def extent(self, micro_batch):
         return f"{micro_batch.size} numbers"
@@ -437,7 +437,7 @@ def test_memory_that_is_full_names_the_batch_the_settings_and_the_keys(tmp_path,
     def fail(model, micro_batch):
         raise error
 
-    made.task.loss_sum = fail
+    made.task.loss_sums = fail
     with pytest.raises(ProcessFailure) as caught:
         made.train()
     message = str(caught.value)

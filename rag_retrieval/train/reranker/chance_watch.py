@@ -5,11 +5,12 @@ the first one.
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from rag_retrieval.losses import Loss
+from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ class ChanceWatch:
     report.
     """
 
-    def __init__(self, loss: Loss):
-        self.loss = loss
+    def __init__(self, objective: Objective):
+        self.objective = objective
         self.flat_reports = 0
         self.flat_since = 0  # step of the last report that was not flat
         self.warned = False
@@ -48,26 +49,29 @@ class ChanceWatch:
 
     def _clear(self) -> None:
         self.losses: list[torch.Tensor] = []
-        self.labels: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.targets: list[list[torch.Tensor | None]] = []
         self.squares: list[torch.Tensor] = []
-        self.items = self.pairs = 0
+        self.items = [0] * len(self.objective.losses)
+        self.pairs = 0
 
-    def add(self, loss: torch.Tensor, scores: torch.Tensor, batch: RerankerMicroBatch) -> None:
-        """One micro-batch: its summed loss, and scores in the layout of its labels. Fillers count nothing."""
-        self.losses.append(loss)
-        self.labels.append((batch.labels, batch.mask))
+    def add(self, sums: torch.Tensor, scores: torch.Tensor, batch: RerankerMicroBatch) -> None:
+        """One micro-batch: its summed losses, [losses], and scores in the layout of its labels. Fillers count
+        nothing."""
+        self.losses.append(sums)
+        self.targets.append([batch.labels, batch.teacher_scores, batch.mask])
         self.squares.append(squared_deviations(scores, batch.mask))
-        self.items += batch.items
+        self.items = [total + count for total, count in zip(self.items, batch.items, strict=True)]
         self.pairs += batch.size
 
     def report(self, step: int, total_steps: int) -> dict[str, float]:
-        """Values over what was added since the last report; {} where the loss had nothing to count."""
-        if not self.items:
+        """Values over what was added since the last report; {} where no loss had anything to count."""
+        if not any(self.items):
             self._clear()
             return {}
-        loss = torch.stack(self.losses).sum().item() / self.items
+        sums = torch.stack(self.losses).sum(0).tolist()
+        loss = sum(total / max(count, 1) for total, count in zip(sums, self.items, strict=True))
         spread = (torch.stack(self.squares).sum().item() / self.pairs) ** 0.5
-        chance = self.loss.chance(*stack_rows(self.labels))
+        chance = self.objective.chance(*map(stack_rows, zip(*self.targets, strict=True)))
         self._clear()
         self._judge(loss, chance, spread, step, total_steps)
         return {"chance_loss": chance, "score_std": spread}
@@ -91,13 +95,13 @@ def squared_deviations(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     return ((scores - means) * mask).square().sum()
 
 
-def stack_rows(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels and masks of several micro-batches as one, on the CPU: groups are padded to the widest."""
-    labels, masks = ([tensor.cpu() for tensor in tensors] for tensors in zip(*parts, strict=True))
-    if labels[0].dim() == 2:
-        widest = max(rows.shape[1] for rows in labels)
-        labels, masks = (
-            [nn.functional.pad(rows, (0, widest - rows.shape[1])) for rows in tensors]
-            for tensors in (labels, masks)
-        )
-    return torch.cat(labels), torch.cat(masks)
+def stack_rows(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Labels, teacher scores or masks of several micro-batches as one, on the CPU: groups are padded to the widest.
+    None where there are none."""
+    if parts[0] is None:
+        return None
+    rows = [tensor.cpu() for tensor in parts]
+    if rows[0].dim() == 2:
+        widest = max(tensor.shape[1] for tensor in rows)
+        rows = [nn.functional.pad(tensor, (0, widest - tensor.shape[1])) for tensor in rows]
+    return torch.cat(rows)

@@ -14,7 +14,22 @@ LOSS_DATASET_TYPE = {
     "point_mse": "pointwise",
     "pairwise_ranknet": "grouped",
     "listwise_ce": "grouped",
+    "listnet": "grouped",
+    "listmle": "grouped",
+    "position_listmle": "grouped",
+    "lambda_loss": "grouped",
+    "info_nce": "grouped",
+    "adr_mse": "grouped",
+    "margin_mse": "grouped",
+    "kl_distillation": "grouped",
 }
+TEACHER_LOSSES = ("margin_mse", "kl_distillation")  # learn from teacher scores also as loss_type
+LOSS_OPTIONS = {  # which values of loss_type read a key
+    "temperature": ("listwise_ce", "info_nce", "kl_distillation"),
+    "lambda_weights": ("lambda_loss",),
+    "lambda_top_k": ("lambda_loss",),
+}
+GROUPED_LABEL_RANGES = {"lambda_loss": (0.0, 31.0)}
 DECODER_DEFAULTS = {
     "query_format": "query: {}",
     "document_format": "document: {}",
@@ -81,13 +96,51 @@ def _check_label_range(values: Mapping[str, Any], dataset_type: str | None) -> I
 
 
 def _check_loss(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    loss, dataset_type = values.get("loss_type"), values.get("train_dataset_type")
+    loss = values.get("loss_type")
+    for key in ("loss_type", "teacher_loss_type"):
+        yield from _check_dataset_type(key, values.get(key), values.get("train_dataset_type"))
+    for key, losses in LOSS_OPTIONS.items():
+        if loss and loss not in losses and _given(values, [key]):
+            yield key, f"is only for loss_type {_listed(losses)}, and loss_type is {loss}; remove it"
+    yield from _check_loss_labels(values)
+    yield from _check_teacher(values)
+
+
+def _check_dataset_type(key: str, loss: str | None, dataset_type: str | None) -> Iterator[tuple[str, str]]:
     if loss and dataset_type and LOSS_DATASET_TYPE[loss] != dataset_type:
-        fitting = " or ".join(name for name, needed in LOSS_DATASET_TYPE.items() if needed == dataset_type)
-        yield "loss_type", (f"{loss} is for {LOSS_DATASET_TYPE[loss]} data, and train_dataset_type is "
-                            f"{dataset_type}; for {dataset_type} data use {fitting}")
-    if loss and loss != "listwise_ce" and _given(values, ["temperature"]):
-        yield "temperature", f"is only for loss_type listwise_ce, and loss_type is {loss}; remove it"
+        allowed = LOSS_DATASET_TYPE if key == "loss_type" else ("point_ce", "point_mse", *TEACHER_LOSSES)
+        fitting = _listed([name for name in allowed if LOSS_DATASET_TYPE[name] == dataset_type])
+        yield key, (f"{loss} is for {LOSS_DATASET_TYPE[loss]} data, and train_dataset_type is "
+                    f"{dataset_type}; for {dataset_type} data use {fitting}")
+
+
+def _check_loss_labels(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    low, high = GROUPED_LABEL_RANGES.get(values.get("loss_type"), (float("-inf"), float("inf")))
+    for key in _given(values, ("max_label", "min_label")):
+        if values.get("train_dataset_type") == "grouped" and not low <= values[key] <= high:
+            yield key, f"{values['loss_type']} takes labels in [{low:g}, {high:g}], found {values[key]}"
+
+
+def _check_teacher(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "teacher_loss_type" not in values:
+        return
+    teacher_loss = values["teacher_loss_type"]
+    if teacher_loss is None:
+        for key in _given(values, ("teacher_weight", "teacher_temperature")):
+            yield key, "needs teacher_loss_type, the loss that it is for; add teacher_loss_type or remove this"
+        if values.get("loss_type", "invalid") not in (*TEACHER_LOSSES, "invalid") and _given(
+            values, ["teacher_score_key"]
+        ):
+            yield "teacher_score_key", (f"is only for losses that learn from teacher scores, and loss_type is "
+                                        f"{values['loss_type']} without teacher_loss_type; remove it")
+    elif teacher_loss != "kl_distillation" and _given(values, ["teacher_temperature"]):
+        yield "teacher_temperature", (f"is only for teacher_loss_type kl_distillation, and teacher_loss_type is "
+                                      f"{teacher_loss}; remove it")
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _check_training(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rag_retrieval.losses import Loss
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.train.reranker.chance_watch import ChanceWatch
+from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.run_folder import replace_folder
 
 
 class RerankerTask:
-    """One run's loss, validation and files.
+    """One run's losses, validation and files.
 
     adapter: the LoRA wrapper around `scorer.model`, if any. load_base: loads the model as it was before
     training, for merging an adapter into.
@@ -31,23 +31,23 @@ class RerankerTask:
     def __init__(
         self,
         scorer: PairScorer,
-        loss: Loss,
+        objective: Objective,
         validation: Validation | None,
         load_base: Callable[[], PairScorer],
         adapter=None,
     ):
-        self.scorer, self.loss, self.validation, self.load_base = scorer, loss, validation, load_base
+        self.scorer, self.objective, self.validation, self.load_base = scorer, objective, validation, load_base
         self.adapter = adapter
-        self.watch = ChanceWatch(loss)
+        self.watch = ChanceWatch(objective)
 
-    def loss_sum(self, model: nn.Module, micro_batch: RerankerMicroBatch) -> torch.Tensor:
-        """The summed loss: float32 scalar with a graph, not finite if any score is not."""
+    def loss_sums(self, model: nn.Module, micro_batch: RerankerMicroBatch) -> torch.Tensor:
+        """The summed losses: float32 [losses] with a graph, not finite if any score is not."""
         pair_scores = model(micro_batch.pairs)
         scores = micro_batch.place_scores(pair_scores)
-        loss = self.loss.function(scores, micro_batch.labels, micro_batch.mask, reduction="sum")
-        self.watch.add(loss.detach(), scores.detach(), micro_batch)
+        sums = self.objective.sums(scores, micro_batch.labels, micro_batch.teacher_scores, micro_batch.mask)
+        self.watch.add(sums.detach(), scores.detach(), micro_batch)
         # a loss may hide an infinite score (MSE: sigmoid(inf) is 1), and a filler's score has no weight in it
-        return loss + 0.0 * pair_scores.sum()
+        return sums + 0.0 * pair_scores.sum()
 
     def extent(self, micro_batch: RerankerMicroBatch) -> str:
         lengths, sources = micro_batch.pairs.lengths, micro_batch.sources

@@ -12,7 +12,6 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from rag_retrieval.losses import LOSSES, Loss
 from rag_retrieval.models.packed_forward import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.record_store import RecordStore, open_store
@@ -27,6 +26,7 @@ from rag_retrieval.train.reranker.model_setup import (
     make_optimizer,
     prepare_for_training,
 )
+from rag_retrieval.train.reranker.objective import Objective, WeightedLoss, configured_objective
 from rag_retrieval.train.reranker.reranker_task import RerankerTask
 from rag_retrieval.train.reranker.resume_checks import checked_resume, provenance
 from rag_retrieval.train.reranker.training_config import TrainingConfig
@@ -87,9 +87,9 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) 
         logger.info("%s: this run is finished; nothing to resume", output_dir)
         return None
     state, checkpoint = start
-    loss = configured_loss(config)
-    train_store, val_store = on_all_processes(open_stores, config, loss)
-    on_all_processes(check_teachable, config, loss, train_store)
+    objective = configured_objective(config)
+    train_store, val_store = on_all_processes(open_stores, config, objective)
+    on_all_processes(check_teachable, config, objective, train_store)
     origin = on_main_process(accelerator, provenance, config, accelerator, train_store, val_store)
     if checkpoint is not None:
         state = on_main_process(accelerator, checked_resume, state, checkpoint, origin, config.resume_with_changes)
@@ -99,7 +99,7 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) 
     adapter = on_all_processes(prepare_for_training, scorer, config)
     if accelerator.is_main_process:
         report_data(config, train_store, val_store, scorer)
-    trainer = build_trainer(config, accelerator, loss, train_store, val_store, scorer, adapter, state, origin)
+    trainer = build_trainer(config, accelerator, objective, train_store, val_store, scorer, adapter, state, origin)
     on_main_process(accelerator, take_folder, config, output_dir, state)
     set_seed(config.seed, device_specific=True)  # other dropout masks on every process
     if checkpoint is not None:
@@ -125,23 +125,22 @@ def check_model_is_kept(config: TrainingConfig) -> None:
             )
 
 
-def configured_loss(config: TrainingConfig) -> Loss:
-    loss = LOSSES[config.loss_type]
-    if config.temperature is None:
-        return loss
-    return replace(loss, function=partial(loss.function, temperature=config.temperature))
-
-
-def open_stores(config: TrainingConfig, loss: Loss) -> tuple[RecordStore, RecordStore | None]:
+def open_stores(config: TrainingConfig, objective: Objective) -> tuple[RecordStore, RecordStore | None]:
     """The memory-mapped training and validation data; one process of a machine builds what is missing."""
-    label_range = {"min_label": config.min_label, "max_label": config.max_label}
+    common = {
+        "min_label": config.min_label,
+        "max_label": config.max_label,
+        "teacher_key": config.teacher_score_key,
+        "teacher_range": objective.teacher_range,
+    }
     train = open_store(
         config.train_dataset,
         split=config.train_split or "train",
         label_key=config.train_label_key,
         group_by_query=True,  # pointwise steps keep the pairs of a query together too
-        exactly_one_positive=loss.one_positive,
-        **label_range,
+        exactly_one_positive=objective.one_positive,
+        needs_teacher=objective.needs_teacher,
+        **common,
     )
     if config.val_dataset is None:
         return train, None
@@ -150,24 +149,33 @@ def open_stores(config: TrainingConfig, loss: Loss) -> tuple[RecordStore, Record
         split=config.val_split or "validation",
         label_key=config.val_label_key,
         group_by_query=True,  # ranking metrics need the pairs of a query together
-        **label_range,
+        **common,
     )
     return train, validation
 
 
-def check_teachable(config: TrainingConfig, loss: Loss, train: RecordStore) -> None:
-    """Groups in which all labels are equal (one document, too) teach a grouped loss nothing: they are reported,
-    and data that hold nothing else are refused."""
-    counts = summary(train)
-    if loss.dataset_type == "pointwise" or not counts.equal_label_groups:
-        return
-    idle = f"{counts.equal_label_groups:,} of {counts.groups:,} groups have documents of one label only"
-    if counts.equal_label_groups == counts.groups:
+def check_teachable(config: TrainingConfig, objective: Objective, train: RecordStore) -> None:
+    """Groups in which all labels are equal (one document, too) teach a loss on labels nothing, and groups of one
+    document no grouped loss anything: they are reported, and data that hold nothing else are refused."""
+    for weighted in objective.losses if objective.grouped else ():
+        check_groups(config, weighted, train)
+
+
+def check_groups(config: TrainingConfig, weighted: WeightedLoss, train: RecordStore) -> None:
+    groups, name = train.num_groups, weighted.loss.name
+    if weighted.from_teacher:
+        count, fault, remedy = int((train.group_sizes == 1).sum()), "one document alone", "several documents"
+    else:
+        count, fault = summary(train).equal_label_groups, "documents of one label only"
+        remedy = "documents of different labels"
+    idle = f"{count:,} of {groups:,} groups have {fault}"
+    if count == groups:
         raise StartError(
-            f"train_dataset: {config.train_dataset}: {idle}, so {config.loss_type} has nothing to learn; give each "
-            "query documents of different labels, or use a pointwise loss"
+            f"train_dataset: {config.train_dataset}: {idle}, so {name} has nothing to learn; give each "
+            f"query {remedy}, or use a pointwise loss"
         )
-    logger.warning("%s: they teach %s nothing", idle, config.loss_type)
+    if count:
+        logger.warning("%s: they teach %s nothing", idle, name)
 
 
 def report_data(
@@ -208,7 +216,7 @@ def sample_size(pairs: int, size: int) -> int:
 def build_trainer(
     config: TrainingConfig,
     accelerator: Accelerator,
-    loss: Loss,
+    objective: Objective,
     train: RecordStore,
     validation: RecordStore | None,
     scorer: PairScorer,
@@ -221,7 +229,7 @@ def build_trainer(
     optimizer = make_optimizer(scorer, config)
     logger.info("%s", describe_parameters(scorer))
     shape = StepShape(
-        records=train.num_groups if loss.dataset_type == "grouped" else train.num_pairs,
+        records=train.num_groups if objective.grouped else train.num_pairs,
         batch_size=config.batch_size,
         accumulation=config.gradient_accumulation_steps,
         processes=accelerator.num_processes,
@@ -243,9 +251,9 @@ def build_trainer(
         padded=not packs,
         shares_queries=shares_queries,
     )
-    steps = TrainingSteps(train, config.train_dataset, scorer.pair_encoder, loss, shape, options)
-    evaluate = build_validation(config, accelerator, loss, validation, scorer)
-    task = RerankerTask(scorer, loss, evaluate, partial(load_scorer, config), adapter)
+    steps = TrainingSteps(train, config.train_dataset, scorer.pair_encoder, objective, shape, options)
+    evaluate = build_validation(config, accelerator, objective, validation, scorer)
+    task = RerankerTask(scorer, objective, evaluate, partial(load_scorer, config), adapter)
     settings = loop_settings(config, evaluate)
     return Trainer(accelerator, scorer, optimizer, steps, task, settings, Path(config.output_dir), state, origin)
 
@@ -263,7 +271,7 @@ def report_layout(scorer: PairScorer, packs: bool) -> None:
 def build_validation(
     config: TrainingConfig,
     accelerator: Accelerator,
-    loss: Loss,
+    objective: Objective,
     store: RecordStore | None,
     scorer: PairScorer,
 ) -> Validation | None:
@@ -271,7 +279,7 @@ def build_validation(
         return None
     pairs_per_batch = config.batch_size * (config.train_group_size or 1)
     label_range = (config.min_label, config.max_label)
-    return Validation(store, scorer.pair_encoder, loss, label_range, pairs_per_batch, accelerator)
+    return Validation(store, scorer.pair_encoder, objective, label_range, pairs_per_batch, accelerator)
 
 
 def loop_settings(config: TrainingConfig, validation: Validation | None) -> LoopSettings:
@@ -279,6 +287,12 @@ def loop_settings(config: TrainingConfig, validation: Validation | None) -> Loop
     metric = config.metric_for_best_model
     if validation is None or metric in validation.metrics:
         return settings
+    if validation.lacks_teacher:
+        raise StartError(
+            f"val_dataset: {config.val_dataset}: some document has no {config.teacher_score_key}, so that the "
+            f"validation loss, for metric_for_best_model {metric}, cannot be measured; give every document one, or "
+            "take a ranking metric that the data allow"
+        )
     if "loss" not in validation.metrics:
         raise StartError(
             f"val_dataset: {config.val_dataset} measures nothing: no group has documents of different labels; "

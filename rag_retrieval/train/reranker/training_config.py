@@ -18,6 +18,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rag_retrieval.train.reranker.config_checks import (
     DECODER_DEFAULTS,
+    GROUPED_LABEL_RANGES,
+    LOSS_OPTIONS,
+    TEACHER_LOSSES,
     cross_field_problems,
     is_data_file_name,
 )
@@ -84,9 +87,27 @@ class TrainingConfig(BaseModel):
     num_workers: int = Field(2, ge=0, description="Data loading processes beside each training process.")
 
     # Loss
-    loss_type: Literal["point_ce", "point_mse", "pairwise_ranknet", "listwise_ce"] = Field(
-        description="The first two are for pointwise data, and also called pointwise_bce and pointwise_mse.")
-    temperature: float | None = Field(None, gt=0, description="listwise_ce only: divides scores. Default 1.")
+    loss_type: Literal[
+        "point_ce", "point_mse", "pairwise_ranknet", "listwise_ce", "listnet", "listmle", "position_listmle",
+        "lambda_loss", "info_nce", "adr_mse", "margin_mse", "kl_distillation",
+    ] = Field(  # fmt: skip
+        description="The first two are for pointwise data, and also called pointwise_bce and pointwise_mse. The last "
+        "two learn from teacher scores.")
+    temperature: float | None = Field(
+        None, gt=0, description="listwise_ce, info_nce, kl_distillation only: divides scores. Default 1.")
+    lambda_weights: Literal["ndcg_loss2pp", "lambdarank"] | None = Field(
+        None, description="lambda_loss only: how it weights pairs. Default ndcg_loss2pp.")
+    lambda_top_k: int | None = Field(
+        None, ge=1, description="lambda_loss only: k of the nDCG@k to learn. Absent: the whole ranking.")
+    teacher_loss_type: Literal["point_ce", "point_mse", "margin_mse", "kl_distillation"] | None = Field(
+        None, description="Second loss, on teacher scores, beside loss_type; the first two take probabilities.")
+    teacher_weight: float | None = Field(
+        None, ge=0, le=1, description="Weight of teacher_loss_type; loss_type has the rest of 1. Default 0.5.")
+    teacher_temperature: float | None = Field(
+        None, gt=0, description="teacher_loss_type kl_distillation only: divides scores. Default 1.")
+    teacher_score_key: str | None = Field(
+        None, min_length=1, description="Key of the teacher's score, in training and validation data, for losses that "
+        "learn from it. Default teacher_score.")
 
     # Training
     output_dir: str = Field(min_length=1, description="Folder for all results, from the current folder.")
@@ -200,7 +221,7 @@ def _normalise(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[InitErrorD
 
 
 def _normalise_value(key: str, value: Any) -> Any:
-    if key == "loss_type" and isinstance(value, str):
+    if key in ("loss_type", "teacher_loss_type") and isinstance(value, str):
         return LOSS_ALIASES.get(value, value)
     if key == "mixed_precision" and value is False:
         return "no"  # YAML 1.1 reads a bare `no` as False
@@ -226,14 +247,31 @@ def _derived_values(values: Mapping[str, Any]) -> dict[str, Any]:
         derived["train_group_size"] = 8
     else:
         derived |= {"max_label": 1.0, "min_label": 0.0}
-    if values["loss_type"] == "listwise_ce":
-        derived["temperature"] = 1.0
+    derived |= _derived_loss_values(values)
     if not is_data_file_name(values["train_dataset"]):
         derived["train_split"] = "train"
     if values["lora_r"] is not None:
         derived |= {"lora_alpha": 2 * values["lora_r"], "lora_dropout": 0.0}
     derived |= _derived_validation_values(values)
     return {key: value for key, value in derived.items() if value is None or values[key] is None}
+
+
+def _derived_loss_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    loss, teacher_loss = values["loss_type"], values["teacher_loss_type"]
+    derived = {}
+    if loss in LOSS_OPTIONS["temperature"]:
+        derived["temperature"] = 1.0
+    if loss in LOSS_OPTIONS["lambda_weights"]:
+        derived["lambda_weights"] = "ndcg_loss2pp"
+    if loss in GROUPED_LABEL_RANGES:
+        derived["min_label"], derived["max_label"] = GROUPED_LABEL_RANGES[loss]
+    if teacher_loss is not None:
+        derived["teacher_weight"] = 0.5
+    if teacher_loss == "kl_distillation":
+        derived["teacher_temperature"] = 1.0
+    if teacher_loss is not None or loss in TEACHER_LOSSES:
+        derived["teacher_score_key"] = "teacher_score"
+    return derived
 
 
 def _derived_validation_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,18 +5,19 @@ never the data. Each item is a whole step's share of one process, tokenized and 
 the device.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from rag_retrieval.losses import Loss
 from rag_retrieval.models.pair_batch import PairBatch, make_batch, shared_beginnings
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.token_budget import plan_by_tokens
 from rag_retrieval.record_store import RecordStore
+from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.sampling import epoch_order, pair_order, reorder_thirds, sample_group
 from rag_retrieval.train.step_data import StepShape
 
@@ -26,25 +27,29 @@ class RerankerMicroBatch:
     """Pairs with their labels.
 
     labels: float32, mask: bool, both [pairs] for pointwise losses and [groups, documents] for grouped ones,
-    where the scores fill the True places of the mask row by row. `items` is the loss's count, `size` the
-    number of pairs, `sources` names the records as `file:line`. A filler has one pair and a mask without any
-    True.
+    where the scores fill the True places of the mask row by row. teacher_scores: as labels, None where no loss
+    reads them. `items` are the counts of the losses, `size` the number of pairs, `sources` names the records as
+    `file:line`. A filler has one pair and a mask without any True.
     """
 
     pairs: PairBatch
     labels: torch.Tensor
     mask: torch.Tensor
-    items: int
+    items: tuple[int, ...]
     size: int
     sources: list[str]
+    teacher_scores: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "RerankerMicroBatch":
-        labels, mask = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.mask))
-        return RerankerMicroBatch(self.pairs.to(device), labels, mask, self.items, self.size, self.sources)
+        return self._moved(self.pairs.to(device), lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "RerankerMicroBatch":
-        labels, mask = self.labels.pin_memory(), self.mask.pin_memory()
-        return RerankerMicroBatch(self.pairs.pin_memory(), labels, mask, self.items, self.size, self.sources)
+        return self._moved(self.pairs.pin_memory(), torch.Tensor.pin_memory)
+
+    def _moved(self, pairs: PairBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> "RerankerMicroBatch":
+        teacher_scores = None if self.teacher_scores is None else move(self.teacher_scores)
+        labels, mask = move(self.labels), move(self.mask)
+        return replace(self, pairs=pairs, labels=labels, mask=mask, teacher_scores=teacher_scores)
 
     def place_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores of the pairs, [pairs], in the layout of labels and mask; 0 where the mask is False."""
@@ -75,6 +80,7 @@ class Example:
     documents: list[str]
     labels: np.ndarray
     line: int
+    teacher_scores: np.ndarray | None
 
 
 class TrainingSteps(Dataset):
@@ -85,13 +91,12 @@ class TrainingSteps(Dataset):
         store: RecordStore,
         source: str,
         encoder: PairEncoder,
-        loss: Loss,
+        objective: Objective,
         shape: StepShape,
         options: SamplingOptions,
     ):
-        self.store, self.source, self.encoder, self.loss = store, source, encoder, loss
+        self.store, self.source, self.encoder, self.objective = store, source, encoder, objective
         self.shape, self.options = shape, options
-        self.grouped = loss.dataset_type == "grouped"
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
@@ -115,26 +120,32 @@ class TrainingSteps(Dataset):
         return self._order[1]
 
     def _draw_order(self, epoch: int) -> np.ndarray:
-        if self.grouped:
+        if self.objective.grouped:
             return epoch_order(self.options.seed, epoch, self.shape.records)
         return pair_order(self.options.seed, epoch, self.store.group_sizes)
 
     def example(self, record: int, epoch: int) -> Example:
-        return self._group(record, epoch) if self.grouped else self._pair(record, epoch)
+        return self._group(record, epoch) if self.objective.grouped else self._pair(record, epoch)
 
     def _pair(self, record: int, epoch: int) -> Example:
         pair = self.store.pair(record)
         labels = rescale(np.array([pair.label], dtype=np.float32), self.options.lowest, self.options.highest)
-        return Example(pair.query, [self._augmented(pair.document, epoch, record)], labels, pair.line)
+        document = self._augmented(pair.document, epoch, record)
+        return Example(pair.query, [document], labels, pair.line, self._teacher_scores(record, np.zeros(1, int)))
 
     def _group(self, record: int, epoch: int) -> Example:
         group, options = self.store.group(record), self.options
-        one_positive = self.loss.one_positive
+        one_positive = self.objective.one_positive
         kept = sample_group(group.positives, options.group_size, epoch, options.seed, record, one_positive)
-        labels = group.positives if one_positive else group.labels
+        labels = group.positives if self.objective.reads_positives else group.labels
         first = int(self.store.group_offsets[record])
         documents = [self._augmented(group.documents[place], epoch, first + int(place)) for place in kept]
-        return Example(group.query, documents, labels[kept].astype(np.float32), group.line)
+        teacher_scores = self._teacher_scores(first, kept)
+        return Example(group.query, documents, labels[kept].astype(np.float32), group.line, teacher_scores)
+
+    def _teacher_scores(self, first: int, places: np.ndarray) -> np.ndarray | None:
+        """Of the pairs first + places: float32; None where no loss reads them."""
+        return self.store.teacher_scores[first + places] if self.objective.needs_teacher else None
 
     def _augmented(self, text: str, epoch: int, pair: int) -> str:
         return reorder_thirds(text, self.options.shuffle_rate, self.options.seed, epoch, pair)
@@ -166,20 +177,26 @@ class TrainingSteps(Dataset):
         return [len(pair) - tokens for pair, tokens in zip(pairs, shared, strict=True)]
 
     def _lay_out(self, examples: list[Example], pairs: list[list[EncodedPair]]) -> RerankerMicroBatch:
-        labels, mask = layout([example.labels for example in examples])
-        if not self.grouped:
-            labels, mask = labels[:, 0], mask[:, 0]
+        labels, mask = self._rows([example.labels for example in examples])
+        teacher_scores = None
+        if self.objective.needs_teacher:
+            teacher_scores, _ = self._rows([example.teacher_scores for example in examples])
         flat = [pair for group in pairs for pair in group]
         sources = [f"{self.source}:{example.line}" for example in examples]
-        return RerankerMicroBatch(
-            make_batch(flat), labels, mask, self.loss.count(labels, mask), len(flat), sources
-        )
+        items = self.objective.counts(labels, teacher_scores, mask)
+        return RerankerMicroBatch(make_batch(flat), labels, mask, items, len(flat), sources, teacher_scores)
+
+    def _rows(self, values: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `layout`; for pointwise losses without the dimension of documents, which is 1."""
+        rows, mask = layout(values)
+        return (rows, mask) if self.objective.grouped else (rows[:, 0], mask[:, 0])
 
     def filler(self) -> RerankerMicroBatch:
         """One pair of weight zero, for a process that has less to do than another."""
-        shape = (1, 1) if self.grouped else (1,)
-        pairs = make_batch(self.encoder.encode([("", "")]))
-        return RerankerMicroBatch(pairs, torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), 0, 0, [])
+        labels = torch.zeros((1, 1) if self.objective.grouped else (1,))
+        pairs, nothing = make_batch(self.encoder.encode([("", "")])), (0,) * len(self.objective.losses)
+        teacher_scores = labels.clone() if self.objective.needs_teacher else None
+        return RerankerMicroBatch(pairs, labels, labels.bool(), nothing, 0, [], teacher_scores)
 
 
 def rescale(labels: np.ndarray, lowest: float, highest: float) -> np.ndarray:

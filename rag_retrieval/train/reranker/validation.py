@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from rag_retrieval.losses import Loss
 from rag_retrieval.metrics import rank_metrics
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.token_budget import plan_by_tokens
 from rag_retrieval.record_store import RecordStore
+from rag_retrieval.train.reranker.objective import Objective, WeightedLoss
 from rag_retrieval.train.reranker.training_data import layout, rescale
 from rag_retrieval.train.task import TrainingError
 
@@ -35,12 +35,12 @@ class Validation:
         self,
         store: RecordStore,
         encoder: PairEncoder,
-        loss: Loss,
+        objective: Objective,
         label_range: tuple[float, float],
         batch_size: int,
         accelerator: Accelerator,
     ):
-        self.store, self.loss, self.label_range, self.accelerator = store, loss, label_range, accelerator
+        self.store, self.objective, self.label_range, self.accelerator = store, objective, label_range, accelerator
         self.groups = [
             np.arange(first, first + size)
             for first, size in zip(store.group_offsets, store.group_sizes, strict=True)
@@ -87,6 +87,11 @@ class Validation:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         return {name: int(value) if name.startswith("queries") else value for name, value in finite.items()}
 
+    @property
+    def lacks_teacher(self) -> bool:
+        """Whether a loss learns from teacher scores and some document here has none."""
+        return any(weighted.from_teacher and self._targets(weighted) is None for weighted in self.objective.losses)
+
     def score(self, model: nn.Module) -> np.ndarray:
         """Scores of all pairs in the store's order: [pairs], float32, equal on all processes.
 
@@ -114,25 +119,40 @@ class Validation:
             )
 
     def mean_loss(self, scores: np.ndarray) -> float:
-        """The training loss over the whole set, divided once by its count; NaN where there is nothing to count."""
-        total, items = 0.0, 0
-        units = self._loss_units()
+        """The training loss over the whole set, each loss divided once by its count; NaN where one of them has nothing
+        to count, or learns from teacher scores that some document has not."""
+        return sum(weighted.weight * self._mean(weighted, scores) for weighted in self.objective.losses)
+
+    def _mean(self, weighted: WeightedLoss, scores: np.ndarray) -> float:
+        total, items, loss = 0.0, 0, weighted.loss
+        units = self._loss_units(weighted)
         for start in range(0, len(units), LOSS_CHUNK):
             chunk = units[start : start + LOSS_CHUNK]
             labels, mask = layout([unit_labels for _, unit_labels in chunk])
             values, _ = layout([scores[places] for places, _ in chunk])
-            total += self.loss.function(values, labels, mask, reduction="sum").item()
-            items += self.loss.count(labels, mask)
+            total += loss.function(values, labels, mask, reduction="sum").item()
+            items += loss.count(labels, mask)
         return total / items if items else math.nan
 
-    def _loss_units(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(pair positions, labels) of everything that the loss takes as one row."""
-        if self.loss.dataset_type == "pointwise":
-            labels = rescale(self.labels, *self.label_range)
-            return [(np.array([place]), labels[place : place + 1]) for place in range(len(labels))]
-        if self.loss.one_positive:
+    def _loss_units(self, weighted: WeightedLoss) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(pair positions, labels or teacher scores) of everything that the loss takes as one row."""
+        targets = self._targets(weighted)
+        if targets is None:
+            return []
+        if weighted.loss.dataset_type == "pointwise":
+            return [(np.array([place]), targets[place : place + 1]) for place in range(len(targets))]
+        if weighted.loss.one_positive:
             return [unit for group in self.groups for unit in self._one_positive_at_a_time(group)]
-        return [(group, self.labels[group]) for group in self.groups]
+        return [(group, targets[group]) for group in self.groups]
+
+    def _targets(self, weighted: WeightedLoss) -> np.ndarray | None:
+        """What the loss learns from: float32 [pairs], or None where a document has no teacher score."""
+        if weighted.from_teacher:
+            found = self.store.teacher_scores
+            return found if found is not None and np.isfinite(found).all() else None
+        if weighted.loss.dataset_type == "pointwise":
+            return rescale(self.labels, *self.label_range)
+        return self.store.positives.astype(np.float32) if weighted.loss.reads == "positive" else self.labels
 
     def _one_positive_at_a_time(self, group: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         positive = self.store.positives[group]

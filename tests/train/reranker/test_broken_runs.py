@@ -125,7 +125,7 @@ def test_memory_that_is_full_tells_the_longest_pair_and_the_tokens(settings, mon
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     lengths = []
-    monkeypatch.setattr(RerankerTask, "loss_sum", fail)
+    monkeypatch.setattr(RerankerTask, "loss_sums", fail)
     with pytest.raises(ProcessFailure) as caught:
         train(settings(max_tokens_per_batch=200, gradient_checkpointing=False))
     first, message = lengths[0], str(caught.value)

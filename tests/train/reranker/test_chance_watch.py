@@ -6,26 +6,31 @@ import torch
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.models.pair_batch import PairBatch
 from rag_retrieval.train.reranker.chance_watch import ChanceWatch, squared_deviations
+from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch
 
 NO_PAIRS = PairBatch(torch.zeros(0), None, torch.zeros(0), 0)
+
+
+def watching(loss_type: str) -> ChanceWatch:
+    return ChanceWatch(Objective.of(LOSSES[loss_type]))
 
 
 def batch(loss_type: str, labels: list, mask: list | None = None) -> RerankerMicroBatch:
     values = torch.tensor(labels, dtype=torch.float32)
     kept = torch.ones_like(values, dtype=torch.bool) if mask is None else torch.tensor(mask)
     items = LOSSES[loss_type].count(values, kept)
-    return RerankerMicroBatch(NO_PAIRS, values, kept, items, int(kept.sum()), [])
+    return RerankerMicroBatch(NO_PAIRS, values, kept, (items,), int(kept.sum()), [])
 
 
 def add(watch: ChanceWatch, scores: list, micro_batch: RerankerMicroBatch) -> None:
     values = torch.tensor(scores, dtype=torch.float32)
-    loss = watch.loss.function(values, micro_batch.labels, micro_batch.mask, reduction="sum")
-    watch.add(loss, values, micro_batch)
+    sums = watch.objective.sums(values, micro_batch.labels, micro_batch.teacher_scores, micro_batch.mask)
+    watch.add(sums, values, micro_batch)
 
 
 def test_pointwise_chance_is_the_entropy_of_the_labels():
-    watch = ChanceWatch(LOSSES["point_ce"])
+    watch = watching("point_ce")
     add(watch, [0.0, 0.0], batch("point_ce", [1, 0]))
     add(watch, [2.0, 4.0], batch("point_ce", [0, 0]))
     reported = watch.report(1, 10)
@@ -34,7 +39,7 @@ def test_pointwise_chance_is_the_entropy_of_the_labels():
 
 
 def test_grouped_spread_is_within_groups_and_without_padding():
-    watch = ChanceWatch(LOSSES["listwise_ce"])
+    watch = watching("listwise_ce")
     add(watch, [[5.0, 7.0], [100.0, 100.0]], batch("listwise_ce", [[1, 0], [1, 0]]))
     add(watch, [[1.0, 1.0, 4.0]], batch("listwise_ce", [[1, 0, 0]], mask=[[True, True, False]]))
     reported = watch.report(1, 10)
@@ -48,7 +53,7 @@ def test_padding_takes_no_part_in_the_deviations():
 
 
 def test_fillers_count_nothing_and_a_report_without_items_is_empty():
-    watch = ChanceWatch(LOSSES["listwise_ce"])
+    watch = watching("listwise_ce")
     add(watch, [[9.0]], batch("listwise_ce", [[0]], mask=[[False]]))
     assert watch.report(1, 10) == {}
     add(watch, [[0.0, 0.0]], batch("listwise_ce", [[0, 0]]))  # a group without a positive
@@ -61,7 +66,7 @@ def flat(watch: ChanceWatch, step: int, total: int) -> None:
 
 
 def test_it_warns_once_after_a_fifth_of_the_run(caplog):
-    watch = ChanceWatch(LOSSES["listwise_ce"])
+    watch = watching("listwise_ce")
     for step in range(1, 100):
         flat(watch, step, 100)
         assert caplog.text.count("same score") == (step >= 20)
@@ -69,10 +74,10 @@ def test_it_warns_once_after_a_fifth_of_the_run(caplog):
 
 
 def test_it_takes_three_reports_and_in_long_runs_no_fifth(caplog):
-    watch = ChanceWatch(LOSSES["listwise_ce"])
+    watch = watching("listwise_ce")
     flat(watch, 50, 100), flat(watch, 60, 100)
     assert not caplog.text
-    long = ChanceWatch(LOSSES["listwise_ce"])
+    long = watching("listwise_ce")
     for step in range(100, 1001, 100):
         assert not caplog.text
         flat(long, step, 1_000_000)
@@ -80,7 +85,7 @@ def test_it_takes_three_reports_and_in_long_runs_no_fifth(caplog):
 
 
 def test_a_report_above_chance_starts_the_count_anew(caplog):
-    watch = ChanceWatch(LOSSES["listwise_ce"])
+    watch = watching("listwise_ce")
     for step in range(1, 40):
         if step == 15:
             add(watch, [[2.0, -2.0]], batch("listwise_ce", [[1, 0]]))
@@ -91,7 +96,7 @@ def test_a_report_above_chance_starts_the_count_anew(caplog):
 
 
 def test_scores_that_vary_without_being_right_are_not_flat(caplog):
-    watch = ChanceWatch(LOSSES["listwise_ce"])
+    watch = watching("listwise_ce")
     for step in range(1, 100):
         add(watch, [[0.0, 2.0], [2.0, 0.0]], batch("listwise_ce", [[1, 0], [1, 0]]))
         watch.report(step, 100)

@@ -9,6 +9,10 @@ import pytest
 from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, find_config, load_config
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 
+LOSS_NAMES = (
+    "point_ce, point_mse, pairwise_ranknet, listwise_ce, listnet, listmle, position_listmle, lambda_loss, info_nce, "
+    "adr_mse, margin_mse, kl_distillation"
+)
 BASE = {
     "model_name_or_path": "owner/model",
     "model_type": "bert_encoder",
@@ -199,7 +203,7 @@ def test_an_option_without_value_is_an_error():
         ("mixed_precision: fp32", 'expected one of no, fp16, bf16, found "fp32"'),
         ("model_type: bert", 'expected one of bert_encoder, llm_decoder, found "bert"'),
         ("loss_type: point_bce",
-         'expected one of point_ce, point_mse, pairwise_ranknet, listwise_ce, found "point_bce"'),
+         f'expected one of {LOSS_NAMES}, found "point_bce"'),
         ("lora_target_modules: [1]", "expected a name or a list of names, found [1]"),
         ("lora_target_modules: " + "x" * 5 + ": y", None),
         ("seed: !!int x", "invalid literal for int() with base 10: 'x'"),
@@ -232,8 +236,7 @@ def test_a_long_wrong_value_is_shortened():
 def test_missing_keys_are_named_with_what_they_take():
     assert errors("", without="loss_type model_type output_dir") == [
         "train.yaml: model_type: is missing; expected one of bert_encoder, llm_decoder",
-        "train.yaml: loss_type: is missing; "
-        "expected one of point_ce, point_mse, pairwise_ranknet, listwise_ce",
+        f"train.yaml: loss_type: is missing; expected one of {LOSS_NAMES}",
         "train.yaml: output_dir: is missing; expected non-empty text",
     ]
     assert errors("output_dir:") == ["train.yaml:1: output_dir: is missing; expected non-empty text"]

@@ -1,12 +1,22 @@
 """The typed configuration: strict types, ranges, fields that must fit each other, derived defaults."""
 
 import math
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from rag_retrieval.train.reranker.config_checks import LOSS_DATASET_TYPE, is_data_file_name
+from rag_retrieval.losses import LOSSES
+from rag_retrieval.train.reranker import training_config
+from rag_retrieval.train.reranker.config_checks import (
+    GROUPED_LABEL_RANGES,
+    LOSS_DATASET_TYPE,
+    LOSS_OPTIONS,
+    TEACHER_LOSSES,
+    is_data_file_name,
+)
 from rag_retrieval.train.reranker.training_config import LOSS_ALIASES, TrainingConfig
 
 POINTWISE = {
@@ -36,7 +46,9 @@ def test_a_minimal_pointwise_configuration_gets_the_documented_defaults():
         "trust_remote_code": False, "train_label_key": "label", "train_split": None, "train_group_size":
         None, "max_label": 1.0, "min_label": 0.0, "shuffle_rate": 0.0, "val_dataset": None,
         "val_dataset_type": None, "val_label_key": None, "val_split": None, "num_workers": 2,
-        "temperature": None, "epochs": 1, "batch_size": 32,
+        "temperature": None, "lambda_weights": None, "lambda_top_k": None, "teacher_loss_type": None,
+        "teacher_weight": None, "teacher_temperature": None, "teacher_score_key": None,
+        "epochs": 1, "batch_size": 32,
         "max_tokens_per_batch": None, "gradient_accumulation_steps": 1, "lr": 5e-5,
         "head_lr": 5e-4, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon":
         1e-8, "max_grad_norm": 1.0, "warmup_proportion": 0.1, "stable_proportion": 0.0, "mixed_precision":
@@ -113,7 +125,8 @@ def test_every_loss_accepts_its_own_dataset_type_and_names_the_others_for_the_wr
         assert TrainingConfig(**base | {"loss_type": loss}).loss_type == loss
     assert problems(GROUPED, loss_type="point_mse")["loss_type"] == (
         "point_mse is for pointwise data, and train_dataset_type is grouped; "
-        "for grouped data use pairwise_ranknet or listwise_ce"
+        "for grouped data use pairwise_ranknet, listwise_ce, listnet, listmle, position_listmle, lambda_loss, "
+        "info_nce, adr_mse, margin_mse or kl_distillation"
     )
     assert problems(POINTWISE, loss_type="listwise_ce")["loss_type"] == (
         "listwise_ce is for grouped data, and train_dataset_type is pointwise; "
@@ -158,11 +171,92 @@ def test_a_group_size_for_pointwise_data_is_refused():
     }
 
 
-def test_temperature_is_for_the_listwise_loss_alone():
-    assert TrainingConfig(**GROUPED, temperature=0.5).temperature == 0.5
-    assert problems(POINTWISE, temperature=0.5) == {
-        "temperature": "is only for loss_type listwise_ce, and loss_type is point_ce; remove it"
-    }
+def test_what_is_told_of_a_loss_here_is_what_the_losses_say():
+    """The lists here are for a check without torch."""
+    assert {name: loss.dataset_type for name, loss in LOSSES.items()} == LOSS_DATASET_TYPE
+    assert list(LOSS_DATASET_TYPE) == list(get_args(TrainingConfig.model_fields["loss_type"].annotation))
+    readers = {key: tuple(name for name, loss in LOSSES.items() if key in loss.options) for key in LOSS_OPTIONS}
+    assert readers == LOSS_OPTIONS
+    assert set(LOSS_OPTIONS) == {key for loss in LOSSES.values() for key in loss.options}
+    assert tuple(name for name, loss in LOSSES.items() if loss.reads == "teacher_score") == TEACHER_LOSSES
+    ranges = {name: loss.label_range for name, loss in LOSSES.items() if loss.dataset_type == "grouped"}
+    assert {name: found for name, found in ranges.items() if found} == GROUPED_LABEL_RANGES
+    (teacher_losses, _) = get_args(TrainingConfig.model_fields["teacher_loss_type"].annotation)
+    assert get_args(teacher_losses) == ("point_ce", "point_mse", *TEACHER_LOSSES)
+
+
+def test_the_readme_has_a_row_for_every_loss():
+    readme = (Path(training_config.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for name in LOSSES:
+        assert f"\n| `{name}`" in readme
+
+
+@pytest.mark.parametrize(
+    ("loss", "derived"),
+    [
+        ("listwise_ce", {"temperature": 1.0}),
+        ("info_nce", {"temperature": 1.0}),
+        ("listnet", {}),
+        ("lambda_loss", {"lambda_weights": "ndcg_loss2pp", "min_label": 0.0, "max_label": 31.0}),
+        ("margin_mse", {"teacher_score_key": "teacher_score"}),
+        ("kl_distillation", {"teacher_score_key": "teacher_score", "temperature": 1.0}),
+    ],
+)
+def test_a_loss_gets_the_defaults_of_the_keys_that_it_reads(loss, derived):
+    keys = ("temperature", "lambda_weights", "lambda_top_k", "teacher_weight", "teacher_temperature",
+            "teacher_score_key", "min_label", "max_label")  # fmt: skip
+    config = TrainingConfig(**GROUPED | {"loss_type": loss})
+    assert {key: getattr(config, key) for key in keys} == dict.fromkeys(keys) | derived
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "readers"),
+    [
+        ("temperature", 0.5, "listwise_ce, info_nce or kl_distillation"),
+        ("lambda_weights", "lambdarank", "lambda_loss"),
+        ("lambda_top_k", 10, "lambda_loss"),
+    ],
+)
+def test_a_key_of_a_loss_is_refused_beside_one_that_does_not_read_it(key, value, readers):
+    for name in readers.replace(" or ", ", ").split(", "):
+        assert getattr(TrainingConfig(**GROUPED | {"loss_type": name, key: value}), key) == value
+    expected = f"is only for loss_type {readers}, and loss_type is listmle; remove it"
+    assert problems(GROUPED, loss_type="listmle", **{key: value}) == {key: expected}
+
+
+def test_a_teacher_loss_gets_half_of_the_weight_unless_told_otherwise():
+    config = TrainingConfig(**GROUPED, teacher_loss_type="kl_distillation")
+    assert (config.teacher_weight, config.teacher_temperature) == (0.5, 1.0)
+    assert config.teacher_score_key == "teacher_score"
+    config = TrainingConfig(**POINTWISE, teacher_loss_type="pointwise_bce", teacher_score_key="p", teacher_weight=1)
+    assert (config.teacher_loss_type, config.teacher_weight) == ("point_ce", 1.0)
+    assert (config.teacher_temperature, config.teacher_score_key) == (None, "p")
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "found"),
+    [
+        (GROUPED, {"teacher_weight": 0.5, "teacher_temperature": 2.0}, dict.fromkeys(
+            ("teacher_weight", "teacher_temperature"),
+            "needs teacher_loss_type, the loss that it is for; add teacher_loss_type or remove this")),
+        (GROUPED, {"teacher_score_key": "logit"}, {"teacher_score_key":
+            "is only for losses that learn from teacher scores, and loss_type is listwise_ce without "
+            "teacher_loss_type; remove it"}),
+        (GROUPED, {"teacher_loss_type": "margin_mse", "teacher_temperature": 2.0}, {"teacher_temperature":
+            "is only for teacher_loss_type kl_distillation, and teacher_loss_type is margin_mse; remove it"}),
+        (GROUPED, {"teacher_loss_type": "point_mse"}, {"teacher_loss_type":
+            "point_mse is for pointwise data, and train_dataset_type is grouped; for grouped data use margin_mse or "
+            "kl_distillation"}),
+        (POINTWISE, {"teacher_loss_type": "kl_distillation"}, {"teacher_loss_type":
+            "kl_distillation is for grouped data, and train_dataset_type is pointwise; for pointwise data use "
+            "point_ce or point_mse"}),
+        (GROUPED, {"loss_type": "lambda_loss", "min_label": -1, "max_label": 40}, {
+            "min_label": "lambda_loss takes labels in [0, 31], found -1",
+            "max_label": "lambda_loss takes labels in [0, 31], found 40"}),
+    ],
+)  # fmt: skip
+def test_what_a_teacher_or_lambda_loss_does_not_read_or_take_is_refused(base, changes, found):
+    assert problems(base, **changes) == found
 
 
 @pytest.mark.parametrize(

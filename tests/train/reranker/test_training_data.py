@@ -9,6 +9,7 @@ from training_runs import grouped_records, pointwise_records, write_jsonl
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.record_store import open_store
+from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps, layout, rescale
 from rag_retrieval.train.step_data import StepShape, step_loader
 
@@ -34,7 +35,7 @@ def steps(tmp_path, bert):
         count = store.num_groups if grouped else store.num_pairs
         shape = StepShape(count, batch_size=4, accumulation=2, processes=processes, process_index=index)
         options = SamplingOptions(5, group_size if grouped else None, *levels, shuffle_rate)
-        return TrainingSteps(store, "data.jsonl", encoder, chosen, shape, options)
+        return TrainingSteps(store, "data.jsonl", encoder, Objective.of(chosen), shape, options)
 
     return make
 
@@ -63,7 +64,7 @@ def test_pointwise_labels_are_exact_float32_from_file_to_batch(steps):
     batch = steps("point_ce", records)[0, 0][0]
     assert batch.labels.dtype == torch.float32
     assert sorted(batch.labels.tolist()) == [0.0, float(np.float32(0.99988))]
-    assert batch.mask.all() and batch.items == batch.size == 2
+    assert batch.mask.all() and batch.items == (2,) and batch.size == 2
 
 
 def test_pointwise_levels_become_fractions(steps):
@@ -144,7 +145,7 @@ def test_listwise_groups_have_exactly_one_positive_also_from_several(steps):
     records = [{"query": f"q{n}", "pos": ["a", "b", "c"], "neg": ["d", "e", "f", "g"]} for n in range(8)]
     batch = steps("listwise_ce", records, group_size=4)[0, 0][0]
     assert batch.labels.sum(1).tolist() == [1, 1, 1, 1] and batch.mask.sum(1).tolist() == [4, 4, 4, 4]
-    assert batch.items == 4
+    assert batch.items == (4,)
 
 
 def test_a_teacher_score_of_the_positive_does_not_change_the_one_hot_label_of_listwise_ce(steps):
@@ -157,7 +158,7 @@ def test_a_process_with_nothing_to_do_gets_a_filler_without_loss_or_gradient(ste
     for loss in LOSSES.values():
         records = grouped_records(1) if loss.dataset_type == "grouped" else pointwise_records(1)
         filler = steps(loss.name, records, processes=2, index=1)[0, 0][0]
-        assert (filler.items, filler.size, filler.sources, len(filler.pairs)) == (0, 0, [], 1)
+        assert (filler.items, filler.size, filler.sources, len(filler.pairs)) == ((0,), 0, [], 1)
         assert not filler.mask.any()
         scores = torch.tensor([3.0], requires_grad=True)
         value = loss.function(filler.place_scores(scores), filler.labels, filler.mask, reduction="sum")
@@ -222,6 +223,6 @@ def test_an_epoch_sees_every_record_once_on_one_process_alone(steps, loss, proce
         batches = [batch for step in range(share.steps_per_epoch) for batch in share[1, step]]
         seen += [source for batch in batches for source in batch.sources]
         pairs += sum(int(batch.mask.sum()) for batch in batches)
-        assert all(batch.items == 0 for batch in batches if not batch.mask.any())
+        assert all(batch.items == (0,) for batch in batches if not batch.mask.any())
     assert sorted(seen) == sorted(f"data.jsonl:{line}" for line in range(1, records + 1))
     assert pairs == sum(len(record.get("hits", [record])) for record in data)

@@ -10,6 +10,7 @@ from rag_retrieval.losses import LOSSES
 from rag_retrieval.metrics import rank_metrics
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.record_store import open_store
+from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.validation import Validation, relevance_threshold
 
 
@@ -24,7 +25,7 @@ def validation(scorer, tmp_path):
     def make(loss_type: str, records: list[dict], levels=(0.0, 1.0), batch_size=5) -> Validation:
         store = open_store(write_jsonl(tmp_path / "val.jsonl", records), group_by_query=True)
         accelerator = Accelerator(cpu=True)
-        return Validation(store, scorer.pair_encoder, LOSSES[loss_type], levels, batch_size, accelerator)
+        return Validation(store, scorer.pair_encoder, Objective.of(LOSSES[loss_type]), levels, batch_size, accelerator)
 
     return make
 

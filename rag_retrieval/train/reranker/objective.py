@@ -1,0 +1,106 @@
+"""What a run minimises: one loss, or a loss on labels and a loss on a teacher's scores, weighted.
+
+What a reader would get wrong: each loss has a divisor of its own (pairs, groups, ordered pairs), so that a mix cannot
+be one sum with one count. `sums` and `counts` have an entry for each loss, and the mean of a step is
+sum_l sums[l] / counts[l], with both taken over all its micro-batches and processes.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rag_retrieval.losses import LOSSES, Loss
+from rag_retrieval.train.reranker.training_config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """weight: factor in [0, 1]. from_teacher: whether it learns from teacher scores rather than from labels."""
+
+    loss: Loss
+    weight: float
+    from_teacher: bool
+
+    def targets(self, labels: Tensor, teacher_scores: Tensor | None) -> Tensor:
+        return teacher_scores if self.from_teacher else labels
+
+
+@dataclass(frozen=True)
+class Objective:
+    """losses: one, or two of the same dataset_type of which the second learns from a teacher.
+
+    Tensors are laid out as the losses want them: [pairs] or [groups, documents]. teacher_scores may be None where no
+    loss reads them.
+    """
+
+    losses: tuple[WeightedLoss, ...]
+
+    @classmethod
+    def of(cls, loss: Loss) -> "Objective":
+        """A single loss with weight 1."""
+        return cls((WeightedLoss(loss, 1.0, loss.reads == "teacher_score"),))
+
+    @property
+    def grouped(self) -> bool:
+        return self.losses[0].loss.dataset_type == "grouped"
+
+    @property
+    def one_positive(self) -> bool:
+        return self.losses[0].loss.one_positive
+
+    @property
+    def reads_positives(self) -> bool:
+        """Whether labels are 1 for positives and 0 for the rest, whatever the record's labels say."""
+        return self.losses[0].loss.reads == "positive"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(weighted.from_teacher for weighted in self.losses)
+
+    @property
+    def teacher_range(self) -> tuple[float, float] | None:
+        """What teacher scores must be within, both ends included; None: any number, or none are read."""
+        ranges = (weighted.loss.label_range for weighted in self.losses if weighted.from_teacher)
+        return next(ranges, None)
+
+    def sums(self, scores: Tensor, labels: Tensor, teacher_scores: Tensor | None, mask: Tensor) -> Tensor:
+        """The summed losses times their weights: float32 [losses], with a graph."""
+        return torch.stack([
+            weighted.weight
+            * weighted.loss.function(scores, weighted.targets(labels, teacher_scores), mask, reduction="sum")
+            for weighted in self.losses
+        ])  # fmt: skip
+
+    def counts(self, labels: Tensor, teacher_scores: Tensor | None, mask: Tensor) -> tuple[int, ...]:
+        """What each sum is to be divided by, for tensors on the CPU."""
+        return tuple(weighted.loss.count(weighted.targets(labels, teacher_scores), mask) for weighted in self.losses)
+
+    def chance(self, labels: Tensor, teacher_scores: Tensor | None, mask: Tensor) -> float:
+        """The mean of the best constant score, for tensors on the CPU. A mix has the sum of what each loss has, which
+        is right where every constant gives a loss the same, and a lower bound for pointwise ones."""
+        return sum(
+            weighted.weight * weighted.loss.chance(weighted.targets(labels, teacher_scores), mask)
+            for weighted in self.losses
+        )
+
+
+def configured_objective(config: TrainingConfig) -> Objective:
+    """The losses of a run: `loss_type`, and `teacher_loss_type` where it is given."""
+    options = {name: getattr(config, name) for name in LOSSES[config.loss_type].options}
+    loss = _with_options(LOSSES[config.loss_type], options)
+    if config.teacher_loss_type is None:
+        return Objective.of(loss)
+    teacher = LOSSES[config.teacher_loss_type]
+    teacher = _with_options(teacher, {"temperature": config.teacher_temperature} if teacher.options else {})
+    return Objective((
+        WeightedLoss(loss, 1.0 - config.teacher_weight, loss.reads == "teacher_score"),
+        WeightedLoss(teacher, config.teacher_weight, True),
+    ))  # fmt: skip
+
+
+def _with_options(loss: Loss, options: dict) -> Loss:
+    """The loss with its options filled in, also for its chance level where that depends on them."""
+    of_chance = {name: value for name, value in options.items() if name in loss.chance_options}
+    return replace(loss, function=partial(loss.function, **options), chance=partial(loss.chance, **of_chance))
