@@ -42,12 +42,16 @@ def run(arguments: list[str]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     write_evaluation(evaluation)
+    if config.report:
+        from rag_retrieval.evaluate.report import write_report
+
+        write_report(evaluation)
     print(describe_evaluation(evaluation, shutil.get_terminal_size((COLUMNS, 24)).columns))
 
 
 def describe_error(error: Exception) -> str:
     if isinstance(error, ImportError):
-        return f"{error}; run: pip install 'rag-retrieval[evaluate]'"
+        return f"{error}; run: pip install 'rag-retrieval[evaluate,report]'"
     return str(error)
 
 

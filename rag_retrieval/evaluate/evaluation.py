@@ -28,7 +28,10 @@ from rag_retrieval.evaluate.ranking_data import BM25, RankingData, read_ranking_
 from rag_retrieval.models.calibration import Calibration, write_calibration
 from rag_retrieval.models.load_reranker import load_reranker
 from rag_retrieval.models.model_files import PACKAGE_PREFIX
+from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import PairScorer
+
+SAMPLE = 5000  # pairs whose tokens are counted
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Evaluation:
     """before: the baseline. after: the model. ceiling: a perfect reranker of the model's candidates.
 
     comparisons: of before and after, for each measure; none for a single query. changes: (gained, lost) most by the
-    first measure.
+    first measure. token_lengths: int, of a sample of the pairs, before they are cut at max_len tokens.
     """
 
     config: EvaluationConfig
@@ -68,6 +71,8 @@ class Evaluation:
     comparisons: list[Comparison]
     changes: tuple[list[QueryChange], list[QueryChange]]
     probabilities: ProbabilityFigures
+    token_lengths: np.ndarray
+    max_len: int
     output_dir: Path
 
     def relevant(self, query: str) -> int:
@@ -92,7 +97,7 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
             scorer.calibration = calibrate(config, scorer, output_dir, how)
         run = score_candidates(scorer, config.model, data, output_dir / "run.trec", how)
         name, baseline = baseline_run(config, data, output_dir, how)
-        return on_main(lambda: measured(config, data, run, (name, baseline), scorer.calibration, output_dir))
+        return on_main(lambda: measured(config, data, run, (name, baseline), scorer, output_dir))
 
 
 def check(config: EvaluationConfig) -> None:
@@ -149,7 +154,7 @@ def measured(
     data: RankingData,
     run: Run,
     baseline: tuple[str, Run],
-    calibration: Calibration | None,
+    scorer: PairScorer,
     output_dir: Path,
 ) -> Evaluation:
     """All figures of two runs."""
@@ -165,8 +170,29 @@ def measured(
     comparisons = compare(before.per_query, after.per_query, config.significance, config.seed) if several else []
     first = config.measures[0]
     changes = largest_changes(data, before.per_query, after.per_query, (before.run, after.run), first)
-    probabilities = probability_figures(*scored_pairs(run, data.qrels, config.relevant_from), calibration)
-    return Evaluation(config, data, before, after, ceiling, comparisons, changes, probabilities, output_dir)
+    probabilities = probability_figures(*scored_pairs(run, data.qrels, config.relevant_from), scorer.calibration)
+    return Evaluation(
+        config=config,
+        data=data,
+        before=before,
+        after=after,
+        ceiling=ceiling,
+        comparisons=comparisons,
+        changes=changes,
+        probabilities=probabilities,
+        token_lengths=token_lengths(scorer.pair_encoder, data),
+        max_len=scorer.pair_encoder.max_length,
+        output_dir=output_dir,
+    )
+
+
+def token_lengths(encoder: PairEncoder, data: RankingData) -> np.ndarray:
+    """Tokens of at most about `SAMPLE` pairs evenly from all, before they are cut: int, [pairs]."""
+    places = [(query, document) for query, documents in data.candidates.items() for document in documents]
+    sample = places[:: max(1, len(places) // SAMPLE)]
+    queries = encoder.query_ids([data.queries[query] for query, _ in sample])
+    documents = encoder.document_ids([data.documents[document] for _, document in sample])
+    return np.array([encoder.untruncated_length(*pair) for pair in zip(queries, documents, strict=True)])
 
 
 def probability_figures(

@@ -72,6 +72,8 @@ def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
         lines += ["", f"difference to {evaluation.before.name} ({describe_test(evaluation)}):", ""]
         lines += [describe_comparison(comparison) for comparison in evaluation.comparisons]
     lines += ["", describe_probabilities(evaluation.probabilities)]
+    cut = float((evaluation.token_lengths > evaluation.max_len).mean())
+    lines.append(f"{cut:.1%} of the pairs are longer than the model's {evaluation.max_len} tokens and are cut")
     without = sum(not evaluation.relevant(query) for query in data.qrels)
     if without:
         lines.append(f"{without} queries have no relevant document and count 0")

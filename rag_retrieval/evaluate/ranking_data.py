@@ -77,7 +77,7 @@ def first_stage(
         run = read_run(candidates)
         check_run(run, folder, queries, Path(candidates))
         return best_of(run, queries, pool, depth), Path(candidates).name
-    source = "BM25" if pool is None else "BM25 within the data's own lists"
+    source = "BM25" if pool is None else "BM25 of the data's own lists"
     return bm25_candidates(folder, split, queries, pool, depth), source
 
 

@@ -159,7 +159,7 @@ def test_a_file_of_records_is_evaluated_with_its_documents_as_candidates(model, 
     hits = [{"content": "北京是中国的首都", "label": 2}, {"content": "水在一百度时沸腾", "label": 0}]
     write_lines(tmp_path / "dev.jsonl", [{"query": "中国的首都", "hits": hits}])
     assert main(["--model", model, "--data", str(tmp_path / "dev.jsonl"), "--output_dir", str(tmp_path / "o")]) == 0
-    assert "1 queries, 2 pairs; candidates from BM25 within the data's own lists" in capsys.readouterr().out
+    assert "1 queries, 2 pairs; candidates from BM25 of the data's own lists" in capsys.readouterr().out
 
 
 def test_a_mistake_ends_with_one_line_and_code_2(model, tmp_path, capsys):
