@@ -5,6 +5,7 @@ in one way. A query that shares no word with any document has no candidates, but
 whole.
 """
 
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,6 +23,7 @@ def bm25_run(documents: dict[str, str], queries: dict[str, str], pool: Pool | No
     """
     import bm25s
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
     words = chinese_words if is_chinese(documents.values()) else english_words
     index = bm25s.BM25(k1=K1, b=B)
     index.index(words(list(documents.values())), show_progress=False)

@@ -60,7 +60,6 @@ def set_up_logging() -> None:
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("rag_retrieval").setLevel(logging.INFO if main_process else logging.ERROR)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
     import transformers
 
     transformers.logging.set_verbosity_error()

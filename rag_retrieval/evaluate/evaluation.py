@@ -1,7 +1,7 @@
 """`evaluate_reranker`: rerank the candidates of judged queries, measure, compare, calibrate, write it all down.
 
-What a reader would get wrong: scoring is for all processes of a launch together, all else is the main process's.
-What it finds goes to the others, so that the function returns the same on each.
+What a reader would get wrong: scoring is for all processes of a launch together and files are the main process's,
+but figures are computed by each alone, from the same run and seed: sending them would mean sending the corpus.
 """
 
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
             scorer.calibration = calibrate(config, scorer, output_dir, how)
         run = score_candidates(scorer, config.model, data, output_dir / "run.trec", how)
         name, baseline = baseline_run(config, data, output_dir, how)
-        return on_main(lambda: measured(config, data, run, (name, baseline), scorer, output_dir))
+        return measured(config, data, run, (name, baseline), scorer, output_dir)
 
 
 def check(config: EvaluationConfig) -> None:
