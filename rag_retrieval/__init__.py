@@ -10,7 +10,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CrossEncoder": "rag_retrieval.models.cross_encoder",
+    "EvaluationConfig": "rag_retrieval.evaluate.evaluation_config",
     "LLMDecoder": "rag_retrieval.models.llm_decoder",
+    "evaluate_reranker": "rag_retrieval.evaluate.evaluation",
+    "load_reranker": "rag_retrieval.models.load_reranker",
     "score_over_processes": "rag_retrieval.models.process_scoring",
 }
 __all__ = [*_PUBLIC, "__version__"]

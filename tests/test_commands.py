@@ -136,3 +136,12 @@ def test_the_quickstart_prints_the_three_rows_and_examples(tmp_path):
     before = max(float(rows["BM25's order"]), float(rows["the base's embeddings, cosine"]))
     assert float(rows["the trained reranker"]) >= before + 0.05
     assert text.count("query: ") == 3 and str(tmp_path / "quick" / "model") in text
+
+
+def test_the_readme_s_evaluation_runs_and_writes_its_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    (command,) = commands_of(ROOT / "README.md", "rag-retrieval evaluate")
+    options = f"--model {tiny_bert(tmp_path / 'base', head_labels=1)} --output_dir {tmp_path / 'out'}"
+    text = run_command(command, ROOT, options)
+    assert "200 queries, 3,977 pairs" in text and "probabilities, calibrated on stdlib_grouped.dev.jsonl" in text
+    assert (tmp_path / "out" / "report.html").is_file() and (tmp_path / "base" / "calibration.json").is_file()

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_retrieval"
 LEVELS = [
     {"records", "record_files", "record_store", "record_store_build", "record_summary", "metrics", "losses"},
     {"models"},
-    {"train", "infer"},
+    {"train", "infer", "evaluate"},
     {"distill", "mining", "export"},
     {"quickstart"},
     {"cli"},

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.model_files import RerankerSettings, read_settings, resolve_model_path
 from rag_retrieval.models.model_loading import (
     choose_max_length,
@@ -72,7 +73,9 @@ class CrossEncoder(PairScorer):
         tokenizer.model_max_length = max_length  # other libraries truncate by it
         encoder = PairEncoder(tokenizer, template_for(model, tokenizer), max_length)
         settings = RerankerSettings(cls.model_type, max_length)
-        return cls(model, encoder, settings, new_parameters, attn_implementation)
+        scorer = cls(model, encoder, settings, new_parameters, attn_implementation)
+        scorer.calibration = read_calibration(path)
+        return scorer
 
     @property
     def packed_head(self) -> Head | None:

@@ -9,6 +9,7 @@ import os
 
 import torch
 
+from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.model_files import (
     RerankerSettings,
     choose_setting,
@@ -94,7 +95,9 @@ class LLMDecoder(PairScorer):
         max_length = choose_max_length(max_length, saved and saved.max_len, model)
         settings = RerankerSettings(cls.model_type, max_length, **formats)
         encoder = PairEncoder(tokenizer, template, max_length)
-        return cls(model, encoder, settings, new_parameters, attn_implementation)
+        scorer = cls(model, encoder, settings, new_parameters, attn_implementation)
+        scorer.calibration = read_calibration(path)
+        return scorer
 
     @property
     def packed_head(self) -> Head:

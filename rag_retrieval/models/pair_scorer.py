@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from rag_retrieval.models.calibration import CALIBRATION_FILE, Calibration, Probabilities, probabilities_of
 from rag_retrieval.models.device_pool import DevicePool, check_devices, pool_for
 from rag_retrieval.models.model_files import RerankerSettings, write_settings
 from rag_retrieval.models.model_loading import first_position
@@ -33,7 +34,8 @@ class PairScorer(nn.Module):
     the weights, `new_parameters` names the parameters that no checkpoint gave (a fresh head).
     `packing_problem` says why batches of this model are padded; None where they are packed, which is so unless
     the caller named an `attn_implementation` or the family fails the check. `fitting_tokens` is the most that a
-    forward of scoring may hold since one ran out of GPU memory; None where none did.
+    forward of scoring may hold since one ran out of GPU memory; None where none did. `calibration` is what lay
+    beside the weights when they were loaded; further training makes it wrong.
     """
 
     causal: bool  # whether tokens see only what stands before them, so that pairs of a query can share it
@@ -52,6 +54,7 @@ class PairScorer(nn.Module):
         self.settings = settings
         self.new_parameters = new_parameters
         self.fitting_tokens: int | None = None
+        self.calibration: Calibration | None = None
         self._device_pool: DevicePool | None = None
         # a new module starts in train mode, but from_pretrained leaves the Hugging Face model in eval mode
         self.training = model.training
@@ -157,6 +160,23 @@ class PairScorer(nn.Module):
                 scores = self._device_pool.score(pairs, options, bar)
         return scores.sigmoid() if normalize else scores
 
+    def probabilities(
+        self,
+        pairs: Sequence[Sequence[str]] | Sequence[str],
+        batch_size: int = 256,
+        max_length: int | None = None,
+        show_progress_bar: bool | None = None,
+        devices: Sequence[str | torch.device] | None = None,
+        precision: Precision | None = None,
+    ) -> Probabilities:
+        """How probably each document is relevant, by the calibration of the model where it has one; the result
+        says whether. Without one they are sigmoids of the scores, as `compute_score(normalize=True)` gives them.
+        Options as for `compute_score`."""
+        scores = self.compute_score(
+            pairs, batch_size, max_length, show_progress_bar=show_progress_bar, devices=devices, precision=precision
+        )
+        return probabilities_of(scores, self.calibration)
+
     def close(self) -> None:
         """End the processes that `compute_score(devices=...)` started; a later call starts new ones.
 
@@ -175,8 +195,10 @@ class PairScorer(nn.Module):
         """Write a plain Hugging Face folder (safetensors, config, tokenizer) plus `reranker_config.json`.
 
         state_dict: weights of the Hugging Face model, where an engine has gathered them; default its own.
+        A calibration is not written, and one that lies in the folder is removed: the weights may be others.
         """
         folder = Path(folder)
+        (folder / CALIBRATION_FILE).unlink(missing_ok=True)
         # Without this, sentence-transformers would apply a sigmoid that saturates after listwise training
         self.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
         self.model.save_pretrained(folder, state_dict=state_dict)

@@ -1,56 +1,20 @@
-import gzip
 import json
 import math
 import sys
 from pathlib import Path
 
 import pytest
+from beir_samples import write, write_lines, write_toy
 from tiny_models import tiny_bert
 
 # the scripts import each other by bare name, as Python runs them
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import beir
 import quality
 import quality_trainers
 
-TOPICS = ("apple", "river", "engine", "planet", "violin", "harbor", "desert", "copper", "window", "falcon")
-SPLITS = {"train": range(8), "test": range(8, 12)}
-
-
-def write(path: Path, text: str) -> None:
-    """Through gzip where the name says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-
-
-def write_lines(path: Path, entries: list[dict]) -> None:
-    write(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
-
-
-def write_toy(root: Path, ending: str = "") -> Path:
-    """12 queries with 6 documents each. Of q3 d3-0 is relevant; BM25 lists five and puts it third."""
-    documents, queries = [], []
-    for query in range(12):
-        topic = TOPICS[query % len(TOPICS)]
-        queries.append({"_id": f"q{query}", "text": f"where is {topic} {query}"})
-        for document in range(6):
-            title = topic if document else ""
-            text = f"{topic} text {document}"
-            documents.append({"_id": f"d{query}-{document}", "title": title, "text": text})
-    write_lines(root / f"corpus.jsonl{ending}", documents)
-    write_lines(root / f"queries.jsonl{ending}", queries)
-    for split, members in SPLITS.items():
-        qrels = "".join(f"q{query}\td{query}-0\t1\n" for query in members)
-        write(root / f"qrels/{split}.tsv", "query-id\tcorpus-id\tscore\n" + qrels)
-        run = "".join(
-            f"q{query}\td{query}-{document}\t{9 - place}\n"
-            for query in members
-            for place, document in enumerate((1, 2, 0, 3, 4))
-        )
-        write(root / f"runs/bm25.{split}.tsv{ending}", run)
-    return root
+from rag_retrieval.evaluate.beir_folder import read_folder
+from rag_retrieval.evaluate.ranking_data import bm25_candidates
 
 
 @pytest.fixture
@@ -58,109 +22,11 @@ def toy(tmp_path):
     return write_toy(tmp_path / "toy")
 
 
-# --- reading ---
-
-
-@pytest.mark.parametrize("ending", ["", ".gz"])
-def test_plain_and_gzip_files_are_read_alike(tmp_path, ending):
-    root = write_toy(tmp_path, ending)
-    folder = beir.read_folder(root)
-    assert folder.queries["q3"] == "where is planet 3"
-    assert folder.documents["d3-1"] == "planet planet text 1"  # title, space, text
-    assert folder.documents["d3-0"] == "planet text 0"  # no title, no space
-    assert beir.read_qrels(folder, "test") == {f"q{query}": {f"d{query}-0": 1} for query in range(8, 12)}
-    run = beir.bm25_candidates(folder, "test", ["q8"], depth=3)
-    assert run == {"q8": {"d8-1": 9.0, "d8-2": 8.0, "d8-0": 7.0}}
-
-
-def test_a_judged_pool_limits_the_candidates(toy):
-    write(toy / "candidates.test.tsv", "query-id\tcorpus-id\nq8\td8-0\nq8\td8-4\n")
-    run = beir.bm25_candidates(beir.read_folder(toy), "test", ["q8"], depth=20)
-    assert list(run["q8"]) == ["d8-0", "d8-4"]
-
-
-def test_without_a_run_file_bm25_is_computed_and_finds_the_shared_words(toy):
-    pytest.importorskip("bm25s")
-    pytest.importorskip("Stemmer")
-    (toy / "runs/bm25.test.tsv").unlink()
-    run = beir.bm25_candidates(beir.read_folder(toy), "test", ["q8"], depth=4)
-    # "windows" and "window" have one stem; documents without the word are not listed
-    assert len(run["q8"]) == 4 and all(document.startswith("d8-") for document in run["q8"])
-    assert list(run["q8"].values()) == sorted(run["q8"].values(), reverse=True)
-
-
-def test_a_computed_bm25_ranks_the_whole_pool_even_without_a_shared_word(toy):
-    pytest.importorskip("bm25s")
-    pytest.importorskip("Stemmer")
-    (toy / "runs/bm25.test.tsv").unlink()
-    write(toy / "candidates.test.tsv", "query-id\tcorpus-id\nq8\td1-0\nq8\td8-4\n")
-    run = beir.bm25_candidates(beir.read_folder(toy), "test", ["q8"], depth=20)
-    assert list(run["q8"]) == ["d8-4", "d1-0"] and run["q8"]["d1-0"] == 0
-
-
-def test_chinese_is_told_from_english_and_cut_into_words():
-    pytest.importorskip("jieba")
-    assert beir.is_chinese(["北京是中国的首都", "今天 weather"])
-    assert not beir.is_chinese(["Peking (北京) is a city"])
-    assert "首都" in beir.chinese_words(["北京是中国的首都"])[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("qrels/test.tsv", "q8\td8-0\n", r"test.tsv:1: found 2 columns.*expected query-id, corpus-id, grade"),
-        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq99\td8-0\t1\n", "test.tsv:2: .*no query 'q99'"),
-        ("corpus.jsonl", '{"_id": "d"}\n', "corpus.jsonl:1: expected a JSON object"),
-    ],
-)
-def test_a_bad_line_is_named_with_its_file(toy, name, text, message):
-    write(toy / name, text)
-    with pytest.raises(ValueError, match=message):
-        beir.read_qrels(beir.read_folder(toy), "test")
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="neither corpus.jsonl nor corpus.jsonl.gz"):
-        beir.read_folder(tmp_path)
-
-
-# --- figures ---
-
-
-def test_figures_equal_values_by_hand():
-    qrels = {"a": {"x": 2, "y": 1, "z": 0}, "b": {"u": 1}}
-    run = {"a": {"z": 3.0, "y": 2.0, "x": 1.0}, "b": {"u": 1.0, "v": 0.5}}
-    figures = beir.measure(qrels, run)
-    ndcg_a = (1 / math.log2(3) + 2 / math.log2(4)) / (2 / math.log2(2) + 1 / math.log2(3))
-    assert figures["ndcg@10"] == pytest.approx((ndcg_a + 1) / 2)
-    assert figures["mrr@10"] == pytest.approx((1 / 2 + 1) / 2)
-    assert figures["map"] == pytest.approx(((1 / 2 + 2 / 3) / 2 + 1) / 2)
-
-
-def test_a_relevant_document_that_the_list_lacks_lowers_the_figures_and_the_ceiling():
-    run = {"a": {"x": 2.0, "w": 1.0}}
-    missed = {"a": {"x": 1, "elsewhere": 1}}
-    assert beir.measure({"a": {"x": 1}}, run)["ndcg@10"] == 1
-    ceiling = beir.measure(missed, beir.perfect_run(missed, run))
-    assert ceiling["ndcg@10"] == pytest.approx(1 / (1 + 1 / math.log2(3)))
-    assert ceiling["map"] == pytest.approx(1 / 2)
-
-
-def test_a_query_without_candidates_counts_zero():
-    assert beir.measure({"a": {"x": 1}, "b": {"u": 1}}, {"a": {"x": 1.0}, "b": {}})["mrr@10"] == 0.5
-
-
-def test_the_ceiling_is_the_best_of_all_orders():
-    qrels, candidates = {"a": {"x": 1, "y": 3}}, {"a": {"w": 3.0, "x": 2.0, "y": 1.0}}
-    assert beir.perfect_run(qrels, candidates) == {"a": {"w": 0.0, "x": 1.0, "y": 3.0}}
-    assert beir.measure(qrels, beir.perfect_run(qrels, candidates))["ndcg@10"] == 1
-
-
 # --- records ---
 
 
 def test_no_negative_is_judged_relevant_and_all_come_from_the_top(toy):
-    folder = beir.read_folder(toy)
+    folder = read_folder(toy)
     records = quality.training_records(folder, count=8, negatives=3, depth=4, seed=0)
     assert len(records) == 8
     for record in records:
@@ -171,14 +37,14 @@ def test_no_negative_is_judged_relevant_and_all_come_from_the_top(toy):
 
 
 def test_records_are_drawn_with_the_seed_and_fewer_are_the_first_of_more(toy):
-    folder = beir.read_folder(toy)
+    folder = read_folder(toy)
     drawn = quality.training_records(folder, count=8, negatives=2, depth=5, seed=1)
     assert drawn == quality.training_records(folder, count=8, negatives=2, depth=5, seed=1)
     assert drawn[:3] == quality.training_records(folder, count=3, negatives=2, depth=5, seed=1)
 
 
 def test_another_seed_draws_other_queries_and_other_negatives(toy):
-    folder = beir.read_folder(toy)
+    folder = read_folder(toy)
     first, second = (quality.training_records(folder, 8, negatives=2, depth=5, seed=seed) for seed in (1, 2))
     assert [record["query"] for record in first] != [record["query"] for record in second]
     negatives = [{record["query"]: set(record["neg"]) for record in records} for records in (first, second)]
@@ -188,13 +54,13 @@ def test_another_seed_draws_other_queries_and_other_negatives(toy):
 def test_a_query_whose_candidates_are_all_relevant_gives_no_record(toy):
     relevant = "".join(f"q0\td0-{document}\t1\n" for document in range(5))
     write(toy / "qrels/train.tsv", "query-id\tcorpus-id\tscore\n" + relevant + "q1\td1-0\t1\n")
-    records = quality.training_records(beir.read_folder(toy), count=8, negatives=3, depth=5, seed=0)
+    records = quality.training_records(read_folder(toy), count=8, negatives=3, depth=5, seed=0)
     assert [record["query"] for record in records] == ["where is river 1"]
 
 
 def test_a_grade_of_zero_is_a_negative_and_not_a_positive(toy):
     write(toy / "qrels/train.tsv", "query-id\tcorpus-id\tscore\nq0\td0-1\t0\nq0\td0-2\t2\n")
-    (record,) = quality.training_records(beir.read_folder(toy), count=8, negatives=1, depth=2, seed=0)
+    (record,) = quality.training_records(read_folder(toy), count=8, negatives=1, depth=2, seed=0)
     assert (record["pos"], record["neg"]) == (["apple apple text 2"], ["apple apple text 1"])
 
 
@@ -206,8 +72,8 @@ def test_the_test_queries_are_the_same_for_every_run():
 
 
 def test_scores_return_to_the_pairs_they_were_computed_for(toy):
-    folder = beir.read_folder(toy)
-    candidates = beir.bm25_candidates(folder, "test", ["q8", "q9"], depth=2)
+    folder = read_folder(toy)
+    candidates = bm25_candidates(folder, "test", ["q8", "q9"], None, depth=2)
     pairs = quality.pairs_of(folder, candidates)
     assert pairs[2] == ("where is falcon 9", "falcon falcon text 1")
     run = quality.reranked(candidates, [0.1, 0.2, 0.3, 0.4])
@@ -235,7 +101,7 @@ def our_pairs(records: list[dict], folder: Path, grouped: bool) -> list[tuple[st
 
 
 def test_both_trainers_get_the_same_pairs_and_labels(toy, tmp_path):
-    records = quality.training_records(beir.read_folder(toy), count=8, negatives=3, depth=5, seed=0)
+    records = quality.training_records(read_folder(toy), count=8, negatives=3, depth=5, seed=0)
     rows = quality_trainers.pair_rows(records)
     flat = [(row["query"], row["document"], row["label"]) for row in rows]
     grouped = [
@@ -378,7 +244,7 @@ def test_both_trainers_compute_the_same_loss_from_the_same_scores(tmp_path, toy,
 
     from rag_retrieval.losses import LOSSES
 
-    records = quality.training_records(beir.read_folder(toy), count=8, negatives=3, depth=5, seed=0)
+    records = quality.training_records(read_folder(toy), count=8, negatives=3, depth=5, seed=0)
     model = CrossEncoder(tiny_bert(tmp_path / "base"), num_labels=1, max_length=32).eval()
     rows = quality_trainers.pair_rows(records)
     pairs = [(row["query"], row["document"]) for row in rows]

@@ -1,0 +1,1 @@
+"""How well a reranker ranks: data with judgments, scores, figures, comparisons, calibration, report."""

@@ -1,0 +1,213 @@
+"""`evaluate_reranker`: rerank the candidates of judged queries, measure, compare, calibrate, write it all down.
+
+What a reader would get wrong: scoring is for all processes of a launch together and files are the main process's,
+but figures are computed by each alone, from the same run and seed: sending them would mean sending the corpus.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from sys import maxsize
+
+import numpy as np
+
+from rag_retrieval.evaluate.beir_folder import Run
+from rag_retrieval.evaluate.calibration_fit import (
+    calibrated,
+    calibration_error,
+    fit_calibration,
+    log_loss,
+    scored_pairs,
+)
+from rag_retrieval.evaluate.candidate_scoring import HowToScore, score_candidates
+from rag_retrieval.evaluate.comparison import Comparison, compare
+from rag_retrieval.evaluate.evaluation_config import EvaluationConfig
+from rag_retrieval.evaluate.measures import PerQuery, measure_queries, perfect_run
+from rag_retrieval.evaluate.moves import QueryChange, largest_changes
+from rag_retrieval.evaluate.processes import on_main, own_device, process_group
+from rag_retrieval.evaluate.ranking_data import BM25, RankingData, read_ranking_data
+from rag_retrieval.models.calibration import Calibration, write_calibration
+from rag_retrieval.models.load_reranker import load_reranker
+from rag_retrieval.models.model_files import PACKAGE_PREFIX
+from rag_retrieval.models.pair_encoding import PairEncoder
+from rag_retrieval.models.pair_scorer import PairScorer
+
+SAMPLE = 5000  # pairs whose tokens are counted
+
+
+@dataclass(frozen=True)
+class System:
+    """One ranking of the queries: what it is called, its scores, and its figures per query."""
+
+    name: str
+    run: Run
+    per_query: PerQuery
+
+
+@dataclass(frozen=True)
+class ProbabilityFigures:
+    """Of the model's probabilities on the measured pairs: log loss in nats and expected calibration error, raw (the
+    sigmoid of the score) and with the calibration, which is None where the model has none."""
+
+    calibration: Calibration | None
+    raw_log_loss: float
+    raw_error: float
+    log_loss: float | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """before: the baseline. after: the model. ceiling: a perfect reranker of the model's candidates.
+
+    comparisons: of before and after, for each measure; none for a single query. changes: (gained, lost) most by the
+    first measure. token_lengths: int, of a sample of the pairs, before they are cut at max_len tokens.
+    """
+
+    config: EvaluationConfig
+    data: RankingData
+    before: System
+    after: System
+    ceiling: System
+    comparisons: list[Comparison]
+    changes: tuple[list[QueryChange], list[QueryChange]]
+    probabilities: ProbabilityFigures
+    token_lengths: np.ndarray
+    max_len: int
+    output_dir: Path
+
+    def relevant(self, query: str) -> int:
+        """The number of relevant documents of a query, among its candidates or not."""
+        return sum(grade >= self.config.relevant_from for grade in self.data.qrels[query].values())
+
+
+def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
+    """Score the candidates of `config.data` with `config.model`, measure, and compare with the baseline.
+
+    Under `accelerate launch` every process calls it. Scores go to `config.output_dir` as they come; the same call
+    after a kill goes on. Raises ValueError for a model, data or files that cannot be used.
+    """
+    with process_group():
+        check(config)
+        data = read_ranking_data(config.data, config.split, config.candidates, config.depth)
+        output_dir = Path(config.output_dir or default_output_dir(config.model, data.name))
+        on_main(lambda: output_dir.mkdir(parents=True, exist_ok=True))
+        scorer = load_reranker(config.model, config.max_len).to(own_device())
+        how = HowToScore(config.batch_size, config.precision)
+        if config.calibrate is not None:
+            scorer.calibration = calibrate(config, scorer, output_dir, how)
+        run = score_candidates(scorer, config.model, data, output_dir / "run.trec", how)
+        name, baseline = baseline_run(config, data, output_dir, how)
+        return measured(config, data, run, (name, baseline), scorer, output_dir)
+
+
+def check(config: EvaluationConfig) -> None:
+    """Raises ValueError for what can be told before anything is loaded."""
+    if config.calibrate is None:
+        return
+    folder = Path(config.model)
+    if config.model.startswith(PACKAGE_PREFIX) or not folder.is_dir():
+        raise ValueError(
+            f"calibrate: the calibration is saved with the model, and {config.model} is no folder of yours."
+        )
+    measured_on = (config.split, config.data) if Path(config.data).is_dir() else (config.data,)
+    if config.calibrate in measured_on:
+        raise ValueError(f"calibrate: {config.calibrate} is measured on; fit on other queries, such as a dev split.")
+
+
+def default_output_dir(model: str, data_name: str) -> Path:
+    """runs/evaluate/MODEL-DATA; a run's model is called by its run: runs/my/model is `my`."""
+    parts = [part for part in Path(model.removeprefix(PACKAGE_PREFIX)).parts if part not in ("/", "model")]
+    return Path("runs") / "evaluate" / "-".join([parts[-1] if parts else "model", *data_name.split()])
+
+
+def calibrate(config: EvaluationConfig, scorer: PairScorer, output_dir: Path, how: HowToScore) -> Calibration:
+    """Fit on the candidates of `config.calibrate` and save in the model's folder."""
+    split, path = config.calibrate, config.data
+    if not Path(path).is_dir():
+        split, path = config.split, config.calibrate
+    data = read_ranking_data(path, split, BM25, config.depth)
+    run = score_candidates(scorer, config.model, data, output_dir / "calibration.trec", how)
+
+    def fit_and_save() -> Calibration:
+        scores, relevant = scored_pairs(run, data.qrels, config.relevant_from)
+        calibration = fit_calibration(scores, relevant, data.name)
+        write_calibration(Path(config.model), calibration)
+        return calibration
+
+    return on_main(fit_and_save)
+
+
+def baseline_run(config: EvaluationConfig, data: RankingData, output_dir: Path, how: HowToScore) -> tuple[str, Run]:
+    """What the model is compared with: its name and its run."""
+    if config.baseline is None:
+        return data.source, data.candidates
+    if config.baseline == BM25 or Path(config.baseline).is_file():
+        depth = config.depth if config.baseline == BM25 else maxsize
+        other = read_ranking_data(config.data, config.split, config.baseline, depth)
+        return other.source, other.candidates
+    scorer = load_reranker(config.baseline, config.max_len).to(own_device())
+    return config.baseline, score_candidates(scorer, config.baseline, data, output_dir / "baseline.trec", how)
+
+
+def measured(
+    config: EvaluationConfig,
+    data: RankingData,
+    run: Run,
+    baseline: tuple[str, Run],
+    scorer: PairScorer,
+    output_dir: Path,
+) -> Evaluation:
+    """All figures of two runs."""
+    before, after, ceiling = (
+        System(name, ranking, measure_queries(data.qrels, ranking, config.measures, config.relevant_from))
+        for name, ranking in (
+            baseline,
+            (config.model, run),
+            ("a perfect order", perfect_run(data.qrels, data.candidates)),
+        )
+    )
+    several = len(data.qrels) > 1
+    comparisons = compare(before.per_query, after.per_query, config.significance, config.seed) if several else []
+    first = config.measures[0]
+    changes = largest_changes(data, before.per_query, after.per_query, (before.run, after.run), first)
+    probabilities = probability_figures(*scored_pairs(run, data.qrels, config.relevant_from), scorer.calibration)
+    return Evaluation(
+        config=config,
+        data=data,
+        before=before,
+        after=after,
+        ceiling=ceiling,
+        comparisons=comparisons,
+        changes=changes,
+        probabilities=probabilities,
+        token_lengths=token_lengths(scorer.pair_encoder, data),
+        max_len=scorer.pair_encoder.max_length,
+        output_dir=output_dir,
+    )
+
+
+def token_lengths(encoder: PairEncoder, data: RankingData) -> np.ndarray:
+    """Tokens of at most about `SAMPLE` pairs evenly from all, before they are cut: int, [pairs]."""
+    places = [(query, document) for query, documents in data.candidates.items() for document in documents]
+    sample = places[:: max(1, len(places) // SAMPLE)]
+    queries = encoder.query_ids([data.queries[query] for query, _ in sample])
+    documents = encoder.document_ids([data.documents[document] for _, document in sample])
+    return np.array([encoder.untruncated_length(*pair) for pair in zip(queries, documents, strict=True)])
+
+
+def probability_figures(
+    scores: np.ndarray, relevant: np.ndarray, calibration: Calibration | None
+) -> ProbabilityFigures:
+    """scores: [pairs], float64; relevant: [pairs], bool."""
+    raw = calibrated(scores, None)
+    figures = ProbabilityFigures(calibration, log_loss(raw, relevant), calibration_error(raw, relevant), None, None)
+    if calibration is None:
+        return figures
+    values = calibrated(scores, calibration)
+    return ProbabilityFigures(
+        calibration,
+        figures.raw_log_loss,
+        figures.raw_error,
+        log_loss(values, relevant),
+        calibration_error(values, relevant),
+    )

@@ -1,0 +1,79 @@
+"""Runs as files: what a system ranked for each query, with its scores.
+
+    query Q0 document rank score name     TREC, columns between spaces or tabs
+    query document score                  three columns between tabs
+
+Both may be gzipped. The trap: the rank column is not read. As in trec_eval, the scores alone give the order.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from rag_retrieval.evaluate.beir_folder import Run, open_text
+
+
+def read_run(path: str | Path) -> Run:
+    """Scores by query and document. Raises ValueError with file and line for a line that is neither format, a
+    score that is no finite number, or a document twice for one query."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a TREC run file.")
+    run: Run = {}
+    with open_text(path) as file:
+        for line, text in enumerate(file, start=1):
+            fields = text.split()
+            if not fields or (line == 1 and fields[0] == "query-id"):
+                continue
+            query, document, score = _columns(fields, path, line)
+            documents = run.setdefault(query, {})
+            if document in documents:
+                raise ValueError(f"{path}:{line}: document {document!r} stands twice for query {query!r}; keep one.")
+            documents[document] = _score(score, path, line)
+    if not run:
+        raise ValueError(f"{path}: found no line of a run; expected query, Q0, document, rank, score, name.")
+    return run
+
+
+def _columns(fields: list[str], path: Path, line: int) -> tuple[str, str, str]:
+    if len(fields) == 6:
+        return fields[0], fields[2], fields[4]
+    if len(fields) == 3:
+        return fields[0], fields[1], fields[2]
+    expected = "expected six (query Q0 document rank score name) or three (query document score)"
+    raise ValueError(f"{path}:{line}: found {len(fields)} columns; {expected}.")
+
+
+def _score(text: str, path: Path, line: int) -> float:
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"{path}:{line}: the score is {text!r}; expected a finite number.")
+    return score
+
+
+def write_run(path: Path, run: Run, name: str) -> None:
+    """A TREC run file, whole or not at all. Scores keep every digit.
+
+    name: of the system, for the last column; its spaces become underscores. Documents stand by falling score and
+    those of equal score as trec_eval takes them (`trec_order`), so that the ranks are those that are measured.
+    """
+    label = "_".join(name.split()) or "run"
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        for query, scores in run.items():
+            for rank, document in enumerate(trec_order(scores), start=1):
+                file.write(f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n")
+    os.replace(aside, path)
+
+
+def trec_order(scores: dict[str, float]) -> list[str]:
+    """Documents in the order in which trec_eval ranks them: score falling, then id falling, as texts.
+
+    trec_eval keeps scores in float32, so scores that differ only beyond it are equal here too.
+    """
+    return sorted(scores, key=lambda document: (np.float32(scores[document]), document.encode()), reverse=True)

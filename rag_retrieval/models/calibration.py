@@ -1,0 +1,80 @@
+"""A temperature and a bias that turn scores into probabilities, in a file of its own beside the weights.
+
+The trap: it belongs to these very weights. It is no part of the settings that a model carries along, so a model
+that is trained further is saved without it, and `save_pretrained` removes the one that lay in the folder.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import cached_file
+
+CALIBRATION_FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """probability = sigmoid(score / temperature + bias). temperature: above 0.
+
+    data, pairs: what it was fitted on. It holds for candidates found as those were, since their share of relevant
+    documents is part of it.
+    """
+
+    temperature: float
+    bias: float
+    data: str
+    pairs: int
+
+    def apply(self, scores: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(scores / self.temperature + self.bias)
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """values: [pairs], float32, in [0, 1]. calibration: what they were made with; None for the plain sigmoid."""
+
+    values: torch.Tensor
+    calibration: Calibration | None
+
+    @property
+    def calibrated(self) -> bool:
+        return self.calibration is not None
+
+
+def probabilities_of(scores: torch.Tensor, calibration: Calibration | None) -> Probabilities:
+    return Probabilities(calibration.apply(scores) if calibration else scores.sigmoid(), calibration)
+
+
+def read_calibration(model_path: str) -> Calibration | None:
+    """What was saved beside a model, from a folder or the hub; None without. ValueError for a damaged file."""
+    path = cached_file(
+        model_path,
+        CALIBRATION_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if path is None:
+        return None
+    try:
+        calibration = Calibration(**json.loads(Path(path).read_text(encoding="utf-8")))
+        usable = calibration.temperature > 0 and math.isfinite(calibration.temperature + calibration.bias)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a calibration of this library ({error}); delete it or calibrate anew") from error
+    if not usable:
+        raise ValueError(
+            f"{path}: found temperature {calibration.temperature} and bias {calibration.bias}; expected a positive and "
+            "a finite number: delete it or calibrate anew"
+        )
+    return calibration
+
+
+def write_calibration(folder: Path, calibration: Calibration) -> None:
+    """Beside the weights in `folder`, whole or not at all."""
+    aside = folder / f"{CALIBRATION_FILE}.tmp"
+    aside.write_text(json.dumps(asdict(calibration), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, folder / CALIBRATION_FILE)

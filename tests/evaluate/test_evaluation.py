@@ -1,0 +1,186 @@
+"""Whole evaluations on a toy folder with a tiny model of random weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from beir_samples import write_lines, write_toy
+
+from rag_retrieval import EvaluationConfig, evaluate_reranker, load_reranker
+from rag_retrieval.evaluate import candidate_scoring
+from rag_retrieval.evaluate.evaluate_command import main
+from rag_retrieval.evaluate.measures import measure
+from rag_retrieval.evaluate.run_files import read_run
+from rag_retrieval.models.calibration import read_calibration
+
+pytest.importorskip("bm25s")
+pytest.importorskip("ir_measures")
+pytest.importorskip("scipy")
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return write_toy(tmp_path / "toy")
+
+
+@pytest.fixture
+def model(load_tiny, tmp_path):
+    load_tiny("bert").save_pretrained(tmp_path / "bert" / "model")
+    return str(tmp_path / "bert" / "model")
+
+
+@pytest.fixture
+def config(toy, model, tmp_path):
+    return EvaluationConfig(model=model, data=str(toy), depth=4, output_dir=str(tmp_path / "out"))
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The number of pairs that each call scored."""
+    counts, real = [], candidate_scoring.score_over_processes
+
+    def counting(scorer, pairs, *arguments, **options):
+        counts.append(len(pairs))
+        return real(scorer, pairs, *arguments, **options)
+
+    monkeypatch.setattr(candidate_scoring, "score_over_processes", counting)
+    return counts
+
+
+def test_the_run_has_the_model_s_scores_of_the_candidates(config, toy):
+    found = evaluate_reranker(config)
+    documents = ["d8-1", "d8-2", "d8-0", "d8-3"]  # of the folder's BM25 run, to depth 4
+    texts = [found.data.documents[document] for document in documents]
+    scores = load_reranker(config.model).compute_score([["where is window 8", text] for text in texts])
+    assert found.after.run["q8"] == pytest.approx(dict(zip(documents, scores.tolist(), strict=True)), abs=1e-5)
+    assert read_run(found.output_dir / "run.trec") == found.after.run
+    wanted = measure(found.data.qrels, found.after.run)
+    assert {row.measure: row.after for row in found.comparisons[:3]} == pytest.approx(wanted)
+    assert found.before.name == "BM25" and set(found.before.per_query["mrr@10"].values()) == {1 / 3}
+
+
+def test_a_run_that_is_cut_off_goes_on_where_it_stopped_and_gives_the_same(config, scored, monkeypatch, tmp_path):
+    monkeypatch.setattr(candidate_scoring, "PART_PAIRS", {"cpu": 5})  # two queries of four documents
+    whole = evaluate_reranker(config)
+    assert scored == [8, 8]
+    cut = config.model_copy(update={"output_dir": str(tmp_path / "cut")})
+    real, written = candidate_scoring.write_run, []
+
+    def one_and_no_more(file, *arguments):
+        if written:
+            raise KeyboardInterrupt
+        written.append(file)
+        real(file, *arguments)
+
+    monkeypatch.setattr(candidate_scoring, "write_run", one_and_no_more)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_reranker(cut)
+    assert written[0].is_file() and not (tmp_path / "cut" / "run.trec").exists()
+    monkeypatch.setattr(candidate_scoring, "write_run", real)
+    scored.clear()
+    again = evaluate_reranker(cut)
+    assert scored == [8] and again.after.run == whole.after.run
+    assert not (tmp_path / "cut" / "run.trec.parts").exists()
+
+
+def test_a_finished_run_is_taken_again_until_weights_or_candidates_change(config, scored, load_tiny):
+    first = evaluate_reranker(config)
+    assert evaluate_reranker(config).after.run == first.after.run and len(scored) == 1
+    scorer = load_tiny("bert")
+    scorer.model.classifier.bias.data += 1
+    scorer.save_pretrained(config.model)
+    changed = evaluate_reranker(config)
+    assert scored == [16, 16] and changed.after.run["q8"]["d8-1"] == pytest.approx(first.after.run["q8"]["d8-1"] + 1)
+    evaluate_reranker(config.model_copy(update={"depth": 3}))
+    assert scored == [16, 16, 12]
+
+
+def test_a_model_is_compared_with_bm25_a_run_file_or_another_model(config, load_tiny, tmp_path):
+    other = load_tiny("qwen2")
+    other.save_pretrained(tmp_path / "other")
+    against_model = evaluate_reranker(config.model_copy(update={"baseline": str(tmp_path / "other")}))
+    file = against_model.output_dir / "baseline.trec"
+    assert read_run(file) == against_model.before.run != against_model.after.run
+    (tmp_path / "kept.trec").write_text(file.read_text())
+    against_file = evaluate_reranker(config.model_copy(update={"baseline": str(tmp_path / "kept.trec")}))
+    assert against_file.comparisons == against_model.comparisons
+    against_bm25 = evaluate_reranker(config.model_copy(update={"candidates": str(file), "baseline": "bm25"}))
+    assert against_bm25.before.name == "BM25" and against_bm25.data.source == "baseline.trec"
+
+
+def test_a_calibration_is_fitted_on_one_split_saved_and_used_on_another(config, toy):
+    (toy / "qrels/dev.tsv").write_text((toy / "qrels/train.tsv").read_text())
+    (toy / "runs/bm25.dev.tsv").write_text((toy / "runs/bm25.train.tsv").read_text())
+    try:
+        found = evaluate_reranker(config.model_copy(update={"calibrate": "dev"})).probabilities
+    except ValueError as refused:  # random weights may score relevant documents lower
+        pytest.fail(f"choose another tiny model: {refused}")
+    assert found.calibration.data == "toy dev" and found.calibration.pairs == 32
+    assert read_calibration(config.model) == found.calibration
+    later = evaluate_reranker(config).probabilities
+    assert later == found and later.log_loss < later.raw_log_loss
+
+
+def test_calibration_on_what_is_measured_or_without_a_folder_is_refused(config):
+    with pytest.raises(ValueError, match="calibrate: test is measured on; fit on other queries"):
+        evaluate_reranker(config.model_copy(update={"calibrate": "test"}))
+    with pytest.raises(ValueError, match="saved with the model, and package:x is no folder of yours"):
+        evaluate_reranker(config.model_copy(update={"calibrate": "dev", "model": "package:x"}))
+
+
+def test_scores_that_are_not_finite_are_refused_with_their_query(config, load_tiny):
+    scorer = load_tiny("bert")
+    scorer.model.classifier.bias.data += float("nan")
+    scorer.save_pretrained(config.model)
+    with pytest.raises(ValueError, match="the score of query 'q8' with document 'd8-1' is nan"):
+        evaluate_reranker(config)
+
+
+def test_the_command_prints_the_table_and_writes_per_query_results(config, toy, tmp_path, capsys):
+    arguments = ["--model", config.model, "--data", str(toy), "--depth", "4", "--output_dir", str(tmp_path / "out")]
+    assert main([*arguments, "--measures", "ndcg@10,p@1"]) == 0
+    printed = capsys.readouterr().out
+    assert "toy test: 4 queries, 16 pairs; candidates from BM25" in printed
+    assert "paired randomization test" in printed and "probabilities, not calibrated" in printed
+    rows = [json.loads(line) for line in (tmp_path / "out/per_query.jsonl").read_text().splitlines()]
+    assert [row["query_id"] for row in rows] == ["q8", "q9", "q10", "q11"]
+    assert rows[0]["baseline"] == {"ndcg@10": 0.5, "p@1": 0.0} and rows[0]["relevant"] == 1
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["model"]["ndcg@10"] == pytest.approx(sum(row["ndcg@10"] for row in rows) / 4)
+    assert result["ceiling"]["ndcg@10"] == 1.0 and result["config"]["depth"] == 4
+
+
+def test_a_file_of_records_is_evaluated_with_its_documents_as_candidates(model, tmp_path, capsys):
+    hits = [{"content": "北京是中国的首都", "label": 2}, {"content": "水在一百度时沸腾", "label": 0}]
+    write_lines(tmp_path / "dev.jsonl", [{"query": "中国的首都", "hits": hits}])
+    assert main(["--model", model, "--data", str(tmp_path / "dev.jsonl"), "--output_dir", str(tmp_path / "o")]) == 0
+    assert "1 queries, 2 pairs; candidates from BM25 of the data's own lists" in capsys.readouterr().out
+
+
+def test_a_mistake_ends_with_one_line_and_code_2(model, tmp_path, capsys):
+    assert main(["--model", model, "--data", str(tmp_path / "gone")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(config, toy, tmp_path):
+    alone = evaluate_reranker(config)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "rag_retrieval.cli"]
+    options = ["--model", config.model, "--data", str(toy), "--depth", "4", "--output_dir", str(tmp_path / "two")]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [*launch, "evaluate", *options],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    two = read_run(tmp_path / "two" / "run.trec")
+    for query, scores in alone.after.run.items():
+        assert two[query] == pytest.approx(scores, abs=1e-5)

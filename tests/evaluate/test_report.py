@@ -1,0 +1,87 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from beir_samples import write, write_toy
+
+from rag_retrieval.evaluate.evaluate_command import main
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("bm25s")
+pytest.importorskip("ir_measures")
+pytest.importorskip("scipy")
+
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Open tags, images and texts of a page; fails where tags do not close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.texts, self.addresses = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.addresses += [values[name] for name in ("src", "href") if name in values]
+        if tag == "img":
+            self.images.append(values["alt"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, model_folders):
+    """An evaluation with its report: a run's model, a query with markup, and Chinese."""
+    root = tmp_path_factory.mktemp("report")
+    toy = write_toy(root / "toy")
+    queries = [json.loads(line) for line in (toy / "queries.jsonl").read_text().splitlines()]
+    queries[8]["text"], queries[9]["text"] = "<b>window & 8</b>", "北京在哪里"
+    write(toy / "queries.jsonl", "".join(json.dumps(query) + "\n" for query in queries))
+    lines = [
+        {"step": 1, "kind": "train", "loss": 2.0, "lr": 0.1},
+        {"step": 1, "kind": "eval", "loss": 1.0, "map": 0.5},
+    ]
+    write(root / "run" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--data", str(toy), "--training_run", str(root / "run"), "--output_dir", str(root / "out"), "--report"]
+    assert main(["--model", model_folders["bert"], *options]) == 0
+    return root / "out"
+
+
+def test_the_page_holds_every_figure_and_loads_nothing(out):
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    assert page.images == ["gains", "training", "scores", "reliability", "grades", "tokens"]
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not re.search(r"<script|@import|url\(", (out / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_figure_is_a_png_file_too(out):
+    files = sorted(path.name for path in (out / "figures").iterdir())
+    assert files == ["gains.png", "grades.png", "reliability.png", "scores.png", "tokens.png", "training.png"]
+    assert all((out / "figures" / name).read_bytes().startswith(b"\x89PNG") for name in files)
+
+
+def test_texts_of_the_data_are_shown_as_text_and_never_as_markup(out):
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    assert "b" not in page.open
+    rows = [json.loads(line) for line in (out / "per_query.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[0]["query"] == "<b>window & 8</b>"
+    shown = "".join(page.texts)
+    for row in rows[:2]:  # both are among the three that gained most
+        assert row["ndcg@10"] > row["baseline"]["ndcg@10"] and row["query"] in shown
+
+
+def test_the_page_has_the_means_that_the_result_has(out):
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    shown = Page((out / "report.html").read_text(encoding="utf-8")).texts
+    for system in ("model", "baseline", "ceiling"):
+        assert f"{result[system]['ndcg@10']:.4f}" in shown
