@@ -64,7 +64,7 @@ def _check_margins(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("candidates") == "fused" and values.get("reranker", "invalid") is None:
         for key in MARGINS:
             if values.get(key) is not None:
-                yield key, "compares scores, and those of fused candidates are sums of ranks; add a reranker or remove this"
+                yield key, "compares scores, and fused candidates have ranks alone; add a reranker or remove this"
 
 
 def derived_values(values: Mapping[str, Any]) -> dict[str, Any]:

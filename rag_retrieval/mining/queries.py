@@ -154,7 +154,7 @@ def read_record_queries(source: str, corpus: Corpus) -> QuerySet:
             row = corpus.row_of_text(group.documents[position])
             if row is None:
                 start = " ".join(group.documents[position].split())[:50]
-                collector.report(f"{place}: the corpus has no document with the text of the positive {start!r}; add it.")
+                collector.report(f"{place}: the corpus has no document with the text of this positive: {start!r}.")
             else:
                 collector.add(group.query, row, float(group.labels[position]))
     return collector.finish(store.num_groups)
