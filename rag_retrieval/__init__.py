@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CrossEncoder": "rag_retrieval.models.cross_encoder",
     "LLMDecoder": "rag_retrieval.models.llm_decoder",
+    "MiningConfig": "rag_retrieval.mining.mining_config",
+    "mine": "rag_retrieval.mining.run",
     "score_over_processes": "rag_retrieval.models.process_scoring",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -33,7 +33,7 @@ class Miner:
             config.sampling == "random",
             config.seed,
         )
-        device = config.device or default_device(config)
+        device = choose_device(config)
         self.reranker = None
         if config.reranker is not None:
             from rag_retrieval.mining.reranking import load_reranker
@@ -71,10 +71,15 @@ def _rounded(scores: np.ndarray) -> list[float]:
     return [round(score, 6) for score in scores.tolist()]
 
 
-def default_device(config: MiningConfig) -> str:
-    """A GPU if there is one; without a model to run, torch is not even imported."""
+def choose_device(config: MiningConfig) -> str:
+    """A GPU if there is one and none is named; without a model to run, torch is not even imported.
+
+    Raises ValueError for a device that this machine lacks.
+    """
     if config.candidates == "bm25" and config.reranker is None:
         return "cpu"
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    from rag_retrieval.models.device_pool import check_device
+
+    return str(check_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))

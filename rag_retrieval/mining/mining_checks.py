@@ -28,7 +28,7 @@ def cross_field_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]
 def _check_data(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "output" in values and not values["output"].endswith(OUTPUT_SUFFIXES):
         yield "output", f"expected a name that ends in {' or '.join(OUTPUT_SUFFIXES)}, found {values['output']}"
-    if "data" not in values or "corpus" not in values:
+    if "corpus" not in values or not os.path.exists(values.get("data", "")):
         return
     if is_beir(values):
         if values["corpus"] is not None:

@@ -51,6 +51,8 @@ def mine(config: MiningConfig) -> MiningSummary:
 
 
 def open_corpus(config: MiningConfig, work: WorkFolder) -> Corpus:
+    if not Path(config.data).exists():
+        raise DataError(f"{config.data}: no such file or folder; the current folder is {Path.cwd()}.")
     is_folder = Path(config.data).is_dir()
     source = find_file(Path(config.data), "corpus.jsonl") if is_folder else Path(config.corpus)
     if not source.is_file():

@@ -4,6 +4,7 @@ The trap: models are loaded before anything is indexed, so that a wrong name is 
 Nothing of torch is imported when words alone are searched.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,8 @@ from rag_retrieval.mining.corpus_store import Corpus
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.mining.work_folder import WorkFolder, content_of
+
+BM25_LIBRARIES = ("bm25s", "Stemmer", "jieba")
 
 
 class Search(Protocol):
@@ -40,6 +43,9 @@ def make_search(config: MiningConfig, corpus: Corpus, work: WorkFolder, device: 
 
 
 def _words(corpus: Corpus, work: WorkFolder) -> Bm25Search:
+    missing = [name for name in BM25_LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"candidates from words need {', '.join(missing)}; run: pip install -e '.[mine]'")
     return Bm25Search(work.stage("bm25", corpus.folder.name, lambda folder: build_bm25(corpus, folder)))
 
 

@@ -69,8 +69,8 @@ def test_a_configuration_can_be_made_from_another_one():
         (["--first_rank", "200"], "--last_rank: expected at least first_rank, 200, found 100"),
         (
             ["--first_rank", "96"],
-            "--num_negatives: ranks 96 to 100 hold 5 candidates, which cannot give 7 negatives; widen the window or ask "
-            "for fewer",
+            "--num_negatives: ranks 96 to 100 hold 5 candidates, which cannot give 7 negatives; widen the window or "
+            "ask for fewer",
         ),
         (["--relative_margin", "1"], "--relative_margin: expected a number of at least 0 and below 1, found 1"),
         (["--sampling", "best"], '--sampling: expected one of random, top, found "best"'),

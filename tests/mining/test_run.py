@@ -155,7 +155,7 @@ def test_a_reranker_drops_what_it_ranks_above_the_positive_and_its_scores_are_wr
     summary = mine(config_of(data, tmp_path / "out.jsonl", reranker=model_folders["bert"], labels="score"))
     scorer = CrossEncoder.from_pretrained(model_folders["bert"])
     lines = read_output(tmp_path / "out.jsonl")
-    assert 0 < summary.dropped["margin"] and summary.short_queries + summary.empty_queries > 0
+    assert summary.dropped["margin"] > 0 and summary.short_queries + summary.empty_queries > 0
     assert len(lines) == 36 - summary.empty_queries
     for line in lines:
         assert max(line["neg_scores"]) <= line["pos_scores"][0]
@@ -191,6 +191,25 @@ def test_an_output_is_replaced_only_on_demand(data, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     mine(config_of(data, tmp_path / "out.jsonl", overwrite=True))
     assert len(read_output(tmp_path / "out.jsonl")) == 36
+
+
+def test_data_that_are_not_there_are_told(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such file or folder"):
+        mine(config_of(tmp_path / "nowhere", tmp_path / "out.jsonl"))
+    source = write_jsonl(tmp_path / "r.jsonl", [{"query": "q", "pos": ["a"]}])
+    with pytest.raises(DataError, match="nowhere.jsonl: no such file; expected the documents"):
+        mine(config_of(source, tmp_path / "out.jsonl", corpus=str(tmp_path / "nowhere.jsonl")))
+
+
+def test_missing_libraries_are_told_with_the_command_that_brings_them(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("rag_retrieval.mining.search.BM25_LIBRARIES", ("bm25s", "no_such_library"))
+    with pytest.raises(ValueError, match=r"need no_such_library; run: pip install -e '.\[mine\]'"):
+        mine(config_of(data, tmp_path / "out.jsonl"))
+
+
+def test_a_device_that_is_not_there_is_told(data, base, tmp_path):
+    with pytest.raises(ValueError, match="'tpu9' is no device of torch"):
+        mine(config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], device="tpu9"))
 
 
 def test_a_window_beyond_the_corpus_is_told(data, tmp_path):
