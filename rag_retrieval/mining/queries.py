@@ -44,6 +44,18 @@ class QuerySet:
         return content.hexdigest()
 
 
+def demand_labels_above_zero(queries: QuerySet) -> None:
+    """For formats in which a positive has its own label and a negative 0. Raises DataError with all that do not."""
+    problems = [
+        f"query {query.text[:50]!r}: a positive has the label {min(query.labels):g}, and mined negatives get 0; "
+        "expected labels above 0: use output_format pos_neg, or labels score."
+        for query in queries.queries
+        if min(query.labels) <= 0
+    ]
+    if problems:
+        raise bad_lines_error(problems, len(problems))
+
+
 class _Collector:
     """Positives by query, and what was wrong, as lines of one error."""
 

@@ -4,8 +4,6 @@ The trap: the scores are logits. `max_score: 0` is a probability of one half for
 and means nothing for one trained with RankNet or listwise cross entropy: give those a margin.
 """
 
-import logging
-
 import numpy as np
 
 from rag_retrieval.mining.corpus_store import Corpus
@@ -14,8 +12,6 @@ from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.model_files import read_settings, resolve_model_path
 from rag_retrieval.models.pair_scorer import PairScorer
-
-logger = logging.getLogger(__name__)
 
 
 def load_reranker(name: str, device: str) -> PairScorer:

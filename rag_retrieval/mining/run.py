@@ -19,7 +19,13 @@ from rag_retrieval.mining.mining_checks import summary_file
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.output import Mined, lines_of, text_writer
 from rag_retrieval.mining.progress import progress_bar
-from rag_retrieval.mining.queries import Query, QuerySet, read_beir_queries, read_record_queries
+from rag_retrieval.mining.queries import (
+    Query,
+    QuerySet,
+    demand_labels_above_zero,
+    read_beir_queries,
+    read_record_queries,
+)
 from rag_retrieval.mining.search import model_content
 from rag_retrieval.mining.summary import MiningSummary
 from rag_retrieval.mining.work_folder import WorkFolder, content_of, replacing
@@ -43,6 +49,8 @@ def mine(config: MiningConfig) -> MiningSummary:
     with work.locked():
         corpus = open_corpus(config, work)
         queries = read_queries(config, corpus)
+        if config.output_format != "pos_neg" and config.labels == "relevance":
+            demand_labels_above_zero(queries)
         parts = mine_parts(config, corpus, queries, work)
         summary = write_results(config, corpus, queries, parts)
     if config.work_dir is None:

@@ -10,9 +10,10 @@ The trap: a folder under its own name is complete, one that ends in `.partial` i
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from filelock import FileLock, Timeout
 
 VERSION = 1  # raise it whenever the same sources would give another content of any stage
 BLOCK = 1 << 20  # bytes read at once
+STAGE_NAME = re.compile(r"[a-z0-9]+-[0-9a-f]{16}(\.partial)?")
 
 
 class WorkFolder:
@@ -53,7 +55,13 @@ class WorkFolder:
         return folder
 
     def remove(self) -> None:
-        shutil.rmtree(self.path)
+        """What runs made here; the folder too unless something else is in it."""
+        for path in self.path.iterdir():
+            if STAGE_NAME.fullmatch(path.name):
+                shutil.rmtree(path)
+        (self.path / "lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
 
 def digest_of(values: Any) -> str:

@@ -212,6 +212,16 @@ def test_a_device_that_is_not_there_is_told(data, base, tmp_path):
         mine(config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], device="tpu9"))
 
 
+def test_a_teacher_s_score_below_zero_is_no_label_beside_negatives_with_0(data, tmp_path):
+    mine(config_of(data, tmp_path / "a.jsonl", num_negatives=1))
+    line = read_output(tmp_path / "a.jsonl")[0]
+    record = {"query": line["query"], "pos": line["pos"], "pos_scores": [-0.5]}
+    source, options = write_jsonl(tmp_path / "r.jsonl", [record]), {"corpus": str(data / "corpus.jsonl")}
+    with pytest.raises(DataError, match="a positive has the label -0.5, and mined negatives get 0"):
+        mine(config_of(source, tmp_path / "b.jsonl", output_format="hits", **options))
+    assert mine(config_of(source, tmp_path / "b.jsonl", **options)).lines == 1
+
+
 def test_a_window_beyond_the_corpus_is_told(data, tmp_path):
     with pytest.raises(DataError, match="first_rank is 50, and there are 36 documents, so that no candidate can have"):
         mine(config_of(data, tmp_path / "out.jsonl", first_rank=50, last_rank=60))

@@ -31,6 +31,18 @@ def test_a_stage_that_died_is_not_taken_for_whole(tmp_path, resumes, left):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
+def test_removing_leaves_what_others_put_there(tmp_path):
+    work = WorkFolder(tmp_path / "w")
+    with work.locked():
+        work.stage("bm25", [1], lambda folder: (folder / "x").touch())
+    (tmp_path / "w" / "notes.txt").touch()
+    work.remove()
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["notes.txt"]
+    (tmp_path / "w" / "notes.txt").unlink()
+    work.remove()
+    assert not (tmp_path / "w").exists()
+
+
 def test_two_runs_do_not_work_in_one_folder(tmp_path):
     first, second = WorkFolder(tmp_path / "w"), WorkFolder(tmp_path / "w")
     with first.locked(), pytest.raises(ValueError, match="another run works in this folder"), second.locked():
