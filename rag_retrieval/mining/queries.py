@@ -31,10 +31,12 @@ class Query:
 
 @dataclass(frozen=True)
 class QuerySet:
-    """queries: by text, each once. read: how many the source had, repeated ones counted again."""
+    """queries: by text, each once. read: how many the source had, repeated ones counted again; without_text: those
+    of them that are blank and left out, since the trainer takes no such query."""
 
     queries: list[Query]
     read: int
+    without_text: int
 
     def digest(self) -> str:
         """Of all queries with their positives and labels, and of nothing else that the source holds."""
@@ -73,14 +75,14 @@ class _Collector:
         if len(self.problems) < MAX_SHOWN:
             self.problems.append(problem)
 
-    def finish(self, read: int) -> QuerySet:
+    def finish(self, read: int, without_text: int = 0) -> QuerySet:
         if self.num_problems:
             raise bad_lines_error(self.problems, self.num_problems)
         queries = []
         for text in sorted(self.labels):
             rows = sorted(self.labels[text])
             queries.append(Query(text, np.array(rows, np.int64), [self.labels[text][row] for row in rows]))
-        return QuerySet(queries, read)
+        return QuerySet(queries, read, without_text)
 
 
 def read_beir_queries(folder: Path, split: str, corpus: Corpus) -> QuerySet:
@@ -90,12 +92,14 @@ def read_beir_queries(folder: Path, split: str, corpus: Corpus) -> QuerySet:
     """
     qrels = _find_qrels(folder, split)
     texts = _query_texts(find_file(folder, "queries.jsonl"))
-    collector, judged, answered = _Collector(), {}, set()
+    collector, judged, answered, without_text = _Collector(), {}, set(), set()
     for line, query, document, grade in _qrels_rows(qrels):
         place = f"{qrels}:{line}"
         judged.setdefault(query, place)
         if query not in texts:
             collector.report(f"{place}: queries.jsonl has no query {query!r}; add it, or remove this line.")
+        elif not texts[query].strip():
+            without_text.add(query)
         elif grade > 0:
             answered.add(query)
             row = corpus.row_of_id(document)
@@ -104,11 +108,11 @@ def read_beir_queries(folder: Path, split: str, corpus: Corpus) -> QuerySet:
             else:
                 collector.add(texts[query], row, grade)
     for query, place in judged.items():
-        if query in texts and query not in answered:
+        if query in texts and query not in answered | without_text:
             collector.report(f"{place}: query {query!r} has no positive (grade above 0); add one, or remove the query.")
     if not judged:
         raise DataError(f"{qrels}: found no judgments; expected lines of query-id, corpus-id, grade.")
-    return collector.finish(len(judged))
+    return collector.finish(len(judged), len(without_text))
 
 
 def _find_qrels(folder: Path, split: str) -> Path:
@@ -125,8 +129,6 @@ def _query_texts(path: Path) -> dict[str, str]:
     for line, entry in json_objects(path):
         place = f"{path}:{line}"
         id_, text = text_of(entry, "_id", place), text_of(entry, "text", place)
-        if not text.strip():
-            raise DataError(f"{place}: text is empty; expected the text of a query.")
         if id_ in texts:
             raise DataError(f"{place}: the _id {id_!r} was given before; give each query its own.")
         texts[id_] = text

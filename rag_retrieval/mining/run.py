@@ -118,7 +118,7 @@ def _all_mined(queries: QuerySet, parts: Path) -> Iterator[tuple[Query, Mined]]:
 def write_results(config: MiningConfig, corpus: Corpus, queries: QuerySet, parts: Path) -> MiningSummary:
     """Both files, each under another name until it is whole; the summary first."""
     num_positives = sum(len(query.positives) for query in queries.queries)
-    summary = MiningSummary(len(corpus), queries.read, len(queries.queries), num_positives)
+    summary = MiningSummary(len(corpus), queries.read, queries.without_text, len(queries.queries), num_positives)
     with replacing(Path(config.output)) as aside:
         with text_writer(aside, compressed=config.output.endswith(".gz")) as file:
             for query, mined in _all_mined(queries, parts):

@@ -12,7 +12,8 @@ from rag_retrieval.mining.output import Mined
 
 @dataclass
 class MiningSummary:
-    """documents: of the corpus. queries_read: of the source; queries: distinct ones; positives: theirs.
+    """documents: of the corpus. queries_read: of the source; queries_without_text: blank ones, left out; queries:
+    the distinct others; positives: theirs.
 
     short_queries: written with fewer negatives than asked for; empty_queries: not written, none was found.
     candidates: fetched; kept: negatives; dropped: the others by reason. lines: of the output.
@@ -20,6 +21,7 @@ class MiningSummary:
 
     documents: int
     queries_read: int
+    queries_without_text: int
     queries: int
     positives: int
     short_queries: int = 0
@@ -42,9 +44,10 @@ class MiningSummary:
 
     def describe(self, wanted: int) -> str:
         """Some lines for a terminal; reasons that dropped nothing are left out."""
-        repeated = self.queries_read - self.queries
+        repeated = self.queries_read - self.queries_without_text - self.queries
         rows = [
             (self.queries, f"queries with {self.positives:,} positives" + _note(repeated, "repeated and merged")),
+            (self.queries_without_text, "without text, left out"),
             (self.queries - self.short_queries - self.empty_queries, f"have {wanted} negatives"),
             (self.short_queries, "have fewer, and are written all the same"),
             (self.empty_queries, "have none, and are not written"),
@@ -52,7 +55,7 @@ class MiningSummary:
             (self.kept, "kept as negatives"),
             *((self.dropped[reason], f"dropped: {text}") for reason, text in REASONS.items()),
         ]
-        shown = [(count, text) for place, (count, text) in enumerate(rows) if count or place < 2]
+        shown = [(count, text) for place, (count, text) in enumerate(rows) if count or not place]
         width = max(len(f"{count:,}") for count, _ in shown)
         return "\n".join(f"  {count:>{width},}  {text}" for count, text in shown)
 

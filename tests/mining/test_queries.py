@@ -69,6 +69,11 @@ def test_the_digest_hangs_on_queries_positives_and_labels_and_not_on_their_order
     assert len({first, *others}) == 5
 
 
+def test_queries_without_text_are_left_out_and_counted_where_the_split_judges_them(tmp_path, corpus):
+    found = read_beir(tmp_path, corpus, {"1": "a", "2": " ", "3": ""}, [("1", "d0", 1), ("2", "d1", 1)])
+    assert (len(found.queries), found.read, found.without_text) == (1, 2, 1)
+
+
 def test_every_wrong_judgment_is_told_with_its_line(tmp_path, corpus):
     qrels = [("1", "d9", 1), ("2", "d0", 0), ("2", "d1", 0), ("3", "d0", 1)]
     with pytest.raises(DataError) as caught:
@@ -114,7 +119,6 @@ def test_missing_qrels_say_which_splits_are_there(tmp_path, corpus):
 @pytest.mark.parametrize(
     "queries, message",
     [
-        ([{"_id": "1", "text": " "}], "queries.jsonl:1: text is empty; expected the text of a query."),
         ([{"_id": "1", "text": "a"}] * 2, "queries.jsonl:2: the _id '1' was given before; give each query its own."),
     ],
 )
