@@ -33,9 +33,9 @@ def test_grades_above_zero_are_positives_and_queries_come_by_text(tmp_path, corp
 
 
 def test_a_query_that_comes_twice_is_merged_with_all_its_positives(tmp_path, corpus):
-    qrels = [("1", "d0", 1), ("2", "d1", 1), ("2", "d0", 3)]
+    qrels = [("1", "d0", 1), ("2", "d1", 2), ("2", "d0", 3), ("1", "d1", 1)]
     found = read_beir(tmp_path, corpus, {"1": "same", "2": "same"}, qrels)
-    assert content(found) == [("same", [0, 1], [3.0, 1.0])]
+    assert content(found) == [("same", [0, 1], [3.0, 2.0])], "the higher grade"
     assert found.read == 2
 
 
