@@ -101,7 +101,7 @@ def write_encoder(folder: Path) -> None:
 def measure(way: str, data: Path, encoder: Path) -> tuple[float, float, float, float]:
     """(seconds, CPU seconds, highest RSS and private memory in MiB) of everything that the way does."""
     transformers_logging.set_verbosity_error()
-    start, cpu, highest, done = time.perf_counter(), time.process_time(), [0], threading.Event()
+    start, cpu, highest, done = time.perf_counter(), time.process_time(), [private_memory()], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.05):
