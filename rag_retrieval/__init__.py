@@ -14,6 +14,8 @@ _PUBLIC = {
     "LLMDecoder": "rag_retrieval.models.llm_decoder",
     "evaluate_reranker": "rag_retrieval.evaluate.evaluation",
     "load_reranker": "rag_retrieval.models.load_reranker",
+    "MiningConfig": "rag_retrieval.mining.mining_config",
+    "mine": "rag_retrieval.mining.run",
     "score_over_processes": "rag_retrieval.models.process_scoring",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -9,6 +9,7 @@ HELP = """usage: rag-retrieval COMMAND [options]
 
   train --config FILE [--KEY VALUE ...]   train a reranker from a YAML file (train --help lists every key)
   evaluate --model DIR --data DIR         measure a reranker on judged queries (evaluate --help lists every key)
+  mine [--config FILE] [--KEY VALUE ...]  find hard negatives in a corpus (mine --help lists every key)
   quickstart [--output_dir DIR]           train on the example data and show what it brought
 """
 
@@ -24,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
         from rag_retrieval.evaluate.evaluate_command import main as evaluate
 
         return evaluate(arguments[1:])
+    if command == "mine":
+        from rag_retrieval.mining.mine_command import main as mine
+
+        return mine(arguments[1:])
     if command == "quickstart":
         from rag_retrieval.quickstart import main as quickstart
 

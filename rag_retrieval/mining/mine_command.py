@@ -1,0 +1,53 @@
+"""`rag-retrieval mine [--config FILE] [--KEY VALUE ...]`: hard negatives from a YAML file, options, or both.
+
+The trap: an interrupted run has written no output, but its work folder is there, and the same command goes on
+with it. Whoever changes a setting in between gets what the new settings say, never a mixture.
+"""
+
+import signal
+import sys
+import time
+
+from rag_retrieval.mining.mining_checks import summary_file
+from rag_retrieval.mining.mining_config import MINING, MiningConfig
+from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, load_config
+from rag_retrieval.train.reranker.train_reranker import report, set_up_logging, split_arguments
+from rag_retrieval.train.signals import Interrupted, exit_code, interrupt, on_signals
+
+USAGE = "usage: rag-retrieval mine [--config FILE] [--KEY VALUE ...]"
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0 written; 2 a mistake in configuration, data or models; 130 and 143 ended by SIGINT
+    and SIGTERM. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(f"{USAGE}\n\n{describe_options(MINING)}")
+        return 0 if arguments else 2
+    path, overrides = None, arguments
+    try:
+        if any(argument.partition("=")[0] == "--config" for argument in arguments):
+            path, overrides = split_arguments(arguments)
+        config = load_config(path, overrides, schema=MINING)
+    except ConfigError as error:
+        return report(error, 2, on_all_processes=False)
+    set_up_logging()
+    return run(config)
+
+
+def run(config: MiningConfig) -> int:
+    from rag_retrieval.mining.run import mine
+
+    started = time.monotonic()
+    try:
+        with on_signals(interrupt):
+            summary = mine(config)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        message = f"interrupted by {signal.Signals(number).name}; the same command goes on where this one stopped"
+        return report(InterruptedError(message), exit_code(number), on_all_processes=False)
+    except (ValueError, OSError) as error:
+        return report(error, 2, on_all_processes=False)
+    print(f"{config.output}: {summary.lines:,} lines in {time.monotonic() - started:.0f} s")
+    print(summary.describe(config.num_negatives))
+    print(f"the same as JSON: {summary_file(config.output)}", file=sys.stderr)
+    return 0

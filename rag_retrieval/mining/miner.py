@@ -1,0 +1,85 @@
+"""From queries to their negatives: search, leave out, score anew, draw.
+
+The trap: the lowest of a query's positives sets the limit of the margins. One positive that the scores think
+little of (none of its words in the query, say) can leave a query without a negative; the summary counts those.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rag_retrieval.mining.candidates import Candidates
+from rag_retrieval.mining.choice import Rules, below_positives, draw, fit_places
+from rag_retrieval.mining.corpus_store import Corpus
+from rag_retrieval.mining.mining_config import MiningConfig
+from rag_retrieval.mining.output import Mined
+from rag_retrieval.mining.queries import Query
+from rag_retrieval.mining.search import make_search
+from rag_retrieval.mining.work_folder import WorkFolder
+
+
+class Miner:
+    """Built once for a run: loads the models, and builds what the work folder lacks."""
+
+    def __init__(self, config: MiningConfig, corpus: Corpus, work: WorkFolder):
+        self.corpus, self.depth = corpus, config.last_rank
+        self.rules = Rules(
+            config.num_negatives,
+            config.first_rank,
+            config.absolute_margin,
+            config.relative_margin,
+            config.max_score,
+            config.sampling == "random",
+            config.seed,
+        )
+        device = choose_device(config)
+        self.reranker = None
+        if config.reranker is not None:
+            from rag_retrieval.mining.reranking import load_reranker
+
+            self.reranker = load_reranker(config.reranker, device)
+        self.search = make_search(config, corpus, work, device)
+
+    def mine(self, queries: Sequence[Query]) -> Iterator[Mined]:
+        """One for each query, in order; the search is done for all at once before the first."""
+        for query, candidates in zip(queries, self.search.search(queries, self.depth), strict=True):
+            yield self._mine(query, candidates)
+
+    def _mine(self, query: Query, candidates: Candidates) -> Mined:
+        dropped = Counter()
+        fit = np.array(fit_places(query, candidates, self.corpus, self.rules.first_rank, dropped), np.int64)
+        rows = candidates.rows[fit]
+        scores, positive_scores = candidates.scores[fit], candidates.positive_scores
+        if self.reranker is not None:
+            from rag_retrieval.mining.reranking import rerank
+
+            scores, positive_scores = rerank(self.reranker, query, rows, self.corpus)
+        kept = np.flatnonzero(below_positives(scores, positive_scores, self.rules, dropped))
+        kept = draw(query, kept, self.rules, dropped)
+        return Mined(
+            rows[kept].tolist(),
+            _rounded(scores[kept]),
+            _rounded(positive_scores),
+            len(candidates.rows),
+            {reason: count for reason, count in dropped.items() if count},
+        )
+
+
+def _rounded(scores: np.ndarray) -> list[float]:
+    """Six decimals: more than float16 vectors or a reranker give, and lines stay readable."""
+    return [round(score, 6) for score in scores.tolist()]
+
+
+def choose_device(config: MiningConfig) -> str:
+    """A GPU if there is one and none is named; without a model to run, torch is not even imported.
+
+    Raises ValueError for a device that this machine lacks.
+    """
+    if config.candidates == "bm25" and config.reranker is None:
+        return "cpu"
+    import torch
+
+    from rag_retrieval.models.device_pool import check_device
+
+    return str(check_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))

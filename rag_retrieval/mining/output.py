@@ -1,0 +1,75 @@
+"""Mined queries as lines of the trainer's three formats.
+
+The trap: `pos_scores` and `neg_scores` are labels to the trainer, so candidates' scores go there only with
+`labels: score`. Otherwise they stand beside the record, as `candidate_scores` or `score`, which the trainer
+does not read (with `train_label_key: score` it does, in the formats hits and pointwise).
+"""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from rag_retrieval.mining.corpus_store import Corpus
+from rag_retrieval.mining.queries import Query
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What one query got. negatives: rows of the corpus; scores: those that decided, in the order of the rows.
+
+    dropped: candidates by reason; candidates: how many there were.
+    """
+
+    negatives: list[int]
+    negative_scores: list[float]
+    positive_scores: list[float]
+    candidates: int
+    dropped: dict[str, int]
+
+
+def lines_of(query: Query, mined: Mined, corpus: Corpus, output_format: str, labels: str) -> Iterator[str]:
+    """Lines without their newline: one for each pair in the format pointwise, else one."""
+    positives = [corpus.text(row) for row in query.positives]
+    negatives = [corpus.text(row) for row in mined.negatives]
+    if output_format == "pos_neg":
+        yield _json(_pos_neg(query.text, positives, negatives, mined, labels))
+        return
+    scores = [*mined.positive_scores, *mined.negative_scores]
+    taught = scores if labels == "score" else [*query.labels, *[0.0] * len(negatives)]
+    documents = [
+        {"content": content, "label": _number(label), "score": score}
+        for content, label, score in zip(positives + negatives, taught, scores, strict=True)
+    ]
+    if output_format == "hits":
+        yield _json({"query": query.text, "hits": documents})
+    else:
+        yield from (_json({"query": query.text, **document}) for document in documents)
+
+
+def _pos_neg(query: str, positives: list[str], negatives: list[str], mined: Mined, labels: str) -> dict:
+    record = {"query": query, "pos": positives, "neg": negatives}
+    if labels == "score":
+        return record | {"pos_scores": mined.positive_scores, "neg_scores": mined.negative_scores}
+    return record | {"candidate_scores": {"pos": mined.positive_scores, "neg": mined.negative_scores}}
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else round(value, 6)
+
+
+def _json(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False)
+
+
+@contextmanager
+def text_writer(path: Path, compressed: bool) -> Iterator[TextIO]:
+    """UTF-8 with line feeds. Compressed without name and time, so that the same lines give the same bytes."""
+    with path.open("wb") as file:
+        binary = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if compressed else file
+        with io.TextIOWrapper(binary, encoding="utf-8", newline="\n") as text:
+            yield text

@@ -1,0 +1,174 @@
+"""Queries with their positives as rows of the corpus, from a folder in BEIR layout or from a record file.
+
+The trap: the same query may stand there twice, under two ids or in two records, each time with another
+positive. They are merged, else the positive of the one would be mined as a negative of the other. Queries come
+out sorted by their text, so that nothing later depends on the order of the source.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rag_retrieval.mining.corpus_store import Corpus
+from rag_retrieval.mining.json_lines import byte_lines, find_file, json_objects, text_of
+from rag_retrieval.record_files import MAX_SHOWN, bad_lines_error
+from rag_retrieval.record_store import open_store
+from rag_retrieval.records import DataError
+
+
+@dataclass(frozen=True)
+class Query:
+    """positives: int64 rows of the corpus, at least one, each once; labels: their relevance, as many."""
+
+    text: str
+    positives: np.ndarray
+    labels: list[float]
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """queries: by text, each once. read: how many the source had, repeated ones counted again; without_text: those
+    of them that are blank and left out, since the trainer takes no such query."""
+
+    queries: list[Query]
+    read: int
+    without_text: int
+
+    def digest(self) -> str:
+        """Of all queries with their positives and labels, and of nothing else that the source holds."""
+        content = hashlib.blake2b(digest_size=16)
+        for query in self.queries:
+            content.update(json.dumps([query.text, query.positives.tolist(), query.labels]).encode())
+        return content.hexdigest()
+
+
+def demand_labels_above_zero(queries: QuerySet) -> None:
+    """For formats in which a positive has its own label and a negative 0. Raises DataError with all that do not."""
+    problems = [
+        f"query {query.text[:50]!r}: a positive has the label {min(query.labels):g}, and mined negatives get 0; "
+        "expected labels above 0: use output_format pos_neg, or labels score."
+        for query in queries.queries
+        if min(query.labels) <= 0
+    ]
+    if problems:
+        raise bad_lines_error(problems, len(problems))
+
+
+class _Collector:
+    """Positives by query, and what was wrong, as lines of one error."""
+
+    def __init__(self) -> None:
+        self.labels: dict[str, dict[int, float]] = {}  # query text to row to label
+        self.problems: list[str] = []
+        self.num_problems = 0
+
+    def add(self, query: str, row: int, label: float) -> None:
+        of_query = self.labels.setdefault(query, {})
+        of_query[row] = max(label, of_query.get(row, label))
+
+    def report(self, problem: str) -> None:
+        self.num_problems += 1
+        if len(self.problems) < MAX_SHOWN:
+            self.problems.append(problem)
+
+    def finish(self, read: int, without_text: int = 0) -> QuerySet:
+        if self.num_problems:
+            raise bad_lines_error(self.problems, self.num_problems)
+        queries = []
+        for text in sorted(self.labels):
+            rows = sorted(self.labels[text])
+            queries.append(Query(text, np.array(rows, np.int64), [self.labels[text][row] for row in rows]))
+        return QuerySet(queries, read, without_text)
+
+
+def read_beir_queries(folder: Path, split: str, corpus: Corpus) -> QuerySet:
+    """The queries that qrels/<split>.tsv judges. A positive has a grade above 0, its label is the grade.
+
+    Raises DataError with every query that has no positive, and every positive that is not in the corpus.
+    """
+    qrels = _find_qrels(folder, split)
+    texts = _query_texts(find_file(folder, "queries.jsonl"))
+    collector, judged, answered, without_text = _Collector(), {}, set(), set()
+    for line, query, document, grade in _qrels_rows(qrels):
+        place = f"{qrels}:{line}"
+        judged.setdefault(query, place)
+        if query not in texts:
+            collector.report(f"{place}: queries.jsonl has no query {query!r}; add it, or remove this line.")
+        elif not texts[query].strip():
+            without_text.add(query)
+        elif grade > 0:
+            answered.add(query)
+            row = corpus.row_of_id(document)
+            if row is None:
+                collector.report(f"{place}: the corpus has no document {document!r}; add it, or remove this line.")
+            else:
+                collector.add(texts[query], row, grade)
+    for query, place in judged.items():
+        if query in texts and query not in answered | without_text:
+            collector.report(f"{place}: query {query!r} has no positive (grade above 0); add one, or remove the query.")
+    if not judged:
+        raise DataError(f"{qrels}: found no judgments; expected lines of query-id, corpus-id, grade.")
+    return collector.finish(len(judged), len(without_text))
+
+
+def _find_qrels(folder: Path, split: str) -> Path:
+    try:
+        return find_file(folder, f"qrels/{split}.tsv")
+    except DataError as error:
+        names = {path.name.removesuffix(".gz").removesuffix(".tsv") for path in (folder / "qrels").glob("*.tsv*")}
+        there = f"the splits there: {', '.join(sorted(names))}" if names else "there is no qrels file at all"
+        raise DataError(f"{str(error).removesuffix('.')} ({there}); set split.") from None
+
+
+def _query_texts(path: Path) -> dict[str, str]:
+    texts = {}
+    for line, entry in json_objects(path):
+        place = f"{path}:{line}"
+        id_, text = text_of(entry, "_id", place), text_of(entry, "text", place)
+        if id_ in texts:
+            raise DataError(f"{place}: the _id {id_!r} was given before; give each query its own.")
+        texts[id_] = text
+    return texts
+
+
+def _qrels_rows(path: Path) -> Iterator[tuple[int, str, str, float]]:
+    """(line, query id, document id, grade), without the header if there is one."""
+    for line, raw in byte_lines(path):
+        fields = raw.decode(errors="replace").rstrip("\r\n").split("\t")
+        if (line == 1 and fields[0] == "query-id") or fields == [""]:
+            continue
+        if len(fields) != 3:
+            found = f"found {len(fields)} column{'s' if len(fields) > 1 else ''} between tabs"
+            raise DataError(f"{path}:{line}: {found}; expected query-id, corpus-id, grade.")
+        try:
+            grade = float(fields[2])
+        except ValueError:
+            raise DataError(f"{path}:{line}: the grade is {fields[2]!r}; expected a number.") from None
+        yield line, fields[0], fields[1], grade
+
+
+def read_record_queries(source: str, corpus: Corpus) -> QuerySet:
+    """The queries of a record file with the positives of their groups; other documents there are not used.
+
+    A positive is looked up in the corpus by its text, white space and case aside. Raises DataError with every
+    group that has no positive, and every positive that is not in the corpus.
+    """
+    store = open_store(source, group_by_query=True)
+    collector = _Collector()
+    for index in range(store.num_groups):
+        group = store.group(index)
+        place = f"{source}:{group.line}"
+        if not group.positives.any():
+            collector.report(f"{place}: the query has no positive; give it one, or remove it.")
+        for position in np.flatnonzero(group.positives):
+            row = corpus.row_of_text(group.documents[position])
+            if row is None:
+                start = " ".join(group.documents[position].split())[:50]
+                collector.report(f"{place}: the corpus has no document with the text of this positive: {start!r}.")
+            else:
+                collector.add(group.query, row, float(group.labels[position]))
+    return collector.finish(store.num_groups)

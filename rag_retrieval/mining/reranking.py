@@ -1,0 +1,37 @@
+"""Scores of a reranker for the candidates of a query, to find those that are likely relevant themselves.
+
+The trap: the scores are logits. `max_score: 0` is a probability of one half for a model trained with BCE or MSE,
+and means nothing for one trained with RankNet or listwise cross entropy: give those a margin.
+"""
+
+import numpy as np
+
+from rag_retrieval.mining.corpus_store import Corpus
+from rag_retrieval.mining.queries import Query
+from rag_retrieval.models.cross_encoder import CrossEncoder
+from rag_retrieval.models.llm_decoder import LLMDecoder
+from rag_retrieval.models.model_files import read_settings, resolve_model_path
+from rag_retrieval.models.pair_scorer import PairScorer
+
+
+def load_reranker(name: str, device: str) -> PairScorer:
+    """A trained reranker of either type. Raises ValueError for a model whose score head is fresh."""
+    path = resolve_model_path(name)
+    settings = read_settings(path)
+    kind = LLMDecoder if settings is not None and settings.model_type == "llm_decoder" else CrossEncoder
+    scorer = kind.from_pretrained(path)
+    if scorer.new_parameters:
+        raise ValueError(f"{name}: found a model without a trained score head; give a trained reranker")
+    scorer.eval()
+    scorer.model.to(device)
+    return scorer
+
+
+def rerank(scorer: PairScorer, query: Query, rows: np.ndarray, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """(scores of the documents `rows`, scores of the query's positives), float32.
+
+    One call for each query: in a larger batch the last bits of a score would hang on the other queries.
+    """
+    documents = [corpus.text(row) for row in (*rows.tolist(), *query.positives.tolist())]
+    scores = scorer.compute_score([(query.text, document) for document in documents], show_progress_bar=False).numpy()
+    return scores[: len(rows)], scores[len(rows) :]

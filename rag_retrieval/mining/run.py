@@ -1,0 +1,135 @@
+"""Hard negatives for the queries of a data set: `mine(config)`, from the sources to the written file.
+
+The work is cut into parts of `PART` queries, each written whole or not at all, and so are index and vectors. A
+run that is started again after it was killed goes on there, and writes the same bytes.
+
+The trap: a part is a stretch of the queries sorted by text, so the order of the source changes nothing, not even
+the last bit of a score. Another set of queries may change such a bit: vectors of queries are computed in batches.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from rag_retrieval.mining.corpus_store import Corpus, build_corpus
+from rag_retrieval.mining.json_lines import find_file
+from rag_retrieval.mining.miner import Miner
+from rag_retrieval.mining.mining_checks import summary_file
+from rag_retrieval.mining.mining_config import MiningConfig
+from rag_retrieval.mining.output import Mined, lines_of, text_writer
+from rag_retrieval.mining.progress import progress_bar
+from rag_retrieval.mining.queries import (
+    Query,
+    QuerySet,
+    demand_labels_above_zero,
+    read_beir_queries,
+    read_record_queries,
+)
+from rag_retrieval.mining.search import model_content
+from rag_retrieval.mining.summary import MiningSummary
+from rag_retrieval.mining.work_folder import WorkFolder, content_of, replacing
+from rag_retrieval.records import DataError
+
+PART = 256  # queries
+WITHOUT_EFFECT = {"data", "corpus", "split", "output", "output_format", "labels", "overwrite", "work_dir", "device"}
+
+
+def mine(config: MiningConfig) -> MiningSummary:
+    """Write `config.output` and, beside it, the summary as NAME.summary.json. Returns the summary.
+
+    Raises DataError for data that cannot be used, and ValueError for models, an output that exists, a work folder
+    in use, and when no query got a negative. The output is then not written, and the work folder stays.
+    """
+    output = Path(config.output)
+    if output.exists() and not config.overwrite:
+        raise ValueError(f"{output}: exists; choose another output, or set overwrite true")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = WorkFolder(Path(config.work_dir or f"{output}.work"))
+    with work.locked():
+        corpus = open_corpus(config, work)
+        queries = read_queries(config, corpus)
+        if config.output_format != "pos_neg" and config.labels == "relevance":
+            demand_labels_above_zero(queries)
+        parts = mine_parts(config, corpus, queries, work)
+        summary = write_results(config, corpus, queries, parts)
+    if config.work_dir is None:
+        work.remove()
+    return summary
+
+
+def open_corpus(config: MiningConfig, work: WorkFolder) -> Corpus:
+    if not Path(config.data).exists():
+        raise DataError(f"{config.data}: no such file or folder; the current folder is {Path.cwd()}.")
+    is_folder = Path(config.data).is_dir()
+    source = find_file(Path(config.data), "corpus.jsonl") if is_folder else Path(config.corpus)
+    if not source.is_file():
+        raise DataError(f"{source}: no such file; expected the documents as JSON lines.")
+    made_from = [content_of(source), is_folder]
+    corpus = Corpus(work.stage("corpus", made_from, lambda folder: build_corpus(source, folder, is_folder)))
+    if config.first_rank > len(corpus):
+        found = f"first_rank is {config.first_rank}, and there are {len(corpus)} documents"
+        raise DataError(f"{source}: {found}, so that no candidate can have that rank; lower first_rank.")
+    return corpus
+
+
+def read_queries(config: MiningConfig, corpus: Corpus) -> QuerySet:
+    if Path(config.data).is_dir():
+        return read_beir_queries(Path(config.data), config.split, corpus)
+    return read_record_queries(config.data, corpus)
+
+
+def mine_parts(config: MiningConfig, corpus: Corpus, queries: QuerySet, work: WorkFolder) -> Path:
+    """The folder of all parts, a file for every `PART` queries with a line for each."""
+    settings = config.model_dump(exclude=WITHOUT_EFFECT)
+    for key in ("dense_model", "reranker"):
+        settings[key] = settings[key] and model_content(settings[key])
+    made_from = [corpus.folder.name, queries.digest(), settings]
+
+    def build(folder: Path) -> None:
+        miner = Miner(config, corpus, work)
+        missing = [part for part in _parts(queries) if not (folder / part[0]).exists()]
+        num_missing = sum(len(part) for _, part in missing)
+        done = len(queries.queries) - num_missing
+        with progress_bar(len(queries.queries), "mining", " queries", done) as bar:
+            for name, part in missing:
+                lines = []
+                for mined in miner.mine(part):
+                    lines.append(json.dumps(asdict(mined)) + "\n")
+                    bar.update()
+                with replacing(folder / name) as aside:
+                    aside.write_text("".join(lines))
+
+    return work.stage("parts", made_from, build, resumes=True)
+
+
+def _parts(queries: QuerySet) -> Iterator[tuple[str, list[Query]]]:
+    for start in range(0, len(queries.queries), PART):
+        yield f"from-{start:09d}.jsonl", queries.queries[start : start + PART]
+
+
+def _all_mined(queries: QuerySet, parts: Path) -> Iterator[tuple[Query, Mined]]:
+    for name, part in _parts(queries):
+        with (parts / name).open() as file:
+            for query, line in zip(part, file, strict=True):
+                yield query, Mined(**json.loads(line))
+
+
+def write_results(config: MiningConfig, corpus: Corpus, queries: QuerySet, parts: Path) -> MiningSummary:
+    """Both files, each under another name until it is whole; the summary first."""
+    num_positives = sum(len(query.positives) for query in queries.queries)
+    summary = MiningSummary(len(corpus), queries.read, queries.without_text, len(queries.queries), num_positives)
+    with replacing(Path(config.output)) as aside:
+        with text_writer(aside, compressed=config.output.endswith(".gz")) as file:
+            for query, mined in _all_mined(queries, parts):
+                summary.add(mined, config.num_negatives)
+                if mined.negatives:
+                    for line in lines_of(query, mined, corpus, config.output_format, config.labels):
+                        file.write(line + "\n")
+                        summary.lines += 1
+        if not summary.kept:
+            counts = summary.describe(config.num_negatives)
+            raise ValueError(f"no query got a negative; widen the window or the margins:\n{counts}")
+        with replacing(summary_file(config.output)) as aside_too:
+            aside_too.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+    return summary

@@ -1,0 +1,16 @@
+from rag_retrieval.mining.words import chinese_words, english_words, language_of
+
+
+def test_a_corpus_is_chinese_from_a_fifth_of_han_characters_on():
+    assert language_of(["熊猫吃竹子"]) == "chinese"
+    assert language_of(["abcd", "猫"]) == "english", "exactly a fifth"
+    assert language_of(["abc", "猫"]) == "chinese"
+    assert language_of([""]) == "english"
+
+
+def test_english_words_are_stems_in_lower_case_without_stop_words():
+    assert english_words(["The Pandas are EATING bamboo", ""]) == [["panda", "eat", "bamboo"], []]
+
+
+def test_chinese_text_is_cut_into_words():
+    assert chinese_words(["大熊猫吃竹子 Panda"]) == [["大熊猫", "吃", "竹子", "panda"]]
