@@ -1,10 +1,12 @@
 """The question around a pair: Qwen3-Reranker's own text, chat templates of other families, tokens as in one go."""
 
+import json
 import random
 
 import pytest
 from tiny_models import TEXTS, llama_tokenizer, qwen2_tokenizer
 from tokenizers import AddedToken
+from transformers import Qwen2Tokenizer
 
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.yes_no_prompt import answer_tokens, chat_formats, default_formats, yes_no_template
@@ -34,7 +36,19 @@ OTHER_ROLES = "{% for m in messages if m.role == 'query' %}{{ m.content }}{% end
 
 
 def qwen3_tokenizer(chat_template: str | None = None):
-    tokenizer = qwen2_tokenizer()
+    """With Qwen's joined tokens of a sign and a line break."""
+    plain = qwen2_tokenizer()
+    data = json.loads(plain.backend_tokenizer.to_str())["model"]
+    joined = [("?", "Ċ"), (".", "Ċ"), ("Ċ", "Ċ")]
+    first = len(data["vocab"])
+    special = plain.added_tokens_decoder.values()
+    tokenizer = Qwen2Tokenizer(
+        vocab=data["vocab"] | {"".join(pair): first + place for place, pair in enumerate(joined)},
+        merges=[*map(tuple, data["merges"]), *joined],
+        added_tokens_decoder={first + len(joined) + place: token for place, token in enumerate(special)},
+        unk_token=None,
+    )
+    assert len(tokenizer("a?\nb.\n\nc")["input_ids"]) == 5 + 1
     tokenizer.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
     tokenizer.chat_template = chat_template
     return tokenizer

@@ -32,7 +32,8 @@ def test_a_minimal_pointwise_configuration_gets_the_documented_defaults():
     given = TrainingConfig(**POINTWISE).model_dump()
     assert given == POINTWISE | {
         "num_labels": 1, "query_format": None, "document_format": None, "seq": None, "special_token":
-        None, "head": None, "instruction": None, "yes_token": None, "no_token": None, "max_len": 512, "attn_implementation": None, "gradient_checkpointing": False, "torch_compile": False,
+        None, "head": None, "instruction": None, "yes_token": None, "no_token": None,
+        "max_len": 512, "attn_implementation": None, "gradient_checkpointing": False, "torch_compile": False,
         "trust_remote_code": False, "train_label_key": "label", "train_split": None, "train_group_size":
         None, "max_label": 1.0, "min_label": 0.0, "shuffle_rate": 0.0, "val_dataset": None,
         "val_dataset_type": None, "val_label_key": None, "val_split": None, "num_workers": 2,
