@@ -6,6 +6,7 @@ that only a pointwise loss teaches one.
 
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -179,9 +180,18 @@ class PairScorer(nn.Module):
         folder = Path(folder)
         # Without this, sentence-transformers would apply a sigmoid that saturates after listwise training
         self.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        if state_dict is not None:
+            # engines give a tied output embedding a second time; what transformers saves has it once
+            tied = self.model.state_dict().keys() - own_names(self.model)
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
         write_settings(folder, self.settings)
+
+
+def own_names(model: nn.Module) -> set[str]:
+    """Names of the model's tensors, of those that it has under two names the first."""
+    return {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
 
 
 def score_in_float32(layer: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
