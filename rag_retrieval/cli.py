@@ -8,6 +8,7 @@ import sys
 HELP = """usage: rag-retrieval COMMAND [options]
 
   train --config FILE [--KEY VALUE ...]   train a reranker from a YAML file (train --help lists every key)
+  distill --config FILE [--KEY VALUE ...] let a teacher score training pairs (distill --help lists every key)
   quickstart [--output_dir DIR]           train on the example data and show what it brought
 """
 
@@ -19,6 +20,10 @@ def main(arguments: list[str] | None = None) -> int:
         from rag_retrieval.train.reranker.train_reranker import main as train
 
         return train(arguments[1:])
+    if command == "distill":
+        from rag_retrieval.distill.distill_command import main as distill
+
+        return distill(arguments[1:])
     if command == "quickstart":
         from rag_retrieval.quickstart import main as quickstart
 

@@ -5,17 +5,15 @@ the model's own code. So the text is cut into parts only where tokenizers cut it
 leads to the query or the document, and after the white space that follows them.
 """
 
-import json
 import re
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rag_retrieval.models.pair_encoding import PairTemplate, split_format, tokenize, tokenize_after
-from rag_retrieval.models.yes_no_prompts import ANSWERS, PROMPTS, QWEN3_CHAT, QWEN3_MARKUP
+from rag_retrieval.models.yes_no_prompts import ANSWERS, PLACES, PROMPTS, QWEN3_CHAT, QWEN3_MARKUP, check_places
 
 INSTRUCTION = "{instruction}"
-PLACES = ("{query}", "{document}")
 
 
 def chat_formats(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> dict[str, str]:
@@ -36,13 +34,6 @@ def chat_formats(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> 
         )
     before, between, after = re.split(r"\{query\}|\{document\}", text)
     return {"query_format": before + "{}", "document_format": "{}", "seq": between, "special_token": after}
-
-
-def check_places(user: str) -> None:
-    if [user.count(place) for place in PLACES] != [1, 1] or user.index(PLACES[0]) > user.index(PLACES[1]):
-        raise ValueError(
-            f"expected {{query}} and, after it, {{document}} in the prompt, each once; found {json.dumps(user)}"
-        )
 
 
 def by_chat_template(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> str | None:

@@ -1,11 +1,14 @@
-"""What a causal language model is asked about a pair, by language: data, no code.
+"""What a causal language model is asked about a pair, by language: data, and the one check of such a text.
 
 English is the prompt of the Qwen3-Reranker checkpoints, word for word: they were trained on it, and another one
 changes their scores. `user` says where instruction, query and document stand; the query goes first, so that the
 documents of one query share its computation.
 """
 
+import json
 from typing import NamedTuple
+
+PLACES = ("{query}", "{document}")
 
 
 class Prompt(NamedTuple):
@@ -50,3 +53,11 @@ ANSWERS = (
     ("yes", "no"), ("Yes", "No"), ("YES", "NO"), (" yes", " no"), (" Yes", " No"), ("true", "false"),
     ("True", "False"), ("是", "否"), ("是", "不"), ("对", "错"), ("1", "0"), ("A", "B"),
 )  # fmt: skip
+
+
+def check_places(user: str) -> None:
+    """Raises ValueError for a user text without the places of query and document in this order."""
+    if [user.count(place) for place in PLACES] != [1, 1] or user.index(PLACES[0]) > user.index(PLACES[1]):
+        raise ValueError(
+            f"expected {{query}} and, after it, {{document}} in the prompt, each once; found {json.dumps(user)}"
+        )
