@@ -26,11 +26,12 @@ from rag_retrieval.models.model_loading import (
     load_tokenizer,
     warn_of_new_parameters,
 )
-from rag_retrieval.models.packed_forward import Head, last_token_head
+from rag_retrieval.models.packed_forward import HALF_TOLERANCE, Head, last_token_head
 from rag_retrieval.models.pad_token import set_decoder_pad_token
 from rag_retrieval.models.pair_batch import PairBatch, on_device, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, decoder_template
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.yes_no_head import HALF_TOLERANCE as YES_NO_TOLERANCE
 from rag_retrieval.models.yes_no_head import read_two_rows, yes_no_head, yes_no_scores
 from rag_retrieval.models.yes_no_prompt import answer_tokens, check_instruction, default_formats, yes_no_template
 from rag_retrieval.models.yes_no_prompts import PROMPTS
@@ -106,6 +107,10 @@ class LLMDecoder(PairScorer):
     @property
     def answers_yes_or_no(self) -> bool:
         return self.settings.head == "yes_no"
+
+    @property
+    def half_tolerance(self) -> float:
+        return YES_NO_TOLERANCE if self.answers_yes_or_no else HALF_TOLERANCE
 
     @property
     def packed_head(self) -> Head:

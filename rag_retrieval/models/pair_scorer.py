@@ -18,7 +18,13 @@ from rag_retrieval.models.device_pool import DevicePool, check_devices, pool_for
 from rag_retrieval.models.model_files import RerankerSettings, write_settings
 from rag_retrieval.models.model_loading import first_position
 from rag_retrieval.models.packed_attention import kernel_problem
-from rag_retrieval.models.packed_forward import Head, packed_hidden_states, packing_problem, pairs_to_check
+from rag_retrieval.models.packed_forward import (
+    HALF_TOLERANCE,
+    Head,
+    packed_hidden_states,
+    packing_problem,
+    pairs_to_check,
+)
 from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_checks import check_pairs
@@ -37,6 +43,7 @@ class PairScorer(nn.Module):
     forward of scoring may hold since one ran out of GPU memory; None where none did.
     """
 
+    half_tolerance = HALF_TOLERANCE
     causal: bool  # whether tokens see only what stands before them, so that pairs of a query can share it
 
     def __init__(
@@ -68,7 +75,8 @@ class PairScorer(nn.Module):
         if self.packed_head is None:
             return f"no padding-free forward for {self.config.model_type}"
         batch = make_batch(pairs_to_check(self.model, self.pair_encoder))
-        return packing_problem(self.model, self.padded_scores, self.packed_scores, batch.to(self.device))
+        scores = (self.padded_scores, self.packed_scores)
+        return packing_problem(self.model, *scores, batch.to(self.device), self.half_tolerance)
 
     @property
     def tokenizer(self):

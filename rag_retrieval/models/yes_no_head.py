@@ -19,8 +19,9 @@ from rag_retrieval.models.packed_forward import read_states
 from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.scoring_mode import evaluating
 
-TOLERANCE = 1e-3  # of a logit difference, relative where it exceeds 1; half precision has its own
-HALF_TOLERANCE = 0.03
+# Of a logit difference, relative where it exceeds 1. Logits are of order 20, and half precision rounds the states
+# that they are made of to one part in 256: SmolLM2-135M in bfloat16, packed and padded, differs by 0.04.
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.12
 
 
 def read_two_rows(model: PreTrainedModel, tokens: tuple[int, int], sample: list[int]) -> None:
