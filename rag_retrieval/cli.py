@@ -10,6 +10,7 @@ HELP = """usage: rag-retrieval COMMAND [options]
   train --config FILE [--KEY VALUE ...]   train a reranker from a YAML file (train --help lists every key)
   evaluate --model DIR --data DIR         measure a reranker on judged queries (evaluate --help lists every key)
   mine [--config FILE] [--KEY VALUE ...]  find hard negatives in a corpus (mine --help lists every key)
+  distill --config FILE [--KEY VALUE ...] let a teacher score training pairs (distill --help lists every key)
   quickstart [--output_dir DIR]           train on the example data and show what it brought
 """
 
@@ -29,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         from rag_retrieval.mining.mine_command import main as mine
 
         return mine(arguments[1:])
+    if command == "distill":
+        from rag_retrieval.distill.distill_command import main as distill
+
+        return distill(arguments[1:])
     if command == "quickstart":
         from rag_retrieval.quickstart import main as quickstart
 

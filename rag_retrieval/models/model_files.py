@@ -20,11 +20,16 @@ SETTINGS_FILE = "reranker_config.json"
 PACKAGE_PREFIX = "package:"
 MODEL_TYPES = ("bert_encoder", "llm_decoder")
 FORMAT_NAMES = ("query_format", "document_format", "seq", "special_token")
+YES_NO_NAMES = ("instruction", "yes_token", "no_token")
+HEADS = ("scalar", "yes_no")
 
 
 @dataclass(frozen=True)
 class RerankerSettings:
-    """What `reranker_config.json` holds. Formats, seq and special_token are None for an encoder."""
+    """What `reranker_config.json` holds. Formats, seq and special_token are None for an encoder.
+
+    head: of an LLM decoder that answers yes or no "yes_no", and then it has the three after it; else None.
+    """
 
     model_type: str
     max_len: int
@@ -32,6 +37,10 @@ class RerankerSettings:
     document_format: str | None = None
     seq: str | None = None
     special_token: str | None = None
+    head: str | None = None
+    instruction: str | None = None
+    yes_token: str | None = None
+    no_token: str | None = None
 
 
 def resolve_model_path(name: str | os.PathLike) -> str:
@@ -120,6 +129,12 @@ def check_settings(settings: RerankerSettings) -> None:
     for name in FORMAT_NAMES:
         if not isinstance(getattr(settings, name), wanted):
             raise ValueError(f"{name} of a {settings.model_type} cannot be {getattr(settings, name)!r}")
+    if settings.head not in (None, "yes_no") or (settings.head and settings.model_type != "llm_decoder"):
+        raise ValueError(f"head of a {settings.model_type} cannot be {settings.head!r}")
+    wanted = str if settings.head else type(None)
+    for name in YES_NO_NAMES:
+        if not isinstance(getattr(settings, name), wanted):
+            raise ValueError(f"{name} of a {settings.head or 'scalar'} head cannot be {getattr(settings, name)!r}")
 
 
 def write_settings(folder: Path, settings: RerankerSettings) -> None:

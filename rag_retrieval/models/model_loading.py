@@ -10,7 +10,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from rag_retrieval.models.model_files import choose_setting
@@ -73,12 +79,61 @@ def load_classifier(
     float32 weights, and half precision is autocast's business. Raises ValueError for num_labels other than 1,
     for files that cannot be loaded, and for a checkpoint whose weights do not fit.
     """
-    if num_labels != 1:
-        raise ValueError(f"num_labels must be 1, found {num_labels}: a reranker gives one score for a pair")
+    check_num_labels(num_labels)
+    options = (dtype, trust_remote_code, attn_implementation)
+    return load_model(AutoModelForSequenceClassification, model_path, *options, {"num_labels": 1})
+
+
+def load_causal_model(
+    model_path: str,
+    *,
+    num_labels: int,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    """The causal language model with its output embedding; weights, dtype and errors as in `load_classifier`.
+
+    Raises ValueError for an encoder, and for a checkpoint without an output embedding.
+    """
+    check_num_labels(num_labels)
     with reading(f"{model_path}: the model"):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        config.num_labels = 1
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+    if getattr(config, "is_decoder", None) is False:  # such families are decoders on request
+        name = config.model_type
+        raise ValueError(f"{model_path} is a {name}, an encoder; head: yes_no needs a causal language model")
+    options = (dtype, trust_remote_code, attn_implementation)
+    model, new_parameters = load_model(AutoModelForCausalLM, model_path, *options, {})
+    if new_parameters:
+        raise ValueError(
+            f"{model_path}: head: yes_no reads the output embedding of a causal language model, and it has no "
+            f"{shorten(sorted(new_parameters))}; use head: scalar, or give a model that was saved as a causal one"
+        )
+    return model
+
+
+def check_num_labels(num_labels: int) -> None:
+    if num_labels != 1:
+        raise ValueError(f"num_labels must be 1, found {num_labels}: a reranker gives one score for a pair")
+
+
+def load_model(
+    auto_class,
+    model_path: str,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+    configuration: dict,
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model of one of transformers' auto classes and the names of its new parameters, checked.
+
+    configuration: attributes set on the checkpoint's configuration before the model is made.
+    """
+    with reading(f"{model_path}: the model"):
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        for name, value in configuration.items():
+            setattr(config, name, value)
+        model, loading = auto_class.from_pretrained(
             model_path,
             config=config,
             dtype=dtype or torch.float32,

@@ -88,11 +88,13 @@ def packing_problem(
     padded_scores: Callable[[PairBatch], torch.Tensor],
     packed_scores: Callable[[PairBatch], torch.Tensor],
     batch: PairBatch,
+    half_tolerance: float = HALF_TOLERANCE,
 ) -> str | None:
     """Why this model cannot be packed, or None: then it has been given our attention function and last layer.
 
     Compares both scores of `batch`, whose pairs should differ in length, share a query, and exceed a sliding window
-    where the model has one. The model is left in its mode; no random number is drawn.
+    where the model has one. half_tolerance: of scores of a model in half precision, relative where they exceed 1. The
+    model is left in its mode; no random number is drawn.
     """
     own = model.config._attn_implementation
     problem = "its attention cannot be replaced"
@@ -102,7 +104,7 @@ def packing_problem(
             model.set_attn_implementation(ATTENTION)
             read_at_last_layer(model)
             if model.config._attn_implementation == ATTENTION:
-                problem = difference(expected, packed_scores(batch), model.dtype)
+                problem = difference(expected, packed_scores(batch), model.dtype, half_tolerance)
         except Exception as error:  # whatever a family's own code raises when it is called in another way
             problem = f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
     if problem is not None:
@@ -137,8 +139,10 @@ def pairs_to_check(model: PreTrainedModel, encoder: PairEncoder) -> list[Encoded
     )]  # fmt: skip
 
 
-def difference(expected: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> str | None:
-    tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE) * max(1.0, expected.abs().max().item())
+def difference(
+    expected: torch.Tensor, found: torch.Tensor, dtype: torch.dtype, half_tolerance: float = HALF_TOLERANCE
+) -> str | None:
+    tolerance = TOLERANCE.get(dtype, half_tolerance) * max(1.0, expected.abs().max().item())
     largest = (expected - found).abs().max().item()
     if not largest <= tolerance:  # NaN too
         return f"packed scores differ from padded ones by {largest:.2g}"

@@ -34,8 +34,12 @@ class PairTemplate:
     """The fixed parts of a pair, as token ids, and the segment id of every part.
 
     `types` holds the segment ids of (prefix, query, middle, document, suffix); None without segments.
-    `query_format` and `document_format` are the text before each of the two texts; what follows a text
-    in its format belongs to `middle` or `suffix`, where truncation cannot reach it.
+    `before_query` and `before_document` are the text before each of the two texts and tokenized with it; what
+    follows a text in its format belongs to `middle` or `suffix`, where truncation cannot reach it.
+    `after_query` and `after_document` are tokenized with the text before them too ("?" and a line break are one
+    token in some families), and stay, as `query_end` and `document_end`, where that text is cut.
+    `anchor` is a special token to put before each text while it is tokenized, where a family would otherwise mark it
+    as the beginning of a text.
     """
 
     prefix: list[int]
@@ -44,6 +48,11 @@ class PairTemplate:
     types: tuple[list[int], int, list[int], int, list[int]] | None = None
     before_query: str = ""
     before_document: str = ""
+    after_query: str = ""
+    after_document: str = ""
+    query_end: tuple[int, ...] = ()
+    document_end: tuple[int, ...] = ()
+    anchor: str = ""
 
     @property
     def fixed_tokens(self) -> int:
@@ -104,6 +113,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     )["input_ids"]
 
 
+def tokenize_after(anchor: str, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text as they are after `anchor`, which is one special token, or nothing."""
+    if not anchor:
+        return tokenize(tokenizer, texts)
+    return [ids[1:] for ids in tokenize(tokenizer, [anchor + text for text in texts])]
+
+
 def fit_to_budget(query_tokens: int, document_tokens: int, budget: int) -> tuple[int, int]:
     """How many tokens of each text to keep, both from their beginning, within `budget` tokens.
 
@@ -112,6 +128,11 @@ def fit_to_budget(query_tokens: int, document_tokens: int, budget: int) -> tuple
     """
     query_keep = min(query_tokens, max(int(budget * QUERY_SHARE), budget - document_tokens))
     return query_keep, min(document_tokens, budget - query_keep)
+
+
+def cut(ids: list[int], keep: int, end: tuple[int, ...]) -> list[int]:
+    """`keep` ids from the beginning; where that is not all, the last of them are `end`."""
+    return ids if keep >= len(ids) else [*ids[: keep - len(end)], *end]
 
 
 @dataclass(frozen=True)
@@ -125,7 +146,7 @@ class PairEncoder:
 
     def __post_init__(self):
         budget = self.max_length - self.template.fixed_tokens
-        if budget < 2:
+        if budget < 2 * (1 + max(len(self.template.query_end), len(self.template.document_end))):
             raise ValueError(
                 f"max_length {self.max_length} is too small: special tokens, separator and formats take "
                 f"{self.template.fixed_tokens} tokens, and query and document need at least one each"
@@ -133,10 +154,14 @@ class PairEncoder:
         object.__setattr__(self, "budget", budget)
 
     def query_ids(self, queries: Sequence[str]) -> list[list[int]]:
-        return tokenize(self.tokenizer, [self.template.before_query + text for text in queries])
+        template = self.template
+        texts = [template.before_query + text + template.after_query for text in queries]
+        return tokenize_after(template.anchor, self.tokenizer, texts)
 
     def document_ids(self, documents: Sequence[str]) -> list[list[int]]:
-        return tokenize(self.tokenizer, [self.template.before_document + text for text in documents])
+        template = self.template
+        texts = [template.before_document + text + template.after_document for text in documents]
+        return tokenize_after(template.anchor, self.tokenizer, texts)
 
     def untruncated_length(self, query_ids: list[int], document_ids: list[int]) -> int:
         return self.template.fixed_tokens + len(query_ids) + len(document_ids)
@@ -146,8 +171,8 @@ class PairEncoder:
         template = self.template
         query_keep, document_keep = fit_to_budget(len(query_ids), len(document_ids), self.budget)
         ids = [
-            *template.prefix, *query_ids[:query_keep],
-            *template.middle, *document_ids[:document_keep],
+            *template.prefix, *cut(query_ids, query_keep, template.query_end),
+            *template.middle, *cut(document_ids, document_keep, template.document_end),
             *template.suffix,
         ]  # fmt: skip
         truncated = query_keep < len(query_ids) or document_keep < len(document_ids)

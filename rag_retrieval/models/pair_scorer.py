@@ -6,6 +6,7 @@ that only a pointwise loss teaches one.
 
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -18,7 +19,13 @@ from rag_retrieval.models.device_pool import DevicePool, check_devices, pool_for
 from rag_retrieval.models.model_files import RerankerSettings, write_settings
 from rag_retrieval.models.model_loading import first_position
 from rag_retrieval.models.packed_attention import kernel_problem
-from rag_retrieval.models.packed_forward import Head, packed_hidden_states, packing_problem, pairs_to_check
+from rag_retrieval.models.packed_forward import (
+    HALF_TOLERANCE,
+    Head,
+    packed_hidden_states,
+    packing_problem,
+    pairs_to_check,
+)
 from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_checks import check_pairs
@@ -38,6 +45,7 @@ class PairScorer(nn.Module):
     beside the weights when they were loaded; further training makes it wrong.
     """
 
+    half_tolerance = HALF_TOLERANCE
     causal: bool  # whether tokens see only what stands before them, so that pairs of a query can share it
 
     def __init__(
@@ -70,7 +78,8 @@ class PairScorer(nn.Module):
         if self.packed_head is None:
             return f"no padding-free forward for {self.config.model_type}"
         batch = make_batch(pairs_to_check(self.model, self.pair_encoder))
-        return packing_problem(self.model, self.padded_scores, self.packed_scores, batch.to(self.device))
+        scores = (self.padded_scores, self.packed_scores)
+        return packing_problem(self.model, *scores, batch.to(self.device), self.half_tolerance)
 
     @property
     def tokenizer(self):
@@ -201,9 +210,18 @@ class PairScorer(nn.Module):
         (folder / CALIBRATION_FILE).unlink(missing_ok=True)
         # Without this, sentence-transformers would apply a sigmoid that saturates after listwise training
         self.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        if state_dict is not None:
+            # engines give a tied output embedding a second time; what transformers saves has it once
+            tied = self.model.state_dict().keys() - own_names(self.model)
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
         write_settings(folder, self.settings)
+
+
+def own_names(model: nn.Module) -> set[str]:
+    """Names of the model's tensors, of those that it has under two names the first."""
+    return {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
 
 
 def score_in_float32(layer: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,10 @@ Result = TypeVar("Result")
 Plan = list[list[int]]  # of one chunk: the positions of the pairs of each forward, in the whole list
 
 
+class PeerError(RuntimeError):
+    """Another process failed, and this one stops with it."""
+
+
 def score_over_processes(
     scorer: "PairScorer",
     pairs: Sequence[Sequence[str]] | Sequence[str],
@@ -83,7 +87,7 @@ def all_succeed(work: Callable[[], Result]) -> Result:
         raise error
     for process, text in enumerate(errors):
         if text is not None:
-            raise RuntimeError(f"scoring failed on process {process}: {text}")
+            raise PeerError(f"scoring failed on process {process}: {text}")
     return result
 
 

@@ -36,6 +36,7 @@ DECODER_DEFAULTS = {
     "seq": "\n",
     "special_token": "\nrelevance",
 }
+YES_NO_KEYS = ("instruction", "yes_token", "no_token")
 DATA_FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
 PATH_BEGINNINGS = (".", "/", "~")
 
@@ -63,8 +64,11 @@ def _check_model(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("num_labels", 1) != 1:
         yield "num_labels", f"expected 1, found {values['num_labels']}: a reranker gives one score per pair"
     if values.get("model_type") == "bert_encoder":
-        for key in _given(values, DECODER_DEFAULTS):
+        for key in _given(values, [*DECODER_DEFAULTS, "head", *YES_NO_KEYS]):
             yield key, "is only for model_type llm_decoder, and model_type is bert_encoder; remove it"
+    elif "head" in values and values["head"] != "yes_no":
+        for key in _given(values, YES_NO_KEYS):
+            yield key, "is only for head yes_no; add head: yes_no or remove this"
     for key in _given(values, ("query_format", "document_format")):
         if values[key].count("{}") != 1:
             found = json.dumps(values[key], ensure_ascii=False)

@@ -257,12 +257,19 @@ def _look_up_paths(source: _Source, config_folder: Path, schema: Schema) -> None
         if isinstance(source.values.get(key), str):
             source.values[key] = os.path.expanduser(source.values[key])
     for key in (*schema.models, *schema.datasets, *schema.folders, *schema.paths):
-        name = source.values.get(key)
-        if isinstance(name, str) and name and name not in ABSENT:
-            try:
-                source.values[key] = _look_up(key, name, config_folder, schema)
-            except LookupError as error:
-                source.report(key, error.args[0])
+        value = source.values.get(key)
+        names = value if isinstance(value, list) else [value]
+        try:
+            found = [_look_up(key, name, config_folder, schema) if _is_name(name) else name for name in names]
+        except LookupError as error:
+            source.report(key, error.args[0])
+        else:
+            if key in source.values:
+                source.values[key] = found if isinstance(value, list) else found[0]
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and value not in ABSENT
 
 
 def _look_up(key: str, name: str, config_folder: Path, schema: Schema) -> str:

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
+from rag_retrieval.models.model_files import FORMAT_NAMES, YES_NO_NAMES
 from rag_retrieval.models.packed_attention import ATTENTION, packed_attention
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.train.optimizer import make_adamw, parameter_groups
@@ -29,10 +30,8 @@ def load_scorer(config: TrainingConfig) -> PairScorer:
     }
     if config.model_type == "bert_encoder":
         return CrossEncoder.from_pretrained(config.model_name_or_path, **shared)
-    formats = {
-        name: getattr(config, name) for name in ("query_format", "document_format", "seq", "special_token")
-    }
-    return LLMDecoder.from_pretrained(config.model_name_or_path, **shared, **formats)
+    texts = {name: getattr(config, name) for name in (*FORMAT_NAMES, *YES_NO_NAMES, "head")}
+    return LLMDecoder.from_pretrained(config.model_name_or_path, **shared, **texts)
 
 
 def prepare_for_training(scorer: PairScorer, config: TrainingConfig):
@@ -106,7 +105,7 @@ def add_lora(scorer: PairScorer, config: TrainingConfig):
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
         modules_to_save=sorted({name.rpartition(".")[0] for name in scorer.new_parameters}) or None,
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType.CAUSAL_LM if config.head == "yes_no" else TaskType.SEQ_CLS,
     )
     return get_peft_model(scorer.model, settings)
 

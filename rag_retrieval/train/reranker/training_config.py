@@ -53,6 +53,14 @@ class TrainingConfig(BaseModel):
     seq: str | None = Field(None, description="llm_decoder only: text between the two. Default a newline.")
     special_token: str | None = Field(
         None, min_length=1, description='llm_decoder only: asks for the score, last. Default "\\nrelevance".')
+    head: Literal["scalar", "yes_no"] | None = Field(
+        None, description="llm_decoder only: a new scalar head, or yes_no: logit of yes minus logit of no, as "
+        "Qwen3-Reranker. Then what is not given here comes with the model, or is Qwen3-Reranker's question in the "
+        "tokenizer's chat template. Default scalar.")
+    instruction: str | None = Field(
+        None, description="head yes_no only: stands where a format says {instruction}.")
+    yes_token: str | None = Field(None, min_length=1, description='head yes_no only: one token. Default "yes".')
+    no_token: str | None = Field(None, min_length=1, description='head yes_no only: one token. Default "no".')
     max_len: int = Field(512, ge=16, description="Longest pair, in tokens, special tokens included.")
     attn_implementation: str | None = Field(
         None, min_length=1, description="Attention code, such as eager or sdpa; batches are then padded. Absent: "
@@ -242,7 +250,9 @@ def _derived_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values for keys not given, from the values of other keys. `values` are valid and fit each other."""
     derived = {"head_lr": 10 * values["lr"]}
     if values["model_type"] == "llm_decoder":
-        derived |= DECODER_DEFAULTS
+        derived["head"] = "scalar"
+        if values["head"] != "yes_no":  # whose texts come with the model
+            derived |= DECODER_DEFAULTS
     if values["train_dataset_type"] == "grouped":
         derived["train_group_size"] = 8
     else:

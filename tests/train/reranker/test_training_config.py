@@ -42,7 +42,8 @@ def test_a_minimal_pointwise_configuration_gets_the_documented_defaults():
     given = TrainingConfig(**POINTWISE).model_dump()
     assert given == POINTWISE | {
         "num_labels": 1, "query_format": None, "document_format": None, "seq": None, "special_token":
-        None, "max_len": 512, "attn_implementation": None, "gradient_checkpointing": False, "torch_compile": False,
+        None, "head": None, "instruction": None, "yes_token": None, "no_token": None,
+        "max_len": 512, "attn_implementation": None, "gradient_checkpointing": False, "torch_compile": False,
         "trust_remote_code": False, "train_label_key": "label", "train_split": None, "train_group_size":
         None, "max_label": 1.0, "min_label": 0.0, "shuffle_rate": 0.0, "val_dataset": None,
         "val_dataset_type": None, "val_label_key": None, "val_split": None, "num_workers": 2,
@@ -70,6 +71,22 @@ def test_a_decoder_gets_its_four_texts_and_a_given_one_stays():
     config = TrainingConfig(**DECODER, seq="")
     assert (config.query_format, config.document_format) == ("query: {}", "document: {}")
     assert (config.seq, config.special_token) == ("", "\nrelevance")
+
+
+def test_a_yes_no_head_takes_its_texts_from_the_model_unless_they_are_given():
+    config = TrainingConfig(**DECODER, head="yes_no", seq="\n")
+    assert (config.head, config.query_format, config.seq, config.yes_token) == ("yes_no", None, "\n", None)
+    assert TrainingConfig(**DECODER).head == "scalar"
+
+
+def test_the_keys_of_the_yes_no_head_are_refused_elsewhere():
+    of_the_head = {"instruction": "i", "yes_token": "y", "no_token": "n"}
+    assert problems(DECODER, **of_the_head) == dict.fromkeys(
+        of_the_head, "is only for head yes_no; add head: yes_no or remove this"
+    )
+    assert problems(DECODER, head="scalar", yes_token="y").keys() == {"yes_token"}
+    assert problems(POINTWISE, head="scalar").keys() == {"head"}
+    assert problems(DECODER, head="linear").keys() == {"head"}
 
 
 def test_the_head_learns_ten_times_faster_unless_told_otherwise():

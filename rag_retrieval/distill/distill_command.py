@@ -1,0 +1,59 @@
+"""`rag-retrieval distill --config FILE [--KEY VALUE ...]`: a teacher's scores for the pairs of a training file.
+
+The trap: an interrupted run has written no output, but its finished parts lie beside it, and the same command goes on
+with them.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from rag_retrieval.distill.distill_config import DISTILLING, DistillConfig
+from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, load_config
+from rag_retrieval.train.reranker.train_reranker import report, set_up_logging, split_arguments
+from rag_retrieval.train.signals import Interrupted, exit_code, interrupt, on_signals
+
+USAGE = "usage: rag-retrieval distill [--config FILE] [--KEY VALUE ...]"
+GO_ON = "the same command goes on where this one stopped"
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0 written; 1 a teacher failed; 2 a mistake in configuration, data or teachers; 130 and 143
+    ended by SIGINT and SIGTERM. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(f"{USAGE}\n\n{describe_options(DISTILLING)}")
+        return 0 if arguments else 2
+    path, overrides = None, arguments
+    try:
+        if any(argument.partition("=")[0] == "--config" for argument in arguments):
+            path, overrides = split_arguments(arguments)
+        config = load_config(path, overrides, schema=DISTILLING)
+    except ConfigError as error:
+        return report(error, 2, on_all_processes=True)
+    set_up_logging()
+    return run(config)
+
+
+def run(config: DistillConfig) -> int:
+    from rag_retrieval.distill.run import distill
+    from rag_retrieval.distill.teachers import TeacherError
+    from rag_retrieval.models.process_scoring import PeerError
+
+    started = time.monotonic()
+    try:
+        with on_signals(interrupt):
+            summary = distill(config)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        return report(InterruptedError(f"interrupted; {GO_ON}"), exit_code(number), on_all_processes=True)
+    except (ValueError, OSError) as error:
+        return report(error, 2, on_all_processes=False)
+    except TeacherError as error:
+        return report(error, 1, on_all_processes=False)
+    except PeerError as error:
+        return report(error, 2, on_all_processes=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config.output}: {summary.describe()}")
+        print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
+    return 0

@@ -1,0 +1,132 @@
+"""Finished parts of a scoring run on disk, so that a killed run goes on, with any number of processes.
+
+A part is a stretch of whole records. Which records it holds, and so which pairs share a forward pass, hangs on the
+data and `pairs_per_part` alone: parts that one run left and parts that the next one makes fit together byte by byte.
+
+The trap: a part under its own name is complete; it is written under another name and renamed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rag_retrieval.records import Record
+from rag_retrieval.train.checkpoints import read_json, write_json
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """`records` records from `first` on, counted from 0, and the pairs in them."""
+
+    first: int
+    records: int
+    pairs: int
+
+    @property
+    def name(self) -> str:
+        return f"from-{self.first:09d}.jsonl"
+
+
+def plan_parts(records: Iterable[Record], pairs_per_part: int) -> list[Part]:
+    """Parts of whole records, each closed as soon as it has `pairs_per_part` pairs."""
+    parts, first, pairs, count = [], 0, 0, 0
+    for count, record in enumerate(records, start=1):
+        pairs += len(record.documents)
+        if pairs >= pairs_per_part:
+            parts.append(Part(first, count - first, pairs))
+            first, pairs = count, 0
+    if pairs:
+        parts.append(Part(first, count - first, pairs))
+    return parts
+
+
+def records_of(parts: list[Part], records: Iterable[Record]) -> Iterator[tuple[Part, list[Record]]]:
+    """The records of each of some parts, which are in order; the records of the others are passed over."""
+    records = enumerate(records)
+    for part in parts:
+        found = []
+        for place, record in records:
+            if place >= part.first:
+                found.append(record)
+            if len(found) == part.records:
+                break
+        yield part, found
+
+
+class PartFolder:
+    """The folder beside the output that keeps its finished parts."""
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.path = output.with_name(f"{output.name}.parts")
+
+    def check_output(self, overwrite: bool) -> None:
+        """Raises ValueError for an output that exists, unless it may be overwritten."""
+        if self.output.exists() and not overwrite:
+            raise ValueError(f"output: {self.output} exists; take another output, or overwrite: true to replace it")
+
+    def begin(self, run: dict, overwrite: bool) -> None:
+        """Take the folder for a run that is described by `run` (plain JSON values).
+
+        Raises ValueError for parts of another run, unless they may be overwritten.
+        """
+        before = read_json(self.path / RUN_FILE)
+        if self.path.exists() and before != run:
+            if not overwrite:
+                raise ValueError(self._other_run(before, run))
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for aside in self.path.glob("*.tmp"):
+            aside.unlink()
+        write_json(self.path / RUN_FILE, run)
+
+    def _other_run(self, before: dict, run: dict) -> str:
+        lines = "".join(
+            f"\n  {key}: was {before.get(key)!r}, now {value!r}"
+            for key, value in run.items()
+            if before.get(key) != value
+        )
+        return (
+            f"output: {self.path} holds parts of a run that differs:{lines}\nRestore these to go on with it, or say "
+            "overwrite: true to begin anew, or take another output"
+        )
+
+    def is_finished(self, part: Part) -> bool:
+        return (self.path / part.name).exists()
+
+    def write(self, part: Part, lines: Iterable[str]) -> None:
+        target = self.path / part.name
+        aside = target.with_suffix(".tmp")
+        with aside.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+
+    def lines(self, parts: list[Part]) -> Iterator[str]:
+        for part in parts:
+            with (self.path / part.name).open(encoding="utf-8", newline="\n") as file:
+                yield from file
+
+    def finish(self, parts: list[Part]) -> None:
+        """All parts one after another as the output, whole or not at all; then the folder is removed."""
+        aside = self.path / "output.tmp"
+        with aside.open("wb") as file:
+            for part in parts:
+                with (self.path / part.name).open("rb") as source:
+                    shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, self.output)
+        shutil.rmtree(self.path)
+
+
+def documents_of(line: str) -> list[dict]:
+    """The documents of a scored line, each with label and teacher_score."""
+    values = json.loads(line)
+    return values.get("hits") or [values]

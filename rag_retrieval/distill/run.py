@@ -1,0 +1,119 @@
+"""One distillation run: the data are read once to check and count them, then scored part by part.
+
+What a reader would get wrong: every process reads all records and scores only its own parts; nothing but the plan is
+exchanged. So a run that is killed loses the parts in work, and may go on with another number of processes.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rag_retrieval.distill.distill_config import DistillConfig
+from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
+from rag_retrieval.distill.progress import Progress
+from rag_retrieval.distill.score_summary import ScoreSummary
+from rag_retrieval.distill.scored_lines import scored_line
+from rag_retrieval.distill.teachers import load_teachers, mean_logits
+from rag_retrieval.models.model_files import resolve_model_path
+from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.processes import on_all, on_main, own_device, process_count, process_group, process_index
+from rag_retrieval.record_files import is_file, load_hub_dataset, read_records
+from rag_retrieval.records import Record, RecordRules
+from rag_retrieval.train.provenance import content_digest
+from rag_retrieval.train.run_folder import folder_lock
+
+logger = logging.getLogger(__name__)
+
+WITHOUT_EFFECT = {"output", "overwrite", "trust_remote_code"}
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
+
+
+def distill(config: DistillConfig) -> ScoreSummary:
+    """Score the data's pairs with the teachers and write `output`; the same summary on every process.
+
+    Under `accelerate launch` or torchrun every process calls it. What an interrupted run finished is used. Raises
+    ValueError for a mistake in data, teachers or output (DataError names the lines), TeacherError for a score that is
+    not finite, and RuntimeError on the other processes.
+    """
+    with process_group():
+        folder = PartFolder(Path(config.output))
+        lock = folder_lock(folder.path)
+        try:
+            parts = on_main(lambda: prepare(config, folder, lock))
+            teachers = on_all(lambda: load_teachers(config, own_device()))
+            report_teachers(teachers)
+            score_parts(config, folder, parts, teachers)
+            return on_main(lambda: finish(folder, parts))
+        finally:
+            lock.release()  # which only the main process has
+
+
+def prepare(config: DistillConfig, folder: PartFolder, lock: FileLock) -> list[Part]:
+    """Check everything that can be checked without a teacher, and take the folder of the parts."""
+    folder.check_output(config.overwrite)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"output: another process is writing {folder.output}; wait for it, or take another") from None
+    run = described(config)
+    parts = plan_parts(records(config), config.pairs_per_part)
+    folder.begin(run, config.overwrite)
+    done = sum(part.pairs for part in parts if folder.is_finished(part))
+    logger.info("%s: %s pairs in %d parts, %s scored before",
+                config.dataset, f"{sum(part.pairs for part in parts):,}", len(parts), f"{done:,}")  # fmt: skip
+    return parts
+
+
+def records(config: DistillConfig) -> Iterator[Record]:
+    return read_records(config.dataset, RecordRules(label_key=config.label_key), split=config.split)
+
+
+def described(config: DistillConfig) -> dict:
+    """What the scores hang on, as JSON can keep it: the settings, with the content of files in place of their names."""
+    run = config.model_dump(exclude=WITHOUT_EFFECT)
+    run["device"] = own_device().type  # whose digits differ
+    run["teachers"] = [model_digest(name) for name in config.teachers]
+    if is_file(config.dataset):
+        run["dataset"] = content_digest([Path(config.dataset)])
+    else:
+        run["dataset"] = f"{config.dataset} {load_hub_dataset(config.dataset, config.split)._fingerprint}"
+    return run
+
+
+def model_digest(name: str) -> str:
+    """The name of a model, for a folder with a digest of the files in it."""
+    path = Path(resolve_model_path(name))
+    if not path.is_dir():
+        return name
+    return f"{path.name} {content_digest(sorted(file for pattern in MODEL_FILES for file in path.glob(pattern)))}"
+
+
+def report_teachers(teachers: list[PairScorer]) -> None:
+    for teacher in teachers:
+        question = " asked yes or no" if teacher.settings.head else ""
+        layout = "packed" if teacher.packs else f"padded: {teacher.packing_problem}"
+        name = teacher.model.name_or_path
+        logger.info("teacher %s: %s%s, %d tokens, %s",
+                    name, type(teacher).__name__, question, teacher.settings.max_len, layout)  # fmt: skip
+
+
+def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], teachers: list[PairScorer]) -> None:
+    """Score this process's share of the parts that are missing; each is dealt in turn."""
+    missing = on_main(lambda: [place for place, part in enumerate(parts) if not folder.is_finished(part)])
+    own = [parts[place] for place in missing[process_index() :: process_count()]]
+    with Progress(folder, parts, shown=process_index() == 0) as progress:
+        for part, found in records_of(own, records(config) if own else ()):
+            pairs = [(record.query, document) for record in found for document in record.documents]
+            scores = iter(mean_logits(teachers, pairs, config.batch_size).tolist())
+            folder.write(part, [scored_line(record, [next(scores) for _ in record.documents]) for record in found])
+            progress.update()
+
+
+def finish(folder: PartFolder, parts: list[Part]) -> ScoreSummary:
+    summary = ScoreSummary()
+    for line in folder.lines(parts):
+        summary.add(documents_of(line))
+    folder.finish(parts)
+    return summary

@@ -1,0 +1,219 @@
+"""Whole runs: output in order in the trainer's format, the same bytes after a stop and from two processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from record_samples import random_records, read, write
+from training_runs import (
+    ROOT,
+    engine_command,
+    grouped_records,
+    launch,
+    pointwise_records,
+    train,
+    without_dropout,
+    write_jsonl,
+)
+
+from rag_retrieval import CrossEncoder
+from rag_retrieval.cli import main
+from rag_retrieval.distill import run as run_module
+from rag_retrieval.distill.distill_config import DistillConfig
+from rag_retrieval.distill.run import distill
+from rag_retrieval.records import DataError
+
+
+@pytest.fixture
+def keys(tmp_path, model_folders) -> dict:
+    """A small run over records of all formats."""
+    data = write(tmp_path / "data.jsonl", list(random_records(3, 60)))
+    return {
+        "dataset": str(data),
+        "teachers": [model_folders["bert"]],
+        "output": str(tmp_path / "out.jsonl"),
+        "pairs_per_part": 10,
+    }
+
+
+def test_every_pair_of_every_format_has_the_teacher_s_score_in_input_order(keys, model_folders):
+    summary = distill(DistillConfig(**keys))
+    before = read(keys["dataset"])
+    after = read(keys["output"], label_key="teacher_score")
+    assert [(one.query, one.documents) for one in after] == [(one.query, one.documents) for one in before]
+    assert [one.labels for one in read(keys["output"])] == [one.labels for one in before]
+    kinds = [("pointwise" if one.format == "pointwise" else "hits") for one in before]
+    assert [one.format for one in after] == kinds and set(kinds) == {"pointwise", "hits"}
+    pairs = [(one.query, document) for one in before for document in one.documents]
+    expected = CrossEncoder.from_pretrained(model_folders["bert"]).compute_score(pairs)
+    found = torch.tensor([score for one in after for score in one.labels])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (summary.records, summary.pairs) == (60, len(pairs))
+    probabilities = torch.tensor(
+        [value for one in read(keys["output"], label_key="teacher_probability") for value in one.labels]
+    )
+    torch.testing.assert_close(probabilities, found.sigmoid(), atol=1e-6, rtol=0)
+
+
+def stop_after(monkeypatch, parts: int) -> list[int]:
+    """Let scoring fail once so many parts are written; the list has the pairs of each part that was scored."""
+    scored, whole = [], run_module.mean_logits
+
+    def failing(teachers, pairs, batch_size):
+        if len(scored) == parts:
+            raise KeyboardInterrupt
+        scored.append(len(pairs))
+        return whole(teachers, pairs, batch_size)
+
+    monkeypatch.setattr(run_module, "mean_logits", failing)
+    return scored
+
+
+def test_a_stopped_run_goes_on_where_it_stopped_to_the_same_bytes(keys, tmp_path, monkeypatch):
+    config = DistillConfig(**keys)
+    distill(config)
+    whole = Path(keys["output"]).read_bytes()
+    stopped = DistillConfig(**keys | {"output": str(tmp_path / "stopped.jsonl")})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        first = stop_after(patch, 3)
+        distill(stopped)
+    assert len(first) == 3 and not Path(stopped.output).exists()
+    with monkeypatch.context() as patch:
+        rest = stop_after(patch, 10**6)
+        distill(stopped)
+    assert Path(stopped.output).read_bytes() == whole
+    assert sum(first) + sum(rest) == sum(len(one.documents) for one in read(keys["dataset"]))
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_other_data_or_teachers_do_not_go_on_with_the_parts_that_are_there(keys, monkeypatch, model_folders):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 2)
+        distill(DistillConfig(**keys))
+    with pytest.raises(ValueError, match=r"parts of a run that differs:\n  teachers: was \['bert [0-9a-f]{8}'\]"):
+        distill(DistillConfig(**keys | {"teachers": [model_folders["xlm_roberta"]]}))
+    with open(keys["dataset"], "a") as file:
+        file.write(json.dumps({"query": "q", "content": "d", "label": 1}) + "\n")
+    with pytest.raises(ValueError, match=r"parts of a run that differs:\n  dataset: was '[0-9a-f]{8}', now"):
+        distill(DistillConfig(**keys))
+    distill(DistillConfig(**keys, overwrite=True))
+    assert len(read(keys["output"])) == 61
+
+
+def test_an_existing_output_and_bad_lines_are_refused_before_a_teacher_is_loaded(keys, monkeypatch):
+    monkeypatch.setattr(run_module, "load_teachers", None)
+    Path(keys["output"]).write_text("precious")
+    with pytest.raises(ValueError, match="out.jsonl exists; take another output, or overwrite: true"):
+        distill(DistillConfig(**keys))
+    Path(keys["dataset"]).write_text('{"query": "q"}\n{"query": "q", "content": "d", "label": 1}\n')
+    with pytest.raises(DataError, match="data.jsonl:1: found the keys 'query'"):
+        distill(DistillConfig(**keys, overwrite=True))
+    assert Path(keys["output"]).read_text() == "precious"
+
+
+def test_the_command_prints_a_summary_and_says_what_is_wrong(keys, capsys):
+    keys["dataset"] = write_jsonl(Path(keys["dataset"]), grouped_records(60))
+    arguments = [word for key, value in keys.items() for word in (f"--{key}", value if key != "teachers" else value[0])]
+    assert main(["distill", *map(str, arguments)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{keys['output']}: 60 records, ") and "  label 0 " in text and "  label 1 " in text
+    assert main(["distill", *map(str, arguments)]) == 2
+    assert "exists; take another output" in capsys.readouterr().err
+    assert main(["distill", "--teacher", "x"]) == 2
+    assert "--teacher: unknown key; did you mean teachers?" in capsys.readouterr().err
+
+
+@pytest.fixture
+def accelerator_left_as_found():
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("kind", ["pointwise", "grouped"])
+@pytest.mark.parametrize("loss", ["point_ce", "point_mse"])
+def test_a_student_learns_from_the_soft_labels_of_an_output(
+    tmp_path, model_folders, kind, loss, accelerator_left_as_found
+):
+    """The teacher is the student with its head turned round, so that it says no where the student says yes."""
+    teacher = CrossEncoder.from_pretrained(model_folders["bert"])
+    with torch.no_grad():
+        teacher.model.classifier.weight.neg_()
+    teacher.save_pretrained(tmp_path / "teacher")
+    records = pointwise_records(40) if kind == "pointwise" else grouped_records(8)
+    data, output = write_jsonl(tmp_path / "hard.jsonl", records), str(tmp_path / "soft.jsonl")
+    distill(DistillConfig(dataset=data, teachers=str(tmp_path / "teacher"), output=output))
+    values = {
+        "model_name_or_path": without_dropout(str(shutil.copytree(model_folders["bert"], tmp_path / "student"))),
+        "model_type": "bert_encoder",
+        "max_len": 64,
+        "train_dataset": output,
+        "train_dataset_type": "pointwise",
+        "train_label_key": "teacher_probability",
+        "loss_type": loss,
+        "output_dir": str(tmp_path / "run"),
+        "batch_size": 8,
+        "epochs": 4,
+        "lr": 1e-3,
+        "num_workers": 0,
+    }
+    train(values)
+    pairs = [(one.query, document) for one in read(data) for document in one.documents]
+    wanted = teacher.compute_score(pairs, normalize=True)
+    before, after = (
+        CrossEncoder.from_pretrained(folder).compute_score(pairs, normalize=True)
+        for folder in (model_folders["bert"], tmp_path / "run" / "model")
+    )
+    assert (after - wanted).abs().mean() < 0.25 * (before - wanted).abs().mean()
+
+
+# --- several processes ---
+
+
+def command(keys: dict, tmp_path: Path) -> list[str]:
+    file = tmp_path / "distill.yaml"
+    file.write_text(json.dumps(keys))
+    return ["rag_retrieval.cli", "distill", "--config", str(file)]
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_to_the_bytes_of_one(keys, tmp_path):
+    keys |= {"dataset": write_jsonl(tmp_path / "many.jsonl", grouped_records(1500)), "pairs_per_part": 40}
+    done = launch(command(keys, tmp_path))
+    assert done.returncode == 0, done.stderr
+    whole = Path(keys["output"]).read_bytes()
+    keys["output"] = str(tmp_path / "two.jsonl")
+    launcher = engine_command("config/ddp.yaml", 2, "-m")
+    two = [sys.executable, "-m", *launcher, *command(keys, tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    process = subprocess.Popen(two, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    parts = Path(keys["output"] + ".parts")
+    while process.poll() is None and len(list(parts.glob("*.jsonl"))) < 8:
+        time.sleep(0.02)
+    launcher_and_workers = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in launcher_and_workers:  # workers have a session of their own
+        one.kill()
+    process.communicate()
+    before = len(list(parts.glob("*.jsonl")))
+    assert before >= 8 and not Path(keys["output"]).exists()
+    done = launch([*launcher, *command(keys, tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert Path(keys["output"]).read_bytes() == whole
+    assert done.stdout.count("1,500 records") == 1, "one process tells"
+    assert "0 scored before" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_both_processes_and_is_told_once(keys, tmp_path):
+    keys["teachers"] = [str(tmp_path)]
+    (tmp_path / "config.json").write_text("{}")
+    done = launch([*engine_command("config/ddp.yaml", 2, "-m"), *command(keys, tmp_path)])
+    assert done.returncode != 0 and not Path(keys["output"]).exists()
+    assert done.stderr.count("error: ") >= 1 and "the model cannot be loaded" in done.stderr

@@ -1,0 +1,61 @@
+"""The keys of `rag-retrieval distill`: defaults by language, and mistakes told with file, line and key."""
+
+import pytest
+
+from rag_retrieval.distill.distill_config import DISTILLING, DistillConfig
+from rag_retrieval.models.yes_no_prompts import PROMPTS
+from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, load_config
+
+MINIMAL = {"dataset": "train.jsonl", "output": "out.jsonl", "teachers": "owner/model"}
+
+
+@pytest.mark.parametrize("language", PROMPTS)
+def test_the_question_follows_the_language_and_a_given_part_stays(language):
+    config = DistillConfig(**MINIMAL, language=language, system="", max_len=None)
+    prompt = PROMPTS[language]
+    assert (config.system, config.prompt, config.instruction) == ("", prompt.user, prompt.instruction)
+    assert (config.yes_token, config.no_token) == (prompt.yes_token, prompt.no_token)
+    assert config.teachers == ["owner/model"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "one").mkdir()
+    return tmp_path
+
+
+def test_a_file_and_options_are_read_and_teachers_are_looked_up_beside_the_file(folder):
+    text = "dataset: ../train.jsonl\noutput: out.jsonl\nteachers: [one, package:some-model]\n"
+    (folder / "far" / "distill.yaml").write_text(text)
+    config = load_config("far/distill.yaml", ["--prompt", "{query}\\n{document}"], schema=DISTILLING)
+    assert config.teachers == [str(folder / "far" / "one"), "package:some-model"]
+    assert config.dataset == str(folder / "train.jsonl") and config.output == "out.jsonl"
+    assert config.prompt == "{query}\n{document}"
+    both = load_config("far/distill.yaml", ["--teachers", "owner/a,far/one"], schema=DISTILLING)
+    assert both.teachers == ["owner/a", str(folder / "far" / "one")]
+
+
+def test_all_mistakes_come_at_once_with_their_lines(folder):
+    text = (
+        "dataset: train.jsonl\noutput: out.csv\nteachers: [./none]\nprompt: '{document} {query}'\n"
+        "language: fr\nbatchsize: 3\n"
+    )
+    (folder / "distill.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config("distill.yaml", schema=DISTILLING)
+    assert str(caught.value).splitlines() == [
+        "distill.yaml:2: output: expected a file that ends in .jsonl, found out.csv",
+        f"distill.yaml:3: teachers: found no folder ./none; looked for {folder / 'none'}",
+        "distill.yaml:4: prompt: expected {query} and, after it, {document} in the prompt, each once; "
+        'found "{document} {query}"',
+        'distill.yaml:5: language: expected one of en, zh, found "fr"',
+        "distill.yaml:6: batchsize: unknown key; did you mean batch_size?",
+    ]
+
+
+def test_the_help_lists_every_key():
+    text = describe_options(DISTILLING)
+    assert all(f"  --{key}: " in text for key in DistillConfig.model_fields)

@@ -1,0 +1,70 @@
+"""Parts of whole records: the same ones whatever was finished before, and one whole file at the end."""
+
+import pytest
+
+from rag_retrieval.distill.parts import Part, PartFolder, plan_parts, records_of
+from rag_retrieval.records import Record
+
+
+def record(documents: int, query: str = "q") -> Record:
+    return Record(query, ["d"] * documents, [1.0] * documents, [True] * documents, "hits", 1)
+
+
+def test_a_part_is_closed_by_the_record_that_fills_it():
+    plan = plan_parts(map(record, [2, 1, 4, 9, 1, 1]), pairs_per_part=3)
+    assert plan == [Part(0, 2, 3), Part(2, 1, 4), Part(3, 1, 9), Part(4, 2, 2)]
+    assert plan_parts([record(3)], 3) == [Part(0, 1, 3)]
+    assert plan_parts([], 3) == []
+
+
+@pytest.mark.parametrize("wanted", [[], [0], [1, 3], [0, 1, 2, 3]])
+def test_the_records_of_some_parts_are_found_among_all(wanted):
+    records = [record(documents, f"q{place}") for place, documents in enumerate([2, 1, 4, 9, 1, 1])]
+    plan = plan_parts(records, 3)
+    found = dict(records_of([plan[place] for place in wanted], iter(records)))
+    expected = [["q0", "q1"], ["q2"], ["q3"], ["q4", "q5"]]
+    assert [[one.query for one in found[plan[place]]] for place in wanted] == [expected[place] for place in wanted]
+
+
+@pytest.fixture
+def folder(tmp_path) -> PartFolder:
+    return PartFolder(tmp_path / "out.jsonl")
+
+
+def test_parts_become_the_output_in_order_and_leave_nothing_beside_it(folder, tmp_path):
+    parts = [Part(0, 1, 1), Part(1, 2, 2)]
+    folder.begin({"dataset": "a"}, overwrite=False)
+    folder.write(parts[1], ["b\n", "c\n"])
+    assert [folder.is_finished(part) for part in parts] == [False, True] and not folder.output.exists()
+    folder.write(parts[0], ["a\n"])
+    assert list(folder.lines(parts)) == ["a\n", "b\n", "c\n"]
+    folder.finish(parts)
+    assert folder.output.read_text() == "a\nb\nc\n" and list(tmp_path.iterdir()) == [folder.output]
+
+
+def test_the_same_run_keeps_its_finished_parts_and_drops_the_torn_one(folder):
+    part = Part(0, 1, 1)
+    folder.begin({"dataset": "a"}, overwrite=False)
+    folder.write(part, ["a\n"])
+    (folder.path / "from-000000001.tmp").write_text("half")
+    folder.begin({"dataset": "a"}, overwrite=True)
+    assert folder.is_finished(part) and not list(folder.path.glob("*.tmp"))
+
+
+def test_parts_of_another_run_are_refused_with_the_difference_unless_they_may_go(folder):
+    part = Part(0, 1, 1)
+    folder.begin({"dataset": "a", "max_len": 64}, overwrite=False)
+    folder.write(part, ["a\n"])
+    with pytest.raises(ValueError, match=r"parts of a run that differs:\n  max_len: was 64, now 128\nRestore"):
+        folder.begin({"dataset": "a", "max_len": 128}, overwrite=False)
+    assert folder.is_finished(part)
+    folder.begin({"dataset": "a", "max_len": 128}, overwrite=True)
+    assert not folder.is_finished(part)
+
+
+def test_an_output_is_replaced_only_on_request(folder):
+    folder.check_output(overwrite=False)
+    folder.output.write_text("old")
+    folder.check_output(overwrite=True)
+    with pytest.raises(ValueError, match="out.jsonl exists; take another output, or overwrite: true"):
+        folder.check_output(overwrite=False)
