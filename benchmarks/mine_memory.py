@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from rag_retrieval.mining.corpus_store import Corpus, build_corpus
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.run import mine
-from rag_retrieval.mining.words import english_words
+from rag_retrieval.words import english_words
 
 WORDS = 200_000  # in the vocabulary
 DENSE_WORDS = 8000  # of them known to the encoder

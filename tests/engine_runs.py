@@ -19,8 +19,9 @@ else:
 
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 
+from rag_retrieval.command import set_up_logging  # noqa: E402
 from rag_retrieval.train.reranker.run import run  # noqa: E402
-from rag_retrieval.train.reranker.train_reranker import leave, set_up_logging  # noqa: E402
+from rag_retrieval.train.reranker.train_reranker import leave  # noqa: E402
 from rag_retrieval.train.reranker.training_config import TrainingConfig  # noqa: E402
 
 PartialState.destroy_process_group = lambda self, group=None: None

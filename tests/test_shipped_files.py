@@ -10,8 +10,9 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from rag_retrieval.config_file import load_config
 from rag_retrieval.record_store import RecordStore, open_store
-from rag_retrieval.train.reranker.config_file import load_config
+from rag_retrieval.train.reranker.training_config import TRAINING
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "rag_retrieval" / "train" / "reranker"
@@ -43,14 +44,14 @@ def test_the_files_that_users_type_are_there():
 def test_a_shipped_configuration_is_valid_from_any_folder(file, tmp_path, monkeypatch):
     for folder in (ROOT, TRAINER, tmp_path):
         monkeypatch.chdir(folder)
-        config = load_config(str(file))
+        config = load_config(TRAINING, str(file))
         assert Path(config.train_dataset).is_file()
         assert config.val_dataset is None or Path(config.val_dataset).is_file()
 
 
 @pytest.mark.parametrize("file", TRAINING_FILES, ids=name_of)
 def test_a_shipped_configuration_validates_on_the_label_levels_that_it_trains_on(file):
-    config = load_config(str(file))
+    config = load_config(TRAINING, str(file))
     train = open_store(config.train_dataset)
     assert config.max_label in (None, train.labels.max())
     if config.val_dataset is not None:

@@ -9,9 +9,10 @@ import signal
 import sys
 import time
 
+from rag_retrieval.command import report, set_up_logging
+from rag_retrieval.config_file import ConfigError, load_config, split_arguments
+from rag_retrieval.config_schema import describe_options
 from rag_retrieval.distill.distill_config import DISTILLING, DistillConfig
-from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, load_config
-from rag_retrieval.train.reranker.train_reranker import report, set_up_logging, split_arguments
 from rag_retrieval.train.signals import Interrupted, exit_code, interrupt, on_signals
 
 USAGE = "usage: rag-retrieval distill [--config FILE] [--KEY VALUE ...]"
@@ -24,11 +25,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(f"{USAGE}\n\n{describe_options(DISTILLING)}")
         return 0 if arguments else 2
-    path, overrides = None, arguments
     try:
-        if any(argument.partition("=")[0] == "--config" for argument in arguments):
-            path, overrides = split_arguments(arguments)
-        config = load_config(path, overrides, schema=DISTILLING)
+        path, overrides = split_arguments(arguments)
+        config = load_config(DISTILLING, path, overrides)
     except ConfigError as error:
         return report(error, 2, on_all_processes=True)
     set_up_logging()

@@ -9,11 +9,9 @@ Nothing here imports torch: a wrong configuration must be reported before anythi
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
+from rag_retrieval.config_schema import ABSENT, Schema, problem
 from rag_retrieval.models.yes_no_prompts import PROMPTS, check_places
-from rag_retrieval.train.reranker.config_file import Schema
-from rag_retrieval.train.reranker.training_config import ABSENT
 
 QUESTION = ("system", "instruction", "prompt", "yes_token", "no_token")  # in the order of a Prompt
 
@@ -92,11 +90,6 @@ class DistillConfig(BaseModel):
         if not name.endswith(".jsonl"):
             raise problem(f"expected a file that ends in .jsonl, found {name}")
         return name
-
-
-def problem(message: str) -> PydanticCustomError:
-    # the message goes in as a value because pydantic fills {} in templates
-    return PydanticCustomError("problem", "{message}", {"message": message})
 
 
 DISTILLING = Schema(

@@ -99,6 +99,12 @@ class PartFolder:
     def is_finished(self, part: Part) -> bool:
         return (self.path / part.name).exists()
 
+    def take_finished(self, waiting: list[Part]) -> int:
+        """Take out of `waiting` the parts that any process has finished by now. Returns the pairs in them."""
+        finished = {part for part in waiting if self.is_finished(part)}
+        waiting[:] = [part for part in waiting if part not in finished]
+        return sum(part.pairs for part in finished)
+
     def write(self, part: Part, lines: Iterable[str]) -> None:
         target = self.path / part.name
         aside = target.with_suffix(".tmp")

@@ -12,13 +12,13 @@ from filelock import FileLock, Timeout
 
 from rag_retrieval.distill.distill_config import DistillConfig
 from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
-from rag_retrieval.distill.progress import Progress
 from rag_retrieval.distill.score_summary import ScoreSummary
 from rag_retrieval.distill.scored_lines import scored_line
 from rag_retrieval.distill.teachers import load_teachers, mean_logits
 from rag_retrieval.models.model_files import resolve_model_path
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.processes import on_all, on_main, own_device, process_count, process_group, process_index
+from rag_retrieval.progress import Progress
 from rag_retrieval.record_files import is_file, load_hub_dataset, read_records
 from rag_retrieval.records import Record, RecordRules
 from rag_retrieval.train.provenance import content_digest
@@ -44,7 +44,7 @@ def distill(config: DistillConfig) -> ScoreSummary:
             parts = on_main(lambda: prepare(config, folder, lock))
             teachers = on_all(lambda: load_teachers(config, own_device()))
             report_teachers(teachers)
-            score_parts(config, folder, parts, teachers)
+            on_all(lambda: score_parts(config, folder, parts, teachers))  # the main process waits for the slowest
             return on_main(lambda: finish(folder, parts))
         finally:
             lock.release()  # which only the main process has
@@ -103,12 +103,15 @@ def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], te
     """Score this process's share of the parts that are missing; each is dealt in turn."""
     missing = on_main(lambda: [place for place, part in enumerate(parts) if not folder.is_finished(part)])
     own = [parts[place] for place in missing[process_index() :: process_count()]]
-    with Progress(folder, parts, shown=process_index() == 0) as progress:
+    main, waiting = process_index() == 0, list(parts)
+    total, done = sum(part.pairs for part in parts), folder.take_finished(waiting)
+    with Progress(total, "scoring", "pairs", done, shown=main) as progress:
         for part, found in records_of(own, records(config) if own else ()):
             pairs = [(record.query, document) for record in found for document in record.documents]
             scores = iter(mean_logits(teachers, pairs, config.batch_size).tolist())
             folder.write(part, [scored_line(record, [next(scores) for _ in record.documents]) for record in found])
-            progress.update()
+            if main:  # the processes do not talk: what the others have finished is read off the folder
+                progress.update(folder.take_finished(waiting))
 
 
 def finish(folder: PartFolder, parts: list[Part]) -> ScoreSummary:

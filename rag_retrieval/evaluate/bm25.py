@@ -6,14 +6,14 @@ whole.
 """
 
 import logging
-from collections.abc import Iterable
 
 import numpy as np
 
 from rag_retrieval.evaluate.beir_folder import Pool, Run
+from rag_retrieval.words import CUTTERS, language_of
 
 K1, B = 1.2, 0.75
-CHINESE_SHARE = 0.2  # of characters that are Han, from which on a corpus is cut as Chinese
+BM25 = "bm25"  # what a configuration calls these candidates
 
 
 def bm25_run(documents: dict[str, str], queries: dict[str, str], pool: Pool | None, depth: int) -> Run:
@@ -24,7 +24,7 @@ def bm25_run(documents: dict[str, str], queries: dict[str, str], pool: Pool | No
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
-    words = chinese_words if is_chinese(documents.values()) else english_words
+    words = CUTTERS[language_of(documents.values())]
     index = bm25s.BM25(k1=K1, b=B)
     index.index(words(list(documents.values())), show_progress=False)
     ids = np.array(list(documents))
@@ -39,26 +39,3 @@ def bm25_run(documents: dict[str, str], queries: dict[str, str], pool: Pool | No
         kept = kept[np.argsort(-scores[kept], kind="stable")[:depth]]
         run[query] = dict(zip(ids[kept].tolist(), scores[kept].tolist(), strict=True))
     return run
-
-
-def is_chinese(texts: Iterable[str], sample: int = 200) -> bool:
-    """Whether a good part of the first `sample` texts is Han characters."""
-    beginning = "".join(text for _, text in zip(range(sample), texts, strict=False))
-    han = sum("\u4e00" <= character <= "\u9fff" for character in beginning)
-    return han > CHINESE_SHARE * len(beginning)
-
-
-def english_words(texts: list[str]) -> list[list[str]]:
-    """Stems in lower case without stop words."""
-    import bm25s
-    import Stemmer
-
-    stemmer = Stemmer.Stemmer("english")
-    return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
-
-
-def chinese_words(texts: list[str]) -> list[list[str]]:
-    import jieba
-
-    jieba.setLogLevel("WARNING")
-    return [[word for word in jieba.cut(text.lower()) if word.strip()] for text in texts]

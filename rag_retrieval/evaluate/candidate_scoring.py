@@ -13,13 +13,10 @@ import json
 import logging
 import math
 import shutil
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from rag_retrieval.evaluate.beir_folder import Run
 from rag_retrieval.evaluate.processes import is_main, on_main
@@ -28,11 +25,11 @@ from rag_retrieval.evaluate.run_files import read_run, write_run
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.process_scoring import score_over_processes
 from rag_retrieval.models.scoring_mode import Precision
+from rag_retrieval.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 PART_PAIRS = {"cpu": 1024, "cuda": 16_384}  # of a part, about: whole queries
-LOG_EVERY = 30.0  # seconds between lines where there is no terminal for a bar
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,12 @@ def score_candidates(scorer: PairScorer, name: str, data: RankingData, file: Pat
     folder = file.with_name(file.name + ".parts")
     parts = plan_parts(data, PART_PAIRS[scorer.device.type])
     done = on_main(lambda: begin(folder, key))
-    progress = Progress(data.num_pairs, sum(pairs_in(data, parts[place]) for place in done if place < len(parts)))
-    for place, queries in enumerate(parts):
-        if place not in done:
-            score_part(scorer, name, data, queries, folder / part_name(place), how)
-            progress.add(pairs_in(data, queries))
-    progress.close()
+    finished_pairs = sum(pairs_in(data, parts[place]) for place in done if place < len(parts))
+    with Progress(data.num_pairs, "scoring", "pairs", finished_pairs, shown=is_main()) as progress:
+        for place, queries in enumerate(parts):
+            if place not in done:
+                score_part(scorer, name, data, queries, folder / part_name(place), how)
+                progress.update(pairs_in(data, queries))
     return on_main(lambda: finish(file, folder, key, name, data, len(parts)))
 
 
@@ -157,28 +154,3 @@ def in_order_of(data: RankingData, run: Run) -> Run:
         query: {document: run[query][document] for document in documents}
         for query, documents in data.candidates.items()
     }
-
-
-# ---- progress -------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """A bar with the time left; a line now and then where the output is no terminal. On the main process alone."""
-
-    def __init__(self, total: int, done: int):
-        self.total, self.first, self.done = total, done, done
-        self.started = self.told = time.monotonic()
-        shown = is_main() and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, unit="pair", disable=not shown, dynamic_ncols=True)
-
-    def add(self, pairs: int) -> None:
-        self.done += pairs
-        self.bar.update(pairs)
-        now = time.monotonic()
-        if is_main() and self.bar.disable and now - self.told > LOG_EVERY:
-            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
-            logger.info("scored %d of %d pairs, %s left", self.done, self.total, tqdm.format_interval(left))
-            self.told = now
-
-    def close(self) -> None:
-        self.bar.close()

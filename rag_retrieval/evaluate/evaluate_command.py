@@ -3,13 +3,15 @@
 The trap: under a launcher every process runs this. Only the main one prints and writes.
 """
 
-import logging
 import os
 import shutil
-import sys
 
-from rag_retrieval.evaluate.evaluation_config import describe_options, load_evaluation_config
+from rag_retrieval.command import report, set_up_logging
+from rag_retrieval.config_file import ConfigError, load_config, split_arguments
+from rag_retrieval.config_schema import describe_options
+from rag_retrieval.evaluate.evaluation_config import EVALUATION, EvaluationConfig
 
+USAGE = "usage: rag-retrieval evaluate --model DIR --data DIR [--config FILE] [--KEY VALUE ...]"
 COLUMNS = 100  # columns where the output is no terminal
 
 
@@ -17,24 +19,32 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code: 0; 2 for a mistake in options, model or data; 130 for Ctrl-C. With
     RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(describe_options())
+        print(f"{USAGE}\n\n{describe_options(EVALUATION)}")
         return 0 if arguments else 2
-    set_up_logging()
     try:
-        run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
-            raise
-        print(f"error: {describe_error(error)}", file=sys.stderr)
-        return 2
+        path, overrides = split_arguments(arguments)
+        config = load_config(EVALUATION, path, overrides)
+    except ConfigError as error:
+        return report(error, 2, on_all_processes=True)
+    set_up_logging()
+    return run(config)
+
+
+def run(config: EvaluationConfig) -> int:
+    try:
+        evaluate(config)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is scored", file=sys.stderr)
-        return 130
+        message = "interrupted; the same command goes on from what is scored"
+        return report(InterruptedError(message), 130, on_all_processes=True)
+    except ImportError as error:
+        message = f"{error}; run: pip install 'rag-retrieval[evaluate,report]'"
+        return report(ImportError(message), 2, on_all_processes=True)
+    except (ValueError, OSError) as error:
+        return report(error, 2, on_all_processes=False)
     return 0
 
 
-def run(arguments: list[str]) -> None:
-    config = load_evaluation_config(arguments)
+def evaluate(config: EvaluationConfig) -> None:
     from rag_retrieval.evaluate.evaluation import evaluate_reranker
     from rag_retrieval.evaluate.evaluation_output import describe_evaluation, write_evaluation
 
@@ -47,20 +57,3 @@ def run(arguments: list[str]) -> None:
 
         write_report(evaluation)
     print(describe_evaluation(evaluation, shutil.get_terminal_size((COLUMNS, 24)).columns))
-
-
-def describe_error(error: Exception) -> str:
-    if isinstance(error, ImportError):
-        return f"{error}; run: pip install 'rag-retrieval[evaluate,report]'"
-    return str(error)
-
-
-def set_up_logging() -> None:
-    """Our lines on the main process; of other libraries warnings, and no bar of a loading model."""
-    main_process = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("rag_retrieval").setLevel(logging.INFO if main_process else logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

@@ -11,6 +11,7 @@ from sys import maxsize
 import numpy as np
 
 from rag_retrieval.evaluate.beir_folder import Run
+from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.calibration_fit import (
     calibrated,
     calibration_error,
@@ -24,7 +25,7 @@ from rag_retrieval.evaluate.evaluation_config import EvaluationConfig
 from rag_retrieval.evaluate.measures import PerQuery, measure_queries, perfect_run
 from rag_retrieval.evaluate.moves import QueryChange, largest_changes
 from rag_retrieval.evaluate.processes import on_main, own_device, process_group
-from rag_retrieval.evaluate.ranking_data import BM25, RankingData, read_ranking_data
+from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.models.calibration import Calibration, write_calibration
 from rag_retrieval.models.load_reranker import load_reranker
 from rag_retrieval.models.model_files import PACKAGE_PREFIX
@@ -95,7 +96,7 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
         how = HowToScore(config.batch_size, config.precision)
         if config.calibrate is not None:
             scorer.calibration = calibrate(config, scorer, output_dir, how)
-        run = score_candidates(scorer, config.model, data, output_dir / "run.trec", how)
+        run = score_candidates(scorer, name_of(config.model), data, output_dir / "run.trec", how)
         name, baseline = baseline_run(config, data, output_dir, how)
         return measured(config, data, run, (name, baseline), scorer, output_dir)
 
@@ -109,9 +110,15 @@ def check(config: EvaluationConfig) -> None:
         raise ValueError(
             f"calibrate: the calibration is saved with the model, and {config.model} is no folder of yours."
         )
-    measured_on = (config.split, config.data) if Path(config.data).is_dir() else (config.data,)
-    if config.calibrate in measured_on:
+    is_file = not Path(config.data).is_dir()
+    same_file = Path(config.calibrate).resolve() == Path(config.data).resolve()
+    if same_file if is_file else config.calibrate == config.split:
         raise ValueError(f"calibrate: {config.calibrate} is measured on; fit on other queries, such as a dev split.")
+
+
+def name_of(model: str) -> str:
+    """What a model is called in files and tables: its path from the current folder, or its name."""
+    return str(Path(model).relative_to(Path.cwd())) if Path(model).is_relative_to(Path.cwd()) else model
 
 
 def default_output_dir(model: str, data_name: str) -> Path:
@@ -126,7 +133,7 @@ def calibrate(config: EvaluationConfig, scorer: PairScorer, output_dir: Path, ho
     if not Path(path).is_dir():
         split, path = config.split, config.calibrate
     data = read_ranking_data(path, split, BM25, config.depth)
-    run = score_candidates(scorer, config.model, data, output_dir / "calibration.trec", how)
+    run = score_candidates(scorer, name_of(config.model), data, output_dir / "calibration.trec", how)
 
     def fit_and_save() -> Calibration:
         scores, relevant = scored_pairs(run, data.qrels, config.relevant_from)
@@ -146,7 +153,8 @@ def baseline_run(config: EvaluationConfig, data: RankingData, output_dir: Path, 
         other = read_ranking_data(config.data, config.split, config.baseline, depth)
         return other.source, other.candidates
     scorer = load_reranker(config.baseline, config.max_len).to(own_device())
-    return config.baseline, score_candidates(scorer, config.baseline, data, output_dir / "baseline.trec", how)
+    name = name_of(config.baseline)
+    return name, score_candidates(scorer, name, data, output_dir / "baseline.trec", how)
 
 
 def measured(
@@ -162,7 +170,7 @@ def measured(
         System(name, ranking, measure_queries(data.qrels, ranking, config.measures, config.relevant_from))
         for name, ranking in (
             baseline,
-            (config.model, run),
+            (name_of(config.model), run),
             ("a perfect order", perfect_run(data.qrels, data.candidates)),
         )
     )

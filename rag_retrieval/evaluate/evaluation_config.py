@@ -1,30 +1,30 @@
 """What an evaluation can be told, from a YAML file and from options: the same keys, and options win.
 
-Easy to get wrong: paths are looked up from the current folder, also those in a file.
+Easy to get wrong: `calibrate` is a split or a file, and a file only where it is written as one: `./dev`, `dev.jsonl`.
+
+Nothing here imports torch: a wrong configuration must be reported before anything heavy is loaded.
 """
 
-import difflib
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from rag_retrieval.config_schema import ABSENT, Schema, problem
+from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.measures import DEFAULT_MEASURES, check_measures
-
-USAGE = "usage: rag-retrieval evaluate --model DIR --data DIR [--config FILE] [--KEY VALUE ...]"
 
 
 class EvaluationConfig(BaseModel):
-    """One evaluation. Raises pydantic.ValidationError with every problem of the given values at once."""
+    """One evaluation. Frozen; types are strict. Raises pydantic.ValidationError with every problem of the given values
+    at once."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
     data: str = Field(min_length=1, description="Folder in BEIR layout, or a file of ranking records.")
     split: str = Field("test", min_length=1, description="Of a BEIR folder: the qrels/SPLIT.tsv to measure on.")
     candidates: str = Field(
-        "bm25",
+        BM25,
         min_length=1,
         description="bm25, or a TREC run file whose documents are reranked. Where the data list "
         "their own candidates (candidates.SPLIT.tsv, the documents of a record), only those are ranked.",
@@ -69,77 +69,39 @@ class EvaluationConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Of the randomization test and the bootstrap.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_absent(cls, data: Any) -> Any:
+        given = {key: value for key, value in data.items() if value not in ABSENT or key not in cls.model_fields}
+        if given.get("precision") is False:
+            given["precision"] = "no"  # YAML reads a bare `no` as False
+        return given
+
     @field_validator("measures", mode="before")
     @classmethod
     def _split_measures(cls, value: Any) -> Any:
-        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+        names = value.split(",") if isinstance(value, str) else value
+        is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        return tuple(name.strip() for name in names) if is_list else names
 
     @field_validator("measures")
     @classmethod
     def _known_measures(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        check_measures(value)
+        try:
+            check_measures(value)
+        except ValueError as error:
+            raise problem(str(error)) from error
         return tuple(dict.fromkeys(value))
 
 
-def load_evaluation_config(arguments: list[str]) -> EvaluationConfig:
-    """The configuration of `--config FILE` and `--key value` or `--key=value`. Raises ValueError with a line for
-    each problem."""
-    given = read_options(arguments)
-    file = given.pop("config", None)
-    values = (read_yaml(Path(file)) if file is not None else {}) | given
-    try:
-        return EvaluationConfig(**values)
-    except ValidationError as error:
-        problems = [describe_problem(entry) for entry in error.errors(include_url=False)]
-        raise ValueError("\n".join(problems)) from None
-
-
-def read_options(arguments: list[str]) -> dict[str, Any]:
-    """Values by key; `--report` alone means true."""
-    given, rest = {}, list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            raise ValueError(f"{argument}: unexpected; options are written --key value\n{USAGE}")
-        name, equals, text = argument[2:].partition("=")
-        if not equals and rest and not rest[0].startswith("--"):
-            text = rest.pop(0)
-        elif not equals and name == "report":
-            text = "true"
-        elif not equals:
-            raise ValueError(f"--{name}: needs a value")
-        given[name.replace("-", "_")] = text
-    return given
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; expected a YAML file (the current folder is {Path.cwd()})")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: broken YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected lines such as `model: runs/my/model`")
-    return values
-
-
-def describe_problem(entry: dict[str, Any]) -> str:
-    key = str(entry["loc"][0])
-    if entry["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, EvaluationConfig.model_fields, n=1)
-        return f"{key}: unknown key; " + (f"did you mean {nearest[0]}?" if nearest else "--help lists all keys")
-    if entry["type"] == "missing":
-        return f"{key}: is missing; {EvaluationConfig.model_fields[key].description}"
-    if entry["type"] == "value_error":
-        return str(entry["ctx"]["error"])
-    return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]}, found {entry['input']!r}"
-
-
-def describe_options() -> str:
-    lines = [USAGE, "", "Every key of the YAML file is also an option and wins over the file.", ""]
-    for key, field in EvaluationConfig.model_fields.items():
-        default = field.default if not isinstance(field.default, tuple) else ",".join(field.default)
-        shown = " (required)" if field.is_required() else "" if default is None else f" [{default}]"
-        lines += [f"  --{key}{shown}", f"      {field.description}"]
-    return "\n".join(lines)
+EVALUATION = Schema(
+    EvaluationConfig,
+    "model: runs/my/model",
+    models=("model", "baseline"),
+    datasets=("baseline",),
+    folders=("training_run",),
+    paths=("data", "candidates"),
+    files=("calibrate",),
+    outputs=("output_dir",),
+    words={"candidates": (BM25,), "baseline": (BM25,)},
+)

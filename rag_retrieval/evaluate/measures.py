@@ -24,9 +24,9 @@ def check_measures(names: Sequence[str]) -> None:
     for name in names:
         found = PATTERN.fullmatch(name)
         if found is None or (found[2] is None) != (found[1] == "map"):
-            raise ValueError(f"measures: found {name!r}; expected ndcg@k, mrr@k, map, recall@k or p@k, such as ndcg@10")
+            raise ValueError(f"found {name!r}; expected ndcg@k, mrr@k, map, recall@k or p@k, such as ndcg@10")
     if not names:
-        raise ValueError("measures: found none; expected at least one, such as ndcg@10")
+        raise ValueError("found none; expected at least one, such as ndcg@10")
 
 
 def measure_queries(

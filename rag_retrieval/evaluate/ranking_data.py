@@ -19,12 +19,10 @@ from rag_retrieval.evaluate.beir_folder import (
     read_pool,
     read_qrels,
 )
-from rag_retrieval.evaluate.bm25 import bm25_run
+from rag_retrieval.evaluate.bm25 import BM25, bm25_run
 from rag_retrieval.evaluate.run_files import read_run, trec_order
 from rag_retrieval.record_files import read_records
 from rag_retrieval.records import DataError, Record, RecordRules, describe_labels
-
-BM25 = "bm25"
 
 
 @dataclass(frozen=True)

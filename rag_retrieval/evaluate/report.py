@@ -97,7 +97,7 @@ def png_of(figure: "Figure") -> bytes:
 
 def page_of(evaluation: Evaluation, images: dict[str, bytes]) -> str:
     data, config = evaluation.data, evaluation.config
-    title = f"{config.model} on {data.name}"
+    title = f"{evaluation.after.name} on {data.name}"
     facts = (
         f"{len(data.qrels):,} queries, {data.num_pairs:,} pairs; candidates from {data.source}, at most {config.depth} "
         f"for a query; a document of grade {config.relevant_from} or more is relevant"

@@ -16,13 +16,12 @@ import numpy as np
 
 from rag_retrieval.mining.candidates import Candidates, best_rows
 from rag_retrieval.mining.corpus_store import Corpus
-from rag_retrieval.mining.progress import progress_bar
 from rag_retrieval.mining.queries import Query
-from rag_retrieval.mining.words import CUTTERS, Words, language_of
+from rag_retrieval.progress import Progress
 from rag_retrieval.records import DataError
+from rag_retrieval.words import CUTTERS, SAMPLE, Words, language_of
 
 K1, B = 1.2, 0.75
-SAMPLE = 200  # documents that decide the language
 DOCUMENTS = 2000  # cut and counted at once
 POSTINGS = 1 << 22  # scored and placed at once
 POSTING = np.dtype([("document", "i4"), ("word", "i4"), ("count", "i4")])
@@ -48,7 +47,7 @@ def _count_words(corpus: Corpus, postings: Path, words: Words) -> tuple[dict[str
     vocabulary: dict[str, int] = {}
     lengths = np.zeros(len(corpus), np.int64)
     row = 0
-    with postings.open("wb") as file, progress_bar(len(corpus), "counting words", " documents") as bar:
+    with postings.open("wb") as file, Progress(len(corpus), "counting words", "documents") as progress:
         for texts in corpus.blocks(DOCUMENTS):
             cut = words(texts)
             numbers = np.array([vocabulary.setdefault(w, len(vocabulary)) for text in cut for w in text], np.int64)
@@ -60,7 +59,7 @@ def _count_words(corpus: Corpus, postings: Path, words: Words) -> tuple[dict[str
             block["document"], block["word"], block["count"] = keys >> 32, keys & 0xFFFFFFFF, counts
             block.tofile(file)
             row += len(texts)
-            bar.update(len(texts))
+            progress.update(len(texts))
     return vocabulary, lengths
 
 
@@ -82,7 +81,7 @@ def _place_scores(folder: Path, lengths: np.ndarray, num_words: int) -> None:
         for name, dtype in (("data", np.float32), ("indices", np.int32))
     }
     free = ends[:-1].copy()  # where the next posting of each word goes
-    with progress_bar(int(ends[-1]), "indexing words", " postings") as bar:
+    with Progress(int(ends[-1]), "indexing words", "postings") as progress:
         for block in _blocks(folder / "postings"):
             block = block[np.argsort(block["word"], kind="stable")]
             words, first, counts = np.unique(block["word"], return_index=True, return_counts=True)
@@ -91,7 +90,7 @@ def _place_scores(folder: Path, lengths: np.ndarray, num_words: int) -> None:
             columns["data"][places] = scores
             columns["indices"][places] = block["document"]
             free[words] += counts
-            bar.update(len(block))
+            progress.update(len(block))
     for column in columns.values():
         column.flush()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from rag_retrieval.mining.json_lines import json_objects, text_of
-from rag_retrieval.mining.progress import progress_bar
+from rag_retrieval.progress import Progress
 from rag_retrieval.records import DataError
 
 COLUMNS = {
@@ -47,8 +47,8 @@ def build_corpus(source: Path, folder: Path, needs_ids: bool) -> None:
     writers = {name: (folder / name).open("wb") for name in COLUMNS}
     ends = {"text": 0, "id": 0}
     try:
-        with progress_bar(source.stat().st_size, "reading the corpus", "B") as bar:
-            for line, entry in json_objects(source, bar.update):
+        with Progress(source.stat().st_size, "reading the corpus", "B") as progress:
+            for line, entry in json_objects(source, progress.update):
                 place = f"{source}:{line}"
                 id_ = text_of(entry, "_id", place) if needs_ids or "_id" in entry else ""
                 text = document_text(entry, place)

@@ -17,8 +17,8 @@ import torch
 from rag_retrieval.mining.candidates import Candidates
 from rag_retrieval.mining.corpus_store import Corpus
 from rag_retrieval.mining.dense_encoder import Encode
-from rag_retrieval.mining.progress import progress_bar
 from rag_retrieval.mining.queries import Query
+from rag_retrieval.progress import Progress
 
 ENCODED = 4096  # documents encoded and written at once; what a killed run loses at most
 SEARCHED = 1 << 14  # documents compared with the queries at once
@@ -34,7 +34,7 @@ def build_vectors(corpus: Corpus, encode: Encode, folder: Path, dtype: str) -> N
     width = encode(["a"]).shape[1]
     size = width * np.dtype(dtype).itemsize * ENCODED  # bytes of a whole block
     done = file.stat().st_size // size if file.exists() else 0
-    with file.open("ab") as stream, progress_bar(len(corpus), "encoding", " documents", done * ENCODED) as bar:
+    with file.open("ab") as stream, Progress(len(corpus), "encoding", "documents", done * ENCODED) as progress:
         stream.truncate(done * size)  # a block half written when the run was killed
         for texts in corpus.blocks(ENCODED, done * ENCODED):
             vectors = encode(texts)
@@ -42,7 +42,7 @@ def build_vectors(corpus: Corpus, encode: Encode, folder: Path, dtype: str) -> N
                 raise ValueError("the dense model gave a vector that is not finite; its weights are damaged")
             stream.write(vectors.astype(dtype).tobytes())
             stream.flush()
-            bar.update(len(texts))
+            progress.update(len(texts))
     (folder / "shape.json").write_text(json.dumps({"width": width, "dtype": dtype}))
 
 

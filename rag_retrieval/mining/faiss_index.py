@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.mining.progress import progress_bar
+from rag_retrieval.progress import Progress
 
 SAMPLE = 1 << 18  # vectors that an index such as IVF is trained on
 ADDED = 1 << 14  # vectors added at once
@@ -28,11 +28,11 @@ def build_faiss(vectors: np.ndarray, factory: str, seed: int, folder: Path) -> N
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-200:]
         raise ValueError(f"faiss_index {factory!r}: FAISS cannot make this index ({reason})") from error
-    with progress_bar(len(vectors), "indexing vectors", " documents") as bar:
+    with Progress(len(vectors), "indexing vectors", "documents") as progress:
         for start in range(0, len(vectors), ADDED):
             block = vectors[start : start + ADDED].astype(np.float32)
             index.add(block)
-            bar.update(len(block))
+            progress.update(len(block))
     faiss.write_index(index, str(folder / "index"))
 
 

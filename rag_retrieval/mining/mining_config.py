@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
+from rag_retrieval.config_schema import ABSENT, Schema, problem
 from rag_retrieval.mining.mining_checks import cross_field_problems, derived_values
-from rag_retrieval.train.reranker.config_file import Schema
-from rag_retrieval.train.reranker.training_config import ABSENT
 
 
 class MiningConfig(BaseModel):
@@ -135,8 +134,7 @@ class MiningConfig(BaseModel):
         invalid = {entry["loc"][0] for entry in errors}
         valid = {key: value for key, value in (defaults | values).items() if key not in invalid}
         for key, message in cross_field_problems(valid):
-            problem = PydanticCustomError("problem", "{message}", {"message": message})
-            errors.append(InitErrorDetails(type=problem, loc=(key,), input=values.get(key)))
+            errors.append(InitErrorDetails(type=problem(message), loc=(key,), input=values.get(key)))
         if errors:
             raise ValidationError.from_exception_data(cls.__name__, errors)
         return handler(derived_values(valid) | values)

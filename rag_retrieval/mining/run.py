@@ -18,7 +18,6 @@ from rag_retrieval.mining.miner import Miner
 from rag_retrieval.mining.mining_checks import summary_file
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.output import Mined, lines_of, text_writer
-from rag_retrieval.mining.progress import progress_bar
 from rag_retrieval.mining.queries import (
     Query,
     QuerySet,
@@ -29,6 +28,7 @@ from rag_retrieval.mining.queries import (
 from rag_retrieval.mining.search import model_content
 from rag_retrieval.mining.summary import MiningSummary
 from rag_retrieval.mining.work_folder import WorkFolder, content_of, replacing
+from rag_retrieval.progress import Progress
 from rag_retrieval.records import DataError
 
 PART = 256  # queries
@@ -91,12 +91,12 @@ def mine_parts(config: MiningConfig, corpus: Corpus, queries: QuerySet, work: Wo
         missing = [part for part in _parts(queries) if not (folder / part[0]).exists()]
         num_missing = sum(len(part) for _, part in missing)
         done = len(queries.queries) - num_missing
-        with progress_bar(len(queries.queries), "mining", " queries", done) as bar:
+        with Progress(len(queries.queries), "mining", "queries", done) as progress:
             for name, part in missing:
                 lines = []
                 for mined in miner.mine(part):
                     lines.append(json.dumps(asdict(mined)) + "\n")
-                    bar.update()
+                    progress.update()
                 with replacing(folder / name) as aside:
                     aside.write_text("".join(lines))
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from rag_retrieval.config_file import ConfigError, load_config
+from rag_retrieval.config_schema import describe_options
 from rag_retrieval.distill.distill_config import DISTILLING, DistillConfig
 from rag_retrieval.models.yes_no_prompts import PROMPTS
-from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, load_config
 
 MINIMAL = {"dataset": "train.jsonl", "output": "out.jsonl", "teachers": "owner/model"}
 
@@ -30,11 +31,11 @@ def folder(tmp_path, monkeypatch):
 def test_a_file_and_options_are_read_and_teachers_are_looked_up_beside_the_file(folder):
     text = "dataset: ../train.jsonl\noutput: out.jsonl\nteachers: [one, package:some-model]\n"
     (folder / "far" / "distill.yaml").write_text(text)
-    config = load_config("far/distill.yaml", ["--prompt", "{query}\\n{document}"], schema=DISTILLING)
+    config = load_config(DISTILLING, "far/distill.yaml", ["--prompt", "{query}\\n{document}"])
     assert config.teachers == [str(folder / "far" / "one"), "package:some-model"]
     assert config.dataset == str(folder / "train.jsonl") and config.output == "out.jsonl"
     assert config.prompt == "{query}\n{document}"
-    both = load_config("far/distill.yaml", ["--teachers", "owner/a,far/one"], schema=DISTILLING)
+    both = load_config(DISTILLING, "far/distill.yaml", ["--teachers", "owner/a,far/one"])
     assert both.teachers == ["owner/a", str(folder / "far" / "one")]
 
 
@@ -45,7 +46,7 @@ def test_all_mistakes_come_at_once_with_their_lines(folder):
     )
     (folder / "distill.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
-        load_config("distill.yaml", schema=DISTILLING)
+        load_config(DISTILLING, "distill.yaml")
     assert str(caught.value).splitlines() == [
         "distill.yaml:2: output: expected a file that ends in .jsonl, found out.csv",
         f"distill.yaml:3: teachers: found no folder ./none; looked for {folder / 'none'}",

@@ -42,6 +42,17 @@ def test_parts_become_the_output_in_order_and_leave_nothing_beside_it(folder, tm
     assert folder.output.read_text() == "a\nb\nc\n" and list(tmp_path.iterdir()) == [folder.output]
 
 
+def test_parts_that_others_finished_are_counted_once(folder):
+    parts = [Part(0, 1, 2), Part(1, 1, 3), Part(2, 1, 4)]
+    folder.begin({"dataset": "a"}, overwrite=False)
+    waiting = list(parts)
+    assert folder.take_finished(waiting) == 0 and waiting == parts
+    folder.write(parts[2], ["c\n"])
+    folder.write(parts[0], ["a\n"])
+    assert folder.take_finished(waiting) == 6 and waiting == [parts[1]]
+    assert folder.take_finished(waiting) == 0
+
+
 def test_the_same_run_keeps_its_finished_parts_and_drops_the_torn_one(folder):
     part = Part(0, 1, 1)
     folder.begin({"dataset": "a"}, overwrite=False)

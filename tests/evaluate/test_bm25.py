@@ -1,15 +1,8 @@
 import pytest
 
-from rag_retrieval.evaluate.bm25 import bm25_run, chinese_words, is_chinese
+from rag_retrieval.evaluate.bm25 import bm25_run
 
 pytest.importorskip("bm25s")
-
-
-def test_chinese_is_told_from_english_and_cut_into_words():
-    pytest.importorskip("jieba")
-    assert is_chinese(["北京是中国的首都", "今天 weather"])
-    assert not is_chinese(["Peking (北京) is a city"])
-    assert "首都" in chinese_words(["北京是中国的首都"])[0]
 
 
 def test_a_chinese_query_finds_the_document_with_its_word():

@@ -127,6 +127,10 @@ def test_a_calibration_is_fitted_on_one_split_saved_and_used_on_another(config, 
 def test_calibration_on_what_is_measured_or_without_a_folder_is_refused(config):
     with pytest.raises(ValueError, match="calibrate: test is measured on; fit on other queries"):
         evaluate_reranker(config.model_copy(update={"calibrate": "test"}))
+    data = config.data + "/queries.jsonl"
+    with pytest.raises(ValueError, match="queries.jsonl is measured on; fit on other queries"):
+        same = data.replace("/queries", "/qrels/../queries")
+        evaluate_reranker(config.model_copy(update={"data": data, "calibrate": same}))
     with pytest.raises(ValueError, match="saved with the model, and package:x is no folder of yours"):
         evaluate_reranker(config.model_copy(update={"calibrate": "dev", "model": "package:x"}))
 
@@ -151,6 +155,13 @@ def test_the_command_prints_the_table_and_writes_per_query_results(config, toy, 
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["model"]["ndcg@10"] == pytest.approx(sum(row["ndcg@10"] for row in rows) / 4)
     assert result["ceiling"]["ndcg@10"] == 1.0 and result["config"]["depth"] == 4
+
+
+def test_a_model_of_the_current_folder_is_called_by_its_path_from_there(toy, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model", "bert/model", "--data", "toy", "--depth", "4"]) == 0
+    assert f"\n  {'bert/model':<30}" in capsys.readouterr().out
+    assert json.loads(Path("runs/evaluate/bert-toy-test/result.json").read_text())["model"]["name"] == "bert/model"
 
 
 def test_a_file_of_records_is_evaluated_with_its_documents_as_candidates(model, tmp_path, capsys):

@@ -52,8 +52,8 @@ def out(tmp_path_factory, model_folders):
         {"step": 1, "kind": "eval", "loss": 1.0, "map": 0.5},
     ]
     write(root / "run" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    options = ["--data", str(toy), "--training_run", str(root / "run"), "--output_dir", str(root / "out"), "--report"]
-    assert main(["--model", model_folders["bert"], *options]) == 0
+    options = ["--data", str(toy), "--training_run", str(root / "run"), "--output_dir", str(root / "out")]
+    assert main(["--model", model_folders["bert"], *options, "--report", "true"]) == 0
     return root / "out"
 
 

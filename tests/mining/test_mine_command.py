@@ -29,7 +29,7 @@ def test_a_yaml_file_and_options_mine_and_print_what_was_kept_and_dropped(tmp_pa
     [
         (["--data", "nowhere", "--output", "o.jsonl"], "error: --data: found no file or folder nowhere"),
         (["--data", ".", "--output", "o.jsonl"], "found neither corpus.jsonl nor corpus.jsonl.gz"),
-        (["--config"], "error: --config FILE is missing"),
+        (["--config"], "error: --config: needs a value; expected a YAML file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options, message):

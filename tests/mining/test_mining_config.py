@@ -3,8 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from rag_retrieval.config_file import ConfigError, load_config
+from rag_retrieval.config_schema import describe_options
 from rag_retrieval.mining.mining_config import MINING, MiningConfig
-from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, load_config
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def load(*options, text=None):
     if text is not None:
         with open("mine.yaml", "w") as file:
             file.write(text)
-    return load_config(None if text is None else "mine.yaml", options, schema=MINING)
+    return load_config(MINING, None if text is None else "mine.yaml", options)
 
 
 def errors(*options, text=None):

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from rag_retrieval.config_schema import is_data_file_name
+
 LOSS_DATASET_TYPE = {
     "point_ce": "pointwise",
     "point_mse": "pointwise",
@@ -37,13 +39,6 @@ DECODER_DEFAULTS = {
     "special_token": "\nrelevance",
 }
 YES_NO_KEYS = ("instruction", "yes_token", "no_token")
-DATA_FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
-PATH_BEGINNINGS = (".", "/", "~")
-
-
-def is_data_file_name(name: str) -> bool:
-    """Whether a dataset's name is written as a file; otherwise it is one of the Hugging Face hub."""
-    return name.startswith(PATH_BEGINNINGS) or name.endswith(DATA_FILE_ENDINGS)
 
 
 def cross_field_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

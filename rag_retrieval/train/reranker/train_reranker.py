@@ -11,13 +11,13 @@ import logging
 import os
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
+from rag_retrieval.command import report, set_up_logging
 from rag_retrieval.train.signals import (
     Interrupted,
     TrainingStopped,
@@ -33,9 +33,6 @@ PEER_GONE = (
     "another process of this run has ended. What it printed tells why; one that printed nothing was killed, most often "
     "because memory ran out"
 )
-GRACE = 5.0  # seconds in which the first process prints what went wrong
-
-logger = logging.getLogger("rag_retrieval")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,14 +41,18 @@ def main(arguments: list[str] | None = None) -> int:
     the environment, errors are raised instead."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with on_signals(leave_at_once):
-        from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, load_config
+        from rag_retrieval.config_file import ConfigError, load_config, split_arguments
+        from rag_retrieval.config_schema import describe_options
+        from rag_retrieval.train.reranker.training_config import TRAINING
 
         if not arguments or {"-h", "--help"} & set(arguments):
-            print(f"{USAGE}\n\n{describe_options()}")
+            print(f"{USAGE}\n\n{describe_options(TRAINING)}")
             return 0 if arguments else 2
         try:
             path, overrides = split_arguments(arguments)
-            config = load_config(path, overrides, SHIPPED_CONFIGS)
+            if path is None:
+                raise ConfigError(f"--config FILE is missing\n{USAGE}")
+            config = load_config(TRAINING, path, overrides, SHIPPED_CONFIGS)
         except ConfigError as error:
             return report(error, 2, on_all_processes=True)
         set_up_logging()
@@ -87,34 +88,6 @@ def train(config) -> int:
     return 0
 
 
-def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
-    """The configuration file's name and the other arguments."""
-    from rag_retrieval.train.reranker.config_file import ConfigError
-
-    for position, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config="), arguments[:position] + arguments[position + 1 :]
-        if argument == "--config":
-            if position + 1 == len(arguments):
-                break
-            return arguments[position + 1], arguments[:position] + arguments[position + 2 :]
-    raise ConfigError(f"--config FILE is missing\n{USAGE}")
-
-
-def report(error: Exception, code: int, on_all_processes: bool) -> int:
-    """Print the error, once where all processes have it, and return the exit code."""
-    if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
-        raise error
-    process = os.environ.get("RANK", "0")
-    if process == "0":
-        print(f"error: {error}", file=sys.stderr)
-    elif on_all_processes:
-        time.sleep(GRACE)  # a launcher ends all processes as soon as one has ended
-    else:
-        print(f"error in process {process}: {error}", file=sys.stderr)
-    return code
-
-
 def report_crash(error: Exception, go_on: str) -> int:
     """Print the traceback of an error that is no user's, whole and at once, with the process that it struck."""
     if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
@@ -124,17 +97,6 @@ def report_crash(error: Exception, go_on: str) -> int:
     sys.stderr.write(f"error in process {process}:\n{text}Checkpoints written before are intact; {go_on}\n")
     sys.stderr.flush()
     return 1
-
-
-def set_up_logging() -> None:
-    """Our lines on the main process; warnings of other libraries; no progress bar of a loading model."""
-    main_process = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logger.setLevel(logging.INFO if main_process else logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def leave(code: int) -> None:

@@ -14,21 +14,20 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
+from rag_retrieval.config_file import FLOAT_DIGITS
+from rag_retrieval.config_schema import ABSENT, Schema, is_data_file_name, problem
 from rag_retrieval.train.reranker.config_checks import (
     DECODER_DEFAULTS,
     GROUPED_LABEL_RANGES,
     LOSS_OPTIONS,
     TEACHER_LOSSES,
     cross_field_problems,
-    is_data_file_name,
 )
 
 LOSS_ALIASES = {"pointwise_bce": "point_ce", "pointwise_mse": "point_mse"}
 KEY_ALIASES = {"epoch": "epochs"}
-ABSENT = (None, "None", "none")
-FLOAT_DIGITS = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"  # YAML 1.1 misses 5e-5
 
 DatasetType = Literal["pointwise", "grouped"]
 
@@ -193,6 +192,19 @@ class TrainingConfig(BaseModel):
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
 
+TRAINING = Schema(
+    TrainingConfig,
+    "model_type: bert_encoder",
+    aliases=KEY_ALIASES,
+    models=("model_name_or_path",),
+    datasets=("train_dataset", "val_dataset"),
+    folders=("resume",),
+    outputs=("output_dir",),
+    escaped=tuple(DECODER_DEFAULTS),
+    words={"resume": ("auto",)},
+)
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes what our reader would otherwise take for a number, such as the folder name "1e5"."""
 
@@ -204,10 +216,7 @@ _Dumper.add_implicit_resolver(_TAG + "float", re.compile(f"(?:{FLOAT_DIGITS})$")
 
 
 def _problem(key: str, message: str, found: Any) -> InitErrorDetails:
-    # the message goes in as a value because pydantic fills {} in templates, and formats contain {}
-    return InitErrorDetails(
-        type=PydanticCustomError("problem", "{message}", {"message": message}), loc=(key,), input=found
-    )
+    return InitErrorDetails(type=problem(message), loc=(key,), input=found)
 
 
 def _normalise(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from training_runs import ROOT, launch, read_metrics, write_yaml
 
-from rag_retrieval.train.reranker import train_reranker
 from rag_retrieval.train.reranker.train_reranker import main
 
 SCRIPT = "rag_retrieval/train/reranker/train_reranker.py"
@@ -182,15 +181,6 @@ def test_a_traceback_can_be_asked_for(config, monkeypatch):
     monkeypatch.setenv("RAG_RETRIEVAL_TRACEBACK", "1")
     with pytest.raises(StartError):
         main(["--config", config(model_name_or_path="a-hub/model-that-is-not-here")])
-
-
-def test_other_processes_leave_the_message_to_the_first(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(command, "GRACE", 0.0)
-    assert command.report(ValueError("wrong"), 2, on_all_processes=True) == 2
-    assert not capsys.readouterr().err
-    command.report(ValueError("wrong"), 2, on_all_processes=False)
-    assert capsys.readouterr().err == "error in process 3: wrong\n"
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from rag_retrieval.config_schema import is_data_file_name
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.train.reranker import training_config
 from rag_retrieval.train.reranker.config_checks import (
@@ -15,7 +16,6 @@ from rag_retrieval.train.reranker.config_checks import (
     LOSS_DATASET_TYPE,
     LOSS_OPTIONS,
     TEACHER_LOSSES,
-    is_data_file_name,
 )
 from rag_retrieval.train.reranker.training_config import LOSS_ALIASES, TrainingConfig
 

@@ -1,4 +1,5 @@
-"""Reading the YAML file and the command line: what is accepted, who wins, and every error message."""
+"""Reading a YAML file and the command line: what is accepted, who wins, and every error message. The trainer's keys
+are the example."""
 
 import re
 import subprocess
@@ -6,8 +7,9 @@ import sys
 
 import pytest
 
-from rag_retrieval.train.reranker.config_file import ConfigError, describe_options, find_config, load_config
-from rag_retrieval.train.reranker.training_config import TrainingConfig
+from rag_retrieval.config_file import ConfigError, find_config, load_config, split_arguments
+from rag_retrieval.config_schema import describe_options
+from rag_retrieval.train.reranker.training_config import TRAINING, TrainingConfig
 
 LOSS_NAMES = (
     "point_ce, point_mse, pairwise_ranknet, listwise_ce, listnet, listmle, position_listmle, lambda_loss, info_nce, "
@@ -40,12 +42,12 @@ def write(text: str = "", without: str = "", path: str = "train.yaml") -> str:
 
 
 def load(text: str = "", *overrides: str) -> TrainingConfig:
-    return load_config(write(text), overrides)
+    return load_config(TRAINING, write(text), overrides)
 
 
 def errors(text: str = "", *overrides: str, without: str = "") -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(write(text, without), overrides)
+        load_config(TRAINING, write(text, without), overrides)
     return str(caught.value).split("\n")
 
 
@@ -101,7 +103,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(folder):
     write()
     text = (folder / "train.yaml").read_bytes()
     (folder / "train.yaml").write_bytes(b"\xef\xbb\xbf" + text)
-    assert load_config("train.yaml").output_dir == "out"
+    assert load_config(TRAINING, "train.yaml").output_dir == "out"
 
 
 # Command line
@@ -172,6 +174,14 @@ def test_command_line_errors_name_the_option_as_it_was_typed():
     assert errors("", "--lora_target_modules", "[a") == [
         '--lora_target_modules: expected a name or a list of names, found "[a"'
     ]
+
+
+def test_the_file_s_name_is_told_from_the_other_options():
+    assert split_arguments(["--lr", "1", "--config", "a.yaml", "--seed=2"]) == ("a.yaml", ["--lr", "1", "--seed=2"])
+    assert split_arguments(["--config=a.yaml", "--lr", "1"]) == ("a.yaml", ["--lr", "1"])
+    assert split_arguments(["--lr", "1"]) == (None, ["--lr", "1"])
+    with pytest.raises(ConfigError, match="^--config: needs a value; expected a YAML file$"):
+        split_arguments(["--lr", "1", "--config"])
 
 
 def test_an_option_without_value_is_an_error():
@@ -301,7 +311,7 @@ epoch: 0"""
 def test_a_file_that_is_no_list_of_keys_is_refused_with_its_place(folder, content, message):
     (folder / "train.yaml").write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        load_config("train.yaml")
+        load_config(TRAINING, "train.yaml")
     assert str(caught.value) == message
 
 
@@ -317,7 +327,7 @@ def test_a_file_that_cannot_be_read_says_why(folder, monkeypatch):
     write()
     monkeypatch.setattr(type(folder), "read_bytes", refuse)
     with pytest.raises(ConfigError, match="^train.yaml: cannot be read: Permission denied$"):
-        load_config("train.yaml")
+        load_config(TRAINING, "train.yaml")
 
 
 # Finding the file
@@ -327,23 +337,23 @@ def test_the_config_file_is_found_here_first_and_then_in_the_shipped_folder(fold
     shipped = folder / "config"
     shipped.mkdir()
     write("seed: 1", path="config/train.yaml")
-    assert load_config("train.yaml", [], shipped).seed == 1
-    assert load_config("config/train.yaml", [], shipped).seed == 1
+    assert load_config(TRAINING, "train.yaml", [], shipped).seed == 1
+    assert load_config(TRAINING, "config/train.yaml", [], shipped).seed == 1
     write("seed: 2")
-    assert load_config("train.yaml", [], shipped).seed == 2
+    assert load_config(TRAINING, "train.yaml", [], shipped).seed == 2
     assert find_config(str(folder / "train.yaml"), shipped) == folder / "train.yaml"
 
 
 def test_a_missing_config_file_names_both_places(folder):
     with pytest.raises(ConfigError) as caught:
-        load_config("x.yaml", [], folder / "config")
+        load_config(TRAINING, "x.yaml", [], folder / "config")
     assert str(caught.value) == f"x.yaml: no such file; looked for {folder}/x.yaml and {folder}/config/x.yaml"
 
 
 def test_a_folder_is_no_config_file(folder):
     (folder / "config").mkdir()
     with pytest.raises(ConfigError, match="^config: is a folder; expected a YAML file$"):
-        load_config("config")
+        load_config(TRAINING, "config")
 
 
 def test_errors_of_a_file_elsewhere_show_its_whole_path(folder, monkeypatch):
@@ -351,7 +361,7 @@ def test_errors_of_a_file_elsewhere_show_its_whole_path(folder, monkeypatch):
     (folder / "here").mkdir()
     monkeypatch.chdir(folder / "here")
     with pytest.raises(ConfigError, match=f"^{folder}/train.yaml:1: seed: "):
-        load_config("../train.yaml")
+        load_config(TRAINING, "../train.yaml")
 
 
 # Paths in the file
@@ -375,7 +385,7 @@ def test_paths_are_looked_up_here_first_and_then_beside_the_file(elsewhere):
         (place / "runs/a").mkdir(parents=True)
         (place / "a.jsonl").touch()
         (place / "v.parquet").touch()
-        config = load_config("../yaml/train.yaml")
+        config = load_config(TRAINING, "../yaml/train.yaml")
         assert (config.model_name_or_path, config.train_dataset) == (f"{place}/model", f"{place}/a.jsonl")
         assert (config.val_dataset, config.resume) == (f"{place}/v.parquet", f"{place}/runs/a")
     assert config.output_dir == "out"
@@ -386,7 +396,7 @@ def test_command_line_paths_are_looked_up_in_the_same_two_places(elsewhere):
     write(path=str(beside / "train.yaml"))
     (beside / "a.jsonl").touch()
     (here / "b.jsonl").touch()
-    config = load_config("../yaml/train.yaml", ["--train_dataset", "a.jsonl", "--val_dataset=b.jsonl"])
+    config = load_config(TRAINING, "../yaml/train.yaml", ["--train_dataset", "a.jsonl", "--val_dataset=b.jsonl"])
     assert (config.train_dataset, config.val_dataset) == (f"{beside}/a.jsonl", f"{here}/b.jsonl")
 
 
@@ -395,7 +405,7 @@ def test_a_missing_path_names_both_places_for_each_key(elsewhere):
     text = "model_name_or_path: ./m\ntrain_dataset: d/t.jsonl.gz\nval_dataset: ../v\nresume: r"
     write(text, path=str(beside / "train.yaml"))
     with pytest.raises(ConfigError) as caught:
-        load_config("../yaml/train.yaml")
+        load_config(TRAINING, "../yaml/train.yaml")
     file = beside / "train.yaml"
     assert str(caught.value).split("\n") == [
         f"{file}:1: model_name_or_path: found no folder ./m; looked for {here}/m and {beside}/m",
@@ -478,11 +488,11 @@ def test_resume_is_auto_or_an_existing_folder(folder):
 def test_a_saved_configuration_loads_back_as_an_equal_object(text, folder):
     config = load(text)
     config.save(folder / "resolved.yaml")
-    assert load_config("resolved.yaml") == config
+    assert load_config(TRAINING, "resolved.yaml") == config
 
 
 def test_the_help_lists_every_key_with_what_it_takes_its_default_and_its_meaning():
-    text = describe_options()
+    text = describe_options(TRAINING)
     for key, field in TrainingConfig.model_fields.items():
         assert f"\n  --{key}: " in text
         assert " ".join(field.description.split()) in " ".join(text.split())
@@ -492,7 +502,7 @@ def test_the_help_lists_every_key_with_what_it_takes_its_default_and_its_meaning
 
 def test_reading_a_configuration_imports_neither_torch_nor_transformers():
     code = (
-        "import sys; import rag_retrieval.train.reranker.config_file; "
+        "import sys; import rag_retrieval.config_file, rag_retrieval.train.reranker.training_config; "
         "sys.exit(str({'torch', 'transformers', 'accelerate', 'datasets', 'numpy'} & set(sys.modules)))"
     )
     path = {"PYTHONPATH": ":".join(sys.path)}

@@ -1,72 +1,40 @@
 """From a YAML file and command-line options to a configuration, with all problems reported at once.
 
-What is read is a `TrainingConfig` unless another `Schema` is given: any pydantic class of plain fields.
+What is read is what a `Schema` says: any pydantic class of plain fields.
 
 Easy to get wrong: a path in a file is looked up from the current folder first and from the file's folder
 second, so that a shipped file works from any folder; YAML 1.1 reads `5e-5` as text, the reader here does not.
 """
 
 import difflib
-import json
 import os
 import re
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
-from rag_retrieval.train.reranker.config_checks import DECODER_DEFAULTS, PATH_BEGINNINGS, is_data_file_name
-from rag_retrieval.train.reranker.training_config import ABSENT, FLOAT_DIGITS, KEY_ALIASES, TrainingConfig
+from rag_retrieval.config_schema import (
+    ABSENT,
+    PATH_BEGINNINGS,
+    Schema,
+    expected,
+    is_data_file_name,
+    shown_value,
+    takes_names,
+    types_of,
+)
 
+FLOAT_DIGITS = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"  # YAML 1.1 misses 5e-5
 PACKAGE_NAME = re.compile(r"package:[A-Za-z_][A-Za-z0-9_-]*")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-LONGEST_SHOWN = 60  # characters of a wrong value in a message
 
 
 class ConfigError(ValueError):
     """Its message has one line per problem: where, which key, what was found, what was expected."""
-
-
-@dataclass(frozen=True)
-class Schema:
-    """A class of configurations, and which of its keys name something outside of the file.
-
-    example: a line, for messages. aliases: other names of keys. models: a folder, a hub name or package:NAME.
-    datasets: a file or a hub name. folders, paths: a folder, or anything, that must be there. outputs: may not be.
-    escaped: texts in which \\n, \\t and \\\\ of the command line stand for a newline, a tab and a backslash.
-    """
-
-    model: type[BaseModel]
-    example: str
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    models: Sequence[str] = ()
-    datasets: Sequence[str] = ()
-    folders: Sequence[str] = ()
-    paths: Sequence[str] = ()
-    outputs: Sequence[str] = ()
-    escaped: Sequence[str] = ()
-
-    @property
-    def keys(self) -> dict[str, FieldInfo]:
-        return self.model.model_fields
-
-
-TRAINING = Schema(
-    TrainingConfig,
-    "model_type: bert_encoder",
-    aliases=KEY_ALIASES,
-    models=("model_name_or_path",),
-    datasets=("train_dataset", "val_dataset"),
-    folders=("resume",),
-    outputs=("output_dir",),
-    escaped=tuple(DECODER_DEFAULTS),
-)
 
 
 class _Reader(yaml.SafeLoader):
@@ -99,11 +67,20 @@ class _Source:
         self.problems.append((key, f"{self.places[key]}: {message}"))
 
 
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The name given with --config, and the other arguments. Raises ConfigError."""
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config="), [*arguments[:position], *arguments[position + 1 :]]
+        if argument == "--config":
+            if position + 1 == len(arguments):
+                raise ConfigError("--config: needs a value; expected a YAML file")
+            return arguments[position + 1], [*arguments[:position], *arguments[position + 2 :]]
+    return None, list(arguments)
+
+
 def load_config(
-    path: str | None,
-    overrides: Sequence[str] = (),
-    extra_config_folder: Path | None = None,
-    schema: Schema = TRAINING,
+    schema: Schema, path: str | None, overrides: Sequence[str] = (), extra_config_folder: Path | None = None
 ) -> Any:
     """The configuration in the YAML file `path`, where `overrides` (`--lr 3e-5`, `--lr=3e-5`) win.
 
@@ -113,9 +90,7 @@ def load_config(
     file = None if path is None else find_config(path, extra_config_folder)
     in_file = _Source() if file is None else _read_file(file, schema)
     given = _read_overrides(overrides, schema)
-    source = _Source(
-        in_file.values | given.values, in_file.places | given.places, in_file.problems + given.problems
-    )
+    source = _Source(in_file.values | given.values, in_file.places | given.places, in_file.problems + given.problems)
     _look_up_paths(source, Path.cwd() if file is None else file.parent, schema)
     config = _validate(source, "--" if file is None else f"{_shown(file)}: ", schema)
     if source.problems:
@@ -223,28 +198,29 @@ def _read_overrides(arguments: Sequence[str], schema: Schema) -> _Source:
         if not equals and rest and not rest[0].startswith("--"):
             text = rest.pop(0)
         elif not equals and key in schema.keys:
-            source.problems.append((key, f"--{name}: needs a value; expected {_expected(key, schema)}"))
+            source.problems.append((key, f"--{name}: needs a value; expected {expected(key, schema)}"))
             continue
         source.places[key] = f"--{name}"
         try:
             source.values[key] = _override_value(key, text, schema)
         except yaml.YAMLError:
-            source.report(key, f"expected {_expected(key, schema)}, found {_found(text)}")
+            source.report(key, f"expected {expected(key, schema)}, found {shown_value(text)}")
     return source
 
 
 def _override_value(key: str, text: str, schema: Schema) -> Any:
     """The value of a command-line text, by the rules of the file; text stays text without quotes."""
-    types = _types(key, schema) if key in schema.keys else [str]
+    types = types_of(key, schema) if key in schema.keys else [str]
     if key in schema.escaped and text:
         text = re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
     reader = _Reader("")
     tag = reader.resolve(yaml.ScalarNode, text, (True, False))
     if tag.endswith(":null"):
         return text if key in schema.escaped and not text else None
-    if list[str] in types and text.startswith("["):
+    names = takes_names(key, schema) if key in schema.keys else False
+    if names and text.startswith("["):
         return yaml.load(text, Loader=_Reader)
-    if list[str] in types and "," in text:
+    if names and text not in ABSENT and ("," in text or str not in types):
         return [name.strip() for name in text.split(",")]
     if str in types or get_origin(types[0]) is Literal:
         return text
@@ -256,7 +232,7 @@ def _look_up_paths(source: _Source, config_folder: Path, schema: Schema) -> None
     for key in schema.outputs:
         if isinstance(source.values.get(key), str):
             source.values[key] = os.path.expanduser(source.values[key])
-    for key in (*schema.models, *schema.datasets, *schema.folders, *schema.paths):
+    for key in dict.fromkeys((*schema.models, *schema.datasets, *schema.folders, *schema.paths, *schema.files)):
         value = source.values.get(key)
         names = value if isinstance(value, list) else [value]
         try:
@@ -273,22 +249,24 @@ def _is_name(value: Any) -> bool:
 
 
 def _look_up(key: str, name: str, config_folder: Path, schema: Schema) -> str:
-    """An absolute path, or `name` where it is one of the hub or of a package. Raises LookupError."""
-    if key == "resume" and name == "auto":
+    """An absolute path, or `name` where it is no path: of the hub, of a package, a word. Raises LookupError."""
+    is_file_name = is_data_file_name(name)
+    if name in schema.words.get(key, ()) or (key in schema.files and not is_file_name):
         return name
     if key in schema.models and name.startswith("package:"):
         if PACKAGE_NAME.fullmatch(name):
             return name
-        raise LookupError(f"expected the name of a Python package after package:, found {_found(name)}")
-    is_dataset = key in schema.datasets
+        raise LookupError(f"expected the name of a Python package after package:, found {shown_value(name)}")
+    may_be_file = key in (*schema.datasets, *schema.paths, *schema.files)
     places = _places(name, config_folder)
     for place in places:
-        if os.path.exists(place) if is_dataset or key in schema.paths else os.path.isdir(place):
+        if os.path.exists(place) if may_be_file else os.path.isdir(place):
             return str(place)
-    is_path = key in schema.folders or key in schema.paths or name.startswith(PATH_BEGINNINGS)
-    is_path = is_path or (is_dataset and is_data_file_name(name))
+    is_path = key in (*schema.folders, *schema.paths, *schema.files) or name.startswith(PATH_BEGINNINGS)
+    is_path = is_path or (key in schema.datasets and is_file_name)
     if is_path or not HUB_NAME.fullmatch(name):
-        kind = "file or folder" if key in schema.paths else "file" if is_dataset else "folder"
+        may_be_folder = key in (*schema.models, *schema.folders, *schema.paths)
+        kind = " or ".join(["file"] * may_be_file + ["folder"] * may_be_folder)
         raise LookupError(f"found no {kind} {name}; looked for {_listed(places)}")
     return name
 
@@ -312,54 +290,10 @@ def _message(key: str, entry: dict[str, Any], value: Any, schema: Schema) -> str
     if entry["type"] == "problem":
         return entry["msg"]
     if entry["type"] == "missing":
-        return f"is missing; expected {_expected(key, schema)}"
+        return f"is missing; expected {expected(key, schema)}"
     if entry["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(key, [*schema.keys, *schema.aliases], n=3)
         advice = f"did you mean {' or '.join(nearest)}?" if nearest else "--help lists all keys"
         return f"unknown key; {advice}"
-    quotes = _types(key, schema) == [str] and isinstance(value, (bool, int, float))
-    return f"expected {_expected(key, schema)}, found {_found(value)}{'; put it in quotes' if quotes else ''}"
-
-
-def _found(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 4] + " ..."
-
-
-def _types(key: str, schema: Schema) -> list[Any]:
-    """The types a key takes besides None, for example [list[str], str]."""
-    annotation = schema.keys[key].annotation
-    parts = (annotation,) if get_origin(annotation) in (None, Literal) else get_args(annotation)
-    return [part for part in parts if part is not NoneType]
-
-
-def _expected(key: str, schema: Schema) -> str:
-    """What a key takes, for messages and help: `a whole number of at least 1`."""
-    types, metadata = _types(key, schema), schema.keys[key].metadata
-    if get_origin(types[0]) is Literal:
-        return f"one of {', '.join(get_args(types[0]))}"
-    if list[str] in types:
-        return "a name or a list of names"
-    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[types[0]]
-    if types[0] is str:
-        return "non-empty text" if metadata else kind
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    limits = [limit for part in metadata for limit in asdict(part).items()]
-    bounds = " and ".join(f"{words[name]} {bound:g}" for name, bound in limits)
-    return f"{kind} {'of ' if bounds.startswith('at ') else ''}{bounds}".strip()
-
-
-def describe_options(schema: Schema = TRAINING) -> str:
-    """Help text: how options are written, then every key with what it takes, its default and its meaning."""
-    lines = [
-        "Every key of the YAML file is also an option that wins over the file: --key value or --key=value.",
-        "None, null, ~ or nothing means absent."
-        + (" In seq, special_token and the formats, \\n is a newline." if schema.escaped else ""),
-        "",
-    ]
-    for key, key_field in schema.keys.items():
-        default = "" if key_field.default is None else f" [{_found(key_field.default)}]"
-        lines.append(f"  --{key}: {_expected(key, schema)}{' (required)' if key_field.is_required() else default}")
-        indent = " " * 6
-        lines += textwrap.wrap(key_field.description, 100, initial_indent=indent, subsequent_indent=indent)
-    return "\n".join(lines)
+    quotes = types_of(key, schema) == [str] and isinstance(value, (bool, int, float))
+    return f"expected {expected(key, schema)}, found {shown_value(value)}{'; put it in quotes' if quotes else ''}"

@@ -1,0 +1,38 @@
+"""What the commands share: how they log and how they end with an error.
+
+The trap: under a launcher every process runs the command, and a launcher ends all of them as soon as one has ended.
+Nothing here imports anything heavy before it is called.
+"""
+
+import logging
+import os
+import sys
+import time
+
+GRACE = 5.0  # seconds in which the first process prints what went wrong
+
+
+def report(error: Exception, code: int, on_all_processes: bool) -> int:
+    """Print the error, once where all processes have it, and return the exit code. With RAG_RETRIEVAL_TRACEBACK=1 in
+    the environment, raise it instead."""
+    if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
+        raise error
+    process = os.environ.get("RANK", "0")
+    if process == "0":
+        print(f"error: {error}", file=sys.stderr)
+    elif on_all_processes:
+        time.sleep(GRACE)
+    else:
+        print(f"error in process {process}: {error}", file=sys.stderr)
+    return code
+
+
+def set_up_logging() -> None:
+    """Our lines on the main process; warnings of other libraries; no progress bar of a loading model."""
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("rag_retrieval").setLevel(logging.INFO if main_process else logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
