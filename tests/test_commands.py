@@ -2,13 +2,16 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tiny_models import tiny_bert, tiny_qwen2
+from yes_no_samples import YES_NO, tiny_causal
 
 from rag_retrieval import CrossEncoder, LLMDecoder
 
@@ -106,6 +109,36 @@ def test_a_shipped_decoder_configuration_trains(name, tmp_path):
     options = small_run(tiny_qwen2(tmp_path / "base"), tmp_path / "out") + " --log_with None"
     run_command(f"rag-retrieval train --config {name}.yaml", TRAINER, options)
     assert LLMDecoder.from_pretrained(str(tmp_path / "out" / "model")).compute_score(["q", "d"]).isfinite().all()
+
+
+def test_the_shipped_yes_no_configuration_trains_a_causal_model(tmp_path):
+    texts = "".join(f" --{key}={shlex.quote(value)}" for key, value in YES_NO.items())
+    options = small_run(tiny_causal(tmp_path / "base", "qwen3"), tmp_path / "out") + f"{texts} --max_len 160"
+    run_command("rag-retrieval train --config training_llm_yes_no.yaml", TRAINER, options)
+    assert "lm_head.weight" in load_file(tmp_path / "out" / "model" / "model.safetensors")
+
+
+DISTILLING = [
+    *commands_of(ROOT / "README.md", "rag-retrieval distill"),
+    *commands_of(ROOT / "README.md", "accelerate launch --config_file config/ddp.yaml -m rag_retrieval.cli distill"),
+]
+
+
+def test_the_readme_s_ways_to_distil_give_the_same_file_and_a_student_learns_from_it(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "distill.yaml").write_text(re.search(r"```yaml\n(dataset: .*?)```", readme, flags=re.DOTALL).group(1))
+    teacher = tiny_bert(tmp_path / "teacher", head_labels=1)
+    data = ROOT / "example_data" / "stdlib_pos_neg.train.jsonl"
+    assert len(DISTILLING) == 2
+    for place, command in enumerate(DISTILLING):
+        options = f"--dataset {data} --teachers {teacher} --output {tmp_path / str(place)}.jsonl --dtype float32"
+        run_command(command.replace("distill.yaml", str(tmp_path / "distill.yaml")), ROOT, f"{options} --max_len 32")
+    first, second = ((tmp_path / f"{place}.jsonl").read_bytes() for place in range(2))
+    assert first == second and first.count(b"teacher_probability") == 2100
+    (student,) = commands_of(ROOT / "README.md", "rag-retrieval train --config distilling_bert.yaml")
+    options = f"{small_run(teacher, tmp_path / 'out')} --train_dataset {tmp_path / '0.jsonl'}"
+    run_command(student.replace("runs/soft.jsonl", str(tmp_path / "0.jsonl")), ROOT, options)
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
 def test_the_shipped_xlm_roberta_configuration_trains_on_chinese(tmp_path):

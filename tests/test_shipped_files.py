@@ -63,7 +63,7 @@ def test_the_graded_dev_file_has_no_query_and_no_document_of_the_training_files(
         open_store(file, group_by_query=True)
         for file in [EXAMPLES / "stdlib_pointwise.dev.jsonl", *EXAMPLES.glob("stdlib_*.train.jsonl")]
     )
-    assert (dev.num_pairs, dev.num_groups, len(training)) == (341, 60, 4)
+    assert (dev.num_pairs, dev.num_groups, len(training)) == (341, 60, 5)
     for store in training:
         assert texts_of(dev).isdisjoint(texts_of(store))
 
