@@ -163,7 +163,7 @@ def training_records(
 
     A positive is a document with a grade above 0; negatives come from BM25's best `depth`, or from `depth` documents
     of the corpus drawn at random, without those.
-    Queries without a positive or a negative give no record. What a query draws hangs on no other query, so
+    Queries without text, a positive or a negative give no record. What a query draws hangs on no other query, so
     the records of a smaller `count` are the first of a larger one. Raises ValueError where there is none.
     """
     qrels = read_qrels(folder, "train")
@@ -193,7 +193,7 @@ def draw_record(
     relevant = [document for document, grade in grades.items() if grade > 0]
     positives = sorted(document for document in relevant if document in folder.documents)
     wrong = [document for document in candidates if grades.get(document, 0) <= 0]
-    if not positives or not wrong:
+    if not positives or not wrong or not folder.queries[query].strip():
         return None
     chosen = choice.sample(wrong, min(negatives, len(wrong)))
     return {

@@ -59,6 +59,14 @@ def test_a_query_whose_candidates_are_all_relevant_gives_no_record(toy):
     assert [record["query"] for record in records] == ["where is river 1"]
 
 
+def test_a_query_without_text_gives_no_record(toy):
+    lines = (toy / "queries.jsonl").read_text().splitlines()
+    blank = [line.replace("where is apple 0", " ") for line in lines]
+    (toy / "queries.jsonl").write_text("\n".join(blank) + "\n")
+    records = quality.training_records(read_folder(toy), count=8, negatives=3, depth=4, seed=0)
+    assert len(records) == 7 and all(record["query"].strip() for record in records)
+
+
 def test_a_grade_of_zero_is_a_negative_and_not_a_positive(toy):
     write(toy / "qrels/train.tsv", "query-id\tcorpus-id\tscore\nq0\td0-1\t0\nq0\td0-2\t2\n")
     (record,) = quality.training_records(read_folder(toy), count=8, negatives=1, depth=2, seed=0)
