@@ -3,7 +3,9 @@
 import pytest
 import torch
 from tiny_models import CHINESE, ENGLISH
+from yes_no_samples import YES_NO, prompt, tiny_causal
 
+from rag_retrieval import LLMDecoder
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.infer.slices import document_tokens, slice_starts
 from rag_retrieval.infer.torch_backend import TorchBackend
@@ -128,8 +130,9 @@ def test_the_parts_of_a_document_are_its_tokens_and_spans_lie_in_its_text(family
     encoder = rerankers[family].backend.pair_encoder
     tokens = document_tokens(encoder, text)
     assert [*tokens.head, *tokens.content, *tokens.tail] == encoder.document_ids([text])[0]
-    assert len(tokens.spans) == len(tokens.content)
-    assert all(0 <= start < end <= len(text) for start, end in tokens.spans)
+    spans = [tokens.span(place, place + 1) for place in range(len(tokens.content))]
+    assert all(0 <= start < end <= len(text) for start, end in spans)
+    assert not spans or tokens.span(0, len(spans) + 5) == (spans[0][0], spans[-1][1])
     assert tokens.tail == []
     before = encoder.template.before_document
     if before and text.strip():
@@ -184,3 +187,28 @@ def test_a_document_that_fits_is_read_in_one_piece_by_every_choice(rerankers):
     for long_document in ("max_slice", "mean_slice", "first_slice", "truncate"):
         found = reranker.rerank("a question", ["a short text"], long_document=long_document)[0]
         assert (found.score, found.slice, found.truncated) == (expected, None, False)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_slices_of_a_head_that_answers_stand_in_the_whole_prompt(family, tmp_path):
+    """llama's texts are tokenized behind an anchor, which counts neither as a token nor as characters."""
+    scorer = LLMDecoder.from_pretrained(tiny_causal(tmp_path, family), **YES_NO, max_length=300)
+    reranker, document = Reranker.from_backend(TorchBackend(scorer)), LONG["english"] * 2
+    parts = document_tokens(scorer.pair_encoder, document)
+    assert [*parts.head, *parts.content, *parts.tail] == scorer.pair_encoder.document_ids([document])[0]
+    seen = []
+    score = reranker.backend.score
+    reranker.backend.score = lambda pairs, size: seen.extend(pairs) or score(pairs, size)
+    result = reranker.rerank("where?", [document])[0]
+    before, after = prompt("where?", "DOCUMENT").split("DOCUMENT")
+    start, end = result.slice
+    texts = [plain(scorer.tokenizer.decode(pair.ids)).removeprefix("<s>") for pair in seen]
+    assert len(texts) > 2 and any(plain(document[start:end]) in text for text in texts)
+    for text in texts:
+        assert text.startswith(plain(before)) and text.endswith(plain(after))
+        assert text.removeprefix(plain(before)).removesuffix(plain(after)) in plain(document)
+
+
+def plain(text: str) -> str:
+    """Without spaces: llama's decoder adds and drops some."""
+    return text.replace(" ", "")
