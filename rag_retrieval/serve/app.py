@@ -93,10 +93,8 @@ class RerankService:
     def _answer(
         self, request: Request, asked: RerankRequest, encoded: EncodedRequest, pair_scores: np.ndarray
     ) -> Response:
-        scores = self.model.document_scores(encoded, pair_scores, len(asked.documents))
-        shown = scores
-        if not asked.raw_scores:
-            shown = self.model.probabilities(encoded, pair_scores, len(asked.documents))
+        scores = self.model.document_scores(encoded, pair_scores)
+        shown = scores if asked.raw_scores else self.model.probabilities(encoded, scores)
         if asked.text_shape:
             return JSONResponse(text_answer(asked, scores, shown))
         return JSONResponse(document_answer(asked, scores, shown, encoded, self.model.name, request.state.id))

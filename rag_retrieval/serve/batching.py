@@ -83,12 +83,12 @@ class _Part:
 
 class Batcher:
     """score: pairs to their scores, [pairs] in their order; called from one thread, that of this object.
-    batch_tokens: tokens of one call of it at most, where one pair has not more.
+    batch_tokens: tokens of one call of it at most, where one pair has not more; may be changed at any time.
     on_batch: called after each with its pairs, its tokens and its seconds."""
 
     def __init__(self, score: Score, batch_tokens: int, on_batch: Callable[[int, int, float], None]):
         self._score = score
-        self._batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens
         self._on_batch = on_batch
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
@@ -126,6 +126,12 @@ class Batcher:
         with self._changed:
             return sum(job.tokens for job in self._waiting) * self._busy_seconds / max(self._scored_tokens, 1)
 
+    def __enter__(self) -> "Batcher":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
     def close(self) -> None:
         """Score what waits, then end the thread."""
         with self._changed:
@@ -150,7 +156,7 @@ class Batcher:
     def _take(self) -> list[_Part]:
         """The next batch, from the head of the line."""
         parts: list[_Part] = []
-        turn, room = self._batch_tokens // TURNS, self._batch_tokens
+        turn, room = self.batch_tokens // TURNS, self.batch_tokens
         while self._waiting and (not parts or self._waiting[0].next_tokens <= room):
             job = self._waiting.popleft()
             parts.append(job.take(min(room, turn)))

@@ -35,8 +35,9 @@ def document_answer(
         | ({"document": {"text": request.documents[position]}} if request.return_documents else {})
         for position in best_first(scores, request.top_n)
     ]
-    usage = {"total_tokens": encoded.tokens, "prompt_tokens": encoded.tokens}
-    meta: dict[str, Any] = {"tokens": {"input_tokens": encoded.tokens}}
+    tokens = sum(map(len, encoded.pairs))
+    usage = {"total_tokens": tokens, "prompt_tokens": tokens}
+    meta: dict[str, Any] = {"tokens": {"input_tokens": tokens}}
     if encoded.truncated:
         found = f"{len(encoded.truncated)} of {len(request.documents)} documents were too long and were cut"
         meta["warnings"] = [f"{found}, the first of them documents[{encoded.truncated[0]}]"]

@@ -38,14 +38,22 @@ class ServeConfig(BaseModel):
     max_len: int | None = Field(
         None, ge=16, description="Longest pair, in tokens; what is longer is cut. Absent: the model's own."
     )
-    precision: Literal["no", "bf16", "fp16"] | None = Field(
-        None, description="Of the scoring. Absent: half precision on a GPU, none on a CPU."
+    long_document: Literal["truncate", "max_slice", "mean_slice", "first_slice"] = Field(
+        "truncate",
+        description="What becomes of a document that does not fit beside the query: its beginning is read, or it is "
+        "cut into slices, of which the best score, the mean or the first one's counts.",
+    )
+    device: str | None = Field(
+        None, min_length=1, description="Such as cpu or cuda:0. Absent: a GPU where there is one."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="Of the computation. Absent: half precision on a GPU, fp32 on a CPU."
     )
     batch_tokens: int | None = Field(
         None,
         ge=16,
         description="Tokens, over the pairs of all requests, that are scored together at most. What comes in "
-        "meanwhile waits for them. Absent: 4096 on a CPU, 65536 on a GPU.",
+        "meanwhile waits for them. Absent: as many as are scored in 0.2 s, measured at the start.",
     )
     max_documents: int = Field(1000, ge=1, description="Documents of a request; more are refused with 422.")
     max_characters: int = Field(
@@ -65,10 +73,7 @@ class ServeConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_absent(cls, data: Any) -> Any:
-        given = {key: value for key, value in data.items() if value not in ABSENT or key not in cls.model_fields}
-        if given.get("precision") is False:
-            given["precision"] = "no"  # YAML reads a bare `no` as False
-        return given
+        return {key: value for key, value in data.items() if value not in ABSENT or key not in cls.model_fields}
 
     @field_validator("queue_pairs")
     @classmethod

@@ -1,4 +1,4 @@
-"""What the server needs of a reranker: texts to pairs, pairs to scores, scores to what the client is shown.
+"""What the server needs of a reranker: texts to pairs, the pairs' scores to the documents', to what clients are shown.
 
 What a reader would get wrong: `encode` is called from several threads at once, `score` from one alone. A document
 without text is not read by the model: it gets the lowest score, as from `Reranker`.
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend
+from rag_retrieval.infer.reranker import OVERLAP
 from rag_retrieval.infer.results import EMPTY_PROBABILITY, EMPTY_SCORE
+from rag_retrieval.infer.scores import combine
+from rag_retrieval.infer.slices import Reader, Reading, document_tokens
 from rag_retrieval.models.calibration import sigmoid
-from rag_retrieval.models.pair_encoding import EncodedPair, cut
+from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.serve.refusal import Refusal
 from rag_retrieval.serve.rerank_request import RerankRequest
 
@@ -20,69 +23,76 @@ FORWARD_PAIRS = 256  # of one forward at most; the backend bounds it by tokens b
 
 @dataclass(frozen=True)
 class EncodedRequest:
-    """positions: which documents have text, in order. pairs: one for each of these. truncated: which were cut."""
+    """documents: how many were asked for. positions: which of them have text, in order. readings: one for each of
+    these. truncated: positions of those that are not read whole."""
 
+    documents: int
     positions: list[int]
-    pairs: list[EncodedPair]
+    readings: list[Reading]
     truncated: list[int]
 
     @property
-    def tokens(self) -> int:
-        return sum(map(len, self.pairs))
+    def pairs(self) -> list[EncodedPair]:
+        return [part.pair for reading in self.readings for part in reading.slices]
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """name: what answers call it."""
+    """name: what answers call it. long_document: as for `Reranker.rerank`."""
 
     name: str
     backend: Backend
+    long_document: str
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
-        """Texts beyond the model's length are cut. Raises Refusal where that was not wanted."""
-        encoder, most = self.backend.pair_encoder, request.max_document_tokens
+        """Raises Refusal where a text is too long and the request forbids to cut it."""
         positions = [position for position, text in enumerate(request.documents) if text.strip()]
-        [query_ids] = encoder.query_ids([request.query])
-        document_ids = encoder.document_ids([request.documents[position] for position in positions])
-        pairs = [encoder.join(query_ids, self._first(most, ids)) for ids in document_ids]
+        texts = [request.documents[position] for position in positions]
+        kept = [self._beginning(text, request.max_document_tokens) for text in texts]
+        reader = Reader(self.backend.pair_encoder, self.long_document, OVERLAP)
+        readings = reader.read([(request.query, text) for text in kept])
         truncated = [
             position
-            for position, ids, pair in zip(positions, document_ids, pairs, strict=True)
-            if pair.truncated or (most is not None and len(ids) > most)
+            for position, text, beginning, reading in zip(positions, texts, kept, readings, strict=True)
+            if reading.truncated or len(beginning) < len(text)
         ]
         if truncated and not request.truncate:
-            limit = f"texts[{truncated[0]}]: longer than {encoder.max_length} tokens with its query"
-            raise Refusal(422, f"{limit}; shorten it, or set truncate to true")
-        return EncodedRequest(positions, pairs, truncated)
+            place = f"texts[{truncated[0]}]"
+            limit = f"longer, with its query, than the {reader.encoder.max_length} tokens of this model"
+            raise Refusal(422, f"{place}: {limit}; shorten it, or leave truncate out")
+        return EncodedRequest(len(request.documents), positions, readings, truncated)
 
-    def _first(self, most: int | None, document_ids: list[int]) -> list[int]:
-        if most is None or len(document_ids) <= most:
-            return document_ids
-        end = self.backend.pair_encoder.template.document_end
-        return cut(document_ids, max(most, len(end) + 1), end)
+    def _beginning(self, text: str, most_tokens: int | None) -> str:
+        if most_tokens is None:
+            return text
+        spans = document_tokens(self.backend.pair_encoder, text).spans
+        return text if len(spans) <= most_tokens else text[: spans[most_tokens - 1][1]]
 
     def score(self, pairs: list[EncodedPair]) -> np.ndarray:
         """[pairs], float32, in their order. Raises ValueError for scores that are no numbers."""
         scores = self.backend.score(pairs, FORWARD_PAIRS)
         if not np.isfinite(scores).all():
             count = np.count_nonzero(~np.isfinite(scores))
-            raise ValueError(f"{self.name}: {count} of {len(pairs)} scores are not finite; its weights may be damaged")
+            raise ValueError(
+                f"{self.name}: {count} of {len(pairs)} scores are not finite; in fp16 a model may overflow"
+            )
         return scores
 
-    def document_scores(self, encoded: EncodedRequest, pair_scores: np.ndarray, documents: int) -> np.ndarray:
-        """Logits in the order of the request: [documents]."""
-        scores = np.full(documents, EMPTY_SCORE, np.float32)
-        scores[encoded.positions] = pair_scores
+    def document_scores(self, encoded: EncodedRequest, pair_scores: np.ndarray) -> np.ndarray:
+        """Logits in the order of the request: [documents]. pair_scores: of `encoded.pairs`."""
+        ends = np.cumsum([len(reading.slices) for reading in encoded.readings], dtype=int)
+        of_documents = np.split(pair_scores, ends[:-1])[: len(ends)]
+        scores = np.full(encoded.documents, EMPTY_SCORE, np.float32)
+        scores[encoded.positions] = [
+            combine(self.long_document, reading, own).score
+            for reading, own in zip(encoded.readings, of_documents, strict=True)
+        ]
         return scores
 
-    def probabilities(self, encoded: EncodedRequest, pair_scores: np.ndarray, documents: int) -> np.ndarray:
+    def probabilities(self, encoded: EncodedRequest, scores: np.ndarray) -> np.ndarray:
         """[documents] in [0, 1]: calibrated where the folder has a calibration, else sigmoids."""
         calibration = self.backend.calibration
-        shown = np.full(documents, EMPTY_PROBABILITY, np.float32)
-        shown[encoded.positions] = sigmoid(pair_scores) if calibration is None else calibration.apply(pair_scores)
+        values = sigmoid(scores) if calibration is None else calibration.apply(scores)
+        shown = np.full(encoded.documents, EMPTY_PROBABILITY, np.float32)
+        shown[encoded.positions] = values[encoded.positions]
         return shown
-
-    def warm_up_pairs(self) -> list[EncodedPair]:
-        """A short pair and one of the model's length, so that first requests meet no first-time work."""
-        long_text = "word " * self.backend.pair_encoder.max_length
-        return self.encode(RerankRequest("query", ["document", long_text], text_shape=True)).pairs
