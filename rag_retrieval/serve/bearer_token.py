@@ -24,7 +24,7 @@ def checked(token: bytes, place: str) -> bytes:
     if not token or not all(33 <= byte <= 126 for byte in token):
         raise ValueError(
             f"{place}: expected one token of visible ASCII characters without spaces, found "
-            f"{'nothing' if not token else 'others'}; write one, such as the output of `openssl rand -hex 32`"
+            f"{'other characters' if token else 'nothing'}; write one, such as the output of `openssl rand -hex 32`"
         )
     return token
 

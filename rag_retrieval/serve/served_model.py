@@ -72,10 +72,8 @@ class ServedModel:
         """[pairs], float32, in their order. Raises ValueError for scores that are no numbers."""
         scores = self.backend.score(pairs, FORWARD_PAIRS)
         if not np.isfinite(scores).all():
-            count = np.count_nonzero(~np.isfinite(scores))
-            raise ValueError(
-                f"{self.name}: {count} of {len(pairs)} scores are not finite; in fp16 a model may overflow"
-            )
+            found = f"{np.count_nonzero(~np.isfinite(scores))} of {len(pairs)} scores are no numbers"
+            raise ValueError(f"{self.name}: {found}; in fp16 a model may overflow: use bf16 or fp32")
         return scores
 
     def document_scores(self, encoded: EncodedRequest, pair_scores: np.ndarray) -> np.ndarray:
