@@ -85,7 +85,7 @@ def test_documents_that_were_cut_are_told(service):
 
 def test_concurrent_requests_get_their_own_scores(service, backend):
     generator = np.random.default_rng(0)
-    sizes = [*generator.integers(1, 12, 60).tolist(), 150]
+    sizes = [*generator.integers(1, 8, 30).tolist(), 60]
     requests = [(" ".join(random_documents(generator, 1)), random_documents(generator, size)) for size in sizes]
 
     async def all_at_once():
