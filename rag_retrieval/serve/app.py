@@ -55,7 +55,8 @@ class RerankService:
         self.metrics = metrics
         self.token = token
         self.limits = TextLimits(config.max_documents, config.max_characters)
-        self.admission = Admission(config.queue_requests, config.queue_pairs, batcher.expected_seconds)
+        bounds = (config.queue_requests, config.queue_pairs, config.timeout)
+        self.admission = Admission(*bounds, batcher.expected_seconds)
         metrics.watch(lambda: self.admission.requests, batcher.waiting_pairs)
         self._encoding = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="rerank-encoding")
         routes = [Route(path, self._answering(path, self.rerank), methods=["POST"]) for path in RERANK_PATHS]

@@ -19,6 +19,7 @@ import numpy as np
 from rag_retrieval.models.pair_encoding import EncodedPair
 
 TURNS = 4  # requests of one batch at least, where that many wait
+MEMORY = 0.9  # of the speed so far, kept at each batch: the first ones are slow and must be forgotten
 
 Score = Callable[[list[EncodedPair]], np.ndarray]
 
@@ -93,7 +94,7 @@ class Batcher:
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._scored_tokens = 0
+        self._scored_tokens = 0.0
         self._busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="rerank-batches", daemon=True)
         self._thread.start()
@@ -122,7 +123,7 @@ class Batcher:
             return sum(len(job.pairs) - job.taken for job in self._waiting)
 
     def expected_seconds(self) -> float:
-        """How long the waiting pairs will take at the speed so far; 0 before the first batch."""
+        """How long the waiting pairs will take at the speed of the last batches; 0 before the first."""
         with self._changed:
             return sum(job.tokens for job in self._waiting) * self._busy_seconds / max(self._scored_tokens, 1)
 
@@ -194,6 +195,6 @@ class Batcher:
 
     def _account(self, pairs: int, tokens: int, seconds: float) -> None:
         with self._changed:
-            self._scored_tokens += tokens
-            self._busy_seconds += seconds
+            self._scored_tokens = MEMORY * self._scored_tokens + tokens
+            self._busy_seconds = MEMORY * self._busy_seconds + seconds
         self._on_batch(pairs, tokens, seconds)

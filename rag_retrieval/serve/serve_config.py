@@ -67,7 +67,10 @@ class ServeConfig(BaseModel):
         4096, ge=1, description="Documents of all requests inside, at least max_documents; more are refused with 429."
     )
     timeout: float = Field(
-        30.0, gt=0, description="Seconds from a request's first byte to its answer; later it is dropped with 504."
+        30.0,
+        gt=0,
+        description="Seconds from a request's first byte to its answer; later it is dropped with 504. New ones are "
+        "refused with 429 while what waits will take more than half of it.",
     )
 
     @model_validator(mode="before")
