@@ -98,6 +98,7 @@ def telling_what_is_missing(path: str):
 
 
 def load(path: str, options: BackendOptions, dtype: torch.dtype | None) -> PairScorer:
+    check_texts(options)
     files = read_model_files(path)
     saved = read_settings(path)
     check_is_reranker(files)
@@ -113,6 +114,13 @@ def load(path: str, options: BackendOptions, dtype: torch.dtype | None) -> PairS
     if saved is None:
         options = with_prompt(files, options)
     return LLMDecoder.from_pretrained(path, **common, **{name: getattr(options, name) for name in DECODER_NAMES})
+
+
+def check_texts(options: BackendOptions) -> None:
+    for name in ("model_type", *DECODER_NAMES):
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name}: expected a string, found {type(value).__name__}")
 
 
 def check_no_prompt(path: str, options: BackendOptions) -> None:
