@@ -65,8 +65,8 @@ class ServedModel:
     def _beginning(self, text: str, most_tokens: int | None) -> str:
         if most_tokens is None:
             return text
-        spans = document_tokens(self.backend.pair_encoder, text).spans
-        return text if len(spans) <= most_tokens else text[: spans[most_tokens - 1][1]]
+        tokens = document_tokens(self.backend.pair_encoder, text)
+        return text if len(tokens.content) <= most_tokens else text[: tokens.span(0, most_tokens)[1]]
 
     def score(self, pairs: list[EncodedPair]) -> np.ndarray:
         """[pairs], float32, in their order. Raises ValueError for scores that are no numbers."""

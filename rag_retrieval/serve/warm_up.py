@@ -26,8 +26,16 @@ def warm_up(model: ServedModel, batcher: Batcher, batch_tokens: int | None) -> N
     """Sets the batcher's `batch_tokens`; None: what is scored in BATCH_SECONDS. Raises what scoring raises."""
     pairs = warm_up_pairs(model)
     batcher.submit(pairs).result()  # memory, threads, kernels
-    started = time.perf_counter()
-    batcher.submit(pairs).result()
-    per_second = sum(map(len, pairs)) / (time.perf_counter() - started)
-    measured = min(max(round(per_second * BATCH_SECONDS), LEAST_TOKENS), MOST_TOKENS)
-    batcher.batch_tokens = measured if batch_tokens is None else batch_tokens
+    batcher.batch_tokens = measured_tokens(batcher, pairs) if batch_tokens is None else batch_tokens
+
+
+def measured_tokens(batcher: Batcher, pairs: list[EncodedPair]) -> int:
+    """Tokens that are scored in BATCH_SECONDS, from LEAST_TOKENS to MOST_TOKENS. A few pairs would not show what a GPU
+    can do, so they are doubled until they take half of that time."""
+    while True:
+        tokens, started = sum(map(len, pairs)), time.perf_counter()
+        batcher.submit(pairs).result()
+        seconds = time.perf_counter() - started
+        if seconds >= BATCH_SECONDS / 2 or tokens >= MOST_TOKENS:
+            return min(max(round(tokens / seconds * BATCH_SECONDS), LEAST_TOKENS), MOST_TOKENS)
+        pairs = pairs * 2
