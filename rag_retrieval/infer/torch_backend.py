@@ -4,6 +4,7 @@ What a reader would get wrong: one call computes at a time, whatever the number 
 their modules while they compute, and a device gains nothing from two forwards at once.
 """
 
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import ScoringOptions, mode_of, score_chunk
 from rag_retrieval.models.scoring_mode import Precision, check_precision
+from rag_retrieval.models.yes_no_prompt import INSTRUCTION
 
 DECODER_NAMES = (*FORMAT_NAMES, "head", *YES_NO_NAMES)
 
@@ -111,9 +113,9 @@ def load(path: str, options: BackendOptions, dtype: torch.dtype | None) -> PairS
     if model_type == CrossEncoder.model_type:
         check_no_prompt(path, options)
         return CrossEncoder.from_pretrained(path, **common)
-    if saved is None:
-        options = with_prompt(files, options)
-    return LLMDecoder.from_pretrained(path, **common, **{name: getattr(options, name) for name in DECODER_NAMES})
+    chosen = options if saved is not None else with_prompt(files, options)
+    check_fields(options, chosen.head or (saved and saved.head))
+    return LLMDecoder.from_pretrained(path, **common, **{name: getattr(chosen, name) for name in DECODER_NAMES})
 
 
 def check_texts(options: BackendOptions) -> None:
@@ -121,6 +123,15 @@ def check_texts(options: BackendOptions) -> None:
         value = getattr(options, name)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{name}: expected a string, found {type(value).__name__}")
+
+
+def check_fields(options: BackendOptions, head: str | None) -> None:
+    """Raises ValueError for a field such as {text} in a format given here: it would be read as words."""
+    known = ["{}", INSTRUCTION] if head == "yes_no" else ["{}"]
+    for name in FORMAT_NAMES:
+        for field in re.findall(r"\{[^\W\d]\w*\}", getattr(options, name) or ""):
+            if field not in known:
+                raise ValueError(f"{name}: unknown field {field}; known are {' and '.join(known)}")
 
 
 def check_no_prompt(path: str, options: BackendOptions) -> None:
