@@ -130,7 +130,7 @@ async def measure(address: str, process: psutil.Process, questions: list[Questio
     async with httpx.AsyncClient(base_url=address, limits=limits, timeout=120) as client:
         await closed_loop(client, questions, 4, min(2.0, options.seconds))  # connections, allocator
         print(f"{'':>14} {'requests/s':>10} {'pairs/s':>8} {'p50 ms':>8} {'p99 ms':>8} {'sent':>6} {'answered':>8} "
-              f"{'wrong':>6}")  # fmt: skip
+              f"{'429':>6} {'wrong':>6}")  # fmt: skip
         best = 0.0
         for concurrency in options.concurrencies:
             outcome = await closed_loop(client, questions, concurrency, options.seconds)
@@ -143,7 +143,7 @@ def row(name: str, outcome: Outcome) -> str:
     return (
         f"{name:>14} {outcome.answered / outcome.took:>10.1f} {outcome.pairs / outcome.took:>8.0f} "
         f"{outcome.percentile(0.5):>8.0f} {outcome.percentile(0.99):>8.0f} {outcome.sent:>6} {outcome.answered:>8} "
-        f"{outcome.wrong:>6}"
+        f"{outcome.statuses[429]:>6} {outcome.wrong:>6}"
     )
 
 

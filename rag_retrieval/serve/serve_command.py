@@ -75,7 +75,7 @@ def serve_backend(config: ServeConfig, backend: "Backend", token: bytes | None, 
     from rag_retrieval.serve.server_metrics import ServerMetrics
     from rag_retrieval.serve.warm_up import MOST_TOKENS, warm_up
 
-    model = ServedModel(PurePath(config.model).name, backend, config.long_document)
+    model = ServedModel(config.name or PurePath(config.model).name, backend, config.long_document)
     metrics = ServerMetrics()
     with Batcher(model.score, MOST_TOKENS, metrics.count_batch) as batcher:
         warm_up(model, batcher, config.batch_tokens)

@@ -22,6 +22,7 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
+    name: str | None = Field(None, min_length=1, description="What answers call it. Absent: the folder's name.")
     host: str = Field(
         "127.0.0.1",
         min_length=1,

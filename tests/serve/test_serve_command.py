@@ -112,11 +112,11 @@ def test_a_signal_lets_the_server_finish_what_it_took_and_end_with_0(tmp_path, s
 def test_the_token_comes_from_the_environment_and_an_open_host_without_one_is_warned_of(tmp_path):
     model = tiny_bert(tmp_path / "model", head_labels=1)
     body = {"query": "q", "documents": ["a"]}
-    with started("--model", model, RAG_RETRIEVAL_SERVE_TOKEN="secret") as server:
+    with started("--model", model, "--name", "ours", RAG_RETRIEVAL_SERVE_TOKEN="secret") as server:
         assert server.address.startswith("http://127.0.0.1:")
         assert httpx.post(f"{server.address}/rerank", json=body).status_code == 401
         headers = {"Authorization": "Bearer secret"}
-        assert httpx.post(f"{server.address}/rerank", json=body, headers=headers).status_code == 200
+        assert httpx.post(f"{server.address}/rerank", json=body, headers=headers).json()["model"] == "ours"
         assert "secret" not in server.log and "no token" not in server.log
     with started("--model", model, "--host", "0.0.0.0") as server:
         assert "other machines see 0.0.0.0, and no token is asked for" in server.log
