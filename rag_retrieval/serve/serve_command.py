@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rag_retrieval.infer.backend import Backend
 
 USAGE = "usage: rag-retrieval serve --model DIR [--config FILE] [--KEY VALUE ...]"
+SERVE_LIBRARIES = ("starlette", "uvicorn", "prometheus_client")
+INSTALL = "; run: pip install 'rag-retrieval[serve]'"
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +47,8 @@ def run(config: ServeConfig) -> int:
     except KeyboardInterrupt:
         return report(InterruptedError("interrupted before the server listened"), 130, on_all_processes=False)
     except ImportError as error:
-        message = f"{error}; run: pip install 'rag-retrieval[serve]'"
-        return report(ImportError(message), 2, on_all_processes=False)
+        ours = error.name in SERVE_LIBRARIES  # else of the model's backend, whose message says what to install
+        return report(ImportError(f"{error}{INSTALL if ours else ''}"), 2, on_all_processes=False)
     except (ValueError, OSError) as error:
         return report(error, 2, on_all_processes=False)
     return 0

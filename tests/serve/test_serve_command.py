@@ -88,6 +88,14 @@ def test_a_folder_without_a_model_is_an_error_and_no_server(tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().err
 
 
+def test_a_missing_library_is_told_with_how_to_install_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "rag_retrieval.serve.http_server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
+    printed = capsys.readouterr().err
+    assert "uvicorn" in printed and printed.endswith("run: pip install 'rag-retrieval[serve]'\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_server_finish_what_it_took_and_end_with_0(tmp_path, sent):
