@@ -11,7 +11,7 @@ LEVELS = [
      "command", "config_file", "config_schema", "progress"},
     {"models"},
     {"train", "infer", "evaluate"},
-    {"distill", "mining", "export"},
+    {"distill", "mining", "export", "serve"},
     {"quickstart"},
     {"cli"},
 ]

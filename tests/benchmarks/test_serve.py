@@ -1,0 +1,69 @@
+import asyncio
+import re
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from tiny_models import tiny_bert
+
+# the scripts import each other by bare name, as Python runs them
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import serve as serve_benchmark
+
+SCORES = np.array([0.5, 2.0, -1.0])
+RIGHT = [{"index": 1, "score": 2.0}, {"index": 0, "score": 0.5}, {"index": 2, "score": -1.0}]
+
+
+def test_an_answer_is_right_only_with_every_text_once_best_first_and_its_own_score():
+    assert serve_benchmark.is_right(RIGHT, SCORES)
+    assert not serve_benchmark.is_right(RIGHT, SCORES[[0, 2, 1]])
+    assert not serve_benchmark.is_right(RIGHT[:2], SCORES)
+    assert not serve_benchmark.is_right([RIGHT[0], RIGHT[0], RIGHT[2]], SCORES)
+    assert not serve_benchmark.is_right([RIGHT[1], RIGHT[0], RIGHT[2]], SCORES)
+    assert not serve_benchmark.is_right([RIGHT[0], RIGHT[1], {"index": 2, "score": -1.001}], SCORES)
+
+
+def test_requests_are_the_same_again_with_the_scores_of_each_text_alone(model_folders):
+    first, again = (serve_benchmark.make_questions(model_folders["bert"], 3, 4, 10) for _ in range(2))
+    assert [question.body for question in first] == [question.body for question in again]
+    assert all(len(question.body["texts"]) == len(question.scores) for question in first)
+    assert len({question.body["query"] for question in first}) == 3
+
+
+def test_refusals_broken_connections_and_wrong_answers_are_counted_apart():
+    def answer(request: httpx.Request) -> httpx.Response:
+        number = next(numbers)
+        if number == 2:
+            raise httpx.ConnectError("broken")
+        return httpx.Response(429) if number == 1 else httpx.Response(200, json=RIGHT)
+
+    numbers = iter(range(5))
+    outcome = serve_benchmark.Outcome()
+
+    async def ask_five():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as client:
+            for scores in (SCORES, SCORES, SCORES, SCORES, SCORES[::-1]):
+                await serve_benchmark.ask(client, serve_benchmark.Question({}, scores), outcome)
+
+    asyncio.run(ask_five())
+    assert (outcome.sent, outcome.answered, outcome.statuses[429], outcome.failed, outcome.wrong) == (5, 3, 1, 1, 1)
+
+
+@pytest.mark.slow
+def test_a_small_run_answers_everything_right_and_refuses_what_is_too_much(tmp_path, monkeypatch, capsys):
+    model = tiny_bert(tmp_path / "model", head_labels=1)
+    arguments = ["--model", model, "--concurrencies", "1", "4", "--seconds", "1", "--questions", "10"]
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments, "--serve", "--queue_requests", "4"])
+    serve_benchmark.main()
+    printed = capsys.readouterr().out
+    rows = [line.split()[-4:] for line in printed.splitlines() if "at once" in line or "afterwards" in line]
+    assert len(rows) == 3 and all(row[0] == row[1] and row[2:] == ["0", "0"] for row in rows)
+    turns = re.findall(
+        r"(\d+) sent .* (\d+) answered, (\d+) refused with 429, 0 connections.* others \{\}, 0 wrong", printed
+    )
+    for sent, answered, refused in turns:
+        assert int(sent) == int(answered) + int(refused) and int(answered) > 0 and int(refused) > 0
+    assert len(turns) == 2

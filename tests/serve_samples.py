@@ -1,0 +1,117 @@
+"""A rerank service for tests: in this process over ASGI, or on a free loopback port in a thread."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+
+from rag_retrieval.infer.backend import Backend
+from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.serve.app import RerankService
+from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.http_server import address_of, bound_socket, run_server
+from rag_retrieval.serve.serve_config import ServeConfig
+from rag_retrieval.serve.served_model import ServedModel
+from rag_retrieval.serve.server_metrics import ServerMetrics
+
+BATCH_TOKENS = 256
+TEXT = "capital France Paris river Seine file Python line water light sugar oxygen fever cough train station"
+WORDS = TEXT.split()
+
+
+class GatedBackend:
+    """A backend whose scoring waits for a gate; calls: the number of pairs of each finished one."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.model_type = backend.model_type
+        self.pair_encoder = backend.pair_encoder
+        self.calibration = backend.calibration
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.calls: list[int] = []
+
+    def score(self, pairs, batch_size: int) -> np.ndarray:
+        self.entered.set()
+        assert self.gate.wait(20)
+        self.calls.append(len(pairs))
+        return self.backend.score(pairs, batch_size)
+
+
+@contextmanager
+def running_service(
+    backend, token: bytes | None = None, long_document: str = "truncate", batch_tokens: int = BATCH_TOKENS, **options
+) -> Iterator[RerankService]:
+    """options: of ServeConfig."""
+    model, metrics = ServedModel("tiny", backend, long_document), ServerMetrics()
+    with Batcher(model.score, batch_tokens, metrics.count_batch) as batcher:
+        service = RerankService(ServeConfig(model="tiny", **options), model, batcher, metrics, token)
+        yield service
+        service.close()
+
+
+def client_of(service: RerankService, **options) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(service.app), base_url="http://test", **options)
+
+
+@contextmanager
+def listening(service: RerankService) -> Iterator[str]:
+    """The address of a real server in a thread."""
+    with bound_socket("127.0.0.1", 0) as opened:
+        address = address_of(opened)
+        arguments = (service.app, service.admission, opened, service.config.timeout)
+        thread = threading.Thread(target=run_server, args=arguments)
+        thread.start()
+        wait_until(lambda: answers(address))
+        yield address
+        service.admission.stopping = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def answers(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+async def call_asgi(app, body: dict, gone) -> list[dict]:
+    """What the application sends to a POST /rerank whose client leaves when the asyncio event `gone` is set."""
+    sent, first = [], True
+
+    async def receive():
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/rerank", "raw_path": b"/rerank", "headers": [],
+             "query_string": b"", "http_version": "1.1", "scheme": "http", "asgi": {"version": "3.0"}}  # fmt: skip
+    await app(scope, receive, send)
+    return sent
+
+
+def random_documents(generator: np.random.Generator, count: int, longest: int = 30) -> list[str]:
+    return [" ".join(generator.choice(WORDS, generator.integers(1, longest))) for _ in range(count)]
+
+
+def numbered_pairs(first: int, count: int, tokens: int = 10) -> list[EncodedPair]:
+    """Pairs of `tokens` tokens; the first id of pair k is `first + k`."""
+    return [EncodedPair([first + place] + [0] * (tokens - 1), None, False, 0) for place in range(count)]
