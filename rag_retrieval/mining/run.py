@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from rag_retrieval.beir_files import find_file
 from rag_retrieval.mining.corpus_store import Corpus, build_corpus
-from rag_retrieval.mining.json_lines import find_file
 from rag_retrieval.mining.miner import Miner
 from rag_retrieval.mining.mining_checks import summary_file
 from rag_retrieval.mining.mining_config import MiningConfig

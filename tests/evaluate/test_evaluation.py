@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from beir_samples import write_lines, write_toy
+from beir_samples import write, write_lines, write_toy
 
 from rag_retrieval import EvaluationConfig, evaluate_reranker, load_reranker
 from rag_retrieval.evaluate import candidate_scoring
@@ -174,6 +174,19 @@ def test_a_file_of_records_is_evaluated_with_its_documents_as_candidates(model, 
 def test_a_mistake_ends_with_one_line_and_code_2(model, tmp_path, capsys):
     assert main(["--model", model, "--data", str(tmp_path / "gone")]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_what_the_data_lack_is_said_in_the_terminal_and_in_the_result(config, toy, tmp_path, capsys):
+    write(tmp_path / "part.trec", "q8 Q0 d8-0 1 2.5 x\n")
+    with (toy / "qrels/test.tsv").open("a") as file:
+        file.write("q9\tgone\t1\n")
+    options = ["--candidates", str(tmp_path / "part.trec"), "--output_dir", str(tmp_path / "out")]
+    assert main(["--model", config.model, "--data", str(toy), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "\n3 queries have no candidates and count 0\n" in printed
+    assert "\n1 judgments are of documents that the corpus lacks; they count as missed\n" in printed
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert (result["queries_without_candidates"], result["judgments_without_document"]) == (3, 1)
 
 
 @pytest.mark.slow
