@@ -19,7 +19,7 @@ from rag_retrieval.models.model_files import resolve_model_path
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.processes import on_all, on_main, own_device, process_count, process_group, process_index
 from rag_retrieval.progress import Progress
-from rag_retrieval.record_files import is_file, load_hub_dataset, read_records
+from rag_retrieval.record_files import checked_path, is_file, load_hub_dataset, read_records
 from rag_retrieval.records import Record, RecordRules
 from rag_retrieval.train.provenance import content_digest
 from rag_retrieval.train.run_folder import folder_lock
@@ -52,7 +52,7 @@ def distill(config: DistillConfig) -> ScoreSummary:
 
 def prepare(config: DistillConfig, folder: PartFolder, lock: FileLock) -> list[Part]:
     """Check everything that can be checked without a teacher, and take the folder of the parts."""
-    folder.check_output(config.overwrite)
+    check_paths(config, folder)
     try:
         lock.acquire()
     except Timeout:
@@ -64,6 +64,13 @@ def prepare(config: DistillConfig, folder: PartFolder, lock: FileLock) -> list[P
     logger.info("%s: %s pairs in %d parts, %s scored before",
                 config.dataset, f"{sum(part.pairs for part in parts):,}", len(parts), f"{done:,}")  # fmt: skip
     return parts
+
+
+def check_paths(config: DistillConfig, folder: PartFolder) -> None:
+    """Raises ValueError for data or an output that cannot be, and for an output that is the data."""
+    folder.check_output(config.overwrite)
+    if is_file(config.dataset) and checked_path(config.dataset).resolve() == folder.output.resolve():
+        raise ValueError(f"output: {folder.output} is the dataset, whose other keys would be lost; take another output")
 
 
 def records(config: DistillConfig) -> Iterator[Record]:

@@ -63,6 +63,15 @@ def test_every_pair_of_every_format_has_the_teacher_s_score_in_input_order(keys,
     torch.testing.assert_close(probabilities, found.sigmoid(), atol=1e-6, rtol=0)
 
 
+def test_the_data_are_never_written_over_and_a_folder_is_no_data(keys, tmp_path):
+    before = Path(keys["dataset"]).read_bytes()
+    with pytest.raises(ValueError, match="output: .*data.jsonl is the dataset, whose other keys would be lost"):
+        distill(DistillConfig(**keys | {"output": keys["dataset"], "overwrite": True}))
+    assert Path(keys["dataset"]).read_bytes() == before
+    with pytest.raises(DataError, match="found a folder; expected a file that ends in"):
+        distill(DistillConfig(**keys | {"dataset": str(tmp_path)}))
+
+
 def stop_after(monkeypatch, parts: int) -> list[int]:
     """Let scoring fail once so many parts are written; the list has the pairs of each part that was scored."""
     scored, whole = [], run_module.mean_logits

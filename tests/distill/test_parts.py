@@ -79,3 +79,17 @@ def test_an_output_is_replaced_only_on_request(folder):
     folder.check_output(overwrite=True)
     with pytest.raises(ValueError, match="out.jsonl exists; take another output, or overwrite: true"):
         folder.check_output(overwrite=False)
+
+
+def test_a_run_that_finished_no_part_does_not_stand_in_the_way_of_another(folder):
+    folder.begin({"teachers": ["wrong"]}, overwrite=False)
+    folder.begin({"teachers": ["right"]}, overwrite=False)
+    folder.write(Part(0, 1, 1), ["a\n"])
+    with pytest.raises(ValueError, match=r"teachers: was \['right'\], now \['wrong'\]"):
+        folder.begin({"teachers": ["wrong"]}, overwrite=False)
+
+
+def test_an_output_that_is_a_folder_is_refused_whatever_may_be_overwritten(folder):
+    folder.output.mkdir()
+    with pytest.raises(ValueError, match="out.jsonl is a folder; give the name of a file"):
+        folder.check_output(overwrite=True)
