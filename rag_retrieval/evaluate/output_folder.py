@@ -45,7 +45,8 @@ def _take(folder: Path, config: dict, lock: FileLock) -> None:
         found = f"output_dir: another evaluation writes to {folder}"
         raise ValueError(f"{found}; wait for it, or give another output_dir") from None
     before = _config_of_results(folder)
-    other = [key for key in WHOSE if before.get(key, config[key]) != config[key]]
+    # from Python a path may be relative, where the command's was absolute
+    other = [key for key in WHOSE if key in before and Path(before[key]).resolve() != Path(config[key]).resolve()]
     if other:
         found = ", ".join(f"{key} {before[key]}" for key in other)
         raise ValueError(f"output_dir: {folder} has the results of {found}; give another output_dir, or remove it")

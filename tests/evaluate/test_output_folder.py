@@ -33,6 +33,13 @@ def test_results_of_another_model_or_other_data_are_not_written_over(tmp_path):
         pass
 
 
+def test_the_same_model_by_a_relative_and_by_an_absolute_path_is_one_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps({"config": CONFIG | {"model": str(tmp_path / "a")}}))
+    with held(tmp_path, CONFIG):
+        pass
+
+
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_file_in_the_way_is_named(tmp_path, place):
     (tmp_path / "file").touch()
