@@ -119,9 +119,16 @@ class PartFolder:
         os.replace(aside, target)
 
     def lines(self, parts: list[Part]) -> Iterator[str]:
+        """The lines of finished parts. Raises ValueError for one with another number of lines than records."""
         for part in parts:
-            with (self.path / part.name).open(encoding="utf-8", newline="\n") as file:
-                yield from file
+            path, count = self.path / part.name, 0
+            with path.open(encoding="utf-8", newline="\n") as file:
+                for line in file:
+                    count += 1
+                    yield line
+            if count != part.records:
+                found = f"{path}: has {count} lines and was written with {part.records}"
+                raise ValueError(f"{found}; delete it, and the same command scores that part anew")
 
     def finish(self, parts: list[Part]) -> None:
         """All parts one after another as the output, whole or not at all; then the folder is removed."""

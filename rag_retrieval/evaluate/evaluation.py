@@ -4,6 +4,7 @@ What a reader would get wrong: scoring is for all processes of a launch together
 but figures are computed by each alone, from the same run and seed: sending them would mean sending the corpus.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from sys import maxsize
@@ -33,6 +34,7 @@ from rag_retrieval.models.model_files import PACKAGE_PREFIX
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import PairScorer
 
+LIBRARIES = ("bm25s", "Stemmer", "ir_measures", "scipy")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted
 
 
@@ -105,6 +107,9 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
 
 def check(config: EvaluationConfig) -> None:
     """Raises ValueError for what can be told before anything is loaded."""
+    needed = [*LIBRARIES, *(["matplotlib"] if config.report else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"evaluation needs {', '.join(missing)}; run: pip install -e '.[evaluate,report]'")
     if config.calibrate is None:
         return
     folder = Path(config.model)

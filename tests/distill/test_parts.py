@@ -93,3 +93,11 @@ def test_an_output_that_is_a_folder_is_refused_whatever_may_be_overwritten(folde
     folder.output.mkdir()
     with pytest.raises(ValueError, match="out.jsonl is a folder; give the name of a file"):
         folder.check_output(overwrite=True)
+
+
+def test_a_part_that_lost_lines_is_named_and_nothing_is_written(folder):
+    folder.begin({"dataset": "a"}, overwrite=False)
+    folder.write(Part(0, 2, 2), ["a\n"])
+    with pytest.raises(ValueError, match="from-000000000.jsonl: has 1 lines and was written with 2; delete it"):
+        list(folder.lines([Part(0, 2, 2)]))
+    assert not folder.output.exists()

@@ -1,5 +1,6 @@
 """Whole evaluations on a toy folder with a tiny model of random weights."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -96,6 +97,23 @@ def test_a_finished_run_is_taken_again_until_weights_or_candidates_change(config
     assert scored == [16, 16] and changed.after.run["q8"]["d8-1"] == pytest.approx(first.after.run["q8"]["d8-1"] + 1)
     evaluate_reranker(config.model_copy(update={"depth": 3}))
     assert scored == [16, 16, 12]
+
+
+@pytest.mark.parametrize("damage", [lambda lines: lines[:5], lambda lines: [*lines[:5], "q8 Q0"]])
+def test_a_finished_run_that_was_cut_is_scored_anew(config, scored, damage):
+    first = evaluate_reranker(config)
+    file = first.output_dir / "run.trec"
+    whole = file.read_text()
+    file.write_text("\n".join(damage(whole.splitlines())) + "\n")
+    assert evaluate_reranker(config).after.run == first.after.run
+    assert scored == [16, 16] and file.read_text() == whole
+
+
+def test_a_missing_library_is_told_before_anything_is_scored(config, scored, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else object())
+    with pytest.raises(ValueError, match=r"evaluation needs matplotlib; run: pip install -e '.\[evaluate,report\]'"):
+        evaluate_reranker(config.model_copy(update={"report": True}))
+    assert scored == []
 
 
 def test_a_model_is_compared_with_bm25_a_run_file_or_another_model(config, load_tiny, tmp_path):
