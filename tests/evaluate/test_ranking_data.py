@@ -1,4 +1,3 @@
-
 import pytest
 from beir_samples import write, write_lines, write_toy
 
