@@ -17,14 +17,22 @@ def report(error: Exception, code: int, on_all_processes: bool) -> int:
     the environment, raise it instead."""
     if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
         raise error
-    process = os.environ.get("RANK", "0")
+    process, message = os.environ.get("RANK", "0"), described(error)
     if process == "0":
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
     elif on_all_processes:
         time.sleep(GRACE)
     else:
-        print(f"error in process {process}: {error}", file=sys.stderr)
+        print(f"error in process {process}: {message}", file=sys.stderr)
     return code
+
+
+def described(error: Exception) -> str:
+    """The message; that of the system about a file with the file first and with what to look at."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{names}: {error.strerror}; check the path, its rights and the room on the disk"
 
 
 def set_up_logging() -> None:

@@ -261,7 +261,8 @@ def _required(data: dict, key: str, where: str = "", is_label: bool = False) -> 
     place = f" in {where}" if where else ""
     if found := _nearest(key, data):
         raise RecordError(f"found no {key!r}{place} but {found!r}; rename it to {key!r}.")
-    remedy = "add it, or set train_label_key (val_label_key) to the key that holds the label" if is_label else "add it"
+    other = ", or name the key that holds the label (train_label_key, val_label_key; distill: label_key)"
+    remedy = "add it" + (other if is_label else "")
     raise RecordError(f"found no {key!r}{place} among the keys {_quoted(data)}; {remedy}.")
 
 

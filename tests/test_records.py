@@ -91,11 +91,11 @@ BAD_RECORDS = [
      "found the keys 'query', 'text'; expected one of 'content', 'hits', 'pos'."),
     ({"query": "q", "content": "d", "lable": 1}, "found no 'label' but 'lable'; rename it to 'label'."),
     ({"query": "q", "content": "d", "score": 1}, "found no 'label' among the keys 'query', 'content', 'score'"
-     "; add it, or set train_label_key (val_label_key) to the key that holds the label."),
+     "; add it, or name the key that holds the label (train_label_key, val_label_key; distill: label_key)."),
     ({"query": "q", "hits": [{"content": "d", "label": 1}, {"contents": "d", "label": 1}]},
      "found no 'content' in hits[1] but 'contents'; rename it to 'content'."),
     ({"query": "q", "hits": [{"content": "d"}]}, "found no 'label' in hits[0] among the keys 'content'"
-     "; add it, or set train_label_key (val_label_key) to the key that holds the label."),
+     "; add it, or name the key that holds the label (train_label_key, val_label_key; distill: label_key)."),
     ({"query": "q", "hits": [], "pos": ["d"]},
      "found both 'hits', 'pos'; expected one format: keep one of these keys."),
     ({"query": "q", "pos": ["d"], "negs": ["d"]}, "found 'negs', which looks like 'neg'; rename it."),

@@ -73,7 +73,10 @@ class DistillConfig(BaseModel):
     @field_validator("teachers")
     @classmethod
     def _several(cls, names: list[str] | str) -> list[str]:
-        return [names] if isinstance(names, str) else names
+        names = [names] if isinstance(names, str) else names
+        if not names or not all(name.strip() for name in names):
+            raise problem(f"expected the names of models, found an empty one in {names}")
+        return names
 
     @field_validator("prompt")
     @classmethod

@@ -17,6 +17,7 @@ from rag_retrieval.records import Record
 from rag_retrieval.train.checkpoints import read_json, write_json
 
 RUN_FILE = "run.json"
+PART_NAMES = "from-*.jsonl"
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,21 @@ class PartFolder:
         self.path = output.with_name(f"{output.name}.parts")
 
     def check_output(self, overwrite: bool) -> None:
-        """Raises ValueError for an output that exists, unless it may be overwritten."""
+        """Raises ValueError for an output that is a folder, or that exists, unless it may be overwritten."""
+        if self.output.is_dir():
+            raise ValueError(f"output: {self.output} is a folder; give the name of a file")
         if self.output.exists() and not overwrite:
             raise ValueError(f"output: {self.output} exists; take another output, or overwrite: true to replace it")
 
     def begin(self, run: dict, overwrite: bool) -> None:
         """Take the folder for a run that is described by `run` (plain JSON values).
 
-        Raises ValueError for parts of another run, unless they may be overwritten.
+        Raises ValueError for finished parts of another run, unless they may be overwritten. A run that ended before
+        its first part, over a wrong teacher for example, binds the next one to nothing.
         """
         before = read_json(self.path / RUN_FILE)
         if self.path.exists() and before != run:
-            if not overwrite:
+            if not overwrite and any(self.path.glob(PART_NAMES)):
                 raise ValueError(self._other_run(before, run))
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -115,9 +119,16 @@ class PartFolder:
         os.replace(aside, target)
 
     def lines(self, parts: list[Part]) -> Iterator[str]:
+        """The lines of finished parts. Raises ValueError for one with another number of lines than records."""
         for part in parts:
-            with (self.path / part.name).open(encoding="utf-8", newline="\n") as file:
-                yield from file
+            path, count = self.path / part.name, 0
+            with path.open(encoding="utf-8", newline="\n") as file:
+                for line in file:
+                    count += 1
+                    yield line
+            if count != part.records:
+                found = f"{path}: has {count} lines and was written with {part.records}"
+                raise ValueError(f"{found}; delete it, and the same command scores that part anew")
 
     def finish(self, parts: list[Part]) -> None:
         """All parts one after another as the output, whole or not at all; then the folder is removed."""

@@ -6,6 +6,7 @@ exchanged. So a run that is killed loses the parts in work, and may go on with a
 
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,16 +17,18 @@ from rag_retrieval.distill.score_summary import ScoreSummary
 from rag_retrieval.distill.scored_lines import scored_line
 from rag_retrieval.distill.teachers import load_teachers, mean_logits
 from rag_retrieval.models.model_files import resolve_model_path
+from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.processes import on_all, on_main, own_device, process_count, process_group, process_index
 from rag_retrieval.progress import Progress
-from rag_retrieval.record_files import is_file, load_hub_dataset, read_records
+from rag_retrieval.record_files import checked_path, is_file, load_hub_dataset, read_records
 from rag_retrieval.records import Record, RecordRules
 from rag_retrieval.train.provenance import content_digest
 from rag_retrieval.train.run_folder import folder_lock
 
 logger = logging.getLogger(__name__)
 
+SAMPLE = 1000  # pairs whose tokens are counted
 WITHOUT_EFFECT = {"output", "overwrite", "trust_remote_code"}
 MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
 
@@ -43,7 +46,7 @@ def distill(config: DistillConfig) -> ScoreSummary:
         try:
             parts = on_main(lambda: prepare(config, folder, lock))
             teachers = on_all(lambda: load_teachers(config, own_device()))
-            report_teachers(teachers)
+            on_main(lambda: report_teachers(config, teachers))
             on_all(lambda: score_parts(config, folder, parts, teachers))  # the main process waits for the slowest
             return on_main(lambda: finish(folder, parts))
         finally:
@@ -52,7 +55,7 @@ def distill(config: DistillConfig) -> ScoreSummary:
 
 def prepare(config: DistillConfig, folder: PartFolder, lock: FileLock) -> list[Part]:
     """Check everything that can be checked without a teacher, and take the folder of the parts."""
-    folder.check_output(config.overwrite)
+    check_paths(config, folder)
     try:
         lock.acquire()
     except Timeout:
@@ -64,6 +67,13 @@ def prepare(config: DistillConfig, folder: PartFolder, lock: FileLock) -> list[P
     logger.info("%s: %s pairs in %d parts, %s scored before",
                 config.dataset, f"{sum(part.pairs for part in parts):,}", len(parts), f"{done:,}")  # fmt: skip
     return parts
+
+
+def check_paths(config: DistillConfig, folder: PartFolder) -> None:
+    """Raises ValueError for data or an output that cannot be, and for an output that is the data."""
+    folder.check_output(config.overwrite)
+    if is_file(config.dataset) and checked_path(config.dataset).resolve() == folder.output.resolve():
+        raise ValueError(f"output: {folder.output} is the dataset, whose other keys would be lost; take another output")
 
 
 def records(config: DistillConfig) -> Iterator[Record]:
@@ -90,13 +100,25 @@ def model_digest(name: str) -> str:
     return f"{path.name} {content_digest(sorted(file for pattern in MODEL_FILES for file in path.glob(pattern)))}"
 
 
-def report_teachers(teachers: list[PairScorer]) -> None:
+def report_teachers(config: DistillConfig, teachers: list[PairScorer]) -> None:
+    """Say how each teacher scores, and how much of the first `SAMPLE` pairs it will not see."""
+    all_pairs = ((one.query, document) for one in records(config) for document in one.documents)
+    pairs = list(islice(all_pairs, SAMPLE))
     for teacher in teachers:
         question = " asked yes or no" if teacher.settings.head else ""
         layout = "packed" if teacher.packs else f"padded: {teacher.packing_problem}"
-        name = teacher.model.name_or_path
-        logger.info("teacher %s: %s%s, %d tokens, %s",
-                    name, type(teacher).__name__, question, teacher.settings.max_len, layout)  # fmt: skip
+        name, kind, max_len = teacher.model.name_or_path, type(teacher).__name__, teacher.pair_encoder.max_length
+        logger.info("teacher %s: %s%s, %d tokens, %s", name, kind, question, max_len, layout)
+        if cut := cut_share(teacher.pair_encoder, pairs):
+            longer = f"{cut:.1%} of the first {len(pairs):,} pairs are longer than {max_len} tokens and are cut"
+            logger.warning("%s; max_len sets another limit", longer)
+
+
+def cut_share(encoder: PairEncoder, pairs: list[tuple[str, str]]) -> float:
+    """The share of pairs that do not fit whole, in [0, 1]."""
+    queries, documents = zip(*pairs, strict=True)
+    ids = zip(encoder.query_ids(list(queries)), encoder.document_ids(list(documents)), strict=True)
+    return sum(encoder.untruncated_length(*pair) > encoder.max_length for pair in ids) / len(pairs)
 
 
 def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], teachers: list[PairScorer]) -> None:

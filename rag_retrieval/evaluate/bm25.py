@@ -25,13 +25,16 @@ def bm25_run(documents: dict[str, str], queries: dict[str, str], pool: Pool | No
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
     words = CUTTERS[language_of(documents.values())]
+    cut = words(list(documents.values()))
     index = bm25s.BM25(k1=K1, b=B)
-    index.index(words(list(documents.values())), show_progress=False)
+    has_words = any(cut)
+    if has_words:  # else bm25s fails, and nothing is found anyway
+        index.index(cut, show_progress=False)
     ids = np.array(list(documents))
     row = {document: place for place, document in enumerate(documents)} if pool is not None else {}
     run = {}
     for query, tokens in zip(queries, words(list(queries.values())), strict=True):
-        scores = index.get_scores(tokens) if tokens else np.zeros(len(ids))
+        scores = index.get_scores(tokens) if tokens and has_words else np.zeros(len(ids))
         if pool is None:
             kept = np.flatnonzero(scores > 0)
         else:

@@ -26,6 +26,7 @@ from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.process_scoring import score_over_processes
 from rag_retrieval.models.scoring_mode import Precision
 from rag_retrieval.progress import Progress
+from rag_retrieval.records import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def score_candidates(scorer: PairScorer, name: str, data: RankingData, file: Pat
     in the file. Raises ValueError where a score is not finite.
     """
     key = on_main(lambda: key_of(scorer, data, how))
-    finished = on_main(lambda: read_finished(file, key))
+    finished = on_main(lambda: read_finished(file, key, data))
     if finished is not None:
         return in_order_of(data, finished)
     folder = file.with_name(file.name + ".parts")
@@ -109,12 +110,20 @@ def key_of(scorer: PairScorer, data: RankingData, how: HowToScore) -> str:
     return digest.hexdigest()
 
 
-def read_finished(file: Path, key: str) -> Run | None:
+def read_finished(file: Path, key: str, data: RankingData) -> Run | None:
+    """The run in the file, where it is finished and whole; None where it has to be scored."""
     key_file = file.with_name(file.name + ".key")
-    if file.is_file() and key_file.is_file() and key_file.read_text() == key:
-        logger.info("%s: scored before, taken from there", file)
-        return read_run(file)
-    return None
+    if not (file.is_file() and key_file.is_file() and key_file.read_text() == key):
+        return None
+    try:
+        run = read_run(file)
+    except DataError:
+        run = {}
+    if any(documents.keys() != run.get(query, {}).keys() for query, documents in data.candidates.items()):
+        logger.warning("%s: changed since it was written; scoring anew", file)
+        return None
+    logger.info("%s: scored before, taken from there", file)
+    return run
 
 
 def begin(folder: Path, key: str) -> set[int]:

@@ -37,7 +37,7 @@ def run(config: EvaluationConfig) -> int:
         message = "interrupted; the same command goes on from what is scored"
         return report(InterruptedError(message), 130, on_all_processes=True)
     except ImportError as error:
-        message = f"{error}; run: pip install 'rag-retrieval[evaluate,report]'"
+        message = f"{error}; run: pip install -e '.[evaluate,report]'"
         return report(ImportError(message), 2, on_all_processes=True)
     except (ValueError, OSError) as error:
         return report(error, 2, on_all_processes=False)

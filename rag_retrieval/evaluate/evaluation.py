@@ -4,6 +4,7 @@ What a reader would get wrong: scoring is for all processes of a launch together
 but figures are computed by each alone, from the same run and seed: sending them would mean sending the corpus.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from sys import maxsize
@@ -24,6 +25,7 @@ from rag_retrieval.evaluate.comparison import Comparison, compare
 from rag_retrieval.evaluate.evaluation_config import EvaluationConfig
 from rag_retrieval.evaluate.measures import PerQuery, measure_queries, perfect_run
 from rag_retrieval.evaluate.moves import QueryChange, largest_changes
+from rag_retrieval.evaluate.output_folder import held
 from rag_retrieval.evaluate.processes import on_main, own_device, process_group
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.models.calibration import Calibration, write_calibration
@@ -32,6 +34,7 @@ from rag_retrieval.models.model_files import PACKAGE_PREFIX
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import PairScorer
 
+LIBRARIES = ("bm25s", "Stemmer", "ir_measures", "scipy")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted
 
 
@@ -85,24 +88,28 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
     """Score the candidates of `config.data` with `config.model`, measure, and compare with the baseline.
 
     Under `accelerate launch` every process calls it. Scores go to `config.output_dir` as they come; the same call
-    after a kill goes on. Raises ValueError for a model, data or files that cannot be used.
+    after a kill goes on. Raises ValueError for a model, data or files that cannot be used, and where
+    `config.output_dir` is in use or has the results of another model or other data.
     """
     with process_group():
         check(config)
         data = read_ranking_data(config.data, config.split, config.candidates, config.depth)
         output_dir = Path(config.output_dir or default_output_dir(config.model, data.name))
-        on_main(lambda: output_dir.mkdir(parents=True, exist_ok=True))
-        scorer = load_reranker(config.model, config.max_len).to(own_device())
-        how = HowToScore(config.batch_size, config.precision)
-        if config.calibrate is not None:
-            scorer.calibration = calibrate(config, scorer, output_dir, how)
-        run = score_candidates(scorer, name_of(config.model), data, output_dir / "run.trec", how)
-        name, baseline = baseline_run(config, data, output_dir, how)
-        return measured(config, data, run, (name, baseline), scorer, output_dir)
+        with held(output_dir, config.model_dump(mode="json")):
+            scorer = load_reranker(config.model, config.max_len).to(own_device())
+            how = HowToScore(config.batch_size, config.precision)
+            if config.calibrate is not None:
+                scorer.calibration = calibrate(config, scorer, output_dir, how)
+            run = score_candidates(scorer, name_of(config.model), data, output_dir / "run.trec", how)
+            baseline = baseline_run(config, data, output_dir, how)
+            return measured(config, data, run, baseline, scorer, output_dir)
 
 
 def check(config: EvaluationConfig) -> None:
     """Raises ValueError for what can be told before anything is loaded."""
+    needed = [*LIBRARIES, *(["matplotlib"] if config.report else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"evaluation needs {', '.join(missing)}; run: pip install -e '.[evaluate,report]'")
     if config.calibrate is None:
         return
     folder = Path(config.model)

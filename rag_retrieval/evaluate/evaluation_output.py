@@ -15,6 +15,7 @@ from rag_retrieval.evaluate.comparison import Comparison
 from rag_retrieval.evaluate.evaluation import Evaluation, ProbabilityFigures
 from rag_retrieval.evaluate.measures import means
 from rag_retrieval.evaluate.moves import describe_changes
+from rag_retrieval.evaluate.output_folder import RESULT_FILE
 from rag_retrieval.evaluate.terminal_text import pad, shorten
 
 LONGEST_NAME = 30  # columns
@@ -25,7 +26,7 @@ def write_evaluation(evaluation: Evaluation) -> None:
     rows = [json.dumps(query_row(evaluation, query), ensure_ascii=False) for query in evaluation.data.qrels]
     _write(evaluation.output_dir / "per_query.jsonl", "".join(row + "\n" for row in rows))
     result = json.dumps(result_of(evaluation), ensure_ascii=False, indent=2)
-    _write(evaluation.output_dir / "result.json", result + "\n")
+    _write(evaluation.output_dir / RESULT_FILE, result + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -53,7 +54,8 @@ def result_of(evaluation: Evaluation) -> dict:
         "candidates": evaluation.data.source,
         "queries": len(evaluation.data.qrels),
         "queries_without_relevant": sum(not evaluation.relevant(query) for query in evaluation.data.qrels),
-        "queries_without_candidates": sum(not documents for documents in evaluation.data.candidates.values()),
+        "queries_without_candidates": evaluation.data.queries_without_candidates,
+        "judgments_without_document": evaluation.data.judgments_without_document,
         "pairs": evaluation.data.num_pairs,
         **{key: {"name": system.name, **means(system.per_query)} for key, system in systems.items()},
         "significance": evaluation.config.significance,
@@ -74,11 +76,21 @@ def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
     lines += ["", describe_probabilities(evaluation.probabilities)]
     cut = float((evaluation.token_lengths > evaluation.max_len).mean())
     lines.append(f"{cut:.1%} of the pairs are longer than the model's {evaluation.max_len} tokens and are cut")
-    without = sum(not evaluation.relevant(query) for query in data.qrels)
-    if without:
-        lines.append(f"{without} queries have no relevant document and count 0")
+    lines += describe_gaps(evaluation)
     lines += ["", describe_changes(data, evaluation.changes, evaluation.config.measures[0], columns)]
-    return "\n".join([*lines, "", f"written to {evaluation.output_dir}"])
+    page = "; the page: report.html" if evaluation.config.report else ""
+    return "\n".join([*lines, "", f"written to {evaluation.output_dir}{page}"])
+
+
+def describe_gaps(evaluation: Evaluation) -> list[str]:
+    """A line for each thing that the data lack and that lowers the figures, whatever the reranker."""
+    data = evaluation.data
+    gaps = (
+        (sum(not evaluation.relevant(query) for query in data.qrels), "queries have no relevant document and count 0"),
+        (data.queries_without_candidates, "queries have no candidates and count 0"),
+        (data.judgments_without_document, "judgments are of documents that the corpus lacks; they count as missed"),
+    )
+    return [f"{count:,} {what}" for count, what in gaps if count]
 
 
 def table(evaluation: Evaluation) -> list[str]:

@@ -9,12 +9,13 @@ ideal ranking, so a perfect reranker of BM25's list stays below 1.
 from dataclasses import dataclass
 from pathlib import Path
 
+from rag_retrieval.beir_files import find_optional
 from rag_retrieval.evaluate.beir_folder import (
+    MOST_GRADE,
     BeirFolder,
     Pool,
     Qrels,
     Run,
-    find_optional,
     read_folder,
     read_pool,
     read_qrels,
@@ -42,6 +43,15 @@ class RankingData:
     @property
     def num_pairs(self) -> int:
         return sum(map(len, self.candidates.values()))
+
+    @property
+    def queries_without_candidates(self) -> int:
+        return sum(not documents for documents in self.candidates.values())
+
+    @property
+    def judgments_without_document(self) -> int:
+        """Judged documents that the corpus does not have: no reranker can find them, and they count as missed."""
+        return sum(document not in self.documents for grades in self.qrels.values() for document in grades)
 
 
 def read_ranking_data(path: str | Path, split: str, candidates: str | Path, depth: int) -> RankingData:
@@ -124,7 +134,7 @@ def read_record_file(path: Path) -> tuple[BeirFolder, Qrels]:
     A query's id is `q` and its line, a document's that id and its place from 0. Raises DataError for bad lines.
     """
     records = list(read_records(path, RecordRules()))
-    whole = all(label.is_integer() for record in records for label in record.labels)
+    odd = next((record for record in records if not all(map(is_grade, record.labels))), None)
     documents, queries, qrels, pointwise = {}, {}, {}, {}
     for record in records:
         query = f"q{record.line}"
@@ -132,20 +142,27 @@ def read_record_file(path: Path) -> tuple[BeirFolder, Qrels]:
             query = pointwise.setdefault(record.query, query)
         queries[query] = record.query
         grades = qrels.setdefault(query, {})
-        for text, grade in zip(record.documents, grades_of(record, whole, path), strict=True):
+        for text, grade in zip(record.documents, grades_of(record, odd, path), strict=True):
             document = f"{query}-{len(grades)}"
             documents[document], grades[document] = text, grade
     return BeirFolder(path, documents, queries), qrels
 
 
-def grades_of(record: Record, whole: bool, path: Path) -> list[int]:
+def is_grade(label: float) -> bool:
+    return label.is_integer() and abs(label) <= MOST_GRADE
+
+
+def grades_of(record: Record, odd: Record | None, path: Path) -> list[int]:
     """The labels, where all of the file are whole numbers. Else they are a teacher's scores: 1 for a document of
-    `pos` and 0 for one of `neg`; DataError for the other formats, which do not say what is relevant."""
-    if whole:
+    `pos` and 0 for one of `neg`; DataError for the other formats, which do not say what is relevant.
+
+    odd: the first record of the file with another label, if there is one.
+    """
+    if odd is None:
         return [int(label) for label in record.labels]
     if record.format == "pos_neg":
         return [int(positive) for positive in record.positive]
     raise DataError(
-        f"{path}:{record.line}: found the labels {describe_labels(record.labels)} in a file whose labels are not all "
-        "whole numbers; expected whole grades, or records with pos and neg."
+        f"{path}:{odd.line}: found the labels {describe_labels(odd.labels)}; expected whole grades of at most "
+        f"{MOST_GRADE:,} in every record of the file, or records with pos and neg."
     )

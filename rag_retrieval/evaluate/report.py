@@ -41,6 +41,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee; vertical-align: top; }
 th:first-child, td:first-child, td.text, .moves th:last-child { text-align: left; overflow-wrap: anywhere; }
+td:first-child:not(.number) { min-width: 8rem; } td.text { min-width: 14rem; }
 td.number { white-space: nowrap; }
 tr.strong td { font-weight: 600; }
 img { max-width: 100%; height: auto; display: block; margin: .6rem 0; }

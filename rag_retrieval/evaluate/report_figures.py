@@ -126,6 +126,7 @@ def gains_figure(differences: np.ndarray, measure: str) -> Figure:
     mean = float(differences.mean())
     axes.axhline(mean, color=GREEN, linestyle="--", linewidth=1.2, label=f"mean {mean:+.4f}")
     axes.legend(frameon=False, loc="upper left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes, f"{measure}: gain of each query over the baseline", "queries, by gain", "gain")
     return figure
 

@@ -12,28 +12,30 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.evaluate.beir_folder import Run, open_text
+from rag_retrieval.evaluate.beir_folder import Run
+from rag_retrieval.json_lines import byte_lines, decoded
+from rag_retrieval.records import DataError
 
 
 def read_run(path: str | Path) -> Run:
-    """Scores by query and document. Raises ValueError with file and line for a line that is neither format, a
+    """Scores by query and document. Raises DataError with file and line for a line that is neither format, a
     score that is no finite number, or a document twice for one query."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a TREC run file.")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {found}; expected a TREC run file.")
     run: Run = {}
-    with open_text(path) as file:
-        for line, text in enumerate(file, start=1):
-            fields = text.split()
-            if not fields or (line == 1 and fields[0] == "query-id"):
-                continue
-            query, document, score = _columns(fields, path, line)
-            documents = run.setdefault(query, {})
-            if document in documents:
-                raise ValueError(f"{path}:{line}: document {document!r} stands twice for query {query!r}; keep one.")
-            documents[document] = _score(score, path, line)
+    for line, raw in byte_lines(path):
+        fields = decoded(raw, f"{path}:{line}").split()
+        if not fields or (line == 1 and fields[0] == "query-id"):
+            continue
+        query, document, score = _columns(fields, path, line)
+        documents = run.setdefault(query, {})
+        if document in documents:
+            raise DataError(f"{path}:{line}: document {document!r} stands twice for query {query!r}; keep one.")
+        documents[document] = _score(score, path, line)
     if not run:
-        raise ValueError(f"{path}: found no line of a run; expected query, Q0, document, rank, score, name.")
+        raise DataError(f"{path}: found no line of a run; expected query, Q0, document, rank, score, name.")
     return run
 
 
@@ -43,7 +45,7 @@ def _columns(fields: list[str], path: Path, line: int) -> tuple[str, str, str]:
     if len(fields) == 3:
         return fields[0], fields[1], fields[2]
     expected = "expected six (query Q0 document rank score name) or three (query document score)"
-    raise ValueError(f"{path}:{line}: found {len(fields)} columns; {expected}.")
+    raise DataError(f"{path}:{line}: found {len(fields)} columns; {expected}.")
 
 
 def _score(text: str, path: Path, line: int) -> float:
@@ -52,7 +54,7 @@ def _score(text: str, path: Path, line: int) -> float:
     except ValueError:
         score = math.nan
     if not math.isfinite(score):
-        raise ValueError(f"{path}:{line}: the score is {text!r}; expected a finite number.")
+        raise DataError(f"{path}:{line}: the score is {text!r}; expected a finite number.")
     return score
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.mining.json_lines import json_objects, text_of
+from rag_retrieval.beir_files import document_text
+from rag_retrieval.json_lines import json_objects, text_of
 from rag_retrieval.progress import Progress
 from rag_retrieval.records import DataError
 
@@ -67,12 +68,6 @@ def build_corpus(source: Path, folder: Path, needs_ids: bool) -> None:
         raise DataError(f"{source}: found no documents; expected one per line.")
     if needs_ids:
         _refuse_repeated_ids(Corpus(folder), source)
-
-
-def document_text(entry: dict, place: str) -> str:
-    body = text_of(entry, "text", place)
-    title = text_of(entry, "title", place) if entry.get("title") else ""
-    return f"{title} {body}" if title else body
 
 
 def _refuse_repeated_ids(corpus: "Corpus", source: Path) -> None:

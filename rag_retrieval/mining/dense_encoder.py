@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.models.model_files import resolve_model_path
-from rag_retrieval.models.model_loading import choose_max_length
+from rag_retrieval.models.model_loading import choose_max_length, load_tokenizer, reading
 
 Encode = Callable[[list[str]], np.ndarray]  # texts to float32 [texts, width]
 
@@ -27,7 +27,7 @@ class DenseEncoder:
 
 
 def load_encoder(config: MiningConfig, device: str) -> DenseEncoder:
-    """Raises ValueError where the folder is no model, or pooling is given for one that has its own."""
+    """Raises ValueError where the folder is no model, or a reranker's, or pooling is given for one that has its own."""
     path = resolve_model_path(config.dense_model)
     modules = cached_file(
         path,
@@ -48,7 +48,8 @@ def _sentence_transformer(path: str, config: MiningConfig, device: str) -> Dense
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ValueError(f"{path} is a sentence-transformers folder; run: pip install sentence-transformers") from None
-    model = SentenceTransformer(path, device=device)
+    with reading(f"{path}: the dense model"):
+        model = SentenceTransformer(path, device=device)
     if config.dense_max_len is not None:
         model.max_seq_length = config.dense_max_len
     options = {
@@ -63,8 +64,12 @@ def _sentence_transformer(path: str, config: MiningConfig, device: str) -> Dense
 
 
 def _plain_encoder(path: str, config: MiningConfig, device: str) -> DenseEncoder:
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModel.from_pretrained(path).eval().to(device)
+    tokenizer = load_tokenizer(path, trust_remote_code=False)
+    with reading(f"{path}: the dense model"):
+        saved = AutoConfig.from_pretrained(path)
+    refuse_reranker(path, saved)
+    with reading(f"{path}: the dense model"):
+        model = AutoModel.from_pretrained(path).eval().to(device)
     max_len = choose_max_length(config.dense_max_len, None, model)
 
     def encode(texts: list[str], prefix: str | None) -> np.ndarray:
@@ -80,6 +85,13 @@ def _plain_encoder(path: str, config: MiningConfig, device: str) -> DenseEncoder
         lambda texts: encode(texts, config.query_prefix),
         lambda texts: encode(texts, config.document_prefix),
     )
+
+
+def refuse_reranker(path: str, config: PreTrainedConfig) -> None:
+    """Raises ValueError for a model with a score head: its token vectors tell of a pair, not of a text."""
+    for name in config.architectures or ():
+        if name.endswith("ForSequenceClassification"):
+            raise ValueError(f"{path} is a reranker ({name}); give a bi-encoder, or name it under reranker")
 
 
 @torch.inference_mode()

@@ -7,17 +7,15 @@ out sorted by their text, so that nothing later depends on the order of the sour
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from rag_retrieval.beir_files import find_file, find_qrels, judgments, query_texts
 from rag_retrieval.mining.corpus_store import Corpus
-from rag_retrieval.mining.json_lines import byte_lines, find_file, json_objects, text_of
 from rag_retrieval.record_files import MAX_SHOWN, bad_lines_error
 from rag_retrieval.record_store import open_store
-from rag_retrieval.records import DataError
 
 
 @dataclass(frozen=True)
@@ -90,10 +88,10 @@ def read_beir_queries(folder: Path, split: str, corpus: Corpus) -> QuerySet:
 
     Raises DataError with every query that has no positive, and every positive that is not in the corpus.
     """
-    qrels = _find_qrels(folder, split)
-    texts = _query_texts(find_file(folder, "queries.jsonl"))
+    qrels = find_qrels(folder, split)
+    texts = query_texts(find_file(folder, "queries.jsonl"))
     collector, judged, answered, without_text = _Collector(), {}, set(), set()
-    for line, query, document, grade in _qrels_rows(qrels):
+    for line, query, document, grade in judgments(qrels):
         place = f"{qrels}:{line}"
         judged.setdefault(query, place)
         if query not in texts:
@@ -110,45 +108,7 @@ def read_beir_queries(folder: Path, split: str, corpus: Corpus) -> QuerySet:
     for query, place in judged.items():
         if query in texts and query not in answered | without_text:
             collector.report(f"{place}: query {query!r} has no positive (grade above 0); add one, or remove the query.")
-    if not judged:
-        raise DataError(f"{qrels}: found no judgments; expected lines of query-id, corpus-id, grade.")
     return collector.finish(len(judged), len(without_text))
-
-
-def _find_qrels(folder: Path, split: str) -> Path:
-    try:
-        return find_file(folder, f"qrels/{split}.tsv")
-    except DataError as error:
-        names = {path.name.removesuffix(".gz").removesuffix(".tsv") for path in (folder / "qrels").glob("*.tsv*")}
-        there = f"the splits there: {', '.join(sorted(names))}" if names else "there is no qrels file at all"
-        raise DataError(f"{str(error).removesuffix('.')} ({there}); set split.") from None
-
-
-def _query_texts(path: Path) -> dict[str, str]:
-    texts = {}
-    for line, entry in json_objects(path):
-        place = f"{path}:{line}"
-        id_, text = text_of(entry, "_id", place), text_of(entry, "text", place)
-        if id_ in texts:
-            raise DataError(f"{place}: the _id {id_!r} was given before; give each query its own.")
-        texts[id_] = text
-    return texts
-
-
-def _qrels_rows(path: Path) -> Iterator[tuple[int, str, str, float]]:
-    """(line, query id, document id, grade), without the header if there is one."""
-    for line, raw in byte_lines(path):
-        fields = raw.decode(errors="replace").rstrip("\r\n").split("\t")
-        if (line == 1 and fields[0] == "query-id") or fields == [""]:
-            continue
-        if len(fields) != 3:
-            found = f"found {len(fields)} column{'s' if len(fields) > 1 else ''} between tabs"
-            raise DataError(f"{path}:{line}: {found}; expected query-id, corpus-id, grade.")
-        try:
-            grade = float(fields[2])
-        except ValueError:
-            raise DataError(f"{path}:{line}: the grade is {fields[2]!r}; expected a number.") from None
-        yield line, fields[0], fields[1], grade
 
 
 def read_record_queries(source: str, corpus: Corpus) -> QuerySet:

@@ -28,10 +28,14 @@ def load_reranker(name: str, device: str) -> PairScorer:
 
 
 def rerank(scorer: PairScorer, query: Query, rows: np.ndarray, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
-    """(scores of the documents `rows`, scores of the query's positives), float32.
+    """(scores of the documents `rows`, scores of the query's positives), float32. ValueError for one not finite.
 
     One call for each query: in a larger batch the last bits of a score would hang on the other queries.
     """
     documents = [corpus.text(row) for row in (*rows.tolist(), *query.positives.tolist())]
     scores = scorer.compute_score([(query.text, document) for document in documents], show_progress_bar=False).numpy()
+    broken = np.flatnonzero(~np.isfinite(scores))
+    if len(broken):  # a comparison with nan is false: it would pass for a score too near to the positive's
+        found = f"gave the score {scores[broken[0]]} to the query {query.text[:60]!r}"
+        raise ValueError(f"reranker: {scorer.model.name_or_path} {found}; its weights are damaged, give another")
     return scores[: len(rows)], scores[len(rows) :]

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from rag_retrieval.beir_files import find_file
 from rag_retrieval.mining.corpus_store import Corpus, build_corpus
-from rag_retrieval.mining.json_lines import find_file
 from rag_retrieval.mining.miner import Miner
 from rag_retrieval.mining.mining_checks import summary_file
 from rag_retrieval.mining.mining_config import MiningConfig
@@ -42,8 +42,7 @@ def mine(config: MiningConfig) -> MiningSummary:
     in use, and when no query got a negative. The output is then not written, and the work folder stays.
     """
     output = Path(config.output)
-    if output.exists() and not config.overwrite:
-        raise ValueError(f"{output}: exists; choose another output, or set overwrite true")
+    check_output(config, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = WorkFolder(Path(config.work_dir or f"{output}.work"))
     with work.locked():
@@ -56,6 +55,19 @@ def mine(config: MiningConfig) -> MiningSummary:
     if config.work_dir is None:
         work.remove()
     return summary
+
+
+def check_output(config: MiningConfig, output: Path) -> None:
+    """Raises ValueError for an output that is a folder, that exists, or that is one of the sources."""
+    if output.is_dir():
+        raise ValueError(f"output: {output} is a folder; give the name of a file")
+    if output.exists() and not config.overwrite:
+        raise ValueError(f"{output}: exists; choose another output, or set overwrite true")
+    data = Path(config.data)
+    names = [f"{name}.jsonl{ending}" for name in ("corpus", "queries") for ending in ("", ".gz")]
+    sources = [data / name for name in names] if data.is_dir() else [data, Path(config.corpus or data)]
+    if output.resolve() in [source.resolve() for source in sources]:
+        raise ValueError(f"output: {output} is one of the sources, which would be lost; choose another output")
 
 
 def open_corpus(config: MiningConfig, work: WorkFolder) -> Corpus:

@@ -53,16 +53,16 @@ def load_tokenizer(model_path: str, trust_remote_code: bool):
 def reading(what: str) -> Iterator[None]:
     """Raise ValueError that names `what` for whatever other libraries raise over files they cannot use.
 
-    That may be KeyError, SafetensorError, ImportError of a missing package and more. Their OSError goes
-    through: it names the file.
+    That may be KeyError, SafetensorError, ImportError of a missing package and more. The text of their OSError
+    says enough without its class, but not always of what: that of a hub that cannot be reached names no model.
     """
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{what} cannot be loaded ({type(error).__name__}: {reason})") from error
+        if not isinstance(error, OSError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{what} cannot be loaded ({reason})") from error
 
 
 def load_classifier(

@@ -63,6 +63,25 @@ def test_every_pair_of_every_format_has_the_teacher_s_score_in_input_order(keys,
     torch.testing.assert_close(probabilities, found.sigmoid(), atol=1e-6, rtol=0)
 
 
+def test_the_data_are_never_written_over_and_a_folder_is_no_data(keys, tmp_path):
+    before = Path(keys["dataset"]).read_bytes()
+    with pytest.raises(ValueError, match="output: .*data.jsonl is the dataset, whose other keys would be lost"):
+        distill(DistillConfig(**keys | {"output": keys["dataset"], "overwrite": True}))
+    assert Path(keys["dataset"]).read_bytes() == before
+    with pytest.raises(DataError, match="found a folder; expected a file that ends in"):
+        distill(DistillConfig(**keys | {"dataset": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("max_len", [16, None])
+def test_pairs_that_a_teacher_does_not_see_whole_are_told(keys, tmp_path, caplog, max_len):
+    hits = [{"content": "river " * 30, "label": 1}, {"content": "a", "label": 0}, {"content": "b", "label": 0}]
+    data = write_jsonl(tmp_path / "long.jsonl", [{"query": "river", "hits": hits}] * 2)
+    distill(DistillConfig(**keys | {"dataset": str(data), "max_len": max_len}))
+    told = [line for line in caplog.messages if "are cut" in line]
+    expected = "33.3% of the first 6 pairs are longer than 16 tokens and are cut; max_len sets another limit"
+    assert told == ([expected] if max_len else [])
+
+
 def stop_after(monkeypatch, parts: int) -> list[int]:
     """Let scoring fail once so many parts are written; the list has the pairs of each part that was scored."""
     scored, whole = [], run_module.mean_logits

@@ -60,3 +60,8 @@ def test_all_mistakes_come_at_once_with_their_lines(folder):
 def test_the_help_lists_every_key():
     text = describe_options(DISTILLING)
     assert all(f"  --{key}: " in text for key in DistillConfig.model_fields)
+
+
+def test_nothing_between_commas_is_no_teacher_and_not_the_current_folder(folder):
+    with pytest.raises(ConfigError, match="--teachers: expected the names of models, found an empty one"):
+        load_config(DISTILLING, None, ["--dataset", "train.jsonl", "--output", "o.jsonl", "--teachers", "owner/a,,b/c"])

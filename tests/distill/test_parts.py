@@ -79,3 +79,25 @@ def test_an_output_is_replaced_only_on_request(folder):
     folder.check_output(overwrite=True)
     with pytest.raises(ValueError, match="out.jsonl exists; take another output, or overwrite: true"):
         folder.check_output(overwrite=False)
+
+
+def test_a_run_that_finished_no_part_does_not_stand_in_the_way_of_another(folder):
+    folder.begin({"teachers": ["wrong"]}, overwrite=False)
+    folder.begin({"teachers": ["right"]}, overwrite=False)
+    folder.write(Part(0, 1, 1), ["a\n"])
+    with pytest.raises(ValueError, match=r"teachers: was \['right'\], now \['wrong'\]"):
+        folder.begin({"teachers": ["wrong"]}, overwrite=False)
+
+
+def test_an_output_that_is_a_folder_is_refused_whatever_may_be_overwritten(folder):
+    folder.output.mkdir()
+    with pytest.raises(ValueError, match="out.jsonl is a folder; give the name of a file"):
+        folder.check_output(overwrite=True)
+
+
+def test_a_part_that_lost_lines_is_named_and_nothing_is_written(folder):
+    folder.begin({"dataset": "a"}, overwrite=False)
+    folder.write(Part(0, 2, 2), ["a\n"])
+    with pytest.raises(ValueError, match="from-000000000.jsonl: has 1 lines and was written with 2; delete it"):
+        list(folder.lines([Part(0, 2, 2)]))
+    assert not folder.output.exists()

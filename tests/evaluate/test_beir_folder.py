@@ -1,3 +1,5 @@
+import gzip
+
 import pytest
 from beir_samples import write, write_toy
 
@@ -30,9 +32,16 @@ def test_a_folder_has_a_pool_only_where_it_lists_candidates(toy):
     [
         ("qrels/test.tsv", "q8\td8-0\n", r"test.tsv:1: found 2 columns.*expected query-id, corpus-id, grade"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq99\td8-0\t1\n", "test.tsv:2: .*no query 'q99'"),
-        ("qrels/test.tsv", "q8\td8-0\t0.5\n", "test.tsv:1: the grade is '0.5'; expected a whole number"),
+        ("qrels/test.tsv", "q8\td8-0\t0.5\n", "test.tsv:1: the grade is 0.5; expected a whole number"),
+        ("qrels/test.tsv", "q8\td8-0\t1e20\n", "test.tsv:1: the grade is 1e\\+20; expected a whole number of at most"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", "test.tsv: found no judgments"),
-        ("corpus.jsonl", '{"_id": "d"}\n', "corpus.jsonl:1: expected a JSON object"),
+        ("corpus.jsonl", '{"_id": "d"}\n', "corpus.jsonl:1: found no 'text' among the keys '_id'; add it"),
+        ("corpus.jsonl", '{"_id": "d", "text": 5}\n', "corpus.jsonl:1: text is 5; expected a string"),
+        ("corpus.jsonl", '{"_id": "d", "text": "", "title": [1]}\n', "corpus.jsonl:1: title is .1.; expected a string"),
+        ("corpus.jsonl", '{"_id": "d", "text": ""}\n' * 2, "corpus.jsonl:2: the _id 'd' was given before"),
+        ("corpus.jsonl", "", "corpus.jsonl: found no documents"),
+        ("queries.jsonl", '{"_id": "q", "text": "\\ud83d"}\n', "queries.jsonl:1: text has half of a character"),
+        ("queries.jsonl", '{"_id": "q 1", "text": ""}\n', "queries.jsonl: _id is 'q 1'; expected a text without"),
         (
             "corpus.jsonl",
             '{"_id": "d 1", "text": ""}\n',
@@ -47,6 +56,19 @@ def test_a_bad_line_is_named_with_its_file(toy, name, text, message):
         folder = read_folder(toy)
         read_qrels(folder, "test")
         read_pool(folder, "test")
+
+
+def test_a_split_that_is_missing_is_told_with_those_that_are_there(toy):
+    with pytest.raises(ValueError, match=r"neither qrels/dev.tsv nor .* \(the splits there: test, train\); set split"):
+        read_qrels(read_folder(toy), "dev")
+
+
+def test_a_gzip_file_that_was_cut_is_named(toy):
+    whole = gzip.compress((toy / "corpus.jsonl").read_bytes())
+    (toy / "corpus.jsonl").unlink()
+    (toy / "corpus.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="corpus.jsonl.gz:.*the gzip data ends too early"):
+        read_folder(toy)
 
 
 def test_a_folder_without_the_layout_s_files_is_refused(tmp_path):

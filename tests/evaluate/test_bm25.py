@@ -19,3 +19,10 @@ def test_scores_follow_the_formula_and_equal_ones_keep_the_corpus_order():
     assert run["q"] == pytest.approx({"b": 0.470004 / 2.2, "a": 0.470004 / 2.2}, rel=1e-5)
     assert list(run["q"]) == ["b", "a"] and run["none"] == {}
     assert list(bm25_run(documents, {"q": "apples"}, None, 1)["q"]) == ["b"]
+
+
+def test_documents_without_a_word_are_found_by_nothing_and_a_pool_of_them_is_ranked_whole():
+    pytest.importorskip("Stemmer")
+    documents = {"a": "", "b": "b"}  # single letters are no words to bm25s
+    assert bm25_run(documents, {"q": "apples"}, None, 10) == {"q": {}}
+    assert bm25_run(documents, {"q": "apples"}, {"q": ["b", "a"]}, 10) == {"q": {"a": 0.0, "b": 0.0}}

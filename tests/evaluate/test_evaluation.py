@@ -1,5 +1,6 @@
 """Whole evaluations on a toy folder with a tiny model of random weights."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from beir_samples import write_lines, write_toy
+from beir_samples import write, write_lines, write_toy
 
 from rag_retrieval import EvaluationConfig, evaluate_reranker, load_reranker
 from rag_retrieval.evaluate import candidate_scoring
@@ -98,6 +99,23 @@ def test_a_finished_run_is_taken_again_until_weights_or_candidates_change(config
     assert scored == [16, 16, 12]
 
 
+@pytest.mark.parametrize("damage", [lambda lines: lines[:5], lambda lines: [*lines[:5], "q8 Q0"]])
+def test_a_finished_run_that_was_cut_is_scored_anew(config, scored, damage):
+    first = evaluate_reranker(config)
+    file = first.output_dir / "run.trec"
+    whole = file.read_text()
+    file.write_text("\n".join(damage(whole.splitlines())) + "\n")
+    assert evaluate_reranker(config).after.run == first.after.run
+    assert scored == [16, 16] and file.read_text() == whole
+
+
+def test_a_missing_library_is_told_before_anything_is_scored(config, scored, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else object())
+    with pytest.raises(ValueError, match=r"evaluation needs matplotlib; run: pip install -e '.\[evaluate,report\]'"):
+        evaluate_reranker(config.model_copy(update={"report": True}))
+    assert scored == []
+
+
 def test_a_model_is_compared_with_bm25_a_run_file_or_another_model(config, load_tiny, tmp_path):
     other = load_tiny("qwen2")
     other.save_pretrained(tmp_path / "other")
@@ -174,6 +192,19 @@ def test_a_file_of_records_is_evaluated_with_its_documents_as_candidates(model, 
 def test_a_mistake_ends_with_one_line_and_code_2(model, tmp_path, capsys):
     assert main(["--model", model, "--data", str(tmp_path / "gone")]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_what_the_data_lack_is_said_in_the_terminal_and_in_the_result(config, toy, tmp_path, capsys):
+    write(tmp_path / "part.trec", "q8 Q0 d8-0 1 2.5 x\n")
+    with (toy / "qrels/test.tsv").open("a") as file:
+        file.write("q9\tgone\t1\n")
+    options = ["--candidates", str(tmp_path / "part.trec"), "--output_dir", str(tmp_path / "out")]
+    assert main(["--model", config.model, "--data", str(toy), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "\n3 queries have no candidates and count 0\n" in printed
+    assert "\n1 judgments are of documents that the corpus lacks; they count as missed\n" in printed
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert (result["queries_without_candidates"], result["judgments_without_document"]) == (3, 1)
 
 
 @pytest.mark.slow

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 from beir_samples import write, write_lines, write_toy
 
@@ -81,9 +79,16 @@ def test_a_teacher_s_scores_are_no_grades_but_pos_and_neg_are(tmp_path):
     record = {"query": "dog", "pos": ["the dog"], "neg": ["a cat"], "pos_scores": [0.9], "neg_scores": [0.2]}
     write_lines(tmp_path / "soft.jsonl", [record])
     assert read_ranking_data(tmp_path / "soft.jsonl", "", "bm25", 9).qrels == {"q1": {"q1-0": 1, "q1-1": 0}}
-    hits = {"query": "dog", "hits": [{"content": "x", "label": 0.7}, {"content": "y", "label": 0.1}]}
-    write(tmp_path / "hits.jsonl", json.dumps(hits))
-    with pytest.raises(DataError, match=r"hits.jsonl:1: found the labels 0.7, 0.1 .* expected whole grades"):
+
+
+@pytest.mark.parametrize(("label", "shown"), [(0.7, "0.7"), (1e30, "1e\\+30")])
+def test_the_record_whose_labels_are_no_grades_is_named(tmp_path, label, shown):
+    whole, odd = (
+        {"query": query, "hits": [{"content": "x", "label": top}, {"content": "y", "label": 1}]}
+        for query, top in (("cat", 2), ("dog", label))
+    )
+    write_lines(tmp_path / "hits.jsonl", [whole, odd])
+    with pytest.raises(DataError, match=rf"hits.jsonl:2: found the labels {shown}, 1; expected whole grades"):
         ranked(tmp_path / "hits.jsonl")
 
 

@@ -46,6 +46,14 @@ def test_a_line_that_is_no_ranking_is_named(tmp_path, text, message):
         read_run(tmp_path / "run")
 
 
+def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path):
+    (tmp_path / "run").write_bytes(b"q d 1\n\xff\xfe\n")
+    with pytest.raises(ValueError, match="run:2: found the byte 0xff at column 1; expected UTF-8"):
+        read_run(tmp_path / "run")
+
+
 def test_a_missing_run_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: a folder; expected a TREC run file"):
+        read_run(tmp_path)
     with pytest.raises(ValueError, match="gone.trec: no such file"):
         read_run(tmp_path / "gone.trec")

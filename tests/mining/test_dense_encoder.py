@@ -95,3 +95,19 @@ def test_a_folder_without_a_model_is_a_mistake(tmp_path):
     bert_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no config.json in it"):
         load(str(tmp_path))
+
+
+def test_a_reranker_and_a_model_without_a_vocabulary_are_no_encoders(tmp_path):
+    with pytest.raises(ValueError, match=r"is a reranker \(BertForSequenceClassification\); give a bi-encoder"):
+        load(tiny_bert(tmp_path / "reranker", head_labels=1))
+    folder = tiny_bert(tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="its tokenizer knows only special tokens"):
+        load(folder)
+
+
+def test_a_name_that_is_no_folder_and_not_on_the_hub_is_named(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="^nobody/nothing: its tokenizer cannot be loaded"):
+        load("nobody/nothing")

@@ -31,3 +31,11 @@ def test_a_model_without_a_trained_head_is_a_mistake(tmp_path):
     folder = tiny_bert(tmp_path / "base")
     with pytest.raises(ValueError, match="without a trained score head; give a trained reranker"):
         load_reranker(folder, "cpu")
+
+
+def test_scores_that_are_not_finite_are_refused_and_not_taken_for_a_margin(load_tiny, tmp_path):
+    scorer = load_tiny("bert")
+    scorer.model.classifier.bias.data += float("nan")
+    query = Query("panda", np.array([0]), [1.0])
+    with pytest.raises(ValueError, match="gave the score nan to the query 'panda'; its weights are damaged"):
+        rerank(scorer, query, np.array([1]), corpus_of(tmp_path, ["a", "b"]))

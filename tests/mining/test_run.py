@@ -46,6 +46,25 @@ def test_negatives_are_other_documents_of_the_corpus_and_all_candidates_are_acco
     assert [path.name for path in tmp_path.iterdir() if "work" in path.name] == []
 
 
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
+def test_the_sources_are_never_written_over(tmp_path, name):
+    data = animal_data(tmp_path / "data")
+    before = (data / name).read_bytes()
+    with pytest.raises(ValueError, match=f"{name} is one of the sources, which would be lost"):
+        mine(config_of(data, data / name, overwrite=True))
+    options = {"corpus": str(data / "corpus.jsonl"), "overwrite": True}
+    with pytest.raises(ValueError, match=f"{name} is one of the sources, which would be lost"):
+        mine(config_of(data / "queries.jsonl", data / name, **options))
+    assert (data / name).read_bytes() == before
+
+
+def test_an_output_that_is_a_folder_is_refused_before_any_work(data, tmp_path):
+    (tmp_path / "out.jsonl").mkdir()
+    with pytest.raises(ValueError, match="out.jsonl is a folder; give the name of a file"):
+        mine(config_of(data, tmp_path / "out.jsonl", overwrite=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
 def test_bm25_negatives_share_the_animal_or_the_place(data, tmp_path):
     mine(config_of(data, tmp_path / "out.jsonl"))
     for line in read_output(tmp_path / "out.jsonl"):

@@ -1,4 +1,4 @@
-"""Reading a file of JSON objects line by line, plain or gzipped, with one clear error at the first bad line.
+"""Reading a file of JSON objects, or of other lines, plain or gzipped, with one clear error at the first bad line.
 
 The trap: a corpus is larger than memory, so nothing here keeps a line; `on_bytes` hears of the bytes read from
 the disk, which for a gzipped file are fewer than those of the text.
@@ -13,25 +13,14 @@ from pathlib import Path
 from rag_retrieval.records import DataError
 
 
-def find_file(folder: Path, name: str) -> Path:
-    """`folder/name`, or `folder/name.gz`. Raises DataError where neither is there."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise DataError(f"{folder}: found neither {name} nor {name}.gz; expected a folder in BEIR layout.")
-
-
 def json_objects(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[tuple[int, dict]]:
     """(line, object) of every line that is not blank, lines counted from 1. Raises DataError with file and line."""
     for line, raw in byte_lines(path, on_bytes):
-        raw = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-        if not raw.strip():
+        text = decoded(raw, f"{path}:{line}")
+        if not text.strip():
             continue
         try:
-            value = json.loads(raw.decode())
-        except UnicodeDecodeError as error:
-            found = f"found the byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-            raise DataError(f"{path}:{line}: {found}; expected UTF-8.") from None
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: found broken JSON ({error}); expected one object per line.") from None
         if not isinstance(value, dict):
@@ -53,13 +42,23 @@ def text_of(entry: dict, key: str, place: str) -> str:
     return text
 
 
+def decoded(raw: bytes, place: str) -> str:
+    """Raises DataError with the place for bytes that are no UTF-8."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        found = f"found the byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        raise DataError(f"{place}: {found}; expected UTF-8.") from None
+
+
 def byte_lines(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[tuple[int, bytes]]:
+    """(line, its bytes) of every line, lines counted from 1, without a byte order mark."""
     line = seen = 0
     try:
         with path.open("rb") as file:
             with gzip.open(file) if path.suffix == ".gz" else file as stream:
                 for line, raw in enumerate(stream, 1):
-                    yield line, raw
+                    yield line, _without_mark(raw, path) if line == 1 else raw
                     if line % 1024 == 0:
                         on_bytes(file.tell() - seen)
                         seen = file.tell()
@@ -70,3 +69,11 @@ def byte_lines(path: Path, on_bytes: Callable[[int], object] = lambda count: Non
         raise DataError(f"{path}:{line + 1}: found broken gzip data ({error}); expected a gzip file.") from None
     except OSError as error:
         raise DataError(f"{path}: the file cannot be read ({error.strerror}).") from None
+
+
+def _without_mark(raw: bytes, path: Path) -> bytes:
+    if raw.startswith(b"\x1f\x8b"):
+        raise DataError(f"{path}:1: found gzip data; expected plain text: let the file's name end in .gz.")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}:1: found a UTF-16 mark; expected UTF-8: save the file as UTF-8.")
+    return raw.removeprefix(b"\xef\xbb\xbf")

@@ -2,7 +2,7 @@ import gzip
 
 import pytest
 
-from rag_retrieval.mining.json_lines import find_file, json_objects, text_of
+from rag_retrieval.json_lines import json_objects, text_of
 from rag_retrieval.records import DataError
 
 
@@ -32,6 +32,8 @@ def test_the_bytes_told_add_up_to_the_size_on_disk(tmp_path):
         (b'{"a": 1}\n{"a": \n', "a.jsonl:2: found broken JSON"),
         (b"[1]\n", "a.jsonl:1: found JSON that is no object"),
         (b'{}\n{"a": "\xff"}\n', "a.jsonl:2: found the byte 0xff at column 8; expected UTF-8."),
+        (gzip.compress(b"{}\n"), "a.jsonl:1: found gzip data; expected plain text: let the file's name end in .gz."),
+        ("{}\n".encode("utf-16"), "a.jsonl:1: found a UTF-16 mark; expected UTF-8"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, data, message):
@@ -57,12 +59,3 @@ def test_a_text_must_be_there_be_a_string_and_be_whole():
         with pytest.raises(DataError) as caught:
             text_of(entry, "text", "f:1")
         assert str(caught.value) == message
-
-
-def test_a_plain_file_is_preferred_to_its_gzipped_form_and_one_must_be_there(tmp_path):
-    with pytest.raises(DataError, match=r"found neither a.jsonl nor a.jsonl.gz; expected a folder in BEIR layout"):
-        find_file(tmp_path, "a.jsonl")
-    (tmp_path / "a.jsonl.gz").touch()
-    assert find_file(tmp_path, "a.jsonl").name == "a.jsonl.gz"
-    (tmp_path / "a.jsonl").touch()
-    assert find_file(tmp_path, "a.jsonl").name == "a.jsonl"

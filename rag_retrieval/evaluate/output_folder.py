@@ -1,0 +1,60 @@
+"""The folder that an evaluation writes to, held against a second one.
+
+What a reader would get wrong: an evaluation may write over its own earlier results, and goes on from its own
+unfinished scores. Those of another model or other data in the same folder are somebody's results, and stay.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rag_retrieval.evaluate.processes import on_main
+
+RESULT_FILE = "result.json"
+WHOSE = ("model", "data", "split")  # keys of the configuration that say whose results these are
+
+
+@contextmanager
+def held(folder: Path, config: dict) -> Iterator[None]:
+    """The folder, made where it is missing, for the time of the block. Every process of a launch calls it.
+
+    config: of the evaluation, as JSON values. Raises ValueError for a place where no folder can be, for one in which
+    another evaluation runs, and for one that has the results of another model or other data.
+    """
+    lock = FileLock(folder / "lock", timeout=0)
+    on_main(lambda: _take(folder, config, lock))
+    try:
+        yield
+    finally:
+        if lock.is_locked:  # which is so on the main process alone
+            lock.release()
+            (folder / "lock").unlink(missing_ok=True)
+
+
+def _take(folder: Path, config: dict, lock: FileLock) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir: {existing} is a file; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        found = f"output_dir: another evaluation writes to {folder}"
+        raise ValueError(f"{found}; wait for it, or give another output_dir") from None
+    before = _config_of_results(folder)
+    # from Python a path may be relative, where the command's was absolute
+    other = [key for key in WHOSE if key in before and Path(before[key]).resolve() != Path(config[key]).resolve()]
+    if other:
+        found = ", ".join(f"{key} {before[key]}" for key in other)
+        raise ValueError(f"output_dir: {folder} has the results of {found}; give another output_dir, or remove it")
+
+
+def _config_of_results(folder: Path) -> dict:
+    """What the results in the folder were made with; nothing where there are none that can be read."""
+    try:
+        return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
