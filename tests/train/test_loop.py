@@ -23,6 +23,7 @@ from training_runs import read_metrics
 
 from rag_retrieval.train.checkpoints import TrainState, read_state
 from rag_retrieval.train.loop import Trainer
+from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.run_folder import claim, plan_start
 from rag_retrieval.train.schedule import warmup_stable_cosine
@@ -41,6 +42,7 @@ class Numbers:
     items: tuple[int, ...]
     size: int
     sources: list[str] = field(default_factory=list)
+    part: str = ""
 
     def to(self, device):
         return self
@@ -126,7 +128,7 @@ def trainer(
     set_seed(0)
     model = nn.Sequential(nn.Linear(FEATURES, 4), nn.Dropout(dropout), nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
-    steps = ToySteps(records, batch_size, accumulation)
+    steps = MixedSteps({"": ToySteps(records, batch_size, accumulation)})
     state, checkpoint = plan_start(folder, resume, overwrite=False)
     made = Trainer(
         accelerator, model, optimizer, steps, ToyTask(model, metrics), settings(**changes), folder, state, ORIGIN

@@ -82,6 +82,12 @@ def resolved_entry(weight: float, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"weight": float(weight)} | {key: values[run_key] for key, run_key in RUN_KEYS.items()}
 
 
+def resolved_entries(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a finished run; one file alone is an entry of weight 1 that says what the run says."""
+    files = run["train_dataset"]
+    return files if isinstance(files, list) else [resolved_entry(1.0, run)]
+
+
 def in_words_of_an_entry(message: str) -> str:
     """A message of the run's keys, with those of an entry."""
     for key, run_key in sorted(RUN_KEYS.items(), key=lambda names: -len(names[1])):  # one is part of another
