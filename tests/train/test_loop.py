@@ -510,7 +510,7 @@ def test_no_limit_leaves_the_gradient_alone_and_still_tells_its_norm(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_step_and_records(tmp_path):
     made = trainer(tmp_path, records=24, batch_size=2, accumulation=2)
-    made.dataset.targets[9] = float("nan")  # step 3, second micro-batch
+    made.dataset.sets[""].targets[9] = float("nan")  # step 3, second micro-batch
     before = {}
     take_step = made.train_step
 
@@ -528,7 +528,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_ste
 
 def test_a_step_is_looked_at_when_the_next_is_under_way_and_has_changed_nothing(tmp_path):
     made = trainer(tmp_path, records=24, batch_size=2, accumulation=2, log_interval=100)
-    made.dataset.targets[9] = float("nan")  # step 3
+    made.dataset.sets[""].targets[9] = float("nan")  # step 3
     seen = []
     take_step = made.train_step
 
@@ -545,7 +545,7 @@ def test_a_step_is_looked_at_when_the_next_is_under_way_and_has_changed_nothing(
 def test_an_optimizer_that_cannot_be_told_on_the_device_is_stopped_at_once(tmp_path):
     made = trainer(tmp_path, records=24, batch_size=2, accumulation=2, log_interval=100)
     made.checks.skips_on_device = False
-    made.dataset.targets[9] = float("nan")  # step 3
+    made.dataset.sets[""].targets[9] = float("nan")  # step 3
     with pytest.raises(TrainingError, match="the loss of step 3 is nan"):
         made.train()
     assert made.state.step == 2

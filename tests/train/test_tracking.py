@@ -44,6 +44,14 @@ def test_an_engine_that_tells_no_norm_has_none_in_the_log():
     assert "grad_norm" not in window.values() and "skipped_steps" not in window.values()
 
 
+def test_several_data_sets_have_a_mean_loss_each_beside_that_of_all():
+    window = LogWindow(num_processes=1)
+    for loss, part in ((1.0, "a"), (2.0, "b"), (4.0, "a")):
+        window.add(loss, None, 1, 0.1, part)
+    values = {name: value for name, value in window.values().items() if name.startswith("loss")}
+    assert values == {"loss": 7 / 3, "loss/a": 2.5, "loss/b": 2.0}
+
+
 def test_metrics_after_the_resumed_step_are_cut_and_a_torn_line_too(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 2}\n{"step": 4}\n{"step": 5, "lo')

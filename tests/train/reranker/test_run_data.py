@@ -1,8 +1,8 @@
-import logging
+"""The data of a run: names, checks and what the log tells of them. Whole runs are in test_mixed_runs."""
 
 import numpy as np
 import pytest
-from training_runs import grouped_records, pointwise_records, write_jsonl
+from training_runs import write_jsonl
 
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.record_store import open_store
@@ -33,3 +33,8 @@ def test_the_sampled_pairs_are_spread_evenly_over_the_data(tmp_path, bert, monke
     monkeypatch.setattr(run_data, "sample_size", lambda pairs, size: 3)
     some, sampled = token_lengths(store, scorer)
     assert sampled and some.tolist() == lengths[[0, 4, 8]].tolist()
+
+
+def test_files_are_called_by_the_last_part_of_their_path_and_where_that_repeats_by_their_number_too():
+    assert distinct_names(["x/a.jsonl", "owner/set"]) == ["a.jsonl", "set"]
+    assert distinct_names(["x/a.jsonl", "b.jsonl", "y/a.jsonl"]) == ["1-a.jsonl", "b.jsonl", "3-a.jsonl"]
