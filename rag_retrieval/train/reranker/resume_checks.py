@@ -5,9 +5,11 @@ Validation matters as well, since the best score so far and the patience of earl
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -100,23 +102,26 @@ def differences(before: Provenance, now: Provenance) -> Iterator[tuple[str, str]
             yield from content_difference(before, now, key, was.get(key), becomes.get(key))
         elif key not in MAY_CHANGE and key not in STEP_SIZE and was.get(key) != becomes.get(key):
             yield key, f"was {was.get(key)!r}, now {becomes.get(key)!r}"
-    if _step_size(before) != _step_size(now):
-        yield "batch_size x gradient_accumulation_steps x processes", f"was {_product(before)}, now {_product(now)}"
 
 
 def file_differences(before: Provenance, now: Provenance) -> Iterator[tuple[str, str]]:
-    """Of the training files: how many, what is in each, and what its entry says of it where there is a list."""
+    """Of the training files: how many, what is in each, the size of its steps, and what a list says of it."""
     was, becomes = before.configuration, now.configuration
     old, new = resolved_entries(was), resolved_entries(becomes)
     if len(old) != len(new):
         yield "train_dataset", f"was {len(old)} files, now {len(new)}"
         return
+    listed = isinstance(was["train_dataset"], list) or isinstance(becomes["train_dataset"], list)
     for key, old_entry, new_entry in zip(file_keys(len(old)), old, new, strict=True):
         yield from content_difference(before, now, key, old_entry["path"], new_entry["path"])
-        if isinstance(was["train_dataset"], list) or isinstance(becomes["train_dataset"], list):
-            for name in new_entry:
-                if name != "path" and old_entry[name] != new_entry[name]:
-                    yield f"{key}, {name}", f"was {old_entry[name]!r}, now {new_entry[name]!r}"
+        place = f"{key}, " if listed else ""
+        for name in new_entry if listed else ():  # else these are keys of the run
+            if name not in ("path", *STEP_SIZE) and old_entry[name] != new_entry[name]:
+                yield f"{place}{name}", f"was {old_entry[name]!r}, now {new_entry[name]!r}"
+        factors, new_factors = step_factors(before, old_entry), step_factors(now, new_entry)
+        if math.prod(factors) != math.prod(new_factors):
+            product = f"{place}batch_size x gradient_accumulation_steps x processes"
+            yield product, f"was {_product(factors)}, now {_product(new_factors)}"
 
 
 def content_difference(
@@ -130,14 +135,11 @@ def _told(path: str | None, of: Provenance, key: str) -> str:
     return f"{path} (content {of.data[key]})" if key in of.data else "none"
 
 
-def _factors(of: Provenance) -> list[int]:
-    return [*(of.configuration[key] for key in STEP_SIZE), of.processes]
+def step_factors(of: Provenance, entry: Mapping[str, Any]) -> list[int]:
+    """What the records of a step of an entry's file are the product of."""
+    values = {**of.configuration, **entry}
+    return [*(values[key] for key in STEP_SIZE), of.processes]
 
 
-def _step_size(of: Provenance) -> int:
-    batch_size, accumulation, processes = _factors(of)
-    return batch_size * accumulation * processes
-
-
-def _product(of: Provenance) -> str:
-    return f"{' x '.join(map(str, _factors(of)))} = {_step_size(of)}"
+def _product(factors: list[int]) -> str:
+    return f"{' x '.join(map(str, factors))} = {math.prod(factors)}"

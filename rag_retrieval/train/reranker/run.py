@@ -163,7 +163,7 @@ def build_steps(
     for position, file in enumerate(files):
         shape = StepShape(
             records=file.records_per_epoch,
-            batch_size=config.batch_size,
+            batch_size=file.config.batch_size,
             accumulation=config.gradient_accumulation_steps,
             processes=accelerator.num_processes,
             process_index=accelerator.process_index,

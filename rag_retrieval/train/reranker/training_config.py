@@ -78,7 +78,8 @@ class TrainingConfig(BaseModel):
     train_dataset: str | list[str | dict[str, Any]] = Field(
         min_length=1, description="Training data: a file or a hub dataset, or a list of them that take turns, step by "
         "step. An entry may be a mapping: path, weight (passes over the file in one epoch, above 0, default 1), and "
-        "type, label_key, split, group_size, max_label, min_label, loss_type and its options in place of the run's.")
+        "type, label_key, split, group_size, max_label, min_label, batch_size, loss_type and its options in place of "
+        "the run's.")
     train_dataset_type: DatasetType = Field(
         description="Train on single pairs (pointwise) or on all documents of a query together (grouped).")
     train_label_key: str = Field("label", min_length=1, description="Key of the label in training data.")

@@ -28,6 +28,7 @@ RUN_KEYS = {  # key of an entry: the run's key for which it stands
     "teacher_weight": "teacher_weight",
     "teacher_temperature": "teacher_temperature",
     "teacher_score_key": "teacher_score_key",
+    "batch_size": "batch_size",
 }
 GO_WITH = {
     "train_dataset_type": ("train_group_size", "max_label", "min_label"),

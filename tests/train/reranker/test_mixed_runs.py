@@ -114,6 +114,11 @@ def test_accumulation_and_a_token_budget_change_no_step(mixed, tmp_path):
         torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=0)
 
 
+def test_a_file_may_have_steps_of_a_size_of_its_own(mixed):
+    values = mixed({"batch_size": 7}, {"batch_size": 6})
+    assert train(values).step == 3 + 2, "20 groups and 11 pairs"
+
+
 def test_another_weight_or_content_of_a_file_is_another_run_for_a_resume(mixed, tmp_path):
     train(mixed(save_steps=4))
     from_there = {"resume": str(tmp_path / "run" / "checkpoint-4"), "output_dir": str(tmp_path / "elsewhere")}

@@ -133,6 +133,17 @@ def test_another_number_of_files_is_told_and_a_list_of_one_is_the_file_itself():
     assert dict(differences(provenance(), again)) == {"train_dataset, weight": "was 1.0, now 0.5"}
 
 
+def test_of_several_files_too_only_the_product_counts_that_makes_a_step():
+    entries = ["a.jsonl", {"path": "b.jsonl", "batch_size": 4}]
+    was = provenance(train_dataset=entries, data=TWO)
+    halves = ["a.jsonl", {"path": "b.jsonl", "batch_size": 2}]
+    on_two = provenance(train_dataset=halves, data=TWO, batch_size=16, processes=2)
+    assert dict(differences(was, on_two)) == {}
+    ((place, change),) = differences(was, provenance(train_dataset=halves, data=TWO))
+    assert place == "train_dataset entry 2, batch_size x gradient_accumulation_steps x processes"
+    assert change == "was 4 x 1 x 1 = 4, now 2 x 1 x 1 = 2"
+
+
 def test_a_validation_that_was_another_gives_no_best_to_compare_with(checkpoint):
     now = provenance(data={"train_dataset": "aa", "val_dataset": "cc"})
     state = checked_resume(STATE, checkpoint, now, with_changes=True)

@@ -87,6 +87,7 @@ def test_a_split_is_for_the_entries_of_the_hub_alone():
         ({"path": "b.jsonl", "type": "grouped"}, "entry 2 (b.jsonl): loss_type: point_ce is for pointwise data, and"),
         ({"path": "b.jsonl", "group_size": 4}, "entry 2 (b.jsonl): group_size: is only for type grouped"),
         ({"path": "b.jsonl", "split": "test"}, "entry 2 (b.jsonl): split: is only for datasets of the hub, and path"),
+        ({"path": "b.jsonl", "batch_size": 0}, "entry 2 (b.jsonl): batch_size: expected a whole number of at least 1"),
         ({"path": "b.jsonl", "min_label": 5}, "entry 2 (b.jsonl): min_label: expected min_label below max_label"),
     ],
 )  # fmt: skip
