@@ -116,7 +116,7 @@ def test_the_shipped_xlm_roberta_configuration_trains_on_chinese(tmp_path):
 
 def test_the_shipped_configuration_of_two_files_trains_on_both(tmp_path):
     options = small_run(tiny_bert(tmp_path / "base"), tmp_path / "out")
-    text = run_command("rag-retrieval train --config training_mixed.yaml", TRAINER, options)
+    text = run_command("python train_reranker.py --config training_mixed.yaml", TRAINER, options)
     assert "150 steps of stdlib_grouped.train.jsonl, listwise_ce: 1,200 records, of 1,200, weight 1" in text
     assert "53 steps of stdlib_pointwise.train.jsonl, point_ce: 1,665 records, of 3,330, weight 0.5" in text
     assert CrossEncoder.from_pretrained(str(tmp_path / "out" / "model")).compute_score(["q", "d"]).isfinite().all()

@@ -115,7 +115,8 @@ class Tracking:
         if not self.shown:
             return
         self._write(step, "train", values)
-        brief = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['pairs_per_second']:.0f} pairs/s"
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.split("/")[0] == "loss")
+        brief = f"{losses}  lr {values['lr']:.2e}  {values['pairs_per_second']:.0f} pairs/s"
         if self.bar.disable:
             logger.info("step %d/%d  %s  %s left", step, self.total_steps, brief, self._time_left(step))
         else:

@@ -130,6 +130,21 @@ def test_another_weight_or_content_of_a_file_is_another_run_for_a_resume(mixed, 
         train(values)
 
 
+def test_files_of_the_same_size_are_not_drawn_in_the_same_order(mixed, tmp_path, monkeypatch):
+    seen: dict[str, list[str]] = {}
+    take_step = Trainer.train_step
+
+    def noted(self, micro_batches):
+        for batch in micro_batches:
+            seen.setdefault(batch.part, []).extend(source.rpartition(":")[2] for source in batch.sources)
+        take_step(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "train_step", noted)
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", grouped_records(20)) for name in "ab"]
+    train(mixed(train_dataset=paths))
+    assert sorted(seen["a.jsonl"]) == sorted(seen["b.jsonl"]) and seen["a.jsonl"] != seen["b.jsonl"]
+
+
 def test_one_file_may_be_trained_on_twice_as_pairs_and_as_groups(mixed, tmp_path):
     path = write_jsonl(tmp_path / "groups.jsonl", grouped_records(20))
     values = mixed({"path": path}, {"path": path, "max_label": 1})
