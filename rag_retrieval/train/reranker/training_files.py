@@ -50,7 +50,7 @@ def entry_problems(entry: Mapping[str, Any]) -> Iterator[str]:
     for key in entry:
         if key not in ("weight", *RUN_KEYS):
             yield f"unknown key {key}; an entry takes weight, {', '.join(RUN_KEYS)}"
-    if not isinstance(entry.get("path"), str) or not entry["path"]:
+    if not isinstance(entry.get("path"), str) or entry["path"] in ("", *ABSENT):
         yield f"path: expected a file or a hub dataset, found {shown_value(entry.get('path'))}"
     weight = weight_of(entry)
     if type(weight) not in (int, float) or not 0 < weight < math.inf:

@@ -77,6 +77,7 @@ def test_a_split_is_for_the_entries_of_the_hub_alone():
     [
         ({"path": "b.jsonl", "wieght": 2}, "entry 2 (b.jsonl): unknown key wieght; an entry takes weight, path, type,"),
         ({"weight": 2}, "entry 2 (None): path: expected a file or a hub dataset, found null"),
+        ("None", 'entry 2 (None): path: expected a file or a hub dataset, found "None"'),
         ({"path": 3}, "entry 2 (3): path: expected a file or a hub dataset, found 3"),
         ({"path": "b.jsonl", "weight": 0}, "entry 2 (b.jsonl): weight: expected a number above 0, the passes over"),
         ({"path": "b.jsonl", "weight": True}, "entry 2 (b.jsonl): weight: expected a number above 0"),
