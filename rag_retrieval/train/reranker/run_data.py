@@ -131,9 +131,7 @@ def report_data(
         if store is not None:
             lengths, sampled = token_lengths(store, scorer)
             title = f"{name}: {source}"
-            text = format_summary(
-                summary(store), title, token_lengths=lengths, max_len=config.max_len, sampled=sampled
-            )
+            text = format_summary(summary(store), title, token_lengths=lengths, max_len=config.max_len, sampled=sampled)
             logger.info("%s", text)
 
 
