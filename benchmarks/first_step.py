@@ -151,7 +151,7 @@ def train_with_laps(started: float, laps_file: Path, arguments: list[str]) -> in
         raise KeyboardInterrupt
 
     before(run, "run", lambda: note("imports"))
-    after(run, "open_stores", lambda: note("store"))
+    after(run, "open_validation", lambda: note("store"))
     after(run, "prepare_for_training", lambda: note("model"))
     after(run, "report_data", lambda: note("report"))
     after(run, "build_trainer", lambda: note("trainer"))

@@ -159,14 +159,13 @@ def our_trainer(job: Job, first: int, output_dir: Path, log_interval: int = 10):
         config.gradient_accumulation_steps,
         config.max_grad_norm,
     )
-    objective = run.configured_objective(config)
-    store, _ = run.open_stores(config, objective)
+    files = run.open_training_files(config)
     set_seed(config.seed)
     scorer = run.load_scorer(config)
     adapter = run.prepare_for_training(scorer, config)
     state = TrainState("speed", step=first)
-    origin = run.provenance(config, accelerator, store, None)
-    return run.build_trainer(config, accelerator, objective, store, None, scorer, adapter, state, origin)
+    origin = run.provenance(config, accelerator, [file.store for file in files], None)
+    return run.build_trainer(config, accelerator, files, None, scorer, adapter, state, origin)
 
 
 def our_config(job: Job, output_dir: Path, log_interval: int):

@@ -6,7 +6,6 @@ Easy to get wrong: a path in a file is looked up from the current folder first a
 second, so that a shipped file works from any folder; YAML 1.1 reads `5e-5` as text, the reader here does not.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from rag_retrieval.config_schema import (
     Schema,
     expected,
     is_data_file_name,
+    message_of,
     shown_value,
     takes_names,
     types_of,
@@ -236,7 +236,7 @@ def _look_up_paths(source: _Source, config_folder: Path, schema: Schema) -> None
         value = source.values.get(key)
         names = value if isinstance(value, list) else [value]
         try:
-            found = [_look_up(key, name, config_folder, schema) if _is_name(name) else name for name in names]
+            found = [_looked_up(key, name, config_folder, schema) for name in names]
         except LookupError as error:
             source.report(key, error.args[0])
         else:
@@ -244,8 +244,12 @@ def _look_up_paths(source: _Source, config_folder: Path, schema: Schema) -> None
                 source.values[key] = found if isinstance(value, list) else found[0]
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and value not in ABSENT
+def _looked_up(key: str, value: Any, config_folder: Path, schema: Schema) -> Any:
+    """`_look_up` of a name, or of the `path` of a mapping; anything else stays for pydantic to judge."""
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": _looked_up(key, value["path"], config_folder, schema)}
+    is_name = isinstance(value, str) and bool(value) and value not in ABSENT
+    return _look_up(key, value, config_folder, schema) if is_name else value
 
 
 def _look_up(key: str, name: str, config_folder: Path, schema: Schema) -> str:
@@ -279,21 +283,9 @@ def _validate(source: _Source, place: str, schema: Schema) -> BaseModel | None:
         reported = set()
         for entry in error.errors(include_url=False):
             key = entry["loc"][0]
-            if key not in reported:  # a union has an entry for each of its types
+            # a union has an entry for each of its types
+            if entry["type"] == "problem" or key not in reported:
                 reported.add(key)
                 source.places.setdefault(key, f"{place}{key}")
-                source.report(key, _message(key, entry, source.values.get(key), schema))
+                source.report(key, message_of(key, entry, source.values.get(key), schema))
     return None
-
-
-def _message(key: str, entry: dict[str, Any], value: Any, schema: Schema) -> str:
-    if entry["type"] == "problem":
-        return entry["msg"]
-    if entry["type"] == "missing":
-        return f"is missing; expected {expected(key, schema)}"
-    if entry["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, [*schema.keys, *schema.aliases], n=3)
-        advice = f"did you mean {' or '.join(nearest)}?" if nearest else "--help lists all keys"
-        return f"unknown key; {advice}"
-    quotes = types_of(key, schema) == [str] and isinstance(value, (bool, int, float))
-    return f"expected {expected(key, schema)}, found {shown_value(value)}{'; put it in quotes' if quotes else ''}"

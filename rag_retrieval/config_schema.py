@@ -1,9 +1,11 @@
 """What a configuration takes: a pydantic class of plain fields, which of them name something outside, all in words.
 
 Easy to get wrong: a list field is read from the command line as names between commas, so its type must be
-`list[str]` or `tuple[str, ...]`, alone or beside `str`; a tuple needs a validator that makes it from a list.
+`list[str]` or `tuple[str, ...]`, alone or beside `str`; a tuple needs a validator that makes it from a list. The
+entries of a list may also be mappings (`list[str | dict[str, Any]]`), with a name under `path`.
 """
 
+import difflib
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -71,13 +73,19 @@ def takes_names(key: str, schema: Schema) -> bool:
     return any(get_origin(part) in (list, tuple) for part in types_of(key, schema))
 
 
+def takes_mappings(key: str, schema: Schema) -> bool:
+    """Whether the entries of its list may be mappings, each with a name under `path`."""
+    entries = [entry for part in types_of(key, schema) for entry in get_args(part)]
+    return any(get_origin(kind) is dict for entry in entries for kind in get_args(entry))
+
+
 def expected(key: str, schema: Schema) -> str:
     """What a key takes, for messages and help: `a whole number of at least 1`."""
     types, metadata = types_of(key, schema), schema.keys[key].metadata
     if get_origin(types[0]) is Literal:
         return f"one of {', '.join(get_args(types[0]))}"
     if takes_names(key, schema):
-        return "a name or a list of names"
+        return f"a name or a list of names{' and mappings' if takes_mappings(key, schema) else ''}"
     kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[types[0]]
     if types[0] is str:
         return "non-empty text" if metadata else kind
@@ -90,6 +98,20 @@ def expected(key: str, schema: Schema) -> str:
 def shown_value(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 4] + " ..."
+
+
+def message_of(key: str, entry: Mapping[str, Any], value: Any, schema: Schema) -> str:
+    """One of pydantic's errors about the value of a key, in our words."""
+    if entry["type"] == "problem":
+        return entry["msg"]
+    if entry["type"] == "missing":
+        return f"is missing; expected {expected(key, schema)}"
+    if entry["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, [*schema.keys, *schema.aliases], n=3)
+        advice = f"did you mean {' or '.join(nearest)}?" if nearest else "--help lists all keys"
+        return f"unknown key; {advice}"
+    quotes = types_of(key, schema) == [str] and isinstance(value, (bool, int, float))
+    return f"expected {expected(key, schema)}, found {shown_value(value)}{'; put it in quotes' if quotes else ''}"
 
 
 def describe_options(schema: Schema) -> str:

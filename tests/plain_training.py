@@ -6,6 +6,7 @@ is one batch of all its records, padded, in one forward, however many processes 
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -34,8 +35,8 @@ def plain_training(
     optimizer = torch.optim.AdamW(parameter_groups(model, config), eps=config.adam_epsilon, fused=False, foreach=False)
     rates = [group["lr"] for group in optimizer.param_groups]
     losses = []
-    for groups, factor in zip(step_groups(config, records_per_step), factors, strict=True):
-        loss = step_loss(config, group_scores(model, groups), groups)
+    for (alone, groups), factor in zip(mixed_step_groups(config, records_per_step), factors, strict=True):
+        loss = step_loss(alone, group_scores(model, groups), groups)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -55,6 +56,21 @@ def parameter_groups(model: PreTrainedModel, config: TrainingConfig) -> Iterator
             "lr": config.head_lr if parameter in head else config.lr,
             "weight_decay": config.weight_decay if parameter.dim() > 1 else 0.0,
         }
+
+
+def mixed_step_groups(
+    config: TrainingConfig, records_per_step: int
+) -> Iterator[tuple[TrainingConfig, list[Group]]]:
+    """The groups of each step of the first epoch, with the configuration of a run on the step's file alone. Files of
+    weight 1 take turns, each as evenly spread over the epoch as can be."""
+    steps = []
+    for place, (alone, weight) in enumerate(config.files):
+        assert weight == 1.0
+        of_file = list(step_groups(alone.model_copy(update={"seed": config.seed + place}), records_per_step))
+        due = [(Fraction(2 * step + 1, 2 * len(of_file)), place) for step in range(len(of_file))]
+        steps += [(*when, alone, groups) for when, groups in zip(due, of_file, strict=True)]
+    for *_, alone, groups in sorted(steps, key=lambda step: step[:2]):
+        yield alone, groups
 
 
 def step_groups(config: TrainingConfig, records_per_step: int) -> Iterator[list[Group]]:

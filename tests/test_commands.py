@@ -147,6 +147,14 @@ def test_the_shipped_xlm_roberta_configuration_trains_on_chinese(tmp_path):
     assert list((tmp_path / "out" / "tracking").rglob("events.*")), "it asks for tensorboard"
 
 
+def test_the_shipped_configuration_of_two_files_trains_on_both(tmp_path):
+    options = small_run(tiny_bert(tmp_path / "base"), tmp_path / "out")
+    text = run_command("python train_reranker.py --config training_mixed.yaml", TRAINER, options)
+    assert "150 steps of stdlib_grouped.train.jsonl, listwise_ce: 1,200 records, of 1,200, weight 1" in text
+    assert "53 steps of stdlib_pointwise.train.jsonl, point_ce: 1,665 records, of 3,330, weight 0.5" in text
+    assert CrossEncoder.from_pretrained(str(tmp_path / "out" / "model")).compute_score(["q", "d"]).isfinite().all()
+
+
 def test_an_uninstalled_checkout_trains_from_any_folder(tmp_path):
     """-S and a bare PYTHONPATH give the libraries without this package's own installation."""
     environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib"), "HF_HUB_OFFLINE": "1"}

@@ -45,17 +45,18 @@ def test_a_shipped_configuration_is_valid_from_any_folder(file, tmp_path, monkey
     for folder in (ROOT, TRAINER, tmp_path):
         monkeypatch.chdir(folder)
         config = load_config(TRAINING, str(file))
-        assert Path(config.train_dataset).is_file()
+        assert all(Path(alone.train_dataset).is_file() for alone, _ in config.files)
         assert config.val_dataset is None or Path(config.val_dataset).is_file()
 
 
 @pytest.mark.parametrize("file", TRAINING_FILES, ids=name_of)
 def test_a_shipped_configuration_validates_on_the_label_levels_that_it_trains_on(file):
     config = load_config(TRAINING, str(file))
-    train = open_store(config.train_dataset)
-    assert config.max_label in (None, train.labels.max())
-    if config.val_dataset is not None:
-        assert set(open_store(config.val_dataset).labels) == set(train.labels)
+    for alone, _ in config.files:
+        train = open_store(alone.train_dataset)
+        assert alone.max_label in (None, train.labels.max())
+        if config.val_dataset is not None and alone.loss_type == config.loss_type:
+            assert set(open_store(config.val_dataset).labels) == set(train.labels)
 
 
 def test_the_graded_dev_file_has_no_query_and_no_document_of_the_training_files():

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
 from rag_retrieval.train.failures import is_out_of_memory, memory_failure, told_of_loaders, told_of_storage
+from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.run_folder import finish
 from rag_retrieval.train.saving import Saver
@@ -30,7 +31,7 @@ from rag_retrieval.train.schedule import warmup_stable_cosine
 from rag_retrieval.train.signals import StopWish, TrainingStopped, on_signals
 from rag_retrieval.train.starting import StartError
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
-from rag_retrieval.train.step_data import MicroBatch, StepDataset, step_loader
+from rag_retrieval.train.step_data import MicroBatch, step_loader
 from rag_retrieval.train.task import LoopSettings, Task
 from rag_retrieval.train.tracking import LogWindow, Tracking
 
@@ -43,7 +44,7 @@ class Trainer:
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        dataset: StepDataset,
+        dataset: MixedSteps,
         task: Task,
         settings: LoopSettings,
         output_dir: Path,
@@ -151,7 +152,9 @@ class Trainer:
         accelerator = self.accelerator
         items, most = self._count(micro_batches)
         # all processes meet in every micro-batch, also those that planned fewer
-        micro_batches = micro_batches + [self.dataset.filler() for _ in range(most - len(micro_batches))]
+        micro_batches = micro_batches + [
+            self.dataset.filler(micro_batches[0].part) for _ in range(most - len(micro_batches))
+        ]
         # a step without any item (no ordered pair at all) has loss 0 and gradient 0
         divisors = [max(count, 1) for count in items]
         losses = []
@@ -207,7 +210,8 @@ class Trainer:
     def _count_steps(self, latest: StepOutcome | None = None) -> None:
         """Enter into the log window what is known to be sound; the latest step not before the next one."""
         for outcome, loss, norm in self.checks.passed(latest):
-            self.window.add(loss, norm, sum(batch.size for batch in outcome.micro_batches), outcome.lr)
+            pairs = sum(batch.size for batch in outcome.micro_batches)
+            self.window.add(loss, norm, pairs, outcome.lr, outcome.micro_batches[0].part)
 
     def _log_if_due(self) -> None:
         step = self.state.step

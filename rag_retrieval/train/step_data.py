@@ -18,11 +18,13 @@ from rag_retrieval.train.signals import spare_worker
 
 
 class MicroBatch(Protocol):
-    """One forward and backward. `items` is its part of each loss's divisor, `size` what throughput counts."""
+    """One forward and backward. `items` is its part of each loss's divisor, `size` what throughput counts. `part` names
+    the data set it is of, "" where a run has but one; all micro-batches of a step are of the same."""
 
     items: tuple[int, ...]
     size: int
     sources: list[str]
+    part: str
 
     def to(self, device: torch.device) -> "MicroBatch": ...
 
@@ -30,7 +32,7 @@ class MicroBatch(Protocol):
 
 
 class StepDataset(Protocol):
-    """Indexed by (epoch, step in epoch): this process's micro-batches of that step."""
+    """One data set, indexed by (epoch, step in epoch): this process's micro-batches of that step."""
 
     steps_per_epoch: int
 
@@ -81,11 +83,10 @@ class StepSampler(Sampler):
 
 
 def step_loader(
-    dataset: StepDataset, epochs: int, done: int, num_workers: int, pin_memory: bool
+    dataset: Dataset, epochs: int, done: int, num_workers: int, pin_memory: bool
 ) -> DataLoader:
     """Steps in order, prepared ahead by workers. The loader takes no random number from the global generator:
-    a resumed run would otherwise see other dropout masks."""
-    assert isinstance(dataset, Dataset)
+    a resumed run would otherwise see other dropout masks. dataset: indexed as a `StepDataset`."""
     return DataLoader(
         dataset,
         batch_size=None,

@@ -29,13 +29,15 @@ class LogWindow:
         self.num_processes = num_processes
         self.started = time.monotonic()
         self.steps = self.pairs = self.skipped = 0
-        self.loss_sum = self.lr = 0.0
+        self.lr = 0.0
+        self.losses: dict[str, list[float]] = {}  # by part of the data
         self.norm: float | None = None
 
-    def add(self, loss: float, norm: float | None, pairs: int, lr: float) -> None:
-        """One step. norm: not finite where the fp16 scaler skipped the step. pairs: of this process."""
+    def add(self, loss: float, norm: float | None, pairs: int, lr: float, part: str = "") -> None:
+        """One step. norm: not finite where the fp16 scaler skipped the step. pairs: of this process. part: the data
+        set that the step was of, "" where there is but one."""
         self.steps += 1
-        self.loss_sum += loss
+        self.losses.setdefault(part, []).append(loss)
         self.pairs += pairs
         self.norm, self.lr = norm, lr
         self.skipped += norm is not None and not math.isfinite(norm)
@@ -45,15 +47,17 @@ class LogWindow:
         self.started += seconds
 
     def values(self) -> dict[str, float]:
-        """loss: mean over steps; lr and grad_norm: of the last step; pairs_per_second: over all processes."""
+        """loss: mean over steps, and as loss/PART over those of each data set, where there are several; lr and
+        grad_norm: of the last step; pairs_per_second: over all processes."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         values = {
-            "loss": self.loss_sum / self.steps,
+            "loss": sum(map(sum, self.losses.values())) / self.steps,
             "lr": self.lr,
             "pairs_per_second": self.pairs * self.num_processes / seconds,
         }
         if self.norm is not None and math.isfinite(self.norm):
             values["grad_norm"] = self.norm
+        values |= {f"loss/{part}": sum(losses) / len(losses) for part, losses in self.losses.items() if part}
         return values | ({"skipped_steps": self.skipped} if self.skipped else {})
 
 
@@ -111,7 +115,8 @@ class Tracking:
         if not self.shown:
             return
         self._write(step, "train", values)
-        brief = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['pairs_per_second']:.0f} pairs/s"
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.split("/")[0] == "loss")
+        brief = f"{losses}  lr {values['lr']:.2e}  {values['pairs_per_second']:.0f} pairs/s"
         if self.bar.disable:
             logger.info("step %d/%d  %s  %s left", step, self.total_steps, brief, self._time_left(step))
         else:

@@ -37,6 +37,7 @@ PROCESSES = 2
 SCHEDULE = {"warmup_proportion": 0.4, "stable_proportion": 0.2}
 FACTORS = [0.5, 1.0, 1.0, 1.0, 0.5]
 STEP_WITHOUT_PAIRS, STEP_WITHOUT_PAIRS_ON_ONE = 2, 1
+MIXED_STEP = 12  # records of a step of the case with two files
 
 
 def step_size(loss: str, accumulation: int) -> int:
@@ -89,6 +90,14 @@ def step_keys(loss: str, accumulation: int) -> dict:
     )
 
 
+def mixed_keys(base: dict, folder: Path) -> dict:
+    """Three steps of groups, of which the last has one record alone, and between them two of pairs."""
+    groups = write_jsonl(folder / "groups.jsonl", grouped_records(2 * MIXED_STEP + 1))
+    pairs = write_jsonl(folder / "pairs.jsonl", pointwise_records(MIXED_STEP + 5, labels=(0, 0.25, 1)))
+    entries = [groups, {"path": pairs, "type": "pointwise", "loss_type": "point_ce"}]
+    return base | {"train_dataset": entries}
+
+
 def further_keys(cases: dict[str, dict], validation: dict[int, str], with_dropout: str) -> dict[str, dict]:
     """Cases beside those of the plain loop, by name."""
     base = cases["listwise_ce-3-bert"]
@@ -119,6 +128,7 @@ def cases(tmp_path_factory, bert, qwen2, bert_with_dropout) -> dict[str, dict]:
         data = folder / f"{loss}-{accumulation}.jsonl"
         keys["train_dataset"] = write_jsonl(data, records_of(loss, int(accumulation)))
         found[case] = keys
+    found["mixed"] = mixed_keys(found["listwise_ce-3-bert"], folder)
     validation = {
         queries: write_jsonl(folder / f"val-{queries}.jsonl", grouped_records(queries, seed=4)) for queries in (9, 1)
     }
@@ -197,6 +207,13 @@ def test_five_steps_of_one_process_equal_a_plain_loop(alone, plain, case):
 def test_the_cases_hold_a_step_without_a_pair(plain, case):
     losses, _ = plain(case)
     assert [loss == 0.0 for loss in losses] == [step == STEP_WITHOUT_PAIRS for step in range(5)]
+
+
+def test_five_steps_over_two_files_with_a_loss_each_equal_a_plain_loop(outputs, alone, cases):
+    assert step_size("listwise_ce", 3) == MIXED_STEP
+    expected = plain_training(cases["mixed"], MIXED_STEP, FACTORS)
+    assert_plain_steps(outputs / "mixed", *expected)
+    assert_plain_steps(alone("mixed"), *expected)
 
 
 def test_gradient_checkpointing_changes_nothing(outputs, plain):

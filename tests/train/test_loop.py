@@ -23,6 +23,7 @@ from training_runs import read_metrics
 
 from rag_retrieval.train.checkpoints import TrainState, read_state
 from rag_retrieval.train.loop import Trainer
+from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.run_folder import claim, plan_start
 from rag_retrieval.train.schedule import warmup_stable_cosine
@@ -41,6 +42,7 @@ class Numbers:
     items: tuple[int, ...]
     size: int
     sources: list[str] = field(default_factory=list)
+    part: str = ""
 
     def to(self, device):
         return self
@@ -126,7 +128,7 @@ def trainer(
     set_seed(0)
     model = nn.Sequential(nn.Linear(FEATURES, 4), nn.Dropout(dropout), nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
-    steps = ToySteps(records, batch_size, accumulation)
+    steps = MixedSteps({"": ToySteps(records, batch_size, accumulation)})
     state, checkpoint = plan_start(folder, resume, overwrite=False)
     made = Trainer(
         accelerator, model, optimizer, steps, ToyTask(model, metrics), settings(**changes), folder, state, ORIGIN
@@ -508,7 +510,7 @@ def test_no_limit_leaves_the_gradient_alone_and_still_tells_its_norm(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_step_and_records(tmp_path):
     made = trainer(tmp_path, records=24, batch_size=2, accumulation=2)
-    made.dataset.targets[9] = float("nan")  # step 3, second micro-batch
+    made.dataset.sets[""].targets[9] = float("nan")  # step 3, second micro-batch
     before = {}
     take_step = made.train_step
 
@@ -526,7 +528,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_ste
 
 def test_a_step_is_looked_at_when_the_next_is_under_way_and_has_changed_nothing(tmp_path):
     made = trainer(tmp_path, records=24, batch_size=2, accumulation=2, log_interval=100)
-    made.dataset.targets[9] = float("nan")  # step 3
+    made.dataset.sets[""].targets[9] = float("nan")  # step 3
     seen = []
     take_step = made.train_step
 
@@ -543,7 +545,7 @@ def test_a_step_is_looked_at_when_the_next_is_under_way_and_has_changed_nothing(
 def test_an_optimizer_that_cannot_be_told_on_the_device_is_stopped_at_once(tmp_path):
     made = trainer(tmp_path, records=24, batch_size=2, accumulation=2, log_interval=100)
     made.checks.skips_on_device = False
-    made.dataset.targets[9] = float("nan")  # step 3
+    made.dataset.sets[""].targets[9] = float("nan")  # step 3
     with pytest.raises(TrainingError, match="the loss of step 3 is nan"):
         made.train()
     assert made.state.step == 2

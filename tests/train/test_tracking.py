@@ -44,6 +44,14 @@ def test_an_engine_that_tells_no_norm_has_none_in_the_log():
     assert "grad_norm" not in window.values() and "skipped_steps" not in window.values()
 
 
+def test_several_data_sets_have_a_mean_loss_each_beside_that_of_all():
+    window = LogWindow(num_processes=1)
+    for loss, part in ((1.0, "a"), (2.0, "b"), (4.0, "a")):
+        window.add(loss, None, 1, 0.1, part)
+    values = {name: value for name, value in window.values().items() if name.startswith("loss")}
+    assert values == {"loss": 7 / 3, "loss/a": 2.5, "loss/b": 2.0}
+
+
 def test_metrics_after_the_resumed_step_are_cut_and_a_torn_line_too(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 2}\n{"step": 4}\n{"step": 5, "lo')
@@ -69,13 +77,15 @@ def test_without_a_terminal_there_are_log_lines(tmp_path, caplog):
     made.started -= 60  # ten steps in a minute leave nine minutes
     made.train(10, VALUES)
     assert caplog.messages[-1] == "step 10/100  loss 0.2500  lr 1.00e-04  1000 pairs/s  09:00 left"
+    made.train(10, VALUES | {"loss/a": 0.5, "chance_loss/a": 0.7})
+    assert caplog.messages[-1].startswith("step 10/100  loss 0.2500  loss/a 0.5000  lr 1.00e-04")
     made.evaluation(10, {"loss": 0.5, "ndcg@10": 0.75, "queries": 10}, "  (best ndcg@10 so far)")
     assert (
         caplog.messages[-1]
         == "evaluation at step 10: loss 0.5000  ndcg@10 0.7500  queries 10  (best ndcg@10 so far)"
     )
     made.close()
-    assert [line["kind"] for line in lines(tmp_path)] == ["train", "eval"]
+    assert [line["kind"] for line in lines(tmp_path)] == ["train", "train", "eval"]
     assert lines(tmp_path)[0] == {"step": 10, "kind": "train", **VALUES}
 
 

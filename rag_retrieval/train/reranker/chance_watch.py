@@ -24,7 +24,7 @@ PATIENCE = 0.2  # of the run's steps: twice the default warmup, in which nothing
 MOST_STEPS = 1000  # optimizer steps; in a long run nobody should wait for a fifth of it
 
 REMEDIES = (
-    "the loss has stayed at the level of a constant score (%.3f, chance %.3f) for %d steps, and scores "
+    "the loss%s has stayed at the level of a constant score (%.3f, chance %.3f) for %d steps, and scores "
     "hardly vary (standard deviation %.3f): the model gives every pair nearly the same score. Try, in this "
     "order: a larger head_lr (1e-3), a larger lr, more steps; then look whether labels are right (label "
     "histogram above), whether positives and negatives really differ, and whether max_len cuts the decisive "
@@ -37,11 +37,12 @@ class ChanceWatch:
 
     It adds to the log `chance_loss` and `score_std`: the standard deviation of scores, within groups for
     grouped losses, within micro-batches for pointwise ones. It warns once. Sums stay on the device until a
-    report.
+    report. Of several data sets each is watched by itself: part is the name of this one, which its values then
+    have after theirs.
     """
 
-    def __init__(self, objective: Objective):
-        self.objective = objective
+    def __init__(self, objective: Objective, part: str = ""):
+        self.objective, self.part = objective, part
         self.flat_reports = 0
         self.flat_since = 0  # step of the last report that was not flat
         self.warned = False
@@ -74,7 +75,8 @@ class ChanceWatch:
         chance = self.objective.chance(*map(stack_rows, zip(*self.targets, strict=True)))
         self._clear()
         self._judge(loss, chance, spread, step, total_steps)
-        return {"chance_loss": chance, "score_std": spread}
+        values = {"chance_loss": chance, "score_std": spread}
+        return {f"{name}/{self.part}": value for name, value in values.items()} if self.part else values
 
     def _judge(self, loss: float, chance: float, spread: float, step: int, total_steps: int) -> None:
         if chance > 0 and loss > NEAR_CHANCE * chance and spread < FLAT_SPREAD:
@@ -85,7 +87,7 @@ class ChanceWatch:
         long = flat_steps >= min(PATIENCE * total_steps, MOST_STEPS) and self.flat_reports >= LEAST_REPORTS
         if long and not self.warned:
             self.warned = True
-            logger.warning(REMEDIES, loss, chance, flat_steps, spread)
+            logger.warning(REMEDIES, f" of {self.part}" if self.part else "", loss, chance, flat_steps, spread)
 
 
 def squared_deviations(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

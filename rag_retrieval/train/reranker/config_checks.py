@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rag_retrieval.config_schema import is_data_file_name
+from rag_retrieval.train.reranker.training_files import as_entries
 
 LOSS_DATASET_TYPE = {
     "point_ce": "pointwise",
@@ -75,7 +76,8 @@ def _check_data(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if dataset_type == "pointwise" and _given(values, ["train_group_size"]):
         yield "train_group_size", "is only for train_dataset_type grouped, and it is pointwise; remove it"
     for split, dataset in (("train_split", "train_dataset"), ("val_split", "val_dataset")):
-        if _given(values, [split]) and is_data_file_name(values.get(dataset) or ""):
+        names = [entry.get("path") for entry in as_entries(values.get(dataset))]
+        if _given(values, [split]) and all(isinstance(name, str) and is_data_file_name(name) for name in names):
             yield split, f"is only for datasets of the hub, and {dataset} is a file; remove it"
     yield from _check_label_range(values, dataset_type)
 

@@ -5,7 +5,7 @@ What a reader would get wrong: with LoRA a checkpoint's `model` folder holds the
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,28 +24,29 @@ from rag_retrieval.train.run_folder import replace_folder
 class RerankerTask:
     """One run's losses, validation and files.
 
-    adapter: the LoRA wrapper around `scorer.model`, if any. load_base: loads the model as it was before
-    training, for merging an adapter into.
+    objectives: by the `part` of the micro-batches that they are for. adapter: the LoRA wrapper around
+    `scorer.model`, if any. load_base: loads the model as it was before training, for merging an adapter into.
     """
 
     def __init__(
         self,
         scorer: PairScorer,
-        objective: Objective,
+        objectives: Mapping[str, Objective],
         validation: Validation | None,
         load_base: Callable[[], PairScorer],
         adapter=None,
     ):
-        self.scorer, self.objective, self.validation, self.load_base = scorer, objective, validation, load_base
+        self.scorer, self.objectives, self.validation, self.load_base = scorer, objectives, validation, load_base
         self.adapter = adapter
-        self.watch = ChanceWatch(objective)
+        self.watches = {part: ChanceWatch(objective, part) for part, objective in objectives.items()}
 
     def loss_sums(self, model: nn.Module, micro_batch: RerankerMicroBatch) -> torch.Tensor:
         """The summed losses: float32 [losses] with a graph, not finite if any score is not."""
         pair_scores = model(micro_batch.pairs)
         scores = micro_batch.place_scores(pair_scores)
-        sums = self.objective.sums(scores, micro_batch.labels, micro_batch.teacher_scores, micro_batch.mask)
-        self.watch.add(sums.detach(), scores.detach(), micro_batch)
+        objective = self.objectives[micro_batch.part]
+        sums = objective.sums(scores, micro_batch.labels, micro_batch.teacher_scores, micro_batch.mask)
+        self.watches[micro_batch.part].add(sums.detach(), scores.detach(), micro_batch)
         # a loss may hide an infinite score (MSE: sigmoid(inf) is 1), and a filler's score has no weight in it
         return sums + 0.0 * pair_scores.sum()
 
@@ -55,7 +56,8 @@ class RerankerTask:
         return f"{len(lengths)} pairs, the longest of {max(lengths)} tokens, {sum(lengths):,} tokens in all{where}"
 
     def report(self, step: int, total_steps: int) -> dict[str, float]:
-        return self.watch.report(step, total_steps)
+        reports = [watch.report(step, total_steps) for watch in self.watches.values()]
+        return {name: value for report in reports for name, value in report.items()}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.validation(model)

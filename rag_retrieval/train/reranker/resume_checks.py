@@ -5,7 +5,8 @@ Validation matters as well, since the best score so far and the patience of earl
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rag_retrieval.record_store_build import STORE_FILES
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.provenance import Provenance, content_digest, engine_of, library_versions
 from rag_retrieval.train.reranker.training_config import TrainingConfig
+from rag_retrieval.train.reranker.training_files import resolved_entries
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,6 @@ MAY_CHANGE = {
     *("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation", "torch_compile"),
 }
 STEP_SIZE = ("batch_size", "gradient_accumulation_steps")  # times processes
-DATA = ("train_dataset", "val_dataset")
 VALIDATION = {"val_dataset", "val_dataset_type", "val_label_key", "val_split", "metric_for_best_model"}
 
 
@@ -37,13 +38,18 @@ class ResumeError(ValueError):
 
 
 def provenance(
-    config: TrainingConfig, accelerator: Accelerator, train: RecordStore, validation: RecordStore | None
+    config: TrainingConfig, accelerator: Accelerator, train: Sequence[RecordStore], validation: RecordStore | None
 ) -> Provenance:
     """What the checkpoints of this run will say of it."""
-    stores = zip(DATA, (train, validation), strict=True)
-    data = {name: store_digest(store) for name, store in stores if store is not None}
+    stores = dict(zip(file_keys(len(train)), train, strict=True)) | {"val_dataset": validation}
+    data = {name: store_digest(store) for name, store in stores.items() if store is not None}
     processes = accelerator.num_processes
     return Provenance(config.model_dump(), data, engine_of(accelerator), processes, library_versions())
+
+
+def file_keys(files: int) -> list[str]:
+    """What the training files are called in a checkpoint and in messages."""
+    return ["train_dataset"] if files == 1 else [f"train_dataset entry {number}" for number in range(1, files + 1)]
 
 
 def store_digest(store: RecordStore) -> str:
@@ -90,27 +96,50 @@ def differences(before: Provenance, now: Provenance) -> Iterator[tuple[str, str]
     """(key, "was X, now Y") of everything that matters, in the order of the configuration."""
     was, becomes = before.configuration, now.configuration
     for key in becomes | was:
-        if key in DATA:
-            if before.data.get(key) != now.data.get(key):
-                yield key, f"was {_told(was, before, key)}, now {_told(becomes, now, key)}"
+        if key == "train_dataset":
+            yield from file_differences(before, now)
+        elif key == "val_dataset":
+            yield from content_difference(before, now, key, was.get(key), becomes.get(key))
         elif key not in MAY_CHANGE and key not in STEP_SIZE and was.get(key) != becomes.get(key):
             yield key, f"was {was.get(key)!r}, now {becomes.get(key)!r}"
-    if _step_size(before) != _step_size(now):
-        yield "batch_size x gradient_accumulation_steps x processes", f"was {_product(before)}, now {_product(now)}"
 
 
-def _told(configuration: Mapping[str, Any], of: Provenance, key: str) -> str:
-    return f"{configuration.get(key)} (content {of.data[key]})" if key in of.data else "none"
+def file_differences(before: Provenance, now: Provenance) -> Iterator[tuple[str, str]]:
+    """Of the training files: how many, what is in each, the size of its steps, and what a list says of it."""
+    was, becomes = before.configuration, now.configuration
+    old, new = resolved_entries(was), resolved_entries(becomes)
+    if len(old) != len(new):
+        yield "train_dataset", f"was {len(old)} files, now {len(new)}"
+        return
+    listed = isinstance(was["train_dataset"], list) or isinstance(becomes["train_dataset"], list)
+    for key, old_entry, new_entry in zip(file_keys(len(old)), old, new, strict=True):
+        yield from content_difference(before, now, key, old_entry["path"], new_entry["path"])
+        place = f"{key}, " if listed else ""
+        for name in new_entry if listed else ():  # else these are keys of the run
+            if name not in ("path", *STEP_SIZE) and old_entry[name] != new_entry[name]:
+                yield f"{place}{name}", f"was {old_entry[name]!r}, now {new_entry[name]!r}"
+        factors, new_factors = step_factors(before, old_entry), step_factors(now, new_entry)
+        if math.prod(factors) != math.prod(new_factors):
+            product = f"{place}batch_size x gradient_accumulation_steps x processes"
+            yield product, f"was {_product(factors)}, now {_product(new_factors)}"
 
 
-def _factors(of: Provenance) -> list[int]:
-    return [*(of.configuration[key] for key in STEP_SIZE), of.processes]
+def content_difference(
+    before: Provenance, now: Provenance, key: str, path: str | None, new_path: str | None
+) -> Iterator[tuple[str, str]]:
+    if before.data.get(key) != now.data.get(key):
+        yield key, f"was {_told(path, before, key)}, now {_told(new_path, now, key)}"
 
 
-def _step_size(of: Provenance) -> int:
-    batch_size, accumulation, processes = _factors(of)
-    return batch_size * accumulation * processes
+def _told(path: str | None, of: Provenance, key: str) -> str:
+    return f"{path} (content {of.data[key]})" if key in of.data else "none"
 
 
-def _product(of: Provenance) -> str:
-    return f"{' x '.join(map(str, _factors(of)))} = {_step_size(of)}"
+def step_factors(of: Provenance, entry: Mapping[str, Any]) -> list[int]:
+    """What the records of a step of an entry's file are the product of."""
+    values = {**of.configuration, **entry}
+    return [*(values[key] for key in STEP_SIZE), of.processes]
+
+
+def _product(factors: list[int]) -> str:
+    return f"{' x '.join(map(str, factors))} = {math.prod(factors)}"

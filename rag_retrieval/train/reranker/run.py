@@ -8,17 +8,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from rag_retrieval.models.packed_forward import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.record_store import RecordStore, open_store
-from rag_retrieval.record_summary import format_summary, summary
+from rag_retrieval.record_store import RecordStore
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, check_wrapped_layers
 from rag_retrieval.train.loop import Trainer
+from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.model_setup import (
     describe_parameters,
@@ -26,9 +25,16 @@ from rag_retrieval.train.reranker.model_setup import (
     make_optimizer,
     prepare_for_training,
 )
-from rag_retrieval.train.reranker.objective import Objective, WeightedLoss, configured_objective
+from rag_retrieval.train.reranker.objective import configured_objective
 from rag_retrieval.train.reranker.reranker_task import RerankerTask
 from rag_retrieval.train.reranker.resume_checks import checked_resume, provenance
+from rag_retrieval.train.reranker.run_data import (
+    TrainingFile,
+    open_training_files,
+    open_validation,
+    report_data,
+    report_mix,
+)
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
@@ -41,10 +47,6 @@ logger = logging.getLogger(__name__)
 
 # of a forward pass on a CPU: enough to keep its cores busy; padded, little enough to waste no padding
 CPU_PACKED_TOKENS, CPU_PADDED_TOKENS = 2048, 1024
-# The summary's token lengths are of so many pairs at most, and of fewer where these have more text than one core
-# tokenizes in about a second: 10,000 pairs of 500 characters each took 4 of the 10 seconds before the first step.
-LENGTH_SAMPLE, LEAST_SAMPLE = 10_000, 1_000  # pairs
-SAMPLE_BYTES = 2_000_000
 
 
 def run(config: TrainingConfig) -> TrainState | None:
@@ -87,10 +89,10 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) 
         logger.info("%s: this run is finished; nothing to resume", output_dir)
         return None
     state, checkpoint = start
-    objective = configured_objective(config)
-    train_store, val_store = on_all_processes(open_stores, config, objective)
-    on_all_processes(check_teachable, config, objective, train_store)
-    origin = on_main_process(accelerator, provenance, config, accelerator, train_store, val_store)
+    files = on_all_processes(open_training_files, config)
+    val_store = on_all_processes(open_validation, config)
+    stores = [file.store for file in files]
+    origin = on_main_process(accelerator, provenance, config, accelerator, stores, val_store)
     if checkpoint is not None:
         state = on_main_process(accelerator, checked_resume, state, checkpoint, origin, config.resume_with_changes)
     set_seed(config.seed)
@@ -98,8 +100,8 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) 
     check_wrapped_layers(scorer.model)
     adapter = on_all_processes(prepare_for_training, scorer, config)
     if accelerator.is_main_process:
-        report_data(config, train_store, val_store, scorer)
-    trainer = build_trainer(config, accelerator, objective, train_store, val_store, scorer, adapter, state, origin)
+        report_data(config, files, val_store, scorer)
+    trainer = build_trainer(config, accelerator, files, val_store, scorer, adapter, state, origin)
     on_main_process(accelerator, take_folder, config, output_dir, state)
     set_seed(config.seed, device_specific=True)  # other dropout masks on every process
     if checkpoint is not None:
@@ -125,99 +127,10 @@ def check_model_is_kept(config: TrainingConfig) -> None:
             )
 
 
-def open_stores(config: TrainingConfig, objective: Objective) -> tuple[RecordStore, RecordStore | None]:
-    """The memory-mapped training and validation data; one process of a machine builds what is missing."""
-    common = {
-        "min_label": config.min_label,
-        "max_label": config.max_label,
-        "teacher_key": config.teacher_score_key,
-        "teacher_range": objective.teacher_range,
-    }
-    train = open_store(
-        config.train_dataset,
-        split=config.train_split or "train",
-        label_key=config.train_label_key,
-        group_by_query=True,  # pointwise steps keep the pairs of a query together too
-        exactly_one_positive=objective.one_positive,
-        needs_teacher=objective.needs_teacher,
-        **common,
-    )
-    if config.val_dataset is None:
-        return train, None
-    validation = open_store(
-        config.val_dataset,
-        split=config.val_split or "validation",
-        label_key=config.val_label_key,
-        group_by_query=True,  # ranking metrics need the pairs of a query together
-        **common,
-    )
-    return train, validation
-
-
-def check_teachable(config: TrainingConfig, objective: Objective, train: RecordStore) -> None:
-    """Groups in which all labels are equal (one document, too) teach a loss on labels nothing, and groups of one
-    document no grouped loss anything: they are reported, and data that hold nothing else are refused."""
-    for weighted in objective.losses if objective.grouped else ():
-        check_groups(config, weighted, train)
-
-
-def check_groups(config: TrainingConfig, weighted: WeightedLoss, train: RecordStore) -> None:
-    groups, name = train.num_groups, weighted.loss.name
-    if weighted.from_teacher:
-        count, fault, remedy = int((train.group_sizes == 1).sum()), "one document alone", "several documents"
-    else:
-        count, fault = summary(train).equal_label_groups, "documents of one label only"
-        remedy = "documents of different labels"
-    idle = f"{count:,} of {groups:,} groups have {fault}"
-    if count == groups:
-        raise StartError(
-            f"train_dataset: {config.train_dataset}: {idle}, so {name} has nothing to learn; give each "
-            f"query {remedy}, or use a pointwise loss"
-        )
-    if count:
-        logger.warning("%s: they teach %s nothing", idle, name)
-
-
-def report_data(
-    config: TrainingConfig, train: RecordStore, validation: RecordStore | None, scorer: PairScorer
-) -> None:
-    sources = (
-        ("training data", config.train_dataset, train),
-        ("validation data", config.val_dataset, validation),
-    )
-    for name, source, store in sources:
-        if store is not None:
-            lengths, sampled = token_lengths(store, scorer)
-            title = f"{name}: {source}"
-            text = format_summary(
-                summary(store), title, token_lengths=lengths, max_len=config.max_len, sampled=sampled
-            )
-            logger.info("%s", text)
-
-
-def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, bool]:
-    """Lengths in tokens, before truncation, of all pairs or of an evenly spread sample of them."""
-    count = sample_size(store.num_pairs, store.meta["bytes"]["pairs.arrow"])
-    places = np.linspace(0, store.num_pairs - 1, count).astype(int)
-    encoder = scorer.pair_encoder
-    pairs = [store.pair(int(place)) for place in places]
-    queries = encoder.query_ids([pair.query for pair in pairs])
-    documents = encoder.document_ids([pair.document for pair in pairs])
-    lengths = [encoder.untruncated_length(*ids) for ids in zip(queries, documents, strict=True)]
-    return np.array(lengths), count < store.num_pairs
-
-
-def sample_size(pairs: int, size: int) -> int:
-    """How many of `pairs` pairs, whose documents and numbers take `size` bytes, the token lengths are counted of."""
-    affordable = pairs * SAMPLE_BYTES // size
-    return min(pairs, LENGTH_SAMPLE, max(affordable, LEAST_SAMPLE))
-
-
 def build_trainer(
     config: TrainingConfig,
     accelerator: Accelerator,
-    objective: Objective,
-    train: RecordStore,
+    files: list[TrainingFile],
     validation: RecordStore | None,
     scorer: PairScorer,
     adapter,
@@ -228,34 +141,49 @@ def build_trainer(
     autocast_under_fsdp(accelerator, scorer)
     optimizer = make_optimizer(scorer, config)
     logger.info("%s", describe_parameters(scorer))
-    shape = StepShape(
-        records=train.num_groups if objective.grouped else train.num_pairs,
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-    )
+    steps = build_steps(config, accelerator, files, scorer)
+    evaluate = build_validation(config, accelerator, validation, scorer)
+    objectives = {file.name: file.objective for file in files}
+    task = RerankerTask(scorer, objectives, evaluate, partial(load_scorer, config), adapter)
+    settings = loop_settings(config, evaluate)
+    return Trainer(accelerator, scorer, optimizer, steps, task, settings, Path(config.output_dir), state, origin)
+
+
+def build_steps(
+    config: TrainingConfig, accelerator: Accelerator, files: list[TrainingFile], scorer: PairScorer
+) -> MixedSteps:
+    """The steps of all files, in turns. Each file draws random numbers of its own, the first those of the seed."""
     with accelerator.autocast():  # on a GPU, packing takes half precision
         packs, shares_queries = scorer.packs, scorer.shares_queries
     report_layout(scorer, packs)
     max_tokens = config.max_tokens_per_batch
     if max_tokens is None and accelerator.device.type == "cpu":
         max_tokens = CPU_PACKED_TOKENS if packs else CPU_PADDED_TOKENS
-    options = SamplingOptions(
-        config.seed,
-        config.train_group_size,
-        config.min_label,
-        config.max_label,
-        config.shuffle_rate,
-        max_tokens,
-        padded=not packs,
-        shares_queries=shares_queries,
-    )
-    steps = TrainingSteps(train, config.train_dataset, scorer.pair_encoder, objective, shape, options)
-    evaluate = build_validation(config, accelerator, objective, validation, scorer)
-    task = RerankerTask(scorer, objective, evaluate, partial(load_scorer, config), adapter)
-    settings = loop_settings(config, evaluate)
-    return Trainer(accelerator, scorer, optimizer, steps, task, settings, Path(config.output_dir), state, origin)
+    sets = {}
+    for position, file in enumerate(files):
+        shape = StepShape(
+            records=file.records_per_epoch,
+            batch_size=file.config.batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+        )
+        alone = file.config
+        options = SamplingOptions(
+            config.seed + position,
+            alone.train_group_size,
+            alone.min_label,
+            alone.max_label,
+            config.shuffle_rate,
+            max_tokens,
+            padded=not packs,
+            shares_queries=shares_queries,
+        )
+        source, encoder = alone.train_dataset, scorer.pair_encoder
+        sets[file.name] = TrainingSteps(file.store, source, encoder, file.objective, shape, options, file.name)
+    steps = MixedSteps(sets)
+    report_mix(files, steps)
+    return steps
 
 
 def report_layout(scorer: PairScorer, packs: bool) -> None:
@@ -271,7 +199,6 @@ def report_layout(scorer: PairScorer, packs: bool) -> None:
 def build_validation(
     config: TrainingConfig,
     accelerator: Accelerator,
-    objective: Objective,
     store: RecordStore | None,
     scorer: PairScorer,
 ) -> Validation | None:
@@ -279,6 +206,7 @@ def build_validation(
         return None
     pairs_per_batch = config.batch_size * (config.train_group_size or 1)
     label_range = (config.min_label, config.max_label)
+    objective = configured_objective(config)
     return Validation(store, scorer.pair_encoder, objective, label_range, pairs_per_batch, accelerator)
 
 

@@ -1,7 +1,8 @@
 """What an epoch sees: the order of records, which documents of a group, which reordered texts.
 
 Everything is a pure function of (seed, epoch, record): no state runs along, so a resumed run, another number
-of workers or of processes draws exactly the same.
+of workers or of processes draws exactly the same. "Epoch" is here the pass over a file, counted from 0: the run's epoch
+where the file has weight 1.
 """
 
 import numpy as np

@@ -8,7 +8,7 @@ Nothing here imports torch: a wrong configuration must be reported before anythi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import InitErrorDetails
 
 from rag_retrieval.config_file import FLOAT_DIGITS
-from rag_retrieval.config_schema import ABSENT, Schema, is_data_file_name, problem
-from rag_retrieval.train.reranker.config_checks import (
-    DECODER_DEFAULTS,
-    GROUPED_LABEL_RANGES,
-    LOSS_OPTIONS,
-    TEACHER_LOSSES,
-    cross_field_problems,
+from rag_retrieval.config_schema import ABSENT, Schema, message_of, problem
+from rag_retrieval.train.reranker.config_checks import DECODER_DEFAULTS, cross_field_problems
+from rag_retrieval.train.reranker.derived_values import derived_values
+from rag_retrieval.train.reranker.training_files import (
+    as_entries,
+    entry_name,
+    entry_problems,
+    in_words_of_an_entry,
+    own_values,
+    resolved_entry,
+    values_alone,
+    weight_of,
 )
 
 LOSS_ALIASES = {"pointwise_bce": "point_ce", "pointwise_mse": "point_mse"}
@@ -70,7 +75,11 @@ class TrainingConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
     # Data
-    train_dataset: str = Field(min_length=1, description="Training data: a file or a hub dataset.")
+    train_dataset: str | list[str | dict[str, Any]] = Field(
+        min_length=1, description="Training data: a file or a hub dataset, or a list of them that take turns, step by "
+        "step. An entry may be a mapping: path, weight (passes over the file in one epoch, above 0, default 1), and "
+        "type, label_key, split, group_size, max_label, min_label, batch_size, loss_type and its options in place of "
+        "the run's.")
     train_dataset_type: DatasetType = Field(
         description="Train on single pairs (pointwise) or on all documents of a query together (grouped).")
     train_label_key: str = Field("label", min_length=1, description="Key of the label in training data.")
@@ -172,17 +181,26 @@ class TrainingConfig(BaseModel):
     @classmethod
     def _report_all_and_resolve(cls, data: Mapping[str, Any], handler) -> "TrainingConfig":
         values, errors = _normalise(data)
-        try:
-            handler(values)
-        except ValidationError as error:
-            found = error.errors(include_url=False)
-            parts = ("type", "loc", "input", "ctx")
-            errors += [{part: entry.get(part, {}) for part in parts} for entry in found]
+        errors += _field_errors(handler, values)
         valid = _valid_values(values, {entry["loc"][0] for entry in errors})
-        errors += [_problem(key, message, values.get(key)) for key, message in cross_field_problems(valid)]
+        problems = list(cross_field_problems(valid))
+        several = isinstance(valid.get("train_dataset"), list)
+        found = list(_entry_problems(handler, values, problems)) if several else []
+        errors += [_problem(key, message, values.get(key)) for key, message in problems + found]
         if errors:
             raise ValidationError.from_exception_data(cls.__name__, errors)
-        return handler(values | _derived_values(valid))
+        if several:
+            entries = as_entries(values["train_dataset"])
+            values["train_dataset"] = [_resolved(handler, values, entry) for entry in entries]
+        return handler(values | derived_values(valid))
+
+    @property
+    def files(self) -> list[tuple["TrainingConfig", float]]:
+        """For each training file the configuration of a run on it alone, and its weight: passes over it in one
+        epoch. A `train_dataset` that is no list is one file of weight 1."""
+        if isinstance(self.train_dataset, str):
+            return [(self, 1.0)]
+        return [(self.model_copy(update=own_values(entry)), entry["weight"]) for entry in self.train_dataset]
 
     def to_yaml(self) -> str:
         """Every key with its resolved value; `load_config` reads it back as an equal object."""
@@ -213,6 +231,49 @@ _TAG = "tag:yaml.org,2002:"
 _Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
     _TAG + "str", text, style='"' if "\n" in text else None))  # other styles fold a newline over three lines
 _Dumper.add_implicit_resolver(_TAG + "float", re.compile(f"(?:{FLOAT_DIGITS})$"), list("-+.0123456789"))
+
+
+def _field_errors(handler, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What pydantic finds wrong with single values."""
+    try:
+        handler(values)
+    except ValidationError as error:
+        parts = ("type", "loc", "input", "ctx")
+        return [{part: entry.get(part, {}) for part in parts} for entry in error.errors(include_url=False)]
+    return []
+
+
+def _entry_problems(handler, run: Mapping[str, Any], told: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """("train_dataset", message) for what is wrong with its entries, without the problems told of the run."""
+    for number, entry in enumerate(as_entries(run["train_dataset"]), 1):
+        found = list(entry_problems(entry)) or _problems_alone(handler, run, entry, told)
+        for message in found:
+            yield "train_dataset", f"{entry_name(number, entry)}: {message}"
+
+
+def _problems_alone(handler, run: Mapping[str, Any], entry: Mapping[str, Any], told: list) -> list[str]:
+    """What would be wrong with a run on the entry's file alone, but for what is wrong with the run anyhow."""
+    values, errors = _values_alone(run, entry), {}
+    for error in _field_errors(handler, values):
+        errors.setdefault(error["loc"][0], error)
+    valid = _valid_values(values, errors.keys())
+    found = [(key, message_of(key, error, values.get(key), TRAINING))
+             for key, error in errors.items() if key in own_values(entry)]
+    found += [problem for problem in cross_field_problems(valid) if problem not in told]
+    return [in_words_of_an_entry(f"{key}: {message}") for key, message in found]
+
+
+def _values_alone(run: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a run on the entry's file alone; absent ones are left out."""
+    own = {key: _normalise_value(key, value) for key, value in own_values(entry).items()}
+    return _normalise(values_alone(run, own))[0]
+
+
+def _resolved(handler, run: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with every key. Run and entry are valid."""
+    values = _values_alone(run, entry)
+    finished = handler(values | derived_values(_valid_values(values, set())))
+    return resolved_entry(weight_of(entry), dict(finished))
 
 
 def _problem(key: str, message: str, found: Any) -> InitErrorDetails:
@@ -248,57 +309,8 @@ def _normalise_value(key: str, value: Any) -> Any:
     return value
 
 
-def _valid_values(values: dict[str, Any], invalid: set[str]) -> dict[str, Any]:
+def _valid_values(values: dict[str, Any], invalid: Set[str]) -> dict[str, Any]:
     """Given values and plain defaults without those of invalid keys."""
     fields = TrainingConfig.model_fields
     defaults = {key: field.default for key, field in fields.items() if not field.is_required()}
     return {key: value for key, value in (defaults | values).items() if key not in invalid}
-
-
-def _derived_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for keys not given, from the values of other keys. `values` are valid and fit each other."""
-    derived = {"head_lr": 10 * values["lr"]}
-    if values["model_type"] == "llm_decoder":
-        derived["head"] = "scalar"
-        if values["head"] != "yes_no":  # whose texts come with the model
-            derived |= DECODER_DEFAULTS
-    if values["train_dataset_type"] == "grouped":
-        derived["train_group_size"] = 8
-    else:
-        derived |= {"max_label": 1.0, "min_label": 0.0}
-    derived |= _derived_loss_values(values)
-    if not is_data_file_name(values["train_dataset"]):
-        derived["train_split"] = "train"
-    if values["lora_r"] is not None:
-        derived |= {"lora_alpha": 2 * values["lora_r"], "lora_dropout": 0.0}
-    derived |= _derived_validation_values(values)
-    return {key: value for key, value in derived.items() if value is None or values[key] is None}
-
-
-def _derived_loss_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    loss, teacher_loss = values["loss_type"], values["teacher_loss_type"]
-    derived = {}
-    if loss in LOSS_OPTIONS["temperature"]:
-        derived["temperature"] = 1.0
-    if loss in LOSS_OPTIONS["lambda_weights"]:
-        derived["lambda_weights"] = "ndcg_loss2pp"
-    if loss in GROUPED_LABEL_RANGES:
-        derived["min_label"], derived["max_label"] = GROUPED_LABEL_RANGES[loss]
-    if teacher_loss is not None:
-        derived["teacher_weight"] = 0.5
-    if teacher_loss == "kl_distillation":
-        derived["teacher_temperature"] = 1.0
-    if teacher_loss is not None or loss in TEACHER_LOSSES:
-        derived["teacher_score_key"] = "teacher_score"
-    return derived
-
-
-def _derived_validation_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    if values["val_dataset"] is None:
-        # what describes a validation that is off is dropped: the saved configuration must not suggest one
-        return dict.fromkeys(("val_dataset_type", "val_label_key", "val_split"))
-    return {
-        "val_dataset_type": values["train_dataset_type"],
-        "val_label_key": values["train_label_key"],
-        "metric_for_best_model": "ndcg@10",
-    } | ({} if is_data_file_name(values["val_dataset"]) else {"val_split": "validation"})

@@ -29,7 +29,7 @@ class RerankerMicroBatch:
     labels: float32, mask: bool, both [pairs] for pointwise losses and [groups, documents] for grouped ones,
     where the scores fill the True places of the mask row by row. teacher_scores: as labels, None where no loss
     reads them. `items` are the counts of the losses, `size` the number of pairs, `sources` names the records as
-    `file:line`. A filler has one pair and a mask without any True.
+    `file:line`, `part` the file where there are several. A filler has one pair and a mask without any True.
     """
 
     pairs: PairBatch
@@ -38,6 +38,7 @@ class RerankerMicroBatch:
     items: tuple[int, ...]
     size: int
     sources: list[str]
+    part: str = ""
     teacher_scores: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "RerankerMicroBatch":
@@ -74,7 +75,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Example:
-    """One query with the documents that this epoch shows: one for pointwise data."""
+    """One query with the documents that this pass over the data shows: one for pointwise data."""
 
     query: str
     documents: list[str]
@@ -84,7 +85,13 @@ class Example:
 
 
 class TrainingSteps(Dataset):
-    """Indexed by (epoch, step in epoch); see `StepShape` for which records a step holds."""
+    """The steps of one file, indexed by (epoch, step in epoch); see `StepShape` for which records a step holds.
+
+    shape.records: what an epoch shows, fewer or more than the file has where its weight is not 1. Epochs cut the
+    endless row of passes over the file into pieces of that length; in each pass every record stands once, in an order
+    of its own. What is drawn for a record (documents of a group, reordered texts) hangs on the pass, not on the epoch.
+    part: the file's name where there are several, "" otherwise.
+    """
 
     def __init__(
         self,
@@ -94,9 +101,10 @@ class TrainingSteps(Dataset):
         objective: Objective,
         shape: StepShape,
         options: SamplingOptions,
+        part: str = "",
     ):
         self.store, self.source, self.encoder, self.objective = store, source, encoder, objective
-        self.shape, self.options = shape, options
+        self.shape, self.options, self.part = shape, options, part
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
@@ -105,41 +113,44 @@ class TrainingSteps(Dataset):
 
     def __getitem__(self, position: tuple[int, int]) -> list[RerankerMicroBatch]:
         epoch, step = position
-        order = self._epoch_order(epoch)
+        start = epoch * self.shape.records
         return [
             micro_batch
             for places in self.shape.positions(step)
-            for micro_batch in self.micro_batches(
-                [self.example(int(order[place]), epoch) for place in places]
-            )
+            for micro_batch in self.micro_batches([self._example_at(start + place) for place in places])
         ]
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._draw_order(epoch))
+    def _example_at(self, place: int) -> Example:
+        """The example at a place of the row of passes."""
+        pass_number, place = divmod(place, records_of(self.store, self.objective))
+        return self.example(int(self._order_of(pass_number)[place]), pass_number)
+
+    def _order_of(self, pass_number: int) -> np.ndarray:
+        if self._order is None or self._order[0] != pass_number:
+            self._order = (pass_number, self._draw_order(pass_number))
         return self._order[1]
 
-    def _draw_order(self, epoch: int) -> np.ndarray:
+    def _draw_order(self, pass_number: int) -> np.ndarray:
         if self.objective.grouped:
-            return epoch_order(self.options.seed, epoch, self.shape.records)
-        return pair_order(self.options.seed, epoch, self.store.group_sizes)
+            return epoch_order(self.options.seed, pass_number, self.store.num_groups)
+        return pair_order(self.options.seed, pass_number, self.store.group_sizes)
 
-    def example(self, record: int, epoch: int) -> Example:
-        return self._group(record, epoch) if self.objective.grouped else self._pair(record, epoch)
+    def example(self, record: int, pass_number: int) -> Example:
+        return self._group(record, pass_number) if self.objective.grouped else self._pair(record, pass_number)
 
-    def _pair(self, record: int, epoch: int) -> Example:
+    def _pair(self, record: int, pass_number: int) -> Example:
         pair = self.store.pair(record)
         labels = rescale(np.array([pair.label], dtype=np.float32), self.options.lowest, self.options.highest)
-        document = self._augmented(pair.document, epoch, record)
+        document = self._augmented(pair.document, pass_number, record)
         return Example(pair.query, [document], labels, pair.line, self._teacher_scores(record, np.zeros(1, int)))
 
-    def _group(self, record: int, epoch: int) -> Example:
+    def _group(self, record: int, pass_number: int) -> Example:
         group, options = self.store.group(record), self.options
         one_positive = self.objective.one_positive
-        kept = sample_group(group.positives, options.group_size, epoch, options.seed, record, one_positive)
+        kept = sample_group(group.positives, options.group_size, pass_number, options.seed, record, one_positive)
         labels = group.positives if self.objective.reads_positives else group.labels
         first = int(self.store.group_offsets[record])
-        documents = [self._augmented(group.documents[place], epoch, first + int(place)) for place in kept]
+        documents = [self._augmented(group.documents[place], pass_number, first + int(place)) for place in kept]
         teacher_scores = self._teacher_scores(first, kept)
         return Example(group.query, documents, labels[kept].astype(np.float32), group.line, teacher_scores)
 
@@ -147,8 +158,8 @@ class TrainingSteps(Dataset):
         """Of the pairs first + places: float32; None where no loss reads them."""
         return self.store.teacher_scores[first + places] if self.objective.needs_teacher else None
 
-    def _augmented(self, text: str, epoch: int, pair: int) -> str:
-        return reorder_thirds(text, self.options.shuffle_rate, self.options.seed, epoch, pair)
+    def _augmented(self, text: str, pass_number: int, pair: int) -> str:
+        return reorder_thirds(text, self.options.shuffle_rate, self.options.seed, pass_number, pair)
 
     def micro_batches(self, examples: list[Example]) -> list[RerankerMicroBatch]:
         """Encode examples and lay them out, cut by the token budget; an empty list gives one filler."""
@@ -184,7 +195,7 @@ class TrainingSteps(Dataset):
         flat = [pair for group in pairs for pair in group]
         sources = [f"{self.source}:{example.line}" for example in examples]
         items = self.objective.counts(labels, teacher_scores, mask)
-        return RerankerMicroBatch(make_batch(flat), labels, mask, items, len(flat), sources, teacher_scores)
+        return RerankerMicroBatch(make_batch(flat), labels, mask, items, len(flat), sources, self.part, teacher_scores)
 
     def _rows(self, values: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """See `layout`; for pointwise losses without the dimension of documents, which is 1."""
@@ -196,7 +207,12 @@ class TrainingSteps(Dataset):
         labels = torch.zeros((1, 1) if self.objective.grouped else (1,))
         pairs, nothing = make_batch(self.encoder.encode([("", "")])), (0,) * len(self.objective.losses)
         teacher_scores = labels.clone() if self.objective.needs_teacher else None
-        return RerankerMicroBatch(pairs, labels, labels.bool(), nothing, 0, [], teacher_scores)
+        return RerankerMicroBatch(pairs, labels, labels.bool(), nothing, 0, [], self.part, teacher_scores)
+
+
+def records_of(store: RecordStore, objective: Objective) -> int:
+    """How many records a pass over the data has: groups, or pairs for pointwise losses."""
+    return store.num_groups if objective.grouped else store.num_pairs
 
 
 def rescale(labels: np.ndarray, lowest: float, highest: float) -> np.ndarray:

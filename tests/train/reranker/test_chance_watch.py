@@ -73,6 +73,15 @@ def test_it_warns_once_after_a_fifth_of_the_run(caplog):
     assert "for 20 steps" in caplog.text
 
 
+def test_a_watch_of_one_of_several_files_names_it(caplog):
+    watch = ChanceWatch(Objective.of(LOSSES["listwise_ce"]), "b.jsonl")
+    add(watch, [[0.0, 0.0]], batch("listwise_ce", [[1, 0]]))
+    assert watch.report(1, 100) == {"chance_loss/b.jsonl": pytest.approx(math.log(2)), "score_std/b.jsonl": 0.0}
+    for step in range(2, 30):
+        flat(watch, step, 100)
+    assert "the loss of b.jsonl has stayed" in caplog.text
+
+
 def test_it_takes_three_reports_and_in_long_runs_no_fifth(caplog):
     watch = watching("listwise_ce")
     flat(watch, 50, 100), flat(watch, 60, 100)

@@ -109,6 +109,41 @@ def test_data_are_told_by_their_content_and_may_move(checkpoint):
         checked_resume(STATE, checkpoint, changed, with_changes=False)
 
 
+TWO = {"train_dataset entry 1": "aa", "train_dataset entry 2": "cc", "val_dataset": "bb"}
+
+
+def test_of_several_files_each_is_told_by_its_content_and_its_entry():
+    was = provenance(train_dataset=["a.jsonl", "b.jsonl"], data=TWO)
+    moved = provenance(train_dataset=["x/a.jsonl", "x/b.jsonl"], data=TWO)
+    assert dict(differences(was, moved)) == {}
+    entries = ["a.jsonl", {"path": "b.jsonl", "weight": 2, "max_label": 3}]
+    now = provenance(train_dataset=entries, data=TWO | {"train_dataset entry 2": "dd"})
+    assert dict(differences(was, now)) == {
+        "train_dataset entry 2": "was b.jsonl (content cc), now b.jsonl (content dd)",
+        "train_dataset entry 2, weight": "was 1.0, now 2.0",
+        "train_dataset entry 2, max_label": "was 1.0, now 3.0",
+    }
+
+
+def test_another_number_of_files_is_told_and_a_list_of_one_is_the_file_itself():
+    two = provenance(train_dataset=["a.jsonl", "b.jsonl"], data=TWO)
+    assert dict(differences(provenance(), two)) == {"train_dataset": "was 1 files, now 2"}
+    assert dict(differences(provenance(), provenance(train_dataset=["train.jsonl"]))) == {}
+    again = provenance(train_dataset=[{"path": "train.jsonl", "weight": 0.5}])
+    assert dict(differences(provenance(), again)) == {"train_dataset, weight": "was 1.0, now 0.5"}
+
+
+def test_of_several_files_too_only_the_product_counts_that_makes_a_step():
+    entries = ["a.jsonl", {"path": "b.jsonl", "batch_size": 4}]
+    was = provenance(train_dataset=entries, data=TWO)
+    halves = ["a.jsonl", {"path": "b.jsonl", "batch_size": 2}]
+    on_two = provenance(train_dataset=halves, data=TWO, batch_size=16, processes=2)
+    assert dict(differences(was, on_two)) == {}
+    ((place, change),) = differences(was, provenance(train_dataset=halves, data=TWO))
+    assert place == "train_dataset entry 2, batch_size x gradient_accumulation_steps x processes"
+    assert change == "was 4 x 1 x 1 = 4, now 2 x 1 x 1 = 2"
+
+
 def test_a_validation_that_was_another_gives_no_best_to_compare_with(checkpoint):
     now = provenance(data={"train_dataset": "aa", "val_dataset": "cc"})
     state = checked_resume(STATE, checkpoint, now, with_changes=True)

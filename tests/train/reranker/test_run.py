@@ -23,11 +23,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.record_store import open_store
-from rag_retrieval.train.reranker import run as run_module
-from rag_retrieval.train.reranker.run import StartError, sample_size, token_lengths
 from rag_retrieval.train.reranker.sampling import epoch_order, pair_order
 from rag_retrieval.train.run_folder import folder_lock
+from rag_retrieval.train.starting import StartError
 from rag_retrieval.train.task import TrainingError
 
 EPSILON = 1e-3  # Adam divides rounding noise by itself where a gradient is zero, as that of key biases is
@@ -718,28 +716,3 @@ def test_weights_that_the_last_step_spoiled_are_not_saved(settings):
     with pytest.raises(TrainingError, match="after step 1 weights are not finite"):
         train(values)
     assert not (Path(values["output_dir"]) / "model").exists()
-
-
-@pytest.mark.parametrize(
-    ("pairs", "size", "expected"),
-    [
-        (8_400, 1_900_000, 8_400),  # small: all of them
-        (1_000_000, 100_000_000, 10_000),  # 100 bytes each
-        (1_000_000, 500_000_000, 4_000),  # 500 bytes each: 4,000 have 2 MB
-        (1_000_000, 50_000_000_000, 1_000),  # 50 kB each
-        (300, 15_000_000, 300),
-    ],
-)
-def test_token_lengths_are_counted_on_as_many_pairs_as_take_a_moment(pairs, size, expected):
-    assert sample_size(pairs, size) == expected
-
-
-def test_the_sampled_pairs_are_spread_evenly_over_the_data(tmp_path, bert, monkeypatch):
-    lines = [{"query": "rain", "content": "a " * (place + 1), "label": 1} for place in range(9)]
-    store = open_store(write_jsonl(tmp_path / "a.jsonl", lines), cache_dir=tmp_path)
-    scorer = CrossEncoder.from_pretrained(bert, num_labels=1, max_length=16)
-    lengths, sampled = token_lengths(store, scorer)
-    assert not sampled and np.diff(lengths).tolist() == [1] * 8
-    monkeypatch.setattr(run_module, "sample_size", lambda pairs, size: 3)
-    some, sampled = token_lengths(store, scorer)
-    assert sampled and some.tolist() == lengths[[0, 4, 8]].tolist()

@@ -364,7 +364,7 @@ def test_what_needs_validation_is_refused_without_a_validation_dataset():
         ("metric_for_best_model", ["ndcg"]),
         ("log_with", ["mlflow"]),
         ("output_dir", ["", 2024]),
-        ("train_dataset", ["", ["a.jsonl"]]),
+        ("train_dataset", ["", [], [3], {"path": "a.jsonl"}]),
         ("special_token", [""]),
     ],
 )

@@ -9,8 +9,9 @@ from training_runs import grouped_records, pointwise_records, write_jsonl
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.record_store import open_store
+from rag_retrieval.train.mixed_steps import records_per_epoch
 from rag_retrieval.train.reranker.objective import Objective
-from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps, layout, rescale
+from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps, layout, records_of, rescale
 from rag_retrieval.train.step_data import StepShape, step_loader
 
 
@@ -27,15 +28,16 @@ def steps(tmp_path, bert):
         group_size=8,
         levels=(0.0, 1.0),
         shuffle_rate=0.0,
+        weight=1.0,
     ) -> TrainingSteps:
         chosen = LOSSES[loss]
         source = write_jsonl(tmp_path / "data.jsonl", records)
         grouped = chosen.dataset_type == "grouped"
         store = open_store(source, group_by_query=True, exactly_one_positive=chosen.one_positive)
-        count = store.num_groups if grouped else store.num_pairs
+        count = records_per_epoch(records_of(store, Objective.of(chosen)), weight)
         shape = StepShape(count, batch_size=4, accumulation=2, processes=processes, process_index=index)
         options = SamplingOptions(5, group_size if grouped else None, *levels, shuffle_rate)
-        return TrainingSteps(store, "data.jsonl", encoder, Objective.of(chosen), shape, options)
+        return TrainingSteps(store, "data.jsonl", encoder, Objective.of(chosen), shape, options, "data")
 
     return make
 
@@ -226,3 +228,43 @@ def test_an_epoch_sees_every_record_once_on_one_process_alone(steps, loss, proce
         assert all(batch.items == (0,) for batch in batches if not batch.mask.any())
     assert sorted(seen) == sorted(f"data.jsonl:{line}" for line in range(1, records + 1))
     assert pairs == sum(len(record.get("hits", [record])) for record in data)
+
+
+def lines_of(data: TrainingSteps, epoch: int) -> list[int]:
+    """The lines of the records that an epoch shows, in its order."""
+    batches = [batch for step in range(data.steps_per_epoch) for batch in data[epoch, step]]
+    return [int(source.split(":")[1]) for batch in batches for source in batch.sources]
+
+
+@pytest.mark.parametrize("loss", ["point_ce", "pairwise_ranknet"])
+def test_a_weight_below_one_goes_on_in_the_next_epoch_where_it_stopped(steps, loss):
+    """19 records, weight 0.3: 6 an epoch, so that the 4th epoch begins the second pass after 1 of its 6."""
+    records = pointwise_records(19) if loss == "point_ce" else grouped_records(19)
+    whole, part = steps(loss, records), steps(loss, records, weight=0.3)
+    passes = lines_of(whole, 0) + lines_of(whole, 1)
+    assert [lines_of(part, epoch) for epoch in range(6)] == [passes[6 * e : 6 * e + 6] for e in range(6)]
+    assert sorted(passes[:19]) == sorted(passes[19:]) == list(range(1, 20)) and passes[:19] != passes[19:]
+
+
+def test_a_weight_above_one_shows_pass_after_pass_in_one_epoch(steps):
+    records = grouped_records(9)
+    whole, part = steps("pairwise_ranknet", records), steps("pairwise_ranknet", records, weight=2.5)
+    passes = [line for epoch in range(5) for line in lines_of(whole, epoch)]
+    assert part.steps_per_epoch == 3, "22 records in steps of 8: 2.5 x 9 is rounded to the even 22"
+    assert lines_of(part, 0) + lines_of(part, 1) == passes[:44]
+
+
+def test_another_pass_in_the_same_epoch_shows_other_documents_of_a_large_group(steps):
+    queries = ("capital", "boils", "river", "paris", "seine", "sugar", "oxygen", "france")
+    records = [{"query": query, "pos": ["yes"], "neg": ["rest", "water", "light"]} for query in queries]
+    whole = steps("listwise_ce", records, group_size=2)
+    expected = [pairs_of(whole, batch) for epoch in range(3) for batch in whole[epoch, 0]]
+    part = steps("listwise_ce", records, group_size=2, weight=3)
+    assert [pairs_of(part, batch) for step in range(3) for batch in part[0, step]] == expected
+    assert len({text for texts in expected for text in texts}) == 8 * 4, "in three passes every document"
+
+
+def test_every_micro_batch_and_filler_names_its_file(steps):
+    data = steps("listwise_ce", grouped_records(9), processes=2, index=1)
+    batches = [batch for step in range(data.steps_per_epoch) for batch in data[0, step]]
+    assert {batch.part for batch in batches} == {"data"} == {data.filler().part}
