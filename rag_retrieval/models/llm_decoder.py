@@ -136,7 +136,7 @@ class LLMDecoder(PairScorer):
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As of every scorer, and the files by which sentence-transformers lays out a pair as here."""
         super().save_pretrained(folder, state_dict)
-        write_decoder_files(Path(folder), self.tokenizer, self.settings)
+        write_decoder_files(Path(folder), self.pair_encoder, self.settings)
 
 
 def choose_texts(

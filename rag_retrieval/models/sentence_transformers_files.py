@@ -7,17 +7,17 @@
 
 What a reader would get wrong: the chat template is the model's own too, so ours stands before it in one file and is
 taken only where both roles are there. And that text is tokenized in one go: of a scalar head, whose parts we tokenize
-on their own, other tokens may come of it where a text meets a format (`template_differs` tells).
+on their own, other tokens may come of it where a text meets a format, such as of "?" and a line break after it.
 """
 
 import json
-from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from rag_retrieval.models.model_files import RerankerSettings
-from rag_retrieval.models.pair_encoding import PairEncoder, split_format, tokenize
+from rag_retrieval.models.pair_encoding import PairEncoder, private_copy, split_format, tokenize
 from rag_retrieval.models.yes_no_prompt import INSTRUCTION, answer_tokens
 
 IDENTITY = "torch.nn.modules.linear.Identity"
@@ -34,17 +34,14 @@ PAIR_TEMPLATE = """{{#- rag_retrieval: the text of a query and a document -#}}
 BEGINNING = PAIR_TEMPLATE.format(before="", between="", after="").partition("\n")[0]
 OWN_TEMPLATE, END = "{%- else +%}", "{%+ endif %}"  # the plus signs keep line breaks of the template between them
 
-# Texts that end as texts do; together with formats that begin with a line break, tokens may grow across the border
-PROBES = (("what is it", "a thing"), ("what is it?", "A thing."), ("什么？", "一个东西。"))
 
-
-def write_decoder_files(folder: Path, tokenizer: PreTrainedTokenizerBase, settings: RerankerSettings) -> None:
-    """Beside the weights, config and tokenizer that lie in `folder`. settings: of an LLMDecoder."""
-    (folder / "chat_template.jinja").write_text(chat_template(tokenizer, settings), encoding="utf-8")
+def write_decoder_files(folder: Path, encoder: PairEncoder, settings: RerankerSettings) -> None:
+    """Beside the weights, config and tokenizer that lie in `folder`. encoder, settings: of an LLMDecoder."""
+    (folder / "chat_template.jinja").write_text(chat_template(encoder, settings), encoding="utf-8")
     modules = [module("", TRANSFORMER, 0)]
     if settings.head == "yes_no":
         modules.append(module(LOGIT_FOLDER, LOGIT_SCORE, 1))
-        yes, no = answer_tokens(tokenizer, settings.yes_token, settings.no_token)
+        yes, no = answer_tokens(encoder.tokenizer, settings.yes_token, settings.no_token)
         (folder / LOGIT_FOLDER).mkdir(exist_ok=True)
         write(folder / LOGIT_FOLDER / "config.json", {"true_token_id": yes, "false_token_id": no})
     write(folder / "modules.json", modules)
@@ -71,11 +68,11 @@ def write(path: Path, values: dict | list) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, settings: RerankerSettings) -> str:
+def chat_template(encoder: PairEncoder, settings: RerankerSettings) -> str:
     """The template of a pair, and after it the one that the tokenizer had without it."""
-    before, between, after = (quoted(text) for text in fixed_texts(tokenizer, settings))
+    before, between, after = (quoted(text) for text in fixed_texts(encoder, settings))
     pair = PAIR_TEMPLATE.format(before=before, between=between, after=after)
-    return pair + OWN_TEMPLATE + own_template(tokenizer) + END
+    return pair + OWN_TEMPLATE + own_template(encoder.tokenizer) + END
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -93,25 +90,30 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def fixed_texts(tokenizer: PreTrainedTokenizerBase, settings: RerankerSettings) -> tuple[str, str, str]:
-    """What stands before the query, between query and document, and after the document."""
+def fixed_texts(encoder: PairEncoder, settings: RerankerSettings) -> tuple[str, str, str]:
+    """What stands before the query, between query and document, and after the document.
+
+    SentencePiece begins each part of a pair with the mark of a space, where it is tokenized on its own. A space before
+    the part, after bos too, gives the same: it is put where the tokens of a pair of one letter each ask for it.
+    """
     before_query, after_query = split_format("query_format", settings.query_format)
     before_document, after_document = split_format("document_format", settings.document_format)
-    texts = [before_query, after_query + settings.seq + before_document, after_document + settings.special_token]
+    texts = [before_query, after_query + settings.seq, before_document, after_document + settings.special_token]
     if settings.head == "yes_no":
         texts = [text.replace(INSTRUCTION, settings.instruction) for text in texts]
+    bos = missing_bos(encoder.tokenizer, texts[0])
+    wanted, own = encoder.encode([("a", "b")])[0].ids, private_copy(encoder.tokenizer)
+    for spaces in product(("", " "), repeat=len(texts)):
+        start, middle, document, end = (space + text for space, text in zip(spaces, texts, strict=True))
+        if tokenize(own, [bos + start + "a" + middle + document + "b" + end])[0] == wanted:
+            return bos + start, middle + document, end
+    return bos + texts[0], texts[1] + texts[2], texts[3]
+
+
+def missing_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The tokens that the tokenizer puts before a text, as text, where the text does not bring them."""
     encoded = tokenizer("a")
     bos = encoded["input_ids"][: encoded.sequence_ids().index(0)]
-    if tokenize(tokenizer, [texts[0] + "a"])[0][: len(bos)] != bos:
-        texts[0] = "".join(tokenizer.convert_ids_to_tokens(bos)) + texts[0]
-    return tuple(texts)
-
-
-def template_differs(
-    encoder: PairEncoder, settings: RerankerSettings, pairs: Sequence[tuple[str, str]] = PROBES
-) -> list[tuple[str, str]]:
-    """Those of the pairs of which the chat template's text gives other tokens than ours, where none is cut."""
-    before, between, after = fixed_texts(encoder.tokenizer, settings)
-    texts = [before + query + between + document + after for query, document in pairs]
-    whole, ours = tokenize(encoder.tokenizer, texts), encoder.encode(pairs)
-    return [pair for pair, ids, encoded in zip(pairs, whole, ours, strict=True) if ids != encoded.ids]
+    if tokenize(private_copy(tokenizer), [text + "a"])[0][: len(bos)] == bos:
+        return ""
+    return "".join(tokenizer.convert_ids_to_tokens(bos))
