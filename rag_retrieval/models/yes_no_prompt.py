@@ -130,11 +130,12 @@ def check_instruction(formats: dict[str, str], instruction: str | None) -> None:
         )
 
 
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, yes_token: str, no_token: str) -> tuple[int, int]:
-    """The ids of the two answers. Raises ValueError unless each is one token, other than the other."""
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, yes_token: str, no_token: str) -> tuple[int, int | None]:
+    """The ids of the two answers; None for a no_token of "", where yes is read alone. Raises ValueError unless each
+    is one token, other than the other."""
     ids = [single_token(tokenizer, text) for text in (yes_token, no_token)]
     for name, text, token in zip(("yes_token", "no_token"), (yes_token, no_token), ids, strict=True):
-        if token is None:
+        if token is None and (name, text) != ("no_token", ""):
             pieces = tokenizer.tokenize(text)
             raise ValueError(
                 f"{name} {text!r} must be one token, and this tokenizer makes {len(pieces)} of it "
