@@ -1,6 +1,6 @@
-"""The files by which sentence-transformers (6) opens a decoder with its formats, and vLLM with `--chat-template`.
+"""The files by which sentence-transformers (6) opens a decoder with its formats, and servers cut pairs where we do.
 
-    chat_template.jinja                 the text of a pair, for messages of the roles query and document
+    chat_template.jinja                 the text of a pair, for messages of the roles query and document (vLLM too)
     modules.json, sentence_bert_config.json, config_sentence_transformers.json
                                         what reads the score, up to how many tokens, and that it stays raw
     1_LogitScore/config.json            of a yes/no head: the ids of its two tokens
@@ -47,6 +47,11 @@ def write_decoder_files(folder: Path, encoder: PairEncoder, settings: RerankerSe
     write(folder / "modules.json", modules)
     write(folder / "sentence_bert_config.json", transformer_config(settings))
     write(folder / "config_sentence_transformers.json", {"model_type": "CrossEncoder", "activation_fn": IDENTITY})
+
+
+def write_encoder_files(folder: Path, settings: RerankerSettings) -> None:
+    """For servers alone, which cut pairs by it: sentence-transformers opens an encoder without files of its own."""
+    write(folder / "sentence_bert_config.json", {"max_seq_length": settings.max_len, "do_lower_case": False})
 
 
 def module(path: str, kind: str, place: int) -> dict:
