@@ -21,14 +21,15 @@ class ModelFiles:
     """What was read of a folder or a hub name.
 
     config: of config.json. modules: class names in a sentence-transformers folder's modules.json, else empty.
-    logit_score: the settings of its LogitScore, which reads a token's logit; None without one. card: README.md,
-    chat_template: of the tokenizer; "" without.
+    logit_score: the settings of its LogitScore, which reads a token's logit; None without one. instruction: the
+    prompt that it uses by default; None without one. card: README.md, chat_template: of the tokenizer; "" without.
     """
 
     path: str
     config: dict
     modules: list[str]
     logit_score: dict | None
+    instruction: str | None
     card: str
     chat_template: str
 
@@ -48,12 +49,22 @@ def read_model_files(path: str) -> ModelFiles:
     modules = [entry["type"].rpartition(".")[2] for entry in entries]
     places = dict(zip(modules, (entry["path"] for entry in entries), strict=True))
     logit_score = read_json(path, f"{places['LogitScore']}/config.json") if "LogitScore" in places else None
-    template = read_text(path, "chat_template.jinja")
-    if not template:
-        template = (read_json(path, "tokenizer_config.json") or {}).get("chat_template") or ""
-    template = template if isinstance(template, str) else ""  # older files hold several, by name
-    config = read_json(path, "config.json") or {}
-    return ModelFiles(path, config, modules, logit_score, read_text(path, "README.md"), template)
+    settings = read_json(path, "config_sentence_transformers.json") or {}
+    return ModelFiles(
+        path,
+        read_json(path, "config.json") or {},
+        modules,
+        logit_score,
+        (settings.get("prompts") or {}).get(settings.get("default_prompt_name")) or None,
+        read_text(path, "README.md"),
+        read_text(path, "chat_template.jinja") or template_in_tokenizer(path),
+    )
+
+
+def template_in_tokenizer(path: str) -> str:
+    """The chat template where it stands among the tokenizer's settings; some hold several by name, and "" is given."""
+    template = (read_json(path, "tokenizer_config.json") or {}).get("chat_template")
+    return template if isinstance(template, str) else ""
 
 
 def read_text(path: str, name: str) -> str:

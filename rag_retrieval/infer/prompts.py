@@ -17,8 +17,8 @@ from rag_retrieval.infer.backend import BackendOptions
 from rag_retrieval.infer.model_kind import ModelFiles
 from rag_retrieval.models.model_files import FORMAT_NAMES
 from rag_retrieval.models.model_loading import load_tokenizer
-from rag_retrieval.models.pair_encoding import private_copy, split_format, tokenize
-from rag_retrieval.models.yes_no_prompt import INSTRUCTION, check_instruction
+from rag_retrieval.models.pair_encoding import private_copy, tokenize
+from rag_retrieval.models.yes_no_prompt import INSTRUCTION, check_instruction, split_last_line
 
 KNOWN_PROMPTS = Path(__file__).with_name("known_prompts.json")
 QUERY, DOCUMENT = "query-goes-here", "document-goes-here"  # marks that survive a template's own trimming
@@ -82,7 +82,7 @@ def with_prompt(files: ModelFiles, options: BackendOptions) -> BackendOptions:
     head = options.head or ("yes_no" if files.answers else "scalar")
     if all(getattr(options, name) is not None for name in FORMAT_NAMES):
         return replace(options, head=head)
-    found = from_chat_template(files, options.trust_remote_code) or from_known_prompts(files, options.instruction)
+    found = from_chat_template(files, options) or from_known_prompts(files, options.instruction)
     if found is None and options.head == "yes_no":
         return options  # asks the question of Qwen3-Reranker
     if found is None:
@@ -121,16 +121,19 @@ def without_questions(found: dict[str, str], instruction: str | None) -> dict[st
     return {name: found[name].replace(INSTRUCTION, text) for name in FORMAT_NAMES}
 
 
-def from_chat_template(files: ModelFiles, trust_remote_code: bool) -> dict[str, str] | None:
+def from_chat_template(files: ModelFiles, options: BackendOptions) -> dict[str, str] | None:
     """The formats that a chat template with the roles query and document writes; None for other templates.
 
-    sentence-transformers and vLLM read such templates. The answers are those of the folder's LogitScore; without it
-    only a classification head can be served.
+    sentence-transformers and vLLM read such templates, and give an instruction as the system's message. The answers
+    are those of the folder's LogitScore; without it only a classification head can be served.
     """
     if not files.chat_template or (files.answers and files.logit_score is None):
         return None
-    tokenizer = load_tokenizer(files.path, trust_remote_code)
+    tokenizer = load_tokenizer(files.path, options.trust_remote_code)
+    instruction = files.instruction if options.instruction is None else options.instruction
     messages = [{"role": "query", "content": QUERY}, {"role": "document", "content": DOCUMENT}]
+    if instruction is not None:
+        messages.insert(0, {"role": "system", "content": INSTRUCTION})
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError:
@@ -139,9 +142,10 @@ def from_chat_template(files: ModelFiles, trust_remote_code: bool) -> dict[str, 
         return None
     before, rest = text.split(QUERY)
     between, after = rest.split(DOCUMENT)
-    formats = {"query_format": before + "{}", "seq": between, "document_format": "{}", "special_token": after}
-    for name in ("query_format", "document_format"):
-        split_format(name, formats[name])
+    seq, before_document = split_last_line(between)  # tokenized with the document, as in the whole text
+    formats = dict(query_format=before + "{}", seq=seq, document_format=before_document + "{}", special_token=after)
+    if INSTRUCTION in text:
+        formats["instruction"] = instruction
     return formats | (answers_of(files, tokenizer) if files.logit_score is not None else {})
 
 
