@@ -37,8 +37,8 @@ def push_to_hub(
     """Upload a model with its card; the repository is made where it is not there. Returns its address.
 
     private: of a repository that is made now. language, license: for the card, as the hub names them (`en`, `mit`).
-    evaluations: folders of `rag-retrieval evaluate`, whose figures join the card. HF_TOKEN and HF_ENDPOINT are
-    huggingface_hub's.
+    evaluations: folders of `rag-retrieval evaluate` for this model, whose figures join the card. HF_TOKEN and
+    HF_ENDPOINT are huggingface_hub's.
 
     Raises ValueError for a folder without a model, for a repo_id that no hub takes, and as `stage` for the card;
     OSError (huggingface_hub's) where the hub cannot be reached or refuses.
@@ -68,7 +68,7 @@ def stage(
     not known, goes as it is; ValueError where language, license or evaluations are given for such a card.
     """
     folder, target = checked_folder(folder), Path(target)
-    about = About(name, tuple(language), license, tuple(map(read_evaluation, evaluations)))
+    about = About(name, tuple(language), license, tuple(read_evaluation(path, folder) for path in evaluations))
     card = chosen_card(folder, about)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; give a new folder")
@@ -104,9 +104,9 @@ def chosen_card(folder: Path, about: About) -> str:
     return present
 
 
-def read_evaluation(folder: str | os.PathLike) -> dict[str, Any]:
-    """result.json of an evaluation's output folder, or that file. ValueError where it is none."""
-    path = Path(folder).expanduser()
+def read_evaluation(output: str | os.PathLike, model: Path) -> dict[str, Any]:
+    """result.json of an evaluation's output folder, or that file. ValueError where it is none, or of another model."""
+    path = Path(output).expanduser()
     path = path / "result.json" if path.is_dir() else path
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -117,6 +117,9 @@ def read_evaluation(folder: str | os.PathLike) -> dict[str, Any]:
     missing = MEASURED - result.keys() if isinstance(result, dict) else MEASURED
     if missing:
         raise ValueError(f"evaluations: {path} is no result of `rag-retrieval evaluate`: it has no {min(missing)}")
+    measured = Path(result["config"]["model"]).expanduser()
+    if measured.exists() and not measured.samefile(model):  # where it is gone, the model may have been moved
+        raise ValueError(f"evaluations: {path} is of {measured}, and not of {model}; evaluate this model")
     return result
 
 

@@ -84,7 +84,8 @@ def shown(name: str) -> str:
 
 
 def shown_configuration(configuration: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what only says where and how it ran, and without paths."""
+    """The configuration without what is absent, what only says where and how it ran, and paths."""
     paths = ("model_name_or_path", "train_dataset", "val_dataset")
     values = {key: value for key, value in configuration.items() if key not in OF_THE_MACHINE}
+    values = {key: value for key, value in values.items() if value is not None}
     return values | {key: shown(values[key]) for key in paths if isinstance(values.get(key), str)}

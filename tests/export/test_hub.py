@@ -16,7 +16,8 @@ from rag_retrieval.models.model_card import MARK, About, write_card
 
 TOKEN = "hf_thisIsASecret"
 RESULT = dict(
-    data="test.jsonl", candidates="BM25", queries=2, pairs=4, comparison=[], config={"split": "test"},
+    data="test.jsonl", candidates="BM25", queries=2, pairs=4, comparison=[],
+    config={"split": "test", "model": "gone/model"},
     model={"name": "m", "ndcg@10": 0.75}, baseline={"name": "BM25", "ndcg@10": 0.5},
 )  # fmt: skip
 
@@ -161,6 +162,17 @@ def test_what_is_no_evaluation_is_named(model, evaluation, tmp_path, text, expec
     (evaluation / "result.json").unlink()
     with pytest.raises(ValueError, match="evaluations: .*result.json cannot be read: No such file"):
         stage(model, tmp_path / "staged", "org/name", evaluations=[evaluation])
+
+
+def test_figures_of_another_model_are_refused_and_those_of_this_one_taken(model, evaluation, tmp_path):
+    for measured in (model, model.parent):
+        result = RESULT | {"config": {"split": "test", "model": str(measured)}}
+        (evaluation / "result.json").write_text(json.dumps(result))
+        if measured == model:
+            stage(model, tmp_path / "staged", "org/name", evaluations=[evaluation])
+        else:
+            with pytest.raises(ValueError, match=f"result.json is of {measured}, and not of {model}"):
+                stage(model, tmp_path / "other", "org/name", evaluations=[evaluation])
 
 
 def test_the_command_names_its_keys_and_has_none_for_a_token(capsys):
