@@ -22,7 +22,7 @@ def choose_device(name: "str | torch.device | None") -> torch.device:
         return found if found is not None and found.type in ACCELERATORS else torch.device("cpu")
     if str(name).startswith("npu"):
         import_npu()
-    device = check_device(name)
+    device = check_device(name, "device")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device: {name} is not on this machine")
     return device

@@ -22,7 +22,8 @@ class ModelFiles:
 
     config: of config.json. modules: class names in a sentence-transformers folder's modules.json, else empty.
     logit_score: the settings of its LogitScore, which reads a token's logit; None without one. instruction: the
-    prompt that it uses by default; None without one. card: README.md, chat_template: of the tokenizer; "" without.
+    prompt that it uses by default; None without one. saved_as: what sentence-transformers calls it, "CrossEncoder" or
+    another class; "" without. card: README.md, chat_template: of the tokenizer; "" without.
     """
 
     path: str
@@ -30,6 +31,7 @@ class ModelFiles:
     modules: list[str]
     logit_score: dict | None
     instruction: str | None
+    saved_as: str
     card: str
     chat_template: str
 
@@ -56,6 +58,7 @@ def read_model_files(path: str) -> ModelFiles:
         modules,
         logit_score,
         (settings.get("prompts") or {}).get(settings.get("default_prompt_name")) or None,
+        settings.get("model_type") or "",
         read_text(path, "README.md"),
         read_text(path, "chat_template.jinja") or template_in_tokenizer(path),
     )
@@ -86,6 +89,11 @@ def check_is_reranker(files: ModelFiles) -> None:
     """Raises ValueError for a folder without weights, an embedding model, and a model without a scoring head."""
     if Path(files.path).is_dir():
         check_weights_are_there(Path(files.path))
+    if "Pooling" in files.modules and files.saved_as == "CrossEncoder":
+        raise ValueError(
+            f"{files.path}: a CrossEncoder of the modules {names(files.modules)}, expected Transformer alone or with "
+            "LogitScore; open it with sentence_transformers"
+        )
     if "Pooling" in files.modules:
         raise ValueError(
             f"{files.path}: modules.json names Pooling, so this is an embedding model; as a reranker its head would "

@@ -17,7 +17,7 @@ from rag_retrieval.infer.backend import BackendOptions
 from rag_retrieval.infer.model_kind import ModelFiles
 from rag_retrieval.models.model_files import FORMAT_NAMES
 from rag_retrieval.models.model_loading import load_tokenizer
-from rag_retrieval.models.pair_encoding import private_copy, tokenize
+from rag_retrieval.models.pair_encoding import bare, tokenize
 from rag_retrieval.models.yes_no_prompt import INSTRUCTION, check_instruction, split_last_line
 
 KNOWN_PROMPTS = Path(__file__).with_name("known_prompts.json")
@@ -151,7 +151,7 @@ def from_chat_template(files: ModelFiles, options: BackendOptions) -> dict[str, 
 
 def answers_of(files: ModelFiles, tokenizer) -> dict[str, str]:
     """Texts of LogitScore's tokens. Raises ValueError for one that is not tokenized as itself."""
-    own = private_copy(tokenizer)
+    own = bare(tokenizer)
     answers = {"no_token": ""}
     for name, key in (("yes_token", "true_token_id"), ("no_token", "false_token_id")):
         token = files.logit_score.get(key)

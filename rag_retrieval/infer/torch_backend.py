@@ -4,6 +4,7 @@ What a reader would get wrong: one call computes at a time, whatever the number 
 their modules while they compute, and a device gains nothing from two forwards at once.
 """
 
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import ScoringOptions, mode_of, score_chunk
 from rag_retrieval.models.scoring_mode import Precision, check_precision
+from rag_retrieval.models.yes_no_prompt import INSTRUCTION
 
 DECODER_NAMES = (*FORMAT_NAMES, "head", *YES_NO_NAMES)
 
@@ -98,6 +100,7 @@ def telling_what_is_missing(path: str):
 
 
 def load(path: str, options: BackendOptions, dtype: torch.dtype | None) -> PairScorer:
+    check_texts(options)
     files = read_model_files(path)
     saved = read_settings(path)
     check_is_reranker(files)
@@ -110,9 +113,25 @@ def load(path: str, options: BackendOptions, dtype: torch.dtype | None) -> PairS
     if model_type == CrossEncoder.model_type:
         check_no_prompt(path, options)
         return CrossEncoder.from_pretrained(path, **common)
-    if saved is None:
-        options = with_prompt(files, options)
-    return LLMDecoder.from_pretrained(path, **common, **{name: getattr(options, name) for name in DECODER_NAMES})
+    chosen = options if saved is not None else with_prompt(files, options)
+    check_fields(options, chosen.head or (saved and saved.head))
+    return LLMDecoder.from_pretrained(path, **common, **{name: getattr(chosen, name) for name in DECODER_NAMES})
+
+
+def check_texts(options: BackendOptions) -> None:
+    for name in ("model_type", *DECODER_NAMES):
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name}: expected a string, found {type(value).__name__}")
+
+
+def check_fields(options: BackendOptions, head: str | None) -> None:
+    """Raises ValueError for a field such as {text} in a format given here: it would be read as words."""
+    known = ["{}", INSTRUCTION] if head == "yes_no" else ["{}"]
+    for name in FORMAT_NAMES:
+        for field in re.findall(r"\{[^\W\d]\w*\}", getattr(options, name) or ""):
+            if field not in known:
+                raise ValueError(f"{name}: unknown field {field}; known are {' and '.join(known)}")
 
 
 def check_no_prompt(path: str, options: BackendOptions) -> None:

@@ -56,14 +56,15 @@ def check_devices(devices: Sequence[str | torch.device]) -> list[torch.device]:
     return [check_device(device) for device in devices]
 
 
-def check_device(name: str | torch.device) -> torch.device:
+def check_device(name: str | torch.device, argument: str = "devices") -> torch.device:
+    """argument: what the error calls it. Raises ValueError for a device that this machine lacks."""
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"devices: {name!r} is no device of torch: {error}") from error
+        raise ValueError(f"{argument}: {name!r} is no device of torch: {error}") from error
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"devices: {device} is not on this machine, which has {count} CUDA devices")
+        raise ValueError(f"{argument}: {device} is not on this machine, which has {count} CUDA devices")
     return device
 
 

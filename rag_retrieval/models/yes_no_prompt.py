@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from rag_retrieval.models.pair_encoding import PairTemplate, private_copy, split_format, tokenize, tokenize_after
+from rag_retrieval.models.pair_encoding import PairTemplate, bare, split_format, tokenize, tokenize_after
 from rag_retrieval.models.yes_no_prompts import ANSWERS, PLACES, PROMPTS, QWEN3_CHAT, QWEN3_MARKUP, check_places
 
 INSTRUCTION = "{instruction}"
@@ -81,7 +81,7 @@ def yes_no_template(
     query_end, between = split_white_space(between)
     middle, before_document = split_last_line(between)
     document_end, suffix = split_white_space(after)
-    own = private_copy(tokenizer)
+    own = bare(tokenizer)
     anchor = anchor_of(own, tokenizer.all_special_tokens) if prefix else ""
     parts = tokenize(own, [prefix])
     parts += tokenize_after(anchor, own, [middle, suffix, query_end, document_end])

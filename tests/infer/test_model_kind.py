@@ -80,6 +80,8 @@ def test_an_embedding_model_whose_architecture_is_causal_is_refused_by_its_modul
                {"idx": 1, "name": "1", "path": "1_P", "type": "sentence_transformers.models.Pooling"}]  # fmt: skip
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     refuse(tmp_path, "modules.json names Pooling")
+    (tmp_path / "config_sentence_transformers.json").write_text('{"model_type": "CrossEncoder"}')
+    refuse(tmp_path, "a CrossEncoder of the modules Transformer, Pooling, expected Transformer alone")
 
 
 def test_a_decoder_without_a_known_prompt_is_refused_with_the_settings_that_it_needs(model_folders, tmp_path):
@@ -101,8 +103,8 @@ def test_a_language_model_with_formats_given_answers_yes_or_no(tmp_path):
     texts = {name: value for name, value in YES_NO.items() if name != "head"}
     expected = LLMDecoder.from_pretrained(tmp_path, **YES_NO).compute_score(PAIRS)
     assert Reranker(tmp_path, device="cpu", **texts).compute_score(PAIRS).tolist() == expected.tolist()
-    refuse(tmp_path, "no trained head", **texts | {"instruction": None, "yes_token": None, "no_token": None},
-           head="scalar")  # fmt: skip
+    refuse(tmp_path, "no trained head", head="scalar", query_format="{}", document_format="{}", seq="\n",
+           special_token=" ?")  # fmt: skip
 
 
 def test_model_type_overrides_what_the_files_say_and_must_be_known(model_folders):
@@ -124,6 +126,8 @@ def test_model_type_overrides_what_the_files_say_and_must_be_known(model_folders
         ({"dtype": "double"}, "dtype must be one of 'fp32', 'bf16', 'fp16'; found 'double'"),
         ({"max_length": 513}, "max_length 513 is more than the 512 tokens"),
         ({"max_length": 3}, "max_length 3 is too small"),
+        ({"max_length": "12"}, "max_length must be a whole number of tokens, at least 1; found '12'"),
+        ({"query_format": 5}, "query_format: expected a string, found int"),
         ({"devices": ["cpu"]}, "device and devices are both given"),
     ],
 )
@@ -131,9 +135,20 @@ def test_options_that_do_not_fit_are_refused(options, message, model_folders):
     refuse(model_folders["bert"], message, **options)
 
 
-def test_a_format_without_a_place_for_the_text_is_refused(model_folders):
-    formats = dict(query_format="Q: {query}", document_format="D: {}", seq="\n", special_token=" ?")
-    refuse(model_folders["qwen2"], r"query_format must contain \{\} exactly once.*found 'Q: \{query\}'", **formats)
+def test_a_format_without_a_place_for_the_text_or_with_an_unknown_field_is_refused(model_folders, tmp_path):
+    formats = dict(query_format="Q:", document_format="D: {}", seq="\n", special_token=" ?")
+    refuse(model_folders["qwen2"], r"query_format must contain \{\} exactly once.*found 'Q:'", **formats)
+    for field in ("{query}", "{instruction}"):
+        changed = formats | {"query_format": field + "{}"}
+        refuse(model_folders["qwen2"], rf"query_format: unknown field \{field}; known are \{{\}}$", **changed)
+    scorer = LLMDecoder.from_pretrained(tiny_causal(tmp_path / "base", "qwen2"), **YES_NO)
+    scorer.save_pretrained(tmp_path / "model")
+    refuse(tmp_path / "model", r"seq: unknown field \{x1\}; known are \{\} and \{instruction\}", seq="{x1}")
+    assert Reranker(tmp_path / "model", device="cpu", seq='{"a": 1} {0}').backend.scorer.settings.seq == '{"a": 1} {0}'
+
+
+def test_what_is_no_path_is_refused():
+    refuse(None, "model_name_or_path: expected a folder or a name, found NoneType")
 
 
 @pytest.mark.parametrize("name", ["no/such/folder/here", "./none", "/none", "no-such-model", "no/such-model"])

@@ -122,6 +122,7 @@ def test_top_k_cuts_what_comes_back(by_length):
     documents = ["a " * count for count in range(1, 6)]
     assert [result.rank for result in by_length.rerank("a", documents, top_k=2)] == [1, 2]
     assert len(by_length.rerank("a", documents, top_k=99)) == 5
+    assert len(by_length.rerank("a", documents, top_k=np.int64(3))) == 3
 
 
 def test_normalize_is_the_sigmoid_and_with_a_calibration_the_calibrated_probability(model_folders, tmp_path):
@@ -174,8 +175,8 @@ def bad_calls():
     yield lambda r: r.rerank("a", [{"text": 5}]), r'documents\[0\]: "text" must be a string or None, found int'
     yield lambda r: r.rerank("a", [{"text": "b", "metadata": 5}]), r'documents\[0\]: "metadata" must be a dict'
     yield lambda r: r.rerank("a", ["b", surrogate]), r"documents\[1\]: half a surrogate pair"
-    yield lambda r: r.rerank("a", ["b"], top_k=0), "top_k must be a whole number of at least 1, found 0"
-    yield lambda r: r.rerank("a", ["b"], top_k=True), "top_k must be a whole number of at least 1, found True"
+    yield lambda r: r.rerank("a", ["b"], top_k=0), "top_k must be a whole number of documents, at least 1; found 0"
+    yield lambda r: r.rerank("a", ["b"], top_k=True), "top_k must be .*; found True"
     yield lambda r: r.rerank("a", ["b"], batch_size=0), "batch_size must be .* at least 1; found 0"
     yield lambda r: r.rerank("a", ["b"], overlap=-1), "overlap must be .* at least 0; found -1"
     yield lambda r: r.rerank("a", ["b"], max_length=2), "max_length 2 is too small"
