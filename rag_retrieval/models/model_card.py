@@ -23,6 +23,11 @@ CARD = "README.md"
 MARK = "<!-- written by rag_retrieval; remove this line to keep what you change here -->"
 TASK = ("text-ranking", "Reranking")
 
+PAIR_TEXT = "The text of a pair, `{}` standing for query and document"
+OTHER_TOKENS = (
+    "It is tokenized in parts. Programs that tokenize it in one go, as sentence-transformers and vLLM do, give other "
+    "scores where a text and what follows it join into one token, such as a question mark and a line break."
+)
 USE = """```python
 from rag_retrieval import Reranker
 
@@ -125,10 +130,10 @@ def text_of_a_pair(settings: RerankerSettings) -> str:
     text = settings.query_format + settings.seq + settings.document_format + settings.special_token
     if settings.instruction is not None:
         text = text.replace("{instruction}", settings.instruction)
-    what = "the score is read at its last token"
     if settings.head == "yes_no":
         what = f"the score is the logit of `{settings.yes_token}` minus that of `{settings.no_token}` after it"
-    return f"The text of a pair, `{{}}` standing for query and document; {what}:\n\n```\n{text}\n```"
+        return f"{PAIR_TEXT}; {what}:\n\n```\n{text}\n```"
+    return f"{PAIR_TEXT}; the score is read at its last token:\n\n```\n{text}\n```\n\n{OTHER_TOKENS}"
 
 
 def meaning(model: Path, run: RunRecord | None) -> str:
