@@ -17,6 +17,7 @@ _PUBLIC = {
     "MiningConfig": "rag_retrieval.mining.mining_config",
     "Reranker": "rag_retrieval.infer.reranker",
     "mine": "rag_retrieval.mining.run",
+    "push_to_hub": "rag_retrieval.export.hub",
     "score_over_processes": "rag_retrieval.models.process_scoring",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -3,7 +3,18 @@
 A subcommand's module is imported only when it is called, so that `--help` and mistakes answer at once.
 """
 
+import importlib
 import sys
+
+MODULES = {  # each has main(arguments) -> exit code
+    "train": "rag_retrieval.train.reranker.train_reranker",
+    "evaluate": "rag_retrieval.evaluate.evaluate_command",
+    "mine": "rag_retrieval.mining.mine_command",
+    "distill": "rag_retrieval.distill.distill_command",
+    "serve": "rag_retrieval.serve.serve_command",
+    "push": "rag_retrieval.export.push_command",
+    "quickstart": "rag_retrieval.quickstart",
+}
 
 HELP = """usage: rag-retrieval COMMAND [options]
 
@@ -12,6 +23,7 @@ HELP = """usage: rag-retrieval COMMAND [options]
   mine [--config FILE] [--KEY VALUE ...]  find hard negatives in a corpus (mine --help lists every key)
   distill --config FILE [--KEY VALUE ...] let a teacher score training pairs (distill --help lists every key)
   serve --model DIR [--KEY VALUE ...]     answer rerank requests over HTTP (serve --help lists every key)
+  push --model DIR --repo_id ORG/NAME     upload a model with its card to a hub (push --help lists every key)
   quickstart [--output_dir DIR]           train on the example data and show what it brought
 """
 
@@ -19,30 +31,8 @@ HELP = """usage: rag-retrieval COMMAND [options]
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else None
-    if command == "train":
-        from rag_retrieval.train.reranker.train_reranker import main as train
-
-        return train(arguments[1:])
-    if command == "evaluate":
-        from rag_retrieval.evaluate.evaluate_command import main as evaluate
-
-        return evaluate(arguments[1:])
-    if command == "mine":
-        from rag_retrieval.mining.mine_command import main as mine
-
-        return mine(arguments[1:])
-    if command == "distill":
-        from rag_retrieval.distill.distill_command import main as distill
-
-        return distill(arguments[1:])
-    if command == "serve":
-        from rag_retrieval.serve.serve_command import main as serve
-
-        return serve(arguments[1:])
-    if command == "quickstart":
-        from rag_retrieval.quickstart import main as quickstart
-
-        return quickstart(arguments[1:])
+    if command in MODULES:
+        return importlib.import_module(MODULES[command]).main(arguments[1:])
     if command in ("-h", "--help"):
         print(HELP)
         return 0

@@ -7,6 +7,7 @@ the one logit of its sequence-classification head.
 import inspect
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from rag_retrieval.models.pad_token import set_encoder_pad_token
 from rag_retrieval.models.pair_batch import PairBatch, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, encoder_template
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.sentence_transformers_files import write_encoder_files
 
 
 class CrossEncoder(PairScorer):
@@ -84,6 +86,11 @@ class CrossEncoder(PairScorer):
     def padded_scores(self, batch: PairBatch) -> torch.Tensor:
         inputs = padded_inputs(batch, self.tokenizer.pad_token_id)
         return self.model(**inputs).logits.squeeze(-1).float()
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As of every scorer, and the file by which servers cut pairs at the same length."""
+        super().save_pretrained(folder, state_dict)
+        write_encoder_files(Path(folder), self.settings)
 
 
 def template_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PairTemplate:

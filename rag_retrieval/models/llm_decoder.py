@@ -6,6 +6,7 @@ is found by length, never by looking for padding: a pad token may equal eos, and
 """
 
 import os
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ from rag_retrieval.models.pad_token import set_decoder_pad_token
 from rag_retrieval.models.pair_batch import PairBatch, on_device, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, decoder_template
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.sentence_transformers_files import write_decoder_files
 from rag_retrieval.models.yes_no_head import HALF_TOLERANCE as YES_NO_TOLERANCE
 from rag_retrieval.models.yes_no_head import read_two_rows, yes_no_head, yes_no_scores
 from rag_retrieval.models.yes_no_prompt import answer_tokens, check_instruction, default_formats, yes_no_template
@@ -131,6 +133,11 @@ class LLMDecoder(PairScorer):
         if self.answers_yes_or_no:
             return yes_no_scores(self.model, read)
         return self.model.score(read).squeeze(-1).float()
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As of every scorer, and the files by which sentence-transformers lays out a pair as here."""
+        super().save_pretrained(folder, state_dict)
+        write_decoder_files(Path(folder), self.pair_encoder, self.settings)
 
 
 def choose_texts(

@@ -210,6 +210,8 @@ class PairScorer(nn.Module):
         (folder / CALIBRATION_FILE).unlink(missing_ok=True)
         # Without this, sentence-transformers would apply a sigmoid that saturates after listwise training
         self.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        if self.model.config.num_labels == 1:  # servers and pipelines give the raw score by it; a causal model has 2
+            self.model.config.problem_type = "regression"
         if state_dict is not None:
             # engines give a tied output embedding a second time; what transformers saves has it once
             tied = self.model.state_dict().keys() - own_names(self.model)

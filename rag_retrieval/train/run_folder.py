@@ -193,7 +193,8 @@ def _remove_run(output_dir: Path, run_id: str) -> None:
 
 
 def finish(output_dir: Path, state: TrainState) -> None:
-    write_json(output_dir / RUN_FILE, {"run_id": state.run_id, "finished": True})
+    step = state.step if state.best_step is None else state.best_step
+    write_json(output_dir / RUN_FILE, {"run_id": state.run_id, "finished": True, "model_step": step})
 
 
 def replace_folder(final: Path, write: Callable[[Path], None]) -> None:

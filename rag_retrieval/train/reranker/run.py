@@ -11,10 +11,12 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from rag_retrieval.models.model_card import About, write_card
 from rag_retrieval.models.packed_forward import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.run_record import CONFIGURATION_FILE, DATA_FILE, DataPart, parts_to_write
 from rag_retrieval.record_store import RecordStore
-from rag_retrieval.train.checkpoints import TrainState
+from rag_retrieval.train.checkpoints import TrainState, write_json
 from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, check_wrapped_layers
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.mixed_steps import MixedSteps
@@ -30,6 +32,7 @@ from rag_retrieval.train.reranker.reranker_task import RerankerTask
 from rag_retrieval.train.reranker.resume_checks import checked_resume, provenance
 from rag_retrieval.train.reranker.run_data import (
     TrainingFile,
+    data_parts,
     open_training_files,
     open_validation,
     report_data,
@@ -76,6 +79,8 @@ def run(config: TrainingConfig) -> TrainState | None:
         state = trainer.train()
     finally:
         lock.release()
+    if accelerator.is_main_process:
+        write_card(output_dir / "model", output_dir, About(output_dir.resolve().name))
     logger.info("done: %s", output_dir / "model")
     accelerator.end_training()
     return state
@@ -102,7 +107,8 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) 
     if accelerator.is_main_process:
         report_data(config, files, val_store, scorer)
     trainer = build_trainer(config, accelerator, files, val_store, scorer, adapter, state, origin)
-    on_main_process(accelerator, take_folder, config, output_dir, state)
+    parts = data_parts(config, files, val_store)
+    on_main_process(accelerator, take_folder, config, output_dir, state, parts, origin)
     set_seed(config.seed, device_specific=True)  # other dropout masks on every process
     if checkpoint is not None:
         logger.info("resuming from %s, step %d", checkpoint, state.step)
@@ -110,9 +116,14 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) 
     return trainer
 
 
-def take_folder(config: TrainingConfig, output_dir: Path, state: TrainState) -> None:
+def take_folder(
+    config: TrainingConfig, output_dir: Path, state: TrainState, parts: list[DataPart], origin: Provenance
+) -> None:
+    """The folder is the run's from now on, and holds what the model's card tells of configuration and data."""
     claim(output_dir, state)
-    config.save(output_dir / "training_config.yaml")
+    config.save(output_dir / CONFIGURATION_FILE)
+    origin.save(output_dir)
+    write_json(output_dir / DATA_FILE, parts_to_write(parts))
 
 
 def check_model_is_kept(config: TrainingConfig) -> None:

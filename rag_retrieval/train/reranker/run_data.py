@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.run_record import DataPart
 from rag_retrieval.record_store import RecordStore, open_store
 from rag_retrieval.record_summary import format_summary, summary
 from rag_retrieval.train.mixed_steps import MixedSteps, records_per_epoch
@@ -123,16 +124,28 @@ def check_groups(file: TrainingFile, weighted: WeightedLoss) -> None:
         logger.warning("%s: %s: they teach %s nothing", source, idle, name)
 
 
+def sources(
+    config: TrainingConfig, files: list[TrainingFile], validation: RecordStore | None
+) -> list[tuple[str, str, RecordStore]]:
+    """What each file is for, its name and its records."""
+    training = [("training", file.config.train_dataset, file.store) for file in files]
+    return training if validation is None else [*training, ("validation", config.val_dataset, validation)]
+
+
+def data_parts(
+    config: TrainingConfig, files: list[TrainingFile], validation: RecordStore | None
+) -> list[DataPart]:
+    return [DataPart(purpose, name, summary(store)) for purpose, name, store in sources(config, files, validation)]
+
+
 def report_data(
     config: TrainingConfig, files: list[TrainingFile], validation: RecordStore | None, scorer: PairScorer
 ) -> None:
-    sources = [("training data", file.config.train_dataset, file.store) for file in files]
-    for name, source, store in [*sources, ("validation data", config.val_dataset, validation)]:
-        if store is not None:
-            lengths, sampled = token_lengths(store, scorer)
-            title = f"{name}: {source}"
-            text = format_summary(summary(store), title, token_lengths=lengths, max_len=config.max_len, sampled=sampled)
-            logger.info("%s", text)
+    for name, source, store in sources(config, files, validation):
+        lengths, sampled = token_lengths(store, scorer)
+        title = f"{name} data: {source}"
+        text = format_summary(summary(store), title, token_lengths=lengths, max_len=config.max_len, sampled=sampled)
+        logger.info("%s", text)
 
 
 def report_mix(files: list[TrainingFile], steps: MixedSteps) -> None:

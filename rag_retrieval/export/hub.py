@@ -1,0 +1,131 @@
+"""`push_to_hub`: a model's folder with its card, to a Hugging Face hub, or to a folder to look at before.
+
+What a reader would get wrong: what is uploaded is a copy (links, where the file system has them) in which only the
+card may differ; the model's own folder is never changed. No token is read, shown or written here: huggingface_hub
+finds it, in HF_TOKEN or where `hf auth login` has put it.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+
+from rag_retrieval.models.model_card import CARD, MARK, About, model_card
+from rag_retrieval.models.model_files import check_model_folder
+from rag_retrieval.models.run_record import read_run_record
+
+WEIGHTS = ("*.safetensors", "*.onnx", "*.xml")
+MEASURED = {"data", "candidates", "queries", "pairs", "model", "baseline", "comparison", "config"}
+
+
+def push_to_hub(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = True,
+    commit_message: str = "Upload a reranker",
+    language: Sequence[str] = (),
+    license: str | None = None,
+    evaluations: Sequence[str | os.PathLike] = (),
+) -> str:
+    """Upload a model with its card; the repository is made where it is not there. Returns its address.
+
+    private: of a repository that is made now. language, license: for the card, as the hub names them (`en`, `mit`).
+    evaluations: folders of `rag-retrieval evaluate` for this model, whose figures join the card. HF_TOKEN and
+    HF_ENDPOINT are huggingface_hub's.
+
+    Raises ValueError for a folder without a model, for a repo_id that no hub takes, and as `stage` for the card;
+    OSError (huggingface_hub's) where the hub cannot be reached or refuses.
+    """
+    folder = checked_folder(folder)
+    validate_repo_id(repo_id)
+    with tempfile.TemporaryDirectory(prefix=".push-", dir=folder.parent) as staged:
+        stage(folder, staged, repo_id, language=language, license=license, evaluations=evaluations)
+        api = HfApi(library_name="rag_retrieval")
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=staged, commit_message=commit_message)
+    return str(repository)
+
+
+def stage(
+    folder: str | os.PathLike,
+    target: str | os.PathLike,
+    name: str,
+    *,
+    language: Sequence[str] = (),
+    license: str | None = None,
+    evaluations: Sequence[str | os.PathLike] = (),
+) -> None:
+    """What `push_to_hub` uploads, into the folder `target`, which must be empty or not there yet. name: of the model.
+
+    Hidden and temporary files stay behind. A card that somebody has changed (its line MARK is gone), or whose run is
+    not known, goes as it is; ValueError where language, license or evaluations are given for such a card.
+    """
+    folder, target = checked_folder(folder), Path(target)
+    about = About(name, tuple(language), license, tuple(read_evaluation(path, folder) for path in evaluations))
+    card = chosen_card(folder, about)
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; give a new folder")
+    for source in sorted(folder.rglob("*")):
+        place = source.relative_to(folder)
+        if source.is_file() and not any(part.startswith(".") for part in place.parts) and source.suffix != ".tmp":
+            link_or_copy(source, target / place)
+    (target / CARD).unlink(missing_ok=True)  # it may be a link to the model's own
+    (target / CARD).write_text(card, encoding="utf-8")
+
+
+def checked_folder(folder: str | os.PathLike) -> Path:
+    folder = Path(folder).expanduser().resolve()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    check_model_folder(folder)
+    if not any(file for pattern in WEIGHTS for file in folder.rglob(pattern)):
+        raise ValueError(f"{folder}: no weights in it (found none of {', '.join(WEIGHTS)})")
+    return folder
+
+
+def chosen_card(folder: Path, about: About) -> str:
+    """The folder's own card where it must stay, else a new one."""
+    run = read_run_record(folder.parent)
+    present = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
+    if present is None or (MARK in present and run is not None):
+        return model_card(folder, run, about)
+    if about.language or about.license or about.evaluations:
+        reason = "its run is not beside it" if MARK in present else "somebody has changed it"
+        raise ValueError(
+            f"{folder / CARD}: {reason}, so it goes as it is; write language, license and figures into it, or remove it"
+        )
+    return present
+
+
+def read_evaluation(output: str | os.PathLike, model: Path) -> dict[str, Any]:
+    """result.json of an evaluation's output folder, or that file. ValueError where it is none, or of another model."""
+    path = Path(output).expanduser()
+    path = path / "result.json" if path.is_dir() else path
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"evaluations: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"evaluations: {path} is no JSON file: {error}") from error
+    missing = MEASURED - result.keys() if isinstance(result, dict) else MEASURED
+    if missing:
+        raise ValueError(f"evaluations: {path} is no result of `rag-retrieval evaluate`: it has no {min(missing)}")
+    measured = Path(result["config"]["model"]).expanduser()
+    if measured.exists() and not measured.samefile(model):  # where it is gone, the model may have been moved
+        raise ValueError(f"evaluations: {path} is of {measured}, and not of {model}; evaluate this model")
+    return result
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,22 @@
+"""What the adapters to LangChain, LlamaIndex and Haystack share: the model that they are given, and a missing library.
+
+What a reader would get wrong: an adapter's module derives a class from its library's, so importing the module needs
+the library; nothing else of this package imports such a module.
+"""
+
+import os
+
+from rag_retrieval.infer.reranker import Reranker
+
+
+def opened(model: Reranker | str | os.PathLike) -> Reranker:
+    """The Reranker itself, or that of a folder, hub name or `package:NAME`. Raises ValueError as `Reranker`."""
+    if isinstance(model, Reranker):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return Reranker(model)
+    raise ValueError(f"model: expected a Reranker, or the name or folder of one; found {type(model).__name__}")
+
+
+def missing_library(library: str, extra: str) -> ImportError:
+    return ImportError(f"this adapter needs {library}; run: pip install 'rag-retrieval[{extra}]'")

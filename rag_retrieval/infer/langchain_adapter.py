@@ -1,0 +1,70 @@
+"""`RerankerCompressor`: a Reranker where LangChain takes a document compressor.
+
+    compressor = RerankerCompressor(model="runs/a/model", top_n=5)
+    ContextualCompressionRetriever(base_retriever=retriever, base_compressor=compressor)
+
+The trap: documents are copied before a score is written into their metadata; a store may hold the same objects.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rag_retrieval.infer.adapters import missing_library, opened
+from rag_retrieval.infer.reranker import OVERLAP, Reranker
+from rag_retrieval.infer.results import RerankResults
+
+try:
+    from langchain_core.callbacks import Callbacks
+    from langchain_core.documents import BaseDocumentCompressor, Document
+    from pydantic import Field, PrivateAttr
+except ImportError as error:
+    raise missing_library("langchain-core", "langchain") from error
+
+SCORE = "relevance_score"  # the key that LangChain's own rerankers write
+
+
+class RerankerCompressor(BaseDocumentCompressor):
+    """Documents in the order of a Reranker's scores, best first, the score in `metadata["relevance_score"]`.
+
+    A document without text comes last. ValueError for what `Reranker` and its `rerank` refuse.
+    """
+
+    model: Any = Field(description="A Reranker, or the folder, hub name or package:NAME of one.")
+    top_n: int | None = Field(None, ge=1, description="How many documents come back; None: all.")
+    batch_size: int = 256
+    max_length: int | None = None
+    normalize: bool = False
+    long_document: str = "max_slice"
+    overlap: int = OVERLAP
+    _reranker: Reranker = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        self._reranker = opened(self.model)
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        found = self._reranker.rerank(query, texts(documents), **self._options())
+        return scored_copies(documents, found)
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        found = await self._reranker.arerank(query, texts(documents), **self._options())
+        return scored_copies(documents, found)
+
+    def _options(self) -> dict[str, Any]:
+        names = ("batch_size", "max_length", "normalize", "long_document", "overlap")
+        return {"top_k": self.top_n} | {name: getattr(self, name) for name in names}
+
+
+def texts(documents: Sequence[Document]) -> list[str]:
+    return [document.page_content for document in documents]
+
+
+def scored_copies(documents: Sequence[Document], results: RerankResults) -> list[Document]:
+    return [with_score(documents[result.document_index], result.score) for result in results]
+
+
+def with_score(document: Document, score: float) -> Document:
+    return document.model_copy(update={"metadata": document.metadata | {SCORE: score}})

@@ -1,0 +1,190 @@
+"""The README.md of a model: what it is, how to use it, the data, the configuration, and what was measured.
+
+What a reader would get wrong: a card that somebody has written or changed is theirs. Ours carries MARK in a line of
+its own, and is made anew only while that line is there.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from rag_retrieval import __version__
+from rag_retrieval.models.calibration import CALIBRATION_FILE
+from rag_retrieval.models.model_files import RerankerSettings, read_settings
+from rag_retrieval.models.run_record import RunRecord, is_local, read_run_record, shown, shown_configuration
+from rag_retrieval.record_summary import format_summary
+
+CARD = "README.md"
+MARK = "<!-- written by rag_retrieval; remove this line to keep what you change here -->"
+TASK = ("text-ranking", "Reranking")
+
+PAIR_TEXT = "The text of a pair, `{}` standing for query and document"
+OTHER_TOKENS = (
+    "It is tokenized in parts. Programs that tokenize it in one go, as sentence-transformers and vLLM do, give other "
+    "scores where a text and what follows it join into one token, such as a question mark and a line break."
+)
+USE = """```python
+from rag_retrieval import Reranker
+
+reranker = Reranker("{name}")
+results = reranker.rerank("what is a panda?", ["The giant panda is a bear.", "Paris is a city."], top_k=1)
+```
+
+```python
+from sentence_transformers import CrossEncoder
+
+scores = CrossEncoder("{name}").predict([["what is a panda?", "The giant panda is a bear."]])
+```"""
+
+
+@dataclass(frozen=True)
+class About:
+    """What no file of the model says. name: the title, and what is opened in the examples. language: ISO codes.
+
+    license: its id on the hub. evaluations: contents of result.json files of `rag-retrieval evaluate`.
+    """
+
+    name: str
+    language: Sequence[str] = ()
+    license: str | None = None
+    evaluations: Sequence[dict[str, Any]] = ()
+
+
+def write_card(model: Path, run: Path, about: About) -> None:
+    """README.md into a model's folder, from its files and those of its run. ValueError for damaged ones."""
+    (model / CARD).write_text(model_card(model, read_run_record(run), about), encoding="utf-8")
+
+
+def model_card(model: Path, run: RunRecord | None, about: About) -> str:
+    """The text of the card. run: what made the model, where that is known."""
+    sections = [
+        f"---\n{front_matter(run, about)}\n---",
+        MARK,
+        f"# {about.name}",
+        description(model, run),
+        "## Use",
+        USE.format(name=about.name),
+        meaning(model, run),
+    ]
+    if run is not None:
+        sections += training_sections(run)
+    measured = [validation_table(run)] if run is not None and run.measured else []
+    measured += [evaluation_table(result) for result in about.evaluations]
+    if measured:
+        sections += ["## Measured", *measured]
+    return "\n\n".join(sections) + "\n"
+
+
+def front_matter(run: RunRecord | None, about: About) -> str:
+    configuration = run.configuration if run is not None else {}
+    base = configuration.get("model_name_or_path")
+    parts = run.data if run is not None else []
+    datasets = [part.source for part in parts if part.purpose == "training" and not is_local(part.source)]
+    results = evaluation_results(run, about)
+    return ModelCardData(
+        base_model=base if base and not is_local(base) else None,
+        datasets=datasets or None,
+        eval_results=results or None,
+        model_name=about.name if results else None,
+        language=list(about.language) or None,
+        license=about.license,
+        library_name="sentence-transformers",
+        pipeline_tag=TASK[0],
+        tags=["reranker", "cross-encoder", "rag_retrieval"],
+    ).to_yaml()
+
+
+def evaluation_results(run: RunRecord | None, about: About) -> list[EvalResult]:
+    """For the hub's model-index: validation metrics of the final step, and those of each evaluation."""
+    measured = []
+    if run is not None and run.measured:
+        measured.append((shown(run.configuration["val_dataset"]), "validation", run.measured))
+    measured += [(result["data"], result["config"]["split"], result["model"]) for result in about.evaluations]
+    return [
+        EvalResult(TASK[0], dataset, dataset, name, round(value, 4), task_name=TASK[1], dataset_split=split)
+        for dataset, split, values in measured
+        for name, value in values.items()
+        if isinstance(value, float)
+    ]
+
+
+def description(model: Path, run: RunRecord | None) -> str:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    settings = read_settings(str(model))
+    kind = "/".join(config.get("architectures") or [config.get("model_type", "unknown")])
+    lines = [f"A reranker: it scores how well a document answers a query. {kind}"]
+    if settings is not None:
+        lines[0] += f", at most {settings.max_len} tokens per pair"
+    lines[0] += "."
+    if run is not None:
+        lines[0] += f" Trained from `{shown(run.configuration['model_name_or_path'])}`."
+    if settings is not None and settings.model_type == "llm_decoder":
+        lines.append(text_of_a_pair(settings))
+    return "\n\n".join(lines)
+
+
+def text_of_a_pair(settings: RerankerSettings) -> str:
+    text = settings.query_format + settings.seq + settings.document_format + settings.special_token
+    if settings.instruction is not None:
+        text = text.replace("{instruction}", settings.instruction)
+    if settings.head == "yes_no":
+        what = f"the score is the logit of `{settings.yes_token}` minus that of `{settings.no_token}` after it"
+        return f"{PAIR_TEXT}; {what}:\n\n```\n{text}\n```"
+    return f"{PAIR_TEXT}; the score is read at its last token:\n\n```\n{text}\n```\n\n{OTHER_TOKENS}"
+
+
+def meaning(model: Path, run: RunRecord | None) -> str:
+    """What a score says."""
+    text = "A score is a logit: it orders the documents of one query."
+    if (model / CALIBRATION_FILE).is_file():
+        return text + f" `{CALIBRATION_FILE}` makes probabilities of scores: `rerank(..., normalize=True)`."
+    if run is not None and str(run.configuration.get("loss_type")).startswith("point_"):
+        return text + " It was trained pair by pair, so its sigmoid is a probability, as good as the labels were."
+    return text + " Its sigmoid is no probability unless the training taught one."
+
+
+def training_sections(run: RunRecord) -> list[str]:
+    sections = []
+    if run.data:
+        sections.append("## Data")
+    for part in run.data:
+        sections.append(f"```\n{format_summary(part.summary, f'{part.purpose}: {shown(part.source)}')}\n```")
+    values = yaml.safe_dump(shown_configuration(run.configuration), sort_keys=False, allow_unicode=True)
+    made = run.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+    where = f"{made['engine']}, processes: {made['processes']}; {versions}" if made else f"rag_retrieval {__version__}"
+    return [*sections, "## Training", f"```yaml\n{values}```", where]
+
+
+def validation_table(run: RunRecord) -> str:
+    rows = [[name, f"{value:.4f}"] for name, value in run.measured.items() if isinstance(value, float)]
+    queries = run.measured.get("queries")
+    of = f"`{shown(run.configuration['val_dataset'])}`" + (f", {queries:,} queries" if queries else "")
+    return f"Validation on {of}, at step {run.step:,}, which chose this model or ended it:\n\n" + table(
+        ["measure", "value"], rows
+    )
+
+
+def evaluation_table(result: dict[str, Any]) -> str:
+    compared = {row["measure"]: row for row in result["comparison"]}
+    rows = []
+    for measure, value in result["model"].items():
+        if measure == "name":
+            continue
+        row = [measure, f"{result['baseline'][measure]:.4f}", f"{value:.4f}"]
+        found = compared.get(measure)
+        row.append(f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]" if found else "")
+        rows.append(row)
+    title = f"`{result['data']}`: {result['queries']:,} queries, {result['pairs']:,} pairs"
+    heads = ["measure", shown(result["baseline"]["name"]), "this model", "difference, 95% interval"]
+    return f"{title}; candidates from {shown(result['candidates'])}:\n\n" + table(heads, rows)
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

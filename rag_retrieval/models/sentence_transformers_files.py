@@ -1,0 +1,124 @@
+"""The files by which sentence-transformers (6) opens a decoder with its formats, and servers cut pairs where we do.
+
+    chat_template.jinja                 the text of a pair, for messages of the roles query and document (vLLM too)
+    modules.json, sentence_bert_config.json, config_sentence_transformers.json
+                                        what reads the score, up to how many tokens, and that it stays raw
+    1_LogitScore/config.json            of a yes/no head: the ids of its two tokens
+
+What a reader would get wrong: the chat template is the model's own too, so ours stands before it in one file and is
+taken only where both roles are there. And that text is tokenized in one go: of a scalar head, whose parts we tokenize
+on their own, other tokens may come of it where a text meets a format, such as of "?" and a line break after it.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from rag_retrieval.models.model_files import RerankerSettings
+from rag_retrieval.models.pair_encoding import PairEncoder, private_copy, split_format, tokenize
+from rag_retrieval.models.yes_no_prompt import INSTRUCTION, answer_tokens
+
+IDENTITY = "torch.nn.modules.linear.Identity"
+TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
+LOGIT_SCORE = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
+LOGIT_FOLDER = "1_LogitScore"
+
+PAIR_TEMPLATE = """{{#- rag_retrieval: the text of a query and a document -#}}
+{{%- set queries = messages | selectattr("role", "equalto", "query") | map(attribute="content") | list -%}}
+{{%- set documents = messages | selectattr("role", "equalto", "document") | map(attribute="content") | list -%}}
+{{%- if queries and documents -%}}
+{{{{- {before} + queries[0] + {between} + documents[0] + {after} -}}}}
+"""
+BEGINNING = PAIR_TEMPLATE.format(before="", between="", after="").partition("\n")[0]
+OWN_TEMPLATE, END = "{%- else +%}", "{%+ endif %}"  # the plus signs keep line breaks of the template between them
+
+
+def write_decoder_files(folder: Path, encoder: PairEncoder, settings: RerankerSettings) -> None:
+    """Beside the weights, config and tokenizer that lie in `folder`. encoder, settings: of an LLMDecoder."""
+    (folder / "chat_template.jinja").write_text(chat_template(encoder, settings), encoding="utf-8")
+    modules = [module("", TRANSFORMER, 0)]
+    if settings.head == "yes_no":
+        modules.append(module(LOGIT_FOLDER, LOGIT_SCORE, 1))
+        yes, no = answer_tokens(encoder.tokenizer, settings.yes_token, settings.no_token)
+        (folder / LOGIT_FOLDER).mkdir(exist_ok=True)
+        write(folder / LOGIT_FOLDER / "config.json", {"true_token_id": yes, "false_token_id": no})
+    write(folder / "modules.json", modules)
+    write(folder / "sentence_bert_config.json", transformer_config(settings))
+    write(folder / "config_sentence_transformers.json", {"model_type": "CrossEncoder", "activation_fn": IDENTITY})
+
+
+def write_encoder_files(folder: Path, settings: RerankerSettings) -> None:
+    """For servers alone, which cut pairs by it: sentence-transformers opens an encoder without files of its own."""
+    write(folder / "sentence_bert_config.json", {"max_seq_length": settings.max_len, "do_lower_case": False})
+
+
+def module(path: str, kind: str, place: int) -> dict:
+    return {"idx": place, "name": str(place), "path": path, "type": kind}
+
+
+def transformer_config(settings: RerankerSettings) -> dict:
+    answers = settings.head == "yes_no"
+    forward = {"method": "forward", "method_output_name": "logits"}
+    return {
+        "max_seq_length": settings.max_len,
+        "transformer_task": "text-generation" if answers else "sequence-classification",
+        "modality_config": {"text": forward, "message": forward | {"format": "flat"}},
+        "module_output_name": "causal_logits" if answers else "scores",
+    }
+
+
+def write(path: Path, values: dict | list) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def chat_template(encoder: PairEncoder, settings: RerankerSettings) -> str:
+    """The template of a pair, and after it the one that the tokenizer had without it."""
+    before, between, after = (quoted(text) for text in fixed_texts(encoder, settings))
+    pair = PAIR_TEMPLATE.format(before=before, between=between, after=after)
+    return pair + OWN_TEMPLATE + own_template(encoder.tokenizer) + END
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template without a pair's before it; nothing where it has none."""
+    template = tokenizer.chat_template or ""
+    if isinstance(template, dict):  # several of them, by name
+        template = template.get("default", "")
+    if template.startswith(BEGINNING):
+        return template.partition(OWN_TEMPLATE)[2].removesuffix("\n").removesuffix(END)
+    return template.removesuffix("\n")  # Jinja ignores it at the end of a file, but not before our end
+
+
+def quoted(text: str) -> str:
+    """A Jinja string: it takes the escapes of JSON, but for those of characters beyond U+FFFF."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def fixed_texts(encoder: PairEncoder, settings: RerankerSettings) -> tuple[str, str, str]:
+    """What stands before the query, between query and document, and after the document.
+
+    SentencePiece begins each part of a pair with the mark of a space, where it is tokenized on its own. A space before
+    the part, after bos too, gives the same: it is put where the tokens of a pair of one letter each ask for it.
+    """
+    before_query, after_query = split_format("query_format", settings.query_format)
+    before_document, after_document = split_format("document_format", settings.document_format)
+    texts = [before_query, after_query + settings.seq, before_document, after_document + settings.special_token]
+    if settings.head == "yes_no":
+        texts = [text.replace(INSTRUCTION, settings.instruction) for text in texts]
+    bos = missing_bos(encoder.tokenizer, texts[0])
+    wanted, own = encoder.encode([("a", "b")])[0].ids, private_copy(encoder.tokenizer)
+    for spaces in product(("", " "), repeat=len(texts)):
+        start, middle, document, end = (space + text for space, text in zip(spaces, texts, strict=True))
+        if tokenize(own, [bos + start + "a" + middle + document + "b" + end])[0] == wanted:
+            return bos + start, middle + document, end
+    return bos + texts[0], texts[1] + texts[2], texts[3]
+
+
+def missing_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The tokens that the tokenizer puts before a text, as text, where the text does not bring them."""
+    encoded = tokenizer("a")
+    bos = encoded["input_ids"][: encoded.sequence_ids().index(0)]
+    if tokenize(private_copy(tokenizer), [text + "a"])[0][: len(bos)] == bos:
+        return ""
+    return "".join(tokenizer.convert_ids_to_tokens(bos))
