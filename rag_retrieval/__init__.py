@@ -15,6 +15,7 @@ _PUBLIC = {
     "evaluate_reranker": "rag_retrieval.evaluate.evaluation",
     "load_reranker": "rag_retrieval.models.load_reranker",
     "MiningConfig": "rag_retrieval.mining.mining_config",
+    "Reranker": "rag_retrieval.infer.reranker",
     "mine": "rag_retrieval.mining.run",
     "score_over_processes": "rag_retrieval.models.process_scoring",
 }

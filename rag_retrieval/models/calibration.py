@@ -9,9 +9,14 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers.utils import cached_file
+import numpy as np
+
+from rag_retrieval.models.model_files import find_file
+
+if TYPE_CHECKING:
+    import torch
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -29,15 +34,24 @@ class Calibration:
     data: str
     pairs: int
 
-    def apply(self, scores: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(scores / self.temperature + self.bias)
+    def apply(self, scores: "torch.Tensor | np.ndarray") -> "torch.Tensor | np.ndarray":
+        """Probabilities in [0, 1] of any number of scores, as what they came as: a tensor or an array."""
+        return sigmoid(scores / self.temperature + self.bias)
+
+
+def sigmoid(scores: "torch.Tensor | np.ndarray") -> "torch.Tensor | np.ndarray":
+    """1 / (1 + exp(-score)) of a tensor or an array, without overflow at either end."""
+    if not isinstance(scores, np.ndarray):
+        return scores.sigmoid()
+    small = np.exp(-np.abs(scores))
+    return np.where(scores >= 0, 1, small) / (1 + small)
 
 
 @dataclass(frozen=True)
 class Probabilities:
     """values: [pairs], float32, in [0, 1]. calibration: what they were made with; None for the plain sigmoid."""
 
-    values: torch.Tensor
+    values: "torch.Tensor"
     calibration: Calibration | None
 
     @property
@@ -45,19 +59,13 @@ class Probabilities:
         return self.calibration is not None
 
 
-def probabilities_of(scores: torch.Tensor, calibration: Calibration | None) -> Probabilities:
+def probabilities_of(scores: "torch.Tensor", calibration: Calibration | None) -> Probabilities:
     return Probabilities(calibration.apply(scores) if calibration else scores.sigmoid(), calibration)
 
 
 def read_calibration(model_path: str) -> Calibration | None:
     """What was saved beside a model, from a folder or the hub; None without. ValueError for a damaged file."""
-    path = cached_file(
-        model_path,
-        CALIBRATION_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    path = find_file(model_path, CALIBRATION_FILE)
     if path is None:
         return None
     try:

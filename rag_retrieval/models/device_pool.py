@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from rag_retrieval.models.one_ahead import one_ahead
 from rag_retrieval.models.scoring import (
     SCORING_CHUNK,
     Pairs,
     ScoringOptions,
     encoder_for,
     mode_of,
-    one_ahead,
     score_chunk,
 )
 

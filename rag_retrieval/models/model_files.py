@@ -12,8 +12,6 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers.utils import cached_file
-
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "reranker_config.json"
@@ -96,18 +94,28 @@ def package_folder(package: str) -> str:
     return str(folders[0])
 
 
+def find_file(model_path: str, name: str) -> str | None:
+    """Where the file of this name lies in a folder or, for a hub name, in the hub's cache; None where it is not."""
+    if Path(model_path).is_dir():
+        file = Path(model_path) / name
+        return str(file) if file.is_file() else None
+    from transformers.utils import cached_file  # takes a second, which a folder need not wait for
+
+    return cached_file(
+        model_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+
+
 def read_settings(model_path: str) -> RerankerSettings | None:
     """The settings saved beside a model, from a folder or the hub; None where there are none.
 
     Raises ValueError for a file that is damaged.
     """
-    path = cached_file(
-        model_path,
-        SETTINGS_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    path = find_file(model_path, SETTINGS_FILE)
     if path is None:
         return None
     try:

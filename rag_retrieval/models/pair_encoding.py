@@ -3,12 +3,21 @@
 A pair is `prefix + query + middle + document + suffix`. Prefix, middle and suffix (bos, cls, sep, the
 separator, the special token that asks for the score) are never cut; only the two texts are. The three
 parts are tokenized on their own, so a query has the same tokens whatever document stands beside it.
+
+What a reader would get wrong: texts are tokenized by a private copy of the fast tokenizer. The one that transformers
+holds is changed by every call that pads or cuts, and such a call in another thread breaks ("Already borrowed") or
+cuts what is tokenized here. Nothing here imports torch.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QUERY_SHARE = 0.5  # of the tokens that the fixed parts leave; beyond it a query gives way to the document
 
@@ -59,7 +68,7 @@ class PairTemplate:
         return len(self.prefix) + len(self.middle) + len(self.suffix)
 
 
-def encoder_template(tokenizer: PreTrainedTokenizerBase) -> PairTemplate:
+def encoder_template(tokenizer: "PreTrainedTokenizerBase") -> PairTemplate:
     """Read the family's own pair layout, e.g. `[CLS] q [SEP] d [SEP]` or `<s> q </s></s> d </s>`."""
     encoded = tokenizer("a", "b")
     owners = encoded.sequence_ids()  # None for a special token, else 0 (query) or 1 (document)
@@ -76,7 +85,7 @@ def encoder_template(tokenizer: PreTrainedTokenizerBase) -> PairTemplate:
 
 
 def decoder_template(
-    tokenizer: PreTrainedTokenizerBase, query_format: str, document_format: str, seq: str, special_token: str
+    tokenizer: "PreTrainedTokenizerBase", query_format: str, document_format: str, seq: str, special_token: str
 ) -> PairTemplate:
     """`[bos] query_format + seq + document_format + special_token`, bos only where the family has one."""
     before_query, after_query = split_format("query_format", query_format)
@@ -84,7 +93,7 @@ def decoder_template(
     owners = tokenizer("a").sequence_ids()
     bos_tokens = owners.index(0)
     prefix = tokenizer("a")["input_ids"][:bos_tokens]
-    middle, suffix = tokenize(tokenizer, [after_query + seq, after_document + special_token])
+    middle, suffix = tokenize(private_copy(tokenizer), [after_query + seq, after_document + special_token])
     if not suffix:
         raise ValueError(
             f"special_token {special_token!r} gives no token; the score is read at its last token"
@@ -100,20 +109,20 @@ def split_format(name: str, text: str) -> tuple[str, str]:
     return before, after
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens and without truncation."""
-    if not texts:
-        return []
-    return tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # a text longer than the model is normal here: it is cut later
-    )["input_ids"]
+def private_copy(tokenizer: "PreTrainedTokenizerBase | Tokenizer") -> Tokenizer:
+    """The fast tokenizer within, copied, and with padding and truncation off."""
+    own = copy.deepcopy(tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer)
+    own.no_padding()
+    own.no_truncation()
+    return own
 
 
-def tokenize_after(anchor: str, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens and without truncation. tokenizer: a private copy."""
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def tokenize_after(anchor: str, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text as they are after `anchor`, which is one special token, or nothing."""
     if not anchor:
         return tokenize(tokenizer, texts)
@@ -137,14 +146,21 @@ def cut(ids: list[int], keep: int, end: tuple[int, ...]) -> list[int]:
 
 @dataclass(frozen=True)
 class PairEncoder:
-    """Encodes pairs for one model: its tokenizer, its template and its limit of `max_length` tokens."""
+    """Encodes pairs for one model: its tokenizer, its template and its limit of `max_length` tokens.
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: of transformers or, where there is only a tokenizer.json, of the tokenizers library. own: the private
+    copy that tokenizes. Several threads may use one encoder.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase | Tokenizer"
     template: PairTemplate
     max_length: int
+    own: Tokenizer | None = field(default=None, repr=False)
     budget: int = field(init=False)
 
     def __post_init__(self):
+        if self.own is None:
+            object.__setattr__(self, "own", private_copy(self.tokenizer))
         budget = self.max_length - self.template.fixed_tokens
         if budget < 2 * (1 + max(len(self.template.query_end), len(self.template.document_end))):
             raise ValueError(
@@ -153,15 +169,19 @@ class PairEncoder:
             )
         object.__setattr__(self, "budget", budget)
 
+    def with_max_length(self, max_length: int) -> "PairEncoder":
+        """The same encoder with another limit; the copy of the tokenizer is shared. ValueError for one too small."""
+        return self if max_length == self.max_length else replace(self, max_length=max_length)
+
     def query_ids(self, queries: Sequence[str]) -> list[list[int]]:
         template = self.template
         texts = [template.before_query + text + template.after_query for text in queries]
-        return tokenize_after(template.anchor, self.tokenizer, texts)
+        return tokenize_after(template.anchor, self.own, texts)
 
     def document_ids(self, documents: Sequence[str]) -> list[list[int]]:
         template = self.template
         texts = [template.before_document + text + template.after_document for text in documents]
-        return tokenize_after(template.anchor, self.tokenizer, texts)
+        return tokenize_after(template.anchor, self.own, texts)
 
     def untruncated_length(self, query_ids: list[int], document_ids: list[int]) -> int:
         return self.template.fixed_tokens + len(query_ids) + len(document_ids)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+from rag_retrieval.models.one_ahead import one_ahead
 from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.scoring import (
     SCORING_CHUNK,
@@ -25,7 +26,6 @@ from rag_retrieval.models.scoring import (
     encoder_for,
     joined,
     mode_of,
-    one_ahead,
     plan_forwards,
     score_parts,
     sizes_of,

@@ -6,17 +6,17 @@ no other error is taken for that.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, islice
-from typing import TYPE_CHECKING, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
 from rag_retrieval.models.model_loading import check_max_length
+from rag_retrieval.models.one_ahead import one_ahead
 from rag_retrieval.models.pair_batch import make_batch
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.scoring_mode import Precision, check_precision, scoring_mode
@@ -29,7 +29,6 @@ SCORING_CHUNK = 4096  # pairs tokenized and sorted together; bounds memory on en
 CPU_TOKENS = 2048  # of one forward: they stay in the CPU's caches and keep its cores busy
 CUDA_TOKENS = 65_536  # of one forward, until one does not fit
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
 Pairs = Sequence[tuple[str, str]]
 Scored = tuple[list[int], torch.Tensor]  # positions of the pairs of one forward, and their scores: [pairs]
 
@@ -58,7 +57,7 @@ def encoder_for(scorer: "PairScorer", max_length: int | None) -> PairEncoder:
     if max_length is None or max_length == encoder.max_length:
         return encoder
     check_max_length(max_length, scorer.model)
-    return PairEncoder(encoder.tokenizer, encoder.template, max_length)
+    return encoder.with_max_length(max_length)
 
 
 def score_pairs(scorer: "PairScorer", pairs: Pairs, options: ScoringOptions, bar: tqdm) -> torch.Tensor:
@@ -73,23 +72,6 @@ def score_pairs(scorer: "PairScorer", pairs: Pairs, options: ScoringOptions, bar
 
 def mode_of(scorer: "PairScorer", precision: Precision | None):
     return scoring_mode(scorer, scorer.device, scorer.model.dtype, precision)
-
-
-def one_ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """work(item) of each item in order, the next one computed in a thread while the caller uses this one.
-
-    Items are taken in the caller's thread, and one item alone starts no thread. An error of `work` is raised here,
-    when its turn comes. Close the generator when leaving early: that waits for the item in work.
-    """
-    items = iter(items)
-    for first in islice(items, 1):
-        result = work(first)  # nothing to overlap with yet
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="one-ahead") as thread:
-            for item in items:
-                following = thread.submit(work, item)
-                yield result
-                result = following.result()
-        yield result
 
 
 def score_chunk(scorer: "PairScorer", encoded: Sequence[EncodedPair], batch_size: int, bar: tqdm) -> torch.Tensor:

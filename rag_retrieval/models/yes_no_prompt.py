@@ -8,9 +8,10 @@ leads to the query or the document, and after the white space that follows them.
 import re
 
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from rag_retrieval.models.pair_encoding import PairTemplate, split_format, tokenize, tokenize_after
+from rag_retrieval.models.pair_encoding import PairTemplate, private_copy, split_format, tokenize, tokenize_after
 from rag_retrieval.models.yes_no_prompts import ANSWERS, PLACES, PROMPTS, QWEN3_CHAT, QWEN3_MARKUP, check_places
 
 INSTRUCTION = "{instruction}"
@@ -80,9 +81,10 @@ def yes_no_template(
     query_end, between = split_white_space(between)
     middle, before_document = split_last_line(between)
     document_end, suffix = split_white_space(after)
-    anchor = anchor_of(tokenizer) if prefix else ""
-    parts = tokenize(tokenizer, [prefix])
-    parts += tokenize_after(anchor, tokenizer, [middle, suffix, query_end, document_end])
+    own = private_copy(tokenizer)
+    anchor = anchor_of(own, tokenizer.all_special_tokens) if prefix else ""
+    parts = tokenize(own, [prefix])
+    parts += tokenize_after(anchor, own, [middle, suffix, query_end, document_end])
     if not parts[2]:
         raise ValueError(
             f"special_token {special_token!r} gives no token but white space; it ends the prompt, and the answer is "
@@ -96,12 +98,12 @@ def yes_no_template(
     return PairTemplate(*parts[:3], None, before_query, before_document, query_end, document_end, *ends, anchor=anchor)
 
 
-def anchor_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def anchor_of(tokenizer: Tokenizer, special_tokens: list[str]) -> str:
     """A special token after which a text is tokenized as in the midst of another; nothing where it always is.
 
     SentencePiece puts its mark of a space before the first word of whatever it is given.
     """
-    for token in tokenizer.all_special_tokens:
+    for token in special_tokens:
         if tokenize_after(token, tokenizer, ["a"]) != tokenize(tokenizer, ["a"]):
             return token
     return ""
@@ -133,7 +135,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, yes_token: str, no_token: 
     ids = [single_token(tokenizer, text) for text in (yes_token, no_token)]
     for name, text, token in zip(("yes_token", "no_token"), (yes_token, no_token), ids, strict=True):
         if token is None:
-            pieces = tokenizer.convert_ids_to_tokens(tokenize(tokenizer, [text])[0])
+            pieces = tokenizer.tokenize(text)
             raise ValueError(
                 f"{name} {text!r} must be one token, and this tokenizer makes {len(pieces)} of it "
                 f"({', '.join(pieces)}); {alternatives(tokenizer)}"
@@ -145,7 +147,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, yes_token: str, no_token: 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     """The id of a text that is exactly one known token."""
-    ids = tokenize(tokenizer, [text])[0]
+    ids = tokenizer.encode(text, add_special_tokens=False)
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
 

@@ -1,0 +1,77 @@
+"""What a caller hands over as queries and documents, checked before anything is computed.
+
+What a reader would get wrong: a document without text (None, "", white space) is no mistake. It keeps its place and
+its id, is not read by the model, and gets the lowest score.
+"""
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+from rag_retrieval.models.pair_checks import is_unicode
+
+OWN_KEYS = ("text", "id", "metadata")
+
+
+@dataclass(frozen=True)
+class Document:
+    """text: "" for None. metadata: what stood beside text and id."""
+
+    doc_id: Any
+    text: str
+    metadata: dict
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.text.strip()
+
+
+def check_list(name: str, values) -> list:
+    """ValueError for a single text, a mapping or a set, which have no positions, and for what is no list at all."""
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a list, found {type(values).__name__}")
+    return list(values)
+
+
+def check_query(name: str, query) -> str:
+    if not isinstance(query, str):
+        raise ValueError(f"{name}: expected a string, found {type(query).__name__}")
+    return check_text(name, query)
+
+
+def check_text(name: str, text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError(f"{name}: half a surrogate pair in it, which is no text: {text!a:.100}")
+    return text
+
+
+def check_documents(name: str, documents) -> list[Document]:
+    """Raises ValueError naming the position, as `documents[3]`, of the first that is none."""
+    return [
+        check_document(f"{name}[{position}]", position, document)
+        for position, document in enumerate(check_list(name, documents))
+    ]
+
+
+def check_document(name: str, position: int, document) -> Document:
+    if isinstance(document, Mapping):
+        return check_mapping(name, position, document)
+    if document is None:
+        return Document(position, "", {})
+    if isinstance(document, str):
+        return Document(position, check_text(name, document), {})
+    raise ValueError(f'{name}: expected a string, a dict with "text" or None, found {type(document).__name__}')
+
+
+def check_mapping(name: str, position: int, document: Mapping) -> Document:
+    if "text" not in document:
+        keys = ", ".join(map(repr, document)) or "no keys"
+        raise ValueError(f'{name}: expected a dict with "text", found {keys}')
+    text, metadata = document["text"], document.get("metadata")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f'{name}: "text" must be a string or None, found {type(text).__name__}')
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise ValueError(f'{name}: "metadata" must be a dict, found {type(metadata).__name__}')
+    others = {key: value for key, value in document.items() if key not in OWN_KEYS}
+    doc_id = document.get("id")
+    return Document(position if doc_id is None else doc_id, check_text(name, text or ""), others | dict(metadata or {}))

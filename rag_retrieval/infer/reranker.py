@@ -1,0 +1,294 @@
+"""`Reranker`: documents in the order in which they answer a query, from any folder that holds a reranker.
+
+What a reader would get wrong: a score is the model's logit. It orders the documents of one query; whether it also
+means something between queries depends on how the model was trained, and `normalize` changes nothing about that
+unless the folder has a calibration. Nothing here imports torch.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rag_retrieval.infer.backend import Backend, BackendOptions, open_backend
+from rag_retrieval.infer.documents import Document, check_documents, check_list, check_query
+from rag_retrieval.infer.results import (
+    EMPTY_PROBABILITY,
+    EMPTY_SCORE,
+    RerankResult,
+    RerankResults,
+    best_first,
+    check_top_k,
+)
+from rag_retrieval.infer.scores import ScoredPair, score_pairs
+from rag_retrieval.infer.slices import LONG_DOCUMENT, Reader
+from rag_retrieval.models.calibration import sigmoid
+from rag_retrieval.models.pair_checks import check_pairs
+
+if TYPE_CHECKING:
+    import torch
+
+OVERLAP = 64  # tokens
+
+
+@dataclass(frozen=True)
+class RerankOptions:
+    """The keyword arguments of `Reranker.rerank`, checked."""
+
+    top_k: int | None
+    batch_size: int
+    max_length: int | None
+    normalize: bool
+    long_document: str
+    overlap: int
+
+    def __post_init__(self):
+        if self.top_k is not None:
+            check_top_k("top_k", self.top_k)
+        if self.long_document not in LONG_DOCUMENT:
+            names = ", ".join(map(repr, LONG_DOCUMENT))
+            raise ValueError(f"long_document must be one of {names}; found {self.long_document!r}")
+        check_number("overlap", self.overlap, 0, "tokens")
+        check_number("batch_size", self.batch_size, 1, "pairs")
+        if self.max_length is not None:
+            check_number("max_length", self.max_length, 1, "tokens")
+
+
+class Reranker:
+    """A model that scores how well documents answer a query. Several threads may call one.
+
+    model_name_or_path: a folder that was trained or exported here, a sentence-transformers folder, any other folder of
+    a reranker, a hub name, or `package:NAME`. What it holds is read from its files.
+    model_type: "bert_encoder" or "llm_decoder", against what the files say. max_length: tokens per pair; default what
+    the folder was saved with, else 512 or the model's limit. dtype: of the weights: "fp32" (the default), "bf16",
+    "fp16". precision: of the computation with float32 weights: "fp32", "bf16", "fp16"; default half precision on CUDA
+    and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is one, else the CPU.
+    devices: several, such as ["cuda:0", "cuda:1"]: a process for each holds a copy of the model, until `close`, and a
+    script that uses it keeps its work under `if __name__ == "__main__":`.
+    query_format and all after it: of a decoder, as for `LLMDecoder.from_pretrained`; needed where neither the folder
+    nor the list of known prompts has them.
+
+    Raises ValueError for a path that is not there, a folder without weights, weights that are not numbers, a model
+    without a trained head (an embedding model), a decoder whose prompt is not known, and options that do not fit.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | os.PathLike,
+        *,
+        model_type: str | None = None,
+        max_length: int | None = None,
+        precision: str | None = None,
+        dtype: "str | torch.dtype | None" = None,
+        device: "str | torch.device | None" = None,
+        devices: "Sequence[str | torch.device] | None" = None,
+        trust_remote_code: bool = False,
+        query_format: str | None = None,
+        document_format: str | None = None,
+        seq: str | None = None,
+        special_token: str | None = None,
+        head: str | None = None,
+        instruction: str | None = None,
+        yes_token: str | None = None,
+        no_token: str | None = None,
+    ):
+        options = BackendOptions(
+            model_type=model_type,
+            max_length=max_length,
+            precision=precision,
+            dtype=dtype,
+            device=device,
+            devices=devices,
+            trust_remote_code=trust_remote_code,
+            query_format=query_format,
+            document_format=document_format,
+            seq=seq,
+            special_token=special_token,
+            head=head,
+            instruction=instruction,
+            yes_token=yes_token,
+            no_token=no_token,
+        )
+        self.backend: Backend = open_backend(model_name_or_path, options)
+
+    @classmethod
+    def from_backend(cls, backend: Backend) -> "Reranker":
+        """A Reranker over a backend that is open already."""
+        reranker = cls.__new__(cls)
+        reranker.backend = backend
+        return reranker
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per pair at most."""
+        return self.backend.pair_encoder.max_length
+
+    def compute_score(
+        self,
+        pairs: Sequence[Sequence[str]] | Sequence[str],
+        batch_size: int = 256,
+        max_length: int | None = None,
+        normalize: bool = False,
+    ) -> np.ndarray:
+        """Scores of [query, document] pairs, or of one such pair: [pairs], float32, in the order given.
+
+        Long pairs are cut, as `long_document="truncate"` does it. Options as for `rerank`. ValueError naming the
+        position of a bad pair.
+        """
+        pairs = check_pairs(pairs)
+        options = RerankOptions(None, batch_size, max_length, normalize, "truncate", 0)
+        scores = np.array([scored.score for scored in self._score(pairs, options)], np.float32)
+        return self._normalized(scores) if normalize else scores
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str | Mapping | None],
+        top_k: int | None = None,
+        batch_size: int = 256,
+        max_length: int | None = None,
+        normalize: bool = False,
+        long_document: str = "max_slice",
+        overlap: int = OVERLAP,
+    ) -> RerankResults:
+        """The documents, best first; those with equal scores in the order given.
+
+        documents: strings, or dicts with "text" and, if wanted, "id" and "metadata"; further keys join the metadata.
+        A document without text (None, "", white space) comes back with EMPTY_SCORE (-10000; 0 with `normalize`).
+        top_k: how many come back; all are scored. batch_size: pairs of one forward at most. max_length: tokens per
+        pair, at most that of the Reranker.
+        normalize: values in [0, 1]: the calibrated probability where the folder has a calibration, else the sigmoid
+        of the score, which is no probability after RankNet or listwise training: these teach the order alone.
+        long_document: what becomes of a document that does not fit beside the query. "max_slice": it is cut into
+        slices, and the best one's score is the document's; "mean_slice": their mean; "first_slice": the first alone;
+        "truncate": its beginning, and a query longer than half of the room is cut too. Slices keep the query whole
+        unless it takes more than three quarters of the room. overlap: tokens that neighbouring slices share, at most
+        half a slice.
+
+        Raises ValueError that names the argument and the position, as `documents[3]`.
+        """
+        options = RerankOptions(top_k, batch_size, max_length, normalize, long_document, overlap)
+        return self._rerank([check_query("query", query)], [check_documents("documents", documents)], options)[0]
+
+    def rerank_many(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[str | Mapping | None]],
+        top_k: int | None = None,
+        batch_size: int = 256,
+        max_length: int | None = None,
+        normalize: bool = False,
+        long_document: str = "max_slice",
+        overlap: int = OVERLAP,
+    ) -> list[RerankResults]:
+        """`rerank` for several queries, whose pairs share forwards. documents: a list for each query.
+
+        Raises ValueError that names the position, as `queries[2]` or `documents[2][3]`.
+        """
+        options = RerankOptions(top_k, batch_size, max_length, normalize, long_document, overlap)
+        queries = [
+            check_query(f"queries[{place}]", query) for place, query in enumerate(check_list("queries", queries))
+        ]
+        lists = check_list("documents", documents)
+        if len(lists) != len(queries):
+            raise ValueError(f"documents: expected a list for each of the {len(queries)} queries, found {len(lists)}")
+        checked = [check_documents(f"documents[{place}]", own) for place, own in enumerate(lists)]
+        return self._rerank(queries, checked, options)
+
+    async def arerank(
+        self,
+        query: str,
+        documents: Sequence[str | Mapping | None],
+        top_k: int | None = None,
+        batch_size: int = 256,
+        max_length: int | None = None,
+        normalize: bool = False,
+        long_document: str = "max_slice",
+        overlap: int = OVERLAP,
+    ) -> RerankResults:
+        """`rerank` in a thread, so that the event loop goes on."""
+        arguments = (query, documents, top_k, batch_size, max_length, normalize, long_document, overlap)
+        return await asyncio.to_thread(self.rerank, *arguments)
+
+    async def arerank_many(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[str | Mapping | None]],
+        top_k: int | None = None,
+        batch_size: int = 256,
+        max_length: int | None = None,
+        normalize: bool = False,
+        long_document: str = "max_slice",
+        overlap: int = OVERLAP,
+    ) -> list[RerankResults]:
+        """`rerank_many` in a thread, so that the event loop goes on."""
+        arguments = (queries, documents, top_k, batch_size, max_length, normalize, long_document, overlap)
+        return await asyncio.to_thread(self.rerank_many, *arguments)
+
+    def close(self) -> None:
+        """End the processes of `devices`."""
+        self.backend.close()
+
+    def __enter__(self) -> "Reranker":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _rerank(self, queries: list[str], lists: list[list[Document]], options: RerankOptions) -> list[RerankResults]:
+        """All pairs with a text are scored in one go, then dealt back in the same order."""
+        pairs = [(query, document.text) for query, own in zip(queries, lists, strict=True)
+                 for document in own if not document.is_empty]  # fmt: skip
+        scored = iter(self._score(pairs, options))
+        return [
+            RerankResults(query, self._ranked(own, scored, options)) for query, own in zip(queries, lists, strict=True)
+        ]
+
+    def _score(self, pairs: Sequence[tuple[str, str]], options: RerankOptions) -> list[ScoredPair]:
+        encoder = self.backend.pair_encoder
+        if options.max_length is not None:
+            if options.max_length > encoder.max_length:
+                raise ValueError(
+                    f"max_length {options.max_length} is more than the {encoder.max_length} tokens that this Reranker "
+                    f"was opened with; open it with max_length={options.max_length}"
+                )
+            encoder = encoder.with_max_length(options.max_length)
+        reader = Reader(encoder, options.long_document, options.overlap)
+        return score_pairs(self.backend, reader, pairs, options.batch_size)
+
+    def _ranked(
+        self, documents: list[Document], scored: Iterator[ScoredPair], options: RerankOptions
+    ) -> list[RerankResult]:
+        """scored: takes one for each document with a text."""
+        empty = ScoredPair(EMPTY_SCORE, None, False)
+        own = [empty if document.is_empty else next(scored) for document in documents]
+        scores = np.array([pair.score for pair in own], np.float32)
+        if options.normalize:
+            is_empty = [document.is_empty for document in documents]
+            scores = np.where(is_empty, np.float32(EMPTY_PROBABILITY), self._normalized(scores))
+        order = best_first(scores)[: options.top_k]
+        return [
+            RerankResult(
+                documents[place].doc_id,
+                documents[place].text,
+                float(scores[place]),
+                rank,
+                documents[place].metadata,
+                int(place),
+                own[place].span,
+                own[place].truncated,
+            )
+            for rank, place in enumerate(order, start=1)
+        ]
+
+    def _normalized(self, scores: np.ndarray) -> np.ndarray:
+        calibration = self.backend.calibration
+        return sigmoid(scores) if calibration is None else calibration.apply(scores)
+
+
+def check_number(name: str, value, least: int, unit: str) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number of {unit}, at least {least}; found {value!r}")
