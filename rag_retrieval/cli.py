@@ -11,6 +11,7 @@ HELP = """usage: rag-retrieval COMMAND [options]
   evaluate --model DIR --data DIR         measure a reranker on judged queries (evaluate --help lists every key)
   mine [--config FILE] [--KEY VALUE ...]  find hard negatives in a corpus (mine --help lists every key)
   distill --config FILE [--KEY VALUE ...] let a teacher score training pairs (distill --help lists every key)
+  export --model DIR --output DIR         write a trained reranker as ONNX (export --help lists every key)
   quickstart [--output_dir DIR]           train on the example data and show what it brought
 """
 
@@ -34,6 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         from rag_retrieval.distill.distill_command import main as distill
 
         return distill(arguments[1:])
+    if command == "export":
+        from rag_retrieval.export.export_command import main as export
+
+        return export(arguments[1:])
     if command == "quickstart":
         from rag_retrieval.quickstart import main as quickstart
 
