@@ -35,7 +35,9 @@ class ScoreGraph(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids=None) -> torch.Tensor:
         """Each [pairs, longest], int64. Returns [pairs], float32."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {"input_ids": input_ids}
+        if not self.scorer.causal:  # padding stands at the right, where no token of a causal model looks
+            inputs["attention_mask"] = attention_mask
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
         if self.takes_positions:

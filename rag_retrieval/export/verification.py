@@ -56,8 +56,8 @@ def check_float32(expected: np.ndarray, found: np.ndarray) -> None:
     if wrong.size:
         place = wrong[np.argmax(np.abs(expected - found)[wrong])]
         raise DifferenceError(
-            f"the ONNX graph does not compute what the model computes: {wrong.size} of {expected.size} scores differ by "
-            f"more than {FLOAT32_LIMIT}, such as {found[place]:.6f} where the model gives {expected[place]:.6f}; "
+            f"the ONNX graph does not compute what the model computes: {wrong.size} of {expected.size} scores differ "
+            f"by more than {FLOAT32_LIMIT}, such as {found[place]:.6f} where the model gives {expected[place]:.6f}; "
             "nothing was written. Exporting this family does not work with the installed torch"
         )
 
@@ -72,8 +72,8 @@ def check_int8(verification: Verification, force: bool) -> list[str]:
         problems.append(f"nDCG@10 on {verification.data} falls by {loss:.4f}, more than {LARGEST_LOSS}")
     if problems and not force:
         raise DifferenceError(
-            f"int8 changes this model too much: {' and '.join(problems)}; nothing was written. Leave --quantize out, or "
-            "keep it all the same with --force"
+            f"int8 changes this model too much: {' and '.join(problems)}; nothing was written. Leave --quantize out, "
+            "or keep it all the same with --force"
         )
     return problems
 

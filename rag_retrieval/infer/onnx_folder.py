@@ -1,6 +1,6 @@
 """What lies in an exported folder beside the graph, and how pairs are encoded from it.
 
-    model.onnx             input_ids, attention_mask[, token_type_ids] to scores; perhaps model.onnx.data with the weights
+    model.onnx             input_ids, attention_mask[, token_type_ids] to scores; model.onnx.data with large weights
     tokenizer.json         and the tokenizer's other files
     config.json            of the model that it was made from
     reranker_config.json   its formats in words, for people

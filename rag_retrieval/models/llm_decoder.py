@@ -121,7 +121,8 @@ class LLMDecoder(PairScorer):
     def scores_of(self, inputs: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
         backbone = getattr(self.model, self.model.base_model_prefix)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
-        rows = torch.arange(len(lengths), device=hidden.device)
+        # len(lengths) would be a constant in a traced graph
+        rows = torch.arange(lengths.shape[0], device=hidden.device)
         # the head reads one position per pair, so it is applied to that position alone
         read = hidden[rows, lengths - 1]
         if self.answers_yes_or_no:
