@@ -21,13 +21,15 @@ def quantize_int8(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
-    kept = [*score_head(model), *other_lookups(model)]
+    heads = score_head(model)
+    # a Gemm is first made a MatMul, under this new name
+    kept = [*heads, *(f"{name}_MatMul" for name in heads), *other_lookups(model)]
     del model.graph.value_info[:]  # shapes of products that are about to be turned round
     with quiet():
         quantize_dynamic(
             model,
             target,
-            op_types_to_quantize=["MatMul", "Gather"],  # a Gemm becomes a MatMul
+            op_types_to_quantize=["MatMul", "Gather"],
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from rag_retrieval.evaluate.evaluation import name_of
 from rag_retrieval.export.check_data import CheckData, read_check_data
 from rag_retrieval.export.export_config import ExportConfig
 from rag_retrieval.export.graph import input_names, write_graph
@@ -125,7 +126,7 @@ def write_float32(scorer: PairScorer, config: ExportConfig, folder: Path) -> Onn
         write_calibration(folder, scorer.calibration)
     write_graph(scorer, folder / MODEL_FILE)
     fused = optimize_graph(folder / MODEL_FILE) if config.optimize else {}
-    source = {"model": config.model, "class": type(scorer.model).__name__, "fused": fused}
+    source = {"model": name_of(config.model), "class": type(scorer.model).__name__, "fused": fused}
     description = OnnxDescription(
         model_type=scorer.model_type,
         max_length=scorer.pair_encoder.max_length,

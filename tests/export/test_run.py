@@ -67,8 +67,9 @@ def test_int8_has_small_weights_a_float32_head_and_nearly_the_same_scores(model,
     products = [node for node in graph.node if node.op_type == "MatMulInteger"]
     # q, k, v, o and two of the feed-forward layer, in two layers, and the pooler
     assert len(products) == 13 and all(kinds[node.input[1]] == onnx.TensorProto.INT8 for node in products)
-    scales = {value.name: list(value.dims) for value in graph.initializer if value.name.endswith("weight_scale")}
-    assert [64] in scales.values() and [32] in scales.values(), "a scale for each output channel"
+    shapes = {value.name: list(value.dims) for value in graph.initializer}
+    scales = [shapes[node.input[1].replace("_quantized", "_scale")] for node in products]
+    assert scales.count([64]) == 2 and scales.count([32]) == 11, "a scale for each output channel"
     assert len(score_head(graph_of(small))) == 1, "the head is a product of floats still"
     lookups = [node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids"]
     assert [kinds[node.input[0]] for node in lookups] == [onnx.TensorProto.INT8]
