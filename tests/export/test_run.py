@@ -20,7 +20,6 @@ from rag_retrieval.export import run, verification  # noqa: E402
 from rag_retrieval.export.graph import score_head  # noqa: E402
 from rag_retrieval.export.verification import DifferenceError  # noqa: E402
 
-
 WORDS = ("mountain", "river", "planet", "copper")
 
 
