@@ -9,10 +9,11 @@ from pathlib import Path
 import onnx
 
 from rag_retrieval.export.graph import EXTERNAL_FROM, beside, quiet, score_head
+from rag_retrieval.export.token_scales import scale_by_token
 
 
 def quantize_int8(source: Path, target: Path) -> None:
-    """Write `target`: signed weights with a scale for each output channel.
+    """Write `target`: signed weights with a scale for each output channel, activations with one for each token.
 
     Weights take 7 of their 8 bits. On x86 processors without VNNI the sum of two full products overflows 16 bits, and
     the scores would be others there than on the machine where they were checked; measured on a MiniLM, the eighth bit
@@ -37,6 +38,11 @@ def quantize_int8(source: Path, target: Path) -> None:
             use_external_data_format=weight_bytes(source) >= EXTERNAL_FROM,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what fused nodes give
         )
+    quantized = onnx.load(target)
+    scale_by_token(quantized)
+    external = beside(target).is_file()
+    beside(target).unlink(missing_ok=True)
+    onnx.save(quantized, target, save_as_external_data=external, location=beside(target).name)
 
 
 def other_lookups(model: onnx.ModelProto) -> list[str]:

@@ -1,7 +1,7 @@
 """Scores of encoded pairs from a graph that takes padded batches: planned by tokens, given back in input order.
 
-What a reader would get wrong: which pairs share a forward never changes a float32 score beyond float noise, but it
-does change an int8 one a little. There activations are scaled by the largest of the whole batch.
+What a reader would get wrong: which pairs share a forward never changes a score beyond float noise, in int8 neither:
+there every token has a scale of its own.
 """
 
 from collections.abc import Callable, Sequence

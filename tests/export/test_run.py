@@ -71,10 +71,12 @@ def test_int8_has_small_weights_a_float32_head_and_nearly_the_same_scores(model,
     assert scales.count([64]) == 2 and scales.count([32]) == 11, "a scale for each output channel"
     assert len(score_head(graph_of(small))) == 1, "the head is a product of floats still"
     lookups = [node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids"]
-    assert [kinds[node.input[0]] for node in lookups] == [onnx.TensorProto.INT8]
+    assert [kinds[node.input[0]] for node in lookups] == [onnx.TensorProto.UINT8]
     pairs = some_pairs(40)
     one, other = (Reranker(folder).compute_score(pairs) for folder in (exact, small))
     assert np.corrcoef(one, other)[0, 1] > 0.97 and not np.array_equal(one, other)
+    alone = Reranker(small).compute_score(pairs, batch_size=1)
+    assert np.abs(alone - other).max() < 1e-4, "no score depends on the pairs beside it"
     description = json.loads((small / "reranker_onnx.json").read_text())
     assert description["precision"] == "int8" and 0.9 < description["verification"]["rank_correlation"] < 1
 
