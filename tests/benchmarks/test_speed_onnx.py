@@ -1,3 +1,4 @@
+import logging
 import sys
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def test_a_result_is_a_table_with_a_row_for_each_side():
     ]
 
 
+@pytest.fixture
+def log_level_restored():
+    logger = logging.getLogger("rag_retrieval")
+    before = logger.level
+    yield
+    logger.setLevel(before)
+
+
+@pytest.mark.usefixtures("log_level_restored")
 def test_without_a_model_and_data_the_work_is_skipped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, "prepare_environment", lambda options: None)
     speed.main(["--work", "onnx", "--threads", "1", "--out", str(tmp_path / "out.jsonl")])
