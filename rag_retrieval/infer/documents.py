@@ -6,6 +6,7 @@ its id, is not read by the model, and gets the lowest score.
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from rag_retrieval.models.pair_checks import is_unicode
@@ -24,6 +25,12 @@ class Document:
     @property
     def is_empty(self) -> bool:
         return not self.text.strip()
+
+
+def check_number(name: str, value, least: int, unit: str) -> None:
+    """ValueError for anything but a whole number of at least `least`; True and False are none."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of {unit}, at least {least}; found {value!r}")
 
 
 def check_list(name: str, values) -> list:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend, BackendOptions, open_backend
-from rag_retrieval.infer.documents import Document, check_documents, check_list, check_query
+from rag_retrieval.infer.documents import Document, check_documents, check_list, check_number, check_query
 from rag_retrieval.infer.results import (
     EMPTY_PROBABILITY,
     EMPTY_SCORE,
     RerankResult,
     RerankResults,
     best_first,
-    check_top_k,
 )
 from rag_retrieval.infer.scores import ScoredPair, score_pairs
 from rag_retrieval.infer.slices import LONG_DOCUMENT, Reader
@@ -47,7 +46,7 @@ class RerankOptions:
 
     def __post_init__(self):
         if self.top_k is not None:
-            check_top_k("top_k", self.top_k)
+            check_number("top_k", self.top_k, 1, "documents")
         if self.long_document not in LONG_DOCUMENT:
             names = ", ".join(map(repr, LONG_DOCUMENT))
             raise ValueError(f"long_document must be one of {names}; found {self.long_document!r}")
@@ -95,6 +94,11 @@ class Reranker:
         yes_token: str | None = None,
         no_token: str | None = None,
     ):
+        if not isinstance(model_name_or_path, (str, os.PathLike)):
+            found = type(model_name_or_path).__name__
+            raise ValueError(f"model_name_or_path: expected a folder or a name, found {found}")
+        if max_length is not None:
+            check_number("max_length", max_length, 1, "tokens")
         options = BackendOptions(
             model_type=model_type,
             max_length=max_length,
@@ -287,8 +291,3 @@ class Reranker:
     def _normalized(self, scores: np.ndarray) -> np.ndarray:
         calibration = self.backend.calibration
         return sigmoid(scores) if calibration is None else calibration.apply(scores)
-
-
-def check_number(name: str, value, least: int, unit: str) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be a whole number of {unit}, at least {least}; found {value!r}")

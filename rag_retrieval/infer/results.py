@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rag_retrieval.infer.documents import check_number
+
 if TYPE_CHECKING:
     import pandas
 
@@ -56,7 +58,7 @@ class RerankResults(Sequence):
 
     def top_k(self, k: int) -> list[RerankResult]:
         """The k best, or all where there are fewer. ValueError for k below 1."""
-        check_top_k("k", k)
+        check_number("k", k, 1, "documents")
         return self.results[:k]
 
     def get_score_by_docid(self, doc_id) -> float:
@@ -80,11 +82,6 @@ class RerankResults(Sequence):
         except ImportError as error:
             raise ImportError("to_pandas needs pandas: pip install pandas") from error
         return pandas.DataFrame(self.to_dict()["results"], columns=list(RerankResult.__dataclass_fields__))
-
-
-def check_top_k(name: str, value) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}")
 
 
 def best_first(scores: Sequence[float]) -> np.ndarray:

@@ -31,13 +31,21 @@ class Reading:
 
 @dataclass(frozen=True)
 class DocumentTokens:
-    """head, tail: ids of what the format puts before and after the text. content: all others, with the characters of
-    the text that each stands for (the end not included)."""
+    """head, tail: ids of what the format puts before and after the text. content: all others; a token with characters
+    of both counts as content. offsets: of content, in characters from where head's text begins; the document's own
+    are those from `first` to before `end`."""
 
     head: list[int]
     content: list[int]
     tail: list[int]
-    spans: list[tuple[int, int]]
+    offsets: list[tuple[int, int]]
+    first: int
+    end: int
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """The characters of the document that content[start:stop] stands for, the end not included."""
+        begin, end = self.offsets[start][0], self.offsets[min(stop, len(self.offsets)) - 1][1]
+        return max(begin, self.first) - self.first, min(end, self.end) - self.first
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Reader:
         return [
             (
                 [*tokens.head, *tokens.content[start : start + room], *(tokens.tail if start + room >= count else end)],
-                span_of(tokens.spans[start : start + room]) if count > room else None,
+                tokens.span(start, start + room) if count > room else None,
             )
             for start in slice_starts(count, room, self.overlap)
         ]
@@ -108,15 +116,8 @@ def slice_starts(tokens: int, room: int, overlap: int) -> list[int]:
     return [*range(0, tokens - room, room - min(overlap, room // 2)), tokens - room]
 
 
-def span_of(spans: list[tuple[int, int]]) -> tuple[int, int]:
-    return spans[0][0], spans[-1][1]
-
-
 def document_tokens(encoder: PairEncoder, document: str) -> DocumentTokens:
-    """The ids that `encoder.document_ids` gives, told apart by the characters that they stand for.
-
-    A token that holds characters of both the text and what surrounds it counts as content.
-    """
+    """The ids that `encoder.document_ids` gives, told apart by the characters that they stand for."""
     template = encoder.template
     before = template.anchor + template.before_document
     encoding = encoder.own.encode(before + document + template.after_document, add_special_tokens=False)
@@ -124,7 +125,7 @@ def document_tokens(encoder: PairEncoder, document: str) -> DocumentTokens:
     if template.anchor:
         ids, offsets = ids[1:], offsets[1:]
     first, end = len(before), len(before) + len(document)
-    content = [place for place, (start, stop) in enumerate(offsets) if stop > first and start < end]
-    head, tail = (content[0], content[-1] + 1) if content else (len(ids), len(ids))
-    spans = [(max(start, first) - first, min(stop, end) - first) for start, stop in offsets[head:tail]]
-    return DocumentTokens(ids[:head], ids[head:tail], ids[tail:], spans)
+    # from both ends, since a document may have a million tokens
+    head = next((place for place, (_, stop) in enumerate(offsets) if stop > first), len(ids))
+    tail = next((place + 1 for place in range(len(ids) - 1, head - 1, -1) if offsets[place][0] < end), head)
+    return DocumentTokens(ids[:head], ids[head:tail], ids[tail:], offsets[head:tail], first, end)

@@ -22,6 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from rag_retrieval.models.one_ahead import one_ahead
+from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.scoring import (
     SCORING_CHUNK,
     Pairs,
@@ -55,14 +56,15 @@ def check_devices(devices: Sequence[str | torch.device]) -> list[torch.device]:
     return [check_device(device) for device in devices]
 
 
-def check_device(name: str | torch.device) -> torch.device:
+def check_device(name: str | torch.device, argument: str = "devices") -> torch.device:
+    """argument: what the error calls it. Raises ValueError for a device that this machine lacks."""
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"devices: {name!r} is no device of torch: {error}") from error
+        raise ValueError(f"{argument}: {name!r} is no device of torch: {error}") from error
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"devices: {device} is not on this machine, which has {count} CUDA devices")
+        raise ValueError(f"{argument}: {device} is not on this machine, which has {count} CUDA devices")
     return device
 
 
@@ -117,8 +119,8 @@ class DevicePool:
         same = (self.devices, self.weights) == (devices, weights) and self.encoder is scorer.pair_encoder
         return self.close.alive and same
 
-    def score(self, pairs: Pairs, options: ScoringOptions, bar: tqdm) -> torch.Tensor:
-        """Scores in the order of pairs: [pairs], float32, on the CPU.
+    def score(self, pairs: Pairs | Sequence[EncodedPair], options: ScoringOptions, bar: tqdm) -> torch.Tensor:
+        """Scores in the order of pairs: [pairs], float32, on the CPU. Pairs that are encoded already stay as they are.
 
         Raises RuntimeError when a process fails or dies; the pool is closed then, as it is on an interrupt.
         """
@@ -145,12 +147,16 @@ class DevicePool:
                 busy[connection].deal(pairs, tasks)
 
 
-def tasks_of(pairs: Pairs, devices: int) -> list[list[int]]:
-    """Positions of pairs of similar length, longest first. Characters stand for tokens, which are not known yet."""
+def tasks_of(pairs: Pairs | Sequence[EncodedPair], devices: int) -> list[list[int]]:
+    """Positions of pairs of similar length, longest first. Characters stand for tokens that are not known yet."""
     size = -(-len(pairs) // (devices * TASKS_PER_DEVICE))
     size = min(max(size, SMALLEST_TASK), SCORING_CHUNK)
-    order = sorted(range(len(pairs)), key=lambda position: -sum(map(len, pairs[position])))
+    order = sorted(range(len(pairs)), key=lambda position: -length_of(pairs[position]))
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def length_of(pair: tuple[str, str] | EncodedPair) -> int:
+    return len(pair) if isinstance(pair, EncodedPair) else sum(map(len, pair))
 
 
 class Worker:
@@ -239,7 +245,11 @@ def serve(connection: Connection, file: Path, device: torch.device, threads: int
 def serve_call(connection: Connection, scorer: "PairScorer") -> None:
     """Take the options, then lists of pairs until None comes; answer each with its scores: [pairs], float32."""
     options = connection.recv()
-    encode = encoder_for(scorer, options.max_length).encode
+    encoder = encoder_for(scorer, options.max_length)
+
+    def encode(task: Pairs | Sequence[EncodedPair]) -> Sequence[EncodedPair]:
+        return task if isinstance(task[0], EncodedPair) else encoder.encode(task)
+
     tasks = iter(connection.recv, None)
     with mode_of(scorer, options.precision), closing(one_ahead(encode, tasks)) as chunks:
         for encoded in chunks:

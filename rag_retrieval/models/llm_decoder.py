@@ -77,9 +77,10 @@ class LLMDecoder(PairScorer):
         `{}`, and a max_length beyond the model's positions.
 
         head: "scalar" (the default), or "yes_no", which needs no new weights: score = logit of yes_token - logit of
-        no_token, so that its sigmoid is the probability of yes. Then the default formats ask Qwen3-Reranker's
-        question in the tokenizer's own chat template; `{instruction}` in a format stands for `instruction`. Raises
-        ValueError where a token of the two is not one token, or where there is no chat template and no formats.
+        no_token, so that its sigmoid is the probability of yes; with no_token "" the logit of yes alone. Then the
+        default formats ask Qwen3-Reranker's question in the tokenizer's own chat template; `{instruction}` in a format
+        stands for `instruction`. Raises ValueError where a token of the two is not one token, or where there is no
+        chat template and no formats.
         """
         path = resolve_model_path(model_name_or_path)
         saved = read_settings(path)

@@ -27,10 +27,11 @@ def load_reranker(model_name_or_path: str | os.PathLike, max_length: int | None 
     return CLASSES[model_type_of(path)].from_pretrained(path, max_length=max_length)
 
 
-def model_type_of(path: str) -> str:
+def model_type_of(path: str, trust_remote_code: bool = False) -> str:
     saved = read_settings(path)
     if saved is not None:
         return saved.model_type
     with reading(f"{path}: the model"), torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(path))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     return LLMDecoder.model_type if is_decoder(model) else CrossEncoder.model_type

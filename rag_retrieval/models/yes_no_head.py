@@ -24,8 +24,10 @@ from rag_retrieval.models.scoring_mode import evaluating
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.12
 
 
-def read_two_rows(model: PreTrainedModel, tokens: tuple[int, int], sample: list[int]) -> None:
+def read_two_rows(model: PreTrainedModel, tokens: tuple[int, int | None], sample: list[int]) -> None:
     """Let the model's output embedding give the logits of two tokens, (yes, no), and no other.
+
+    Without a token for no its logit is 0, and the score that of yes alone.
 
     sample: token ids of one pair. Raises ValueError for a model without an output embedding, and for a family whose
     own forward does something to the logits that is not known here, as it does with the sample's.
@@ -48,12 +50,17 @@ def read_two_rows(model: PreTrainedModel, tokens: tuple[int, int], sample: list[
         )
 
 
-def two_logits(head: nn.Linear, yes: int, no: int, hidden: torch.Tensor) -> torch.Tensor:
+def two_logits(head: nn.Linear, yes: int, no: int | None, hidden: torch.Tensor) -> torch.Tensor:
     """hidden: [..., width]. Returns [..., 2], float32 whatever the autocast: half precision would tie documents."""
-    rows = torch.stack((head.weight[yes], head.weight[no])).float()
-    bias = None if head.bias is None else torch.stack((head.bias[yes], head.bias[no])).float()
+    rows = two_rows(head.weight, yes, no)
+    bias = None if head.bias is None else two_rows(head.bias, yes, no)
     with torch.autocast(hidden.device.type, enabled=False):
         return nn.functional.linear(hidden.float(), rows, bias)
+
+
+def two_rows(values: torch.Tensor, yes: int, no: int | None) -> torch.Tensor:
+    """values: [vocabulary, ...]. Returns [2, ...], float32; zeros for a token that is not read."""
+    return torch.stack((values[yes], torch.zeros_like(values[yes]) if no is None else values[no])).float()
 
 
 def yes_no_scores(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

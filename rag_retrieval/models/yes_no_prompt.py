@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from rag_retrieval.models.pair_encoding import PairTemplate, private_copy, split_format, tokenize, tokenize_after
+from rag_retrieval.models.pair_encoding import PairTemplate, bare, split_format, tokenize, tokenize_after
 from rag_retrieval.models.yes_no_prompts import ANSWERS, PLACES, PROMPTS, QWEN3_CHAT, QWEN3_MARKUP, check_places
 
 INSTRUCTION = "{instruction}"
@@ -81,7 +81,7 @@ def yes_no_template(
     query_end, between = split_white_space(between)
     middle, before_document = split_last_line(between)
     document_end, suffix = split_white_space(after)
-    own = private_copy(tokenizer)
+    own = bare(tokenizer)
     anchor = anchor_of(own, tokenizer.all_special_tokens) if prefix else ""
     parts = tokenize(own, [prefix])
     parts += tokenize_after(anchor, own, [middle, suffix, query_end, document_end])
@@ -130,11 +130,12 @@ def check_instruction(formats: dict[str, str], instruction: str | None) -> None:
         )
 
 
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, yes_token: str, no_token: str) -> tuple[int, int]:
-    """The ids of the two answers. Raises ValueError unless each is one token, other than the other."""
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, yes_token: str, no_token: str) -> tuple[int, int | None]:
+    """The ids of the two answers; None for a no_token of "", where yes is read alone. Raises ValueError unless each
+    is one token, other than the other."""
     ids = [single_token(tokenizer, text) for text in (yes_token, no_token)]
     for name, text, token in zip(("yes_token", "no_token"), (yes_token, no_token), ids, strict=True):
-        if token is None:
+        if token is None and (name, text) != ("no_token", ""):
             pieces = tokenizer.tokenize(text)
             raise ValueError(
                 f"{name} {text!r} must be one token, and this tokenizer makes {len(pieces)} of it "
