@@ -43,17 +43,24 @@ def decoder_template(
     cut = cut_texts(*texts, added_tokens(own))
     anchor = anchor_of(own, tokenizer.all_special_tokens)
     parts = [cut.prefix, cut.middle, cut.suffix, cut.after_query, cut.after_document]
-    ids = [tokenize_amidst(own, [part.text], anchor, part.following, part is cut.prefix)[0] for part in parts]
-    if not ids[2]:
+    prefix, middle, suffix, query_end, document_end = (
+        tokenize_amidst(own, [part.text], anchor, part.following, first=part is cut.prefix)[0] for part in parts
+    )
+    if not suffix:
         raise ValueError(f"special_token {special_token!r} gives no token; the score is read at its last token")
     return PairTemplate(
-        missing_bos(tokenizer, own, texts[0]) + ids[0],
-        *ids[1:3],
-        None,
-        *(cut.before_query, cut.before_document, cut.after_query.text, cut.after_document.text),
-        *map(tuple, ids[3:]),
-        anchor,
-        *(cut.after_query.following, cut.after_document.following),
+        missing_bos(tokenizer, own, texts[0]) + prefix,
+        middle,
+        suffix,
+        before_query=cut.before_query,
+        before_document=cut.before_document,
+        after_query=cut.after_query.text,
+        after_document=cut.after_document.text,
+        query_end=tuple(query_end),
+        document_end=tuple(document_end),
+        anchor=anchor,
+        following_query=cut.after_query.following,
+        following_document=cut.after_document.following,
         query_first=not cut.prefix.text,
     )
 
