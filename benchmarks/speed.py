@@ -21,8 +21,8 @@ from speed_report import describe, machine, versions
 
 TRAINING_WORKS = ("train_lognormal", "train_bf16", "train_decoder", "train_medquad")
 SCORING_WORKS = ("score_many", "score_query", "score_prompt")
-WORKS = TRAINING_WORKS + SCORING_WORKS
-NOT_ON_CUDA = ("train_bf16", "train_medquad")  # unless named: all runs in bf16 there, and medquad needs --data
+WORKS = TRAINING_WORKS + SCORING_WORKS + ("onnx",)
+NOT_ON_CUDA = ("train_bf16", "train_medquad", "onnx")  # unless named: all runs in bf16 there, and these need --data
 MODELS = {"cpu": ("minilm", "small_qwen2"), "cuda": ("xlm_roberta_large", "qwen2.5_1.5b")}
 BATCHES = (1, 2, 4, 8, 16, 32)  # pairs
 
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_environment(options)
     import torch
     import transformers
+    from speed_onnx import describe_onnx, run_onnx
     from speed_works import run_work
 
     torch.set_num_threads(options.threads)
@@ -45,10 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
         if work == "train_medquad" and options.data is None:
             print(f"{work}: skipped, it needs --data, a folder in BEIR layout", flush=True)
             continue
+        if work == "onnx" and None in (options.data, options.model):
+            print("onnx: skipped, it needs --model, a trained one, and --data, a folder in BEIR layout", flush=True)
+            continue
         with tempfile.TemporaryDirectory() as scratch:  # of each work: large models are 6 GB
             os.environ["RAG_RETRIEVAL_CACHE"] = str(Path(scratch) / "cache")
-            result = run_work(work, options, Path(scratch))
-        print(describe(result) + "\n", flush=True)
+            result = run_onnx(options, Path(scratch)) if work == "onnx" else run_work(work, options, Path(scratch))
+        print((describe_onnx if work == "onnx" else describe)(result) + "\n", flush=True)
         row = result | {"machine": machine(options.device), "versions": versions(), "command": written}
         with open(options.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -70,7 +74,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--st-batch", type=int, nargs="+", default=[1, 8, 32], choices=BATCHES, help=sizes)
     parser.add_argument("--workers", type=int, default=0, help="loading processes of each trainer")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain loop out")
-    parser.add_argument("--data", type=Path, help="folder in BEIR layout for train_medquad")
+    parser.add_argument("--data", type=Path, help="folder in BEIR layout for train_medquad and onnx")
+    parser.add_argument("--model", type=Path, help="folder of a trained model, for onnx")
+    parser.add_argument("--queries", type=int, default=100, help="judged queries of onnx, at most")
+    parser.add_argument("--depth", type=int, default=30, help="candidates of each query of onnx")
     parser.add_argument("--out", type=Path, required=True, help="file to append a line of JSON per work to")
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"

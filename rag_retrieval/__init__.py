@@ -10,8 +10,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CrossEncoder": "rag_retrieval.models.cross_encoder",
+    "ExportConfig": "rag_retrieval.export.export_config",
     "EvaluationConfig": "rag_retrieval.evaluate.evaluation_config",
     "LLMDecoder": "rag_retrieval.models.llm_decoder",
+    "export_reranker": "rag_retrieval.export.run",
     "evaluate_reranker": "rag_retrieval.evaluate.evaluation",
     "load_reranker": "rag_retrieval.models.load_reranker",
     "MiningConfig": "rag_retrieval.mining.mining_config",

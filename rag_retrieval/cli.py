@@ -11,6 +11,7 @@ MODULES = {  # each has main(arguments) -> exit code
     "evaluate": "rag_retrieval.evaluate.evaluate_command",
     "mine": "rag_retrieval.mining.mine_command",
     "distill": "rag_retrieval.distill.distill_command",
+    "export": "rag_retrieval.export.export_command",
     "serve": "rag_retrieval.serve.serve_command",
     "push": "rag_retrieval.export.push_command",
     "quickstart": "rag_retrieval.quickstart",
@@ -22,6 +23,7 @@ HELP = """usage: rag-retrieval COMMAND [options]
   evaluate --model DIR --data DIR         measure a reranker on judged queries (evaluate --help lists every key)
   mine [--config FILE] [--KEY VALUE ...]  find hard negatives in a corpus (mine --help lists every key)
   distill --config FILE [--KEY VALUE ...] let a teacher score training pairs (distill --help lists every key)
+  export --model DIR --output DIR         write a trained reranker as ONNX (export --help lists every key)
   serve --model DIR [--KEY VALUE ...]     answer rerank requests over HTTP (serve --help lists every key)
   push --model DIR --repo_id ORG/NAME     upload a model with its card to a hub (push --help lists every key)
   quickstart [--output_dir DIR]           train on the example data and show what it brought

@@ -1,1 +1,1 @@
-"""Models in other forms and other places: exported, and uploaded to a model hub."""
+"""Models in other forms, checked against what they were made from, and in other places: a model hub."""

@@ -64,9 +64,9 @@ def open_backend(model_name_or_path: str | os.PathLike, options: BackendOptions)
     """
     folder = Path(model_name_or_path).expanduser()
     if (folder / ONNX_FILE).is_file():
-        from rag_retrieval.infer.onnx_backend import open_onnx_backend
+        from rag_retrieval.infer.open_exported import open_exported_backend
 
-        return open_onnx_backend(folder, options)
+        return open_exported_backend(folder, options)
     from rag_retrieval.infer.torch_backend import open_torch_backend
 
     return open_torch_backend(resolve_model_path(model_name_or_path), options)

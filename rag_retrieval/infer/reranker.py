@@ -61,7 +61,8 @@ class Reranker:
 
     model_name_or_path: a folder that was trained or exported here, a sentence-transformers folder, any other folder of
     a reranker, a hub name, or `package:NAME`. What it holds is read from its files.
-    model_type: "bert_encoder" or "llm_decoder", against what the files say. max_length: tokens per pair; default what
+    model_type: "bert_encoder" or "llm_decoder", against what the files say; of an exported folder "openvino" takes
+    that runtime in place of ONNX Runtime. max_length: tokens per pair; default what
     the folder was saved with, else 512 or the model's limit. dtype: of the weights: "fp32" (the default), "bf16",
     "fp16". precision: of the computation with float32 weights: "fp32", "bf16", "fp16"; default half precision on CUDA
     and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is one, else the CPU.

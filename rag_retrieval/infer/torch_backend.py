@@ -90,11 +90,14 @@ def open_torch_backend(path: str, options: BackendOptions) -> TorchBackend:
 
 @contextmanager
 def telling_what_is_missing(path: str):
-    """ValueError for the OSError of other libraries over a name that is neither a folder nor known to the hub."""
+    """ValueError for the OSError of other libraries over a name that is neither a folder nor known to the hub, also
+    where `reading` has made it one that says nothing of folders."""
     try:
         yield
-    except OSError as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError) as error:
+        if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())
         where = "" if Path(path).is_dir() else f"no such folder (looked from {Path.cwd()}), and as a name on the hub: "
         raise ValueError(f"{path}: {where}{reason:.300}") from error
 

@@ -23,7 +23,6 @@ from rag_retrieval.models.model_loading import (
 )
 from rag_retrieval.models.packed_forward import ENCODER_HEADS, Head
 from rag_retrieval.models.pad_token import set_encoder_pad_token
-from rag_retrieval.models.pair_batch import PairBatch, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, encoder_template
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.sentence_transformers_files import write_encoder_files
@@ -83,8 +82,7 @@ class CrossEncoder(PairScorer):
     def packed_head(self) -> Head | None:
         return ENCODER_HEADS.get(self.config.model_type)
 
-    def padded_scores(self, batch: PairBatch) -> torch.Tensor:
-        inputs = padded_inputs(batch, self.tokenizer.pad_token_id)
+    def scores_of(self, inputs: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
         return self.model(**inputs).logits.squeeze(-1).float()
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:

@@ -31,7 +31,6 @@ from rag_retrieval.models.model_loading import (
 )
 from rag_retrieval.models.packed_forward import HALF_TOLERANCE, Head, last_token_head
 from rag_retrieval.models.pad_token import set_decoder_pad_token
-from rag_retrieval.models.pair_batch import PairBatch, on_device, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.sentence_transformers_files import write_decoder_files
@@ -124,14 +123,13 @@ class LLMDecoder(PairScorer):
     def packed_head(self) -> Head:
         return yes_no_head if self.answers_yes_or_no else last_token_head
 
-    def padded_scores(self, batch: PairBatch) -> torch.Tensor:
-        inputs = padded_inputs(batch, self.tokenizer.pad_token_id)
+    def scores_of(self, inputs: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
         backbone = getattr(self.model, self.model.base_model_prefix)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
-        rows = torch.arange(len(batch), device=hidden.device)
-        last = on_device(batch.lengths, hidden.device) - 1
+        # len(lengths) would be a constant in a traced graph
+        rows = torch.arange(lengths.shape[0], device=hidden.device)
         # the head reads one position per pair, so it is applied to that position alone
-        read = hidden[rows, last]
+        read = hidden[rows, lengths - 1]
         if self.answers_yes_or_no:
             return yes_no_scores(self.model, read)
         return self.model.score(read).squeeze(-1).float()

@@ -27,7 +27,7 @@ from rag_retrieval.models.packed_forward import (
     pairs_to_check,
 )
 from rag_retrieval.models.packing import Packing
-from rag_retrieval.models.pair_batch import PairBatch, make_batch
+from rag_retrieval.models.pair_batch import PairBatch, make_batch, on_device, padded_inputs
 from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.scoring import ScoringOptions, check_options, score_pairs
@@ -122,6 +122,14 @@ class PairScorer(nn.Module):
         return self.packed_head(self.model, hidden, packing).view(-1).float()
 
     def padded_scores(self, batch: PairBatch) -> torch.Tensor:
+        inputs = padded_inputs(batch, self.tokenizer.pad_token_id)
+        return self.scores_of(inputs, on_device(batch.lengths, batch.token_ids.device))
+
+    def scores_of(self, inputs: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
+        """Scores of the Hugging Face model's own inputs, padded at the right: [pairs], float32.
+
+        inputs: each [pairs, longest]. lengths: tokens of each pair: [pairs], int64, on the same device.
+        """
         raise NotImplementedError
 
     @property

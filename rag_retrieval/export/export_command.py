@@ -1,0 +1,57 @@
+"""`rag-retrieval export --model DIR --output DIR`: the command around `export_reranker`.
+
+The trap: options are `--key value`, but `--optimize` and `--force` stand alone, as in other commands of this kind.
+"""
+
+from rag_retrieval.command import report, set_up_logging
+from rag_retrieval.config_file import ConfigError, load_config, split_arguments
+from rag_retrieval.config_schema import describe_options
+from rag_retrieval.export.export_config import EXPORTING, ExportConfig
+
+USAGE = (
+    "usage: rag-retrieval export --model DIR --output DIR [--format onnx] [--quantize int8] [--optimize] "
+    "[--data DIR] [--force]"
+)
+SWITCHES = ("--optimize", "--force")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0; 1 where the exported model differs too much; 2 for a mistake in options, model or data;
+    130 for Ctrl-C. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(f"{USAGE}\n\n{describe_options(EXPORTING)}")
+        return 0 if arguments else 2
+    try:
+        path, overrides = split_arguments(switched_on(arguments))
+        config = load_config(EXPORTING, path, overrides)
+    except ConfigError as error:
+        return report(error, 2, on_all_processes=True)
+    set_up_logging()
+    return run(config)
+
+
+def switched_on(arguments: list[str]) -> list[str]:
+    """`--optimize` without a value written out as `--optimize=true`."""
+    following = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in SWITCHES and after.startswith("--") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
+
+
+def run(config: ExportConfig) -> int:
+    try:
+        from rag_retrieval.export.run import export_reranker
+        from rag_retrieval.export.verification import DifferenceError
+    except ImportError as error:
+        return report(ImportError(f"{error}; run: pip install 'rag-retrieval[onnx]'"), 2, on_all_processes=True)
+    try:
+        exported = export_reranker(config)
+    except KeyboardInterrupt:
+        return report(InterruptedError("interrupted; nothing was written"), 130, on_all_processes=True)
+    except DifferenceError as error:
+        return report(error, 1, on_all_processes=True)
+    except (ValueError, OSError, ImportError) as error:
+        return report(error, 2, on_all_processes=True)
+    print(exported.describe())
+    return 0

@@ -1,0 +1,159 @@
+"""`export_reranker`: the model's own scores, the graph, perhaps int8, the comparison, and only then the folder.
+
+What a reader would get wrong: everything is written beside the output folder and renamed at the end. An export that
+fails, or that is not like its model, leaves nothing behind.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from rag_retrieval.evaluate.evaluation import name_of
+from rag_retrieval.export.check_data import CheckData, read_check_data
+from rag_retrieval.export.export_config import ExportConfig
+from rag_retrieval.export.graph import input_names, write_graph
+from rag_retrieval.export.optimization import optimize_graph
+from rag_retrieval.export.quantization import quantize_int8
+from rag_retrieval.export.verification import Verification, check_float32, check_int8
+from rag_retrieval.infer.onnx_backend import OnnxBackend
+from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
+from rag_retrieval.models.calibration import write_calibration
+from rag_retrieval.models.load_reranker import load_reranker
+from rag_retrieval.models.model_files import write_settings
+from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.scoring import mode_of, score_chunk
+
+BATCH_SIZE = 256  # pairs of one forward at most, while comparing
+LIBRARIES = ("rag-retrieval", "torch", "transformers", "onnx", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """folder: what was written. problems: what is beyond the limits of int8 and was kept by `force`."""
+
+    folder: Path
+    verification: Verification
+    problems: list[str]
+
+    def describe(self) -> str:
+        lines = [f"{self.folder}: {megabytes(self.folder):.1f} MB", f"  {self.verification.describe()}"]
+        return "\n".join([*lines, *(f"  kept by --force although {problem}" for problem in self.problems)])
+
+
+def export_reranker(config: ExportConfig) -> Exported:
+    """Write `config.output` and return what was measured.
+
+    Raises ValueError for a model, data or an output folder that cannot be used, and DifferenceError for a float32 graph
+    that does not compute what the model computes and for int8 beyond its limits without `force`.
+    """
+    output = Path(config.output)
+    check_output(output)
+    scorer = load_trained(config.model)
+    check = read_check_data(config, scorer.pair_encoder)
+    expected = own_scores(config.model, scorer, check)
+    with folder_aside(output) as folder:
+        description = write_float32(scorer, config, folder)
+        # int8 is what is compared on all pairs; its float32 graph needs to be right, no more
+        compared = check.samples if config.quantize else len(check.encoded)
+        found = exported_scores(folder, check.encoded[:compared])
+        check_float32(expected[:compared], found)
+        if config.quantize:
+            description = quantize_folder(folder, description)
+            found = exported_scores(folder, check.encoded)
+        verification = check.compare(expected, found)
+        problems = check_int8(verification, config.force) if config.quantize else []
+        measured = asdict(verification) | {"kept_by_force": problems}
+        write_description(folder, replace(description, verification=measured))
+        os.rename(folder, output)
+    return Exported(output, verification, problems)
+
+
+def check_output(folder: Path) -> None:
+    """Raises ValueError for a file and for a folder that is not empty."""
+    if folder.is_file():
+        raise ValueError(f"output: {folder} is a file; name a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"output: {folder} holds files; name a new folder, or empty it first")
+
+
+def load_trained(model: str) -> PairScorer:
+    """Raises ValueError for a model that cannot be loaded, or whose score head no checkpoint gave."""
+    scorer = load_reranker(model)
+    if scorer.new_parameters:
+        raise ValueError(f"{model}: found a model without a trained score head; give a trained reranker")
+    return scorer
+
+
+def own_scores(model: str, scorer: PairScorer, check: CheckData) -> np.ndarray:
+    """[pairs], float32. Raises ValueError for scores that are no numbers."""
+    with mode_of(scorer, "no"), tqdm(total=len(check.encoded), unit="pair", disable=None) as bar:
+        scores = score_chunk(scorer, check.encoded, BATCH_SIZE, bar).numpy()
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{model}: gives the score {scores[~np.isfinite(scores)][0]}; are there NaN in its weights?")
+    return scores
+
+
+def exported_scores(folder: Path, pairs: Sequence[EncodedPair]) -> np.ndarray:
+    return OnnxBackend(folder).score(pairs, BATCH_SIZE)
+
+
+@contextmanager
+def folder_aside(output: Path) -> Iterator[Path]:
+    """A new folder beside `output` to write into, removed at the end where it is still there."""
+    folder = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_float32(scorer: PairScorer, config: ExportConfig, folder: Path) -> OnnxDescription:
+    """A whole folder, not yet compared."""
+    scorer.config.save_pretrained(folder)
+    scorer.tokenizer.save_pretrained(folder)
+    write_settings(folder, scorer.settings)
+    if scorer.calibration is not None:
+        write_calibration(folder, scorer.calibration)
+    write_graph(scorer, folder / MODEL_FILE)
+    fused = optimize_graph(folder / MODEL_FILE) if config.optimize else {}
+    source = {"model": name_of(config.model), "class": type(scorer.model).__name__, "fused": fused}
+    description = OnnxDescription(
+        model_type=scorer.model_type,
+        max_length=scorer.pair_encoder.max_length,
+        template=scorer.pair_encoder.template,
+        pad_token_id=scorer.tokenizer.pad_token_id,
+        inputs=input_names(scorer),
+        precision="float32",
+        source=source | {"versions": {name: version(name) for name in LIBRARIES}},
+        verification={},
+    )
+    write_description(folder, description)
+    return description
+
+
+def quantize_folder(folder: Path, description: OnnxDescription) -> OnnxDescription:
+    """Replace the float32 graph."""
+    float32 = folder / "float32"
+    float32.mkdir()
+    for file in folder.glob(f"{MODEL_FILE}*"):
+        os.rename(file, float32 / file.name)
+    quantize_int8(float32 / MODEL_FILE, folder / MODEL_FILE)
+    shutil.rmtree(float32)
+    description = replace(description, precision="int8")
+    write_description(folder, description)
+    return description
+
+
+def megabytes(folder: Path) -> float:
+    """Of the graph and its weights."""
+    return sum(file.stat().st_size for file in folder.glob(f"{MODEL_FILE}*")) / 1e6

@@ -1,0 +1,129 @@
+"""What lies in an exported folder beside the graph, and how pairs are encoded from it.
+
+    model.onnx             input_ids, attention_mask[, token_type_ids] to scores; model.onnx.data with large weights
+    tokenizer.json         and the tokenizer's other files
+    config.json            of the model that it was made from
+    reranker_config.json   its formats in words, for people
+    reranker_onnx.json     the description read here
+    calibration.json       where the model had one
+
+What a reader would get wrong: the fixed parts of a pair are token ids here, not formats. To find them again would need
+transformers, and a tokenizer of another version could cut them elsewhere. Nothing here imports torch.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
+
+DESCRIPTION_FILE = "reranker_onnx.json"
+MODEL_FILE = "model.onnx"
+TOKENIZER_FILE = "tokenizer.json"
+FORMAT = 1  # of the description; another number is another meaning
+OUTPUT = "scores"
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+PRECISIONS = ("float32", "int8")
+MODEL_TYPES = ("bert_encoder", "llm_decoder")
+
+
+@dataclass(frozen=True)
+class OnnxDescription:
+    """`reranker_onnx.json`.
+
+    max_length: tokens per pair. inputs: of INPUTS those that the graph has, in order; each is [pairs, longest], int64,
+    padded at the right. precision: of the products. source: the model, versions and options it was made from.
+    verification: what was measured after the export. The last two are for people, and nothing depends on them.
+    """
+
+    model_type: str
+    max_length: int
+    template: PairTemplate
+    pad_token_id: int
+    inputs: tuple[str, ...]
+    precision: str
+    source: dict[str, Any]
+    verification: dict[str, Any]
+    format: int = FORMAT
+
+
+def write_description(folder: Path, description: OnnxDescription) -> None:
+    text = json.dumps(asdict(description), ensure_ascii=False, indent=2)
+    (folder / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_description(folder: Path) -> OnnxDescription:
+    """Raises ValueError for a file that is damaged or of another format, and where the folder lacks a file."""
+    path = folder / DESCRIPTION_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        description = parsed(values)
+    except OSError as error:
+        raise ValueError(f"{folder}: no {DESCRIPTION_FILE} that can be read ({error.strerror}); give the folder that "
+                         "rag-retrieval export wrote") from error  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: damaged ({reason}); export the model anew") from error
+    for name in (MODEL_FILE, TOKENIZER_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: no {name} in it; copy the whole folder, or export the model anew")
+    return description
+
+
+def parsed(values: Any) -> OnnxDescription:
+    """Raises KeyError, TypeError or ValueError for what is no description."""
+    if not isinstance(values, dict):
+        raise TypeError(f"expected an object, found {type(values).__name__}")
+    if values["format"] != FORMAT:
+        raise ValueError(f"format is {values['format']!r}, and this version of rag_retrieval reads {FORMAT}")
+    template = parsed_template(values["template"])
+    description = OnnxDescription(**values | {"template": template, "inputs": tuple(values["inputs"])})
+    check_one_of("model_type", description.model_type, MODEL_TYPES)
+    check_one_of("precision", description.precision, PRECISIONS)
+    for name in ("max_length", "pad_token_id"):
+        if not is_count(getattr(description, name)):
+            raise ValueError(f"{name} is {getattr(description, name)!r}; expected a whole number")
+    expected = INPUTS if template.types is not None else INPUTS[:2]
+    if description.inputs != expected:
+        raise ValueError(f"inputs are {list(description.inputs)}; expected {list(expected)}")
+    return description
+
+
+def parsed_template(values: dict[str, Any]) -> PairTemplate:
+    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(PairTemplate)}:
+        raise ValueError("template has other fields than those of this version")
+    types = values["types"]
+    ids = [values[name] for name in ("prefix", "middle", "suffix", "query_end", "document_end")]
+    ids += [] if types is None else [types[0], types[1:2], types[2], types[3:4], types[4]]
+    if not all(isinstance(part, list) and all(map(is_count, part)) for part in ids):
+        raise ValueError("a part of template is no list of token ids")
+    ends = {name: tuple(values[name]) for name in ("query_end", "document_end")}
+    return PairTemplate(**values | ends | {"types": None if types is None else tuple(types)})
+
+
+def check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | None = None) -> PairEncoder:
+    """max_length: tokens per pair, None for what the folder says. ValueError for more, which nobody has verified, for
+    less than the fixed parts take, and for a damaged tokenizer.json."""
+    if max_length is not None and max_length > description.max_length:
+        raise ValueError(
+            f"max_length {max_length} is more than the {description.max_length} tokens that {folder} was exported "
+            "for; export a model with a larger max_len"
+        )
+    file = folder / TOKENIZER_FILE
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{file}: no tokenizer that can be read ({error}); export the model anew") from error
+    return PairEncoder(tokenizer, description.template, max_length or description.max_length)

@@ -1,0 +1,112 @@
+"""`reranker_onnx.json`: what is written comes back, and damage is told with the file and what is wrong."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from tiny_models import bert_tokenizer
+
+from rag_retrieval.infer.onnx_folder import (
+    DESCRIPTION_FILE,
+    OnnxDescription,
+    pair_encoder,
+    read_description,
+    write_description,
+)
+from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, encoder_template
+
+DECODER = PairTemplate([1], [7, 8], [9], None, "query: ", "document: ", "?", " ", (4,), (5, 6), "<s>")
+DESCRIPTION = OnnxDescription(
+    model_type="llm_decoder",
+    max_length=64,
+    template=DECODER,
+    pad_token_id=0,
+    inputs=("input_ids", "attention_mask"),
+    precision="float32",
+    source={"model": "runs/a/model"},
+    verification={"pairs": 3},
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    bert_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    write_description(tmp_path, DESCRIPTION)
+    return tmp_path
+
+
+def test_a_description_comes_back_as_it_was(folder):
+    assert read_description(folder) == DESCRIPTION
+    template = encoder_template(bert_tokenizer())
+    encoder = replace(
+        DESCRIPTION, template=template, model_type="bert_encoder", inputs=(*DESCRIPTION.inputs, "token_type_ids")
+    )
+    write_description(folder, encoder)
+    assert read_description(folder) == encoder and template.types is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format": 2}, "format is 2, and this version of rag_retrieval reads 1"),
+        ({"model_type": "bert"}, "model_type is 'bert'; expected one of bert_encoder, llm_decoder"),
+        ({"precision": "fp4"}, "precision is 'fp4'"),
+        ({"max_length": "64"}, "max_length is '64'; expected a whole number"),
+        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"inputs": ["input_ids"]}, r"inputs are \['input_ids'\]; expected \['input_ids', 'attention_mask'\]"),
+        ({"template": {"prefix": [1]}}, "template has other fields"),
+        ({"surplus": 1}, "surplus"),
+    ],
+)
+def test_a_damaged_description_is_told_with_its_file_and_the_reason(folder, change, reason):
+    file = folder / DESCRIPTION_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"{DESCRIPTION_FILE}: damaged .*{reason}.*export the model anew"):
+        read_description(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"a"'])
+def test_a_file_that_is_no_description_is_damaged(folder, text):
+    (folder / DESCRIPTION_FILE).write_text(text)
+    with pytest.raises(ValueError, match="damaged"):
+        read_description(folder)
+
+
+def test_token_ids_that_are_none_are_damaged(folder):
+    file = folder / DESCRIPTION_FILE
+    values = json.loads(file.read_text())
+    for name, part in (("prefix", ["[CLS]"]), ("suffix", 9), ("query_end", [-1]), ("types", [[0], 0, [0], "1", [1]])):
+        file.write_text(json.dumps(values | {"template": values["template"] | {name: part}}))
+        with pytest.raises(ValueError, match="a part of template is no list of token ids"):
+            read_description(folder)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", DESCRIPTION_FILE])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"no {name}"):
+        read_description(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=f"no {DESCRIPTION_FILE} that can be read"):
+        read_description(folder)
+
+
+def test_pairs_are_encoded_as_with_transformers(folder):
+    texts = [("how do I open a file?", "Iterate over it. 逐行读取"), ("", "water")]
+    template = encoder_template(bert_tokenizer())
+    description = replace(DESCRIPTION, template=template)
+    expected = PairEncoder(bert_tokenizer(), template, 16).encode(texts)
+    assert pair_encoder(folder, description, 16).encode(texts) == expected
+
+
+def test_more_tokens_than_were_exported_are_refused(folder):
+    with pytest.raises(ValueError, match="max_length 65 is more than the 64 tokens"):
+        pair_encoder(folder, DESCRIPTION, 65)
+
+
+def test_a_damaged_tokenizer_is_told(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no tokenizer that can be read"):
+        pair_encoder(folder, DESCRIPTION)

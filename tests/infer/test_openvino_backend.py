@@ -1,0 +1,66 @@
+"""OpenVINO's backend on the same folders: the scores of torch, in input order, from several threads."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from pair_samples import some_pairs
+
+pytest.importorskip("openvino")
+pytest.importorskip("onnxscript")
+
+from exported_samples import exported  # noqa: E402
+
+from rag_retrieval import Reranker  # noqa: E402
+from rag_retrieval.infer.openvino_backend import OpenVinoBackend  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder_of(model_folders, tmp_path_factory):
+    root, made = tmp_path_factory.mktemp("openvino"), {}
+
+    def folder(family: str, **options):
+        key = (family, *options)
+        if key not in made:
+            made[key] = exported(model_folders[family], root / "-".join(key), **options)
+        return made[key]
+
+    return folder
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm_roberta", "qwen2"])
+def test_scores_are_those_of_torch_in_input_order(load_tiny, folder_of, family):
+    pairs = some_pairs(40)
+    expected = load_tiny(family).compute_score(pairs).numpy()
+    reranker = Reranker(folder_of(family), model_type="openvino")
+    assert type(reranker.backend) is OpenVinoBackend
+    for batch_size in (256, 7):
+        assert np.abs(reranker.compute_score(pairs, batch_size=batch_size) - expected).max() < 1e-4
+
+
+def test_an_int8_folder_ranks_like_the_float32_one(folder_of):
+    pairs = some_pairs(40)
+    exact = OpenVinoBackend(folder_of("bert"))
+    encoded = exact.pair_encoder.encode(pairs)
+    small = OpenVinoBackend(folder_of("bert", quantize="int8", force=True))
+    assert np.corrcoef(exact.score(encoded, 256), small.score(encoded, 256))[0, 1] > 0.95
+
+
+def test_threads_that_share_a_backend_get_the_scores_of_one(folder_of):
+    backend = OpenVinoBackend(folder_of("bert"), threads=1)
+    batches = [backend.pair_encoder.encode(some_pairs(count)) for count in (5, 20, 33, 40)]
+    expected = [backend.score(pairs, 8) for pairs in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(
+            pool.map(lambda pairs: backend.score(pairs, 8), batches * 3), expected * 3, strict=True
+        ):
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_missing_openvino_is_told_with_the_extra_and_a_gpu_refused(folder_of, monkeypatch):
+    with pytest.raises(ValueError, match='device: OpenVINO runs on "cpu" here, found .cuda'):
+        Reranker(folder_of("bert"), model_type="openvino", device="cuda")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"run: pip install 'rag-retrieval\[openvino\]'"):
+        Reranker(folder_of("bert"), model_type="openvino")
