@@ -31,8 +31,9 @@ def decoder_template(
     """The parts of `[bos] query_format + seq + document_format + special_token`.
 
     instruction: stands for `{instruction}` in the formats, which is plain text where it is None. bos is added where the
-    family has one and the text does not bring it. Whatever is not query or document is kept when a pair is cut. Raises
-    ValueError for a format without exactly one `{}`, and for a special_token without tokens.
+    family has one and the text does not bring it. Where a pair is cut, what stands right before query or document goes
+    last, and all else of the formats stays. Raises ValueError for a format without exactly one `{}`, and for a
+    special_token without tokens.
     """
     before_query, after_query = split_format("query_format", query_format)
     before_document, after_document = split_format("document_format", document_format)

@@ -44,10 +44,10 @@ class PairTemplate:
     """The fixed parts of a pair, as token ids, and the segment id of every part.
 
     `types` holds the segment ids of (prefix, query, middle, document, suffix); None without segments.
-    `before_query` and `before_document` are the text before each of the two texts and tokenized with it; what
-    follows a text in its format belongs to `middle` or `suffix`, where truncation cannot reach it.
+    `before_query` and `before_document` are the text before each of the two texts and tokenized with it.
     `after_query` and `after_document` are tokenized with the text before them too ("?" and a line break are one
-    token in some families), and stay, as `query_end` and `document_end`, where that text is cut.
+    token in some families), and stay, as `query_end` and `document_end`, where that text is cut; what comes later
+    belongs to `middle` or `suffix`, where truncation cannot reach it.
     `following_query` and `following_document` are the character after that, where it tells how white space before it
     is cut; it is tokenized too and left out.
     `anchor` is put before each text while it is tokenized, where a family would otherwise mark it as the beginning of

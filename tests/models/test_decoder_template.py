@@ -157,3 +157,24 @@ def test_an_instruction_is_filled_in_where_there_is_one_and_plain_text_elsewhere
         texts.append(tokenizer.decode(encoder.encode([("{instruction}", ENGLISH[0])])[0].ids))
     expected = f"{{instruction}}\ndocument: {ENGLISH[0]}\nrelevance"
     assert texts == [f"find {{}}: {expected}", f"{{instruction}}: {expected}"]
+
+
+def test_a_tokenizer_that_ends_single_texts_with_eos_adds_none_here():
+    tokenizer = llama_tokenizer()
+    tokenizer.add_eos_token = True
+    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    pair = PairEncoder(tokenizer, decoder_template(tokenizer, **DEFAULTS), 64).encode([("a", "b")])[0]
+    assert tokenizer.eos_token_id not in pair.ids
+    assert pair.ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("text", ["query:", "", "{} and {}", "{0}"])
+@pytest.mark.parametrize("name", ["query_format", "document_format"])
+def test_a_format_without_exactly_one_pair_of_braces_is_refused(name, text):
+    with pytest.raises(ValueError, match=f"{name} must contain {{}} exactly once.*found {text!r}"):
+        decoder_template(qwen2_tokenizer(), **(DEFAULTS | {name: text}))
+
+
+def test_a_special_token_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="special_token '' gives no token"):
+        decoder_template(qwen2_tokenizer(), **(DEFAULTS | {"special_token": ""}))

@@ -189,15 +189,6 @@ def test_bos_stands_once_where_the_family_has_one_and_eos_never(family):
             assert pair.ids[0] == encoder.tokenizer("query")["input_ids"][0]
 
 
-def test_a_tokenizer_that_ends_single_texts_with_eos_adds_none_here():
-    tokenizer = llama_tokenizer()
-    tokenizer.add_eos_token = True
-    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    pair = PairEncoder(tokenizer, decoder_template(tokenizer, **FORMATS), 64).encode([("a", "b")])[0]
-    assert tokenizer.eos_token_id not in pair.ids
-    assert pair.ids.count(tokenizer.bos_token_id) == 1
-
-
 def test_decoder_text_is_query_format_seq_document_format_special_token():
     encoder = make_encoder("qwen2", 128)
     pair = encoder.encode([("北京 is where?", "In China.")])[0]
@@ -225,18 +216,6 @@ def test_text_after_the_braces_of_a_format_survives_truncation():
 def test_other_braces_in_a_format_are_plain_text():
     assert split_format("query_format", '{"query": "{}"}') == ('{"query": "', '"}')
     assert split_format("query_format", "{0} {}") == ("{0} ", "")
-
-
-@pytest.mark.parametrize("text", ["query:", "", "{} and {}", "{0}"])
-@pytest.mark.parametrize("name", ["query_format", "document_format"])
-def test_a_format_without_exactly_one_pair_of_braces_is_refused(name, text):
-    with pytest.raises(ValueError, match=f"{name} must contain {{}} exactly once.*found {text!r}"):
-        decoder_template(qwen2_tokenizer(), **(FORMATS | {name: text}))
-
-
-def test_a_special_token_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="special_token '' gives no token"):
-        decoder_template(qwen2_tokenizer(), **(FORMATS | {"special_token": ""}))
 
 
 @pytest.mark.parametrize(
