@@ -77,6 +77,13 @@ def tiny_qwen2(
     return save_tiny(folder, config, tokenizer, **options)
 
 
+def tiny_joining_qwen2(folder: Path | str, **options) -> str:
+    """Qwen2 whose tokens of a sign and a line break are one, as the real one's are."""
+    tokenizer = joining_tokenizer()
+    config = Qwen2Config(**_decoder_shape(tokenizer), num_key_value_heads=1, bos_token_id=None)
+    return save_tiny(folder, config, tokenizer, **options)
+
+
 def tiny_llama(folder: Path | str, *, pad_token: str | None = None, **options) -> str:
     """bos `<s>`, eos `</s>`, byte fallback, no pad token unless one is named (`"</s>"`: pad equals eos)."""
     tokenizer = llama_tokenizer(pad_token)
@@ -147,6 +154,22 @@ def qwen2_tokenizer(eos_token: str = "<|im_end|>", pad_token: str | None = "<|en
         unk_token=None,
         added_tokens_decoder={len(vocabulary) + place: token for place, token in enumerate(tokens)},
         model_max_length=32768,
+    )
+
+
+def joining_tokenizer() -> Qwen2Tokenizer:
+    """With Qwen's tokens for "?" or "." and a line break, and for two line breaks."""
+    vocabulary, merges = _byte_level_bpe()
+    joined = [("?", "Ċ"), (".", "Ċ"), ("Ċ", "Ċ")]
+    first = len(vocabulary)
+    special = qwen2_tokenizer().added_tokens_decoder.values()
+    return Qwen2Tokenizer(
+        vocab=dict(vocabulary) | {"".join(pair): first + place for place, pair in enumerate(joined)},
+        merges=[*merges, *joined],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        added_tokens_decoder={first + len(joined) + place: token for place, token in enumerate(special)},
     )
 
 

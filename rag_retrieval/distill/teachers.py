@@ -9,12 +9,13 @@ import torch
 from transformers import AutoConfig
 
 from rag_retrieval.distill.distill_config import DistillConfig
+from rag_retrieval.models.decoder_template import INSTRUCTION
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.load_reranker import CLASSES, model_type_of
 from rag_retrieval.models.model_files import read_settings, resolve_model_path
 from rag_retrieval.models.model_loading import load_tokenizer, reading
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.yes_no_prompt import INSTRUCTION, chat_formats
+from rag_retrieval.models.yes_no_prompt import chat_formats
 
 
 class TeacherError(RuntimeError):

@@ -15,10 +15,11 @@ from jinja2 import TemplateError
 
 from rag_retrieval.infer.backend import BackendOptions
 from rag_retrieval.infer.model_kind import ModelFiles
+from rag_retrieval.models.decoder_template import INSTRUCTION
 from rag_retrieval.models.model_files import FORMAT_NAMES
 from rag_retrieval.models.model_loading import load_tokenizer
 from rag_retrieval.models.pair_encoding import bare, tokenize
-from rag_retrieval.models.yes_no_prompt import INSTRUCTION, check_instruction, split_last_line
+from rag_retrieval.models.yes_no_prompt import check_instruction
 
 KNOWN_PROMPTS = Path(__file__).with_name("known_prompts.json")
 QUERY, DOCUMENT = "query-goes-here", "document-goes-here"  # marks that survive a template's own trimming
@@ -142,8 +143,7 @@ def from_chat_template(files: ModelFiles, options: BackendOptions) -> dict[str, 
         return None
     before, rest = text.split(QUERY)
     between, after = rest.split(DOCUMENT)
-    seq, before_document = split_last_line(between)  # tokenized with the document, as in the whole text
-    formats = dict(query_format=before + "{}", seq=seq, document_format=before_document + "{}", special_token=after)
+    formats = dict(query_format=before + "{}", seq=between, document_format="{}", special_token=after)
     if INSTRUCTION in text:
         formats["instruction"] = instruction
     return formats | (answers_of(files, tokenizer) if files.logit_score is not None else {})

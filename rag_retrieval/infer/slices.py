@@ -7,7 +7,7 @@ the same tokens in every slice; but the text that a format puts around a documen
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, cut
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, cut, surrounding_tokens
 
 LONG_DOCUMENT = ("max_slice", "mean_slice", "first_slice", "truncate")
 LONGEST_QUERY = 0.75  # of the tokens that the fixed parts leave; a longer query is cut to this where slices are made
@@ -119,11 +119,11 @@ def slice_starts(tokens: int, room: int, overlap: int) -> list[int]:
 def document_tokens(encoder: PairEncoder, document: str) -> DocumentTokens:
     """The ids that `encoder.document_ids` gives, told apart by the characters that they stand for."""
     template = encoder.template
-    before = template.anchor + template.before_document
-    encoding = encoder.own.encode(before + document + template.after_document, add_special_tokens=False)
-    ids, offsets = encoding.ids, encoding.offsets
-    if template.anchor:
-        ids, offsets = ids[1:], offsets[1:]
+    before, after = template.anchor + template.before_document, template.after_document + template.following_document
+    encoding = encoder.own.encode(before + document + after, add_special_tokens=False)
+    anchor, following = surrounding_tokens(encoder.own, template.anchor, template.following_document)
+    own = slice(anchor, len(encoding) - following)
+    ids, offsets = encoding.ids[own], encoding.offsets[own]
     first, end = len(before), len(before) + len(document)
     # from both ends, since a document may have a million tokens
     head = next((place for place, (_, stop) in enumerate(offsets) if stop > first), len(ids))

@@ -19,6 +19,7 @@ from rag_retrieval.infer.devices import choose_device, choose_dtype, choose_prec
 from rag_retrieval.infer.model_kind import check_head_is_trained, check_is_reranker, read_model_files
 from rag_retrieval.infer.prompts import with_prompt
 from rag_retrieval.models.cross_encoder import CrossEncoder
+from rag_retrieval.models.decoder_template import INSTRUCTION
 from rag_retrieval.models.device_pool import DevicePool, check_devices, weights_of
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.load_reranker import model_type_of
@@ -27,7 +28,6 @@ from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import ScoringOptions, mode_of, score_chunk
 from rag_retrieval.models.scoring_mode import Precision, check_precision
-from rag_retrieval.models.yes_no_prompt import INSTRUCTION
 
 DECODER_NAMES = (*FORMAT_NAMES, "head", *YES_NO_NAMES)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_retrieval.models.calibration import read_calibration
+from rag_retrieval.models.decoder_template import decoder_template
 from rag_retrieval.models.model_files import (
     FORMAT_NAMES,
     HEADS,
@@ -30,12 +31,12 @@ from rag_retrieval.models.model_loading import (
 )
 from rag_retrieval.models.packed_forward import HALF_TOLERANCE, Head, last_token_head
 from rag_retrieval.models.pad_token import set_decoder_pad_token
-from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, decoder_template
+from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.sentence_transformers_files import write_decoder_files
 from rag_retrieval.models.yes_no_head import HALF_TOLERANCE as YES_NO_TOLERANCE
 from rag_retrieval.models.yes_no_head import read_two_rows, yes_no_head, yes_no_scores
-from rag_retrieval.models.yes_no_prompt import answer_tokens, check_instruction, default_formats, yes_no_template
+from rag_retrieval.models.yes_no_prompt import answer_tokens, check_instruction, default_formats
 from rag_retrieval.models.yes_no_prompts import PROMPTS
 
 DEFAULT_FORMATS = {
@@ -93,7 +94,8 @@ class LLMDecoder(PairScorer):
         given = dict(query_format=query_format, document_format=document_format, seq=seq, special_token=special_token)
         asked = dict(instruction=instruction, yes_token=yes_token, no_token=no_token)
         texts = choose_texts(tokenizer, head, given, asked, saved)
-        template = template_of(tokenizer, texts)
+        formats = {name: texts[name] for name in FORMAT_NAMES}
+        template = decoder_template(tokenizer, **formats, instruction=texts.get("instruction"))
         options = dict(
             num_labels=num_labels,
             dtype=dtype,
@@ -172,13 +174,6 @@ def choose_all(
 ) -> dict[str, str]:
     return {name: choose_setting(name, value, saved and getattr(saved, name), defaults[name])
             for name, value in given.items()}  # fmt: skip
-
-
-def template_of(tokenizer: PreTrainedTokenizerBase, texts: dict[str, str]) -> PairTemplate:
-    formats = {name: texts[name] for name in FORMAT_NAMES}
-    if "yes_token" in texts:
-        return yes_no_template(tokenizer, **formats, instruction=texts["instruction"])
-    return decoder_template(tokenizer, **formats)
 
 
 def load_decoder(

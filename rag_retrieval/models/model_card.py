@@ -24,10 +24,6 @@ MARK = "<!-- written by rag_retrieval; remove this line to keep what you change 
 TASK = ("text-ranking", "Reranking")
 
 PAIR_TEXT = "The text of a pair, `{}` standing for query and document"
-OTHER_TOKENS = (
-    "It is tokenized in parts. Programs that tokenize it in one go, as sentence-transformers and vLLM do, give other "
-    "scores where a text and what follows it join into one token, such as a question mark and a line break."
-)
 USE = """```python
 from rag_retrieval import Reranker
 
@@ -135,7 +131,7 @@ def text_of_a_pair(settings: RerankerSettings) -> str:
     if settings.head == "yes_no":
         what = f"the score is the logit of `{settings.yes_token}` minus that of `{settings.no_token}` after it"
         return f"{PAIR_TEXT}; {what}:\n\n```\n{text}\n```"
-    return f"{PAIR_TEXT}; the score is read at its last token:\n\n```\n{text}\n```\n\n{OTHER_TOKENS}"
+    return f"{PAIR_TEXT}; the score is read at its last token:\n\n```\n{text}\n```"
 
 
 def meaning(model: Path, run: RunRecord | None) -> str:

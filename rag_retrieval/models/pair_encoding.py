@@ -1,8 +1,9 @@
 """From a query and a document to token ids: fixed parts, budgets, truncation.
 
 A pair is `prefix + query + middle + document + suffix`. Prefix, middle and suffix (bos, cls, sep, the
-separator, the special token that asks for the score) are never cut; only the two texts are. The three
-parts are tokenized on their own, so a query has the same tokens whatever document stands beside it.
+separator, the special token that asks for the score) are never cut; only the two texts are. The parts are
+tokenized one by one, so a query has the same tokens whatever document stands beside it; `decoder_template`
+says how they are still those of the whole text.
 
 What a reader would get wrong: texts are tokenized by a private copy of the fast tokenizer. The one that transformers
 holds is changed by every call that pads or cuts, and such a call in another thread breaks ("Already borrowed") or
@@ -43,12 +44,14 @@ class PairTemplate:
     """The fixed parts of a pair, as token ids, and the segment id of every part.
 
     `types` holds the segment ids of (prefix, query, middle, document, suffix); None without segments.
-    `before_query` and `before_document` are the text before each of the two texts and tokenized with it; what
-    follows a text in its format belongs to `middle` or `suffix`, where truncation cannot reach it.
+    `before_query` and `before_document` are the text before each of the two texts and tokenized with it.
     `after_query` and `after_document` are tokenized with the text before them too ("?" and a line break are one
-    token in some families), and stay, as `query_end` and `document_end`, where that text is cut.
-    `anchor` is a special token to put before each text while it is tokenized, where a family would otherwise mark it
-    as the beginning of a text.
+    token in some families), and stay, as `query_end` and `document_end`, where that text is cut; what comes later
+    belongs to `middle` or `suffix`, where truncation cannot reach it.
+    `following_query` and `following_document` are the character after that, where it tells how white space before it
+    is cut; it is tokenized too and left out.
+    `anchor` is put before each text while it is tokenized, where a family would otherwise mark it as the beginning of
+    a text. With `query_first` the query does begin the text.
     """
 
     prefix: list[int]
@@ -62,6 +65,9 @@ class PairTemplate:
     query_end: tuple[int, ...] = ()
     document_end: tuple[int, ...] = ()
     anchor: str = ""
+    following_query: str = ""
+    following_document: str = ""
+    query_first: bool = False
 
     @property
     def fixed_tokens(self) -> int:
@@ -82,23 +88,6 @@ def encoder_template(tokenizer: "PreTrainedTokenizerBase") -> PairTemplate:
         parts = [segments[span] for span in spans]
         types = (parts[0], segments[first[0]], parts[1], segments[second[0]], parts[2])
     return PairTemplate(prefix, middle, suffix, types)
-
-
-def decoder_template(
-    tokenizer: "PreTrainedTokenizerBase", query_format: str, document_format: str, seq: str, special_token: str
-) -> PairTemplate:
-    """`[bos] query_format + seq + document_format + special_token`, bos only where the family has one."""
-    before_query, after_query = split_format("query_format", query_format)
-    before_document, after_document = split_format("document_format", document_format)
-    owners = tokenizer("a").sequence_ids()
-    bos_tokens = owners.index(0)
-    prefix = tokenizer("a")["input_ids"][:bos_tokens]
-    middle, suffix = tokenize(bare(tokenizer), [after_query + seq, after_document + special_token])
-    if not suffix:
-        raise ValueError(
-            f"special_token {special_token!r} gives no token; the score is read at its last token"
-        )
-    return PairTemplate(prefix, middle, suffix, None, before_query, before_document)
 
 
 def split_format(name: str, text: str) -> tuple[str, str]:
@@ -127,11 +116,25 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def tokenize_after(anchor: str, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text as they are after `anchor`, which is one special token, or nothing."""
-    if not anchor:
+def tokenize_amidst(
+    tokenizer: Tokenizer, texts: Sequence[str], anchor: str, following: str, first: bool = False
+) -> list[list[int]]:
+    """Token ids of each text as they are after `anchor` and before `following`, whose own are left out.
+
+    Each of the two may be nothing, and is as of PairTemplate. first: nothing stands before the texts after all.
+    """
+    if not anchor and not following:
         return tokenize(tokenizer, texts)
-    return [ids[1:] for ids in tokenize(tokenizer, [anchor + text for text in texts])]
+    start, after = surrounding_tokens(tokenizer, anchor, following)
+    if first:
+        anchor, start = "", 0
+    return [ids[start : len(ids) - after] for ids in tokenize(tokenizer, [anchor + text + following for text in texts])]
+
+
+def surrounding_tokens(tokenizer: Tokenizer, anchor: str, following: str) -> tuple[int, int]:
+    """How many tokens are the anchor's, and how many those of what follows."""
+    alone, both = tokenize(tokenizer, [anchor, anchor + following])
+    return len(alone), len(both) - len(alone)
 
 
 def fit_to_budget(query_tokens: int, document_tokens: int, budget: int) -> tuple[int, int]:
@@ -167,10 +170,12 @@ class PairEncoder:
         if self.own is None:
             object.__setattr__(self, "own", private_copy(self.tokenizer))
         budget = self.max_length - self.template.fixed_tokens
-        if budget < 2 * (1 + max(len(self.template.query_end), len(self.template.document_end))):
+        least = 2 * (1 + max(len(self.template.query_end), len(self.template.document_end)))
+        if budget < least:
             raise ValueError(
                 f"max_length {self.max_length} is too small: special tokens, separator and formats take "
-                f"{self.template.fixed_tokens} tokens, and query and document need at least one each"
+                f"{self.template.fixed_tokens} tokens, and query and document, with what stands right after them, "
+                f"need at least {least}"
             )
         object.__setattr__(self, "budget", budget)
 
@@ -181,12 +186,12 @@ class PairEncoder:
     def query_ids(self, queries: Sequence[str]) -> list[list[int]]:
         template = self.template
         texts = [template.before_query + text + template.after_query for text in queries]
-        return tokenize_after(template.anchor, self.own, texts)
+        return tokenize_amidst(self.own, texts, template.anchor, template.following_query, template.query_first)
 
     def document_ids(self, documents: Sequence[str]) -> list[list[int]]:
         template = self.template
         texts = [template.before_document + text + template.after_document for text in documents]
-        return tokenize_after(template.anchor, self.own, texts)
+        return tokenize_amidst(self.own, texts, template.anchor, template.following_document)
 
     def untruncated_length(self, query_ids: list[int], document_ids: list[int]) -> int:
         return self.template.fixed_tokens + len(query_ids) + len(document_ids)

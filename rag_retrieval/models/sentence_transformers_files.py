@@ -6,19 +6,19 @@
     1_LogitScore/config.json            of a yes/no head: the ids of its two tokens
 
 What a reader would get wrong: the chat template is the model's own too, so ours stands before it in one file and is
-taken only where both roles are there. And that text is tokenized in one go: of a scalar head, whose parts we tokenize
-on their own, other tokens may come of it where a text meets a format, such as of "?" and a line break after it.
+taken only where both roles are there. And that text is tokenized in one go; `decoder_template` says why its tokens are
+ours.
 """
 
 import json
-from itertools import product
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from rag_retrieval.models.decoder_template import INSTRUCTION, missing_bos
 from rag_retrieval.models.model_files import RerankerSettings
-from rag_retrieval.models.pair_encoding import PairEncoder, private_copy, split_format, tokenize
-from rag_retrieval.models.yes_no_prompt import INSTRUCTION, answer_tokens
+from rag_retrieval.models.pair_encoding import PairEncoder, split_format, tokenize
+from rag_retrieval.models.yes_no_prompt import answer_tokens
 
 IDENTITY = "torch.nn.modules.linear.Identity"
 TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
@@ -98,27 +98,17 @@ def quoted(text: str) -> str:
 def fixed_texts(encoder: PairEncoder, settings: RerankerSettings) -> tuple[str, str, str]:
     """What stands before the query, between query and document, and after the document.
 
-    SentencePiece begins each part of a pair with the mark of a space, where it is tokenized on its own. A space before
-    the part, after bos too, gives the same: it is put where the tokens of a pair of one letter each ask for it.
+    SentencePiece begins a text with the mark of a space, but not what follows bos in it: where bos stands in the text,
+    a space after it gives the mark.
     """
     before_query, after_query = split_format("query_format", settings.query_format)
     before_document, after_document = split_format("document_format", settings.document_format)
-    texts = [before_query, after_query + settings.seq, before_document, after_document + settings.special_token]
-    if settings.head == "yes_no":
-        texts = [text.replace(INSTRUCTION, settings.instruction) for text in texts]
-    bos = missing_bos(encoder.tokenizer, texts[0])
-    wanted, own = encoder.encode([("a", "b")])[0].ids, private_copy(encoder.tokenizer)
-    for spaces in product(("", " "), repeat=len(texts)):
-        start, middle, document, end = (space + text for space, text in zip(spaces, texts, strict=True))
-        if tokenize(own, [bos + start + "a" + middle + document + "b" + end])[0] == wanted:
-            return bos + start, middle + document, end
-    return bos + texts[0], texts[1] + texts[2], texts[3]
-
-
-def missing_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The tokens that the tokenizer puts before a text, as text, where the text does not bring them."""
-    encoded = tokenizer("a")
-    bos = encoded["input_ids"][: encoded.sequence_ids().index(0)]
-    if tokenize(private_copy(tokenizer), [text + "a"])[0][: len(bos)] == bos:
-        return ""
-    return "".join(tokenizer.convert_ids_to_tokens(bos))
+    texts = before_query, after_query + settings.seq + before_document, after_document + settings.special_token
+    if settings.instruction is not None:
+        texts = tuple(text.replace(INSTRUCTION, settings.instruction) for text in texts)
+    before, between, after = texts
+    bos = "".join(encoder.tokenizer.convert_ids_to_tokens(missing_bos(encoder.tokenizer, encoder.own, before)))
+    wanted = encoder.encode([("a", "b")])[0].ids
+    starts = bos + before, f"{bos} {before}"
+    found = (start for start in starts if tokenize(encoder.own, [f"{start}a{between}b{after}"])[0] == wanted)
+    return next(found, starts[0]), between, after

@@ -1,20 +1,16 @@
-"""The text around a pair for a causal model that answers yes or no: from its chat template, as formats and as ids.
+"""The text around a pair for a causal model that answers yes or no, from its chat template, and the two answers.
 
-What a reader would get wrong: the tokens must be those of the whole text in one go, or scores drift from those of
-the model's own code. So the text is cut into parts only where tokenizers cut it anyway: before the last line that
-leads to the query or the document, and after the white space that follows them.
+What a reader would get wrong: a chat template may refuse a system's message, or trim or leave out what it is given, so
+its text counts only where the whole question stands in it.
 """
 
 import re
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from rag_retrieval.models.pair_encoding import PairTemplate, bare, split_format, tokenize, tokenize_after
+from rag_retrieval.models.decoder_template import INSTRUCTION
 from rag_retrieval.models.yes_no_prompts import ANSWERS, PLACES, PROMPTS, QWEN3_CHAT, QWEN3_MARKUP, check_places
-
-INSTRUCTION = "{instruction}"
 
 
 def chat_formats(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> dict[str, str]:
@@ -58,67 +54,6 @@ def by_chat_template(tokenizer: PreTrainedTokenizerBase, system: str, user: str)
 def default_formats(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     prompt = PROMPTS["en"]
     return chat_formats(tokenizer, prompt.system, prompt.user)
-
-
-def yes_no_template(
-    tokenizer: PreTrainedTokenizerBase,
-    query_format: str,
-    document_format: str,
-    seq: str,
-    special_token: str,
-    instruction: str,
-) -> PairTemplate:
-    """The parts of `[bos] query_format + seq + document_format + special_token`, `{instruction}` filled in.
-
-    All but the two texts is kept whole when a pair is cut. bos is added where the family has one and the text does
-    not bring it.
-    """
-    before_query, after_query = split_format("query_format", query_format)
-    before_document, after_document = split_format("document_format", document_format)
-    between, after = after_query + seq + before_document, after_document + special_token
-    before_query, between, after = (text.replace(INSTRUCTION, instruction) for text in (before_query, between, after))
-    prefix, before_query = split_last_line(before_query)
-    query_end, between = split_white_space(between)
-    middle, before_document = split_last_line(between)
-    document_end, suffix = split_white_space(after)
-    own = bare(tokenizer)
-    anchor = anchor_of(own, tokenizer.all_special_tokens) if prefix else ""
-    parts = tokenize(own, [prefix])
-    parts += tokenize_after(anchor, own, [middle, suffix, query_end, document_end])
-    if not parts[2]:
-        raise ValueError(
-            f"special_token {special_token!r} gives no token but white space; it ends the prompt, and the answer is "
-            "read at its last token"
-        )
-    owners = tokenizer("a").sequence_ids()
-    bos = tokenizer("a")["input_ids"][: owners.index(0)]
-    if parts[0][: len(bos)] != bos:
-        parts[0] = bos + parts[0]
-    ends = tuple(map(tuple, parts[3:]))
-    return PairTemplate(*parts[:3], None, before_query, before_document, query_end, document_end, *ends, anchor=anchor)
-
-
-def anchor_of(tokenizer: Tokenizer, special_tokens: list[str]) -> str:
-    """A special token after which a text is tokenized as in the midst of another; nothing where it always is.
-
-    SentencePiece puts its mark of a space before the first word of whatever it is given.
-    """
-    for token in special_tokens:
-        if tokenize_after(token, tokenizer, ["a"]) != tokenize(tokenizer, ["a"]):
-            return token
-    return ""
-
-
-def split_last_line(text: str) -> tuple[str, str]:
-    """Up to and including the last line break, and the rest."""
-    place = text.rfind("\n") + 1
-    return text[:place], text[place:]
-
-
-def split_white_space(text: str) -> tuple[str, str]:
-    """The white space that the text begins with, and the rest."""
-    rest = text.lstrip()
-    return text[: len(text) - len(rest)], rest
 
 
 def check_instruction(formats: dict[str, str], instruction: str | None) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import CHINESE, ENGLISH
+from tiny_models import CHINESE, ENGLISH, tiny_joining_qwen2
 from yes_no_samples import YES_NO, prompt, tiny_causal
 
 from rag_retrieval import LLMDecoder
@@ -12,49 +12,62 @@ from rag_retrieval.infer.torch_backend import TorchBackend
 
 QUERY = {"english": "what are the symptoms of influenza?", "chinese": "感冒的症状是什么？"}
 LONG = {"english": " ".join(ENGLISH) * 2, "chinese": "".join(CHINESE) * 8}
-FAMILIES = ["bert", "xlm_roberta", "qwen2", "llama"]
+FAMILIES = ["bert", "xlm_roberta", "qwen2", "llama", "joining qwen2"]  # the last: a sign and a line break join
 LANGUAGES = ["english", "chinese"]
 MAX_LENGTH, OVERLAP = 60, 7
 
 
 def slow_slices(scorer, query: str, document: str) -> list[tuple[float, str, list[int]]]:
     """(score, text, ids) of each slice, cut by hand with the tokenizer's own offsets and scored alone."""
-    template, tokenizer = scorer.pair_encoder.template, scorer.tokenizer
-    query_ids = tokenizer(template.before_query + query, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(template.before_document + document, add_special_tokens=False, return_offsets_mapping=True)
-    tokens = list(zip(whole["input_ids"], whole["offset_mapping"], strict=True))
-    before = len(template.before_document)
-    head = [token for token, (_, end) in tokens if end <= before]
-    content = tokens[len(head) :]
-    room = MAX_LENGTH - template.fixed_tokens - len(query_ids) - len(head)
+    before, content, after = whole_text(scorer, query, document)
+    ends = after[len(after) - len(scorer.pair_encoder.template.suffix) :]
+    ends = [*scorer.pair_encoder.template.document_end, *ends]
+    room = MAX_LENGTH - len(before) - max(len(after), len(ends))
     slices, start = [], 0
     while True:
         start = min(start, len(content) - room)
-        part = content[start : start + room]
-        ids = [*template.prefix, *query_ids, *template.middle, *head, *(token for token, _ in part), *template.suffix]
-        text = document[max(0, part[0][1][0] - before) : part[-1][1][1] - before]
-        slices.append((score_alone(scorer, ids, len(query_ids)), text, ids))
-        if start + room == len(content):
+        part, last = content[start : start + room], start + room >= len(content)
+        ids = [*before, *(token for token, _ in part), *(after if last else ends)]
+        text = document[max(0, part[0][1][0]) : part[-1][1][1]]
+        slices.append((score_alone(scorer, ids, len(before)), text, ids))
+        if last:
             return slices
         start += room - OVERLAP
 
 
+def whole_text(scorer, query: str, document: str) -> tuple[list[int], list[tuple[int, tuple[int, int]]], list[int]]:
+    """The tokens of the whole pair in one go: before the document's own, those with their offsets in it, after them."""
+    if scorer.model_type == "bert_encoder":
+        encoded = scorer.tokenizer(query, document, return_offsets_mapping=True)
+        start, owned = 0, [owner == 1 for owner in encoded.sequence_ids()]
+    else:
+        settings = scorer.settings
+        text = settings.query_format.replace("{}", query) + settings.seq + settings.document_format.partition("{}")[0]
+        start, end = len(text), len(text) + len(document)
+        text += document + settings.document_format.partition("{}")[2] + settings.special_token
+        encoded = scorer.tokenizer(text, return_offsets_mapping=True)
+        owned = [last > start and first < end for first, last in encoded["offset_mapping"]]
+    tokens, places = encoded["input_ids"], encoded["offset_mapping"]
+    first, stop = owned.index(True), len(owned) - owned[::-1].index(True)
+    content = [(tokens[at], (places[at][0] - start, places[at][1] - start)) for at in range(first, stop)]
+    return tokens[:first], content, tokens[stop:]
+
+
 @torch.no_grad()
-def score_alone(scorer, ids: list[int], query_tokens: int) -> float:
-    """By the model of transformers itself."""
+def score_alone(scorer, ids: list[int], before: int) -> float:
+    """By the model of transformers itself. before: tokens before the document."""
     inputs = {"input_ids": torch.tensor([ids])}
-    template = scorer.pair_encoder.template
-    if template.types is not None:
-        first = len(template.prefix) + query_tokens + len(template.middle)
-        inputs["token_type_ids"] = torch.tensor([[0] * first + [1] * (len(ids) - first)])
+    if scorer.pair_encoder.template.types is not None:
+        inputs["token_type_ids"] = torch.tensor([[0] * before + [1] * (len(ids) - before)])
     return scorer.model(**inputs).logits.item()
 
 
 @pytest.fixture(scope="module")
-def rerankers(load_tiny):
-    return {
-        family: Reranker.from_backend(TorchBackend(load_tiny(family, max_length=MAX_LENGTH))) for family in FAMILIES
-    }
+def rerankers(load_tiny, tmp_path_factory):
+    made = {family: load_tiny(family, max_length=MAX_LENGTH) for family in FAMILIES[:4]}
+    folder = tiny_joining_qwen2(tmp_path_factory.mktemp("joining"), head_labels=1)
+    made["joining qwen2"] = LLMDecoder.from_pretrained(folder, max_length=MAX_LENGTH)
+    return {family: Reranker.from_backend(TorchBackend(scorer)) for family, scorer in made.items()}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -88,7 +101,10 @@ def test_every_slice_holds_the_whole_query_and_all_slices_hold_the_whole_documen
         del backend.score
     assert [pair.ids for pair in seen] == [ids for _, _, ids in slow_slices(backend.scorer, query, document)]
     beginning = [*encoder.template.prefix, *encoder.query_ids([query])[0], *encoder.template.middle]
-    assert all(pair.ids[: len(beginning)] == beginning and len(pair) == MAX_LENGTH for pair in seen)
+    assert all(pair.ids[: len(beginning)] == beginning for pair in seen)
+    assert all(len(pair) == MAX_LENGTH for pair in seen[:-1])
+    # the last is shorter where what follows the document joins its last sign
+    assert 0 <= MAX_LENGTH - len(seen[-1]) <= len(encoder.template.document_end)
 
 
 def test_the_best_slice_is_where_the_answer_stands(rerankers):
@@ -133,7 +149,8 @@ def test_the_parts_of_a_document_are_its_tokens_and_spans_lie_in_its_text(family
     spans = [tokens.span(place, place + 1) for place in range(len(tokens.content))]
     assert all(0 <= start < end <= len(text) for start, end in spans)
     assert not spans or tokens.span(0, len(spans) + 5) == (spans[0][0], spans[-1][1])
-    assert tokens.tail == []
+    end = list(encoder.template.document_end)
+    assert tokens.tail == end or not tokens.tail and end, "the line break after it joins a sign or white space"
     before = encoder.template.before_document
     if before and text.strip():
         assert encoder.own.decode(tokens.head).strip() == before.strip()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import CHINESE, ENGLISH, tiny_llama, tiny_qwen2
+from tiny_models import CHINESE, ENGLISH, tiny_joining_qwen2, tiny_llama, tiny_qwen2
 from transformers import AutoTokenizer
 from yes_no_samples import YES_NO, prompt, tiny_causal
 
@@ -55,7 +55,7 @@ def test_a_yes_no_decoder_has_equal_scores(tmp_path, family):
     assert_equal_scores(scorer, tmp_path / "saved", PAIRS)
 
 
-@pytest.mark.parametrize("make", [tiny_qwen2, tiny_llama])
+@pytest.mark.parametrize("make", [tiny_qwen2, tiny_joining_qwen2, tiny_llama])
 @pytest.mark.parametrize("formats", SCALAR)
 def test_a_scalar_decoder_has_equal_scores(tmp_path, make, formats):
     scorer = LLMDecoder.from_pretrained(make(tmp_path / "base", head_labels=1), **SCALAR[formats])
@@ -64,8 +64,10 @@ def test_a_scalar_decoder_has_equal_scores(tmp_path, make, formats):
 
 @pytest.mark.parametrize("head", ["scalar", "yes_no"])
 def test_a_document_is_cut_as_here_before_the_end_of_the_prompt(tmp_path, head):
-    base = tiny_causal(tmp_path / "base", "qwen2") if head == "yes_no" else tiny_qwen2(tmp_path / "base", head_labels=1)
-    options = YES_NO | {"max_length": 190} if head == "yes_no" else {"max_length": 60}
+    answers = head == "yes_no"
+    base = tmp_path / "base"
+    base = tiny_causal(base, "qwen2") if answers else tiny_joining_qwen2(base, head_labels=1)
+    options = YES_NO | {"max_length": 190} if answers else {"max_length": 60}
     scorer = LLMDecoder.from_pretrained(base, **options)
     assert scorer.pair_encoder.encode([LONG])[0].truncated
     assert_equal_scores(scorer, tmp_path / "saved", [LONG, *PAIRS[:1]], options["max_length"])

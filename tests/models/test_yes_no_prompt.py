@@ -1,15 +1,14 @@
 """The question around a pair: Qwen3-Reranker's own text, chat templates of other families, tokens as in one go."""
 
-import json
 import random
 
 import pytest
-from tiny_models import TEXTS, llama_tokenizer, qwen2_tokenizer
+from tiny_models import TEXTS, joining_tokenizer, llama_tokenizer, qwen2_tokenizer
 from tokenizers import AddedToken
-from transformers import Qwen2Tokenizer
 
+from rag_retrieval.models.decoder_template import decoder_template
 from rag_retrieval.models.pair_encoding import PairEncoder
-from rag_retrieval.models.yes_no_prompt import answer_tokens, chat_formats, default_formats, yes_no_template
+from rag_retrieval.models.yes_no_prompt import answer_tokens, chat_formats, default_formats
 from rag_retrieval.models.yes_no_prompts import PROMPTS
 
 # as the model card of Qwen3-Reranker-0.6B writes it
@@ -37,17 +36,7 @@ OTHER_ROLES = "{% for m in messages if m.role == 'query' %}{{ m.content }}{% end
 
 def qwen3_tokenizer(chat_template: str | None = None):
     """With Qwen's joined tokens of a sign and a line break."""
-    plain = qwen2_tokenizer()
-    data = json.loads(plain.backend_tokenizer.to_str())["model"]
-    joined = [("?", "Ċ"), (".", "Ċ"), ("Ċ", "Ċ")]
-    first = len(data["vocab"])
-    special = plain.added_tokens_decoder.values()
-    tokenizer = Qwen2Tokenizer(
-        vocab=data["vocab"] | {"".join(pair): first + place for place, pair in enumerate(joined)},
-        merges=[*map(tuple, data["merges"]), *joined],
-        added_tokens_decoder={first + len(joined) + place: token for place, token in enumerate(special)},
-        unk_token=None,
-    )
+    tokenizer = joining_tokenizer()
     assert len(tokenizer("a?\nb.\n\nc")["input_ids"]) == 5 + 1
     tokenizer.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
     tokenizer.chat_template = chat_template
@@ -110,7 +99,7 @@ def test_a_prompt_without_its_two_places_in_order_is_refused(user):
 def test_tokens_are_those_of_the_whole_text_in_one_go(language):
     tokenizer, prompt = qwen3_tokenizer(QWEN3), PROMPTS[language]
     formats = chat_formats(tokenizer, prompt.system, prompt.user)
-    template = yes_no_template(tokenizer, **formats, instruction=prompt.instruction)
+    template = decoder_template(tokenizer, **formats, instruction=prompt.instruction)
     encoder = PairEncoder(tokenizer, template, 1024)
     generator = random.Random(5)
     pairs = [(random_text(generator), random_text(generator)) for _ in range(60)]
@@ -119,33 +108,6 @@ def test_tokens_are_those_of_the_whole_text_in_one_go(language):
         text = filled(formats, query, document, prompt.instruction)
         assert pair.ids == tokenizer(text, add_special_tokens=False)["input_ids"], (query, document)
         assert not pair.truncated
-
-
-def test_a_line_break_that_joins_the_sign_before_it_stays_one_when_the_query_is_cut():
-    tokenizer = qwen3_tokenizer()
-    formats = dict(query_format="{}", seq="\n", document_format="D: {}", special_token=".\nanswer:")
-    encoder = PairEncoder(tokenizer, yes_no_template(tokenizer, **formats, instruction=""), 40)
-    pair = encoder.join(
-        *(ids[0] for ids in (encoder.query_ids([" ".join(TEXTS)]), encoder.document_ids(["words " * 99])))
-    )
-    text = tokenizer.decode(pair.ids)
-    assert len(pair) == 40 and pair.truncated
-    assert "\nD: words" in text and text.endswith(".\nanswer:")
-    assert pair.ids[pair.document_start - 1] == tokenizer("\n")["input_ids"][0]
-
-
-def test_bos_comes_once_whether_the_text_brings_it_or_not():
-    tokenizer = llama_tokenizer()
-    parts = dict(seq="\n", document_format="{}", special_token="\nanswer:", instruction="")
-    for query_format in ("system\n{}", "<s>system\n{}"):
-        template = yes_no_template(tokenizer, query_format=query_format, **parts)
-        assert template.prefix.count(tokenizer.bos_token_id) == 1 and template.prefix[0] == tokenizer.bos_token_id
-
-
-def test_a_prompt_that_ends_in_white_space_alone_is_refused():
-    parts = dict(query_format="{}", seq="\n", document_format="{}", instruction="")
-    with pytest.raises(ValueError, match="special_token '\\\\n' gives no token but white space"):
-        yes_no_template(qwen3_tokenizer(), **parts, special_token="\n")
 
 
 def test_an_answer_of_several_tokens_is_refused_with_what_there_is_instead():
