@@ -1,4 +1,4 @@
-"""What the commands share: how they log and how they end with an error.
+"""What the commands share: how they read their options, how they log and how they end with an error.
 
 The trap: under a launcher every process runs the command, and a launcher ends all of them as soon as one has ended.
 Nothing here imports anything heavy before it is called.
@@ -8,8 +8,28 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
+
+from rag_retrieval.config_file import ConfigError, load_config, split_arguments
+from rag_retrieval.config_schema import Schema, describe_options
 
 GRACE = 5.0  # seconds in which the first process prints what went wrong
+
+
+def run_command(schema: Schema, usage: str, arguments: list[str], run: Callable[[Any], int]) -> int:
+    """What `run` returns for the configuration that the arguments give; 0 after the help that was asked for; 2 without
+    any argument and after a mistake in the options."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(f"{usage}\n\n{describe_options(schema)}")
+        return 0 if arguments else 2
+    try:
+        path, overrides = split_arguments(arguments)
+        config = load_config(schema, path, overrides)
+    except ConfigError as error:
+        return report(error, 2, on_all_processes=True)
+    set_up_logging()
+    return run(config)
 
 
 def report(error: Exception, code: int, on_all_processes: bool) -> int:

@@ -9,9 +9,7 @@ import signal
 import sys
 import time
 
-from rag_retrieval.command import report, set_up_logging
-from rag_retrieval.config_file import ConfigError, load_config, split_arguments
-from rag_retrieval.config_schema import describe_options
+from rag_retrieval.command import report, run_command
 from rag_retrieval.distill.distill_config import DISTILLING, DistillConfig
 from rag_retrieval.train.signals import Interrupted, exit_code, interrupt, on_signals
 
@@ -22,16 +20,7 @@ GO_ON = "the same command goes on where this one stopped"
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0 written; 1 a teacher failed; 2 a mistake in configuration, data or teachers; 130 and 143
     ended by SIGINT and SIGTERM. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{USAGE}\n\n{describe_options(DISTILLING)}")
-        return 0 if arguments else 2
-    try:
-        path, overrides = split_arguments(arguments)
-        config = load_config(DISTILLING, path, overrides)
-    except ConfigError as error:
-        return report(error, 2, on_all_processes=True)
-    set_up_logging()
-    return run(config)
+    return run_command(DISTILLING, USAGE, arguments, run)
 
 
 def run(config: DistillConfig) -> int:

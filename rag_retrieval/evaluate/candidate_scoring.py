@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from rag_retrieval.evaluate.beir_folder import Run
-from rag_retrieval.evaluate.processes import is_main, on_main
 from rag_retrieval.evaluate.ranking_data import RankingData
 from rag_retrieval.evaluate.run_files import read_run, write_run
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.process_scoring import score_over_processes
+from rag_retrieval.models.processes import on_main, process_index
 from rag_retrieval.models.scoring_mode import Precision
 from rag_retrieval.progress import Progress
 from rag_retrieval.records import DataError
@@ -55,7 +55,7 @@ def score_candidates(scorer: PairScorer, name: str, data: RankingData, file: Pat
     parts = plan_parts(data, PART_PAIRS[scorer.device.type])
     done = on_main(lambda: begin(folder, key))
     finished_pairs = sum(pairs_in(data, parts[place]) for place in done if place < len(parts))
-    with Progress(data.num_pairs, "scoring", "pairs", finished_pairs, shown=is_main()) as progress:
+    with Progress(data.num_pairs, "scoring", "pairs", finished_pairs, shown=process_index() == 0) as progress:
         for place, queries in enumerate(parts):
             if place not in done:
                 score_part(scorer, name, data, queries, folder / part_name(place), how)

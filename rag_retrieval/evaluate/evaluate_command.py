@@ -6,9 +6,7 @@ The trap: under a launcher every process runs this. Only the main one prints and
 import os
 import shutil
 
-from rag_retrieval.command import report, set_up_logging
-from rag_retrieval.config_file import ConfigError, load_config, split_arguments
-from rag_retrieval.config_schema import describe_options
+from rag_retrieval.command import report, run_command
 from rag_retrieval.evaluate.evaluation_config import EVALUATION, EvaluationConfig
 
 USAGE = "usage: rag-retrieval evaluate --model DIR --data DIR [--config FILE] [--KEY VALUE ...]"
@@ -18,16 +16,7 @@ COLUMNS = 100  # columns where the output is no terminal
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0; 2 for a mistake in options, model or data; 130 for Ctrl-C. With
     RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{USAGE}\n\n{describe_options(EVALUATION)}")
-        return 0 if arguments else 2
-    try:
-        path, overrides = split_arguments(arguments)
-        config = load_config(EVALUATION, path, overrides)
-    except ConfigError as error:
-        return report(error, 2, on_all_processes=True)
-    set_up_logging()
-    return run(config)
+    return run_command(EVALUATION, USAGE, arguments, run)
 
 
 def run(config: EvaluationConfig) -> int:

@@ -26,13 +26,13 @@ from rag_retrieval.evaluate.evaluation_config import EvaluationConfig
 from rag_retrieval.evaluate.measures import PerQuery, measure_queries, perfect_run
 from rag_retrieval.evaluate.moves import QueryChange, largest_changes
 from rag_retrieval.evaluate.output_folder import held
-from rag_retrieval.evaluate.processes import on_main, own_device, process_group
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.models.calibration import Calibration, write_calibration
 from rag_retrieval.models.load_reranker import load_reranker
 from rag_retrieval.models.model_files import PACKAGE_PREFIX
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.processes import on_main, own_device, process_group
 
 LIBRARIES = ("bm25s", "Stemmer", "ir_measures", "scipy")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted

@@ -3,9 +3,7 @@
 The trap: options are `--key value`, but `--optimize` and `--force` stand alone, as in other commands of this kind.
 """
 
-from rag_retrieval.command import report, set_up_logging
-from rag_retrieval.config_file import ConfigError, load_config, split_arguments
-from rag_retrieval.config_schema import describe_options
+from rag_retrieval.command import report, run_command
 from rag_retrieval.export.export_config import EXPORTING, ExportConfig
 
 USAGE = (
@@ -18,16 +16,7 @@ SWITCHES = ("--optimize", "--force")
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0; 1 where the exported model differs too much; 2 for a mistake in options, model or data;
     130 for Ctrl-C. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{USAGE}\n\n{describe_options(EXPORTING)}")
-        return 0 if arguments else 2
-    try:
-        path, overrides = split_arguments(switched_on(arguments))
-        config = load_config(EXPORTING, path, overrides)
-    except ConfigError as error:
-        return report(error, 2, on_all_processes=True)
-    set_up_logging()
-    return run(config)
+    return run_command(EXPORTING, USAGE, switched_on(arguments), run)
 
 
 def switched_on(arguments: list[str]) -> list[str]:

@@ -3,9 +3,7 @@
 The trap: --dry_run needs neither network nor token, and its folder is byte for byte what would be uploaded.
 """
 
-from rag_retrieval.command import report, set_up_logging
-from rag_retrieval.config_file import ConfigError, load_config, split_arguments
-from rag_retrieval.config_schema import describe_options
+from rag_retrieval.command import report, run_command
 from rag_retrieval.export.push_config import PUSH, PushConfig
 
 USAGE = "usage: rag-retrieval push --model DIR --repo_id ORGANISATION/NAME [--dry_run DIR] [--KEY VALUE ...]"
@@ -14,15 +12,13 @@ USAGE = "usage: rag-retrieval push --model DIR --repo_id ORGANISATION/NAME [--dr
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0; 2 for a mistake in options, folder or card, and where the hub refuses or is out of
     reach. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{USAGE}\n\n{describe_options(PUSH)}")
-        return 0 if arguments else 2
+    return run_command(PUSH, USAGE, arguments, run)
+
+
+def run(config: PushConfig) -> int:
     try:
-        path, overrides = split_arguments(arguments)
-        config = load_config(PUSH, path, overrides)
-        set_up_logging()
         print(push(config))
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         return report(error, 2, on_all_processes=False)
     return 0
 

@@ -8,9 +8,7 @@ import signal
 import sys
 import time
 
-from rag_retrieval.command import report, set_up_logging
-from rag_retrieval.config_file import ConfigError, load_config, split_arguments
-from rag_retrieval.config_schema import describe_options
+from rag_retrieval.command import report, run_command
 from rag_retrieval.mining.mining_checks import summary_file
 from rag_retrieval.mining.mining_config import MINING, MiningConfig
 from rag_retrieval.train.signals import Interrupted, exit_code, interrupt, on_signals
@@ -21,16 +19,7 @@ USAGE = "usage: rag-retrieval mine [--config FILE] [--KEY VALUE ...]"
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0 written; 2 a mistake in configuration, data or models; 130 and 143 ended by SIGINT
     and SIGTERM. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{USAGE}\n\n{describe_options(MINING)}")
-        return 0 if arguments else 2
-    try:
-        path, overrides = split_arguments(arguments)
-        config = load_config(MINING, path, overrides)
-    except ConfigError as error:
-        return report(error, 2, on_all_processes=False)
-    set_up_logging()
-    return run(config)
+    return run_command(MINING, USAGE, arguments, run)
 
 
 def run(config: MiningConfig) -> int:

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 def process_group() -> Iterator[None]:
     """The group of the processes that a launcher started, for the time of the block; nothing without a launcher.
 
-    gloo on every device: only settings and counts are exchanged.
+    gloo on every device: only settings, counts, texts and scores on the CPU are exchanged.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield

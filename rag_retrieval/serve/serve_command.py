@@ -9,9 +9,7 @@ from ipaddress import ip_address
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from rag_retrieval.command import report, set_up_logging
-from rag_retrieval.config_file import ConfigError, load_config, split_arguments
-from rag_retrieval.config_schema import describe_options
+from rag_retrieval.command import report, run_command
 from rag_retrieval.serve.serve_config import SERVE, TOKEN_VARIABLE, ServeConfig
 
 if TYPE_CHECKING:
@@ -29,16 +27,7 @@ log = logging.getLogger(__name__)
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0 stopped by SIGTERM or Ctrl-C; 2 for a mistake in options, token, port or model; 130 for
     Ctrl-C before it listened. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{USAGE}\n\n{describe_options(SERVE)}")
-        return 0 if arguments else 2
-    try:
-        path, overrides = split_arguments(arguments)
-        config = load_config(SERVE, path, overrides)
-    except ConfigError as error:
-        return report(error, 2, on_all_processes=False)
-    set_up_logging()
-    return run(config)
+    return run_command(SERVE, USAGE, arguments, run)
 
 
 def run(config: ServeConfig) -> int:
