@@ -4,7 +4,10 @@ A subcommand's module is imported only when it is called, so that `--help` and m
 """
 
 import importlib
+import os
+import signal
 import sys
+from collections.abc import Callable
 
 MODULES = {  # each has main(arguments) -> exit code
     "train": "rag_retrieval.train.reranker.train_reranker",
@@ -34,13 +37,25 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else None
     if command in MODULES:
-        return importlib.import_module(MODULES[command]).main(arguments[1:])
+        return until_nobody_reads(importlib.import_module(MODULES[command]).main, arguments[1:])
     if command in ("-h", "--help"):
         print(HELP)
         return 0
     problem = f"unknown command {command!r}" if command else "a command is missing"
     print(f"error: {problem}\n\n{HELP}", file=sys.stderr)
     return 2
+
+
+def until_nobody_reads(run: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """The exit code; that of SIGPIPE where the reader of the output is gone, as after `| head`."""
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # what is still buffered would be written, and fail, at the end of Python
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":
