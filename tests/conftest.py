@@ -5,6 +5,7 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "false"  # it would reach for the network
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

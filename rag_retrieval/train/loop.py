@@ -28,7 +28,7 @@ from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.run_folder import finish
 from rag_retrieval.train.saving import Saver
 from rag_retrieval.train.schedule import warmup_stable_cosine
-from rag_retrieval.train.signals import StopWish, TrainingStopped, on_signals
+from rag_retrieval.train.signals import StopWish, TrainingStopped, on_signals, starting_workers
 from rag_retrieval.train.starting import StartError
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
 from rag_retrieval.train.step_data import MicroBatch, step_loader
@@ -103,7 +103,9 @@ class Trainer:
         self._evaluate_if_due()  # where a stop came first
         if self._has_stopped_improving():
             return
-        for micro_batches in loader:
+        with starting_workers():
+            steps = iter(loader)
+        for micro_batches in steps:
             self.train_step(micro_batches)
             self.tracking.step_done()
             self._log_if_due()

@@ -81,13 +81,27 @@ class StopWish:
             os._exit(exit_code(number))
 
 
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Processes that are forked in this block are born with SIGTERM blocked, for `spare_worker`.
+
+    The threads that other libraries start in a forked child (reporters of errors and usage do) come before
+    `spare_worker`, which can block a signal in its own thread alone; any other would take it, and end the process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def spare_worker(worker: int) -> None:
     """Let a data loading process outlive a signal that was sent to all: the step under way needs its work.
 
-    Its parent still ends it. Only sigwaitinfo tells who sent a signal, and it wants a thread of its own.
+    It must have been forked within `starting_workers`. Its parent still ends it. Only sigwaitinfo tells who sent a
+    signal, and it wants a thread of its own.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 

@@ -9,7 +9,15 @@ import time
 import pytest
 
 from rag_retrieval.train import signals
-from rag_retrieval.train.signals import Interrupted, StopWish, exit_code, interrupt, on_signals, spare_worker
+from rag_retrieval.train.signals import (
+    Interrupted,
+    StopWish,
+    exit_code,
+    interrupt,
+    on_signals,
+    spare_worker,
+    starting_workers,
+)
 
 
 def test_exit_codes_are_those_of_shells():
@@ -73,6 +81,7 @@ def test_a_second_signal_really_ends_the_process():
 
 
 def wait_as_worker(ready) -> None:
+    threading.Thread(target=time.sleep, args=(30,), daemon=True).start()  # as another library's fork handler
     spare_worker(0)
     ready.set()
     time.sleep(30)
@@ -82,7 +91,10 @@ def test_a_worker_outlives_signals_of_others_and_ends_when_its_parent_says_so():
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     worker = context.Process(target=wait_as_worker, args=(ready,), daemon=True)
-    worker.start()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with starting_workers():
+        worker.start()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
     assert ready.wait(10)
     for number in (signal.SIGINT, signal.SIGTERM):
         subprocess.run(["sh", "-c", f"kill -{int(number)} {worker.pid}"], check=True)
