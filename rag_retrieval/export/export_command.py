@@ -33,7 +33,7 @@ def run(config: ExportConfig) -> int:
         from rag_retrieval.export.run import export_reranker
         from rag_retrieval.export.verification import DifferenceError
     except ImportError as error:
-        return report(ImportError(f"{error}; run: pip install 'rag-retrieval[onnx]'"), 2, on_all_processes=True)
+        return report(ImportError(f"{error}; run: pip install -e '.[onnx]'"), 2, on_all_processes=True)
     try:
         exported = export_reranker(config)
     except KeyboardInterrupt:

@@ -19,4 +19,4 @@ def opened(model: Reranker | str | os.PathLike) -> Reranker:
 
 
 def missing_library(library: str, extra: str) -> ImportError:
-    return ImportError(f"this adapter needs {library}; run: pip install 'rag-retrieval[{extra}]'")
+    return ImportError(f"this adapter needs {library}; run: pip install -e '.[{extra}]'")

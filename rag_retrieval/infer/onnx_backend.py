@@ -95,7 +95,7 @@ def import_onnxruntime():
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError("an ONNX folder needs onnxruntime; run: pip install 'rag-retrieval[onnx]'") from error
+        raise ImportError("an ONNX folder needs onnxruntime; run: pip install -e '.[onnx]'") from error
     return onnxruntime
 
 

@@ -48,7 +48,7 @@ def compile_model(file: Path, threads: int):
     try:
         import openvino
     except ImportError as error:
-        raise ImportError("OpenVINO is not installed; run: pip install 'rag-retrieval[openvino]'") from error
+        raise ImportError("OpenVINO is not installed; run: pip install -e '.[openvino]'") from error
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     try:
         return openvino.Core().compile_model(str(file), "CPU", settings)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 USAGE = "usage: rag-retrieval serve --model DIR [--config FILE] [--KEY VALUE ...]"
 SERVE_LIBRARIES = ("starlette", "uvicorn", "prometheus_client")
-INSTALL = "; run: pip install 'rag-retrieval[serve]'"
+INSTALL = "; run: pip install -e '.[serve]'"
 
 log = logging.getLogger(__name__)
 

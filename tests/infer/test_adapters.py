@@ -28,4 +28,4 @@ def test_a_missing_library_is_named_with_the_command_that_brings_it(name, monkey
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError) as problem:
         __import__(f"rag_retrieval.infer.{name}")
-    assert str(problem.value) == f"this adapter needs {package}; run: pip install 'rag-retrieval[{extra}]'"
+    assert str(problem.value) == f"this adapter needs {package}; run: pip install -e '.[{extra}]'"

@@ -168,5 +168,5 @@ def test_a_damaged_graph_is_told(folders, tmp_path):
 
 def test_a_missing_onnxruntime_is_told_with_the_extra(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"needs onnxruntime; run: pip install 'rag-retrieval\[onnx\]'"):
+    with pytest.raises(ImportError, match=r"needs onnxruntime; run: pip install -e '\.\[onnx\]'"):
         Reranker(folders["bert"][1])

@@ -69,5 +69,5 @@ def test_a_missing_openvino_is_told_with_the_extra_and_a_gpu_refused(folder_of, 
     with pytest.raises(ValueError, match='device: OpenVINO runs on "cpu" here, found .cuda'):
         Reranker(folder_of("bert"), model_type="openvino", device="cuda")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(ImportError, match=r"run: pip install 'rag-retrieval\[openvino\]'"):
+    with pytest.raises(ImportError, match=r"run: pip install -e '\.\[openvino\]'"):
         Reranker(folder_of("bert"), model_type="openvino")

@@ -93,7 +93,7 @@ def test_a_missing_library_is_told_with_how_to_install_it(tmp_path, capsys, monk
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
     printed = capsys.readouterr().err
-    assert "uvicorn" in printed and printed.endswith("run: pip install 'rag-retrieval[serve]'\n")
+    assert "uvicorn" in printed and printed.endswith("run: pip install -e '.[serve]'\n")
 
 
 @pytest.mark.slow
