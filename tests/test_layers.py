@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "rag_retrieval"
 LEVELS = [
     {"records", "record_files", "record_store", "record_store_build", "record_summary", "metrics", "losses", "words",
-     "command", "config_file", "config_schema", "progress", "json_lines", "beir_files"},
+     "command", "config_file", "config_schema", "progress", "json_lines", "beir_files",
+     "whole_file"},
     {"models"},
     {"train", "infer", "evaluate"},
     {"distill", "mining", "export", "serve"},

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rag_retrieval.records import Record
 from rag_retrieval.train.checkpoints import read_json, write_json
+from rag_retrieval.whole_file import replacing
 
 RUN_FILE = "run.json"
 PART_NAMES = "from-*.jsonl"
@@ -110,13 +111,10 @@ class PartFolder:
         return sum(part.pairs for part in finished)
 
     def write(self, part: Part, lines: Iterable[str]) -> None:
-        target = self.path / part.name
-        aside = target.with_suffix(".tmp")
-        with aside.open("w", encoding="utf-8") as file:
+        with replacing(self.path / part.name) as aside, aside.open("w", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, target)
 
     def lines(self, parts: list[Part]) -> Iterator[str]:
         """The lines of finished parts. Raises ValueError for one with another number of lines than records."""

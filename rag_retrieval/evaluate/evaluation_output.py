@@ -7,9 +7,7 @@ The trap: run.trec, the third file, is written by the scoring, before anything i
 """
 
 import json
-import os
 from dataclasses import asdict
-from pathlib import Path
 
 from rag_retrieval.evaluate.comparison import Comparison
 from rag_retrieval.evaluate.evaluation import Evaluation, ProbabilityFigures
@@ -17,6 +15,7 @@ from rag_retrieval.evaluate.measures import means
 from rag_retrieval.evaluate.moves import describe_changes
 from rag_retrieval.evaluate.output_folder import RESULT_FILE
 from rag_retrieval.evaluate.terminal_text import pad, shorten
+from rag_retrieval.whole_file import write_whole
 
 LONGEST_NAME = 30  # columns
 
@@ -24,15 +23,9 @@ LONGEST_NAME = 30  # columns
 def write_evaluation(evaluation: Evaluation) -> None:
     """Both files into the evaluation's output_dir, each whole or not at all."""
     rows = [json.dumps(query_row(evaluation, query), ensure_ascii=False) for query in evaluation.data.qrels]
-    _write(evaluation.output_dir / "per_query.jsonl", "".join(row + "\n" for row in rows))
+    write_whole(evaluation.output_dir / "per_query.jsonl", "".join(row + "\n" for row in rows))
     result = json.dumps(result_of(evaluation), ensure_ascii=False, indent=2)
-    _write(evaluation.output_dir / RESULT_FILE, result + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(evaluation.output_dir / RESULT_FILE, result + "\n")
 
 
 def query_row(evaluation: Evaluation, query: str) -> dict:

@@ -8,7 +8,6 @@ The trap: texts of queries and documents are data and may hold markup; every tex
 
 import base64
 import io
-import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -23,6 +22,7 @@ from rag_retrieval.evaluate.measures import means
 from rag_retrieval.evaluate.moves import QueryChange
 from rag_retrieval.evaluate.terminal_text import shorten
 from rag_retrieval.evaluate.training_curves import find_run, read_curves
+from rag_retrieval.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,9 +62,7 @@ def write_report(evaluation: Evaluation) -> Path:
         images[name] = png_of(figure)
         (folder / f"{name}.png").write_bytes(images[name])
     page = evaluation.output_dir / "report.html"
-    aside = page.with_name("report.html.tmp")
-    aside.write_text(page_of(evaluation, images), encoding="utf-8")
-    os.replace(aside, page)
+    write_whole(page, page_of(evaluation, images))
     return page
 
 

@@ -7,7 +7,6 @@ Both may be gzipped. The trap: the rank column is not read. As in trec_eval, the
 """
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from rag_retrieval.evaluate.beir_folder import Run
 from rag_retrieval.json_lines import byte_lines, decoded
 from rag_retrieval.records import DataError
+from rag_retrieval.whole_file import replacing
 
 
 def read_run(path: str | Path) -> Run:
@@ -65,12 +65,10 @@ def write_run(path: Path, run: Run, name: str) -> None:
     those of equal score as trec_eval takes them (`trec_order`), so that the ranks are those that are measured.
     """
     label = "_".join(name.split()) or "run"
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
         for query, scores in run.items():
             for rank, document in enumerate(trec_order(scores), start=1):
                 file.write(f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n")
-    os.replace(aside, path)
 
 
 def trec_order(scores: dict[str, float]) -> list[str]:

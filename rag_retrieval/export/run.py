@@ -25,7 +25,7 @@ from rag_retrieval.export.verification import Verification, check_float32, check
 from rag_retrieval.infer.onnx_backend import OnnxBackend
 from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
 from rag_retrieval.models.calibration import write_calibration
-from rag_retrieval.models.load_reranker import load_reranker
+from rag_retrieval.models.load_reranker import check_trained, load_reranker
 from rag_retrieval.models.model_files import write_settings
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
@@ -87,8 +87,7 @@ def check_output(folder: Path) -> None:
 def load_trained(model: str) -> PairScorer:
     """Raises ValueError for a model that cannot be loaded, or whose score head no checkpoint gave."""
     scorer = load_reranker(model)
-    if scorer.new_parameters:
-        raise ValueError(f"{model}: found a model without a trained score head; give a trained reranker")
+    check_trained(model, scorer)
     return scorer
 
 

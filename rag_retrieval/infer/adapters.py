@@ -5,6 +5,7 @@ the library; nothing else of this package imports such a module.
 """
 
 import os
+from typing import Any
 
 from rag_retrieval.infer.reranker import Reranker
 
@@ -16,6 +17,12 @@ def opened(model: Reranker | str | os.PathLike) -> Reranker:
     if isinstance(model, (str, os.PathLike)):
         return Reranker(model)
     raise ValueError(f"model: expected a Reranker, or the name or folder of one; found {type(model).__name__}")
+
+
+def rerank_options(adapter: object) -> dict[str, Any]:
+    """Of the adapter's attributes those that are options of `Reranker.rerank` under the same names."""
+    names = ("batch_size", "max_length", "normalize", "long_document", "overlap")
+    return {name: getattr(adapter, name) for name in names}
 
 
 def missing_library(library: str, extra: str) -> ImportError:

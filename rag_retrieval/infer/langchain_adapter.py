@@ -9,7 +9,7 @@ The trap: documents are copied before a score is written into their metadata; a 
 from collections.abc import Sequence
 from typing import Any
 
-from rag_retrieval.infer.adapters import missing_library, opened
+from rag_retrieval.infer.adapters import missing_library, opened, rerank_options
 from rag_retrieval.infer.reranker import OVERLAP, Reranker
 from rag_retrieval.infer.results import RerankResults
 
@@ -54,8 +54,7 @@ class RerankerCompressor(BaseDocumentCompressor):
         return scored_copies(documents, found)
 
     def _options(self) -> dict[str, Any]:
-        names = ("batch_size", "max_length", "normalize", "long_document", "overlap")
-        return {"top_k": self.top_n} | {name: getattr(self, name) for name in names}
+        return {"top_k": self.top_n} | rerank_options(self)
 
 
 def texts(documents: Sequence[Document]) -> list[str]:

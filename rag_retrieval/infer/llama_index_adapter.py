@@ -8,7 +8,7 @@ A model that was trained on bare passages wants metadata_mode=MetadataMode.NONE.
 
 from typing import Any
 
-from rag_retrieval.infer.adapters import missing_library, opened
+from rag_retrieval.infer.adapters import missing_library, opened, rerank_options
 from rag_retrieval.infer.reranker import OVERLAP, Reranker
 
 try:
@@ -56,9 +56,7 @@ class RerankerPostprocessor(BaseNodePostprocessor):
         top_n = self.top_n or len(nodes)
         dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=top_n, model_name=self._name))
         texts = [node.node.get_content(metadata_mode=self.metadata_mode) for node in nodes]
-        names = ("batch_size", "max_length", "normalize", "long_document", "overlap")
-        options = {name: getattr(self, name) for name in names}
-        found = self._reranker.rerank(query, texts, top_k=self.top_n, **options)
+        found = self._reranker.rerank(query, texts, top_k=self.top_n, **rerank_options(self))
         best = [NodeWithScore(node=nodes[result.document_index].node, score=result.score) for result in found]
         dispatcher.event(ReRankEndEvent(nodes=best))
         return best

@@ -10,6 +10,7 @@ from rag_retrieval.mining.corpus_store import Corpus
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
+from rag_retrieval.models.load_reranker import check_trained
 from rag_retrieval.models.model_files import read_settings, resolve_model_path
 from rag_retrieval.models.pair_scorer import PairScorer
 
@@ -20,8 +21,7 @@ def load_reranker(name: str, device: str) -> PairScorer:
     settings = read_settings(path)
     kind = LLMDecoder if settings is not None and settings.model_type == "llm_decoder" else CrossEncoder
     scorer = kind.from_pretrained(path)
-    if scorer.new_parameters:
-        raise ValueError(f"{name}: found a model without a trained score head; give a trained reranker")
+    check_trained(name, scorer)
     scorer.eval()
     scorer.model.to(device)
     return scorer

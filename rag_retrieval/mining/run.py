@@ -27,9 +27,10 @@ from rag_retrieval.mining.queries import (
 )
 from rag_retrieval.mining.search import model_content
 from rag_retrieval.mining.summary import MiningSummary
-from rag_retrieval.mining.work_folder import WorkFolder, content_of, replacing
+from rag_retrieval.mining.work_folder import WorkFolder, content_of
 from rag_retrieval.progress import Progress
 from rag_retrieval.records import DataError
+from rag_retrieval.whole_file import replacing
 
 PART = 256  # queries
 WITHOUT_EFFECT = {"data", "corpus", "split", "output", "output_format", "labels", "overwrite", "work_dir", "device"}

@@ -9,7 +9,6 @@ The trap: a folder under its own name is complete, one that ends in `.partial` i
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -79,14 +78,3 @@ def content_of(path: Path) -> str:
             while block := stream.read(BLOCK):
                 digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Another name to write to, which takes the place of `path` when all went well, and is removed otherwise."""
-    aside = path.with_name(f"{path.name}.partial")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ that is trained further is saved without it, and `save_pretrained` removes the o
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rag_retrieval.models.model_files import find_file
+from rag_retrieval.whole_file import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +83,4 @@ def read_calibration(model_path: str) -> Calibration | None:
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
     """Beside the weights in `folder`, whole or not at all."""
-    aside = folder / f"{CALIBRATION_FILE}.tmp"
-    aside.write_text(json.dumps(asdict(calibration), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, folder / CALIBRATION_FILE)
+    write_whole(folder / CALIBRATION_FILE, json.dumps(asdict(calibration), ensure_ascii=False, indent=2) + "\n")

@@ -27,6 +27,12 @@ def load_reranker(model_name_or_path: str | os.PathLike, max_length: int | None 
     return CLASSES[model_type_of(path)].from_pretrained(path, max_length=max_length)
 
 
+def check_trained(name: str, scorer: PairScorer) -> None:
+    """Raises ValueError for a scorer whose head no checkpoint gave: its scores are random."""
+    if scorer.new_parameters:
+        raise ValueError(f"{name}: found a model without a trained score head; give a trained reranker")
+
+
 def model_type_of(path: str, trust_remote_code: bool = False) -> str:
     saved = read_settings(path)
     if saved is not None:

@@ -15,6 +15,8 @@ import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from rag_retrieval.whole_file import replacing
+
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
@@ -44,13 +46,11 @@ class TrainState:
 
 def write_json(path: Path, values: dict) -> None:
     """Whole or not at all: written aside, flushed to disk, renamed."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
         json.dump(values, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def read_json(path: Path) -> dict:

@@ -37,7 +37,7 @@ def test_the_same_model_by_a_relative_and_by_an_absolute_path_is_one_model(tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "result.json").write_text(json.dumps({"config": CONFIG | {"model": str(tmp_path / "a")}}))
     with held(tmp_path, CONFIG):
-        pass
+        assert (tmp_path / "lock").is_file()
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

@@ -1,6 +1,6 @@
 import pytest
 
-from rag_retrieval.mining.work_folder import WorkFolder, content_of, replacing
+from rag_retrieval.mining.work_folder import WorkFolder, content_of
 
 
 def test_a_stage_is_built_once_for_what_it_is_made_from(tmp_path):
@@ -49,18 +49,6 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path):
         pass
     with WorkFolder(tmp_path / "w").locked():
         pass
-
-
-def test_a_file_is_replaced_only_when_all_went_well(tmp_path):
-    path = tmp_path / "a"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as aside:
-        aside.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with replacing(path) as aside:
-        aside.write_text("new")
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_content_is_told_by_bytes_and_by_the_names_in_a_folder(tmp_path):
