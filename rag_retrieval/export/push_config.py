@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rag_retrieval.config_schema import ABSENT, Schema
+from rag_retrieval.config_schema import ABSENT, Schema, problem
 
 LISTS = ("language", "evaluations")
 
@@ -39,6 +39,13 @@ class PushConfig(BaseModel):
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("dry_run")
+    @classmethod
+    def _names_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and value.lower() in ("true", "false"):
+            raise problem(f"expected a folder to write to, found {value}; for example look")
+        return value
 
 
 PUSH = Schema(PushConfig, "model: runs/my/model", folders=("model",), paths=("evaluations",), outputs=("dry_run",))

@@ -97,6 +97,13 @@ def test_a_dry_run_fills_a_folder_and_needs_no_network(model, tmp_path, capsys, 
     assert "is not empty; give a new folder" in capsys.readouterr().err
 
 
+def test_a_dry_run_that_is_switched_on_is_told_that_it_wants_a_folder(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model", str(model), "--repo_id", "org/name", "--dry_run", "true"]) == 2
+    assert "--dry_run: expected a folder to write to, found true" in capsys.readouterr().err
+    assert not list(tmp_path.glob("true"))
+
+
 def test_hidden_and_temporary_files_stay_behind(model, tmp_path):
     expected = contents(model).keys()
     for name in (".env", ".git/config", "config.json.tmp", ".cache/x.json"):
