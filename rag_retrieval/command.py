@@ -18,11 +18,11 @@ GRACE = 5.0  # seconds in which the first process prints what went wrong
 
 
 def run_command(schema: Schema, usage: str, arguments: list[str], run: Callable[[Any], int]) -> int:
-    """What `run` returns for the configuration that the arguments give; 0 after the help that was asked for; 2 without
-    any argument and after a mistake in the options."""
-    if not arguments or {"-h", "--help"} & set(arguments):
+    """What `run` returns for the configuration that the arguments give; 0 after the help that was asked for; 2 after a
+    mistake in the options."""
+    if {"-h", "--help"} & set(arguments):
         print(f"{usage}\n\n{describe_options(schema)}")
-        return 0 if arguments else 2
+        return 0
     try:
         path, overrides = split_arguments(arguments)
         config = load_config(schema, path, overrides)

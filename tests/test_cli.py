@@ -17,6 +17,13 @@ def test_every_command_is_in_the_help_and_has_a_main(name, capsys):
     assert callable(importlib.import_module(cli.MODULES[name]).main)
 
 
+@pytest.mark.parametrize("name", sorted(cli.MODULES.keys() - {"quickstart"}))
+def test_a_command_without_options_says_what_is_missing(name, capsys):
+    assert cli.main([name]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: --") and "is missing" in shown.err and not shown.out
+
+
 def test_an_unknown_command_is_a_mistake(capsys):
     assert cli.main(["trian"]) == 2
     assert "error: unknown command 'trian'" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 The trap: options are `--key value`, but `--optimize` and `--force` stand alone, as in other commands of this kind.
 """
 
+from itertools import pairwise
+
 from rag_retrieval.command import report, run_command
 from rag_retrieval.export.export_config import EXPORTING, ExportConfig
 
@@ -21,10 +23,9 @@ def main(arguments: list[str]) -> int:
 
 def switched_on(arguments: list[str]) -> list[str]:
     """`--optimize` without a value written out as `--optimize=true`."""
-    following = [*arguments[1:], "--"]
     return [
         f"{argument}=true" if argument in SWITCHES and after.startswith("--") else argument
-        for argument, after in zip(arguments, following, strict=True)
+        for argument, after in pairwise([*arguments, "--"])
     ]
 
 

@@ -45,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
         from rag_retrieval.config_schema import describe_options
         from rag_retrieval.train.reranker.training_config import TRAINING
 
-        if not arguments or {"-h", "--help"} & set(arguments):
+        if {"-h", "--help"} & set(arguments):
             print(f"{USAGE}\n\n{describe_options(TRAINING)}")
-            return 0 if arguments else 2
+            return 0
         try:
             path, overrides = split_arguments(arguments)
             if path is None:
