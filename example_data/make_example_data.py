@@ -155,7 +155,22 @@ def english_files() -> dict[str, list[dict]]:
         files[f"stdlib_{form.__name__}.train.jsonl"] = form(rows[: QUESTIONS[form.__name__]])
     rows = english_rows(asked["dev"][:POINTWISE_DEV_QUESTIONS], parts["dev"])
     files["stdlib_pointwise.dev.jsonl"] = pointwise(rows)
-    return files
+    return files | beir_files({split: files[f"stdlib_grouped.{split}.jsonl"] for split in parts}, passages)
+
+
+def beir_files(groups: dict[str, list[dict]], passages: list[Passage]) -> dict[str, list]:
+    """A folder in BEIR layout: all passages, and the questions of the grouped files with their answers."""
+    name = {passage.document: f"d{number}" for number, passage in enumerate(passages, 1)}
+    corpus = {name[p.document]: {"_id": name[p.document], "title": p.name, "text": p.text} for p in passages}
+    queries, files = [], {}
+    for split, records in groups.items():
+        judged = ["query-id\tcorpus-id\tscore"]
+        for record in records:
+            queries.append({"_id": f"q{len(queries) + 1}", "text": record["query"]})
+            answers = [name[hit["content"]] for hit in record["hits"] if hit["label"]]
+            judged += [f"{queries[-1]['_id']}\t{answer}\t1" for answer in answers]
+        files[f"stdlib_beir/qrels/{split}.tsv"] = judged
+    return {"stdlib_beir/corpus.jsonl": list(corpus.values()), "stdlib_beir/queries.jsonl": queries} | files
 
 
 def chinese_files() -> dict[str, list[dict]]:
@@ -188,17 +203,18 @@ def chinese_group(answer: ApiPassage, hits: list[ApiPassage]) -> dict:
     return {"query": answer.query, "hits": [{"content": p.document, "label": int(p == answer)} for p in hits]}
 
 
-def write(path: Path, records: list[dict]) -> None:
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
-    print(f"{path.name}: {len(records)} records, {path.stat().st_size / 1e6:.2f} MB")
+def write(path: Path, records: list[dict] | list[str]) -> None:
+    """JSON lines, or the lines as they are where they are text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+    print(f"{path.name}: {len(records)} lines, {path.stat().st_size / 1e6:.2f} MB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent, help="where to write")
     folder = parser.parse_args().output
-    folder.mkdir(parents=True, exist_ok=True)
     jieba.setLogLevel(logging.ERROR)
     for name, records in {**english_files(), **chinese_files()}.items():
         write(folder / name, records)

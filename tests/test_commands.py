@@ -141,6 +141,18 @@ def test_the_readme_s_ways_to_distil_give_the_same_file_and_a_student_learns_fro
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
+def test_the_readme_s_mining_prints_what_it_says_and_the_trainer_reads_the_file(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (mine,) = commands_of(ROOT / "README.md", "rag-retrieval mine")
+    printed = run_command(mine, ROOT, f"--output {tmp_path / 'mined.jsonl'}")
+    shown = re.search(r"runs/mined\.jsonl: 1,200 lines in 1 s\n((?: .*\n)+)```", readme).group(1)
+    assert shown in printed
+    (train,) = commands_of(ROOT / "README.md", "rag-retrieval train --config quickstart.yaml")
+    options = small_run(tiny_bert(tmp_path / "base"), tmp_path / "out")
+    run_command(train.replace("runs/mined.jsonl", str(tmp_path / "mined.jsonl")), ROOT, options)
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
 def test_the_shipped_xlm_roberta_configuration_trains_on_chinese(tmp_path):
     options = small_run(tiny_bert(tmp_path / "base"), tmp_path / "out")
     run_command("rag-retrieval train --config training_xlmroberta.yaml", TRAINER, options)

@@ -11,6 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from rag_retrieval.config_file import load_config
+from rag_retrieval.evaluate.beir_folder import read_folder, read_qrels
 from rag_retrieval.record_store import RecordStore, open_store
 from rag_retrieval.train.reranker.training_config import TRAINING
 
@@ -102,6 +103,19 @@ def test_a_file_for_two_nodes_differs_from_that_for_one_in_the_nodes_alone(one, 
 def test_an_example_file_is_read_without_a_complaint(file):
     store = open_store(file)
     assert store.num_pairs >= store.num_groups >= 40
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_the_example_folder_asks_the_questions_of_the_grouped_files_and_has_their_answers(split):
+    folder = read_folder(EXAMPLES / "stdlib_beir")
+    asked = {}
+    for query, grades in read_qrels(folder, split).items():
+        ((answer, grade),) = grades.items()
+        assert grade == 1
+        asked[folder.queries[query]] = folder.documents[answer]
+    records = map(json.loads, (EXAMPLES / f"stdlib_grouped.{split}.jsonl").read_text(encoding="utf-8").splitlines())
+    answers = {record["query"]: [hit["content"] for hit in record["hits"] if hit["label"] == 1] for record in records}
+    assert asked == {query: " ".join(answer.split("\n", 1)) for query, (answer,) in answers.items()}
 
 
 def test_the_readme_s_test_command_is_what_ci_runs():
