@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from rag_retrieval.evaluate.comparison import compare
+from rag_retrieval.evaluate.evaluation_output import describe_comparison
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 
 TRAINERS = ("ours", "sentence-transformers")
@@ -103,10 +104,8 @@ def per_query(rows: list[Row]) -> dict[str, float]:
 
 def difference(name: str, other: str, before: dict[str, float], after: dict[str, float], seeds: int) -> str:
     (found,) = compare({TESTED: before}, {TESTED: after}, "randomization", seed=0)
-    return (
-        f"{name} - {other}: {TESTED} {found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}] "
-        f"p {found.p_value:.3f} ({len(before)} queries, {seeds} seeds)"
-    )
+    averaged = f" ({seeds} seeds)" if seeds > 1 else ""
+    return f"{name} - {other}: {describe_comparison(found).strip()}{averaged}"
 
 
 def decimals(values: list[float]) -> str:
