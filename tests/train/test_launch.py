@@ -73,6 +73,7 @@ def test_a_launcher_that_says_nothing_of_accumulation_leaves_it_to_the_configura
     if said:
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", said)
     own_accumulation(4)
+    assert os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == said
 
 
 DEEPSPEED_DEFAULTS = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 1}
