@@ -26,10 +26,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from rag_retrieval.mining.corpus_store import Corpus, build_corpus
+from rag_retrieval.data.corpus_store import Corpus, build_corpus
+from rag_retrieval.data.words import english_words
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.run import mine
-from rag_retrieval.words import english_words
 
 WORDS = 200_000  # in the vocabulary
 DENSE_WORDS = 8000  # of them known to the encoder

@@ -10,8 +10,8 @@ import random
 
 import pytest
 
-from rag_retrieval.record_files import read_records
-from rag_retrieval.records import DataError, RecordRules
+from rag_retrieval.data.record_files import read_records
+from rag_retrieval.data.records import DataError, RecordRules
 
 GOOD = {"query": "q", "content": "d", "label": 1}
 

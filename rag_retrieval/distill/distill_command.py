@@ -9,9 +9,9 @@ import signal
 import sys
 import time
 
-from rag_retrieval.command import report, run_command
+from rag_retrieval.core.command import report, run_command
+from rag_retrieval.core.signals import Interrupted, exit_code, interrupt, on_signals
 from rag_retrieval.distill.distill_config import DISTILLING, DistillConfig
-from rag_retrieval.train.signals import Interrupted, exit_code, interrupt, on_signals
 
 USAGE = "usage: rag-retrieval distill [--config FILE] [--KEY VALUE ...]"
 GO_ON = "the same command goes on where this one stopped"
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
 def run(config: DistillConfig) -> int:
     from rag_retrieval.distill.run import distill
     from rag_retrieval.distill.teachers import TeacherError
-    from rag_retrieval.models.process_scoring import PeerError
+    from rag_retrieval.core.processes import PeerError
 
     started = time.monotonic()
     try:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rag_retrieval.config_schema import ABSENT, Schema, problem
+from rag_retrieval.core.config_schema import ABSENT, Schema, problem
 from rag_retrieval.models.yes_no_prompts import PROMPTS, check_places
 
 QUESTION = ("system", "instruction", "prompt", "yes_token", "no_token")  # in the order of a Prompt

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rag_retrieval.records import Record
+from rag_retrieval.core.files import replacing
+from rag_retrieval.data.records import Record
 from rag_retrieval.train.checkpoints import read_json, write_json
-from rag_retrieval.whole_file import replacing
 
 RUN_FILE = "run.json"
 PART_NAMES = "from-*.jsonl"

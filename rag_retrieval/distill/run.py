@@ -11,6 +11,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rag_retrieval.core.processes import on_all, on_main, own_device, process_count, process_group, process_index
+from rag_retrieval.core.progress import Progress
+from rag_retrieval.data.record_files import checked_path, is_file, load_hub_dataset, read_records
+from rag_retrieval.data.records import Record, RecordRules
 from rag_retrieval.distill.distill_config import DistillConfig
 from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
 from rag_retrieval.distill.score_summary import ScoreSummary
@@ -19,10 +23,6 @@ from rag_retrieval.distill.teachers import load_teachers, mean_logits
 from rag_retrieval.models.model_files import resolve_model_path
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.processes import on_all, on_main, own_device, process_count, process_group, process_index
-from rag_retrieval.progress import Progress
-from rag_retrieval.record_files import checked_path, is_file, load_hub_dataset, read_records
-from rag_retrieval.records import Record, RecordRules
 from rag_retrieval.train.provenance import content_digest
 from rag_retrieval.train.run_folder import folder_lock
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rag_retrieval.records import Record
+from rag_retrieval.data.records import Record
 
 
 def scored_line(record: Record, scores: Sequence[float]) -> str:

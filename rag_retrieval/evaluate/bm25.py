@@ -9,8 +9,8 @@ import logging
 
 import numpy as np
 
-from rag_retrieval.evaluate.beir_folder import Pool, Run
-from rag_retrieval.words import CUTTERS, language_of
+from rag_retrieval.data.beir_folder import Pool, Run
+from rag_retrieval.data.words import CUTTERS, language_of
 
 K1, B = 1.2, 0.75
 BM25 = "bm25"  # what a configuration calls these candidates

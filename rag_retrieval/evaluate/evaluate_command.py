@@ -6,7 +6,7 @@ The trap: under a launcher every process runs this. Only the main one prints and
 import os
 import shutil
 
-from rag_retrieval.command import report, run_command
+from rag_retrieval.core.command import report, run_command
 from rag_retrieval.evaluate.evaluation_config import EVALUATION, EvaluationConfig
 
 USAGE = "usage: rag-retrieval evaluate --model DIR --data DIR [--config FILE] [--KEY VALUE ...]"

@@ -11,7 +11,8 @@ from sys import maxsize
 
 import numpy as np
 
-from rag_retrieval.evaluate.beir_folder import Run
+from rag_retrieval.core.processes import on_main, own_device, process_group
+from rag_retrieval.data.beir_folder import Run
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.calibration_fit import (
     calibrated,
@@ -32,7 +33,6 @@ from rag_retrieval.models.load_reranker import load_reranker
 from rag_retrieval.models.model_files import PACKAGE_PREFIX
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.processes import on_main, own_device, process_group
 
 LIBRARIES = ("bm25s", "Stemmer", "ir_measures", "scipy")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted

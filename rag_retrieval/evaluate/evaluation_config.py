@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rag_retrieval.config_schema import ABSENT, Schema, problem
+from rag_retrieval.core.config_schema import ABSENT, Schema, problem
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.measures import DEFAULT_MEASURES, check_measures
 

@@ -9,13 +9,13 @@ The trap: run.trec, the third file, is written by the scoring, before anything i
 import json
 from dataclasses import asdict
 
+from rag_retrieval.core.files import write_whole
 from rag_retrieval.evaluate.comparison import Comparison
 from rag_retrieval.evaluate.evaluation import Evaluation, ProbabilityFigures
 from rag_retrieval.evaluate.measures import means
 from rag_retrieval.evaluate.moves import describe_changes
 from rag_retrieval.evaluate.output_folder import RESULT_FILE
 from rag_retrieval.evaluate.terminal_text import pad, shorten
-from rag_retrieval.whole_file import write_whole
 
 LONGEST_NAME = 30  # columns
 

@@ -9,8 +9,8 @@ ideal ranking, so a perfect reranker of BM25's list stays below 1.
 from dataclasses import dataclass
 from pathlib import Path
 
-from rag_retrieval.beir_files import find_optional
-from rag_retrieval.evaluate.beir_folder import (
+from rag_retrieval.data.beir_files import find_optional
+from rag_retrieval.data.beir_folder import (
     MOST_GRADE,
     BeirFolder,
     Pool,
@@ -20,10 +20,10 @@ from rag_retrieval.evaluate.beir_folder import (
     read_pool,
     read_qrels,
 )
+from rag_retrieval.data.record_files import read_records
+from rag_retrieval.data.records import DataError, Record, RecordRules, describe_labels
+from rag_retrieval.data.run_files import read_run, trec_order
 from rag_retrieval.evaluate.bm25 import BM25, bm25_run
-from rag_retrieval.evaluate.run_files import read_run, trec_order
-from rag_retrieval.record_files import read_records
-from rag_retrieval.records import DataError, Record, RecordRules, describe_labels
 
 
 @dataclass(frozen=True)

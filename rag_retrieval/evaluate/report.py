@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rag_retrieval.core.files import write_whole
 from rag_retrieval.evaluate.calibration_fit import scored_pairs
 from rag_retrieval.evaluate.evaluation import Evaluation, System
 from rag_retrieval.evaluate.evaluation_output import describe_probabilities, describe_test
@@ -22,7 +23,6 @@ from rag_retrieval.evaluate.measures import means
 from rag_retrieval.evaluate.moves import QueryChange
 from rag_retrieval.evaluate.terminal_text import shorten
 from rag_retrieval.evaluate.training_curves import find_run, read_curves
-from rag_retrieval.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ The trap: options are `--key value`, but `--optimize` and `--force` stand alone,
 
 from itertools import pairwise
 
-from rag_retrieval.command import report, run_command
+from rag_retrieval.core.command import report, run_command
 from rag_retrieval.export.export_config import EXPORTING, ExportConfig
 
 USAGE = (

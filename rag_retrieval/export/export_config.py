@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rag_retrieval.config_schema import ABSENT, Schema
+from rag_retrieval.core.config_schema import ABSENT, Schema
 
 
 class ExportConfig(BaseModel):

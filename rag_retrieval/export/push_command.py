@@ -3,7 +3,7 @@
 The trap: --dry_run needs neither network nor token, and its folder is byte for byte what would be uploaded.
 """
 
-from rag_retrieval.command import report, run_command
+from rag_retrieval.core.command import report, run_command
 from rag_retrieval.export.push_config import PUSH, PushConfig
 
 USAGE = "usage: rag-retrieval push --model DIR --repo_id ORGANISATION/NAME [--dry_run DIR] [--KEY VALUE ...]"

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rag_retrieval.config_schema import ABSENT, Schema, problem
+from rag_retrieval.core.config_schema import ABSENT, Schema, problem
 
 LISTS = ("language", "evaluations")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from rag_retrieval.core.progress import Progress
+from rag_retrieval.data.corpus_store import Corpus
+from rag_retrieval.data.records import DataError
+from rag_retrieval.data.words import CUTTERS, SAMPLE, Words, language_of
 from rag_retrieval.mining.candidates import Candidates, best_rows
-from rag_retrieval.mining.corpus_store import Corpus
 from rag_retrieval.mining.queries import Query
-from rag_retrieval.progress import Progress
-from rag_retrieval.records import DataError
-from rag_retrieval.words import CUTTERS, SAMPLE, Words, language_of
 
 K1, B = 1.2, 0.75
 DOCUMENTS = 2000  # cut and counted at once

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rag_retrieval.core.progress import Progress
+from rag_retrieval.data.corpus_store import Corpus
 from rag_retrieval.mining.candidates import Candidates
-from rag_retrieval.mining.corpus_store import Corpus
 from rag_retrieval.mining.dense_encoder import Encode
 from rag_retrieval.mining.queries import Query
-from rag_retrieval.progress import Progress
 
 ENCODED = 4096  # documents encoded and written at once; what a killed run loses at most
 SEARCHED = 1 << 14  # documents compared with the queries at once

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.progress import Progress
+from rag_retrieval.core.progress import Progress
 
 SAMPLE = 1 << 18  # vectors that an index such as IVF is trained on
 ADDED = 1 << 14  # vectors added at once

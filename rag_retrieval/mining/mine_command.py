@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 
-from rag_retrieval.command import report, run_command
+from rag_retrieval.core.command import report, run_command
+from rag_retrieval.core.signals import Interrupted, exit_code, interrupt, on_signals
 from rag_retrieval.mining.mining_checks import summary_file
 from rag_retrieval.mining.mining_config import MINING, MiningConfig
-from rag_retrieval.train.signals import Interrupted, exit_code, interrupt, on_signals
 
 USAGE = "usage: rag-retrieval mine [--config FILE] [--KEY VALUE ...]"
 

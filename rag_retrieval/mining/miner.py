@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from rag_retrieval.data.corpus_store import Corpus
 from rag_retrieval.mining.candidates import Candidates
 from rag_retrieval.mining.choice import Rules, below_positives, draw, fit_places
-from rag_retrieval.mining.corpus_store import Corpus
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.output import Mined
 from rag_retrieval.mining.queries import Query

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from rag_retrieval.config_schema import ABSENT, Schema, problem
+from rag_retrieval.core.config_schema import ABSENT, Schema, problem
 from rag_retrieval.mining.mining_checks import cross_field_problems, derived_values
 
 

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rag_retrieval.beir_files import find_file
-from rag_retrieval.mining.corpus_store import Corpus, build_corpus
+from rag_retrieval.core.files import replacing
+from rag_retrieval.core.progress import Progress
+from rag_retrieval.data.beir_files import find_file
+from rag_retrieval.data.corpus_store import Corpus, build_corpus
+from rag_retrieval.data.records import DataError
 from rag_retrieval.mining.miner import Miner
 from rag_retrieval.mining.mining_checks import summary_file
 from rag_retrieval.mining.mining_config import MiningConfig
@@ -28,9 +31,6 @@ from rag_retrieval.mining.queries import (
 from rag_retrieval.mining.search import model_content
 from rag_retrieval.mining.summary import MiningSummary
 from rag_retrieval.mining.work_folder import WorkFolder, content_of
-from rag_retrieval.progress import Progress
-from rag_retrieval.records import DataError
-from rag_retrieval.whole_file import replacing
 
 PART = 256  # queries
 WITHOUT_EFFECT = {"data", "corpus", "split", "output", "output_format", "labels", "overwrite", "work_dir", "device"}

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rag_retrieval.core.files import write_whole
 from rag_retrieval.models.model_files import find_file
-from rag_retrieval.whole_file import write_whole
 
 if TYPE_CHECKING:
     import torch

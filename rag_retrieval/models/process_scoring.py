@@ -6,15 +6,16 @@ to all.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import chain, count
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+from rag_retrieval.core.processes import all_succeed, gather
 from rag_retrieval.models.one_ahead import one_ahead
 from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.scoring import (
@@ -37,12 +38,7 @@ from rag_retrieval.models.token_budget import PairSize
 if TYPE_CHECKING:
     from rag_retrieval.models.pair_scorer import PairScorer
 
-Result = TypeVar("Result")
 Plan = list[list[int]]  # of one chunk: the positions of the pairs of each forward, in the whole list
-
-
-class PeerError(RuntimeError):
-    """Another process failed, and this one stops with it."""
 
 
 def score_over_processes(
@@ -73,28 +69,6 @@ def score_over_processes(
     for positions, values in chain.from_iterable(gather(scored)):
         scores[positions] = values
     return scores.sigmoid() if normalize else scores
-
-
-def all_succeed(work: Callable[[], Result]) -> Result:
-    """What `work` gives on this process; where it raises on any, every process raises."""
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as raised:
-        error = raised
-    errors = gather(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    for process, text in enumerate(errors):
-        if text is not None:
-            raise PeerError(f"scoring failed on process {process}: {text}")
-    return result
-
-
-def gather(value: Result) -> list[Result]:
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def check_agreement(pairs: Pairs, options: ScoringOptions) -> None:

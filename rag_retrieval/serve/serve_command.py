@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from rag_retrieval.command import report, run_command
+from rag_retrieval.core.command import report, run_command
 from rag_retrieval.serve.serve_config import SERVE, TOKEN_VARIABLE, ServeConfig
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from rag_retrieval.config_schema import ABSENT, Schema, problem
+from rag_retrieval.core.config_schema import ABSENT, Schema, problem
 
 TOKEN_VARIABLE = "RAG_RETRIEVAL_SERVE_TOKEN"
 

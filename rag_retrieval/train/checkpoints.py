@@ -15,7 +15,7 @@ import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rag_retrieval.whole_file import replacing
+from rag_retrieval.core.files import replacing
 
 logger = logging.getLogger(__name__)
 

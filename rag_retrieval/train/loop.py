@@ -21,6 +21,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from rag_retrieval.core.signals import StopWish, TrainingStopped, on_signals, starting_workers
+from rag_retrieval.core.starting import StartError
 from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
 from rag_retrieval.train.failures import is_out_of_memory, memory_failure, told_of_loaders, told_of_storage
 from rag_retrieval.train.mixed_steps import MixedSteps
@@ -28,8 +30,6 @@ from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.run_folder import finish
 from rag_retrieval.train.saving import Saver
 from rag_retrieval.train.schedule import warmup_stable_cosine
-from rag_retrieval.train.signals import StopWish, TrainingStopped, on_signals, starting_workers
-from rag_retrieval.train.starting import StartError
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
 from rag_retrieval.train.step_data import MicroBatch, step_loader
 from rag_retrieval.train.task import LoopSettings, Task

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rag_retrieval.core.signals import spare_worker
 from rag_retrieval.train.schedule import optimizer_steps_per_epoch
-from rag_retrieval.train.signals import spare_worker
 
 
 class MicroBatch(Protocol):

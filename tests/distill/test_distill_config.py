@@ -2,8 +2,8 @@
 
 import pytest
 
-from rag_retrieval.config_file import ConfigError, load_config
-from rag_retrieval.config_schema import describe_options
+from rag_retrieval.core.config_file import ConfigError, load_config
+from rag_retrieval.core.config_schema import describe_options
 from rag_retrieval.distill.distill_config import DISTILLING, DistillConfig
 from rag_retrieval.models.yes_no_prompts import PROMPTS
 

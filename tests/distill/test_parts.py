@@ -2,8 +2,8 @@
 
 import pytest
 
+from rag_retrieval.data.records import Record
 from rag_retrieval.distill.parts import Part, PartFolder, plan_parts, records_of
-from rag_retrieval.records import Record
 
 
 def record(documents: int, query: str = "q") -> Record:

@@ -3,8 +3,8 @@
 import pytest
 
 from rag_retrieval import EvaluationConfig
-from rag_retrieval.config_file import ConfigError, load_config
-from rag_retrieval.config_schema import describe_options
+from rag_retrieval.core.config_file import ConfigError, load_config
+from rag_retrieval.core.config_schema import describe_options
 from rag_retrieval.evaluate.evaluation_config import EVALUATION
 from rag_retrieval.evaluate.measures import DEFAULT_MEASURES
 

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
+from rag_retrieval.data.run_files import trec_order
 from rag_retrieval.evaluate.measures import check_measures, measure, measure_queries, perfect_run
-from rag_retrieval.evaluate.run_files import trec_order
 
 pytest.importorskip("ir_measures")
 

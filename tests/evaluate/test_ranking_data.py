@@ -1,8 +1,8 @@
 import pytest
 from beir_samples import write, write_lines, write_toy
 
+from rag_retrieval.data.records import DataError
 from rag_retrieval.evaluate.ranking_data import read_ranking_data
-from rag_retrieval.records import DataError
 
 pytest.importorskip("bm25s")
 pytest.importorskip("Stemmer")

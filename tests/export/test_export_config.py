@@ -2,7 +2,7 @@
 
 import pytest
 
-from rag_retrieval.config_file import ConfigError, load_config
+from rag_retrieval.core.config_file import ConfigError, load_config
 from rag_retrieval.export.export_command import main, switched_on
 from rag_retrieval.export.export_config import EXPORTING, ExportConfig
 

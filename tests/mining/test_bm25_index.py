@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 from mining_samples import corpus_of
 
+from rag_retrieval.data.records import DataError
+from rag_retrieval.data.words import english_words
 from rag_retrieval.mining import bm25_index
 from rag_retrieval.mining.bm25_index import Bm25Search, build_bm25
 from rag_retrieval.mining.queries import Query
-from rag_retrieval.records import DataError
-from rag_retrieval.words import english_words
 
 WORDS = ["panda", "bamboo", "tiger", "forest", "river", "eats", "sleeps", "runs"]
 

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from rag_retrieval.config_file import ConfigError, load_config
-from rag_retrieval.config_schema import describe_options
+from rag_retrieval.core.config_file import ConfigError, load_config
+from rag_retrieval.core.config_schema import describe_options
 from rag_retrieval.mining.mining_config import MINING, MiningConfig
 
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from mining_samples import corpus_of
 
+from rag_retrieval.data.record_files import read_records
+from rag_retrieval.data.records import RecordRules
 from rag_retrieval.mining.output import Mined, lines_of, text_writer
 from rag_retrieval.mining.queries import Query
-from rag_retrieval.record_files import read_records
-from rag_retrieval.records import RecordRules
 
 QUERY = Query("q", np.array([0, 2]), [2.0, 0.9])
 MINED = Mined([3, 1], [0.5, 0.25], [1.5, -2.0], candidates=9, dropped={})

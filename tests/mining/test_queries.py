@@ -1,8 +1,8 @@
 import pytest
 from mining_samples import corpus_of, write_beir, write_jsonl
 
+from rag_retrieval.data.records import DataError
 from rag_retrieval.mining.queries import read_beir_queries, read_record_queries
-from rag_retrieval.records import DataError
 
 TEXTS = ["panda", "tiger", "otter"]
 DOCUMENTS = {f"d{row}": text for row, text in enumerate(TEXTS)}

@@ -53,7 +53,7 @@ def test_pairs_or_options_that_differ_are_refused_on_every_process(found):
 
 @pytest.mark.slow
 def test_an_error_of_one_process_is_raised_on_every_one(found):
-    assert found[0]["failure"].endswith("scoring failed on process 1: RuntimeError: the second process fails")
+    assert found[0]["failure"].endswith("the work failed on process 1: RuntimeError: the second process fails")
     assert found[1]["failure"] == "RuntimeError: the second process fails"
     assert "failed on process 1: ValueError: pairs[60]: the document must be a string" in found[0]["one bad"]
     assert found[1]["one bad"].startswith("ValueError: pairs[60]: the document must be a string")

@@ -1,6 +1,6 @@
 import pytest
 
-from rag_retrieval.config_file import ConfigError, load_config
+from rag_retrieval.core.config_file import ConfigError, load_config
 from rag_retrieval.serve.serve_config import SERVE
 
 

@@ -22,7 +22,7 @@ from training_runs import (
     write_jsonl,
 )
 
-from rag_retrieval.train.reranker.sampling import epoch_order
+from rag_retrieval.data.sampling import epoch_order
 
 pytestmark = pytest.mark.slow
 

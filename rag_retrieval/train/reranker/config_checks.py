@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from rag_retrieval.config_schema import is_data_file_name
+from rag_retrieval.core.config_schema import is_data_file_name
 from rag_retrieval.train.reranker.training_files import as_entries
 
 LOSS_DATASET_TYPE = {

@@ -6,7 +6,7 @@ Easy to get wrong: `values` must be valid and fit each other; `config_checks` co
 from collections.abc import Mapping
 from typing import Any
 
-from rag_retrieval.config_schema import is_data_file_name
+from rag_retrieval.core.config_schema import is_data_file_name
 from rag_retrieval.train.reranker.config_checks import (
     DECODER_DEFAULTS,
     GROUPED_LABEL_RANGES,

@@ -11,11 +11,12 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from rag_retrieval.core.starting import StartError, mistakes_told, on_all_processes, on_main_process
+from rag_retrieval.data.record_store import RecordStore
 from rag_retrieval.models.model_card import About, write_card
 from rag_retrieval.models.packed_forward import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.run_record import CONFIGURATION_FILE, DATA_FILE, DataPart, parts_to_write
-from rag_retrieval.record_store import RecordStore
 from rag_retrieval.train.checkpoints import TrainState, write_json
 from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, check_wrapped_layers
 from rag_retrieval.train.loop import Trainer
@@ -42,7 +43,6 @@ from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.run_folder import RESULTS, claim, folder_lock, plan_start, take_lock
-from rag_retrieval.train.starting import StartError, mistakes_told, on_all_processes, on_main_process
 from rag_retrieval.train.step_data import StepShape
 from rag_retrieval.train.task import LoopSettings
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from rag_retrieval.core.starting import StartError
+from rag_retrieval.data.record_store import RecordStore, open_store
+from rag_retrieval.data.record_summary import format_summary, summary
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.run_record import DataPart
-from rag_retrieval.record_store import RecordStore, open_store
-from rag_retrieval.record_summary import format_summary, summary
 from rag_retrieval.train.mixed_steps import MixedSteps, records_per_epoch
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss, configured_objective
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_data import records_of
-from rag_retrieval.train.starting import StartError
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from rag_retrieval.command import report, set_up_logging
-from rag_retrieval.train.signals import (
+from rag_retrieval.core.command import report, set_up_logging
+from rag_retrieval.core.signals import (
     Interrupted,
     TrainingStopped,
     exit_code,
@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     the environment, errors are raised instead."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with on_signals(leave_at_once):
-        from rag_retrieval.config_file import ConfigError, load_config, split_arguments
-        from rag_retrieval.config_schema import describe_options
+        from rag_retrieval.core.config_file import ConfigError, load_config, split_arguments
+        from rag_retrieval.core.config_schema import describe_options
         from rag_retrieval.train.reranker.training_config import TRAINING
 
         if {"-h", "--help"} & set(arguments):
@@ -61,10 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(config) -> int:
     """Run the training and turn its errors into one line and an exit code. An error of ours keeps its traceback."""
+    from rag_retrieval.core.starting import OwnMistake, StartError
     from rag_retrieval.train.failures import is_peer_gone
     from rag_retrieval.train.launch import LaunchError
     from rag_retrieval.train.reranker.run import run
-    from rag_retrieval.train.starting import OwnMistake, StartError
     from rag_retrieval.train.task import ProcessFailure, TrainingError
 
     go_on = f"go on with --resume auto --output_dir {config.output_dir}"

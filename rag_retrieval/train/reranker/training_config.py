@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from rag_retrieval.config_file import FLOAT_DIGITS
-from rag_retrieval.config_schema import ABSENT, Schema, message_of, problem
+from rag_retrieval.core.config_file import FLOAT_DIGITS
+from rag_retrieval.core.config_schema import ABSENT, Schema, message_of, problem
 from rag_retrieval.train.reranker.config_checks import DECODER_DEFAULTS, cross_field_problems
 from rag_retrieval.train.reranker.derived_values import derived_values
 from rag_retrieval.train.reranker.training_files import (

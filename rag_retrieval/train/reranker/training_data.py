@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from rag_retrieval.data.record_store import RecordStore
+from rag_retrieval.data.sampling import epoch_order, pair_order, reorder_thirds, sample_group
 from rag_retrieval.models.pair_batch import PairBatch, make_batch, shared_beginnings
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.token_budget import plan_by_tokens
-from rag_retrieval.record_store import RecordStore
 from rag_retrieval.train.reranker.objective import Objective
-from rag_retrieval.train.reranker.sampling import epoch_order, pair_order, reorder_thirds, sample_group
 from rag_retrieval.train.step_data import StepShape
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rag_retrieval.config_schema import ABSENT, is_data_file_name, shown_value
+from rag_retrieval.core.config_schema import ABSENT, is_data_file_name, shown_value
 
 RUN_KEYS = {  # key of an entry: the run's key for which it stands
     "path": "train_dataset",

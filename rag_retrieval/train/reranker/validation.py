@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from rag_retrieval.data.record_store import RecordStore
 from rag_retrieval.metrics import rank_metrics
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.token_budget import plan_by_tokens
-from rag_retrieval.record_store import RecordStore
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss
 from rag_retrieval.train.reranker.training_data import layout, rescale
 from rag_retrieval.train.task import TrainingError

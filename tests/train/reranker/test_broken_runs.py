@@ -12,11 +12,11 @@ import pytest
 import torch
 from training_runs import ROOT, final_weights, grouped_records, launch, read_metrics, train, write_jsonl, write_yaml
 
+from rag_retrieval.core.signals import TrainingStopped
+from rag_retrieval.core.starting import StartError
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.reranker_task import RerankerTask
-from rag_retrieval.train.signals import TrainingStopped
-from rag_retrieval.train.starting import StartError
 from rag_retrieval.train.task import ProcessFailure
 
 SCRIPT = "rag_retrieval/train/reranker/train_reranker.py"

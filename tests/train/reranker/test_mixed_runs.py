@@ -16,8 +16,8 @@ from training_runs import (
     write_jsonl,
 )
 
+from rag_retrieval.core.starting import StartError
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.starting import StartError
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ from training_runs import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rag_retrieval.core.starting import StartError
+from rag_retrieval.data.sampling import epoch_order, pair_order
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.train.reranker import run as run_module
-from rag_retrieval.train.reranker.sampling import epoch_order, pair_order
 from rag_retrieval.train.run_folder import folder_lock
-from rag_retrieval.train.starting import StartError
 from rag_retrieval.train.task import TrainingError
 
 EPSILON = 1e-3  # Adam divides rounding noise by itself where a gradient is zero, as that of key biases is

@@ -15,8 +15,8 @@ from training_runs import (
     write_jsonl,
 )
 
+from rag_retrieval.core.starting import StartError
 from rag_retrieval.losses import LOSSES
-from rag_retrieval.train.starting import StartError
 
 GROUPED = [name for name, loss in LOSSES.items() if loss.dataset_type == "grouped"]
 NEW = [name for name in GROUPED if name not in ("pairwise_ranknet", "listwise_ce")]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from rag_retrieval.config_schema import is_data_file_name
+from rag_retrieval.core.config_schema import is_data_file_name
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.train.reranker import training_config
 from rag_retrieval.train.reranker.config_checks import (

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from rag_retrieval.config_file import ConfigError, load_config
+from rag_retrieval.core.config_file import ConfigError, load_config
 from rag_retrieval.train.reranker.training_config import TRAINING, TrainingConfig
 
 KEYS = {

@@ -6,10 +6,10 @@ import torch
 from accelerate import Accelerator
 from training_runs import grouped_records, pointwise_records, write_jsonl
 
+from rag_retrieval.data.record_store import open_store
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.metrics import rank_metrics
 from rag_retrieval.models.cross_encoder import CrossEncoder
-from rag_retrieval.record_store import open_store
 from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.validation import Validation, relevance_threshold
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rag_retrieval.config_schema import (
+from rag_retrieval.core.config_schema import (
     ABSENT,
     PATH_BEGINNINGS,
     Schema,

@@ -3,7 +3,7 @@ import gzip
 import numpy as np
 import pytest
 
-from rag_retrieval.evaluate.run_files import read_run, trec_order, write_run
+from rag_retrieval.data.run_files import read_run, trec_order, write_run
 
 
 def test_a_written_run_is_read_back_to_the_last_digit(tmp_path):

@@ -2,8 +2,8 @@ import gzip
 
 import pytest
 
-from rag_retrieval.json_lines import json_objects, text_of
-from rag_retrieval.records import DataError
+from rag_retrieval.data.json_lines import json_objects, text_of
+from rag_retrieval.data.records import DataError
 
 
 def error_of(path):

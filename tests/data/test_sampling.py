@@ -5,8 +5,8 @@ from itertools import groupby
 import numpy as np
 import pytest
 
-from rag_retrieval.train.reranker import sampling
-from rag_retrieval.train.reranker.sampling import (
+from rag_retrieval.data import sampling
+from rag_retrieval.data.sampling import (
     LONG_DOCUMENT,
     QUERY_RUN,
     REORDERINGS,

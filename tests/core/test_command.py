@@ -1,6 +1,6 @@
 """How commands end with an error."""
 
-from rag_retrieval import command
+from rag_retrieval.core import command
 
 
 def test_other_processes_leave_the_message_to_the_first(monkeypatch, capsys):

@@ -3,7 +3,7 @@ import gzip
 import pytest
 from beir_samples import write, write_toy
 
-from rag_retrieval.evaluate.beir_folder import read_folder, read_pool, read_qrels
+from rag_retrieval.data.beir_folder import read_folder, read_pool, read_qrels
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 
-from rag_retrieval.beir_files import document_text, find_file, judgments, query_texts
-from rag_retrieval.records import DataError
+from rag_retrieval.data.beir_files import document_text, find_file, judgments, query_texts
+from rag_retrieval.data.records import DataError
 
 
 def test_a_plain_file_is_preferred_to_its_gzipped_form_and_one_must_be_there(tmp_path):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from record_samples import groups_of, hits, pointwise, random_records, write
 
-from rag_retrieval import record_store
-from rag_retrieval.record_store import RecordStore, open_store
-from rag_retrieval.records import DataError
+from rag_retrieval.data import record_store
+from rag_retrieval.data.record_store import RecordStore, open_store
+from rag_retrieval.data.records import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -218,11 +218,11 @@ def test_two_processes_that_build_at_once_share_one_store(tmp_path, cache_dir):
 def test_building_and_reading_a_store_imports_neither_pandas_nor_torch(tmp_path):
     path = write(tmp_path / "a.jsonl", random_records(seed=6, count=20))
     program = (
-        "import sys; from rag_retrieval.record_store import open_store; "
+        "import sys; from rag_retrieval.data.record_store import open_store; "
         f"store = open_store({str(path)!r}, group_by_query=True); store.group(0); store.positives; "
         "print([name for name in ('pandas', 'torch', 'transformers', 'datasets') if name in sys.modules])"
     )
-    root = Path(record_store.__file__).parents[1]
+    root = Path(record_store.__file__).parents[2]
     printed = subprocess.check_output([sys.executable, "-c", program], cwd=root, text=True)
     assert printed.strip() == "[]"
 

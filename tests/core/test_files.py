@@ -1,6 +1,6 @@
 import pytest
 
-from rag_retrieval.whole_file import replacing, write_whole
+from rag_retrieval.core.files import replacing, write_whole
 
 
 def test_a_file_is_replaced_only_when_all_went_well(tmp_path):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from record_samples import groups_of, hits, pairs_of, pointwise, random_records, write
 
-from rag_retrieval import record_store_build
-from rag_retrieval.record_store import open_store
-from rag_retrieval.records import DataError, positives
+from rag_retrieval.data import record_store_build
+from rag_retrieval.data.record_store import open_store
+from rag_retrieval.data.records import DataError, positives
 
 
 @pytest.fixture(autouse=True)

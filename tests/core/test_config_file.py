@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from rag_retrieval.config_file import ConfigError, find_config, load_config, split_arguments
-from rag_retrieval.config_schema import describe_options
+from rag_retrieval.core.config_file import ConfigError, find_config, load_config, split_arguments
+from rag_retrieval.core.config_schema import describe_options
 from rag_retrieval.train.reranker.training_config import TRAINING, TrainingConfig
 
 LOSS_NAMES = (
@@ -502,7 +502,7 @@ def test_the_help_lists_every_key_with_what_it_takes_its_default_and_its_meaning
 
 def test_reading_a_configuration_imports_neither_torch_nor_transformers():
     code = (
-        "import sys; import rag_retrieval.config_file, rag_retrieval.train.reranker.training_config; "
+        "import sys; import rag_retrieval.core.config_file, rag_retrieval.train.reranker.training_config; "
         "sys.exit(str({'torch', 'transformers', 'accelerate', 'datasets', 'numpy'} & set(sys.modules)))"
     )
     path = {"PYTHONPATH": ":".join(sys.path)}

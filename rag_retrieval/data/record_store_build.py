@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from rag_retrieval.record_files import MAX_SHOWN, bad_lines_error
-from rag_retrieval.record_summary import StoreSummary, label_histogram
-from rag_retrieval.records import ONE_POSITIVE_EXPECTED, Record, describe_labels
+from rag_retrieval.data.record_files import MAX_SHOWN, bad_lines_error
+from rag_retrieval.data.record_summary import StoreSummary, label_histogram
+from rag_retrieval.data.records import ONE_POSITIVE_EXPECTED, Record, describe_labels
 
 STORE_FILES = ("groups.arrow", "pairs.arrow")
 FORMAT_VERSION = 2  # raise it whenever the same source would give another store

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.beir_files import document_text
-from rag_retrieval.json_lines import json_objects, text_of
-from rag_retrieval.progress import Progress
-from rag_retrieval.records import DataError
+from rag_retrieval.core.progress import Progress
+from rag_retrieval.data.beir_files import document_text
+from rag_retrieval.data.json_lines import json_objects, text_of
+from rag_retrieval.data.records import DataError
 
 COLUMNS = {
     "text": "u1",  # UTF-8, end to end

@@ -5,8 +5,8 @@ import pytest
 from record_samples import hits, pointwise, write
 
 from rag_retrieval import record_store_build, record_summary
-from rag_retrieval.record_store import open_store
-from rag_retrieval.record_summary import StoreSummary, format_summary, summary
+from rag_retrieval.data.record_store import open_store
+from rag_retrieval.data.record_summary import StoreSummary, format_summary, summary
 
 
 @pytest.fixture(autouse=True)

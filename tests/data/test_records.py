@@ -5,7 +5,7 @@ import math
 import pytest
 from record_samples import GOOD, error_of, read, write_lines
 
-from rag_retrieval.records import positives
+from rag_retrieval.data.records import positives
 
 
 def test_pointwise_hits_and_pos_neg_records_are_told_apart_in_one_file(tmp_path):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.evaluate.beir_folder import Run
-from rag_retrieval.json_lines import byte_lines, decoded
-from rag_retrieval.records import DataError
-from rag_retrieval.whole_file import replacing
+from rag_retrieval.core.files import replacing
+from rag_retrieval.data.beir_folder import Run
+from rag_retrieval.data.json_lines import byte_lines, decoded
+from rag_retrieval.data.records import DataError
 
 
 def read_run(path: str | Path) -> Run:

@@ -13,11 +13,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from rag_retrieval.models.process_scoring import all_succeed, gather
-
 PATIENCE = timedelta(hours=12)  # for the slowest process
 
 Result = TypeVar("Result")
+
+
+class PeerError(RuntimeError):
+    """Another process failed, and this one stops with it."""
 
 
 @contextmanager
@@ -65,3 +67,25 @@ def own_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def all_succeed(work: Callable[[], Result]) -> Result:
+    """What `work` gives on this process; where it raises on any, every process raises."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:
+        error = raised
+    errors = gather(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for process, text in enumerate(errors):
+        if text is not None:
+            raise PeerError(f"the work failed on process {process}: {text}")
+    return result
+
+
+def gather(value: Result) -> list[Result]:
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

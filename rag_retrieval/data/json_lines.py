@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rag_retrieval.records import DataError
+from rag_retrieval.data.records import DataError
 
 
 def json_objects(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[tuple[int, dict]]:

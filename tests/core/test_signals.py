@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from rag_retrieval.train import signals
-from rag_retrieval.train.signals import (
+from rag_retrieval.core import signals
+from rag_retrieval.core.signals import (
     Interrupted,
     StopWish,
     exit_code,
@@ -68,7 +68,7 @@ def test_one_signal_that_arrives_twice_is_one_and_a_second_later_leaves_at_once(
 
 def test_a_second_signal_really_ends_the_process():
     program = (
-        "import time\nfrom rag_retrieval.train.signals import StopWish, on_signals\n"
+        "import time\nfrom rag_retrieval.core.signals import StopWish, on_signals\n"
         "with on_signals(StopWish().note):\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)

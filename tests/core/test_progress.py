@@ -2,8 +2,8 @@
 
 import logging
 
-from rag_retrieval import progress
-from rag_retrieval.progress import Progress
+from rag_retrieval.core import progress
+from rag_retrieval.core.progress import Progress
 
 
 def test_speed_and_time_left_are_of_what_this_run_does():

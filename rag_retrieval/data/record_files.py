@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rag_retrieval.records import DataError, Record, RecordError, RecordRules, parse_record
+from rag_retrieval.data.records import DataError, Record, RecordError, RecordRules, parse_record
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 OTHER_FILE_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".arrow")

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from rag_retrieval.json_lines import byte_lines, decoded, json_objects, text_of
-from rag_retrieval.records import DataError
+from rag_retrieval.data.json_lines import byte_lines, decoded, json_objects, text_of
+from rag_retrieval.data.records import DataError
 
 QRELS_COLUMNS = "query-id, corpus-id, grade"
 

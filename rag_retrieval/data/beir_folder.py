@@ -9,7 +9,7 @@ The trap: ids must be without spaces here, unlike in `beir_files`, since a TREC 
 from dataclasses import dataclass
 from pathlib import Path
 
-from rag_retrieval.beir_files import (
+from rag_retrieval.data.beir_files import (
     document_text,
     find_file,
     find_optional,
@@ -18,8 +18,8 @@ from rag_retrieval.beir_files import (
     query_texts,
     table_rows,
 )
-from rag_retrieval.json_lines import json_objects, text_of
-from rag_retrieval.records import DataError
+from rag_retrieval.data.json_lines import json_objects, text_of
+from rag_retrieval.data.records import DataError
 
 MOST_GRADE = 999_999_999  # that pytrec-eval holds on every platform
 

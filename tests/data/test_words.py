@@ -1,6 +1,6 @@
 import pytest
 
-from rag_retrieval.words import SAMPLE, chinese_words, english_words, language_of
+from rag_retrieval.data.words import SAMPLE, chinese_words, english_words, language_of
 
 
 def test_a_corpus_is_chinese_from_a_fifth_of_han_characters_on():

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rag_retrieval.config_file import ConfigError, load_config, split_arguments
-from rag_retrieval.config_schema import Schema, describe_options
+from rag_retrieval.core.config_file import ConfigError, load_config, split_arguments
+from rag_retrieval.core.config_schema import Schema, describe_options
 
 GRACE = 5.0  # seconds in which the first process prints what went wrong
 
