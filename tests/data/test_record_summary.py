@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from record_samples import hits, pointwise, write
 
-from rag_retrieval import record_store_build, record_summary
+from rag_retrieval.data import record_store_build, record_summary
 from rag_retrieval.data.record_store import open_store
 from rag_retrieval.data.record_summary import StoreSummary, format_summary, summary
 
