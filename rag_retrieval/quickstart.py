@@ -18,7 +18,7 @@ from rag_retrieval.core.config_file import load_config
 from rag_retrieval.data.record_store import Group, open_store
 from rag_retrieval.metrics import ndcg, rank_metrics
 from rag_retrieval.models.cross_encoder import CrossEncoder
-from rag_retrieval.models.model_files import resolve_model_path
+from rag_retrieval.models.settings import resolve_model_path
 from rag_retrieval.train.reranker.train_reranker import SHIPPED_CONFIGS
 from rag_retrieval.train.reranker.train_reranker import main as train
 from rag_retrieval.train.reranker.training_config import TRAINING

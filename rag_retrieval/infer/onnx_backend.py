@@ -15,6 +15,7 @@ from rag_retrieval.infer.onnx_folder import (
     MODEL_FILE,
     OUTPUT,
     OnnxDescription,
+    folder_digest,
     pair_encoder,
     read_description,
 )
@@ -45,20 +46,36 @@ class OnnxBackend:
 
         Raises ValueError for a folder that is damaged and a device that is not there, ImportError without onnxruntime.
         """
-        self.folder = Path(folder)
+        self.folder, self.name, self.device = Path(folder), str(folder), device
         self.description: OnnxDescription = read_description(self.folder)
         self.pair_encoder: PairEncoder = pair_encoder(self.folder, self.description, max_length)
         self.model_type = self.description.model_type
         self.calibration = read_calibration(str(self.folder))
         self.max_tokens = CPU_TOKENS if device == "cpu" else CUDA_TOKENS
-        self._session = open_session(self.folder / MODEL_FILE, device, default_threads(threads))
+        self._threads = default_threads(threads)
+        self._session = open_session(self.folder / MODEL_FILE, device, self._threads)
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
         names, pad = self.description.inputs, self.description.pad_token_id
         return score_padded(self._run, pairs, names, pad, batch_size, self.max_tokens)
 
+    def describe(self) -> str:
+        return f"{self.model_type} in ONNX Runtime, {self.pair_encoder.max_length} tokens, {self.description.precision}"
+
+    def fingerprint(self) -> str:
+        kind = self.device.partition(":")[0]
+        return folder_digest(self.folder, ["onnxruntime", kind, self.pair_encoder.max_length])
+
     def close(self) -> None:
         """Nothing is held outside this process."""
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: a session cannot be copied, so it is opened again from the folder."""
+        return self.__dict__ | {"_session": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._session = open_session(self.folder / MODEL_FILE, self.device, self._threads)
 
     def _run(self, inputs: Inputs) -> np.ndarray:
         return self._session.run([OUTPUT], inputs)[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rag_retrieval.infer.onnx_backend import CPU_TOKENS, default_threads
-from rag_retrieval.infer.onnx_folder import MODEL_FILE, pair_encoder, read_description
+from rag_retrieval.infer.onnx_folder import MODEL_FILE, folder_digest, pair_encoder, read_description
 from rag_retrieval.infer.padded_scoring import Inputs, score_padded
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.pair_encoding import EncodedPair
@@ -24,12 +24,13 @@ class OpenVinoBackend:
     def __init__(self, folder: str | os.PathLike, max_length: int | None = None, threads: int | None = None):
         """max_length, threads: as of OnnxBackend. Raises ValueError for a folder that is damaged or that OpenVINO
         cannot read, ImportError where it is not installed."""
-        self.folder = Path(folder)
+        self.folder, self.name, self.device = Path(folder), str(folder), "cpu"
         self.description = read_description(self.folder)
         self.pair_encoder = pair_encoder(self.folder, self.description, max_length)
         self.model_type = self.description.model_type
         self.calibration = read_calibration(str(self.folder))
-        self._model = compile_model(self.folder / MODEL_FILE, default_threads(threads))
+        self._threads = default_threads(threads)
+        self._model = compile_model(self.folder / MODEL_FILE, self._threads)
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
         request = self._model.create_infer_request()
@@ -40,8 +41,22 @@ class OpenVinoBackend:
         names, pad = self.description.inputs, self.description.pad_token_id
         return score_padded(run, pairs, names, pad, batch_size, CPU_TOKENS)
 
+    def describe(self) -> str:
+        return f"{self.model_type} in OpenVINO, {self.pair_encoder.max_length} tokens, {self.description.precision}"
+
+    def fingerprint(self) -> str:
+        return folder_digest(self.folder, ["openvino", "cpu", self.pair_encoder.max_length])
+
     def close(self) -> None:
         """Nothing is held outside this process."""
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: a compiled model cannot be copied, so it is made again from the folder."""
+        return self.__dict__ | {"_model": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._model = compile_model(self.folder / MODEL_FILE, self._threads)
 
 
 def compile_model(file: Path, threads: int):

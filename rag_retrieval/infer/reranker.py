@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rag_retrieval.infer.backend import Backend, BackendOptions, open_backend
+from rag_retrieval.infer.backend import Backend
 from rag_retrieval.infer.documents import Document, check_documents, check_list, check_number, check_query
+from rag_retrieval.infer.open_backend import open_backend
 from rag_retrieval.infer.results import (
     EMPTY_PROBABILITY,
     EMPTY_SCORE,
@@ -25,6 +26,7 @@ from rag_retrieval.infer.results import (
 from rag_retrieval.infer.scores import ScoredPair, score_pairs
 from rag_retrieval.infer.slices import LONG_DOCUMENT, Reader
 from rag_retrieval.models.calibration import sigmoid
+from rag_retrieval.models.options import model_options
 from rag_retrieval.models.pair_checks import check_pairs
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class Reranker:
         device: "str | torch.device | None" = None,
         devices: "Sequence[str | torch.device] | None" = None,
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
         query_format: str | None = None,
         document_format: str | None = None,
         seq: str | None = None,
@@ -100,7 +103,7 @@ class Reranker:
             raise ValueError(f"model_name_or_path: expected a folder or a name, found {found}")
         if max_length is not None:
             check_number("max_length", max_length, 1, "tokens")
-        options = BackendOptions(
+        options = model_options(
             model_type=model_type,
             max_length=max_length,
             precision=precision,
@@ -108,6 +111,7 @@ class Reranker:
             device=device,
             devices=devices,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
             query_format=query_format,
             document_format=document_format,
             seq=seq,

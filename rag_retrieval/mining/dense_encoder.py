@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import cached_file
 
 from rag_retrieval.mining.mining_config import MiningConfig
-from rag_retrieval.models.model_files import resolve_model_path
-from rag_retrieval.models.model_loading import choose_max_length, load_tokenizer, reading
+from rag_retrieval.models.loading import choose_max_length, load_tokenizer, reading
+from rag_retrieval.models.settings import resolve_model_path
 
 Encode = Callable[[list[str]], np.ndarray]  # texts to float32 [texts, width]
 

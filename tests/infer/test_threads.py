@@ -80,7 +80,7 @@ def test_the_event_loop_goes_on_while_documents_are_scored(load_tiny):
 
 
 MODULES = ["infer.reranker", "infer.backend", "infer.slices", "infer.results", "models.pair_encoding",
-           "models.token_budget", "models.calibration", "models.model_files", "models.one_ahead"]  # fmt: skip
+           "models.token_budget", "models.calibration", "models.settings", "models.one_ahead"]  # fmt: skip
 
 
 def test_what_other_backends_need_imports_neither_torch_nor_transformers():
