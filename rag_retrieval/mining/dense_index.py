@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rag_retrieval.core.progress import Progress
-from rag_retrieval.data.corpus_store import Corpus
+from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.mining.candidates import Candidates
 from rag_retrieval.mining.dense_encoder import Encode
 from rag_retrieval.mining.queries import Query

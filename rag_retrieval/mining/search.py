@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from rag_retrieval.data.corpus_store import Corpus
+from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.mining.bm25_index import Bm25Search, build_bm25
 from rag_retrieval.mining.candidates import Candidates, fuse
 from rag_retrieval.mining.mining_config import MiningConfig

@@ -4,15 +4,13 @@ import re
 import shutil
 from pathlib import Path
 
-import rag_retrieval.infer
-
-README = Path(rag_retrieval.infer.__file__).with_name("README.md")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reranker.md"
 
 
-def test_the_blocks_of_the_readme_run_in_order(model_folders, tmp_path, monkeypatch):
+def test_the_blocks_of_the_page_run_in_order(model_folders, tmp_path, monkeypatch):
     shutil.copytree(model_folders["bert"], tmp_path / "runs" / "a" / "model")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 5
     names = {}
     for block in blocks:
@@ -23,10 +21,10 @@ def test_the_blocks_of_the_readme_run_in_order(model_folders, tmp_path, monkeypa
     assert names["results"][-1].text == "" and names["results"][-1].score == -10000
 
 
-def test_the_readme_s_files_and_choices_are_those_of_the_code():
+def test_the_page_s_files_and_choices_are_those_of_the_code():
     from rag_retrieval.infer.results import RerankResult
     from rag_retrieval.infer.slices import LONG_DOCUMENT
 
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     assert all(f"| `{choice}` |" in text for choice in LONG_DOCUMENT)
     assert all(f"`{field}`" in text for field in RerankResult.__dataclass_fields__)
