@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rag_retrieval.data.corpus_store import Corpus, text_hash
+from rag_retrieval.data.corpus import Corpus, text_hash
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.retrieval.candidates import Candidates
 

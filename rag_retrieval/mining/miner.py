@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rag_retrieval.core.work_folder import WorkFolder
-from rag_retrieval.data.corpus_store import Corpus
+from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.mining.choice import Rules, below_positives, draw, fit_places
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.output import Mined

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from rag_retrieval.core.progress import Progress
-from rag_retrieval.data.corpus_store import Corpus
+from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.records import DataError
 from rag_retrieval.data.words import CUTTERS, SAMPLE, Words, language_of
 from rag_retrieval.retrieval.candidates import Candidates, best_rows

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rag_retrieval.core.work_folder import WorkFolder, content_of
-from rag_retrieval.data.corpus_store import Corpus
+from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.retrieval.bm25 import Bm25Search, build_bm25
 from rag_retrieval.retrieval.candidates import FusedSearch, Search
 

@@ -8,9 +8,9 @@ import pytest
 from mining_samples import animal_data, config_of, read_output, write_beir, write_jsonl
 from tiny_models import tiny_bert
 
-from rag_retrieval.data.record_files import read_records
-from rag_retrieval.data.record_store import open_store
+from rag_retrieval.data.readers import read_records
 from rag_retrieval.data.records import DataError, RecordRules
+from rag_retrieval.data.store import open_store
 from rag_retrieval.mining import miner, run
 from rag_retrieval.mining.miner import search_options
 from rag_retrieval.mining.run import mine

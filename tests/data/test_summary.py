@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from record_samples import hits, pointwise, write
 
-from rag_retrieval.data import record_store_build, record_summary
-from rag_retrieval.data.record_store import open_store
-from rag_retrieval.data.record_summary import StoreSummary, format_summary, summary
+from rag_retrieval.data import record_store_build
+from rag_retrieval.data import summary as summary_module
+from rag_retrieval.data.store import open_store
+from rag_retrieval.data.summary import StoreSummary, format_summary, summary
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def test_records_and_queries_are_counted_before_grouping(tmp_path, monkeypatch):
 
 
 def test_continuous_labels_are_counted_in_ten_bins(tmp_path, monkeypatch):
-    monkeypatch.setattr(record_summary, "CHUNK", 7)
+    monkeypatch.setattr(summary_module, "CHUNK", 7)
     values = [i / 64 for i in range(65)]  # 0 to 1; 65 values that float32 holds exactly
     path = write(tmp_path / "a.jsonl", pointwise(*(("q", "d", value) for value in values)))
     bars = summary(open_store(path)).label_histogram

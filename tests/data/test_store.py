@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from record_samples import groups_of, hits, pointwise, random_records, write
 
-from rag_retrieval.data import record_store
-from rag_retrieval.data.record_store import RecordStore, open_store
+from rag_retrieval.data import store as store_module
 from rag_retrieval.data.records import DataError
+from rag_retrieval.data.store import RecordStore, open_store
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_a_pickled_store_is_its_path_and_opens_again(tmp_path):
 def test_a_second_opening_reads_nothing_of_the_source(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [hits("a", 1, 0)])
     first = open_store(path)
-    monkeypatch.setattr(record_store, "read_records", None)
+    monkeypatch.setattr(store_module, "read_records", None)
     monkeypatch.chdir(tmp_path)
     assert open_store("a.jsonl").folder == first.folder
 
@@ -168,14 +168,14 @@ def test_bad_lines_leave_no_store_behind(tmp_path, cache_dir):
 
 def test_a_source_that_changes_while_it_is_read_is_not_stored(tmp_path, cache_dir, monkeypatch):
     path = write(tmp_path / "a.jsonl", [hits("a", 1)])
-    read_records = record_store.read_records
+    read_records = store_module.read_records
 
     def read_and_append(*arguments, **options):
         yield from read_records(*arguments, **options)
         with path.open("a") as file:
             file.write(json.dumps(hits("b", 1)) + "\n")
 
-    monkeypatch.setattr(record_store, "read_records", read_and_append)
+    monkeypatch.setattr(store_module, "read_records", read_and_append)
     with pytest.raises(DataError, match="changed while it was read"):
         open_store(path)
     assert stores_in(cache_dir) == []
@@ -218,11 +218,11 @@ def test_two_processes_that_build_at_once_share_one_store(tmp_path, cache_dir):
 def test_building_and_reading_a_store_imports_neither_pandas_nor_torch(tmp_path):
     path = write(tmp_path / "a.jsonl", random_records(seed=6, count=20))
     program = (
-        "import sys; from rag_retrieval.data.record_store import open_store; "
+        "import sys; from rag_retrieval.data.store import open_store; "
         f"store = open_store({str(path)!r}, group_by_query=True); store.group(0); store.positives; "
         "print([name for name in ('pandas', 'torch', 'transformers', 'datasets') if name in sys.modules])"
     )
-    root = Path(record_store.__file__).parents[2]
+    root = Path(store_module.__file__).parents[2]
     printed = subprocess.check_output([sys.executable, "-c", program], cwd=root, text=True)
     assert printed.strip() == "[]"
 

@@ -1,7 +1,7 @@
 import pytest
 from mining_samples import corpus_of, write_jsonl
 
-from rag_retrieval.data.corpus_store import Corpus, build_corpus, text_hash
+from rag_retrieval.data.corpus import Corpus, build_corpus, text_hash
 from rag_retrieval.data.records import DataError
 
 
@@ -42,7 +42,7 @@ def test_texts_are_the_same_whatever_their_case_and_white_space(tmp_path):
 
 
 def test_ids_are_told_apart_by_themselves_where_their_hashes_are_equal(tmp_path, monkeypatch):
-    monkeypatch.setattr("rag_retrieval.data.corpus_store._hash", lambda content: len(content))
+    monkeypatch.setattr("rag_retrieval.data.corpus._hash", lambda content: len(content))
     corpus = corpus_of(tmp_path, ["one", "two", "three"])
     assert [corpus.row_of_id(id_) for id_ in ("d0", "d1", "d2", "d3")] == [0, 1, 2, None]
 

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from rag_retrieval.data.record_files import checked_path, is_file, load_hub_dataset, read_records
+from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, read_records
 from rag_retrieval.data.record_store_build import FORMAT_VERSION, STORE_FILES, build_store
 from rag_retrieval.data.records import DataError, RecordRules
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from record_samples import GOOD, error_of, read, write_lines
 
-from rag_retrieval.data.record_files import read_records
+from rag_retrieval.data.readers import read_records
 from rag_retrieval.data.records import DataError, RecordRules
 
 # ---- accepted sources
