@@ -94,7 +94,8 @@ def test_faiss_finds_what_the_exact_search_finds(tmp_path, factory):
         return VECTORS[[int(text) for text in texts]].astype(np.float32)
 
     exact = DenseSearch(VECTORS, encode, "cpu").search(queries, judged, 7)
-    for found, expected in zip(DenseSearch(VECTORS, encode, "cpu", index).search(queries, judged, 7), exact, strict=True):
+    by_faiss = DenseSearch(VECTORS, encode, "cpu", index).search(queries, judged, 7)
+    for found, expected in zip(by_faiss, exact, strict=True):
         assert found.rows.tolist() == expected.rows.tolist()
         np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
         np.testing.assert_allclose(found.judged_scores, expected.judged_scores, rtol=1e-5)
