@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from rag_retrieval.core.config_file import load_config
 from rag_retrieval.data.beir import read_folder, read_qrels
 from rag_retrieval.data.store import RecordStore, open_store
-from rag_retrieval.train.reranker.training_config import TRAINING
+from rag_retrieval.train.reranker.config import TRAINING
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "rag_retrieval" / "train" / "reranker"

@@ -9,7 +9,7 @@ import pytest
 
 from rag_retrieval.core.config_file import ConfigError, find_config, load_config, split_arguments
 from rag_retrieval.core.config_schema import describe_options
-from rag_retrieval.train.reranker.training_config import TRAINING, TrainingConfig
+from rag_retrieval.train.reranker.config import TRAINING, RerankerConfig
 
 LOSS_NAMES = (
     "point_ce, point_mse, pairwise_ranknet, listwise_ce, listnet, listmle, position_listmle, lambda_loss, info_nce, "
@@ -41,7 +41,7 @@ def write(text: str = "", without: str = "", path: str = "train.yaml") -> str:
     return path
 
 
-def load(text: str = "", *overrides: str) -> TrainingConfig:
+def load(text: str = "", *overrides: str) -> RerankerConfig:
     return load_config(TRAINING, write(text), overrides)
 
 
@@ -493,7 +493,7 @@ def test_a_saved_configuration_loads_back_as_an_equal_object(text, folder):
 
 def test_the_help_lists_every_key_with_what_it_takes_its_default_and_its_meaning():
     text = describe_options(TRAINING)
-    for key, field in TrainingConfig.model_fields.items():
+    for key, field in RerankerConfig.model_fields.items():
         assert f"\n  --{key}: " in text
         assert " ".join(field.description.split()) in " ".join(text.split())
     assert "  --lr: a number above 0 [5e-05]\n      Highest learning rate.\n" in text

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rag_retrieval.losses import LOSSES, Loss
-from rag_retrieval.train.reranker.training_config import TrainingConfig
+from rag_retrieval.train.reranker.config import RerankerConfig
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Objective:
         )
 
 
-def configured_objective(config: TrainingConfig) -> Objective:
+def configured_objective(config: RerankerConfig) -> Objective:
     """The losses of a run: `loss_type`, and `teacher_loss_type` where it is given."""
     options = {name: getattr(config, name) for name in LOSSES[config.loss_type].options}
     loss = _with_options(LOSSES[config.loss_type], options)

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     with on_signals(leave_at_once):
         from rag_retrieval.core.config_file import ConfigError, load_config, split_arguments
         from rag_retrieval.core.config_schema import describe_options
-        from rag_retrieval.train.reranker.training_config import TRAINING
+        from rag_retrieval.train.reranker.config import TRAINING
 
         if {"-h", "--help"} & set(arguments):
             print(f"{USAGE}\n\n{describe_options(TRAINING)}")

@@ -16,7 +16,7 @@ from rag_retrieval.losses import (
     ranknet,
 )
 from rag_retrieval.train.reranker.objective import Objective, configured_objective
-from rag_retrieval.train.reranker.training_config import TrainingConfig
+from rag_retrieval.train.reranker.config import RerankerConfig
 
 SCORES = torch.tensor([[1.0, 2.0, -0.5], [0.3, -1.2, 0.0]])
 LABELS = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
@@ -26,7 +26,7 @@ EVERYTHING = (LABELS, TEACHER, MASK)
 
 
 def objective(loss_type: str, **changes) -> Objective:
-    return configured_objective(TrainingConfig(**{
+    return configured_objective(RerankerConfig(**{
         "model_name_or_path": "owner/model",
         "model_type": "bert_encoder",
         "train_dataset": "train.jsonl",

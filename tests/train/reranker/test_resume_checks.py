@@ -5,7 +5,7 @@ import pytest
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.resume_checks import MAY_CHANGE, ResumeError, checked_resume, differences
-from rag_retrieval.train.reranker.training_config import TrainingConfig
+from rag_retrieval.train.reranker.config import RerankerConfig
 
 STATE = TrainState("run", 7, best_metric=0.5, best_step=5, stale_evaluations=1)
 VERSIONS = {"torch": "2.13", "transformers": "5.23"}
@@ -21,7 +21,7 @@ def provenance(engine="DDP", processes=1, data=None, **changes) -> Provenance:
         loss_type="point_ce",
         output_dir="run",
     )
-    configuration = TrainingConfig(**(keys | changes)).model_dump()
+    configuration = RerankerConfig(**(keys | changes)).model_dump()
     return Provenance(configuration, data or {"train_dataset": "aa", "val_dataset": "bb"}, engine, processes, VERSIONS)
 
 

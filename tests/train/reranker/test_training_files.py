@@ -5,7 +5,7 @@ import yaml
 from pydantic import ValidationError
 
 from rag_retrieval.core.config_file import ConfigError, load_config
-from rag_retrieval.train.reranker.training_config import TRAINING, TrainingConfig
+from rag_retrieval.train.reranker.config import TRAINING, RerankerConfig
 
 KEYS = {
     "model_name_or_path": "owner/model",
@@ -17,28 +17,28 @@ KEYS = {
 GROUPED = {"train_dataset_type": "grouped", "loss_type": "listwise_ce"}
 
 
-def files(entries: list, **changes) -> list[TrainingConfig]:
-    return [alone for alone, _ in TrainingConfig(**(KEYS | changes), train_dataset=entries).files]
+def files(entries: list, **changes) -> list[RerankerConfig]:
+    return [alone for alone, _ in RerankerConfig(**(KEYS | changes), train_dataset=entries).files]
 
 
 def problems(entries: list, **changes) -> list[str]:
     with pytest.raises(ValidationError) as caught:
-        TrainingConfig(**(KEYS | changes), train_dataset=entries)
+        RerankerConfig(**(KEYS | changes), train_dataset=entries)
     return [f"{entry['loc'][0]}: {entry['msg']}" for entry in caught.value.errors()]
 
 
 def test_a_path_is_one_file_of_weight_one():
-    config = TrainingConfig(**KEYS, train_dataset="a.jsonl")
+    config = RerankerConfig(**KEYS, train_dataset="a.jsonl")
     assert config.files == [(config, 1.0)] and config.train_dataset == "a.jsonl"
 
 
 def test_each_file_has_the_configuration_of_a_run_on_it_alone():
     entries = ["a.jsonl", {"path": "b.jsonl", "type": "grouped", "loss_type": "listwise_ce", "weight": 2}]
     changes = {"max_label": 2, "train_label_key": "grade", "lr": 1e-4}
-    config = TrainingConfig(**KEYS, **changes, train_dataset=entries)
+    config = RerankerConfig(**KEYS, **changes, train_dataset=entries)
     first, second = config.files
-    assert first == (TrainingConfig(**KEYS, **changes, train_dataset="a.jsonl"), 1.0)
-    alone = TrainingConfig(**(KEYS | GROUPED), train_label_key="grade", lr=1e-4, train_dataset="b.jsonl")
+    assert first == (RerankerConfig(**KEYS, **changes, train_dataset="a.jsonl"), 1.0)
+    alone = RerankerConfig(**(KEYS | GROUPED), train_label_key="grade", lr=1e-4, train_dataset="b.jsonl")
     assert second == (alone, 2.0), "with the label range of groups, which is none, and not that of pairs"
 
 
@@ -146,6 +146,6 @@ def test_the_written_yaml_reads_back_as_an_equal_configuration(tmp_path):
         {"path": "owner/c", "type": "pointwise", "loss_type": "point_mse", "max_label": 3},
         {"path": "owner/d", "teacher_loss_type": None},
     ]
-    config = TrainingConfig(**(KEYS | GROUPED), teacher_loss_type="margin_mse", train_dataset=entries)
+    config = RerankerConfig(**(KEYS | GROUPED), teacher_loss_type="margin_mse", train_dataset=entries)
     config.save(tmp_path / "saved.yaml")
     assert load_config(TRAINING, str(tmp_path / "saved.yaml")) == config

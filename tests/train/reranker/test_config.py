@@ -16,7 +16,7 @@ from rag_retrieval.train.reranker.config_checks import (
     LOSS_OPTIONS,
     TEACHER_LOSSES,
 )
-from rag_retrieval.train.reranker.training_config import LOSS_ALIASES, TrainingConfig
+from rag_retrieval.train.reranker.config import LOSS_ALIASES, RerankerConfig
 
 POINTWISE = {
     "model_name_or_path": "owner/model",
@@ -33,12 +33,12 @@ DECODER = POINTWISE | {"model_type": "llm_decoder"}
 def problems(base: dict, **changes) -> dict[str, str]:
     """Messages by key; all of them, whatever their kind."""
     with pytest.raises(ValidationError) as caught:
-        TrainingConfig(**base | changes)
+        RerankerConfig(**base | changes)
     return {entry["loc"][0]: entry["msg"] for entry in caught.value.errors()}
 
 
 def test_a_minimal_pointwise_configuration_gets_the_documented_defaults():
-    given = TrainingConfig(**POINTWISE).model_dump()
+    given = RerankerConfig(**POINTWISE).model_dump()
     assert given == POINTWISE | {
         "num_labels": 1, "query_format": None, "document_format": None, "seq": None, "special_token":
         None, "head": None, "instruction": None, "yes_token": None, "no_token": None,
@@ -61,21 +61,21 @@ def test_a_minimal_pointwise_configuration_gets_the_documented_defaults():
 
 
 def test_grouped_data_gets_a_group_size_and_no_label_range():
-    config = TrainingConfig(**GROUPED)
+    config = RerankerConfig(**GROUPED)
     assert (config.train_group_size, config.max_label, config.min_label) == (8, None, None)
     assert config.temperature == 1.0
 
 
 def test_a_decoder_gets_its_four_texts_and_a_given_one_stays():
-    config = TrainingConfig(**DECODER, seq="")
+    config = RerankerConfig(**DECODER, seq="")
     assert (config.query_format, config.document_format) == ("query: {}", "document: {}")
     assert (config.seq, config.special_token) == ("", "\nrelevance")
 
 
 def test_a_yes_no_head_takes_its_texts_from_the_model_unless_they_are_given():
-    config = TrainingConfig(**DECODER, head="yes_no", seq="\n")
+    config = RerankerConfig(**DECODER, head="yes_no", seq="\n")
     assert (config.head, config.query_format, config.seq, config.yes_token) == ("yes_no", None, "\n", None)
-    assert TrainingConfig(**DECODER).head == "scalar"
+    assert RerankerConfig(**DECODER).head == "scalar"
 
 
 def test_the_keys_of_the_yes_no_head_are_refused_elsewhere():
@@ -89,26 +89,26 @@ def test_the_keys_of_the_yes_no_head_are_refused_elsewhere():
 
 
 def test_the_head_learns_ten_times_faster_unless_told_otherwise():
-    assert TrainingConfig(**POINTWISE, lr=2e-5).head_lr == pytest.approx(2e-4)
-    assert TrainingConfig(**POINTWISE, lr=2e-5, head_lr=1e-3).head_lr == 1e-3
+    assert RerankerConfig(**POINTWISE, lr=2e-5).head_lr == pytest.approx(2e-4)
+    assert RerankerConfig(**POINTWISE, lr=2e-5, head_lr=1e-3).head_lr == 1e-3
 
 
 def test_validation_follows_the_training_data_by_default():
-    config = TrainingConfig(**GROUPED, val_dataset="owner/data", train_label_key="grade")
+    config = RerankerConfig(**GROUPED, val_dataset="owner/data", train_label_key="grade")
     assert (config.val_dataset_type, config.val_label_key) == ("grouped", "grade")
     assert (config.val_split, config.metric_for_best_model) == ("validation", "ndcg@10")
 
 
 def test_what_describes_a_validation_that_is_off_is_dropped():
     unused = {"val_dataset_type": "grouped", "val_label_key": "grade", "val_split": "dev"}
-    config = TrainingConfig(**POINTWISE, **unused)
+    config = RerankerConfig(**POINTWISE, **unused)
     assert (config.val_dataset_type, config.val_label_key, config.val_split) == (None, None, None)
 
 
 def test_only_hub_datasets_have_a_split():
-    assert TrainingConfig(**POINTWISE | {"train_dataset": "owner/data"}).train_split == "train"
-    assert TrainingConfig(**POINTWISE | {"train_dataset": "data"}, train_split="dev").train_split == "dev"
-    assert TrainingConfig(**POINTWISE, val_dataset="v.jsonl").val_split is None
+    assert RerankerConfig(**POINTWISE | {"train_dataset": "owner/data"}).train_split == "train"
+    assert RerankerConfig(**POINTWISE | {"train_dataset": "data"}, train_split="dev").train_split == "dev"
+    assert RerankerConfig(**POINTWISE, val_dataset="v.jsonl").val_split is None
     found = problems(POINTWISE, train_split="train", val_dataset="/data/v", val_split="test")
     assert found == {
         "train_split": "is only for datasets of the hub, and train_dataset is a file; remove it",
@@ -123,7 +123,7 @@ def test_files_are_told_from_hub_names_by_how_they_are_written(name):
 
 
 def test_lora_defaults_follow_the_rank():
-    config = TrainingConfig(**POINTWISE, lora_r=8)
+    config = RerankerConfig(**POINTWISE, lora_r=8)
     assert (config.lora_alpha, config.lora_dropout, config.lora_target_modules) == (16, 0.0, None)
 
 
@@ -138,7 +138,7 @@ def test_lora_settings_without_a_rank_are_refused():
 def test_every_loss_accepts_its_own_dataset_type_and_names_the_others_for_the_wrong_one():
     for loss, dataset_type in LOSS_DATASET_TYPE.items():
         base = POINTWISE if dataset_type == "pointwise" else GROUPED
-        assert TrainingConfig(**base | {"loss_type": loss}).loss_type == loss
+        assert RerankerConfig(**base | {"loss_type": loss}).loss_type == loss
     assert problems(GROUPED, loss_type="point_mse")["loss_type"] == (
         "point_mse is for pointwise data, and train_dataset_type is grouped; "
         "for grouped data use pairwise_ranknet, listwise_ce, listnet, listmle, position_listmle, lambda_loss, "
@@ -152,7 +152,7 @@ def test_every_loss_accepts_its_own_dataset_type_and_names_the_others_for_the_wr
 
 def test_other_names_of_losses_and_keys_become_the_one_name():
     assert LOSS_ALIASES == {"pointwise_bce": "point_ce", "pointwise_mse": "point_mse"}
-    config = TrainingConfig(**POINTWISE | {"loss_type": "pointwise_mse"}, epoch=3)
+    config = RerankerConfig(**POINTWISE | {"loss_type": "pointwise_mse"}, epoch=3)
     assert (config.loss_type, config.epochs) == ("point_mse", 3)
 
 
@@ -190,14 +190,14 @@ def test_a_group_size_for_pointwise_data_is_refused():
 def test_what_is_told_of_a_loss_here_is_what_the_losses_say():
     """The lists here are for a check without torch."""
     assert {name: loss.dataset_type for name, loss in LOSSES.items()} == LOSS_DATASET_TYPE
-    assert list(LOSS_DATASET_TYPE) == list(get_args(TrainingConfig.model_fields["loss_type"].annotation))
+    assert list(LOSS_DATASET_TYPE) == list(get_args(RerankerConfig.model_fields["loss_type"].annotation))
     readers = {key: tuple(name for name, loss in LOSSES.items() if key in loss.options) for key in LOSS_OPTIONS}
     assert readers == LOSS_OPTIONS
     assert set(LOSS_OPTIONS) == {key for loss in LOSSES.values() for key in loss.options}
     assert tuple(name for name, loss in LOSSES.items() if loss.reads == "teacher_score") == TEACHER_LOSSES
     ranges = {name: loss.label_range for name, loss in LOSSES.items() if loss.dataset_type == "grouped"}
     assert {name: found for name, found in ranges.items() if found} == GROUPED_LABEL_RANGES
-    (teacher_losses, _) = get_args(TrainingConfig.model_fields["teacher_loss_type"].annotation)
+    (teacher_losses, _) = get_args(RerankerConfig.model_fields["teacher_loss_type"].annotation)
     assert get_args(teacher_losses) == ("point_ce", "point_mse", *TEACHER_LOSSES)
 
 
@@ -221,7 +221,7 @@ def test_the_page_has_a_row_for_every_loss():
 def test_a_loss_gets_the_defaults_of_the_keys_that_it_reads(loss, derived):
     keys = ("temperature", "lambda_weights", "lambda_top_k", "teacher_weight", "teacher_temperature",
             "teacher_score_key", "min_label", "max_label")  # fmt: skip
-    config = TrainingConfig(**GROUPED | {"loss_type": loss})
+    config = RerankerConfig(**GROUPED | {"loss_type": loss})
     assert {key: getattr(config, key) for key in keys} == dict.fromkeys(keys) | derived
 
 
@@ -235,16 +235,16 @@ def test_a_loss_gets_the_defaults_of_the_keys_that_it_reads(loss, derived):
 )
 def test_a_key_of_a_loss_is_refused_beside_one_that_does_not_read_it(key, value, readers):
     for name in readers.replace(" or ", ", ").split(", "):
-        assert getattr(TrainingConfig(**GROUPED | {"loss_type": name, key: value}), key) == value
+        assert getattr(RerankerConfig(**GROUPED | {"loss_type": name, key: value}), key) == value
     expected = f"is only for loss_type {readers}, and loss_type is listmle; remove it"
     assert problems(GROUPED, loss_type="listmle", **{key: value}) == {key: expected}
 
 
 def test_a_teacher_loss_gets_half_of_the_weight_unless_told_otherwise():
-    config = TrainingConfig(**GROUPED, teacher_loss_type="kl_distillation")
+    config = RerankerConfig(**GROUPED, teacher_loss_type="kl_distillation")
     assert (config.teacher_weight, config.teacher_temperature) == (0.5, 1.0)
     assert config.teacher_score_key == "teacher_score"
-    config = TrainingConfig(**POINTWISE, teacher_loss_type="pointwise_bce", teacher_score_key="p", teacher_weight=1)
+    config = RerankerConfig(**POINTWISE, teacher_loss_type="pointwise_bce", teacher_score_key="p", teacher_weight=1)
     assert (config.teacher_loss_type, config.teacher_weight) == ("point_ce", 1.0)
     assert (config.teacher_temperature, config.teacher_score_key) == (None, "p")
 
@@ -295,16 +295,16 @@ def test_label_ranges_that_are_half_given_or_upside_down_are_refused(base, label
 
 
 def test_label_ranges_that_fit_are_kept():
-    config = TrainingConfig(**POINTWISE, max_label=3)
+    config = RerankerConfig(**POINTWISE, max_label=3)
     assert (config.min_label, config.max_label) == (0.0, 3.0)
-    config = TrainingConfig(**GROUPED, max_label=3, min_label=0)
+    config = RerankerConfig(**GROUPED, max_label=3, min_label=0)
     assert (config.min_label, config.max_label) == (0.0, 3.0)
 
 
 def test_warmup_and_stable_may_fill_the_schedule_but_no_more():
-    TrainingConfig(**POINTWISE, warmup_proportion=0.9, stable_proportion=0.1)
+    RerankerConfig(**POINTWISE, warmup_proportion=0.9, stable_proportion=0.1)
     assert 0.15 + 0.85 + 1e-12 > 1
-    TrainingConfig(**POINTWISE, warmup_proportion=0.15, stable_proportion=0.85 + 1e-12)
+    RerankerConfig(**POINTWISE, warmup_proportion=0.15, stable_proportion=0.85 + 1e-12)
     assert problems(POINTWISE, warmup_proportion=0.6, stable_proportion=0.5) == {
         "stable_proportion": "expected at most 1 with warmup_proportion, found 0.6 + 0.5"
     }
@@ -315,7 +315,7 @@ def test_what_needs_validation_is_refused_without_a_validation_dataset():
     wanted["early_stopping_patience"] = 2
     message = "needs val_dataset; add val_dataset or remove this"
     assert problems(POINTWISE, **wanted) == dict.fromkeys(wanted, message)
-    config = TrainingConfig(**POINTWISE, val_dataset="v.jsonl", **wanted)
+    config = RerankerConfig(**POINTWISE, val_dataset="v.jsonl", **wanted)
     assert config.metric_for_best_model == "map"
 
 
@@ -373,30 +373,30 @@ def test_wrong_types_and_values_outside_the_range_are_refused(key, wrong):
 
 
 def test_whole_numbers_are_fine_where_numbers_are_expected():
-    config = TrainingConfig(**POINTWISE, lr=1, max_label=2)
+    config = RerankerConfig(**POINTWISE, lr=1, max_label=2)
     assert isinstance(config.lr, float) and config.max_label == 2.0
 
 
 def test_zero_and_one_are_accepted_as_switches_because_existing_files_write_them():
-    assert TrainingConfig(**POINTWISE, save_on_epoch_end=0).save_on_epoch_end is False
-    assert TrainingConfig(**POINTWISE, save_on_epoch_end=1).save_on_epoch_end is True
+    assert RerankerConfig(**POINTWISE, save_on_epoch_end=0).save_on_epoch_end is False
+    assert RerankerConfig(**POINTWISE, save_on_epoch_end=1).save_on_epoch_end is True
 
 
 def test_the_false_that_yaml_makes_of_a_bare_no_is_the_precision_no():
-    assert TrainingConfig(**POINTWISE, mixed_precision=False).mixed_precision == "no"
+    assert RerankerConfig(**POINTWISE, mixed_precision=False).mixed_precision == "no"
 
 
 @pytest.mark.parametrize("absent", [None, "None", "none"])
 def test_none_means_absent_for_every_key(absent):
-    optional = TrainingConfig.model_fields.keys() - POINTWISE.keys()
+    optional = RerankerConfig.model_fields.keys() - POINTWISE.keys()
     values = dict.fromkeys(optional - {"max_grad_norm"}, absent)
-    assert TrainingConfig(**POINTWISE, **values) == TrainingConfig(**POINTWISE)
+    assert RerankerConfig(**POINTWISE, **values) == RerankerConfig(**POINTWISE)
     assert set(problems(dict.fromkeys(POINTWISE, absent))) == set(POINTWISE)
 
 
 def test_none_for_the_gradient_norm_means_no_clipping():
-    assert TrainingConfig(**POINTWISE, max_grad_norm=None).max_grad_norm is None
-    assert TrainingConfig(**POINTWISE, max_grad_norm="None").max_grad_norm is None
+    assert RerankerConfig(**POINTWISE, max_grad_norm=None).max_grad_norm is None
+    assert RerankerConfig(**POINTWISE, max_grad_norm="None").max_grad_norm is None
 
 
 def test_an_unknown_key_is_refused_even_when_it_is_empty():
@@ -414,17 +414,17 @@ def test_field_and_cross_field_problems_come_together_where_the_fields_involved_
 
 
 def test_a_configuration_cannot_be_changed_afterwards():
-    config = TrainingConfig(**POINTWISE)
+    config = RerankerConfig(**POINTWISE)
     with pytest.raises(ValidationError):
         config.lr = 1.0
 
 
 def test_every_key_says_what_it_means():
-    assert all(len(field.description) > 15 for field in TrainingConfig.model_fields.values())
+    assert all(len(field.description) > 15 for field in RerankerConfig.model_fields.values())
 
 
 def test_the_written_yaml_shows_resolved_values_that_any_yaml_reader_understands():
-    written = yaml.safe_load(TrainingConfig(**DECODER, lora_r=4, lora_target_modules=["q", "v"]).to_yaml())
+    written = yaml.safe_load(RerankerConfig(**DECODER, lora_r=4, lora_target_modules=["q", "v"]).to_yaml())
     assert written["lr"] == 5e-5 and written["head_lr"] == 5e-4 and written["lora_alpha"] == 8
     assert written["seq"] == "\n" and written["mixed_precision"] == "no"
-    assert list(written) == list(TrainingConfig.model_fields)
+    assert list(written) == list(RerankerConfig.model_fields)
