@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from rag_retrieval.infer.adapters import missing_library, opened
-from rag_retrieval.infer.reranker import OVERLAP, Reranker
+from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.infer.reranker import Reranker
 
 try:
     from haystack import Document, component, default_from_dict, default_to_dict
@@ -35,7 +36,7 @@ class RerankerRanker:
         batch_size: int = 256,
         max_length: int | None = None,
         normalize: bool = False,
-        long_document: str = "max_slice",
+        long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ):
         self.model = model

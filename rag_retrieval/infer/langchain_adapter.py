@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rag_retrieval.infer.adapters import missing_library, opened, rerank_options
-from rag_retrieval.infer.reranker import OVERLAP, Reranker
+from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.infer.results import RerankResults
 
 try:
@@ -34,7 +35,7 @@ class RerankerCompressor(BaseDocumentCompressor):
     batch_size: int = 256
     max_length: int | None = None
     normalize: bool = False
-    long_document: str = "max_slice"
+    long_document: str = LONG_DOCUMENT_DEFAULT
     overlap: int = OVERLAP
     _reranker: Reranker = PrivateAttr()
 

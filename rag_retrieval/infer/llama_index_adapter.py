@@ -9,7 +9,8 @@ A model that was trained on bare passages wants metadata_mode=MetadataMode.NONE.
 from typing import Any
 
 from rag_retrieval.infer.adapters import missing_library, opened, rerank_options
-from rag_retrieval.infer.reranker import OVERLAP, Reranker
+from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.infer.reranker import Reranker
 
 try:
     from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -35,7 +36,7 @@ class RerankerPostprocessor(BaseNodePostprocessor):
     batch_size: int = 256
     max_length: int | None = None
     normalize: bool = False
-    long_document: str = "max_slice"
+    long_document: str = LONG_DOCUMENT_DEFAULT
     overlap: int = OVERLAP
     _reranker: Reranker = PrivateAttr()
 

@@ -79,7 +79,7 @@ def test_the_event_loop_goes_on_while_documents_are_scored(load_tiny):
     assert one == many[0] == reranker.rerank("where is Paris?", list(ENGLISH), top_k=3)
 
 
-MODULES = ["infer.reranker", "infer.backend", "infer.slices", "infer.results", "models.pair_encoding",
+MODULES = ["infer.reranker", "infer.backend", "infer.long_documents", "infer.results", "models.pair_encoding",
            "models.token_budget", "models.calibration", "models.model_files", "models.one_ahead"]  # fmt: skip
 
 
