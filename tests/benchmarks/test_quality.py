@@ -14,7 +14,7 @@ import quality
 import quality_tables
 import quality_trainers
 
-from rag_retrieval.data.beir_folder import read_folder
+from rag_retrieval.data.beir import read_folder
 from rag_retrieval.evaluate.ranking_data import bm25_candidates
 
 
@@ -100,7 +100,7 @@ def recipe(loss: str, **changes) -> quality_trainers.Recipe:
 
 def our_pairs(records: list[dict], folder: Path, grouped: bool) -> list[tuple[str, str, float]]:
     """What our trainer reads: the store's pairs."""
-    from rag_retrieval.data.record_store import open_store
+    from rag_retrieval.data.store import open_store
 
     path = folder / "records.jsonl"
     write_lines(path, records)

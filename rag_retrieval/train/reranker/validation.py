@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from rag_retrieval.data.record_store import RecordStore
+from rag_retrieval.data.store import RecordStore
 from rag_retrieval.metrics import rank_metrics
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_encoding import PairEncoder
