@@ -11,8 +11,8 @@ from haystack import Document, Pipeline  # noqa: E402
 from haystack.components.retrievers.in_memory import InMemoryBM25Retriever  # noqa: E402
 from haystack.document_stores.in_memory import InMemoryDocumentStore  # noqa: E402
 
-from rag_retrieval.integrations.haystack import RerankerRanker  # noqa: E402
 from rag_retrieval.infer.reranker import Reranker  # noqa: E402
+from rag_retrieval.integrations.haystack import RerankerRanker  # noqa: E402
 
 TEXTS = ["Water boils at 100 degrees.", "What is Paris? Paris is a city.", "What fever is.", "A cough boils."]
 QUERY = "what boils?"

@@ -12,8 +12,8 @@ from langchain_core.documents import Document  # noqa: E402
 from langchain_core.retrievers import BaseRetriever  # noqa: E402
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough  # noqa: E402
 
-from rag_retrieval.integrations.langchain import RerankerCompressor  # noqa: E402
 from rag_retrieval.infer.reranker import Reranker  # noqa: E402
+from rag_retrieval.integrations.langchain import RerankerCompressor  # noqa: E402
 
 TEXTS = ["Water boils at 100 degrees.", "Paris is a city.", "", "Fever and cough."]
 QUERY = "what boils?"

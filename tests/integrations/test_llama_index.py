@@ -17,8 +17,8 @@ from llama_index.core.response_synthesizers import ResponseMode  # noqa: E402
 from llama_index.core.retrievers import BaseRetriever  # noqa: E402
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode  # noqa: E402
 
-from rag_retrieval.integrations.llama_index import RerankerPostprocessor  # noqa: E402
 from rag_retrieval.infer.reranker import Reranker  # noqa: E402
+from rag_retrieval.integrations.llama_index import RerankerPostprocessor  # noqa: E402
 
 TEXTS = ["Water boils at 100 degrees.", "Paris is a city.", "", "Fever and cough."]
 QUERY = "what boils?"
