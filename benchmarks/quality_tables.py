@@ -7,11 +7,12 @@ is another model, which is why several seeds have their range beside the mean.
 import json
 from pathlib import Path
 
+from rag_retrieval import losses
 from rag_retrieval.evaluate.comparison import compare
 from rag_retrieval.evaluate.evaluation_output import describe_comparison
-from rag_retrieval.losses import LOSSES
 
 TRAINERS = ("ours", "sentence-transformers")
+LOSSES = list(losses.LOSSES)
 COLUMNS = ("ndcg@10", "mrr@10", "map")
 TESTED = "ndcg@10"
 
@@ -73,7 +74,7 @@ def place_of(key: tuple[str, str, str]) -> tuple:
     """Where a row stands: losses in their order, what they were given in that of the alphabet, ours first."""
     loss, records, trainer = key
     name, _, more = loss.partition(" ")
-    return list(LOSSES).index(name), more, records, TRAINERS.index(trainer)
+    return LOSSES.index(name), more, records, TRAINERS.index(trainer)
 
 
 def markdown_row(key: tuple[str, str, str], rows: list[Row]) -> str:

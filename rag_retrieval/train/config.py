@@ -183,12 +183,12 @@ class TrainingConfig(BaseModel):
                 values[name] = field.default
             elif derive and name not in self.model_fields_set:
                 values[name] = derive(self)
-        problems = list(self._problems())
+        problems = list(self.problems())
         if problems:
             raise failure(type(self), problems, values)
         return self
 
-    def _problems(self) -> Iterator[tuple[str, str]]:
+    def problems(self) -> Iterator[tuple[str, str]]:
         """(key, message) for values that do not fit each other."""
         warmup, stable = self.warmup_proportion, self.stable_proportion
         if warmup + stable > 1 + 1e-9:  # 0.7 + 0.2 + 0.1 is not 1 in binary

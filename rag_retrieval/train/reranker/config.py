@@ -168,8 +168,8 @@ class RerankerKeys(TrainingConfig):
             raise problem(f"expected one of {', '.join(known)}{own}, found {shown_value(name)}")
         return name
 
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        yield from super()._problems()
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
         for name in ("query_format", "document_format"):
             text = getattr(self, name)
             if text is not None and text.count("{}") != 1:

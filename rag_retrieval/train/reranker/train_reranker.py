@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         except ConfigError as error:
             return report(error, 2, on_all_processes=True)
         set_up_logging()
+        if config.ignored:
+            logging.getLogger("rag_retrieval").warning(config.ignored)
         return train(config)
 
 

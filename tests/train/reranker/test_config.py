@@ -1,22 +1,13 @@
-"""The typed configuration: strict types, ranges, fields that must fit each other, derived defaults."""
-
-import math
-from pathlib import Path
-from typing import get_args
+"""The keys of a reranker's configuration: what fits, what follows from what, what does not apply; several files."""
 
 import pytest
 import yaml
 from pydantic import ValidationError
+from training_runs import ROOT
 
-from rag_retrieval.core.config_schema import is_data_file_name
+from rag_retrieval.core.config_file import ConfigError, load_config
 from rag_retrieval.losses import LOSSES
-from rag_retrieval.train.reranker.config_checks import (
-    GROUPED_LABEL_RANGES,
-    LOSS_DATASET_TYPE,
-    LOSS_OPTIONS,
-    TEACHER_LOSSES,
-)
-from rag_retrieval.train.reranker.config import LOSS_ALIASES, RerankerConfig
+from rag_retrieval.train.reranker.config import OPTION_KEYS, TEACHER_LOSSES, TRAINING, RerankerConfig
 
 POINTWISE = {
     "model_name_or_path": "owner/model",
@@ -31,400 +22,284 @@ DECODER = POINTWISE | {"model_type": "llm_decoder"}
 
 
 def problems(base: dict, **changes) -> dict[str, str]:
-    """Messages by key; all of them, whatever their kind."""
+    """Messages by key."""
     with pytest.raises(ValidationError) as caught:
         RerankerConfig(**base | changes)
     return {entry["loc"][0]: entry["msg"] for entry in caught.value.errors()}
 
 
-def test_a_minimal_pointwise_configuration_gets_the_documented_defaults():
-    given = RerankerConfig(**POINTWISE).model_dump()
-    assert given == POINTWISE | {
-        "num_labels": 1, "query_format": None, "document_format": None, "seq": None, "special_token":
-        None, "head": None, "instruction": None, "yes_token": None, "no_token": None,
-        "max_len": 512, "attn_implementation": None, "gradient_checkpointing": False, "torch_compile": False,
-        "trust_remote_code": False, "train_label_key": "label", "train_split": None, "train_group_size":
-        None, "max_label": 1.0, "min_label": 0.0, "shuffle_rate": 0.0, "val_dataset": None,
-        "val_dataset_type": None, "val_label_key": None, "val_split": None, "num_workers": 2,
-        "temperature": None, "lambda_weights": None, "lambda_top_k": None, "teacher_loss_type": None,
-        "teacher_weight": None, "teacher_temperature": None, "teacher_score_key": None,
-        "epochs": 1, "batch_size": 32,
-        "max_tokens_per_batch": None, "gradient_accumulation_steps": 1, "lr": 5e-5,
-        "head_lr": 5e-4, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon":
-        1e-8, "max_grad_norm": 1.0, "warmup_proportion": 0.1, "stable_proportion": 0.0, "mixed_precision":
-        "no", "seed": 42, "freeze_embeddings": False, "freeze_layers": 0, "lora_r": None, "lora_alpha":
-        None, "lora_dropout": None, "lora_target_modules": None, "save_on_epoch_end": True, "save_steps":
-        None, "num_max_checkpoints": 3, "eval_steps": None, "eval_on_start": False,
-        "metric_for_best_model": None, "early_stopping_patience": None, "overwrite_output_dir": False,
-        "resume": None, "resume_with_changes": False, "log_interval": 10, "log_with": None,
-    }  # fmt: skip
+def ignored(base: dict, **changes) -> str:
+    """The line that names what does not apply; the configuration is as without it."""
+    config = RerankerConfig(**base | changes)
+    assert config.model_dump() == RerankerConfig(**base).model_dump()
+    assert all(name in config.ignored for name in changes)
+    return config.ignored
 
 
-def test_grouped_data_gets_a_group_size_and_no_label_range():
-    config = RerankerConfig(**GROUPED)
-    assert (config.train_group_size, config.max_label, config.min_label) == (8, None, None)
-    assert config.temperature == 1.0
+# Model
 
 
 def test_a_decoder_gets_its_four_texts_and_a_given_one_stays():
     config = RerankerConfig(**DECODER, seq="")
     assert (config.query_format, config.document_format) == ("query: {}", "document: {}")
-    assert (config.seq, config.special_token) == ("", "\nrelevance")
+    assert (config.seq, config.special_token, config.head) == ("", "\nrelevance", "scalar")
 
 
 def test_a_yes_no_head_takes_its_texts_from_the_model_unless_they_are_given():
-    config = RerankerConfig(**DECODER, head="yes_no", seq="\n")
+    config = RerankerConfig(**DECODER, head="yes_no", seq="\n", instruction="i")
     assert (config.head, config.query_format, config.seq, config.yes_token) == ("yes_no", None, "\n", None)
-    assert RerankerConfig(**DECODER).head == "scalar"
+    assert config.instruction == "i" and config.ignored is None
 
 
-def test_the_keys_of_the_yes_no_head_are_refused_elsewhere():
-    of_the_head = {"instruction": "i", "yes_token": "y", "no_token": "n"}
-    assert problems(DECODER, **of_the_head) == dict.fromkeys(
-        of_the_head, "is only for head yes_no; add head: yes_no or remove this"
-    )
-    assert problems(DECODER, head="scalar", yes_token="y").keys() == {"yes_token"}
-    assert problems(POINTWISE, head="scalar").keys() == {"head"}
-    assert problems(DECODER, head="linear").keys() == {"head"}
+def test_formats_are_for_encoders_too_and_come_with_the_model_unless_given():
+    config = RerankerConfig(**POINTWISE, query_format="q: {}", document_format="{}")
+    assert (config.query_format, config.document_format, config.ignored) == ("q: {}", "{}", None)
+    assert RerankerConfig(**POINTWISE).query_format is None
 
 
-def test_the_head_learns_ten_times_faster_unless_told_otherwise():
-    assert RerankerConfig(**POINTWISE, lr=2e-5).head_lr == pytest.approx(2e-4)
-    assert RerankerConfig(**POINTWISE, lr=2e-5, head_lr=1e-3).head_lr == 1e-3
+def test_keys_of_another_model_type_or_head_are_ignored_by_name():
+    line = ignored(POINTWISE, seq=" ", special_token="x", head="yes_no", instruction="i", yes_token="y")
+    assert "llm_decoder" in line and "yes_no" in line
+    assert "yes_no" in ignored(DECODER, instruction="i", yes_token="y", no_token="n")
+
+
+def test_a_format_needs_its_place_exactly_once():
+    for base in (POINTWISE, DECODER):
+        for text in ("", "query:", "{} {}", "{ }"):
+            assert problems(base, query_format=text, document_format=text).keys() == {"query_format", "document_format"}
+
+
+def test_one_label_is_accepted_and_more_are_refused_with_the_reason():
+    for value in (1, "1", None):
+        assert RerankerConfig(**POINTWISE, num_labels=value) == RerankerConfig(**POINTWISE)
+    for value in (2, True, "two"):
+        (message,) = problems(POINTWISE, num_labels=value).values()
+        assert "expected 1" in message and "one score" in message
+
+
+# Data
+
+
+def test_the_loss_decides_the_data_type_where_none_is_given():
+    for name, loss in LOSSES.items():
+        config = RerankerConfig(**POINTWISE | {"train_dataset_type": None, "loss_type": name})
+        assert config.train_dataset_type == loss.dataset_type
+
+
+def test_a_loss_for_other_data_is_refused_with_those_that_fit():
+    found = problems(GROUPED, loss_type="point_mse", teacher_loss_type="point_ce")
+    assert found.keys() == {"loss_type", "teacher_loss_type"}
+    for name, loss in LOSSES.items():
+        assert (name in found["loss_type"]) == (loss.dataset_type == "grouped" or name == "point_mse")
+    assert "kl_distillation" in found["teacher_loss_type"] and "listnet" not in found["teacher_loss_type"]
+
+
+def test_grouped_data_get_a_group_size_and_pairs_a_label_range():
+    config = RerankerConfig(**GROUPED)
+    assert (config.train_group_size, config.max_label, config.min_label) == (8, None, None)
+    config = RerankerConfig(**POINTWISE, max_label=3)
+    assert (config.train_group_size, config.min_label, config.max_label) == (None, 0.0, 3.0)
+    assert RerankerConfig(**GROUPED, max_label=3).max_label == 3.0, "one end alone is checked alone"
+    assert "grouped" in ignored(POINTWISE, train_group_size=4)
+
+
+def test_label_ranges_upside_down_or_beyond_a_loss_are_refused():
+    assert problems(GROUPED, max_label=1, min_label=1).keys() == {"max_label"}
+    assert problems(POINTWISE, min_label=1.5).keys() == {"min_label"}
+    assert problems(POINTWISE, max_label=-1).keys() == {"max_label"}
+    found = problems(GROUPED, loss_type="lambda_loss", min_label=-1, max_label=40)
+    assert found.keys() == {"min_label", "max_label"} and "31" in found["max_label"]
 
 
 def test_validation_follows_the_training_data_by_default():
     config = RerankerConfig(**GROUPED, val_dataset="owner/data", train_label_key="grade")
-    assert (config.val_dataset_type, config.val_label_key) == ("grouped", "grade")
-    assert (config.val_split, config.metric_for_best_model) == ("validation", "ndcg@10")
+    assert (config.val_label_key, config.val_split, config.metric_for_best_model) == ("grade", "validation", "ndcg@10")
+    assert "val_dataset" in ignored(POINTWISE, val_label_key="grade", metric_for_best_model="map")
 
 
-def test_what_describes_a_validation_that_is_off_is_dropped():
-    unused = {"val_dataset_type": "grouped", "val_label_key": "grade", "val_split": "dev"}
-    config = RerankerConfig(**POINTWISE, **unused)
-    assert (config.val_dataset_type, config.val_label_key, config.val_split) == (None, None, None)
-
-
-def test_only_hub_datasets_have_a_split():
+def test_only_datasets_of_the_hub_have_a_split():
     assert RerankerConfig(**POINTWISE | {"train_dataset": "owner/data"}).train_split == "train"
     assert RerankerConfig(**POINTWISE | {"train_dataset": "data"}, train_split="dev").train_split == "dev"
-    assert RerankerConfig(**POINTWISE, val_dataset="v.jsonl").val_split is None
-    found = problems(POINTWISE, train_split="train", val_dataset="/data/v", val_split="test")
-    assert found == {
-        "train_split": "is only for datasets of the hub, and train_dataset is a file; remove it",
-        "val_split": "is only for datasets of the hub, and val_dataset is a file; remove it",
-    }
+    assert "hub" in ignored(POINTWISE, train_split="train")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b/a.jsonl.gz", "a.parquet", "./a", "/a", "~/a"])
-def test_files_are_told_from_hub_names_by_how_they_are_written(name):
-    assert is_data_file_name(name)
-    assert not is_data_file_name("owner/name") and not is_data_file_name("name")
+# Losses
 
 
-def test_lora_defaults_follow_the_rank():
-    config = RerankerConfig(**POINTWISE, lora_r=8)
-    assert (config.lora_alpha, config.lora_dropout, config.lora_target_modules) == (16, 0.0, None)
+def test_other_names_of_losses_become_the_one_name():
+    assert RerankerConfig(**POINTWISE | {"loss_type": "pointwise_mse"}).loss_type == "point_mse"
+    config = RerankerConfig(**POINTWISE, teacher_loss_type="pointwise_bce")
+    assert config.teacher_loss_type == "point_ce"
 
 
-def test_lora_settings_without_a_rank_are_refused():
-    found = problems(POINTWISE, lora_alpha=8, lora_dropout=0.1, lora_target_modules="all-linear")
-    assert found == dict.fromkeys(
-        ("lora_alpha", "lora_dropout", "lora_target_modules"),
-        "needs lora_r, which switches LoRA on; add lora_r or remove this",
-    )
+def test_unknown_losses_are_refused_with_those_that_there_are():
+    message = problems(POINTWISE, loss_type="bce")["loss_type"]
+    assert all(name in message for name in LOSSES) and "module:function" in message
+    for wrong in (["point_ce"], "my_losses:", ":mine", "a b:c"):
+        assert problems(POINTWISE, loss_type=wrong).keys() == {"loss_type"}
+    assert all(name in problems(GROUPED, teacher_loss_type="listnet")["teacher_loss_type"] for name in TEACHER_LOSSES)
 
 
-def test_every_loss_accepts_its_own_dataset_type_and_names_the_others_for_the_wrong_one():
-    for loss, dataset_type in LOSS_DATASET_TYPE.items():
-        base = POINTWISE if dataset_type == "pointwise" else GROUPED
-        assert RerankerConfig(**base | {"loss_type": loss}).loss_type == loss
-    assert problems(GROUPED, loss_type="point_mse")["loss_type"] == (
-        "point_mse is for pointwise data, and train_dataset_type is grouped; "
-        "for grouped data use pairwise_ranknet, listwise_ce, listnet, listmle, position_listmle, lambda_loss, "
-        "info_nce, adr_mse, margin_mse or kl_distillation"
-    )
-    assert problems(POINTWISE, loss_type="listwise_ce")["loss_type"] == (
-        "listwise_ce is for grouped data, and train_dataset_type is pointwise; "
-        "for pointwise data use point_ce or point_mse"
-    )
+def test_a_loss_of_the_users_own_is_named_and_needs_a_data_type():
+    config = RerankerConfig(**GROUPED | {"loss_type": "my_package.losses:mine"})
+    assert (config.loss_type, config.train_dataset_type) == ("my_package.losses:mine", "grouped")
+    assert (config.temperature, config.teacher_score_key) == (None, "teacher_score")
+    found = problems(GROUPED, loss_type="my_package.losses:mine", train_dataset_type=None)
+    assert found.keys() == {"train_dataset_type"}
 
 
-def test_other_names_of_losses_and_keys_become_the_one_name():
-    assert LOSS_ALIASES == {"pointwise_bce": "point_ce", "pointwise_mse": "point_mse"}
-    config = RerankerConfig(**POINTWISE | {"loss_type": "pointwise_mse"}, epoch=3)
-    assert (config.loss_type, config.epochs) == ("point_mse", 3)
+def test_a_loss_gets_the_defaults_of_its_options_and_no_others():
+    for name, loss in LOSSES.items():
+        base = GROUPED if loss.dataset_type == "grouped" else POINTWISE
+        config = RerankerConfig(**base | {"loss_type": name})
+        expected = dict.fromkeys(OPTION_KEYS) | {option.name: option.default for option in loss.options}
+        assert {key: getattr(config, key) for key in OPTION_KEYS} == expected
+        assert config.teacher_score_key == ("teacher_score" if loss.reads == "teacher_score" else None)
+    assert RerankerConfig(**GROUPED).temperature == 1.0
+    assert RerankerConfig(**GROUPED, teacher_loss_type="kl_distillation").teacher_temperature == 1.0
 
 
-def test_epoch_and_epochs_together_are_refused():
-    assert problems(POINTWISE, epoch=1, epochs=1)["epoch"] == (
-        "is another name of epochs, which is given too; keep one"
-    )
+def test_options_have_the_ranges_of_the_table_and_are_ignored_beside_other_losses():
+    assert problems(GROUPED, temperature=0).keys() == {"temperature"}
+    assert problems(GROUPED, loss_type="lambda_loss", lambda_weights="x", lambda_top_k=0).keys() == {
+        "lambda_weights", "lambda_top_k"
+    }  # fmt: skip
+    line = ignored(GROUPED | {"loss_type": "listmle"}, temperature=0.5, lambda_top_k=10, lambda_weights="lambdarank")
+    assert "listwise_ce, info_nce or kl_distillation" in line and "lambda_loss" in line
 
 
-def test_more_than_one_label_is_refused_with_the_reason():
-    assert problems(POINTWISE, num_labels=2) == {
-        "num_labels": "expected 1, found 2: a reranker gives one score per pair"
-    }
-
-
-def test_decoder_texts_with_an_encoder_are_refused_each_by_name():
-    texts = {"query_format": "{}", "document_format": "{}", "seq": " ", "special_token": "x"}
-    message = "is only for model_type llm_decoder, and model_type is bert_encoder; remove it"
-    assert problems(POINTWISE, **texts) == dict.fromkeys(texts, message)
-
-
-@pytest.mark.parametrize("text", ["", "query:", "{} {}", "{ }"])
-def test_a_format_needs_its_place_exactly_once(text):
-    found = problems(DECODER, query_format=text, document_format=text)
-    expected = f'expected "{{}}" exactly once, where the text goes, found "{text}"'
-    assert found == {"query_format": expected, "document_format": expected}
-
-
-def test_a_group_size_for_pointwise_data_is_refused():
-    assert problems(POINTWISE, train_group_size=4) == {
-        "train_group_size": "is only for train_dataset_type grouped, and it is pointwise; remove it"
-    }
-
-
-def test_what_is_told_of_a_loss_here_is_what_the_losses_say():
-    """The lists here are for a check without torch."""
-    assert {name: loss.dataset_type for name, loss in LOSSES.items()} == LOSS_DATASET_TYPE
-    assert list(LOSS_DATASET_TYPE) == list(get_args(RerankerConfig.model_fields["loss_type"].annotation))
-    readers = {key: tuple(name for name, loss in LOSSES.items() if key in loss.options) for key in LOSS_OPTIONS}
-    assert readers == LOSS_OPTIONS
-    assert set(LOSS_OPTIONS) == {key for loss in LOSSES.values() for key in loss.options}
-    assert tuple(name for name, loss in LOSSES.items() if loss.reads == "teacher_score") == TEACHER_LOSSES
-    ranges = {name: loss.label_range for name, loss in LOSSES.items() if loss.dataset_type == "grouped"}
-    assert {name: found for name, found in ranges.items() if found} == GROUPED_LABEL_RANGES
-    (teacher_losses, _) = get_args(RerankerConfig.model_fields["teacher_loss_type"].annotation)
-    assert get_args(teacher_losses) == ("point_ce", "point_mse", *TEACHER_LOSSES)
-
-
-def test_the_page_has_a_row_for_every_loss():
-    page = (Path(__file__).resolve().parents[3] / "docs" / "losses.md").read_text(encoding="utf-8")
-    for name in LOSSES:
-        assert f"\n| `{name}`" in page
-
-
-@pytest.mark.parametrize(
-    ("loss", "derived"),
-    [
-        ("listwise_ce", {"temperature": 1.0}),
-        ("info_nce", {"temperature": 1.0}),
-        ("listnet", {}),
-        ("lambda_loss", {"lambda_weights": "ndcg_loss2pp", "min_label": 0.0, "max_label": 31.0}),
-        ("margin_mse", {"teacher_score_key": "teacher_score"}),
-        ("kl_distillation", {"teacher_score_key": "teacher_score", "temperature": 1.0}),
-    ],
-)
-def test_a_loss_gets_the_defaults_of_the_keys_that_it_reads(loss, derived):
-    keys = ("temperature", "lambda_weights", "lambda_top_k", "teacher_weight", "teacher_temperature",
-            "teacher_score_key", "min_label", "max_label")  # fmt: skip
-    config = RerankerConfig(**GROUPED | {"loss_type": loss})
-    assert {key: getattr(config, key) for key in keys} == dict.fromkeys(keys) | derived
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "readers"),
-    [
-        ("temperature", 0.5, "listwise_ce, info_nce or kl_distillation"),
-        ("lambda_weights", "lambdarank", "lambda_loss"),
-        ("lambda_top_k", 10, "lambda_loss"),
-    ],
-)
-def test_a_key_of_a_loss_is_refused_beside_one_that_does_not_read_it(key, value, readers):
-    for name in readers.replace(" or ", ", ").split(", "):
-        assert getattr(RerankerConfig(**GROUPED | {"loss_type": name, key: value}), key) == value
-    expected = f"is only for loss_type {readers}, and loss_type is listmle; remove it"
-    assert problems(GROUPED, loss_type="listmle", **{key: value}) == {key: expected}
-
-
-def test_a_teacher_loss_gets_half_of_the_weight_unless_told_otherwise():
+def test_a_teacher_loss_gets_half_of_the_weight_unless_given_another():
     config = RerankerConfig(**GROUPED, teacher_loss_type="kl_distillation")
-    assert (config.teacher_weight, config.teacher_temperature) == (0.5, 1.0)
-    assert config.teacher_score_key == "teacher_score"
-    config = RerankerConfig(**POINTWISE, teacher_loss_type="pointwise_bce", teacher_score_key="p", teacher_weight=1)
-    assert (config.teacher_loss_type, config.teacher_weight) == ("point_ce", 1.0)
-    assert (config.teacher_temperature, config.teacher_score_key) == (None, "p")
-
-
-@pytest.mark.parametrize(
-    ("base", "changes", "found"),
-    [
-        (GROUPED, {"teacher_weight": 0.5, "teacher_temperature": 2.0}, dict.fromkeys(
-            ("teacher_weight", "teacher_temperature"),
-            "needs teacher_loss_type, the loss that it is for; add teacher_loss_type or remove this")),
-        (GROUPED, {"teacher_score_key": "logit"}, {"teacher_score_key":
-            "is only for losses that learn from teacher scores, and loss_type is listwise_ce without "
-            "teacher_loss_type; remove it"}),
-        (GROUPED, {"teacher_loss_type": "margin_mse", "teacher_temperature": 2.0}, {"teacher_temperature":
-            "is only for teacher_loss_type kl_distillation, and teacher_loss_type is margin_mse; remove it"}),
-        (GROUPED, {"teacher_loss_type": "point_mse"}, {"teacher_loss_type":
-            "point_mse is for pointwise data, and train_dataset_type is grouped; for grouped data use margin_mse or "
-            "kl_distillation"}),
-        (POINTWISE, {"teacher_loss_type": "kl_distillation"}, {"teacher_loss_type":
-            "kl_distillation is for grouped data, and train_dataset_type is pointwise; for pointwise data use "
-            "point_ce or point_mse"}),
-        (GROUPED, {"loss_type": "lambda_loss", "min_label": -1, "max_label": 40}, {
-            "min_label": "lambda_loss takes labels in [0, 31], found -1",
-            "max_label": "lambda_loss takes labels in [0, 31], found 40"}),
-    ],
-)  # fmt: skip
-def test_what_a_teacher_or_lambda_loss_does_not_read_or_take_is_refused(base, changes, found):
-    assert problems(base, **changes) == found
-
-
-@pytest.mark.parametrize(
-    ("base", "labels", "key", "message"),
-    [
-        (GROUPED, {"max_label": 3}, "max_label",
-         "needs min_label beside it for grouped data; give both or none"),
-        (GROUPED, {"min_label": 0}, "min_label",
-         "needs max_label beside it for grouped data; give both or none"),
-        (GROUPED, {"max_label": 1, "min_label": 1}, "max_label",
-         "expected min_label below max_label, found min_label 1 and max_label 1"),
-        (POINTWISE, {"min_label": 1.5}, "min_label",
-         "expected min_label below max_label, found min_label 1.5 and max_label 1.0"),
-        (POINTWISE, {"max_label": -1}, "max_label",
-         "expected min_label below max_label, found min_label 0.0 and max_label -1"),
-    ],
-)  # fmt: skip
-def test_label_ranges_that_are_half_given_or_upside_down_are_refused(base, labels, key, message):
-    assert problems(base, **labels) == {key: message}
-
-
-def test_label_ranges_that_fit_are_kept():
-    config = RerankerConfig(**POINTWISE, max_label=3)
-    assert (config.min_label, config.max_label) == (0.0, 3.0)
-    config = RerankerConfig(**GROUPED, max_label=3, min_label=0)
-    assert (config.min_label, config.max_label) == (0.0, 3.0)
-
-
-def test_warmup_and_stable_may_fill_the_schedule_but_no_more():
-    RerankerConfig(**POINTWISE, warmup_proportion=0.9, stable_proportion=0.1)
-    assert 0.15 + 0.85 + 1e-12 > 1
-    RerankerConfig(**POINTWISE, warmup_proportion=0.15, stable_proportion=0.85 + 1e-12)
-    assert problems(POINTWISE, warmup_proportion=0.6, stable_proportion=0.5) == {
-        "stable_proportion": "expected at most 1 with warmup_proportion, found 0.6 + 0.5"
-    }
-
-
-def test_what_needs_validation_is_refused_without_a_validation_dataset():
-    wanted = {"eval_steps": 5, "eval_on_start": True, "metric_for_best_model": "map"}
-    wanted["early_stopping_patience"] = 2
-    message = "needs val_dataset; add val_dataset or remove this"
-    assert problems(POINTWISE, **wanted) == dict.fromkeys(wanted, message)
-    config = RerankerConfig(**POINTWISE, val_dataset="v.jsonl", **wanted)
-    assert config.metric_for_best_model == "map"
-
-
-@pytest.mark.parametrize(
-    ("key", "wrong"),
-    [
-        ("batch_size", [True, "32", 2.0, 0, -1, [3]]),
-        ("epochs", [True, "2", 1.5, 0]),
-        ("gradient_accumulation_steps", [0, 1.5]),
-        ("num_labels", [True, "1"]),
-        ("max_len", [15, 64.0]),
-        ("seed", [-1, True]),
-        ("num_workers", [-1, 1.5]),
-        ("freeze_layers", [-1, True]),
-        ("lora_r", [0, 8.0]),
-        ("lora_alpha", [0]),
-        ("lora_dropout", [-0.1, 1]),
-        ("lora_target_modules", [[], [1], "", 3]),
-        ("train_group_size", [1, 8.0]),
-        ("save_steps", [0]),
-        ("eval_steps", [0]),
-        ("log_interval", [0]),
-        ("num_max_checkpoints", [0]),
-        ("early_stopping_patience", [0]),
-        ("lr", [0, -1e-5, True, "5e-5", math.nan, math.inf]),
-        ("head_lr", [0]),
-        ("weight_decay", [-0.1, math.inf]),
-        ("adam_beta1", [1, -0.1]),
-        ("adam_beta2", [1, -0.1]),
-        ("adam_epsilon", [0]),
-        ("max_grad_norm", [0, -1]),
-        ("temperature", [0, math.nan]),
-        ("max_label", [True, "1", math.nan]),
-        ("min_label", [-math.inf]),
-        ("shuffle_rate", [-0.1, 1.1]),
-        ("warmup_proportion", [-0.1, 1.1]),
-        ("stable_proportion", [-0.1, 1.1]),
-        ("save_on_epoch_end", ["true", 2, 1.0]),
-        ("gradient_checkpointing", ["yes", 2]),
-        ("mixed_precision", ["fp32", True]),
-        ("model_type", ["bert", 1]),
-        ("train_dataset_type", ["pairs"]),
-        ("val_dataset_type", ["pairs"]),
-        ("loss_type", ["bce", ["point_ce"]]),
-        ("metric_for_best_model", ["ndcg"]),
-        ("log_with", ["mlflow"]),
-        ("output_dir", ["", 2024]),
-        ("train_dataset", ["", [], [3], {"path": "a.jsonl"}]),
-        ("special_token", [""]),
-    ],
-)
-def test_wrong_types_and_values_outside_the_range_are_refused(key, wrong):
-    for value in wrong:
-        assert key in problems(POINTWISE, **{key: value}), value
-
-
-def test_whole_numbers_are_fine_where_numbers_are_expected():
-    config = RerankerConfig(**POINTWISE, lr=1, max_label=2)
-    assert isinstance(config.lr, float) and config.max_label == 2.0
-
-
-def test_zero_and_one_are_accepted_as_switches_because_existing_files_write_them():
-    assert RerankerConfig(**POINTWISE, save_on_epoch_end=0).save_on_epoch_end is False
-    assert RerankerConfig(**POINTWISE, save_on_epoch_end=1).save_on_epoch_end is True
-
-
-def test_the_false_that_yaml_makes_of_a_bare_no_is_the_precision_no():
-    assert RerankerConfig(**POINTWISE, mixed_precision=False).mixed_precision == "no"
-
-
-@pytest.mark.parametrize("absent", [None, "None", "none"])
-def test_none_means_absent_for_every_key(absent):
-    optional = RerankerConfig.model_fields.keys() - POINTWISE.keys()
-    values = dict.fromkeys(optional - {"max_grad_norm"}, absent)
-    assert RerankerConfig(**POINTWISE, **values) == RerankerConfig(**POINTWISE)
-    assert set(problems(dict.fromkeys(POINTWISE, absent))) == set(POINTWISE)
-
-
-def test_none_for_the_gradient_norm_means_no_clipping():
-    assert RerankerConfig(**POINTWISE, max_grad_norm=None).max_grad_norm is None
-    assert RerankerConfig(**POINTWISE, max_grad_norm="None").max_grad_norm is None
-
-
-def test_an_unknown_key_is_refused_even_when_it_is_empty():
-    assert set(problems(POINTWISE, learning_rate=None, btach_size=3)) == {"learning_rate", "btach_size"}
-
-
-def test_field_and_cross_field_problems_come_together_where_the_fields_involved_are_valid():
-    found = problems(
-        POINTWISE, loss_type="listwise_ce", lr=-1, stable_proportion=0.95, warmup_proportion="x", num_labels=3
-    )
-    assert set(found) == {"loss_type", "lr", "warmup_proportion", "num_labels"}
-    found = problems(POINTWISE, model_type="bert", seq=" ", lora_r=0, lora_alpha=1)
-    assert set(found) == {"model_type", "lora_r"}
-    assert set(problems(POINTWISE, val_dataset=3, eval_steps=5)) == {"val_dataset"}
-
-
-def test_a_configuration_cannot_be_changed_afterwards():
-    config = RerankerConfig(**POINTWISE)
-    with pytest.raises(ValidationError):
-        config.lr = 1.0
+    assert (config.teacher_weight, config.teacher_score_key) == (0.5, "teacher_score")
+    config = RerankerConfig(**POINTWISE, teacher_loss_type="point_ce", teacher_score_key="p", teacher_weight=1)
+    assert (config.teacher_weight, config.teacher_temperature, config.teacher_score_key) == (1.0, None, "p")
+    ignored(GROUPED, teacher_weight=0.5, teacher_temperature=2.0, teacher_score_key="logit")
+    ignored(GROUPED | {"teacher_loss_type": "margin_mse"}, teacher_temperature=2.0)
 
 
 def test_every_key_says_what_it_means():
     assert all(len(field.description) > 15 for field in RerankerConfig.model_fields.values())
 
 
-def test_the_written_yaml_shows_resolved_values_that_any_yaml_reader_understands():
-    written = yaml.safe_load(RerankerConfig(**DECODER, lora_r=4, lora_target_modules=["q", "v"]).to_yaml())
-    assert written["lr"] == 5e-5 and written["head_lr"] == 5e-4 and written["lora_alpha"] == 8
-    assert written["seq"] == "\n" and written["mixed_precision"] == "no"
-    assert list(written) == list(RerankerConfig.model_fields)
+def test_the_page_of_losses_has_a_row_for_each():
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    assert all(f"\n| `{name}`" in page for name in LOSSES)
+
+
+# Several training files
+
+RUN = {key: value for key, value in POINTWISE.items() if key != "train_dataset"}
+GROUPED_RUN = {"train_dataset_type": "grouped", "loss_type": "listwise_ce"}
+
+
+def files(entries: list, **changes) -> list[RerankerConfig]:
+    return [alone for alone, _ in RerankerConfig(**(RUN | changes), train_dataset=entries).files]
+
+
+def test_a_path_is_one_file_of_weight_one():
+    config = RerankerConfig(**RUN, train_dataset="a.jsonl")
+    assert config.files == [(config, 1.0)] and config.train_dataset == "a.jsonl"
+
+
+def test_each_file_has_the_configuration_of_a_run_on_it_alone():
+    entries = ["a.jsonl", {"path": "b.jsonl", "loss_type": "listwise_ce", "weight": 2}]  # the loss decides the type
+    changes = {"max_label": 2, "train_label_key": "grade", "lr": 1e-4}
+    config = RerankerConfig(**RUN, **changes, train_dataset=entries)
+    (first, one), (second, two) = config.files
+    assert first.model_dump() == RerankerConfig(**RUN, **changes, train_dataset="a.jsonl").model_dump()
+    alone = RerankerConfig(**(RUN | GROUPED_RUN), train_label_key="grade", lr=1e-4, train_dataset="b.jsonl")
+    assert second.model_dump() == alone.model_dump(), "with the label range of groups, which is none"
+    assert (one, two) == (1.0, 2.0)
+
+
+def test_an_entry_takes_the_keys_that_go_with_a_loss_only_with_that_loss():
+    run = GROUPED_RUN | {"temperature": 0.5, "teacher_loss_type": "margin_mse", "teacher_weight": 0.7}
+    same, other, own = files(
+        ["a.jsonl", {"path": "b.jsonl", "loss_type": "info_nce"}, {"path": "c.jsonl", "temperature": 2}], **run
+    )
+    assert (same.temperature, same.teacher_loss_type, same.teacher_weight) == (0.5, "margin_mse", 0.7)
+    assert (other.temperature, other.teacher_loss_type, other.teacher_score_key) == (1.0, None, None)
+    assert (own.temperature, own.teacher_loss_type) == (2.0, "margin_mse")
+
+
+def test_none_in_an_entry_switches_off_what_the_run_has():
+    run = GROUPED_RUN | {"teacher_loss_type": "margin_mse"}
+    (alone,) = files([{"path": "a.jsonl", "teacher_loss_type": None, "teacher_score_key": "None"}], **run)
+    assert (alone.teacher_loss_type, alone.teacher_weight, alone.teacher_score_key) == (None, None, None)
+
+
+def test_a_split_is_for_the_entries_of_the_hub_alone():
+    file, hub = files(["a.jsonl", "owner/set"], train_split="test")
+    assert (file.train_split, hub.train_split) == (None, "test")
+    assert files(["a.jsonl", "owner/set"])[1].train_split == "train"
+
+
+def test_what_an_entry_says_wrong_is_reported_with_its_number_file_and_key():
+    wrong = [
+        ({"path": "b.jsonl", "wieght": 2}, "wieght"),
+        ({"weight": 2}, "path"),
+        ("None", "path"),
+        ({"path": 3}, "path"),
+        ({"path": "b.jsonl", "weight": 0}, "weight"),
+        ({"path": "b.jsonl", "weight": True}, "weight"),
+        ({"path": "b.jsonl", "weight": float("inf")}, "weight"),
+        ({"path": "b.jsonl", "type": "pairs"}, "type"),
+        ({"path": "b.jsonl", "type": "pointwise", "loss_type": "listnet"}, "loss_type"),
+        ({"path": "b.jsonl", "type": "grouped"}, "loss_type"),
+        ({"path": "b.jsonl", "batch_size": 0}, "batch_size"),
+        ({"path": "b.jsonl", "min_label": 5}, "min_label"),
+    ]
+    for entry, name in wrong:
+        (message,) = problems({**RUN, "train_dataset": ["a.jsonl", entry]}).values()
+        assert message.startswith("entry 2 (") and f"{name}" in message, entry
+
+
+def test_a_key_of_an_entry_that_does_not_apply_is_ignored_by_name():
+    config = RerankerConfig(**RUN, train_dataset=["a.jsonl", {"path": "b.jsonl", "group_size": 4, "split": "test"}])
+    assert config.ignored.count("entry 2 (b.jsonl)") == 2 and "group_size" in config.ignored
+    assert config.train_dataset[1]["group_size"] is None
+
+
+def test_every_problem_of_every_entry_is_reported():
+    entries = [{"path": "owner/a", "weight": -1, "loss": "listnet"}, {"path": "owner/b", "type": "grouped"}]
+    with pytest.raises(ValidationError) as caught:
+        RerankerConfig(**RUN, train_dataset=entries)
+    assert [entry["msg"][:12] for entry in caught.value.errors()] == ["entry 1 (a):", "entry 1 (a):", "entry 2 (b):"]
+
+
+def write(folder, **values) -> str:
+    (folder / "train.yaml").write_text(yaml.safe_dump(RUN | values))
+    return str(folder / "train.yaml")
+
+
+def test_paths_of_entries_are_looked_up_from_the_file_s_folder_too(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    config = load_config(TRAINING, write(tmp_path, train_dataset=["a.jsonl", {"path": "b.jsonl", "weight": 2}]))
+    assert [alone.train_dataset for alone, _ in config.files] == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    with pytest.raises(ConfigError, match=r"train_dataset.*found no file c.jsonl; looked for "):
+        load_config(TRAINING, write(tmp_path, train_dataset=["a.jsonl", {"path": "c.jsonl"}]))
+
+
+def test_the_command_line_takes_one_file_several_or_a_list_as_in_yaml(tmp_path):
+    for text, names, weights in (
+        ("owner/a", ["owner/a"], [1.0]),
+        ("owner/a,owner/b", ["owner/a", "owner/b"], [1.0, 1.0]),
+        ("[owner/a, {path: owner/b, weight: 0.5}]", ["owner/a", "owner/b"], [1.0, 0.5]),
+    ):
+        config = load_config(TRAINING, write(tmp_path, train_dataset="owner/z"), ["--train_dataset", text])
+        assert [alone.train_dataset for alone, _ in config.files] == names
+        assert [weight for _, weight in config.files] == weights
+        assert isinstance(config.train_dataset, str) == (text == "owner/a")
+
+
+def test_the_written_yaml_reads_back_as_an_equal_configuration(tmp_path):
+    entries = [
+        "owner/a",
+        {"path": "owner/b", "loss_type": "lambda_loss", "weight": 0.25},
+        {"path": "owner/c", "type": "pointwise", "loss_type": "point_mse", "max_label": 3},
+        {"path": "owner/d", "teacher_loss_type": None},
+    ]
+    config = RerankerConfig(**(RUN | GROUPED_RUN), teacher_loss_type="margin_mse", train_dataset=entries)
+    config.save(tmp_path / "saved.yaml")
+    assert load_config(TRAINING, str(tmp_path / "saved.yaml")) == config
