@@ -19,9 +19,9 @@ from rag_retrieval.data.store import Group, open_store
 from rag_retrieval.metrics import ndcg, rank_metrics
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.model_files import resolve_model_path
+from rag_retrieval.train.reranker.config import TRAINING
 from rag_retrieval.train.reranker.train_reranker import SHIPPED_CONFIGS
 from rag_retrieval.train.reranker.train_reranker import main as train
-from rag_retrieval.train.reranker.config import TRAINING
 
 CONFIG = SHIPPED_CONFIGS / "quickstart.yaml"
 TEST_FILE = Path(__file__).resolve().parents[1] / "example_data" / "stdlib_grouped.test.jsonl"

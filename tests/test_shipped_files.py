@@ -60,6 +60,22 @@ def test_a_shipped_configuration_validates_on_the_label_levels_that_it_trains_on
             assert set(open_store(config.val_dataset).labels) == set(train.labels)
 
 
+@pytest.mark.parametrize("file", TRAINING_FILES, ids=name_of)
+def test_options_that_switch_model_or_data_type_work_on_a_shipped_configuration(file):
+    """What the file says for the other type is ignored and named; the rest holds."""
+    for model_type in ("bert_encoder", "llm_decoder"):
+        for dataset_type, loss in (("pointwise", "point_mse"), ("grouped", "lambda_loss")):
+            switches = ["--model_type", model_type, "--train_dataset_type", dataset_type, "--loss_type", loss]
+            switched, without_type = (load_config(TRAINING, str(file), options) for options in (switches, switches[:2]))
+            assert (switched.model_type, switched.train_dataset_type) == (model_type, dataset_type)
+            assert switched.loss_type == loss and (switched.lr, switched.seed) == (without_type.lr, without_type.seed)
+            given = yaml.safe_load(file.read_text()).keys()
+            unused = {"seq", "special_token", "head", "instruction", "yes_token", "no_token"} & given
+            assert all(name in switched.ignored for name in unused if model_type == "bert_encoder")
+            if dataset_type == "pointwise" and "train_group_size" in given:
+                assert "train_group_size" in switched.ignored
+
+
 def test_the_graded_dev_file_has_no_query_and_no_document_of_the_training_files():
     dev, *training = (
         open_store(file, group_by_query=True)

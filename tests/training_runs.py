@@ -86,8 +86,8 @@ def read_metrics(output_dir: Path, kind: str) -> list[dict]:
 
 def train(values: dict):
     """Train in this process; returns the final state."""
-    from rag_retrieval.train.reranker.run import run
     from rag_retrieval.train.reranker.config import RerankerConfig
+    from rag_retrieval.train.reranker.run import run
 
     AcceleratorState._reset_state(True)
     return run(RerankerConfig(**values))

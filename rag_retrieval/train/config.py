@@ -155,7 +155,8 @@ class TrainingConfig(BaseModel):
                 values[name] = values.pop(alias)
         if values.get("mixed_precision") is False:
             values["mixed_precision"] = "no"  # YAML reads a bare `no` as false
-        return {name: None if value in ABSENT else value for name, value in values.items() if not cls._absent(name, value)}
+        given = {name: value for name, value in values.items() if not cls._absent(name, value)}
+        return {name: None if value in ABSENT else value for name, value in given.items()}
 
     @classmethod
     def _absent(cls, name: str, value: Any) -> bool:
@@ -209,8 +210,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # other styles fold a newline over three lines
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text or _is_number(text) else None)
+    quoted = "\n" in text or _is_number(text)  # other styles fold a newline over three lines
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
 
 
 def _is_number(text: str) -> bool:

@@ -32,21 +32,22 @@ DECODER_FORMATS = {
 }
 
 
-def _is_own(loss_type: str | None) -> bool:
-    return loss_type is not None and ":" in loss_type
-
-
 def _learns_from_teacher(config: "RerankerKeys") -> bool:
-    if config.teacher_loss_type is not None or _is_own(config.loss_type):  # an own loss may read them
-        return True
-    return LOSSES[config.loss_type].reads == "teacher_score"
+    loss = LOSSES.get(config.loss_type)  # a loss of the user's own may
+    return config.teacher_loss_type is not None or loss is None or loss.reads == "teacher_score"
+
+
+def _fitting_dataset_type(config: "RerankerKeys") -> str | None:
+    loss = LOSSES.get(config.loss_type)
+    return loss and loss.dataset_type
 
 
 DECODER = Only("model_type llm_decoder", lambda config: config.model_type == "llm_decoder")
 YES_NO = Only("head yes_no", lambda config: config.head == "yes_no")
 GROUPED = Only("train_dataset_type grouped", lambda config: config.train_dataset_type == "grouped")
 HUB_TRAINING = Only(
-    "a train_dataset of the hub", lambda config: any(not is_data_file_name(str(entry.get("path"))) for entry in config.train_entries)
+    "a train_dataset of the hub",
+    lambda config: any(not is_data_file_name(str(entry.get("path"))) for entry in config.train_entries),
 )
 TEACHER_LOSS = Only("runs with teacher_loss_type", lambda config: config.teacher_loss_type is not None)
 TEACHER_SCORES = Only("losses that learn from teacher scores", _learns_from_teacher)
@@ -62,8 +63,8 @@ def _label_bound(end: int):
     def default(config: "RerankerKeys") -> float | None:
         if config.train_dataset_type == "pointwise":
             return float(end)
-        bounds = None if _is_own(config.loss_type) else LOSSES[config.loss_type].label_range
-        return None if bounds is None else float(bounds[end])
+        loss = LOSSES.get(config.loss_type)
+        return float(loss.label_range[end]) if loss and loss.label_range else None
 
     return default
 
@@ -86,8 +87,7 @@ class RerankerKeys(TrainingConfig):
     seq: str | None = key(
         "Text between the two. Default a newline.", only=DECODER, derive=_decoder_format("seq"))
     special_token: str | None = key(
-        'Asks for the score, last. Default "\\nrelevance".', only=DECODER, derive=_decoder_format("special_token"),
-        min_length=1)
+        'Asks for the score, last. Default "\\nrelevance".', only=DECODER, derive=_decoder_format("special_token"))
     instruction: str | None = key("Stands where a format says {instruction}.", only=YES_NO)
     yes_token: str | None = key('One token. Default "yes".', only=YES_NO, min_length=1)
     no_token: str | None = key('One token. Default "no".', only=YES_NO, min_length=1)
@@ -100,7 +100,7 @@ class RerankerKeys(TrainingConfig):
         "the run's.")
     train_dataset_type: DatasetType | None = key(
         "Train on single pairs (pointwise) or on all documents of a query together (grouped). Default as loss_type "
-        "takes them.", derive=lambda config: None if _is_own(config.loss_type) else LOSSES[config.loss_type].dataset_type)
+        "takes them.", derive=_fitting_dataset_type)
     train_label_key: str = key("Key of the label in training data.", "label", min_length=1)
     train_split: str | None = key(
         "Split to train on. Default train.", only=HUB_TRAINING, derive=lambda config: "train", min_length=1)
@@ -163,8 +163,10 @@ class RerankerKeys(TrainingConfig):
     @classmethod
     def _known_loss(cls, name: str, info) -> str:
         name = ALIASES.get(name, name)
-        known, own = (TEACHER_LOSSES, "") if info.field_name == "teacher_loss_type" else (LOSSES, ", or module:function")
-        if name not in known and not (own and OWN_LOSS.fullmatch(name)):
+        may_be_own = info.field_name == "loss_type"
+        known = LOSSES if may_be_own else TEACHER_LOSSES
+        if name not in known and not (may_be_own and OWN_LOSS.fullmatch(name)):
+            own = ", or module:function" if may_be_own else ""
             raise problem(f"expected one of {', '.join(known)}{own}, found {shown_value(name)}")
         return name
 
@@ -174,6 +176,8 @@ class RerankerKeys(TrainingConfig):
             text = getattr(self, name)
             if text is not None and text.count("{}") != 1:
                 yield name, f'expected "{{}}" exactly once, where the text goes, found {shown_value(text)}'
+        if self.special_token == "":
+            yield "special_token", "expected text: the score of a decoder is read at its last token"
         if self.train_dataset_type is None:
             yield "train_dataset_type", f"expected pointwise or grouped: what {self.loss_type} takes"
         for name in ("loss_type", "teacher_loss_type"):
@@ -192,9 +196,8 @@ class RerankerKeys(TrainingConfig):
             yield given, f"expected min_label below max_label, found min_label {low:g} and max_label {high:g}"
         bounds = LOSSES[self.loss_type].label_range if self.loss_type in LOSSES else None
         for name, value in (("min_label", low), ("max_label", high)):
-            if self.train_dataset_type == "grouped" and bounds and value is not None:
-                if not bounds[0] <= value <= bounds[1]:
-                    yield name, f"{self.loss_type} takes labels in [{bounds[0]:g}, {bounds[1]:g}], found {value:g}"
+            if bounds and self.train_dataset_type == "grouped" and not bounds[0] <= value <= bounds[1]:
+                yield name, f"{self.loss_type} takes labels in [{bounds[0]:g}, {bounds[1]:g}], found {value:g}"
 
     @model_validator(mode="after")
     def _resolve_entries(self) -> Self:
@@ -212,9 +215,9 @@ class RerankerKeys(TrainingConfig):
                     wrong = list(_messages(error, entry))
                 else:
                     resolved.append(_entry(vars(alone), _weight(entry)))
-                    own = {ENTRY_KEYS[name]: name for name in entry if name in ENTRY_KEYS}
-                    dropped = {f"{own[name]} of {place}": words for name, words in alone._ignored.items() if name in own}
-                    self._ignored = self._ignored | dropped
+                    for name, of_run in ENTRY_KEYS.items():
+                        if name in entry and of_run in alone._ignored:
+                            self._ignored[f"{name} of {place}"] = alone._ignored[of_run]
             problems += [("train_dataset", f"{place}: {message}") for message in wrong]
         if problems:
             raise failure(type(self), problems, vars(self))
@@ -227,7 +230,8 @@ class RerankerKeys(TrainingConfig):
         An entry of another data type or loss takes none of the run's keys that go with these: a label range of pairs
         says nothing of groups, nor a temperature of one loss anything of another.
         """
-        own = {ENTRY_KEYS[name]: None if value in ABSENT else value for name, value in entry.items() if name != "weight"}
+        own = {ENTRY_KEYS[name]: value for name, value in entry.items() if name != "weight"}
+        own = {name: None if value in ABSENT else value for name, value in own.items()}
         loss = own.get("loss_type") or self.loss_type
         loss = ALIASES.get(loss, loss) if isinstance(loss, str) else loss
         dataset_type = own.get("train_dataset_type") or self.train_dataset_type

@@ -22,6 +22,7 @@ from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, c
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.model_setup import (
     describe_parameters,
     load_scorer,
@@ -39,7 +40,6 @@ from rag_retrieval.train.reranker.run_data import (
     report_data,
     report_mix,
 )
-from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.run_folder import RESULTS, claim, folder_lock, plan_start, take_lock

@@ -15,8 +15,8 @@ from rag_retrieval.data.summary import format_summary, summary
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.run_record import DataPart
 from rag_retrieval.train.mixed_steps import MixedSteps, records_per_epoch
-from rag_retrieval.train.reranker.objective import Objective, WeightedLoss, configured_objective
 from rag_retrieval.train.reranker.config import RerankerConfig
+from rag_retrieval.train.reranker.objective import Objective, WeightedLoss, configured_objective
 from rag_retrieval.train.reranker.training_data import records_of
 
 logger = logging.getLogger(__name__)

@@ -43,6 +43,7 @@ def test_a_decoder_gets_its_four_texts_and_a_given_one_stays():
     config = RerankerConfig(**DECODER, seq="")
     assert (config.query_format, config.document_format) == ("query: {}", "document: {}")
     assert (config.seq, config.special_token, config.head) == ("", "\nrelevance", "scalar")
+    assert problems(DECODER, special_token="").keys() == {"special_token"}
 
 
 def test_a_yes_no_head_takes_its_texts_from_the_model_unless_they_are_given():

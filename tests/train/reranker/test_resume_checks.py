@@ -4,8 +4,8 @@ import pytest
 
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.provenance import Provenance
-from rag_retrieval.train.reranker.resume_checks import MAY_CHANGE, ResumeError, checked_resume, differences
 from rag_retrieval.train.reranker.config import RerankerConfig
+from rag_retrieval.train.reranker.resume_checks import MAY_CHANGE, ResumeError, checked_resume, differences
 
 STATE = TrainState("run", 7, best_metric=0.5, best_step=5, stale_evaluations=1)
 VERSIONS = {"torch": "2.13", "transformers": "5.23"}
