@@ -24,7 +24,7 @@ from pathlib import Path
 
 from quality_tables import COLUMNS, LOSSES, TESTED, TRAINERS, describe_row, markdown_tables, read_rows
 
-from rag_retrieval.data.beir_folder import BeirFolder, Qrels, Run, read_folder, read_pool, read_qrels
+from rag_retrieval.data.beir import BeirFolder, Qrels, Run, read_folder, read_pool, read_qrels
 from rag_retrieval.evaluate.measures import means, measure, measure_queries, perfect_run
 from rag_retrieval.evaluate.ranking_data import BM25, bm25_candidates, first_stage
 

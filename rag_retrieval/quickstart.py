@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from rag_retrieval.core.config_file import load_config
-from rag_retrieval.data.record_store import Group, open_store
+from rag_retrieval.data.store import Group, open_store
 from rag_retrieval.metrics import ndcg, rank_metrics
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.model_files import resolve_model_path

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rag_retrieval.data.beir_folder import Qrels, Run
+from rag_retrieval.data.beir import Qrels, Run
 
 DEFAULT_MEASURES = ("ndcg@10", "mrr@10", "map", "recall@10", "recall@100", "p@10")
 PATTERN = re.compile(r"(ndcg|mrr|map|recall|p)(?:@([1-9][0-9]*))?")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rag_retrieval.data.beir_folder import Run
-from rag_retrieval.data.run_files import trec_order
+from rag_retrieval.data.beir import Run, trec_order
 from rag_retrieval.evaluate.measures import PerQuery
 from rag_retrieval.evaluate.ranking_data import RankingData
 from rag_retrieval.evaluate.terminal_text import pad, shorten, width

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rag_retrieval.data.beir_folder import Run
+from rag_retrieval.data.beir import Run
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.export.export_config import ExportConfig

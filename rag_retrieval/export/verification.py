@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rag_retrieval.data.beir_folder import Qrels, Run
+from rag_retrieval.data.beir import Qrels, Run
 
 FLOAT32_LIMIT = 1e-4  # largest difference of a score, relative where scores exceed 1
 LEAST_CORRELATION = 0.98  # of int8: Spearman's, over all pairs

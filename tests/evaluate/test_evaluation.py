@@ -11,7 +11,7 @@ import pytest
 from beir_samples import write, write_lines, write_toy
 
 from rag_retrieval import EvaluationConfig, evaluate_reranker, load_reranker
-from rag_retrieval.data.run_files import read_run
+from rag_retrieval.data.beir import read_run
 from rag_retrieval.evaluate import candidate_scoring
 from rag_retrieval.evaluate.evaluate_command import main
 from rag_retrieval.evaluate.measures import measure

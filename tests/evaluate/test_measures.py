@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from rag_retrieval.data.run_files import trec_order
+from rag_retrieval.data.beir import trec_order
 from rag_retrieval.evaluate.measures import check_measures, measure, measure_queries, perfect_run
 
 pytest.importorskip("ir_measures")

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from training_runs import grouped_records, pointwise_records, write_jsonl
 
-from rag_retrieval.data.record_store import open_store
+from rag_retrieval.data.store import open_store
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.metrics import rank_metrics
 from rag_retrieval.models.cross_encoder import CrossEncoder
