@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas
 
 EMPTY_SCORE = -10_000.0  # shown for a document without text; finite, so that it can be written as JSON
-ScoreType = Literal["logit", "sigmoid", "calibrated"]
+ScoreType = Literal["logit", "sigmoid", "calibrated", "reciprocal_rank"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class RerankResults(Sequence):
 
     score_type: what the scores are: "logit"; with `normalize` "calibrated" (a probability, by the calibration of the
     folder) or, without a calibration, "sigmoid" (of the logit: no probability after RankNet or listwise training).
+    "reciprocal_rank": 1 / rank, of a ListwiseReranker, which orders without scores.
     """
 
     query: str
