@@ -10,10 +10,10 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from rag_retrieval.core.config_file import load_config
+from rag_retrieval.core.config_reader import load_config
 from rag_retrieval.data.beir import read_folder, read_qrels
 from rag_retrieval.data.store import RecordStore, open_store
-from rag_retrieval.train.reranker.config import TRAINING
+from rag_retrieval.train.reranker.config import RerankerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "rag_retrieval" / "train" / "reranker"
@@ -45,14 +45,14 @@ def test_the_files_that_users_type_are_there():
 def test_a_shipped_configuration_is_valid_from_any_folder(file, tmp_path, monkeypatch):
     for folder in (ROOT, TRAINER, tmp_path):
         monkeypatch.chdir(folder)
-        config = load_config(TRAINING, str(file))
+        config = load_config(RerankerConfig, str(file))
         assert all(Path(alone.train_dataset).is_file() for alone, _ in config.files)
         assert config.val_dataset is None or Path(config.val_dataset).is_file()
 
 
 @pytest.mark.parametrize("file", TRAINING_FILES, ids=name_of)
 def test_a_shipped_configuration_validates_on_the_label_levels_that_it_trains_on(file):
-    config = load_config(TRAINING, str(file))
+    config = load_config(RerankerConfig, str(file))
     for alone, _ in config.files:
         train = open_store(alone.train_dataset)
         assert alone.max_label in (None, train.labels.max())
@@ -66,9 +66,10 @@ def test_options_that_switch_model_or_data_type_work_on_a_shipped_configuration(
     for model_type in ("bert_encoder", "llm_decoder"):
         for dataset_type, loss in (("pointwise", "point_mse"), ("grouped", "lambda_loss")):
             switches = ["--model_type", model_type, "--train_dataset_type", dataset_type, "--loss_type", loss]
-            switched, without_type = (load_config(TRAINING, str(file), options) for options in (switches, switches[:2]))
+            as_shipped = load_config(RerankerConfig, str(file))
+            switched = load_config(RerankerConfig, str(file), switches)
             assert (switched.model_type, switched.train_dataset_type) == (model_type, dataset_type)
-            assert switched.loss_type == loss and (switched.lr, switched.seed) == (without_type.lr, without_type.seed)
+            assert switched.loss_type == loss and (switched.lr, switched.seed) == (as_shipped.lr, as_shipped.seed)
             given = yaml.safe_load(file.read_text()).keys()
             unused = {"seq", "special_token", "head", "instruction", "yes_token", "no_token"} & given
             assert all(name in switched.ignored for name in unused if model_type == "bert_encoder")

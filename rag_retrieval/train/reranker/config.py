@@ -4,19 +4,30 @@ The names of losses and the keys of their options come from the table of losses,
 list has an entry for each file, which stands for the run as it would be on that file alone.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 
-from rag_retrieval.core.config_schema import ABSENT, Schema, is_data_file_name, message_of, problem, shown_value
+from rag_retrieval.core.config import (
+    ABSENT,
+    NAME_OR_NAMES,
+    DatasetName,
+    EscapedText,
+    Only,
+    failure,
+    is_data_file_name,
+    key,
+    shown_value,
+)
+from rag_retrieval.core.config_reader import error_message
 from rag_retrieval.losses import ALIASES, LOSSES
 from rag_retrieval.losses.custom import OWN_LOSS
-from rag_retrieval.train.config import VALIDATED, Only, TrainingConfig, failure, key
+from rag_retrieval.train.config import VALIDATED, TrainingConfig
 
 DatasetType = Literal["pointwise", "grouped"]
+WEIGHT = TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False)])
 TEACHER_LOSSES = [
     loss.name for loss in LOSSES.values() if loss.dataset_type == "pointwise" or loss.reads == "teacher_score"
 ]
@@ -72,28 +83,31 @@ def _label_bound(end: int):
 class RerankerKeys(TrainingConfig):
     """All keys but the options of losses; `RerankerConfig` has these too."""
 
+    main_keys: ClassVar = ("model_name_or_path", "model_type", "train_dataset", "loss_type", "output_dir")
+    groups: ClassVar = TrainingConfig.groups | {"model_type": "Reranker", "train_dataset": "Data", "loss_type": "Loss"}
+
     # Model
     model_type: Literal["bert_encoder", "llm_decoder"] = Field(description="Family of the model.")
     head: Literal["scalar", "yes_no"] | None = key(
         "A new scalar head, or yes_no: logit of yes minus logit of no, as Qwen3-Reranker. Then what is not given here "
         "comes with the model, or is Qwen3-Reranker's question in the tokenizer's chat template. Default scalar.",
         only=DECODER, derive=lambda config: "scalar")
-    query_format: str | None = key(
+    query_format: EscapedText | None = key(
         'Text around the query, with {} once. Default the model\'s own or "{}"; of a scalar decoder "query: {}".',
         derive=_decoder_format("query_format"))
-    document_format: str | None = key(
+    document_format: EscapedText | None = key(
         'Text around the document, with {} once. Default the model\'s own or "{}"; of a scalar decoder "document: {}".',
         derive=_decoder_format("document_format"))
-    seq: str | None = key(
+    seq: EscapedText | None = key(
         "Text between the two. Default a newline.", only=DECODER, derive=_decoder_format("seq"))
-    special_token: str | None = key(
+    special_token: EscapedText | None = key(
         'Asks for the score, last. Default "\\nrelevance".', only=DECODER, derive=_decoder_format("special_token"))
-    instruction: str | None = key("Stands where a format says {instruction}.", only=YES_NO)
+    instruction: EscapedText | None = key("Stands where a format says {instruction}.", only=YES_NO)
     yes_token: str | None = key('One token. Default "yes".', only=YES_NO, min_length=1)
     no_token: str | None = key('One token. Default "no".', only=YES_NO, min_length=1)
 
     # Data
-    train_dataset: str | list[str | dict[str, Any]] = Field(
+    train_dataset: Annotated[DatasetName | list[DatasetName | dict[str, Any]], NAME_OR_NAMES] = Field(
         min_length=1, description="Training data: a file or a hub dataset, or a list of them that take turns, step by "
         "step. An entry may be a mapping: path, weight (passes over the file in one epoch, above 0, default 1), and "
         "type, label_key, split, group_size, max_label, min_label, batch_size, loss_type and its options in place of "
@@ -167,7 +181,7 @@ class RerankerKeys(TrainingConfig):
         known = LOSSES if may_be_own else TEACHER_LOSSES
         if name not in known and not (may_be_own and OWN_LOSS.fullmatch(name)):
             own = ", or module:function" if may_be_own else ""
-            raise problem(f"expected one of {', '.join(known)}{own}, found {shown_value(name)}")
+            raise ValueError(f"expected one of {', '.join(known)}{own}, found {shown_value(name)}")
         return name
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -200,7 +214,7 @@ class RerankerKeys(TrainingConfig):
                 yield name, f"{self.loss_type} takes labels in [{bounds[0]:g}, {bounds[1]:g}], found {value:g}"
 
     @model_validator(mode="after")
-    def _resolve_entries(self) -> Self:
+    def _resolve_entries(self, info: ValidationInfo) -> Self:
         """Make each entry of a list say everything that a run on its file alone would say."""
         if isinstance(self.train_dataset, str):
             return self
@@ -210,9 +224,9 @@ class RerankerKeys(TrainingConfig):
             wrong = list(_entry_problems(entry))
             if not wrong:
                 try:
-                    alone = self._alone(entry)
+                    alone = self._alone(entry, info.context)
                 except ValidationError as error:
-                    wrong = list(_messages(error, entry))
+                    wrong = list(_messages(error))
                 else:
                     resolved.append(_entry(vars(alone), _weight(entry)))
                     for name, of_run in ENTRY_KEYS.items():
@@ -224,7 +238,7 @@ class RerankerKeys(TrainingConfig):
         vars(self)["train_dataset"] = resolved
         return self
 
-    def _alone(self, entry: Mapping[str, Any]) -> Self:
+    def _alone(self, entry: Mapping[str, Any], context: Any) -> Self:
         """The configuration of a run on the entry's file alone: what it says itself, and what it takes of the run.
 
         An entry of another data type or loss takes none of the run's keys that go with these: a label range of pairs
@@ -241,7 +255,7 @@ class RerankerKeys(TrainingConfig):
         if loss != self.loss_type:
             left_out |= {name for name in ENTRY_KEYS.values() if name in OPTION_KEYS or name.startswith("teacher_")}
         of_run = {name: getattr(self, name) for name in self.model_fields_set - left_out}
-        return type(self).model_validate(of_run | own | {"train_dataset_type": dataset_type})
+        return type(self).model_validate(of_run | own | {"train_dataset_type": dataset_type}, context=context)
 
 
 def _entry_problems(entry: Mapping[str, Any]) -> Iterator[str]:
@@ -251,23 +265,23 @@ def _entry_problems(entry: Mapping[str, Any]) -> Iterator[str]:
             yield f"unknown key {name}; an entry takes weight, {', '.join(ENTRY_KEYS)}"
     if not isinstance(entry.get("path"), str) or entry["path"] in ("", *ABSENT):
         yield f"path: expected a file or a hub dataset, found {shown_value(entry.get('path'))}"
-    weight = _weight(entry)
-    if type(weight) not in (int, float) or not 0 < weight < math.inf:
-        yield f"weight: expected a number above 0, the passes over the file in one epoch, found {shown_value(weight)}"
+    try:
+        _weight(entry)
+    except ValidationError:
+        found = shown_value(entry["weight"])
+        yield f"weight: expected a number above 0, the passes over the file in one epoch, found {found}"
 
 
 def _weight(entry: Mapping[str, Any]) -> float:
-    return 1.0 if entry.get("weight") in ABSENT else entry["weight"]
+    return 1.0 if entry.get("weight") in ABSENT else WEIGHT.validate_python(entry["weight"])
 
 
-def _messages(error: ValidationError, entry: Mapping[str, Any]) -> Iterator[str]:
-    """One for each key of the entry's file alone that is wrong; the key as the entry spells it."""
-    names, seen = {of_run: name for name, of_run in ENTRY_KEYS.items()}, set()
-    for detail in error.errors(include_url=False):
-        name = detail["loc"][0]
-        if name not in seen:  # a union has a detail for each of its types
-            seen.add(name)
-            yield f"{names.get(name, name)}: {message_of(name, detail, entry.get(names.get(name)), TRAINING)}"
+def _messages(error: ValidationError) -> Iterator[str]:
+    """One for each key of the run on an entry's file alone that is wrong; the key as the entry spells it."""
+    names = {of_run: name for name, of_run in ENTRY_KEYS.items()}
+    details = {detail["loc"][0]: detail for detail in reversed(error.errors(include_url=False))}  # a union has several
+    for name, detail in details.items():
+        yield f"{names.get(name, name)}: {error_message(name, detail, RerankerConfig, nested=False)}"
 
 
 def resolved_entries(values: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -322,14 +336,3 @@ ENTRY_KEYS = {  # key of an entry: the key of the run for which it stands
     **{name: name for name in ("max_label", "min_label", "batch_size", "loss_type", "teacher_loss_type",
                                "teacher_weight", "teacher_score_key", *OPTION_KEYS)},
 }  # fmt: skip
-TRAINING = Schema(
-    RerankerConfig,
-    "model_type: bert_encoder",
-    aliases=RerankerConfig.aliases,
-    models=("model_name_or_path",),
-    datasets=("train_dataset", "val_dataset"),
-    folders=("resume",),
-    outputs=("output_dir",),
-    escaped=tuple(DECODER_FORMATS),
-    words={"resume": ("auto",)},
-)

@@ -5,8 +5,8 @@ import json
 import pytest
 from training_runs import grouped_records, read_metrics
 
-from rag_retrieval.core.config_file import ConfigError, load_config
-from rag_retrieval.train.reranker.config import TRAINING
+from rag_retrieval.core.config_reader import ConfigError, load_config
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.train_reranker import main
 
 # every key that its trainer knows, for each model type and data type
@@ -86,7 +86,7 @@ def write(tmp_path, bert, qwen2):
 @pytest.mark.parametrize("data_type", OF_DATA)
 @pytest.mark.parametrize("model_type", OF_MODEL)
 def test_a_file_is_read_as_it_is(write, model_type, data_type, first_version):
-    config = load_config(TRAINING, write(model_type, data_type, first_version))
+    config = load_config(RerankerConfig, write(model_type, data_type, first_version))
     assert (config.model_type, config.train_dataset_type, config.loss_type) == (
         model_type, data_type, OF_DATA[data_type])  # fmt: skip
     assert (config.save_on_epoch_end, config.num_max_checkpoints, config.epochs) == (True, 5, 2)
@@ -101,7 +101,7 @@ def test_a_file_is_read_as_it_is(write, model_type, data_type, first_version):
 
 def test_a_misspelt_key_stays_an_error(write):
     with pytest.raises(ConfigError, match="log_intervall"):
-        load_config(TRAINING, write("bert_encoder", "pointwise", True, "log_intervall: 3\n"))
+        load_config(RerankerConfig, write("bert_encoder", "pointwise", True, "log_intervall: 3\n"))
 
 
 @pytest.mark.parametrize(("data_type", "first_version"), [("pointwise", True), ("grouped", False)])
