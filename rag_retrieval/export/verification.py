@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rag_retrieval.data.beir import Qrels, Run
+from rag_retrieval.metrics import run_metrics
 
 FLOAT32_LIMIT = 1e-4  # largest difference of a score, relative where scores exceed 1
 LEAST_CORRELATION = 0.98  # of int8: Spearman's, over all pairs
@@ -94,6 +95,4 @@ def mean_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def ndcg_of(qrels: Qrels, run: Run) -> float:
-    from rag_retrieval.evaluate.measures import measure
-
-    return measure(qrels, run, (MEASURE,))[MEASURE]
+    return run_metrics(qrels, run, (MEASURE,))[MEASURE]
