@@ -28,7 +28,7 @@ def run_onnx(options: argparse.Namespace, scratch: Path) -> dict:
     """Everything that goes into the line of JSON. Raises Disagreement where a float32 side scores otherwise."""
     from rag_retrieval import Reranker
     from rag_retrieval.evaluate.ranking_data import read_ranking_data
-    from rag_retrieval.export.check_data import first_queries
+    from rag_retrieval.export.verify import first_queries
 
     say("onnx ...")
     data = first_queries(read_ranking_data(options.data, "test", "bm25", options.depth), options.queries)
