@@ -15,6 +15,7 @@ from rag_retrieval.data.beir import Qrels, Run
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.export.export_config import ExportConfig
+from rag_retrieval.metrics import run_metrics
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 
 FLOAT32_LIMIT = 1e-4  # largest difference of a score, relative where scores exceed 1
@@ -114,9 +115,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def ndcg_of(qrels: Qrels, run: Run) -> float:
-    from rag_retrieval.evaluate.measures import measure
-
-    return measure(qrels, run, (MEASURE,))[MEASURE]
+    return run_metrics(qrels, run, (MEASURE,))[MEASURE]
 
 
 @dataclass(frozen=True)
