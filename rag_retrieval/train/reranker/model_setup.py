@@ -28,6 +28,9 @@ def load_scorer(config: RerankerConfig) -> PairScorer:
         "attn_implementation": config.attn_implementation,
     }
     if config.model_type == "bert_encoder":
+        for name in ("query_format", "document_format"):
+            if getattr(config, name) not in (None, "{}"):
+                raise ValueError(f"{name}: an encoder's texts cannot be surrounded yet; expected {{}}")
         return CrossEncoder.from_pretrained(config.model_name_or_path, **shared)
     texts = {name: getattr(config, name) for name in (*FORMAT_NAMES, *YES_NO_NAMES, "head")}
     return LLMDecoder.from_pretrained(config.model_name_or_path, **shared, **texts)
