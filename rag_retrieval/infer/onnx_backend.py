@@ -46,14 +46,14 @@ class OnnxBackend:
 
         Raises ValueError for a folder that is damaged and a device that is not there, ImportError without onnxruntime.
         """
+        self._arguments = (folder, max_length, device, threads)
         self.folder, self.name, self.device = Path(folder), str(folder), device
         self.description: OnnxDescription = read_description(self.folder)
         self.pair_encoder: PairEncoder = pair_encoder(self.folder, self.description, max_length)
         self.model_type = self.description.model_type
         self.calibration = read_calibration(str(self.folder))
         self.max_tokens = CPU_TOKENS if device == "cpu" else CUDA_TOKENS
-        self._threads = default_threads(threads)
-        self._session = open_session(self.folder / MODEL_FILE, device, self._threads)
+        self._session = open_session(self.folder / MODEL_FILE, device, default_threads(threads))
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
         names, pad = self.description.inputs, self.description.pad_token_id
@@ -69,13 +69,9 @@ class OnnxBackend:
     def close(self) -> None:
         """Nothing is held outside this process."""
 
-    def __getstate__(self) -> dict:
-        """For copies and pickles: a session cannot be copied, so it is opened again from the folder."""
-        return self.__dict__ | {"_session": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._session = open_session(self.folder / MODEL_FILE, self.device, self._threads)
+    def __reduce__(self):
+        """For copies and pickles, which open the folder again: a session cannot be copied."""
+        return OnnxBackend, self._arguments
 
     def _run(self, inputs: Inputs) -> np.ndarray:
         return self._session.run([OUTPUT], inputs)[0]

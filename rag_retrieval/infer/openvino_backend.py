@@ -24,13 +24,13 @@ class OpenVinoBackend:
     def __init__(self, folder: str | os.PathLike, max_length: int | None = None, threads: int | None = None):
         """max_length, threads: as of OnnxBackend. Raises ValueError for a folder that is damaged or that OpenVINO
         cannot read, ImportError where it is not installed."""
+        self._arguments = (folder, max_length, threads)
         self.folder, self.name, self.device = Path(folder), str(folder), "cpu"
         self.description = read_description(self.folder)
         self.pair_encoder = pair_encoder(self.folder, self.description, max_length)
         self.model_type = self.description.model_type
         self.calibration = read_calibration(str(self.folder))
-        self._threads = default_threads(threads)
-        self._model = compile_model(self.folder / MODEL_FILE, self._threads)
+        self._model = compile_model(self.folder / MODEL_FILE, default_threads(threads))
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
         request = self._model.create_infer_request()
@@ -50,13 +50,9 @@ class OpenVinoBackend:
     def close(self) -> None:
         """Nothing is held outside this process."""
 
-    def __getstate__(self) -> dict:
-        """For copies and pickles: a compiled model cannot be copied, so it is made again from the folder."""
-        return self.__dict__ | {"_model": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._model = compile_model(self.folder / MODEL_FILE, self._threads)
+    def __reduce__(self):
+        """For copies and pickles, which open the folder again: a compiled model cannot be copied."""
+        return OpenVinoBackend, self._arguments
 
 
 def compile_model(file: Path, threads: int):
@@ -69,6 +65,4 @@ def compile_model(file: Path, threads: int):
         return openvino.Core().compile_model(str(file), "CPU", settings)
     except Exception as error:  # RuntimeError with pages of its own sources
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{file}: OpenVINO cannot read it ({reason:.300}); an export without --optimize may do"
-        ) from error
+        raise ValueError(f"{file}: OpenVINO cannot read it ({reason:.300}); use ONNX Runtime") from error

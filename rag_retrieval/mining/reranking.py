@@ -6,7 +6,7 @@ nothing for one trained with RankNet or listwise cross entropy: give those a mar
 
 import numpy as np
 
-from rag_retrieval.data.corpus_store import Corpus
+from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.mining.queries import Query
 

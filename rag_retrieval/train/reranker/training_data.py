@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from rag_retrieval.data.record_store import RecordStore
 from rag_retrieval.data.sampling import epoch_order, pair_order, reorder_thirds, sample_group
+from rag_retrieval.data.store import RecordStore
 from rag_retrieval.models.pair_batch import PairBatch, make_batch, shared_beginnings
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.token_budget import plan_by_tokens
