@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from rag_retrieval.models.options import number_format
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ACCELERATORS = ("cuda", "mps", "npu")
 
@@ -55,8 +57,12 @@ def import_npu() -> None:
         raise ValueError(f"device: npu needs the package torch_npu, which cannot be imported ({error})") from error
 
 
-def choose_dtype(dtype: str | None) -> torch.dtype | None:
-    return None if dtype is None else DTYPES[dtype]
+def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Of weights, by any of its names. ValueError for another one."""
+    name = number_format(dtype)
+    if name not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}")
+    return DTYPES.get(name)
 
 
 def choose_precision(precision: str | None) -> str | None:
