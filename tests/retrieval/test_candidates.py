@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rag_retrieval.mining.candidates import Candidates, best_rows, fuse
+from rag_retrieval.retrieval.candidates import Candidates, best_rows, fuse
 
 
 def listed(*rows):
@@ -18,7 +18,7 @@ def test_the_best_rows_are_those_of_a_full_sort(depth):
 
 def test_nothing_scored_gives_nothing():
     assert best_rows(np.zeros(4, np.float32), 3).tolist() == []
-    assert len(Candidates.none(2).rows) == 0 and Candidates.none(2).positive_scores.tolist() == [0, 0]
+    assert len(Candidates.none(2).rows) == 0 and Candidates.none(2).judged_scores.tolist() == [0, 0]
 
 
 def test_fusion_adds_reciprocal_ranks_by_hand():
@@ -26,7 +26,7 @@ def test_fusion_adds_reciprocal_ranks_by_hand():
     # 3: 1/62 + 1/61; 7: 1/61; 9: 1/62; 5: 1/63
     assert found.rows.tolist() == [3, 7, 9, 5]
     assert found.scores.tolist() == pytest.approx([1 / 61 + 1 / 62, 1 / 61, 1 / 62, 1 / 63])
-    assert found.positive_scores.tolist() == pytest.approx([1 / 63, 0])
+    assert found.judged_scores.tolist() == pytest.approx([1 / 63, 0])
 
 
 def test_equal_ranks_are_fused_by_row_and_cut_at_the_depth():

@@ -1,12 +1,10 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from tiny_models import bert_tokenizer, tiny_bert
+from tiny_models import bert_tokenizer, tiny_bert, tiny_qwen2
 from transformers import AutoModel, AutoTokenizer
 
-from rag_retrieval.mining.dense_encoder import load_encoder
+from rag_retrieval.retrieval.encoder import EncoderOptions, load_encoder
 
 TEXTS = ["panda", "The giant panda is a bear and eats bamboo all day.", "猫", ""]
 
@@ -30,9 +28,7 @@ def sentence_folder(folder, tmp_path_factory):
 
 
 def load(model, **options):
-    defaults = {"pooling": None, "query_prefix": None, "document_prefix": None, "dense_max_len": None}
-    defaults |= {"dense_batch_size": 3, "similarity": "dot"}
-    return load_encoder(SimpleNamespace(dense_model=model, **defaults | options), "cpu")
+    return load_encoder(EncoderOptions(model, **{"batch_size": 3, "similarity": "dot"} | options), "cpu")
 
 
 @torch.inference_mode()
@@ -70,11 +66,11 @@ def test_cosine_vectors_have_length_one(folder):
 def test_long_texts_are_cut_at_the_maximum(folder):
     long = "panda bear " * 400
     np.testing.assert_allclose(
-        load(folder, dense_max_len=6).documents([long]), one_by_one(folder, [long], "mean", max_len=6), atol=1e-5
+        load(folder, max_len=6).documents([long]), one_by_one(folder, [long], "mean", max_len=6), atol=1e-5
     )
     assert load(folder).documents([long]).shape == (1, 32), "cut at the model's positions"
     with pytest.raises(ValueError, match="more than the 512 tokens"):
-        load(folder, dense_max_len=600)
+        load(folder, max_len=600)
 
 
 def test_a_sentence_transformers_folder_pools_and_prompts_as_it_says(folder, sentence_folder):
@@ -111,3 +107,12 @@ def test_a_name_that_is_no_folder_and_not_on_the_hub_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="^nobody/nothing: its tokenizer cannot be loaded"):
         load("nobody/nothing")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_decoder_without_a_pad_token_encodes_empty_texts_as_zeros(tmp_path, batch_size):
+    folder = tiny_qwen2(tmp_path / "decoder", pad_token=None)
+    found = load(folder, batch_size=batch_size).documents(TEXTS)
+    np.testing.assert_allclose(found[:3], one_by_one(folder, TEXTS[:3], "mean"), atol=1e-5)
+    assert not found[3].any()
+    assert not load(folder, pooling="cls", batch_size=batch_size).documents([""]).any()

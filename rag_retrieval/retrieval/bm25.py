@@ -1,11 +1,10 @@
-"""A BM25 index that is built within bounded memory, and candidates from it.
+"""A BM25 index that is built within bounded memory, and a search over it.
 
-`build_bm25` writes what `bm25s.BM25.save` would, and bm25s maps and searches it. Its own `index` holds every
-word of the corpus as a Python object and sorts all postings at once: 4.5 GiB for 1,000,000 documents of 100 words,
-where a whole run takes 0.6 GiB of its own here. Words go to disk as they are counted, and scores are put in their
-place block by block.
+`build_bm25` writes what `bm25s.BM25.save` would, and bm25s maps and searches it. bm25s's own `index` holds every word
+of the corpus as a Python object and sorts all postings at once: 4.5 GiB for 1,000,000 documents of 100 words, where
+this builder takes 0.6 GiB. Words go to disk as they are counted, and scores are put in their place block by block.
 
-The trap: a document that shares no word with the query is no candidate, so a list may be short, or empty.
+A document that shares no word with the query is not found, so a list may be short, or empty.
 """
 
 import json
@@ -18,8 +17,7 @@ from rag_retrieval.core.progress import Progress
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.records import DataError
 from rag_retrieval.data.words import CUTTERS, SAMPLE, Words, language_of
-from rag_retrieval.mining.candidates import Candidates, best_rows
-from rag_retrieval.mining.queries import Query
+from rag_retrieval.retrieval.candidates import Candidates, best_rows
 
 K1, B = 1.2, 0.75
 DOCUMENTS = 2000  # cut and counted at once
@@ -102,7 +100,7 @@ def _blocks(postings: Path):
 
 
 class Bm25Search:
-    """Candidates from a built index; its columns are mapped, its vocabulary is in memory."""
+    """A search over a built index. Its columns are mapped, its vocabulary is in memory."""
 
     def __init__(self, folder: Path):
         import bm25s
@@ -110,13 +108,13 @@ class Bm25Search:
         self.index = bm25s.BM25.load(folder, mmap=True)
         self.words = CUTTERS[(folder / "language").read_text()]
 
-    def search(self, queries: Sequence[Query], depth: int) -> list[Candidates]:
-        cut = self.words([query.text for query in queries])
-        return [self._search(query, words, depth) for query, words in zip(queries, cut, strict=True)]
+    def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
+        words = self.words(queries)
+        return [self._search(*of_query, depth) for of_query in zip(words, judged, strict=True)]
 
-    def _search(self, query: Query, words: list[str], depth: int) -> Candidates:
+    def _search(self, words: list[str], judged: np.ndarray, depth: int) -> Candidates:
         if not words:
-            return Candidates.none(len(query.positives))
+            return Candidates.none(len(judged))
         scores = self.index.get_scores(words)
         rows = best_rows(scores, depth)
-        return Candidates(rows, scores[rows], scores[query.positives])
+        return Candidates(rows, scores[rows], scores[judged])

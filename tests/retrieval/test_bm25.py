@@ -5,9 +5,8 @@ from mining_samples import corpus_of
 
 from rag_retrieval.data.records import DataError
 from rag_retrieval.data.words import english_words
-from rag_retrieval.mining import bm25_index
-from rag_retrieval.mining.bm25_index import Bm25Search, build_bm25
-from rag_retrieval.mining.queries import Query
+from rag_retrieval.retrieval import bm25
+from rag_retrieval.retrieval.bm25 import Bm25Search, build_bm25
 
 WORDS = ["panda", "bamboo", "tiger", "forest", "river", "eats", "sleeps", "runs"]
 
@@ -17,8 +16,8 @@ def random_texts(count, seed=0):
     return [" ".join(generator.choice(WORDS, generator.integers(0, 12))) for _ in range(count)]
 
 
-def query(text, *positives):
-    return Query(text, np.array(positives, np.int64), [1.0] * len(positives))
+def found_by(search, text, judged=(), depth=10):
+    return search.search([text], [np.array(judged, np.int64)], depth)[0]
 
 
 def built(tmp_path, texts):
@@ -30,8 +29,8 @@ def built(tmp_path, texts):
 
 @pytest.mark.parametrize("postings", [7, 1 << 22])
 def test_the_index_is_the_one_that_bm25s_builds(tmp_path, monkeypatch, postings):
-    monkeypatch.setattr(bm25_index, "DOCUMENTS", 13)
-    monkeypatch.setattr(bm25_index, "POSTINGS", postings)
+    monkeypatch.setattr(bm25, "DOCUMENTS", 13)
+    monkeypatch.setattr(bm25, "POSTINGS", postings)
     texts = random_texts(100)
     search = Bm25Search(built(tmp_path, texts))
     theirs = bm25s.BM25(k1=1.2, b=0.75)
@@ -52,24 +51,24 @@ def column(index, word):
 
 def test_candidates_have_the_scores_of_the_formula_and_positives_theirs(tmp_path):
     search = Bm25Search(built(tmp_path, ["panda panda bamboo", "panda river", "tiger river forest", ""]))
-    found = search.search([query("panda", 1, 2)], depth=10)[0]
+    found = found_by(search, "panda", (1, 2))
     # N = 4, n = 2, L = 8 / 4; the word panda occurs twice in 3 words and once in 2
     weight = np.log(1 + 2.5 / 2.5)
     expected = [weight * 2 / (2 + 1.2 * (0.25 + 0.75 * 3 / 2)), weight * 1 / (1 + 1.2 * (0.25 + 0.75 * 2 / 2))]
     assert found.rows.tolist() == [0, 1]
     assert found.scores.tolist() == pytest.approx(expected)
-    assert found.positive_scores.tolist() == pytest.approx([expected[1], 0])
+    assert found.judged_scores.tolist() == pytest.approx([expected[1], 0])
 
 
 def test_a_query_without_a_known_word_has_no_candidates(tmp_path):
     search = Bm25Search(built(tmp_path, ["panda", "tiger"]))
     for text in ("zebra", "the", "?"):
-        assert search.search([query(text, 0)], 5)[0].rows.tolist() == []
+        assert found_by(search, text).rows.tolist() == []
 
 
 def test_chinese_documents_are_found_by_their_words(tmp_path):
     search = Bm25Search(built(tmp_path, ["北京是中国的首都", "大熊猫主要吃竹子", "水在一百度时沸腾"]))
-    assert search.search([query("熊猫和竹子", 0)], 3)[0].rows.tolist() == [1]
+    assert found_by(search, "熊猫和竹子").rows.tolist() == [1]
 
 
 def test_a_corpus_without_words_is_told(tmp_path):

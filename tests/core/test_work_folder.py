@@ -1,6 +1,6 @@
 import pytest
 
-from rag_retrieval.mining.work_folder import WorkFolder, content_of
+from rag_retrieval.core.work_folder import WorkFolder, content_of
 
 
 def test_a_stage_is_built_once_for_what_it_is_made_from(tmp_path):

@@ -1,10 +1,8 @@
-"""The finished stages of a mining run on disk, so that a killed run goes on and a further run builds less.
+"""Finished stages of long work on disk, so that a killed run continues, and a further run builds less.
 
-Each stage is a folder whose name holds a digest of all that it was made from: with other data, another model
-or other settings the name is another one, and nothing old is ever taken for new.
-
-The trap: a folder under its own name is complete, one that ends in `.partial` is not. Only a stage that says
-`resumes` finds its own partial folder again; for others it is removed.
+Each stage is a folder whose name holds a digest of all that it was made from: with other data, another model or other
+settings the name is another one, and nothing old is ever taken for new. A folder under its own name is complete; one
+that ends in `.partial` is not, and only a stage that `resumes` finds its own partial folder again.
 """
 
 import hashlib
