@@ -15,6 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import regex
 
@@ -28,6 +29,7 @@ SCRIPT_LANGUAGES = {  # script to the language whose stemmer its words get
     "Devanagari": "hindi",
     "Tamil": "tamil",
 }
+WORDS_VERSION = 2  # raise it whenever the same text would give other words
 CACHED_WORDS = 1 << 17  # distinct words whose stems are kept in memory
 
 # \w of `regex` includes combining marks and joiners, without which a Hindi word falls apart
@@ -63,7 +65,8 @@ def check_language(language: str) -> None:
 def describe_words(vocabulary: Iterable[str], language: str = AUTO) -> str:
     """How many of these distinct words were made in which way: `english 7,034, chinese 12`, most frequent first."""
     ways = Counter(_way(word, language) for word in vocabulary)
-    return ", ".join(f"{way} {count:,}" for way, count in ways.most_common()) or "no words"
+    by_count = sorted(ways.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{way} {count:,}" for way, count in by_count) or "no words"
 
 
 def _way(word: str, language: str) -> str:
@@ -86,7 +89,7 @@ def _parts(word: str, language: str) -> tuple[str, ...]:
             parts += _jieba().cut(stretch)
         elif way == "bigrams":
             characters = regex.findall(r"\X", stretch)
-            parts += map("".join, zip(characters, characters[1:])) if len(characters) > 1 else characters
+            parts += list(map("".join, pairwise(characters))) or characters
         elif way in ("other", NONE):
             parts.append(stretch)
         elif stretch not in _stop_words(way):
