@@ -9,7 +9,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "rag_retrieval"
 LEVELS = [
     {"core"},
-    {"data", "metrics"},
+    {"metrics"},
+    {"data"},
     {"models", "losses"},
     {"train", "infer", "retrieval"},
     {"evaluate"},

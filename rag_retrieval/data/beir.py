@@ -17,13 +17,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from rag_retrieval.core.files import replacing
 from rag_retrieval.data.readers import entry_text, json_objects, read_records, text_lines
 from rag_retrieval.data.records import BadLines, DataError, Record, RecordRules, describe_labels
+from rag_retrieval.metrics import trec_order
 
-MOST_GRADE = 999_999_999  # that pytrec-eval holds on every platform
+MOST_GRADE = 999_999_999  # what trec_eval holds on every platform
 HEADER_NAMES = {  # in small letters, without hyphens, underscores and spaces
     "query": {"queryid", "qid", "query", "topic", "topicid"},
     "document": {"corpusid", "docid", "did", "documentid", "document", "docno", "passageid", "pid"},
@@ -259,14 +258,6 @@ def write_run(path: Path, run: Run, name: str) -> None:
         for query, scores in run.items():
             for rank, document in enumerate(trec_order(scores), start=1):
                 file.write(f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n")
-
-
-def trec_order(scores: dict[str, float]) -> list[str]:
-    """Documents in the order in which trec_eval ranks them: score falling, then id falling, as texts.
-
-    trec_eval keeps scores in float32, so scores that differ only beyond it are equal here too.
-    """
-    return sorted(scores, key=lambda document: (np.float32(scores[document]), document.encode()), reverse=True)
 
 
 def best_of(run: Run, queries: Sequence[str], pool: Pool | None, depth: int) -> Run:

@@ -2,14 +2,15 @@
 
     index.as_query_engine(node_postprocessors=[RerankerPostprocessor(model="runs/a/model", top_n=5)])
 
-The trap: LlamaIndex puts a node's metadata before its text for embedding models and rerankers alike, and so does this.
-A model that was trained on bare passages wants metadata_mode=MetadataMode.NONE.
+LlamaIndex puts a node's metadata before its text for embedding models and rerankers alike, and so does this. A model
+that was trained on bare passages wants metadata_mode=MetadataMode.NONE.
 """
 
 from typing import Any
 
-from rag_retrieval.infer.adapters import missing_library, opened, rerank_options
-from rag_retrieval.infer.reranker import OVERLAP, Reranker
+from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.infer.reranker import Reranker
+from rag_retrieval.integrations import missing_library, open_reranker, rerank_options
 
 try:
     from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -35,13 +36,13 @@ class RerankerPostprocessor(BaseNodePostprocessor):
     batch_size: int = 256
     max_length: int | None = None
     normalize: bool = False
-    long_document: str = "max_slice"
+    long_document: str = LONG_DOCUMENT_DEFAULT
     overlap: int = OVERLAP
     _reranker: Reranker = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        self._reranker = opened(self.model)
+        self._reranker = open_reranker(self.model)
 
     @classmethod
     def class_name(cls) -> str:
@@ -56,8 +57,8 @@ class RerankerPostprocessor(BaseNodePostprocessor):
         top_n = self.top_n or len(nodes)
         dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=top_n, model_name=self._name))
         texts = [node.node.get_content(metadata_mode=self.metadata_mode) for node in nodes]
-        found = self._reranker.rerank(query, texts, top_k=self.top_n, **rerank_options(self))
-        best = [NodeWithScore(node=nodes[result.document_index].node, score=result.score) for result in found]
+        results = self._reranker.rerank(query, texts, top_k=self.top_n, **rerank_options(self))
+        best = [NodeWithScore(node=nodes[result.document_index].node, score=result.score) for result in results]
         dispatcher.event(ReRankEndEvent(nodes=best))
         return best
 

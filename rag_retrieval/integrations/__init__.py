@@ -1,7 +1,6 @@
-"""What the adapters to LangChain, LlamaIndex and Haystack share: the model that they are given, and a missing library.
+"""Rerankers as parts of other frameworks, one module each; what they share stands here.
 
-What a reader would get wrong: an adapter's module derives a class from its library's, so importing the module needs
-the library; nothing else of this package imports such a module.
+Each module derives a class from its framework's, so importing it needs the framework; nothing else imports one.
 """
 
 import os
@@ -10,7 +9,7 @@ from typing import Any
 from rag_retrieval.infer.reranker import Reranker
 
 
-def opened(model: Reranker | str | os.PathLike) -> Reranker:
+def open_reranker(model: Reranker | str | os.PathLike) -> Reranker:
     """The Reranker itself, or that of a folder, hub name or `package:NAME`. Raises ValueError as `Reranker`."""
     if isinstance(model, Reranker):
         return model
@@ -20,7 +19,7 @@ def opened(model: Reranker | str | os.PathLike) -> Reranker:
 
 
 def rerank_options(adapter: object) -> dict[str, Any]:
-    """Of the adapter's attributes those that are options of `Reranker.rerank` under the same names."""
+    """The attributes of the adapter that are options of `Reranker.rerank` under the same names."""
     names = ("batch_size", "max_length", "normalize", "long_document", "overlap")
     return {name: getattr(adapter, name) for name in names}
 

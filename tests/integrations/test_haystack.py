@@ -1,5 +1,8 @@
 """RerankerRanker inside a Haystack pipeline, written to YAML and read again."""
 
+import copy
+import pickle
+
 import pytest
 
 pytest.importorskip("haystack")
@@ -8,8 +11,8 @@ from haystack import Document, Pipeline  # noqa: E402
 from haystack.components.retrievers.in_memory import InMemoryBM25Retriever  # noqa: E402
 from haystack.document_stores.in_memory import InMemoryDocumentStore  # noqa: E402
 
-from rag_retrieval.infer.haystack_adapter import RerankerRanker  # noqa: E402
 from rag_retrieval.infer.reranker import Reranker  # noqa: E402
+from rag_retrieval.integrations.haystack import RerankerRanker  # noqa: E402
 
 TEXTS = ["Water boils at 100 degrees.", "What is Paris? Paris is a city.", "What fever is.", "A cough boils."]
 QUERY = "what boils?"
@@ -79,3 +82,10 @@ def test_documents_keep_their_meta_and_the_given_ones_are_not_changed(reranker):
     assert all(document.meta == {"place": int(document.id)} for document in results[:-1])
     assert all(document.score is None for document in given)
     assert RerankerRanker(reranker).run(QUERY, []) == {"documents": []}
+
+
+def test_it_can_be_copied_and_pickled_after_its_first_use(reranker):
+    ranker = RerankerRanker(reranker)
+    expected = found(ranker.run(QUERY, documents()))
+    for other in (copy.deepcopy(ranker), pickle.loads(pickle.dumps(ranker))):
+        assert found(other.run(QUERY, documents())) == expected

@@ -3,15 +3,16 @@
     compressor = RerankerCompressor(model="runs/a/model", top_n=5)
     ContextualCompressionRetriever(base_retriever=retriever, base_compressor=compressor)
 
-The trap: documents are copied before a score is written into their metadata; a store may hold the same objects.
+Documents are copied before a score is written into their metadata: a store may hold the same objects.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from rag_retrieval.infer.adapters import missing_library, opened, rerank_options
-from rag_retrieval.infer.reranker import OVERLAP, Reranker
+from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.infer.results import RerankResults
+from rag_retrieval.integrations import missing_library, open_reranker, rerank_options
 
 try:
     from langchain_core.callbacks import Callbacks
@@ -34,36 +35,31 @@ class RerankerCompressor(BaseDocumentCompressor):
     batch_size: int = 256
     max_length: int | None = None
     normalize: bool = False
-    long_document: str = "max_slice"
+    long_document: str = LONG_DOCUMENT_DEFAULT
     overlap: int = OVERLAP
     _reranker: Reranker = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
-        self._reranker = opened(self.model)
+        self._reranker = open_reranker(self.model)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        found = self._reranker.rerank(query, texts(documents), **self._options())
-        return scored_copies(documents, found)
+        texts = [document.page_content for document in documents]
+        results = self._reranker.rerank(query, texts, top_k=self.top_n, **rerank_options(self))
+        return scored_copies(documents, results)
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        found = await self._reranker.arerank(query, texts(documents), **self._options())
-        return scored_copies(documents, found)
-
-    def _options(self) -> dict[str, Any]:
-        return {"top_k": self.top_n} | rerank_options(self)
-
-
-def texts(documents: Sequence[Document]) -> list[str]:
-    return [document.page_content for document in documents]
+        texts = [document.page_content for document in documents]
+        results = await self._reranker.arerank(query, texts, top_k=self.top_n, **rerank_options(self))
+        return scored_copies(documents, results)
 
 
 def scored_copies(documents: Sequence[Document], results: RerankResults) -> list[Document]:
-    return [with_score(documents[result.document_index], result.score) for result in results]
-
-
-def with_score(document: Document, score: float) -> Document:
-    return document.model_copy(update={"metadata": document.metadata | {SCORE: score}})
+    copies = []
+    for result in results:
+        document = documents[result.document_index]
+        copies.append(document.model_copy(update={"metadata": document.metadata | {SCORE: result.score}}))
+    return copies

@@ -1,6 +1,8 @@
 """RerankerPostprocessor inside LlamaIndex: a query engine that retrieves and reranks, without any language model."""
 
 import asyncio
+import copy
+import pickle
 
 import pytest
 
@@ -15,8 +17,8 @@ from llama_index.core.response_synthesizers import ResponseMode  # noqa: E402
 from llama_index.core.retrievers import BaseRetriever  # noqa: E402
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode  # noqa: E402
 
-from rag_retrieval.infer.llama_index_adapter import RerankerPostprocessor  # noqa: E402
 from rag_retrieval.infer.reranker import Reranker  # noqa: E402
+from rag_retrieval.integrations.llama_index import RerankerPostprocessor  # noqa: E402
 
 TEXTS = ["Water boils at 100 degrees.", "Paris is a city.", "", "Fever and cough."]
 QUERY = "what boils?"
@@ -89,7 +91,7 @@ def test_what_it_does_is_told_to_the_librarys_watchers(model_folders):
         def handle(self, event, **options):
             events.append(event)
 
-    dispatcher = get_dispatcher("rag_retrieval.infer.llama_index_adapter")
+    dispatcher = get_dispatcher("rag_retrieval.integrations.llama_index")
     dispatcher.add_event_handler(Watcher())
     try:
         RerankerPostprocessor(model=model_folders["bert"], top_n=1).postprocess_nodes(nodes(), query_str=QUERY)
@@ -106,3 +108,10 @@ def test_without_a_query_or_a_model_it_says_so(reranker):
     with pytest.raises(ValueError, match="expected a Reranker, or the name or folder of one; found NoneType"):
         RerankerPostprocessor(model=None)
     assert RerankerPostprocessor(model=reranker).postprocess_nodes([], query_str=QUERY) == []
+
+
+def test_it_can_be_copied_and_pickled_after_its_first_use(reranker):
+    postprocessor = RerankerPostprocessor(model=reranker)
+    expected = found(postprocessor.postprocess_nodes(nodes(), query_str=QUERY))
+    for other in (copy.deepcopy(postprocessor), pickle.loads(pickle.dumps(postprocessor))):
+        assert found(other.postprocess_nodes(nodes(), query_str=QUERY)) == expected

@@ -1,6 +1,8 @@
 """RerankerCompressor inside LangChain: a retriever and the compressor in one chain."""
 
 import asyncio
+import copy
+import pickle
 
 import pytest
 
@@ -10,8 +12,8 @@ from langchain_core.documents import Document  # noqa: E402
 from langchain_core.retrievers import BaseRetriever  # noqa: E402
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough  # noqa: E402
 
-from rag_retrieval.infer.langchain_adapter import RerankerCompressor  # noqa: E402
 from rag_retrieval.infer.reranker import Reranker  # noqa: E402
+from rag_retrieval.integrations.langchain import RerankerCompressor  # noqa: E402
 
 TEXTS = ["Water boils at 100 degrees.", "Paris is a city.", "", "Fever and cough."]
 QUERY = "what boils?"
@@ -88,3 +90,10 @@ def test_what_is_no_model_is_refused(tmp_path):
         RerankerCompressor(model=str(tmp_path))
     with pytest.raises(ValueError, match="top_n"):
         RerankerCompressor(model=str(tmp_path), top_n=0)
+
+
+def test_it_can_be_copied_and_pickled(reranker):
+    compressor = RerankerCompressor(model=reranker, top_n=2)
+    expected = compressor.compress_documents(documents(), QUERY)
+    for other in (copy.deepcopy(compressor), pickle.loads(pickle.dumps(compressor))):
+        assert other.compress_documents(documents(), QUERY) == expected

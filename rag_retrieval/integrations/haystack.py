@@ -3,16 +3,16 @@
     pipeline.add_component("ranker", RerankerRanker(model="runs/a/model", top_k=5))
     pipeline.connect("retriever.documents", "ranker.documents")
 
-The trap: a pipeline can be written to a file only where the component was given a name or a folder: an open Reranker
-cannot be written, and `to_dict` says so.
+A pipeline can be written to a file only where the component was given a name or a folder, not an open Reranker.
 """
 
 import os
 from dataclasses import replace
 from typing import Any
 
-from rag_retrieval.infer.adapters import missing_library, opened
-from rag_retrieval.infer.reranker import OVERLAP, Reranker
+from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.infer.reranker import Reranker
+from rag_retrieval.integrations import missing_library, open_reranker
 
 try:
     from haystack import Document, component, default_from_dict, default_to_dict
@@ -35,7 +35,7 @@ class RerankerRanker:
         batch_size: int = 256,
         max_length: int | None = None,
         normalize: bool = False,
-        long_document: str = "max_slice",
+        long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ):
         self.model = model
@@ -52,7 +52,7 @@ class RerankerRanker:
     def warm_up(self) -> None:
         """Open the model; again, nothing. ValueError as `Reranker`."""
         if self._reranker is None:
-            self._reranker = opened(self.model)
+            self._reranker = open_reranker(self.model)
 
     @component.output_types(documents=list[Document])
     def run(self, query: str, documents: list[Document], top_k: int | None = None) -> dict[str, list[Document]]:
@@ -60,8 +60,8 @@ class RerankerRanker:
         component's own. ValueError for what `Reranker.rerank` refuses."""
         self.warm_up()
         texts = [document.content for document in documents]
-        found = self._reranker.rerank(query, texts, top_k=self.top_k if top_k is None else top_k, **self.options)
-        return {"documents": [replace(documents[result.document_index], score=result.score) for result in found]}
+        results = self._reranker.rerank(query, texts, top_k=self.top_k if top_k is None else top_k, **self.options)
+        return {"documents": [replace(documents[result.document_index], score=result.score) for result in results]}
 
     def to_dict(self) -> dict[str, Any]:
         """For pipeline files. ValueError where the component was given an open Reranker."""

@@ -6,8 +6,8 @@ from tiny_models import CHINESE, ENGLISH, tiny_joining_qwen2
 from yes_no_samples import YES_NO, prompt, tiny_causal
 
 from rag_retrieval import LLMDecoder
+from rag_retrieval.infer.long_documents import document_tokens, slice_starts
 from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.infer.slices import document_tokens, slice_starts
 from rag_retrieval.infer.torch_backend import TorchBackend
 
 QUERY = {"english": "what are the symptoms of influenza?", "chinese": "感冒的症状是什么？"}
