@@ -131,10 +131,10 @@ def test_a_step_has_whole_groups_of_at_most_32_pairs(negatives, groups, pairs):
 
 @pytest.mark.parametrize("loss", quality_tables.LOSSES)
 def test_our_configuration_asks_for_32_pairs_per_step_and_is_valid(loss, tmp_path):
-    from rag_retrieval.train.reranker.training_config import TrainingConfig
+    from rag_retrieval.train.reranker.config import RerankerConfig
 
     values = quality_trainers.our_config(recipe(loss), tmp_path / "train.jsonl", tmp_path / "out")
-    config = TrainingConfig(**values)
+    config = RerankerConfig(**values)
     assert config.batch_size * (config.train_group_size or 1) == 32
     assert (config.lr, config.head_lr, config.loss_type) == (1e-4, 1e-3, loss)
 
