@@ -1,4 +1,4 @@
-"""The options for opening a model: other spellings, one clear error, and a command's configuration that inherits them."""
+"""Options for opening a model: other spellings, one clear error, a configuration that inherits them."""
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ def test_a_configuration_that_inherits_gives_the_options_alone():
 
 
 def test_a_wrong_option_is_named_with_what_was_expected():
-    for name, value, word in (("head", "x", "yes_no"), ("max_length", 0, "at least 1"), ("max_lenght", 3, "max_length")):
+    wrong = (("head", "x", "yes_no"), ("max_length", 0, "at least 1"), ("max_lenght", 3, "max_length"))
+    for name, value, word in wrong:
         with pytest.raises(ValueError, match=f"^{name}: .*{word}"):
             model_options(**{name: value})
