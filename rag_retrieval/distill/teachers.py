@@ -8,7 +8,8 @@ are larger counts for more.
 import torch
 from transformers import AutoConfig
 
-from rag_retrieval.distill.distill_config import DistillConfig
+from rag_retrieval.core.command import CommandFailure
+from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.models.decoder_template import INSTRUCTION
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.load_reranker import CLASSES, model_type_of
@@ -18,7 +19,7 @@ from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.yes_no_prompt import chat_formats
 
 
-class TeacherError(RuntimeError):
+class TeacherError(CommandFailure):
     """A teacher gave what nobody can learn from."""
 
 

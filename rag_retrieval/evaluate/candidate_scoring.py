@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from rag_retrieval.core.log import Progress
 from rag_retrieval.core.processes import on_main, process_index
-from rag_retrieval.core.progress import Progress
 from rag_retrieval.data.beir import Run, read_run, write_run
 from rag_retrieval.data.records import DataError
 from rag_retrieval.evaluate.ranking_data import RankingData

@@ -23,7 +23,7 @@ from rag_retrieval.evaluate.calibration_fit import (
 )
 from rag_retrieval.evaluate.candidate_scoring import HowToScore, score_candidates
 from rag_retrieval.evaluate.comparison import Comparison, compare
-from rag_retrieval.evaluate.evaluation_config import EvaluationConfig
+from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.measures import PerQuery, measure_queries, perfect_run
 from rag_retrieval.evaluate.moves import QueryChange, largest_changes
 from rag_retrieval.evaluate.output_folder import held

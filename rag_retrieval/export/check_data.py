@@ -11,7 +11,7 @@ import numpy as np
 from rag_retrieval.data.beir import Run
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
-from rag_retrieval.export.export_config import ExportConfig
+from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.export.sample_pairs import sample_pairs
 from rag_retrieval.export.verification import Verification, ndcg_of, rank_correlation
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder

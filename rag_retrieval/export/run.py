@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from rag_retrieval.evaluate.evaluation import name_of
 from rag_retrieval.export.check_data import CheckData, read_check_data
-from rag_retrieval.export.export_config import ExportConfig
+from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.export.graph import input_names, write_graph
 from rag_retrieval.export.optimization import optimize_graph
 from rag_retrieval.export.quantization import quantize_int8

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rag_retrieval.core.command import CommandFailure
 from rag_retrieval.data.beir import Qrels, Run
 
 FLOAT32_LIMIT = 1e-4  # largest difference of a score, relative where scores exceed 1
@@ -16,7 +17,7 @@ LARGEST_LOSS = 0.01  # of int8: nDCG@10
 MEASURE = "ndcg@10"
 
 
-class DifferenceError(RuntimeError):
+class DifferenceError(CommandFailure):
     """The exported model does not score as the model it was made from."""
 
 

@@ -8,19 +8,19 @@ the last bit of a score. Another set of queries may change such a bit: vectors o
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from rag_retrieval.core.files import replacing
-from rag_retrieval.core.progress import Progress
+from rag_retrieval.core.log import Progress
 from rag_retrieval.core.work_folder import WorkFolder, content_of
 from rag_retrieval.data.beir import find_file
 from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.records import DataError
+from rag_retrieval.mining.config import MiningConfig, summary_file
 from rag_retrieval.mining.miner import Miner
-from rag_retrieval.mining.mining_checks import summary_file
-from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.output import Mined, lines_of, text_writer
 from rag_retrieval.mining.queries import (
     Query,
@@ -32,6 +32,8 @@ from rag_retrieval.mining.queries import (
 from rag_retrieval.mining.summary import MiningSummary
 from rag_retrieval.retrieval.index import model_content
 
+logger = logging.getLogger(__name__)
+
 PART = 256  # queries
 WITHOUT_EFFECT = {"data", "corpus", "split", "output", "output_format", "labels", "overwrite", "work_dir", "device"}
 
@@ -42,6 +44,8 @@ def mine(config: MiningConfig) -> MiningSummary:
     Raises DataError for data that cannot be used, and ValueError for models, an output that exists, a work folder
     in use, and when no query got a negative. The output is then not written, and the work folder stays.
     """
+    if config.ignored:
+        logger.warning(config.ignored)
     output = Path(config.output)
     check_output(config, output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from rag_retrieval.core.command import report, set_up_logging
+from rag_retrieval.core.command import prepare_streams, print_result, report
+from rag_retrieval.core.log import launched_rank, set_up_logging
 from rag_retrieval.core.signals import (
     Interrupted,
     TrainingStopped,
@@ -40,14 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     ended by SIGINT and SIGTERM (in training: after the step, with a checkpoint). With RAG_RETRIEVAL_TRACEBACK=1 in
     the environment, errors are raised instead."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    prepare_streams()
     with on_signals(leave_at_once):
         from rag_retrieval.core.config_file import ConfigError, load_config, split_arguments
         from rag_retrieval.core.config_schema import describe_options
         from rag_retrieval.train.reranker.training_config import TRAINING
 
         if {"-h", "--help"} & set(arguments):
-            print(f"{USAGE}\n\n{describe_options(TRAINING)}")
-            return 0
+            return print_result(f"{USAGE}\n\n{describe_options(TRAINING)}")
         try:
             path, overrides = split_arguments(arguments)
             if path is None:
@@ -92,9 +93,8 @@ def report_crash(error: Exception, go_on: str) -> int:
     """Print the traceback of an error that is no user's, whole and at once, with the process that it struck."""
     if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
         raise error
-    process = os.environ.get("RANK", "0")
     text = "".join(traceback.format_exception(error))
-    sys.stderr.write(f"error in process {process}:\n{text}Checkpoints written before are intact; {go_on}\n")
+    sys.stderr.write(f"error in process {launched_rank()}:\n{text}Checkpoints written before are intact; {go_on}\n")
     sys.stderr.flush()
     return 1
 
