@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rag_retrieval.core.command import Command, print_result, run_command
 from rag_retrieval.core.log import launched_rank, quiet_transformers
+from rag_retrieval.train.reranker.train_reranker import TRAIN
 
 if TYPE_CHECKING:
     from rag_retrieval.distill.config import DistillConfig
@@ -26,6 +27,7 @@ GOES_ON = "the same command goes on where this one stopped"
 COMMANDS = {
     command.name: command
     for command in (
+        TRAIN,
         Command(
             "evaluate",
             "measure a reranker on judged queries",
@@ -81,11 +83,10 @@ COMMANDS = {
         ),
     )
 }
-ABOUT = {"train": "train a reranker from a YAML file", **{name: command.about for name, command in COMMANDS.items()}}
 HELP = "\n".join(
     [
         "Usage: rag-retrieval COMMAND [--config FILE] [--KEY VALUE ...]\n",
-        *(f"  {name:<12}{about}" for name, about in ABOUT.items()),
+        *(f"  {command.name:<12}{command.about}" for command in COMMANDS.values()),
         "\nrag-retrieval COMMAND --help shows the keys of a command.",
     ]
 )
@@ -93,10 +94,6 @@ HELP = "\n".join(
 
 def main(arguments: list[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [None]
-    if name == "train":
-        from rag_retrieval.train.reranker.train_reranker import main as train
-
-        return print_result(train(rest))
     if name in COMMANDS:
         return run_command(COMMANDS[name], rest)
     if name in ("-h", "--help"):
@@ -125,7 +122,7 @@ def mine(config: "MiningConfig") -> str:
     from rag_retrieval.mining.run import mine
 
     if config.reranker or config.dense_model:
-        import rag_retrieval.models.load_reranker  # noqa: F401 -- transformers, so that it is quiet
+        import rag_retrieval.models.open  # noqa: F401 -- transformers, so that it is quiet
 
         quiet_transformers()
     started = time.monotonic()

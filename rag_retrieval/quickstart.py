@@ -15,14 +15,14 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from rag_retrieval.core.config import Config, OutputPath, key
-from rag_retrieval.core.config_file import load_config
+from rag_retrieval.core.config_reader import load_config
 from rag_retrieval.data.store import Group, open_store
-from rag_retrieval.metrics import ndcg, rank_metrics
+from rag_retrieval.metrics import group_metrics, metric_value, rank_group
 from rag_retrieval.models.cross_encoder import CrossEncoder
-from rag_retrieval.models.model_files import resolve_model_path
+from rag_retrieval.models.settings import resolve_model_path
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.train_reranker import SHIPPED_CONFIGS
 from rag_retrieval.train.reranker.train_reranker import main as train
-from rag_retrieval.train.reranker.training_config import TRAINING
 
 CONFIG = SHIPPED_CONFIGS / "quickstart.yaml"
 TEST_FILE = Path(__file__).resolve().parents[1] / "example_data" / "stdlib_grouped.test.jsonl"
@@ -48,7 +48,7 @@ def run(config: QuickstartConfig) -> str | int:
     if code := train(["--config", str(CONFIG), *overrides]):
         return code
     groups = read_groups(TEST_FILE)
-    base = load_config(TRAINING, str(CONFIG)).model_name_or_path
+    base = load_config(RerankerConfig, str(CONFIG)).model_name_or_path
     model_folder = Path(config.output_dir) / "model"
     rankings = {
         "BM25's order": [-np.arange(len(group.documents), dtype=float) for group in groups],
@@ -103,15 +103,17 @@ def table(rankings: dict[str, list[np.ndarray]], groups: list[Group]) -> Iterato
     yield f"\n{len(groups)} held-out queries, {sum(map(len, labels))} candidates, none of them seen in training:\n"
     yield f"  {'':<30} nDCG@10   MRR@10"
     for name, scores in rankings.items():
-        values = rank_metrics(scores, labels)
+        values = group_metrics(scores, labels)
         yield f"  {name:<30} {values['ndcg@10']:>7.4f}  {values['mrr@10']:>7.4f}"
 
 
 def examples(before: list[np.ndarray], after: list[np.ndarray], groups: list[Group]) -> Iterator[str]:
     """The two queries that gained most and the one that lost most, with the first documents of both orders."""
-    gains = [
-        ndcg(new, group.labels) - ndcg(old, group.labels) for old, new, group in zip(before, after, groups, strict=True)
-    ]
+    old, new = (
+        np.array([metric_value("ndcg@10", rank_group(values, group.labels)) for values, group in zip(scores, groups)])  # noqa: B905
+        for scores in (before, after)
+    )
+    gains = new - old
     order = np.argsort(gains, kind="stable")
     for place in (order[-1], order[-2], order[0]):
         yield f"\nquery: {groups[place].query}   (nDCG@10 {gains[place]:+.2f})"

@@ -10,11 +10,11 @@ from rag_retrieval import cli
 def test_every_command_is_in_the_help(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in cli.ABOUT)
+    assert all(f"\n  {name} " in printed for name in cli.COMMANDS)
 
 
 def test_a_command_without_options_says_what_is_missing(capsys):
-    for name in cli.ABOUT.keys() - {"quickstart"}:
+    for name in cli.COMMANDS.keys() - {"quickstart"}:
         assert cli.main([name]) == 2
         shown = capsys.readouterr()
         assert shown.err.startswith("error: --") and "is missing" in shown.err and not shown.out

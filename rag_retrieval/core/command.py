@@ -6,6 +6,7 @@ stdout. Only the standard library is imported before a Ctrl-C is handled.
 
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from rag_retrieval.core.signals import Interrupted, exit_code, interrupt, leave_
 
 if TYPE_CHECKING:
     from rag_retrieval.core.config import Config
+
+logger = logging.getLogger(__name__)
 
 GRACE = 5.0  # seconds in which the first process prints what went wrong, before a launcher ends all
 WIDTH = 80  # columns of the help
@@ -83,6 +86,8 @@ def run_command(command: Command, arguments: list[str]) -> int:
         except ImportError as error:
             return report(with_extra(error), 2, on_all_processes=True)
         quiet_transformers()
+        if config.ignored:
+            logger.warning(config.ignored)
     return print_result(run_interruptibly(command, run, config))
 
 
@@ -186,10 +191,13 @@ def describe_command(command: Command, config_class: "type[Config]", everything:
                 formatter.write_dl([describe_key(key, config_class) for key in keys], col_max=26)
     else:
         with formatter.section("Most used"):
-            formatter.write_dl([describe_key(key, config_class) for key in config_class.main_keys], col_max=26)
+            main_keys = [describe_key(key, config_class, short=True) for key in config_class.main_keys]
+            formatter.write_dl(main_keys, col_max=26)
         others = [(title, [key for key in keys if key not in config_class.main_keys]) for title, keys in groups.items()]
         with formatter.section("All others (--help_all explains them)"):
-            formatter.write_dl([(title, ", ".join(keys)) for title, keys in others if keys])
+            for title, keys in others:
+                if keys:
+                    formatter.write_text(f"{title}: {', '.join(keys)}")
     formatter.write_paragraph()
     formatter.write_text(
         "Each is a key of the YAML file (--config) and an option, which wins: --key value, --key=value; --key alone "
@@ -198,8 +206,8 @@ def describe_command(command: Command, config_class: "type[Config]", everything:
     return formatter.getvalue().rstrip()
 
 
-def describe_key(key: str, config_class: "type[Config]") -> tuple[str, str]:
-    """(`--lr`, meaning, what it takes and default)."""
+def describe_key(key: str, config_class: "type[Config]", short: bool = False) -> tuple[str, str]:
+    """(`--lr`, meaning, what it takes and default). short: of the meaning the first sentence."""
     from rag_retrieval.core.config import expected, shown_value
 
     key_field = config_class.model_fields[key]
@@ -209,4 +217,5 @@ def describe_key(key: str, config_class: "type[Config]") -> tuple[str, str]:
         notes.append("required")
     elif default not in (None, (), []):
         notes.append(f"default {','.join(default) if isinstance(default, tuple) else shown_value(default)}")
-    return f"--{key}", f"{key_field.description} ({', '.join(notes)})" if notes else key_field.description
+    meaning = key_field.description.partition(". ")[0].removesuffix(".") if short else key_field.description
+    return f"--{key}", f"{meaning} ({', '.join(notes)})" if notes else meaning

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import NAMES, Config, DatasetName, EscapedText, ModelName, OutputPath, key
-from rag_retrieval.models.yes_no_prompts import PROMPTS, check_places
+from rag_retrieval.models.prompts import PROMPTS, check_places
 
 
 def _by_language(part: str) -> Callable[["DistillConfig"], str]:

@@ -7,8 +7,10 @@ from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, Location, ModelName, OutputPath, key
 from rag_retrieval.evaluate.bm25 import BM25
-from rag_retrieval.evaluate.measures import DEFAULT_MEASURES, check_measures
+from rag_retrieval.metrics import METRICS, PATTERNS, parse_metric
 
+GRADED = " and ".join(metric.name for metric in METRICS.values() if metric.reads == "grades")
+DEFAULT_MEASURES = ("ndcg@10", "mrr@10", "map", "recall@10", "recall@100", "p@10")
 Baseline = Annotated[str, Location(file=True, folder=True, hub=True, package=True, words=(BM25,))]
 
 
@@ -29,9 +31,9 @@ class EvaluationConfig(Config):
     )
     depth: int = key("Candidates of a query, in documents.", 100, ge=1)
     measures: Annotated[tuple[str, ...], NAMES] = key(
-        "ndcg@k, mrr@k, map, recall@k and p@k; the first one orders gains and losses.", DEFAULT_MEASURES
+        f"Of {PATTERNS}; the first one orders gains and losses.", DEFAULT_MEASURES
     )
-    relevant_from: int = key("Smallest grade of a relevant document, for all but ndcg.", 1, ge=1)
+    relevant_from: int = key(f"Smallest grade of a relevant document, for all but {GRADED}.", 1, ge=1)
     baseline: Baseline | None = key(
         "What to compare with: bm25, a TREC run file, or another model, which reranks "
         "the same candidates. Absent: the candidates in their own order.",
@@ -66,5 +68,8 @@ class EvaluationConfig(Config):
     @field_validator("measures")
     @classmethod
     def _known_measures(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        check_measures(names)
+        if not names:
+            raise ValueError("found none; expected at least one, such as ndcg@10")
+        for name in names:
+            parse_metric(name)
         return tuple(dict.fromkeys(names))

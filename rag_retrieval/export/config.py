@@ -18,9 +18,6 @@ class ExportConfig(Config):
     quantize: Literal["int8"] | None = key(
         "Weights and products in 8 bits: smaller, faster on a CPU, and a little less exact."
     )
-    optimize: bool = key(
-        "Fuse nodes with ONNX Runtime's own operators; other runtimes may not read the result.", False
-    )
     data: FileOrFolder | None = key(
         "Folder in BEIR layout, or a file of ranking records, to check the exported model on. Absent: pairs that come "
         "with the program, and no nDCG.",

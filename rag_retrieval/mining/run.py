@@ -8,7 +8,6 @@ the last bit of a score. Another set of queries may change such a bit: vectors o
 """
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -32,8 +31,6 @@ from rag_retrieval.mining.queries import (
 from rag_retrieval.mining.summary import MiningSummary
 from rag_retrieval.retrieval.index import model_content
 
-logger = logging.getLogger(__name__)
-
 PART = 256  # queries
 WITHOUT_EFFECT = {"data", "corpus", "split", "output", "output_format", "labels", "overwrite", "work_dir", "device"}
 
@@ -44,8 +41,6 @@ def mine(config: MiningConfig) -> MiningSummary:
     Raises DataError for data that cannot be used, and ValueError for models, an output that exists, a work folder
     in use, and when no query got a negative. The output is then not written, and the work folder stays.
     """
-    if config.ignored:
-        logger.warning(config.ignored)
     output = Path(config.output)
     check_output(config, output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import pytest
 
 from rag_retrieval.core.config_reader import ConfigError, load_config
 from rag_retrieval.distill.config import DistillConfig
-from rag_retrieval.models.yes_no_prompts import PROMPTS
+from rag_retrieval.models.prompts import PROMPTS
 
 MINIMAL = {"dataset": "train.jsonl", "output": "out.jsonl", "teachers": "owner/model"}
 
