@@ -23,10 +23,11 @@ from rag_retrieval.evaluate.scoring import locked_output_dir, score_candidates
 from rag_retrieval.evaluate.significance import Comparison, compare
 from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metrics
 from rag_retrieval.models.calibration import Calibration, write_calibration
-from rag_retrieval.models.load_reranker import check_trained, load_reranker
-from rag_retrieval.models.model_files import PACKAGE_PREFIX
+from rag_retrieval.models.open import open_scorer
+from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.settings import PACKAGE_PREFIX
 
 LIBRARIES = ("bm25s", "Stemmer", "scipy")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted
@@ -92,12 +93,16 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
             )
         output_dir = Path(config.output_dir or default_output_dir(config.model, data.name))
         with locked_output_dir(output_dir, config.model_dump(mode="json")):
-            scorer = open_model(config.model, config)
+            scorer = open_scorer(config.model, model_options(config))
             if config.calibrate is not None:
                 scorer.calibration = calibrate(config, scorer, output_dir)
             run = score_candidates(scorer, name_of(config.model), data, output_dir / "run.trec", config)
             baseline = baseline_run(config, data, output_dir)
             return measure(config, data, run, baseline, scorer, output_dir)
+
+
+def model_options(config: EvaluationConfig) -> ModelOptions:
+    return ModelOptions(max_length=config.max_len, device=str(own_device()))
 
 
 def check(config: EvaluationConfig) -> None:
@@ -120,13 +125,6 @@ def check(config: EvaluationConfig) -> None:
     same_file = Path(config.calibrate).resolve() == Path(config.data).resolve()
     if same_file if is_file else config.calibrate == config.split:
         raise ValueError(f"calibrate: {config.calibrate} is measured on; fit on other queries, such as a dev split.")
-
-
-def open_model(path: str, config: EvaluationConfig) -> PairScorer:
-    """The trained model on the device of this process."""
-    scorer = load_reranker(path, config.max_len)
-    check_trained(path, scorer)
-    return scorer.to(own_device())
 
 
 def name_of(model: str) -> str:
@@ -170,7 +168,7 @@ def baseline_run(config: EvaluationConfig, data: RankingData, output_dir: Path) 
         depth = config.depth if config.baseline == BM25 else maxsize
         other = read_ranking_data(config.data, config.split, config.baseline, depth)
         return other.source, other.candidates
-    scorer, name = open_model(config.baseline, config), name_of(config.baseline)
+    scorer, name = open_scorer(config.baseline, model_options(config)), name_of(config.baseline)
     return name, score_candidates(scorer, name, data, output_dir / "baseline.trec", config)
 
 
