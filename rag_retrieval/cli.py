@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(config: "EvaluationConfig") -> str:
     from rag_retrieval.evaluate.evaluation import evaluate_reranker
-    from rag_retrieval.evaluate.evaluation_output import describe_evaluation, write_evaluation
+    from rag_retrieval.evaluate.output import describe_evaluation, write_evaluation
 
     evaluation = evaluate_reranker(config)
     if launched_rank() > 0:

@@ -44,8 +44,11 @@ class EvaluationConfig(Config):
     )
     calibrate: Annotated[str, Location(file=True, only_data_files=True)] | None = key(
         "Split (of a BEIR folder) or file to fit temperature and bias on, not the one "
-        "that is measured on; they are saved in the model's folder.",
+        "that is measured on; they are saved as calibration.json in the model's folder.",
         min_length=1,
+    )
+    calibration_dir: OutputPath | None = key(
+        "Where calibration.json goes instead, for a model's folder that is read-only.", min_length=1
     )
     report: bool = key("Write report.html and its figures into output_dir (needs matplotlib).", False)
     training_run: FolderPath | None = key(
