@@ -91,6 +91,9 @@ def all_succeed(work: Callable[[], Result]) -> Result:
 
 
 def gather(value: Result) -> list[Result]:
+    """The value of every process, in their order, on every process."""
+    if not several():
+        return [value]
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -7,6 +7,7 @@ every slice; the text that a format puts around a document stands around every s
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -15,7 +16,12 @@ from rag_retrieval.infer.documents import check_number
 from rag_retrieval.models.one_ahead import one_ahead
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, cut, surrounding_tokens
 
-LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
+LongDocument = Literal["truncate", "max_slice", "mean_slice", "first_slice"]
+LONG_DOCUMENT = get_args(LongDocument)
+LONG_DOCUMENT_HELP = (
+    "What becomes of a document that does not fit beside the query: its beginning is read, or it is cut into slices, "
+    "of which the best score, the mean or the first one's counts."
+)
 LONG_DOCUMENT_DEFAULT = "max_slice"
 OVERLAP = 64  # tokens
 LONGEST_QUERY = 0.75  # of the tokens that the fixed parts leave; a longer query is cut to this where slices are made
