@@ -1,7 +1,7 @@
 """`rag-retrieval serve --model DIR`: from options to a server that listens.
 
-The order matters: a wrong option, token or port is told before the model is loaded, and the port is opened after the
-model has scored its first pairs, so that whoever reaches the server finds it ready.
+A wrong option, token or port is an error before the model is loaded, and the port listens after the model has scored
+its first pairs: whoever reaches the server finds it ready.
 """
 
 import logging
@@ -45,8 +45,8 @@ def run(config: ServeConfig) -> int:
 
 def serve(config: ServeConfig) -> None:
     from rag_retrieval.infer.reranker import Reranker
-    from rag_retrieval.serve.bearer_token import read_token
-    from rag_retrieval.serve.http_server import bound_socket
+    from rag_retrieval.serve.http import read_token
+    from rag_retrieval.serve.server import bound_socket
 
     token = read_token(config.token_file)
     opened = bound_socket(config.host, config.port)
@@ -61,12 +61,11 @@ def serve_backend(config: ServeConfig, backend: "Backend", token: bytes | None, 
     """Returns when a signal has stopped the server."""
     from rag_retrieval.serve.app import RerankService
     from rag_retrieval.serve.batching import Batcher
-    from rag_retrieval.serve.http_server import run_server
-    from rag_retrieval.serve.served_model import ServedModel
-    from rag_retrieval.serve.server_metrics import ServerMetrics
-    from rag_retrieval.serve.warm_up import MOST_TOKENS, warm_up
+    from rag_retrieval.serve.http import ServerMetrics
+    from rag_retrieval.serve.reranking import MOST_TOKENS, RerankModel, warm_up
+    from rag_retrieval.serve.server import run_server
 
-    model = ServedModel(config.name or PurePath(config.model).name, backend, config.long_document)
+    model = RerankModel(config.name or PurePath(config.model).name, backend, config.long_document)
     metrics = ServerMetrics()
     with Batcher(model.score, MOST_TOKENS, metrics.count_batch) as batcher:
         warm_up(model, batcher, config.batch_tokens)

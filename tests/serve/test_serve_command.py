@@ -17,7 +17,7 @@ from serve_samples import wait_until
 from tiny_models import tiny_bert
 
 from rag_retrieval.cli import main
-from rag_retrieval.serve.http_server import bound_socket
+from rag_retrieval.serve.server import bound_socket
 
 ROOT = Path(__file__).resolve().parents[2]
 START = 120  # seconds
@@ -89,7 +89,7 @@ def test_a_folder_without_a_model_is_an_error_and_no_server(tmp_path, capsys):
 
 
 def test_a_missing_library_is_told_with_how_to_install_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "rag_retrieval.serve.http_server", raising=False)
+    monkeypatch.delitem(sys.modules, "rag_retrieval.serve.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
     printed = capsys.readouterr().err
