@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from rag_retrieval.evaluate.measures import measure
 
 from rag_retrieval import Reranker
-from rag_retrieval.evaluate.measures import measure
 from rag_retrieval.evaluate.ranking_data import BM25, read_ranking_data
-from rag_retrieval.infer.long_documents import LONG_DOCUMENT
+from rag_retrieval.models.options import LONG_DOCUMENT
 
 MEASURE = "ndcg@10"
 

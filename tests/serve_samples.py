@@ -13,9 +13,9 @@ from rag_retrieval.infer.backend import Backend
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.serve.app import RerankService
 from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.http import ServerMetrics
 from rag_retrieval.serve.reranking import RerankModel
-from rag_retrieval.serve.serve_config import ServeConfig
 from rag_retrieval.serve.server import address_of, bound_socket, run_server
 
 BATCH_TOKENS = 256

@@ -1,7 +1,8 @@
-"""`export_reranker`: the model's own scores, the graph, perhaps int8, the comparison, and only then the folder.
+"""`export_reranker`: a trained reranker as ONNX, perhaps in int8, compared with the model before the folder gets its
+name.
 
-What a reader would get wrong: everything is written beside the output folder and renamed at the end. An export that
-fails, or that is not like its model, leaves nothing behind.
+Everything is written beside the output folder and renamed at the end. An export that fails, or that does not score as
+its model, leaves nothing behind.
 """
 
 import os
@@ -16,20 +17,19 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from rag_retrieval.evaluate.evaluation import name_of
-from rag_retrieval.export.check_data import CheckData, read_check_data
-from rag_retrieval.export.export_config import ExportConfig
-from rag_retrieval.export.graph import input_names, write_graph
-from rag_retrieval.export.optimization import optimize_graph
-from rag_retrieval.export.quantization import quantize_int8
-from rag_retrieval.export.verification import Verification, check_float32, check_int8
+from rag_retrieval.export.config import ExportConfig
+from rag_retrieval.export.onnx_graph import input_names, write_graph
+from rag_retrieval.export.quantize import quantize_int8
+from rag_retrieval.export.verify import CheckData, Verification, check_float32, check_int8, read_check_data
 from rag_retrieval.infer.onnx_backend import OnnxBackend
 from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
 from rag_retrieval.models.calibration import write_calibration
-from rag_retrieval.models.load_reranker import check_trained, load_reranker
-from rag_retrieval.models.model_files import write_settings
+from rag_retrieval.models.open import open_scorer
+from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import mode_of, score_chunk
+from rag_retrieval.models.settings import write_settings
 
 BATCH_SIZE = 256  # pairs of one forward at most, while comparing
 LIBRARIES = ("rag-retrieval", "torch", "transformers", "onnx", "onnxruntime")
@@ -56,7 +56,7 @@ def export_reranker(config: ExportConfig) -> Exported:
     """
     output = Path(config.output)
     check_output(output)
-    scorer = load_trained(config.model)
+    scorer = open_scorer(config.model, ModelOptions(device="cpu"))
     check = read_check_data(config, scorer.pair_encoder)
     expected = own_scores(config.model, scorer, check)
     with folder_aside(output) as folder:
@@ -82,13 +82,6 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"output: {folder} is a file; name a new folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"output: {folder} holds files; name a new folder, or empty it first")
-
-
-def load_trained(model: str) -> PairScorer:
-    """Raises ValueError for a model that cannot be loaded, or whose score head no checkpoint gave."""
-    scorer = load_reranker(model)
-    check_trained(model, scorer)
-    return scorer
 
 
 def own_scores(model: str, scorer: PairScorer, check: CheckData) -> np.ndarray:
@@ -124,8 +117,7 @@ def write_float32(scorer: PairScorer, config: ExportConfig, folder: Path) -> Onn
     if scorer.calibration is not None:
         write_calibration(folder, scorer.calibration)
     write_graph(scorer, folder / MODEL_FILE)
-    fused = optimize_graph(folder / MODEL_FILE) if config.optimize else {}
-    source = {"model": name_of(config.model), "class": type(scorer.model).__name__, "fused": fused}
+    source = {"model": name_of(config.model), "class": type(scorer.model).__name__}
     description = OnnxDescription(
         model_type=scorer.model_type,
         max_length=scorer.pair_encoder.max_length,

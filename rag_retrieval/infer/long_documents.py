@@ -13,11 +13,9 @@ import numpy as np
 from rag_retrieval.infer.backend import Backend
 from rag_retrieval.infer.documents import check_number
 from rag_retrieval.models.one_ahead import one_ahead
+from rag_retrieval.models.options import LONG_DOCUMENT, OVERLAP
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, cut, surrounding_tokens
 
-LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
-LONG_DOCUMENT_DEFAULT = "max_slice"
-OVERLAP = 64  # tokens
 LONGEST_QUERY = 0.75  # of the tokens that the fixed parts leave; a longer query is cut to this where slices are made
 CHUNK_PAIRS = 4096  # tokenized and planned together
 CHUNK_CHARACTERS = 8_000_000  # of documents, likewise; one longer document is a chunk of its own

@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 import rag_retrieval
 from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.http import (
     CLIENT_GONE,
     Admission,
@@ -36,7 +37,6 @@ from rag_retrieval.serve.http import (
 )
 from rag_retrieval.serve.reranking import EncodedTask, RerankModel
 from rag_retrieval.serve.schemas import RerankTask, document_answer, limited_request, parse_request, text_answer
-from rag_retrieval.serve.serve_config import ServeConfig
 
 RERANK_PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
 OTHER_PATHS = ("/health", "/info", "/metrics")

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-from rag_retrieval.serve.serve_config import TOKEN_VARIABLE
+from rag_retrieval.serve.config import TOKEN_VARIABLE
 
 Result = TypeVar("Result")
 

@@ -13,6 +13,7 @@ import numpy as np
 from rag_retrieval.infer.backend import Backend
 from rag_retrieval.infer.long_documents import EncodedDocument, PassageEncoder, combine_all, document_tokens
 from rag_retrieval.infer.results import ScoreType, shown_scores
+from rag_retrieval.models.options import OVERLAP
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.http import RequestError
@@ -39,12 +40,12 @@ class EncodedTask:
 
 
 class RerankModel:
-    """name: what answers call it. long_document: as for `Reranker.rerank`."""
+    """name: what answers call it. long_document, overlap: as for `Reranker.rerank`."""
 
-    def __init__(self, name: str, backend: Backend, long_document: str):
+    def __init__(self, name: str, backend: Backend, long_document: str, overlap: int = OVERLAP):
         self.name = name
         self.backend = backend
-        self.encoder = PassageEncoder(backend.pair_encoder, long_document)
+        self.encoder = PassageEncoder(backend.pair_encoder, long_document, overlap)
 
     @property
     def score_type(self) -> ScoreType:

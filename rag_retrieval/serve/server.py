@@ -1,4 +1,4 @@
-"""uvicorn around the application: its connections, and how it stops.
+"""The command `serve`: from a configuration to a server that listens, its connections, and how it stops.
 
 uvicorn itself bounds neither the number of connections nor the time that one may take to send a request, drops a
 client that has closed its sending half, answers malformed HTTP in plain text, and at a signal closes its port at once
@@ -13,6 +13,8 @@ import math
 import resource
 import socket
 import uuid
+from ipaddress import ip_address
+from pathlib import PurePath
 from types import FrameType
 from typing import ClassVar
 
@@ -21,7 +23,13 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rag_retrieval.serve.http import Admission, error_body
+from rag_retrieval.infer.backend import Backend
+from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.serve.app import RerankService
+from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.config import TOKEN_VARIABLE, ServeConfig
+from rag_retrieval.serve.http import Admission, ServerMetrics, error_body, read_token
+from rag_retrieval.serve.reranking import MOST_TOKENS, RerankModel, warm_up
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays open: longer than those of clients' pools, which are 5 to 15
 HEADER_SECONDS = 10  # from a connection's or a request's first byte to the end of its headers
@@ -33,6 +41,40 @@ PROBE_SECONDS = 0.2
 LOG_SECONDS = 10  # at most one line about connections in so many
 
 log = logging.getLogger(__name__)
+
+
+def serve(config: ServeConfig) -> int:
+    """The exit code: 0 when a signal has stopped the server. Raises ValueError and OSError for a wrong token, port or
+    model.
+
+    A wrong token or port is an error before the model is loaded, and the port listens after the model has scored its
+    first pairs: whoever reaches the server finds it ready.
+    """
+    token = read_token(config.token_file)
+    with bound_socket(config.host, config.port) as opened:
+        if token is None and not ip_address(opened.getsockname()[0]).is_loopback:
+            log.warning("other machines see %s, and no token is asked for: set %s", config.host, TOKEN_VARIABLE)
+        backend = open_backend(config.model, config.model_options())
+        try:
+            serve_backend(config, backend, token, opened)
+        finally:
+            backend.close()
+    return 0
+
+
+def serve_backend(config: ServeConfig, backend: Backend, token: bytes | None, opened: socket.socket) -> None:
+    """Returns when a signal has stopped the server."""
+    model = RerankModel(config.name or PurePath(config.model).name, backend, config.long_document, config.overlap)
+    metrics = ServerMetrics()
+    with Batcher(model.score, MOST_TOKENS, metrics.count_batch) as batcher:
+        warm_up(model, batcher, config.batch_tokens)
+        log.info("%s is loaded; batches of %s tokens", model.name, f"{batcher.batch_tokens:,}")
+        service = RerankService(config, model, batcher, metrics, token)
+        run_server(service.app, service.admission, opened, config.timeout)
+        service.close()
+
+
+# ---- connections ----------------------------------------------------------------------------------------
 
 
 class Connection(H11Protocol):
@@ -107,6 +149,9 @@ class Connection(H11Protocol):
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
+
+
+# ---- start and stop -------------------------------------------------------------------------------------
 
 
 class Server(uvicorn.Server):

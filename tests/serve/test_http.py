@@ -1,7 +1,7 @@
 import pytest
 
+from rag_retrieval.serve.config import TOKEN_VARIABLE
 from rag_retrieval.serve.http import Admission, RequestError, is_authorized, read_token
-from rag_retrieval.serve.serve_config import TOKEN_VARIABLE
 
 
 def test_places_are_given_back_even_after_an_error():

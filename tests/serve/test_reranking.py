@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import serve_samples
 
-from rag_retrieval.infer.long_documents import LONG_DOCUMENT
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.calibration import Calibration
+from rag_retrieval.models.options import LONG_DOCUMENT
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.http import RequestError
 from rag_retrieval.serve.reranking import (
