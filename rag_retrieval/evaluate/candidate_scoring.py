@@ -26,7 +26,7 @@ from rag_retrieval.data.run_files import read_run, write_run
 from rag_retrieval.evaluate.ranking_data import RankingData
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.process_scoring import score_over_processes
-from rag_retrieval.models.scoring_mode import Precision
+from rag_retrieval.models.scoring import Precision
 
 logger = logging.getLogger(__name__)
 

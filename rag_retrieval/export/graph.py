@@ -17,7 +17,7 @@ from torch import nn
 
 from rag_retrieval.infer.onnx_folder import INPUTS, OUTPUT
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.scoring_mode import evaluating
+from rag_retrieval.models.scoring import evaluating
 
 OPSET = 18
 TRACED = (3, 17)  # pairs, tokens: sizes that stand for no other number of a model

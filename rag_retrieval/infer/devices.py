@@ -8,7 +8,7 @@ import importlib
 
 import torch
 
-from rag_retrieval.models.device_pool import check_device
+from rag_retrieval.models.scoring import check_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = {"fp32": "no", "no": "no", "bf16": "bf16", "fp16": "fp16"}

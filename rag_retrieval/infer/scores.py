@@ -1,23 +1,17 @@
-"""From texts to scores, whatever the backend: chunks tokenized ahead, slices of all documents scored together.
+"""From texts to scores, whatever the backend: slices of all documents scored together.
 
-What a reader would get wrong: a chunk is bounded by its characters too, since a document may be a book; its slices
-are not, so that one plan of forwards holds the slices of many documents.
+A chunk is bounded by its characters too, since a document may be a book; its slices are not, so that one plan of
+forwards holds the slices of many documents.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend
 from rag_retrieval.infer.slices import Reader, Reading
-from rag_retrieval.models.one_ahead import one_ahead
-
-CHUNK_PAIRS = 4096  # tokenized and planned together
-CHUNK_CHARACTERS = 8_000_000  # of documents, likewise; one longer document is a chunk of its own
-
-Pairs = Sequence[tuple[str, str]]
+from rag_retrieval.models.text_scoring import Pairs, score_texts
 
 
 @dataclass(frozen=True)
@@ -31,22 +25,11 @@ class ScoredPair:
 
 def score_pairs(backend: Backend, reader: Reader, pairs: Pairs, batch_size: int) -> list[ScoredPair]:
     """In the order given. Raises ValueError for a score that is no number."""
-    scored: list[ScoredPair] = []
-    with closing(one_ahead(reader.read, chunks_of(pairs))) as chunks:
-        for readings in chunks:
-            scored += score_readings(backend, reader.long_document, readings, batch_size)
-    return scored
 
+    def score(readings: Sequence[Reading]) -> list[ScoredPair]:
+        return score_readings(backend, reader.long_document, readings, batch_size)
 
-def chunks_of(pairs: Pairs) -> Iterator[Pairs]:
-    start = characters = 0
-    for place, (_, document) in enumerate(pairs):
-        characters += len(document)
-        if place > start and (place - start == CHUNK_PAIRS or characters > CHUNK_CHARACTERS):
-            yield pairs[start:place]
-            start, characters = place, len(document)
-    if start < len(pairs):
-        yield pairs[start:]
+    return score_texts(pairs, reader.read, score)
 
 
 def score_readings(

@@ -7,7 +7,7 @@ the same tokens in every slice; but the text that a format puts around a documen
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, cut, surrounding_tokens
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, context_tokens, truncate
 
 LONG_DOCUMENT = ("max_slice", "mean_slice", "first_slice", "truncate")
 LONGEST_QUERY = 0.75  # of the tokens that the fixed parts leave; a longer query is cut to this where slices are made
@@ -81,7 +81,7 @@ class Reader:
         keep = min(len(query_ids), int(self.encoder.budget * LONGEST_QUERY))
         tokens = document_tokens(self.encoder, document)
         slices = [
-            Slice(self.encoder.join(cut(query_ids, keep, self.encoder.template.query_end), ids), span)
+            Slice(self.encoder.join(truncate(query_ids, keep, self.encoder.template.query_end), ids), span)
             for ids, span in self._cut(tokens, self.encoder.budget - keep)
         ]
         left_out = self.long_document == "first_slice" and len(slices) > 1
@@ -121,7 +121,7 @@ def document_tokens(encoder: PairEncoder, document: str) -> DocumentTokens:
     template = encoder.template
     before, after = template.anchor + template.before_document, template.after_document + template.following_document
     encoding = encoder.own.encode(before + document + after, add_special_tokens=False)
-    anchor, following = surrounding_tokens(encoder.own, template.anchor, template.following_document)
+    anchor, following = context_tokens(encoder.own, template.anchor, template.following_document)
     own = slice(anchor, len(encoding) - following)
     ids, offsets = encoding.ids[own], encoding.offsets[own]
     first, end = len(before), len(before) + len(document)

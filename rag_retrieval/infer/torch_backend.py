@@ -12,7 +12,6 @@ from threading import Lock
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from rag_retrieval.infer.backend import BackendOptions
 from rag_retrieval.infer.devices import choose_device, choose_dtype, choose_precision
@@ -20,14 +19,12 @@ from rag_retrieval.infer.model_kind import check_head_is_trained, check_is_reran
 from rag_retrieval.infer.prompts import with_prompt
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.decoder_template import INSTRUCTION
-from rag_retrieval.models.device_pool import DevicePool, check_devices, weights_of
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.load_reranker import model_type_of
 from rag_retrieval.models.model_files import FORMAT_NAMES, MODEL_TYPES, YES_NO_NAMES, read_settings
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.scoring import ScoringOptions, mode_of, score_chunk
-from rag_retrieval.models.scoring_mode import Precision, check_precision
+from rag_retrieval.models.scoring import Precision, check_devices, check_precision, replicas, score_encoded
 
 DECODER_NAMES = (*FORMAT_NAMES, "head", *YES_NO_NAMES)
 
@@ -35,7 +32,7 @@ DECODER_NAMES = (*FORMAT_NAMES, "head", *YES_NO_NAMES)
 class TorchBackend:
     """See `rag_retrieval.infer.backend.Backend`.
 
-    scorer: is in eval mode from now on. devices: None scores on the scorer's own, else a process on each does.
+    scorer: is in eval mode from now on. devices: None scores on the scorer's own, else a copy on each does.
     """
 
     def __init__(
@@ -43,33 +40,20 @@ class TorchBackend:
     ):
         self.scorer = scorer.eval()
         self.precision = precision
-        self.devices = devices
+        self.scorers = [self.scorer] if devices is None else replicas(self.scorer, devices)
         self.model_type = scorer.model_type
         self.pair_encoder = scorer.pair_encoder
         self.calibration = scorer.calibration
-        self._pool: DevicePool | None = None
         self._lock = Lock()
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
         if not pairs:
             return np.empty(0, np.float32)
         with self._lock:
-            scores = self._on_one(pairs, batch_size) if self.devices is None else self._on_several(pairs, batch_size)
-        return scores.numpy()
-
-    def _on_one(self, pairs: Sequence[EncodedPair], batch_size: int) -> torch.Tensor:
-        with mode_of(self.scorer, self.precision):
-            return score_chunk(self.scorer, pairs, batch_size, tqdm(disable=True))
-
-    def _on_several(self, pairs: Sequence[EncodedPair], batch_size: int) -> torch.Tensor:
-        if self._pool is None or not self._pool.close.alive:  # it closes when a process of it fails
-            self._pool = DevicePool(self.scorer, self.devices, weights_of(self.scorer))
-        return self._pool.score(pairs, ScoringOptions(batch_size, None, self.precision), tqdm(disable=True))
+            return score_encoded(self.scorers, pairs, batch_size, self.precision).numpy()
 
     def close(self) -> None:
-        with self._lock:
-            if self._pool is not None:
-                self._pool.close()
+        """Nothing is held outside this process."""
 
 
 def open_torch_backend(path: str, options: BackendOptions) -> TorchBackend:

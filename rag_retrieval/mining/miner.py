@@ -80,6 +80,6 @@ def choose_device(config: MiningConfig) -> str:
         return "cpu"
     import torch
 
-    from rag_retrieval.models.device_pool import check_device
+    from rag_retrieval.models.scoring import check_device
 
     return str(check_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))

@@ -21,7 +21,7 @@ from rag_retrieval.models.model_loading import (
     load_tokenizer,
     warn_of_new_parameters,
 )
-from rag_retrieval.models.packed_forward import ENCODER_HEADS, Head
+from rag_retrieval.models.packed_model import ENCODER_HEADS, Head
 from rag_retrieval.models.pad_token import set_encoder_pad_token
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, encoder_template
 from rag_retrieval.models.pair_scorer import PairScorer

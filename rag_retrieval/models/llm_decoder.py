@@ -29,13 +29,13 @@ from rag_retrieval.models.model_loading import (
     load_tokenizer,
     warn_of_new_parameters,
 )
-from rag_retrieval.models.packed_forward import HALF_TOLERANCE, Head, last_token_head
+from rag_retrieval.models.packed_model import HALF_TOLERANCE, Head, last_token_head
 from rag_retrieval.models.pad_token import set_decoder_pad_token
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.sentence_transformers_files import write_decoder_files
 from rag_retrieval.models.yes_no_head import HALF_TOLERANCE as YES_NO_TOLERANCE
-from rag_retrieval.models.yes_no_head import read_two_rows, yes_no_head, yes_no_scores
+from rag_retrieval.models.yes_no_head import restrict_lm_head_to_tokens, yes_no_head, yes_no_scores
 from rag_retrieval.models.yes_no_prompt import answer_tokens, check_instruction, default_formats
 from rag_retrieval.models.yes_no_prompts import PROMPTS
 
@@ -183,7 +183,7 @@ def load_decoder(
     if "yes_token" in texts:
         tokens = answer_tokens(tokenizer, texts["yes_token"], texts["no_token"])
         model = load_causal_model(path, **options)
-        read_two_rows(model, tokens, template.prefix + template.suffix)
+        restrict_lm_head_to_tokens(model, tokens, template.prefix + template.suffix)
         return model, set()
     model, new_parameters = load_classifier(path, **options)
     if not is_decoder(model):

@@ -15,16 +15,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rag_retrieval.models.packed_forward import read_states
+from rag_retrieval.models.packed_model import pooled_states
 from rag_retrieval.models.packing import Packing
-from rag_retrieval.models.scoring_mode import evaluating
+from rag_retrieval.models.scoring import evaluating
 
 # Of a logit difference, relative where it exceeds 1. Logits are of order 20, and half precision rounds the states
 # that they are made of to one part in 256: SmolLM2-135M in bfloat16, packed and padded, differs by 0.04.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.12
 
 
-def read_two_rows(model: PreTrainedModel, tokens: tuple[int, int | None], sample: list[int]) -> None:
+def restrict_lm_head_to_tokens(model: PreTrainedModel, tokens: tuple[int, int | None], sample: list[int]) -> None:
     """Let the model's output embedding give the logits of two tokens, (yes, no), and no other.
 
     Without a token for no its logit is 0, and the score that of yes alone.
@@ -35,7 +35,7 @@ def read_two_rows(model: PreTrainedModel, tokens: tuple[int, int | None], sample
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(f"a {type(model).__name__} has no output embedding to read yes and no from; use head: scalar")
-    head.forward = partial(two_logits, head, *tokens)  # a partial can be pickled, for processes on other devices
+    head.forward = partial(two_logits, head, *tokens)  # a partial is copied with its layer, for other devices
     ids = torch.tensor([sample], device=head.weight.device)
     with evaluating(model):
         own = model(input_ids=ids, use_cache=False).logits[0, -1].float()
@@ -73,4 +73,4 @@ def yes_no_scores(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def yes_no_head(model: PreTrainedModel, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
-    return yes_no_scores(model, read_states(hidden, packing))
+    return yes_no_scores(model, pooled_states(hidden, packing))

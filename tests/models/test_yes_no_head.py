@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from yes_no_samples import TEXTS, YES_NO, tiny_causal, transformers_scores
 
 from rag_retrieval import LLMDecoder
-from rag_retrieval.models.pair_batch import make_batch
+from rag_retrieval.models.token_batch import make_batch
 from rag_retrieval.models.yes_no_prompt import answer_tokens
 
 QUERIES = ["what?", "How do I open a file in Python", "天气怎么样？", "a line.\nand one more!"]

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from rag_retrieval.core.starting import StartError, mistakes_told, on_all_processes, on_main_process
 from rag_retrieval.data.record_store import RecordStore
 from rag_retrieval.models.model_card import About, write_card
-from rag_retrieval.models.packed_forward import attention_dropout
+from rag_retrieval.models.packed_model import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.run_record import CONFIGURATION_FILE, DATA_FILE, DataPart, parts_to_write
 from rag_retrieval.train.checkpoints import TrainState, write_json
