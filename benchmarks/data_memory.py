@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from rag_retrieval.data.record_store import RecordStore, open_store
+from rag_retrieval.data.store import RecordStore, open_store
 
 MIB = 1 << 20
 STRIDE = 7_368_787  # a prime

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from rag_retrieval.data.corpus_store import Corpus, build_corpus
+from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.words import english_words
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.run import mine

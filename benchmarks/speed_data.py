@@ -108,7 +108,7 @@ def medquad_examples(folder: Path, pairs: int) -> list[Example]:
     """The first `pairs` pairs of the training records that `quality.py` makes of a folder in BEIR layout."""
     from quality import training_records
 
-    from rag_retrieval.data.beir_folder import read_folder
+    from rag_retrieval.data.beir import read_folder
 
     records = training_records(read_folder(folder), count=-(-pairs // 2), negatives=3, depth=20, seed=0)
     examples = [

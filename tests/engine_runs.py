@@ -18,6 +18,7 @@ else:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
+from torch import nn  # noqa: E402
 
 from rag_retrieval.core.command import set_up_logging  # noqa: E402
 from rag_retrieval.train.reranker.run import run  # noqa: E402
@@ -27,12 +28,24 @@ from rag_retrieval.train.reranker.training_config import TrainingConfig  # noqa:
 PartialState.destroy_process_group = lambda self, group=None: None
 
 
+hidden_dtypes: set[str] = set()
+
+
+def note_dtype(module: nn.Module, inputs: tuple, output) -> None:
+    """What a layer in the middle of the model computes in: of BERT and of Qwen2."""
+    if type(module).__name__ in ("BertIntermediate", "Qwen2MLP") and module.training:
+        hidden_dtypes.add(str(output.dtype))
+
+
 def main() -> int:
     set_up_logging()
+    nn.modules.module.register_module_forward_hook(note_dtype)
     for name, values in json.loads(Path(sys.argv[1]).read_text()).items():
         print(f"case {name}", file=sys.stderr)
         AcceleratorState._reset_state(True)
+        hidden_dtypes.clear()
         run(TrainingConfig(**values))
+        (Path(values["output_dir"]) / "hidden_dtypes.json").write_text(json.dumps(sorted(hidden_dtypes)))
     return 0
 
 

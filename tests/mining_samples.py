@@ -4,7 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
-from rag_retrieval.data.corpus_store import Corpus, build_corpus
+from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.mining.mining_config import MiningConfig
 
 ANIMALS = ("panda", "tiger", "otter", "eagle", "whale", "horse")

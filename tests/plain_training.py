@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rag_retrieval.data.record_store import open_store
+from rag_retrieval.data.store import open_store
 from rag_retrieval.train.reranker.model_setup import load_scorer
 from rag_retrieval.train.reranker.objective import configured_objective
 from rag_retrieval.train.reranker.training_config import TrainingConfig

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from rag_retrieval.data.record_files import read_records
+from rag_retrieval.data.readers import read_records
 from rag_retrieval.data.records import DataError, RecordRules
 
 GOOD = {"query": "q", "content": "d", "label": 1}

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "rag_retrieval" / "train" / "reranker"
+DOCS = ROOT / "docs"
 
 
 def commands_of(readme: Path, start: str) -> list[str]:
@@ -54,17 +55,19 @@ def small_run(model: str, output: Path) -> str:
     return f"--model_name_or_path {model} --max_len 32 --log_interval 50 --output_dir {output} --num_workers 0"
 
 
-TRAINER_COMMANDS = commands_of(TRAINER / "README.md", "accelerate launch")
+TRAINER_COMMANDS = commands_of(DOCS / "training.md", "accelerate launch train_reranker.py")[:1] + commands_of(
+    DOCS / "training.md", "accelerate launch --config_file ../../../"
+)
 
 
-def test_the_trainer_s_readme_names_the_three_ways_to_launch():
+def test_the_training_page_names_the_three_ways_to_launch():
     assert len(TRAINER_COMMANDS) == 3
     assert any("xlmroberta_default_config.yaml" in command for command in TRAINER_COMMANDS)
     assert any("deepspeed_zero1.yaml" in command for command in TRAINER_COMMANDS)
 
 
 @pytest.mark.parametrize("command", TRAINER_COMMANDS)
-def test_a_launch_command_of_the_trainer_s_readme_trains_a_model_that_loads(command, tmp_path):
+def test_a_launch_command_of_the_training_page_trains_a_model_that_loads(command, tmp_path):
     if "deepspeed" in command:
         pytest.importorskip("deepspeed")
     log = re.search(r" > (\S+)", command)
@@ -119,14 +122,14 @@ def test_the_shipped_yes_no_configuration_trains_a_causal_model(tmp_path):
 
 
 DISTILLING = [
-    *commands_of(ROOT / "README.md", "rag-retrieval distill"),
-    *commands_of(ROOT / "README.md", "accelerate launch --config_file config/ddp.yaml -m rag_retrieval.cli distill"),
+    *commands_of(DOCS / "distillation.md", "rag-retrieval distill"),
+    *commands_of(DOCS / "distillation.md", "accelerate launch --config_file config/ddp.yaml -m"),
 ]
 
 
-def test_the_readme_s_ways_to_distil_give_the_same_file_and_a_student_learns_from_it(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (tmp_path / "distill.yaml").write_text(re.search(r"```yaml\n(dataset: .*?)```", readme, flags=re.DOTALL).group(1))
+def test_the_page_s_ways_to_distil_give_the_same_file_and_a_student_learns_from_it(tmp_path):
+    page = (DOCS / "distillation.md").read_text(encoding="utf-8")
+    (tmp_path / "distill.yaml").write_text(re.search(r"```yaml\n(dataset: .*?)```", page, flags=re.DOTALL).group(1))
     teacher = tiny_bert(tmp_path / "teacher", head_labels=1)
     data = ROOT / "example_data" / "stdlib_pos_neg.train.jsonl"
     assert len(DISTILLING) == 2
@@ -135,19 +138,19 @@ def test_the_readme_s_ways_to_distil_give_the_same_file_and_a_student_learns_fro
         run_command(command.replace("distill.yaml", str(tmp_path / "distill.yaml")), ROOT, f"{options} --max_len 32")
     first, second = ((tmp_path / f"{place}.jsonl").read_bytes() for place in range(2))
     assert first == second and first.count(b"teacher_probability") == 2100
-    (student,) = commands_of(ROOT / "README.md", "rag-retrieval train --config distilling_bert.yaml")
+    (student,) = commands_of(DOCS / "distillation.md", "rag-retrieval train --config distilling_bert.yaml")
     options = f"{small_run(teacher, tmp_path / 'out')} --train_dataset {tmp_path / '0.jsonl'}"
     run_command(student.replace("runs/soft.jsonl", str(tmp_path / "0.jsonl")), ROOT, options)
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
-def test_the_readme_s_mining_prints_what_it_says_and_the_trainer_reads_the_file(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (mine,) = commands_of(ROOT / "README.md", "rag-retrieval mine")
+def test_the_page_s_mining_prints_what_it_says_and_the_trainer_reads_the_file(tmp_path):
+    page = (DOCS / "mining.md").read_text(encoding="utf-8")
+    (mine,) = commands_of(DOCS / "mining.md", "rag-retrieval mine")
     printed = run_command(mine, ROOT, f"--output {tmp_path / 'mined.jsonl'}")
-    shown = re.search(r"runs/mined\.jsonl: 1,200 lines in 1 s\n((?: .*\n)+)```", readme).group(1)
+    shown = re.search(r"runs/mined\.jsonl: 1,200 lines in 1 s\n((?: .*\n)+)```", page).group(1)
     assert shown in printed
-    (train,) = commands_of(ROOT / "README.md", "rag-retrieval train --config quickstart.yaml")
+    (train,) = commands_of(DOCS / "mining.md", "rag-retrieval train --config quickstart.yaml")
     options = small_run(tiny_bert(tmp_path / "base"), tmp_path / "out")
     run_command(train.replace("runs/mined.jsonl", str(tmp_path / "mined.jsonl")), ROOT, options)
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
@@ -191,9 +194,9 @@ def test_the_quickstart_prints_the_three_rows_and_examples(tmp_path):
     assert text.count("query: ") == 3 and str(tmp_path / "quick" / "model") in text
 
 
-def test_the_readme_s_evaluation_runs_and_writes_its_report(tmp_path):
+def test_the_page_s_evaluation_runs_and_writes_its_report(tmp_path):
     pytest.importorskip("matplotlib")
-    (command,) = commands_of(ROOT / "README.md", "rag-retrieval evaluate")
+    command = commands_of(DOCS / "evaluation.md", "rag-retrieval evaluate")[0]
     options = f"--model {tiny_bert(tmp_path / 'base', head_labels=1)} --output_dir {tmp_path / 'out'}"
     text = run_command(command, ROOT, options)
     assert "200 queries, 3,977 pairs" in text and "probabilities, calibrated on stdlib_grouped.dev.jsonl" in text

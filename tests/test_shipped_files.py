@@ -11,8 +11,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from rag_retrieval.core.config_file import load_config
-from rag_retrieval.data.beir_folder import read_folder, read_qrels
-from rag_retrieval.data.record_store import RecordStore, open_store
+from rag_retrieval.data.beir import read_folder, read_qrels
+from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.train.reranker.training_config import TRAINING
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,19 +132,45 @@ def test_constraints_pin_exactly_one_version_of_everything():
     assert all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[A-Za-z0-9_.]+", line) for line in lines)
 
 
-def test_every_relative_link_of_the_readmes_leads_somewhere():
-    for readme in [path for path in ROOT.rglob("README.md") if ".venv" not in path.parts]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", readme.read_text(encoding="utf-8")):
-            assert (readme.parent / target).exists(), f"{readme}: {target}"
+PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / folder / "README.md"
+                for folder in ("config", "example_data", "benchmarks"))])  # fmt: skip
 
 
-def test_the_json_and_yaml_blocks_of_the_readmes_are_valid():
-    for readme in (ROOT / "README.md", TRAINER / "README.md"):
-        text = readme.read_text(encoding="utf-8")
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_of_the_pages_leads_somewhere():
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", page.read_text(encoding="utf-8")):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors_of(file), f"{page}: {target}#{anchor}"
+
+
+def test_the_json_and_yaml_blocks_of_the_pages_are_valid():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
         for block in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL):
             assert [json.loads(line) for line in block.splitlines()]
         for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL):
             assert yaml.safe_load(block)
+
+
+def code_blocks(page: Path) -> list[str]:
+    """Blocks of commands, Python, JSON and YAML, without comments and the texts of examples."""
+    blocks = re.findall(r"```(?:bash|json|yaml)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [re.sub(r"\s*# .*", "", block) for block in blocks]
+
+
+def test_both_readmes_are_short_and_show_the_same_commands():
+    english, chinese = ROOT / "README.md", ROOT / "README_zh.md"
+    assert code_blocks(english) == code_blocks(chinese)
+    links = [re.findall(r"\]\(((?!README)[^)]*)\)", page.read_text(encoding="utf-8")) for page in (english, chinese)]
+    assert sorted(links[0]) == sorted(links[1])
+    assert all(page.read_text(encoding="utf-8").count("\n") < 170 for page in (english, chinese))
 
 
 def run_in(folder: Path, command: list[str], **kwargs) -> subprocess.CompletedProcess:

@@ -10,7 +10,6 @@ schedulers too tell both launcher and processes. Signals within REPEAT of the fi
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -81,32 +80,8 @@ class StopWish:
             os._exit(exit_code(number))
 
 
-@contextmanager
-def starting_workers() -> Iterator[None]:
-    """Processes that are forked in this block are born with SIGTERM blocked, for `spare_worker`.
-
-    The threads that other libraries start in a forked child (reporters of errors and usage do) come before
-    `spare_worker`, which can block a signal in its own thread alone; any other would take it, and end the process.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def spare_worker(worker: int) -> None:
-    """Let a data loading process outlive a signal that was sent to all: the step under way needs its work.
-
-    It must have been forked within `starting_workers`. Its parent still ends it. Only sigwaitinfo tells who sent a
-    signal, and it wants a thread of its own.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    sys.stdout.flush()
-    os._exit(0)
+def ignore_stop_in_worker(worker: int) -> None:
+    """worker_init_fn of data loading processes: they outlive a signal that was sent to all, since the step under way
+    needs their work. The parent ends them through their queue, and they look every 5 seconds whether it still lives."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,6 @@
 """Writing a store from records: plain files first, one per column, then Arrow over them.
 
-The columns are mapped, not loaded, so that memory does not grow with the source. `record_store` says what a
+The columns are mapped, not loaded, so that memory does not grow with the source. `store` says what a
 store is and keeps the finished ones.
 
 The trap: the order of the steps in `build_store`. With group_by_query, a row of a `group.*` column is a run
@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from rag_retrieval.data.record_files import MAX_SHOWN, bad_lines_error
-from rag_retrieval.data.record_summary import StoreSummary, label_histogram
+from rag_retrieval.data.readers import MAX_SHOWN, bad_lines_error
 from rag_retrieval.data.records import ONE_POSITIVE_EXPECTED, Record, describe_labels
+from rag_retrieval.data.summary import StoreSummary, label_histogram
 
 STORE_FILES = ("groups.arrow", "pairs.arrow")
 FORMAT_VERSION = 2  # raise it whenever the same source would give another store

@@ -31,7 +31,7 @@ class DataError(ValueError):
 
 
 class RecordError(ValueError):
-    """What is wrong with one record; `record_files.read_records` puts the file and the line before it."""
+    """What is wrong with one record; `readers.read_records` puts the file and the line before it."""
 
 
 @dataclass(frozen=True)

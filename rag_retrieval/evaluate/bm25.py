@@ -9,7 +9,7 @@ import logging
 
 import numpy as np
 
-from rag_retrieval.data.beir_folder import Pool, Run
+from rag_retrieval.data.beir import Pool, Run
 from rag_retrieval.data.words import CUTTERS, language_of
 
 K1, B = 1.2, 0.75

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rag_retrieval.data.beir_folder import Qrels, Run
+from rag_retrieval.data.beir import Qrels, Run
 from rag_retrieval.models.calibration import Calibration
 
 BINS = 10

@@ -20,9 +20,8 @@ import torch
 
 from rag_retrieval.core.processes import on_main, process_index
 from rag_retrieval.core.progress import Progress
-from rag_retrieval.data.beir_folder import Run
+from rag_retrieval.data.beir import Run, read_run, write_run
 from rag_retrieval.data.records import DataError
-from rag_retrieval.data.run_files import read_run, write_run
 from rag_retrieval.evaluate.ranking_data import RankingData
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.process_scoring import score_over_processes

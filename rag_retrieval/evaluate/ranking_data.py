@@ -9,21 +9,22 @@ ideal ranking, so a perfect reranker of BM25's list stays below 1.
 from dataclasses import dataclass
 from pathlib import Path
 
-from rag_retrieval.data.beir_files import find_optional
-from rag_retrieval.data.beir_folder import (
+from rag_retrieval.data.beir import (
     MOST_GRADE,
     BeirFolder,
     Pool,
     Qrels,
     Run,
+    find_optional,
     read_folder,
     read_pool,
     read_qrels,
+    read_run,
 )
-from rag_retrieval.data.record_files import read_records
+from rag_retrieval.data.readers import read_records
 from rag_retrieval.data.records import DataError, Record, RecordRules, describe_labels
-from rag_retrieval.data.run_files import read_run, trec_order
 from rag_retrieval.evaluate.bm25 import BM25, bm25_run
+from rag_retrieval.metrics import trec_order
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rag_retrieval.data.beir_folder import Qrels, Run
+from rag_retrieval.data.beir import Qrels, Run
 from rag_retrieval.evaluate.calibration_fit import calibrated, reliability
 from rag_retrieval.evaluate.training_curves import Curve, TrainingCurves
 from rag_retrieval.models.calibration import Calibration

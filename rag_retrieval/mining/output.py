@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from rag_retrieval.data.corpus_store import Corpus
+from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.mining.queries import Query
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.data.beir_files import find_file, find_qrels, judgments, query_texts
-from rag_retrieval.data.corpus_store import Corpus
-from rag_retrieval.data.record_files import MAX_SHOWN, bad_lines_error
-from rag_retrieval.data.record_store import open_store
+from rag_retrieval.data.beir import find_file, find_qrels, judgments, query_texts
+from rag_retrieval.data.corpus import Corpus
+from rag_retrieval.data.readers import MAX_SHOWN, bad_lines_error
+from rag_retrieval.data.store import open_store
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ and means nothing for one trained with RankNet or listwise cross entropy: give t
 
 import numpy as np
 
-from rag_retrieval.data.corpus_store import Corpus
+from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rag_retrieval.core.config_schema import is_data_file_name
-from rag_retrieval.data.record_summary import StoreSummary
+from rag_retrieval.data.summary import StoreSummary
 from rag_retrieval.models.model_files import PACKAGE_PREFIX
 
 CONFIGURATION_FILE, METRICS_FILE = "training_config.yaml", "metrics.jsonl"

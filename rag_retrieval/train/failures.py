@@ -9,11 +9,13 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 
 from rag_retrieval.train.task import ProcessFailure, TrainingError
 
@@ -25,6 +27,7 @@ RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|Parent directory .* does not exist")
 CPU_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|bad_alloc")
 MEMORY_KEYS = ("max_tokens_per_batch", "batch_size", "gradient_checkpointing", "max_len", "mixed_precision")
+DEATH_SECONDS = 2.0  # between the end of a process's sockets and its own
 PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Socket Timeout")
 
 
@@ -87,18 +90,42 @@ def memory_failure(error: RuntimeError, step: int, where: str, configuration: Ma
 
 
 @contextmanager
-def told_of_loaders() -> Iterator[None]:
-    """Raise ProcessFailure where a data loading process was killed: torch tells it at any place, from a handler of
-    SIGCHLD, and not only where the next step is asked for."""
+def translate_worker_deaths() -> Iterator[None]:
+    """Raise ProcessFailure where torch says that a data loading process was killed: it does so from its handler of
+    SIGCHLD, at any place of the main thread."""
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise ProcessFailure(
-            f"a data loading process ended: {error}. Most often the system kills one when memory runs out: lower "
-            "num_workers or free memory; then go on with --resume auto"
-        ) from error
+        raise worker_death(str(error)) from error
+
+
+def steps_of(loader: DataLoader) -> Iterator[Any]:
+    """What the loader yields. Its processes end with this generator: close it. Raises ProcessFailure where one of
+    them was killed, which shows first as a broken connection: the signal of a death comes after its sockets close."""
+    steps = iter(loader)
+    workers = steps._workers if loader.num_workers else []
+    try:
+        yield from steps
+    except (OSError, EOFError) as error:
+        # an error of the data themselves has the same types, but leaves its process alive
+        ended = wait([worker.sentinel for worker in workers], timeout=DEATH_SECONDS)
+        if not ended:
+            raise
+        dead = next(worker for worker in workers if worker.sentinel in ended)
+        dead.join(DEATH_SECONDS)
+        raise worker_death(f"process {dead.pid} with exit code {dead.exitcode}") from error
+    finally:
+        if workers:  # a traceback may keep the iterator alive, and torch's handler would then raise later
+            steps._shutdown_workers()
+
+
+def worker_death(what: str) -> ProcessFailure:
+    return ProcessFailure(
+        f"a data loading process ended: {what}. If the system killed it because memory ran out (exit code -9), lower "
+        "num_workers or free memory; then go on with --resume auto"
+    )
 
 
 def is_peer_gone(error: BaseException) -> bool:

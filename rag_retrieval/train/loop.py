@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,10 +21,16 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rag_retrieval.core.signals import StopWish, TrainingStopped, on_signals, starting_workers
+from rag_retrieval.core.signals import StopWish, TrainingStopped, on_signals
 from rag_retrieval.core.starting import StartError
 from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
-from rag_retrieval.train.failures import is_out_of_memory, memory_failure, told_of_loaders, told_of_storage
+from rag_retrieval.train.failures import (
+    is_out_of_memory,
+    memory_failure,
+    steps_of,
+    told_of_storage,
+    translate_worker_deaths,
+)
 from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.run_folder import finish
@@ -81,7 +87,7 @@ class Trainer:
         Raises TrainingStopped after SIGTERM or SIGINT, ProcessFailure for what strikes this process alone, and
         TrainingError where training cannot go on.
         """
-        with told_of_storage(self.output_dir), told_of_loaders(), on_signals(self.wish.note):
+        with told_of_storage(self.output_dir), translate_worker_deaths(), on_signals(self.wish.note):
             self.tracking = Tracking(
                 self.accelerator, self.output_dir, self.total_steps, self.state.step, self.provenance.configuration
             )
@@ -103,17 +109,16 @@ class Trainer:
         self._evaluate_if_due()  # where a stop came first
         if self._has_stopped_improving():
             return
-        with starting_workers():
-            steps = iter(loader)
-        for micro_batches in steps:
-            self.train_step(micro_batches)
-            self.tracking.step_done()
-            self._log_if_due()
-            self._stop_if_told()
-            self._evaluate_if_due()
-            self._save_if_due()
-            if self._has_stopped_improving():
-                return
+        with closing(steps_of(loader)) as steps:
+            for micro_batches in steps:
+                self.train_step(micro_batches)
+                self.tracking.step_done()
+                self._log_if_due()
+                self._stop_if_told()
+                self._evaluate_if_due()
+                self._save_if_due()
+                if self._has_stopped_improving():
+                    return
 
     def _stop_if_told(self) -> None:
         number = self.agreed_stop if self.accelerator.num_processes > 1 else self.wish.number

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rag_retrieval.core.signals import spare_worker
+from rag_retrieval.core.signals import ignore_stop_in_worker
 from rag_retrieval.train.schedule import optimizer_steps_per_epoch
 
 
@@ -96,7 +96,7 @@ def step_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=spare_worker,
+        worker_init_fn=ignore_stop_in_worker,
     )
 
 

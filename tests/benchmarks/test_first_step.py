@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import first_step
 
-from rag_retrieval.data.record_store import open_store
+from rag_retrieval.data.store import open_store
 
 
 def test_the_pairs_are_the_same_again_and_five_of_a_query_with_one_relevant(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from record_samples import groups_of, hits, pairs_of, pointwise, random_records, write
 
 from rag_retrieval.data import record_store_build
-from rag_retrieval.data.record_store import open_store
 from rag_retrieval.data.records import DataError, positives
+from rag_retrieval.data.store import open_store
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mining_samples import corpus_of
 
-from rag_retrieval.data.record_files import read_records
+from rag_retrieval.data.readers import read_records
 from rag_retrieval.data.records import RecordRules
 from rag_retrieval.mining.output import Mined, lines_of, text_writer
 from rag_retrieval.mining.queries import Query

@@ -1,11 +1,14 @@
 import errno
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from rag_retrieval.train.failures import is_out_of_memory, is_peer_gone, storage_cause, told_of_storage
+from rag_retrieval.train import failures
+from rag_retrieval.train.failures import is_out_of_memory, is_peer_gone, steps_of, storage_cause, told_of_storage
 from rag_retrieval.train.task import ProcessFailure, TrainingError
 
 FOLDER = Path("/")  # there, with much space
@@ -65,3 +68,35 @@ def test_memory_that_is_full_is_told_from_other_errors():
 def test_a_peer_that_is_gone_is_told_from_other_errors():
     assert is_peer_gone(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:10917."))
     assert not is_peer_gone(RuntimeError("shapes do not fit")) and not is_peer_gone(ConnectionResetError("wandb"))
+
+
+class BrokenLoader:
+    """Has one process, and an error instead of a step."""
+
+    num_workers = 1
+
+    def __init__(self, seconds: float, error: Exception):
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,), daemon=True)
+        process.start()
+        self._workers, self.error = [process], error
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise self.error
+
+    def _shutdown_workers(self):
+        self._workers[0].kill()
+        self._workers[0].join()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "gone")])
+def test_an_error_is_a_worker_death_only_where_a_worker_has_died(error, monkeypatch):
+    with pytest.raises(ProcessFailure, match="num_workers"):
+        next(steps_of(BrokenLoader(0, error)))
+    monkeypatch.setattr(failures, "DEATH_SECONDS", 0.1)
+    living = BrokenLoader(60, error)
+    with pytest.raises(type(error)):
+        next(steps_of(living))
+    assert not living._workers[0].is_alive()

@@ -42,7 +42,7 @@ def test_a_large_file_is_read_in_evenly_spread_blocks(tmp_path, monkeypatch):
 
 
 def test_the_same_data_under_another_name_have_the_same_store(tmp_path):
-    from rag_retrieval.data.record_store import open_store
+    from rag_retrieval.data.store import open_store
     from rag_retrieval.train.reranker.resume_checks import store_digest
 
     lines = [{"query": "rain", "content": "wet", "label": 1}, {"query": "rain", "content": "dry", "label": 0}]

@@ -13,8 +13,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from rag_retrieval.data.record_store import RecordStore
 from rag_retrieval.data.record_store_build import STORE_FILES
+from rag_retrieval.data.store import RecordStore
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.provenance import Provenance, content_digest, engine_of, library_versions
 from rag_retrieval.train.reranker.training_config import TrainingConfig

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from rag_retrieval.core.starting import StartError, mistakes_told, on_all_processes, on_main_process
-from rag_retrieval.data.record_store import RecordStore
+from rag_retrieval.data.store import RecordStore
 from rag_retrieval.models.model_card import About, write_card
 from rag_retrieval.models.packed_model import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer

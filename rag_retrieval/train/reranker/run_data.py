@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from rag_retrieval.core.starting import StartError
-from rag_retrieval.data.record_store import RecordStore, open_store
-from rag_retrieval.data.record_summary import format_summary, summary
+from rag_retrieval.data.store import RecordStore, open_store
+from rag_retrieval.data.summary import format_summary, summary
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.run_record import DataPart
 from rag_retrieval.train.mixed_steps import MixedSteps, records_per_epoch

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from rag_retrieval.data.record_store import RecordStore
 from rag_retrieval.data.sampling import epoch_order, pair_order, reorder_thirds, sample_group
+from rag_retrieval.data.store import RecordStore
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
 from rag_retrieval.train.reranker.objective import Objective

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from rag_retrieval.data.record_store import RecordStore
-from rag_retrieval.metrics import rank_metrics
+from rag_retrieval.data.store import RecordStore
+from rag_retrieval.metrics import group_metrics
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss
@@ -82,7 +82,7 @@ class Validation:
         values = {"loss": self.mean_loss(scores)}
         if self.store.group_sizes.max() > 1:
             rows = [(scores[group], self.labels[group]) for group in self.groups]
-            values |= rank_metrics([row[0] for row in rows], [row[1] for row in rows], self.relevant_from)
+            values |= group_metrics([row[0] for row in rows], [row[1] for row in rows], self.relevant_from)
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         return {name: int(value) if name.startswith("queries") else value for name, value in finite.items()}
 
@@ -129,8 +129,8 @@ class Validation:
             chunk = units[start : start + LOSS_CHUNK]
             labels, mask = layout([unit_labels for _, unit_labels in chunk])
             values, _ = layout([scores[places] for places, _ in chunk])
-            total += loss.function(values, labels, mask, reduction="sum").item()
-            items += loss.count(labels, mask)
+            chunk_sum, chunk_count = loss(values, labels, mask)
+            total, items = total + chunk_sum.item(), items + int(chunk_count)
         return total / items if items else math.nan
 
     def _loss_units(self, weighted: WeightedLoss) -> list[tuple[np.ndarray, np.ndarray]]:

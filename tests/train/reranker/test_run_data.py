@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from training_runs import write_jsonl
 
-from rag_retrieval.data.record_store import open_store
+from rag_retrieval.data.store import open_store
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.train.reranker import run_data
 from rag_retrieval.train.reranker.run_data import distinct_names, sample_size, token_lengths

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from rag_retrieval.core.config_schema import is_data_file_name
 from rag_retrieval.losses import LOSSES
-from rag_retrieval.train.reranker import training_config
 from rag_retrieval.train.reranker.config_checks import (
     GROUPED_LABEL_RANGES,
     LOSS_DATASET_TYPE,
@@ -192,9 +191,10 @@ def test_what_is_told_of_a_loss_here_is_what_the_losses_say():
     """The lists here are for a check without torch."""
     assert {name: loss.dataset_type for name, loss in LOSSES.items()} == LOSS_DATASET_TYPE
     assert list(LOSS_DATASET_TYPE) == list(get_args(TrainingConfig.model_fields["loss_type"].annotation))
-    readers = {key: tuple(name for name, loss in LOSSES.items() if key in loss.options) for key in LOSS_OPTIONS}
+    readers = {key: tuple(name for name, loss in LOSSES.items() if key in [each.name for each in loss.options])
+               for key in LOSS_OPTIONS}
     assert readers == LOSS_OPTIONS
-    assert set(LOSS_OPTIONS) == {key for loss in LOSSES.values() for key in loss.options}
+    assert set(LOSS_OPTIONS) == {option.name for loss in LOSSES.values() for option in loss.options}
     assert tuple(name for name, loss in LOSSES.items() if loss.reads == "teacher_score") == TEACHER_LOSSES
     ranges = {name: loss.label_range for name, loss in LOSSES.items() if loss.dataset_type == "grouped"}
     assert {name: found for name, found in ranges.items() if found} == GROUPED_LABEL_RANGES
@@ -202,10 +202,10 @@ def test_what_is_told_of_a_loss_here_is_what_the_losses_say():
     assert get_args(teacher_losses) == ("point_ce", "point_mse", *TEACHER_LOSSES)
 
 
-def test_the_readme_has_a_row_for_every_loss():
-    readme = (Path(training_config.__file__).parent / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_a_row_for_every_loss():
+    page = (Path(__file__).resolve().parents[3] / "docs" / "losses.md").read_text(encoding="utf-8")
     for name in LOSSES:
-        assert f"\n| `{name}`" in readme
+        assert f"\n| `{name}`" in page
 
 
 @pytest.mark.parametrize(

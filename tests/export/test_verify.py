@@ -1,0 +1,80 @@
+"""Differences and rank correlations of scores, and what is refused, by hand arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rag_retrieval.export.verify import (
+    DifferenceError,
+    Verification,
+    check_float32,
+    check_int8,
+    rank_correlation,
+    sample_pairs,
+)
+
+
+def test_the_rank_correlation_is_spearman_s():
+    # ranks 1 2 3 4 and 2 1 3 4: 1 - 6 * (1 + 1) / (4 * 15)
+    assert rank_correlation(np.array([0.1, 0.2, 5, 900]), np.array([2.0, 1, 3, 4])) == pytest.approx(0.8)
+    assert rank_correlation(np.arange(5.0), -np.exp(np.arange(5.0))) == pytest.approx(-1)
+    # ties share their mean rank: 1 2.5 2.5 4 and 1 2 3 4: 4.5 / sqrt(4.5 * 5)
+    assert rank_correlation(np.array([1.0, 2, 2, 3]), np.arange(4.0)) == pytest.approx(math.sqrt(0.9))
+    assert math.isnan(rank_correlation(np.arange(3.0), np.ones(3)))
+
+
+def test_float32_may_differ_by_one_in_ten_thousand_and_relatively_beyond_one():
+    expected = np.array([0.0, 1.0, -20.0])
+    check_float32(expected, expected + [0.9e-4, -0.9e-4, 1.9e-3])
+    for wrong in ([1.1e-4, 0, 0], [0, 0, 2.1e-3], [0, math.nan, 0]):
+        with pytest.raises(DifferenceError, match="1 of 3 scores differ by more than 0.0001"):
+            check_float32(expected, expected + wrong)
+
+
+def int8(correlation: float, before: float | None = None, after: float | None = None) -> Verification:
+    return Verification(9, 3, 8, 0.2, correlation, before and "toy test", before and 4, before, after)
+
+
+def test_int8_within_its_limits_is_kept():
+    assert check_int8(int8(0.98), force=False) == []
+    assert check_int8(int8(0.99, 0.8000, 0.7901), force=False) == []
+    assert check_int8(int8(0.99, 0.80, 0.95), force=False) == [], "better is no loss"
+
+
+def test_int8_beyond_its_limits_is_refused_unless_forced():
+    bad = int8(0.97, 0.80, 0.78)
+    with pytest.raises(DifferenceError, match=r"correlation 0\.9700 is below 0\.98 and nDCG@10 on toy test falls by 0"):
+        check_int8(bad, force=False)
+    assert check_int8(bad, force=True) == [
+        "rank correlation 0.9700 is below 0.98",
+        "nDCG@10 on toy test falls by 0.0200, more than 0.01",
+    ]
+    with pytest.raises(DifferenceError, match="correlation nan"):
+        check_int8(int8(math.nan), force=False)
+
+
+def test_a_verification_is_told_in_one_line():
+    assert int8(0.991, 0.8, 0.795).describe() == (
+        "9 pairs of 3 to 8 tokens: largest difference 2.0e-01, rank correlation 0.9910; "
+        "nDCG@10 on toy test (4 queries) 0.8000 before, 0.7950 after (-0.0050)"
+    )
+
+
+@pytest.mark.parametrize(("family", "max_length"), [("bert", 512), ("bert", 16), ("xlm_roberta", 100), ("llama", 300)])
+def test_lengths_go_from_the_shortest_to_the_limit_in_small_steps(load_tiny, family, max_length):
+    encoder = load_tiny(family, max_length=max_length).pair_encoder
+    encoded = encoder.encode(sample_pairs(encoder))
+    documents = [len(pair) - pair.document_start - len(encoder.template.suffix) for pair in encoded]
+    one_letter = len(encoder.document_ids(["b"])[0])  # with what a decoder's format puts around it
+    assert min(documents) == one_letter and max(map(len, encoded)) == max_length
+    assert any(pair.truncated for pair in encoded) and not all(pair.truncated for pair in encoded)
+    lengths = sorted(set(documents))
+    assert all(after <= 2.2 * before + 3 for before, after in zip(lengths, lengths[1:], strict=False)), lengths
+
+
+def test_there_are_english_and_chinese_texts_and_an_empty_query(load_tiny):
+    pairs = sample_pairs(load_tiny("bert").pair_encoder)
+    for words in ("file", "文件"):
+        assert any(words in query for query, _ in pairs) and any(words in document for _, document in pairs)
+    assert any(not query for query, _ in pairs) and len(set(pairs)) == len(pairs) > 20
