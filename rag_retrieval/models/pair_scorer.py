@@ -14,8 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rag_retrieval.models.calibration import CALIBRATION_FILE, Calibration, Probabilities, probabilities_of
-from rag_retrieval.models.model_files import RerankerSettings, write_settings
-from rag_retrieval.models.model_loading import check_max_length, first_position
+from rag_retrieval.models.loading import check_max_length, first_position, score_layer
 from rag_retrieval.models.packed_model import (
     HALF_TOLERANCE,
     Head,
@@ -29,6 +28,7 @@ from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.scoring import Precision, ScoringOptions, score_pairs
+from rag_retrieval.models.settings import RerankerSettings, write_settings
 from rag_retrieval.models.token_batch import TokenBatch, make_batch
 
 
@@ -63,10 +63,8 @@ class PairScorer(nn.Module):
         self.calibration: Calibration | None = None
         # a new module starts in train mode, but from_pretrained leaves the Hugging Face model in eval mode
         self.training = model.training
-        for name, module in model.named_modules():  # of the head: a layer inside may have one output too
-            in_head = not name.startswith(f"{model.base_model_prefix}.")
-            if in_head and isinstance(module, nn.Linear) and module.out_features == 1:
-                module.register_forward_hook(score_in_float32)
+        if (layer := score_layer(model)) is not None:
+            layer.register_forward_hook(score_in_float32)
         self.first_position = first_position(model)
         self.packing_problem = self._packing_problem(attn_implementation)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from rag_retrieval.models import scoring
 from rag_retrieval.models.pair_encoding import PairEncoder
-from rag_retrieval.models.scoring import check_devices
+from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.token_batch import make_batch
 
 FAMILIES = ["bert", "xlm_roberta", "qwen2", "llama"]
