@@ -286,7 +286,7 @@ def test_a_tokenizer_that_knows_few_words_does_not_stop_the_check(tmp_path):
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
     trained.train_from_iterator(["a relevance"], trainers.BpeTrainer(special_tokens=["<unk>", "<pad>"]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, unk_token="<unk>", pad_token="<pad>")
-    config = Qwen2Config(vocab_size=len(tokenizer), pad_token_id=1, **DECODER)
+    config = Qwen2Config(vocab_size=len(tokenizer) + 1, pad_token_id=1, **DECODER)  # loading adds an eos token
     scorer = LLMDecoder.from_pretrained(save_tiny(tmp_path, config, tokenizer, head_labels=1))
     assert scorer.packing_problem is None
 
