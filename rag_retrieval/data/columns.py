@@ -12,39 +12,44 @@ from pathlib import Path
 
 import numpy as np
 
+BUFFERED = 1 << 12  # rows of the fullest column of texts
+
 
 class ColumnWriter:
-    """Appends to column files. numbers: name to dtype character of `array` ("q", "f", ...). A context manager."""
+    """Appends to column files. A context manager, at whose end all is written.
 
-    def __init__(self, folder: Path, numbers: Mapping[str, str], texts: Iterable[str]):
-        self._dtypes = numbers
-        self._ends = dict.fromkeys(texts, 0)
-        names = [*numbers, *self._ends, *(f"{name}.offsets" for name in self._ends)]
+    numbers: a growing `array` for each column of numbers, to append to. Its dtype is a character of `array`.
+    """
+
+    def __init__(self, folder: Path, dtypes: Mapping[str, str], texts: Iterable[str]):
+        self.numbers = {name: array(dtype) for name, dtype in dtypes.items()}
+        self._ends = {name: array("q", [0]) for name in texts}
+        self._buffers = self.numbers | {f"{name}.offsets": ends for name, ends in self._ends.items()}
         self._stack = ExitStack()
-        files = [self._stack.enter_context((folder / name).open("wb")) for name in names]  # noqa: SIM115, see __exit__
-        self._write = {name: file.write for name, file in zip(names, files, strict=True)}
-        for name in self._ends:
-            self._write[f"{name}.offsets"](bytes(8))
+        files = {name: self._stack.enter_context((folder / name).open("wb")) for name in [*self._buffers, *self._ends]}
+        self._write = {name: file.write for name, file in files.items()}
+        self._sizes = dict.fromkeys(self._ends, 0)
 
     def __enter__(self) -> "ColumnWriter":
         return self
 
     def __exit__(self, *error) -> None:
+        self._flush()
         self._stack.close()
 
-    def add_numbers(self, name: str, values: Iterable[float]) -> None:
-        self._write[name](array(self._dtypes[name], values).tobytes())
+    def add_text(self, name: str, text: bytes) -> None:
+        """text: as UTF-8."""
+        self._write[name](text)
+        size = self._sizes[name] = self._sizes[name] + len(text)
+        ends = self._ends[name]
+        ends.append(size)
+        if len(ends) >= BUFFERED:
+            self._flush()
 
-    def add_texts(self, name: str, texts: Iterable[bytes]) -> None:
-        """texts: as UTF-8."""
-        ends = array("q")
-        end = self._ends[name]
-        for text in texts:
-            end += len(text)
-            ends.append(end)
-            self._write[name](text)
-        self._ends[name] = end
-        self._write[f"{name}.offsets"](ends.tobytes())
+    def _flush(self) -> None:
+        for name, values in self._buffers.items():
+            self._write[name](values.tobytes())
+            del values[:]
 
 
 def read_column(path: Path, dtype: str, mode: str = "r") -> np.ndarray:

@@ -45,11 +45,11 @@ def build_corpus(source: Path, folder: Path, needs_ids: bool) -> None:
             place = f"{source}:{line}"
             id_ = entry_text(entry, "_id", place).encode() if needs_ids or "_id" in entry else b""
             text = document_text(entry, place)
-            writer.add_texts("text", [text.encode()])
-            writer.add_texts("id", [id_])
-            writer.add_numbers("text.hash", [text_hash(text)])
-            writer.add_numbers("id.hash", [_hash(id_)])
-            writer.add_numbers("line", [line])
+            writer.add_text("text", text.encode())
+            writer.add_text("id", id_)
+            writer.numbers["text.hash"].append(text_hash(text))
+            writer.numbers["id.hash"].append(_hash(id_))
+            writer.numbers["line"].append(line)
     if not (folder / "line").stat().st_size:
         raise DataError(f"{source}: found no documents; expected one per line.")
     if needs_ids:

@@ -83,8 +83,8 @@ class RecordStore:
         start = view.first[index]
         stop = start + view.size[index]
         documents = [view.document[pair] for pair in range(start, stop)]
-        numbers = (values[start:stop] for values in (self.labels, self.positives, self.lines))
-        return Group(view.query[index], documents, *numbers)
+        labels, positives, lines = self.labels[start:stop], self.positives[start:stop], self.lines[start:stop]
+        return Group(view.query[index], documents, labels, positives, lines)
 
     @cached_property
     def labels(self) -> np.ndarray:

@@ -7,7 +7,6 @@ mapped, not loaded, so that memory does not grow with the source.
 import hashlib
 import json
 import os
-from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -76,33 +75,32 @@ def _write_records(folder: Path, records: Iterable[Record], group_by_query: bool
     counts = {"records": 0, "pairs": 0, "empty_documents": 0}
     run, size = None, 0
     with ColumnWriter(folder, numbers, ("query", "document")) as writer:
+        columns = writer.numbers
         for record in records:
             query, documents = record.query.encode(), [document.encode() for document in record.documents]
             key = hashlib.blake2b(query, digest_size=16).digest()
             kind = KINDS[record.format]
             if not group_by_query or not kind or run != (key, kind):
                 if size:
-                    writer.add_numbers("size", [size])
+                    columns["size"].append(size)
                 run, size = (key, kind), 0
-                words = array("Q", key)
-                writer.add_texts("query", [query])
-                writer.add_numbers("key", words)
-                writer.add_numbers("query_hash", words[:1])
-                writer.add_numbers("kind", [kind])
-            writer.add_texts("document", documents)
-            hashes = (hashlib.blake2b(key + document, digest_size=8).digest() for document in documents)
-            writer.add_numbers("pair_hash", array("Q", b"".join(hashes)))
-            writer.add_numbers("label", record.labels)
-            writer.add_numbers("positive", record.positive)
-            writer.add_numbers("line", [record.line] * len(documents))
+                writer.add_text("query", query)
+                columns["key"].frombytes(key)
+                columns["query_hash"].frombytes(key[:8])
+                columns["kind"].append(kind)
+            for document in documents:
+                writer.add_text("document", document)
+                columns["pair_hash"].frombytes(hashlib.blake2b(key + document, digest_size=8).digest())
+                columns["line"].append(record.line)
+            columns["label"].extend(record.labels)
+            columns["positive"].extend(record.positive)
             if record.teacher_scores is not None:
-                writer.add_numbers("teacher", record.teacher_scores)
+                columns["teacher"].extend(record.teacher_scores)
             size += len(documents)
             counts["records"] += 1
             counts["pairs"] += len(documents)
             counts["empty_documents"] += sum(not document.strip() for document in record.documents)
-        if size:
-            writer.add_numbers("size", [size])
+        columns["size"].append(size)
     return counts
 
 
@@ -175,7 +173,8 @@ def _rewrite(folder: Path, texts: str, numbers: list[str], chunks: Iterator[np.n
         files = {name: (new / name).open("wb") for name in numbers}
         for rows in chunks:
             ends = zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)
-            writer.add_texts(texts, (text[start:end] for start, end in ends))
+            for start, end in ends:
+                writer.add_text(texts, text[start:end])
             for name, file in files.items():
                 values[name][rows].tofile(file)
         for file in files.values():
