@@ -11,8 +11,8 @@ from tiny_models import ENGLISH
 from torch import nn
 
 from rag_retrieval.models import scoring
-from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.devices import check_devices
+from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.token_batch import make_batch
 
 FAMILIES = ["bert", "xlm_roberta", "qwen2", "llama"]

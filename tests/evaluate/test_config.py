@@ -1,0 +1,73 @@
+"""The keys of `rag-retrieval evaluate`: what names a path and what a word."""
+
+import pytest
+
+from rag_retrieval import EvaluationConfig
+from rag_retrieval.core.config_reader import ConfigError, load_config
+
+NEEDED = ["--model", "owner/model", "--data", "beir"]
+DEFAULT_MEASURES = EvaluationConfig(model="m", data="d").measures
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The current folder holds data, and files and folders with the names of words and splits."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("beir", "bm25", "dev", "mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "dev.jsonl").touch()
+    return tmp_path
+
+
+def load(*options: str) -> EvaluationConfig:
+    return load_config(EvaluationConfig, None, [*NEEDED, *options])
+
+
+def test_options_win_over_the_file_and_paths_are_found_beside_it(folder):
+    (folder / "mine" / "run.trec").touch()
+    text = "model: ../mine\ndata: beir\ncandidates: run.trec\ndepth: 20\nmeasures: [map, p@3]\nprecision: no\n"
+    (folder / "mine" / "eval.yaml").write_text(text)
+    config = load_config(EvaluationConfig, "mine/eval.yaml", ["--depth=50", "--report", "--split", "dev"])
+    assert (config.model, config.data) == (f"{folder}/mine", f"{folder}/beir")
+    assert config.candidates == f"{folder}/mine/run.trec"
+    assert (config.depth, config.report, config.split, config.precision) == (50, True, "dev", "no")
+    assert config.measures == ("map", "p@3")
+
+
+def test_measures_are_a_list_between_commas_and_each_stands_once():
+    assert load("--measures", "map, ndcg@5,map").measures == ("map", "ndcg@5")
+    assert load("--measures", "map").measures == ("map",)
+    assert load("--measures", "None").measures == DEFAULT_MEASURES
+    assert EvaluationConfig(model="m", data="d", measures=["p@1"]).measures == ("p@1",)
+
+
+def test_bm25_is_a_word_even_where_a_folder_has_its_name():
+    config = load("--candidates", "bm25", "--baseline", "bm25")
+    assert (config.candidates, config.baseline) == ("bm25", "bm25")
+
+
+def test_a_baseline_is_a_run_file_or_a_model(folder):
+    (folder / "kept.trec").touch()
+    assert load("--baseline", "kept.trec").baseline == f"{folder}/kept.trec"
+    assert load("--baseline", "mine").baseline == f"{folder}/mine"
+    assert load("--baseline", "package:some-model").baseline == "package:some-model"
+    assert load("--baseline", "owner/other").baseline == "owner/other"
+
+
+def test_what_to_calibrate_on_is_a_split_unless_it_is_written_as_a_file(folder):
+    assert load("--calibrate", "dev").calibrate == "dev"
+    assert load("--calibrate", "dev.jsonl").calibrate == f"{folder}/dev.jsonl"
+
+
+def test_a_mistake_names_its_key_and_value(folder):
+    for key, value, named in (
+        ("measures", "ndgc@10", "ndgc@10"),
+        ("measures", "[]", "at least one"),
+        ("data", "gone", f"no file or folder gone; looked for {folder}/gone"),
+        ("model", "./gone", "no folder ./gone"),
+        ("baseline", "./gone", "no file or folder ./gone"),
+        ("calibrate", "gone.jsonl", "no file gone.jsonl"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load(f"--{key}", value)
+        assert str(error.value).startswith(f"--{key}") and named in str(error.value)

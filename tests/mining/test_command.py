@@ -1,0 +1,71 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mining_samples import animal_data, read_output
+
+from rag_retrieval.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_yaml_file_and_options_mine_and_print_what_was_kept_and_dropped(tmp_path, capsys):
+    animal_data(tmp_path / "data")
+    (tmp_path / "mine.yaml").write_text("data: data\noutput: nowhere.jsonl\nnum_negatives: 3\nlast_rank: 10\n")
+    output = tmp_path / "out.jsonl"
+    assert main(["mine", "--config", str(tmp_path / "mine.yaml"), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{output}: 36 lines in ")
+    assert "   36  queries with 36 positives\n" in printed and "  360  candidates from 36 documents\n" in printed
+    assert len(read_output(output)) == 36
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data", "nowhere", "--output", "o.jsonl"], "error: --data: found no file or folder nowhere"),
+        (["--data", ".", "--output", "o.jsonl"], "found neither corpus.jsonl nor corpus.jsonl.gz"),
+        (["--config"], "error: --config: needs a value; expected a YAML file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["mine", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_lists_the_keys_and_nothing_at_all_is_a_mistake(capsys):
+    assert main(["mine", "--help"]) == 0
+    assert "--num_negatives " in capsys.readouterr().out
+    assert main(["mine"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_a_signal_ends_goes_on_to_the_same_bytes(tmp_path, number, model_folders):
+    """Killed for real, wherever it stands when its first part is written."""
+    animal_data(tmp_path / "data")
+    options = ["--data", str(tmp_path / "data"), "--reranker", model_folders["bert"], "--last_rank", "30"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = "import sys; from rag_retrieval.mining import run; run.PART = 2; from rag_retrieval.cli import main; "
+    command = [sys.executable, "-c", script + "sys.exit(main(sys.argv[1:]))", "mine", *options, "--output"]
+    assert subprocess.run([*command, tmp_path / "whole.jsonl"], env=environment, timeout=120).returncode == 0
+    run = subprocess.Popen([*command, tmp_path / "killed.jsonl"], env=environment, stderr=subprocess.PIPE)
+    work = tmp_path / "killed.jsonl.work"
+    while not list(work.glob("parts-*.partial/*.jsonl")):
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    run.send_signal(number)
+    errors = run.communicate(timeout=60)[1].decode()
+    assert run.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        assert "the same command goes on where this one stopped" in errors
+    assert not (tmp_path / "killed.jsonl").exists()
+    kept = [path.stat().st_mtime_ns for path in sorted(work.glob("parts-*.partial/*.jsonl"))]
+    assert 1 <= len(kept) < 18
+    assert subprocess.run([*command, tmp_path / "killed.jsonl"], env=environment, timeout=120).returncode == 0
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
