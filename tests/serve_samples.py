@@ -13,8 +13,8 @@ from rag_retrieval.infer.backend import Backend
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.serve.app import RerankService
 from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.http_server import address_of, bound_socket, run_server
-from rag_retrieval.serve.serve_config import ServeConfig
 from rag_retrieval.serve.served_model import ServedModel
 from rag_retrieval.serve.server_metrics import ServerMetrics
 
@@ -114,4 +114,5 @@ def random_documents(generator: np.random.Generator, count: int, longest: int = 
 
 def numbered_pairs(first: int, count: int, tokens: int = 10) -> list[EncodedPair]:
     """Pairs of `tokens` tokens; the first id of pair k is `first + k`."""
-    return [EncodedPair([first + place] + [0] * (tokens - 1), None, False, 0) for place in range(count)]
+    ids = [np.array([first + place] + [0] * (tokens - 1), np.int32) for place in range(count)]
+    return [EncodedPair(own, None, False, 0) for own in ids]

@@ -15,7 +15,7 @@ from rag_retrieval.core.starting import StartError, mistakes_told, on_all_proces
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.metrics import LOGGED_METRICS
 from rag_retrieval.models.model_card import About, write_card
-from rag_retrieval.models.packed_forward import attention_dropout
+from rag_retrieval.models.packed_model import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.run_record import CONFIGURATION_FILE, DATA_FILE, DataPart, parts_to_write
 from rag_retrieval.train.checkpoints import TrainState, write_json

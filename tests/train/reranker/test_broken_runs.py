@@ -31,13 +31,13 @@ def stop_after(monkeypatch):
     def run(values: dict, step: int) -> None:
         take_step = Trainer.train_step
 
-        def step_and_wish(self, micro_batches):
+        def step_and_stop(self, micro_batches):
             take_step(self, micro_batches)
             if self.state.step == step:
-                self.wish.note(signal.SIGTERM, None)
+                self.stop_request.note(signal.SIGTERM, None)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "train_step", step_and_wish)
+            patch.setattr(Trainer, "train_step", step_and_stop)
             with pytest.raises(TrainingStopped):
                 train(values)
 
@@ -121,7 +121,7 @@ def test_the_same_step_size_with_other_data_is_still_refused(settings, stop_afte
 
 def test_memory_that_is_full_tells_the_longest_pair_and_the_tokens(settings, monkeypatch):
     def fail(self, model, micro_batch):
-        lengths.append(micro_batch.pairs.lengths)
+        lengths.append(micro_batch.pairs.lengths.tolist())
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     lengths = []
