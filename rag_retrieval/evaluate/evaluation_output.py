@@ -9,7 +9,7 @@ The trap: run.trec, the third file, is written by the scoring, before anything i
 import json
 from dataclasses import asdict
 
-from rag_retrieval.core.files import write_whole
+from rag_retrieval.core.files import write_text
 from rag_retrieval.evaluate.comparison import Comparison
 from rag_retrieval.evaluate.evaluation import Evaluation, ProbabilityFigures
 from rag_retrieval.evaluate.measures import means
@@ -23,9 +23,9 @@ LONGEST_NAME = 30  # columns
 def write_evaluation(evaluation: Evaluation) -> None:
     """Both files into the evaluation's output_dir, each whole or not at all."""
     rows = [json.dumps(query_row(evaluation, query), ensure_ascii=False) for query in evaluation.data.qrels]
-    write_whole(evaluation.output_dir / "per_query.jsonl", "".join(row + "\n" for row in rows))
+    write_text(evaluation.output_dir / "per_query.jsonl", "".join(row + "\n" for row in rows))
     result = json.dumps(result_of(evaluation), ensure_ascii=False, indent=2)
-    write_whole(evaluation.output_dir / RESULT_FILE, result + "\n")
+    write_text(evaluation.output_dir / RESULT_FILE, result + "\n")
 
 
 def query_row(evaluation: Evaluation, query: str) -> dict:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rag_retrieval.core.files import write_whole
+from rag_retrieval.core.files import write_text
 from rag_retrieval.evaluate.calibration_fit import scored_pairs
 from rag_retrieval.evaluate.evaluation import Evaluation, System
 from rag_retrieval.evaluate.evaluation_output import describe_probabilities, describe_test
@@ -62,7 +62,7 @@ def write_report(evaluation: Evaluation) -> Path:
         images[name] = png_of(figure)
         (folder / f"{name}.png").write_bytes(images[name])
     page = evaluation.output_dir / "report.html"
-    write_whole(page, page_of(evaluation, images))
+    write_text(page, page_of(evaluation, images))
     return page
 
 

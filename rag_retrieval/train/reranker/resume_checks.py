@@ -13,10 +13,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from rag_retrieval.core.files import content_digest
 from rag_retrieval.data.record_store_build import STORE_FILES
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.train.checkpoints import TrainState
-from rag_retrieval.train.provenance import Provenance, content_digest, engine_of, library_versions
+from rag_retrieval.train.provenance import Provenance, engine_of, library_versions
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_files import resolved_entries
 
