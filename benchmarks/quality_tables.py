@@ -6,14 +6,13 @@ is another model, which is why several seeds have their range beside the mean.
 
 import json
 from pathlib import Path
-from typing import get_args
 
+from rag_retrieval import losses
 from rag_retrieval.evaluate.comparison import compare
 from rag_retrieval.evaluate.evaluation_output import describe_comparison
-from rag_retrieval.train.reranker.training_config import TrainingConfig
 
 TRAINERS = ("ours", "sentence-transformers")
-LOSSES = get_args(TrainingConfig.model_fields["loss_type"].annotation)
+LOSSES = list(losses.LOSSES)
 COLUMNS = ("ndcg@10", "mrr@10", "map")
 TESTED = "ndcg@10"
 

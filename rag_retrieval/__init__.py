@@ -13,6 +13,7 @@ _PUBLIC = {
     "ExportConfig": "rag_retrieval.export.export_config",
     "EvaluationConfig": "rag_retrieval.evaluate.evaluation_config",
     "LLMDecoder": "rag_retrieval.models.llm_decoder",
+    "ListwiseReranker": "rag_retrieval.infer.listwise",
     "export_reranker": "rag_retrieval.export.run",
     "evaluate_reranker": "rag_retrieval.evaluate.evaluation",
     "load_reranker": "rag_retrieval.models.load_reranker",

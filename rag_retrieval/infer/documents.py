@@ -1,15 +1,15 @@
-"""What a caller hands over as queries and documents, checked before anything is computed.
+"""Queries and documents as callers give them, checked before anything is computed.
 
-What a reader would get wrong: a document without text (None, "", white space) is no mistake. It keeps its place and
-its id, is not read by the model, and gets the lowest score.
+A document without text (None, "", white space) is no mistake: it keeps its place and its id, is not read by the
+model, and gets the lowest score.
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from rag_retrieval.models.pair_checks import is_unicode
+from rag_retrieval.models.pair_checks import check_list, is_unicode
 
 OWN_KEYS = ("text", "id", "metadata")
 
@@ -33,20 +33,9 @@ def check_number(name: str, value, least: int, unit: str) -> None:
         raise ValueError(f"{name} must be a whole number of {unit}, at least {least}; found {value!r}")
 
 
-def check_list(name: str, values) -> list:
-    """ValueError for a single text, a mapping or a set, which have no positions, and for what is no list at all."""
-    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name}: expected a list, found {type(values).__name__}")
-    return list(values)
-
-
-def check_query(name: str, query) -> str:
-    if not isinstance(query, str):
-        raise ValueError(f"{name}: expected a string, found {type(query).__name__}")
-    return check_text(name, query)
-
-
-def check_text(name: str, text: str) -> str:
+def check_text(name: str, text) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: expected a string, found {type(text).__name__}")
     if not is_unicode(text):
         raise ValueError(f"{name}: half a surrogate pair in it, which is no text: {text!a:.100}")
     return text

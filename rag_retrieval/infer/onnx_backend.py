@@ -45,6 +45,7 @@ class OnnxBackend:
 
         Raises ValueError for a folder that is damaged and a device that is not there, ImportError without onnxruntime.
         """
+        self._arguments = (folder, max_length, device, threads)
         self.folder = Path(folder)
         self.description: OnnxDescription = read_description(self.folder)
         self.pair_encoder: PairEncoder = pair_encoder(self.folder, self.description, max_length)
@@ -59,6 +60,10 @@ class OnnxBackend:
 
     def close(self) -> None:
         """Nothing is held outside this process."""
+
+    def __reduce__(self):
+        """For copies and pickles, which open the folder again: a session cannot be copied."""
+        return OnnxBackend, self._arguments
 
     def _run(self, inputs: Inputs) -> np.ndarray:
         return self._session.run([OUTPUT], inputs)[0]

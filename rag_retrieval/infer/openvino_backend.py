@@ -24,6 +24,7 @@ class OpenVinoBackend:
     def __init__(self, folder: str | os.PathLike, max_length: int | None = None, threads: int | None = None):
         """max_length, threads: as of OnnxBackend. Raises ValueError for a folder that is damaged or that OpenVINO
         cannot read, ImportError where it is not installed."""
+        self._arguments = (folder, max_length, threads)
         self.folder = Path(folder)
         self.description = read_description(self.folder)
         self.pair_encoder = pair_encoder(self.folder, self.description, max_length)
@@ -42,6 +43,10 @@ class OpenVinoBackend:
 
     def close(self) -> None:
         """Nothing is held outside this process."""
+
+    def __reduce__(self):
+        """For copies and pickles, which open the folder again: a compiled model cannot be copied."""
+        return OpenVinoBackend, self._arguments
 
 
 def compile_model(file: Path, threads: int):

@@ -1,60 +1,23 @@
 """`Reranker`: documents in the order in which they answer a query, from any folder that holds a reranker.
 
-What a reader would get wrong: a score is the model's logit. It orders the documents of one query; whether it also
-means something between queries depends on how the model was trained, and `normalize` changes nothing about that
-unless the folder has a calibration. Nothing here imports torch.
+The documents are ordered by the model's logits, whatever is shown as their score. Nothing here imports torch.
 """
 
 import asyncio
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend, BackendOptions, open_backend
-from rag_retrieval.infer.documents import Document, check_documents, check_list, check_number, check_query
-from rag_retrieval.infer.results import (
-    EMPTY_PROBABILITY,
-    EMPTY_SCORE,
-    RerankResult,
-    RerankResults,
-    best_first,
-)
-from rag_retrieval.infer.scores import ScoredPair, score_pairs
-from rag_retrieval.infer.slices import LONG_DOCUMENT, Reader
-from rag_retrieval.models.calibration import sigmoid
-from rag_retrieval.models.pair_checks import check_pairs
+from rag_retrieval.infer.documents import Document, check_documents, check_number, check_text
+from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP, PassageEncoder, ScoredPair, score_pairs
+from rag_retrieval.infer.results import RerankResult, RerankResults, best_first, shown_scores
+from rag_retrieval.models.pair_checks import check_list, check_pairs
 
 if TYPE_CHECKING:
     import torch
-
-OVERLAP = 64  # tokens
-
-
-@dataclass(frozen=True)
-class RerankOptions:
-    """The keyword arguments of `Reranker.rerank`, checked."""
-
-    top_k: int | None
-    batch_size: int
-    max_length: int | None
-    normalize: bool
-    long_document: str
-    overlap: int
-
-    def __post_init__(self):
-        if self.top_k is not None:
-            check_number("top_k", self.top_k, 1, "documents")
-        if self.long_document not in LONG_DOCUMENT:
-            names = ", ".join(map(repr, LONG_DOCUMENT))
-            raise ValueError(f"long_document must be one of {names}; found {self.long_document!r}")
-        check_number("overlap", self.overlap, 0, "tokens")
-        check_number("batch_size", self.batch_size, 1, "pairs")
-        if self.max_length is not None:
-            check_number("max_length", self.max_length, 1, "tokens")
-
 
 class Reranker:
     """A model that scores how well documents answer a query. Several threads may call one.
@@ -143,10 +106,11 @@ class Reranker:
         Long pairs are cut, as `long_document="truncate"` does it. Options as for `rerank`. ValueError naming the
         position of a bad pair.
         """
-        pairs = check_pairs(pairs)
-        options = RerankOptions(None, batch_size, max_length, normalize, "truncate", 0)
-        scores = np.array([scored.score for scored in self._score(pairs, options)], np.float32)
-        return self._normalized(scores) if normalize else scores
+        check_number("batch_size", batch_size, 1, "pairs")
+        encoder = self.passage_encoder(max_length, "truncate")
+        scored = score_pairs(self.backend, encoder, check_pairs(pairs), batch_size)
+        logits = np.array([pair.score for pair in scored], np.float32)
+        return shown_scores(logits, self.backend.calibration, normalize)[0]
 
     def rerank(
         self,
@@ -156,27 +120,27 @@ class Reranker:
         batch_size: int = 256,
         max_length: int | None = None,
         normalize: bool = False,
-        long_document: str = "max_slice",
+        long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ) -> RerankResults:
-        """The documents, best first; those with equal scores in the order given.
+        """The documents, best first; those with equal logits in the order given.
 
         documents: strings, or dicts with "text" and, if wanted, "id" and "metadata"; further keys join the metadata.
-        A document without text (None, "", white space) comes back with EMPTY_SCORE (-10000; 0 with `normalize`).
+        A document without text (None, "", white space) comes last, with EMPTY_SCORE (-10000; 0 with `normalize`).
         top_k: how many come back; all are scored. batch_size: pairs of one forward at most. max_length: tokens per
         pair, at most that of the Reranker.
-        normalize: values in [0, 1]: the calibrated probability where the folder has a calibration, else the sigmoid
-        of the score, which is no probability after RankNet or listwise training: these teach the order alone.
-        long_document: what becomes of a document that does not fit beside the query. "max_slice": it is cut into
-        slices, and the best one's score is the document's; "mean_slice": their mean; "first_slice": the first alone;
-        "truncate": its beginning, and a query longer than half of the room is cut too. Slices keep the query whole
-        unless it takes more than three quarters of the room. overlap: tokens that neighbouring slices share, at most
-        half a slice.
+        normalize: show values in [0, 1] instead of logits: the calibrated probability where the folder has a
+        calibration, else the sigmoid; `score_type` of the results says which. The order stays that of the logits.
+        long_document: how a document that does not fit beside the query is read. "max_slice": in slices, and the best
+        one's score is the document's; "mean_slice": their mean; "first_slice": the first alone; "truncate": its
+        beginning, and a query longer than half of the room is cut too. Slices keep the query whole unless it takes
+        more than three quarters of the room. overlap: tokens that neighbouring slices share, at most half a slice.
 
         Raises ValueError that names the argument and the position, as `documents[3]`.
         """
-        options = RerankOptions(top_k, batch_size, max_length, normalize, long_document, overlap)
-        return self._rerank([check_query("query", query)], [check_documents("documents", documents)], options)[0]
+        checked = [check_documents("documents", documents)]
+        encoder = self.passage_encoder(max_length, long_document, overlap)
+        return self._rerank([check_text("query", query)], checked, encoder, top_k, batch_size, normalize)[0]
 
     def rerank_many(
         self,
@@ -186,22 +150,20 @@ class Reranker:
         batch_size: int = 256,
         max_length: int | None = None,
         normalize: bool = False,
-        long_document: str = "max_slice",
+        long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ) -> list[RerankResults]:
         """`rerank` for several queries, whose pairs share forwards. documents: a list for each query.
 
         Raises ValueError that names the position, as `queries[2]` or `documents[2][3]`.
         """
-        options = RerankOptions(top_k, batch_size, max_length, normalize, long_document, overlap)
-        queries = [
-            check_query(f"queries[{place}]", query) for place, query in enumerate(check_list("queries", queries))
-        ]
+        texts = [check_text(f"queries[{place}]", query) for place, query in enumerate(check_list("queries", queries))]
         lists = check_list("documents", documents)
-        if len(lists) != len(queries):
-            raise ValueError(f"documents: expected a list for each of the {len(queries)} queries, found {len(lists)}")
+        if len(lists) != len(texts):
+            raise ValueError(f"documents: expected a list for each of the {len(texts)} queries, found {len(lists)}")
         checked = [check_documents(f"documents[{place}]", own) for place, own in enumerate(lists)]
-        return self._rerank(queries, checked, options)
+        encoder = self.passage_encoder(max_length, long_document, overlap)
+        return self._rerank(texts, checked, encoder, top_k, batch_size, normalize)
 
     async def arerank(
         self,
@@ -211,7 +173,7 @@ class Reranker:
         batch_size: int = 256,
         max_length: int | None = None,
         normalize: bool = False,
-        long_document: str = "max_slice",
+        long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ) -> RerankResults:
         """`rerank` in a thread, so that the event loop goes on."""
@@ -226,7 +188,7 @@ class Reranker:
         batch_size: int = 256,
         max_length: int | None = None,
         normalize: bool = False,
-        long_document: str = "max_slice",
+        long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ) -> list[RerankResults]:
         """`rerank_many` in a thread, so that the event loop goes on."""
@@ -243,52 +205,56 @@ class Reranker:
     def __exit__(self, *error) -> None:
         self.close()
 
-    def _rerank(self, queries: list[str], lists: list[list[Document]], options: RerankOptions) -> list[RerankResults]:
+    def passage_encoder(self, max_length: int | None, long_document: str, overlap: int = OVERLAP) -> PassageEncoder:
+        """Texts to tokens, with the options of `rerank`, which it refuses with ValueError."""
+        encoder = self.backend.pair_encoder
+        if max_length is not None:
+            check_number("max_length", max_length, 1, "tokens")
+            if max_length > encoder.max_length:
+                raise ValueError(
+                    f"max_length {max_length} is more than the {encoder.max_length} tokens that this Reranker was "
+                    f"opened with; open it with max_length={max_length}"
+                )
+            encoder = encoder.with_max_length(max_length)
+        return PassageEncoder(encoder, long_document, overlap)
+
+    def _rerank(
+        self,
+        queries: list[str],
+        lists: list[list[Document]],
+        encoder: PassageEncoder,
+        top_k: int | None,
+        batch_size: int,
+        normalize: bool,
+    ) -> list[RerankResults]:
         """All pairs with a text are scored in one go, then dealt back in the same order."""
+        check_number("batch_size", batch_size, 1, "pairs")
+        if top_k is not None:
+            check_number("top_k", top_k, 1, "documents")
         pairs = [(query, document.text) for query, own in zip(queries, lists, strict=True)
                  for document in own if not document.is_empty]  # fmt: skip
-        scored = iter(self._score(pairs, options))
-        return [
-            RerankResults(query, self._ranked(own, scored, options)) for query, own in zip(queries, lists, strict=True)
-        ]
-
-    def _score(self, pairs: Sequence[tuple[str, str]], options: RerankOptions) -> list[ScoredPair]:
-        encoder = self.backend.pair_encoder
-        if options.max_length is not None:
-            if options.max_length > encoder.max_length:
-                raise ValueError(
-                    f"max_length {options.max_length} is more than the {encoder.max_length} tokens that this Reranker "
-                    f"was opened with; open it with max_length={options.max_length}"
-                )
-            encoder = encoder.with_max_length(options.max_length)
-        reader = Reader(encoder, options.long_document, options.overlap)
-        return score_pairs(self.backend, reader, pairs, options.batch_size)
+        scored = iter(score_pairs(self.backend, encoder, pairs, batch_size))
+        return [self._ranked(query, own, scored, top_k, normalize) for query, own in zip(queries, lists, strict=True)]
 
     def _ranked(
-        self, documents: list[Document], scored: Iterator[ScoredPair], options: RerankOptions
-    ) -> list[RerankResult]:
+        self, query: str, documents: list[Document], scored: Iterator[ScoredPair], top_k: int | None, normalize: bool
+    ) -> RerankResults:
         """scored: takes one for each document with a text."""
-        empty = ScoredPair(EMPTY_SCORE, None, False)
+        empty = ScoredPair(-np.inf, None, False)
         own = [empty if document.is_empty else next(scored) for document in documents]
-        scores = np.array([pair.score for pair in own], np.float32)
-        if options.normalize:
-            is_empty = [document.is_empty for document in documents]
-            scores = np.where(is_empty, np.float32(EMPTY_PROBABILITY), self._normalized(scores))
-        order = best_first(scores)[: options.top_k]
-        return [
+        logits = np.array([pair.score for pair in own], np.float32)
+        scores, score_type = shown_scores(logits, self.backend.calibration, normalize)
+        results = [
             RerankResult(
-                documents[place].doc_id,
-                documents[place].text,
-                float(scores[place]),
-                rank,
-                documents[place].metadata,
-                int(place),
-                own[place].span,
-                own[place].truncated,
+                doc_id=documents[place].doc_id,
+                text=documents[place].text,
+                score=float(scores[place]),
+                rank=rank,
+                metadata=documents[place].metadata,
+                document_index=int(place),
+                slice=own[place].span,
+                truncated=own[place].truncated,
             )
-            for rank, place in enumerate(order, start=1)
+            for rank, place in enumerate(best_first(logits)[:top_k], start=1)
         ]
-
-    def _normalized(self, scores: np.ndarray) -> np.ndarray:
-        calibration = self.backend.calibration
-        return sigmoid(scores) if calibration is None else calibration.apply(scores)
+        return RerankResults(query, results, score_type)

@@ -1,33 +1,34 @@
-"""What a reranking gives back: documents in the order of their scores, with everything the caller gave along.
+"""What a reranking gives back: documents in the order of their logits, with everything that the caller gave along.
 
-What a reader would get wrong: `doc_id` is the caller's own id where a document brought one, and else its position in
-the list as given; the position itself is always `document_index`.
+The order is always that of the logits: probabilities are equal where two high logits saturate.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from rag_retrieval.infer.documents import check_number
+from rag_retrieval.models.calibration import Calibration, sigmoid
 
 if TYPE_CHECKING:
     import pandas
 
-EMPTY_SCORE = -10_000.0  # of a document without text; finite, so that it can be written as JSON
-EMPTY_PROBABILITY = 0.0
+EMPTY_SCORE = -10_000.0  # shown for a document without text; finite, so that it can be written as JSON
+ScoreType = Literal["logit", "sigmoid", "calibrated", "reciprocal_rank"]
 
 
 @dataclass(frozen=True)
 class RerankResult:
     """One document.
 
-    score: the model's logit, or a value in [0, 1] with `normalize`; EMPTY_SCORE or EMPTY_PROBABILITY for a document
-    without text. rank: from 1. metadata: what a dict brought beside text and id. document_index: position in the
-    list as given. slice: where the best slice begins and ends in `text`, in characters, the end not included; None
-    where the document was read in one piece. truncated: whether a part of query or document was not read.
+    doc_id: the id that the document brought, else its position. score: of the type that the results name; a document
+    without text has EMPTY_SCORE as a logit, else 0. rank: from 1. metadata: what a dict brought beside text and id.
+    document_index: position in the list as given. slice: where the best slice begins and ends in `text`, in
+    characters, the end not included; None where the document was read in one piece. truncated: whether a part of query
+    or document was not read.
     """
 
     doc_id: Any
@@ -42,10 +43,16 @@ class RerankResult:
 
 @dataclass(frozen=True)
 class RerankResults(Sequence):
-    """Results of one query, best first; documents with equal scores in the order given."""
+    """Results of one query, best first; documents with equal logits in the order given.
+
+    score_type: what the scores are: "logit"; with `normalize` "calibrated" (a probability, by the calibration of the
+    folder) or, without a calibration, "sigmoid" (of the logit: no probability after RankNet or listwise training).
+    "reciprocal_rank": 1 / rank, of a ListwiseReranker, which orders without scores.
+    """
 
     query: str
     results: list[RerankResult]
+    score_type: ScoreType
 
     def __len__(self) -> int:
         return len(self.results)
@@ -69,11 +76,15 @@ class RerankResults(Sequence):
         raise KeyError(f"no document with doc_id {doc_id!r} in the results of query {self.query!r:.100}")
 
     def to_dict(self) -> dict:
-        return {"query": self.query, "results": [asdict(result) for result in self.results]}
+        """`{"query", "score_type", "results"}`; each result holds the fields of RerankResult."""
+        return asdict(self)
 
     def to_json(self) -> str:
-        """TypeError where ids or metadata hold what JSON cannot."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
+        """TypeError where ids or metadata hold what JSON cannot; ValueError for NaN or infinity in them."""
+        try:
+            return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(f"{error}: an id or the metadata of a document hold it; put None in its place") from error
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row for each document, in the order of rank. ImportError without pandas."""
@@ -84,6 +95,17 @@ class RerankResults(Sequence):
         return pandas.DataFrame(self.to_dict()["results"], columns=list(RerankResult.__dataclass_fields__))
 
 
-def best_first(scores: Sequence[float]) -> np.ndarray:
-    """Positions by falling score, equal scores in the order given: [scores], int."""
-    return np.argsort(-np.asarray(scores), kind="stable")
+def best_first(logits: np.ndarray) -> np.ndarray:
+    """Positions by falling logit, equal ones in the order given: [documents], int."""
+    return np.argsort(-logits, kind="stable")
+
+
+def shown_scores(
+    logits: np.ndarray, calibration: Calibration | None, normalize: bool
+) -> tuple[np.ndarray, ScoreType]:
+    """What is shown for logits, float32 and -inf for a document without text, and what it is."""
+    if not normalize:
+        return np.where(np.isneginf(logits), np.float32(EMPTY_SCORE), logits), "logit"
+    if calibration is None:
+        return sigmoid(logits), "sigmoid"
+    return calibration.apply(logits), "calibrated"

@@ -71,6 +71,13 @@ class TorchBackend:
             if self._pool is not None:
                 self._pool.close()
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles: the lock and the processes of `devices` stay with the original."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_pool")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=Lock(), _pool=None)
+
 
 def open_torch_backend(path: str, options: BackendOptions) -> TorchBackend:
     """path: a folder or a hub name. Raises ValueError as `Reranker` says."""

@@ -1,136 +1,136 @@
-"""Losses: functions of scores, labels and a mask that know no model, and the table a run picks one from.
+"""The table of losses: what a configuration may name as `loss_type`, and all that a run must know of each.
 
-What a reader would get wrong: the trainer never uses a loss's own mean. It sums the losses of all
-micro-batches and processes of a step and divides once, by the count over the whole step, so that
-accumulation, processes and padding change nothing. A loss and its `count` therefore belong together.
+A loss is a function of scores, labels and a mask that returns a sum and a count. It knows no model, and it takes no
+mean: the trainer adds the sums of all micro-batches and processes of a step and divides once, by the count of the
+whole step, so that accumulation, processes and padding change nothing.
 
-To add a loss: write the function with its count and chance level, enter it in `LOSSES`, test it. The tests of
-`LOSSES` then hold it to the rules on padding, dtype, gradients and micro-batches that every loss obeys. Its name goes
-into `loss_type` of the training configuration, which must not import torch and has the names for itself.
+To add a loss, write its function and enter it in `LOSSES`; configuration, help, checks of a resume and tests read the
+table. A loss of one's own needs no entry: `losses/custom.py`. torch is imported when a function is asked for.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from rag_retrieval.losses.distillation import (
-    chance_kl_distillation,
-    chance_margin_mse,
-    count_document_pairs,
-    count_groups_of_several,
-    kl_distillation,
-    margin_mse,
-)
-from rag_retrieval.losses.graded_groups import count_graded_documents, count_graded_groups
-from rag_retrieval.losses.lambda_loss import chance_lambda_loss, lambda_loss
-from rag_retrieval.losses.likelihood import (
-    chance_listmle,
-    chance_position_listmle,
-    listmle,
-    position_listmle,
-)
-from rag_retrieval.losses.listwise import (
-    chance_info_nce,
-    chance_listnet,
-    chance_listwise_ce,
-    count_groups,
-    count_positives,
-    info_nce,
-    listnet,
-    listwise_ce,
-)
-from rag_retrieval.losses.pairwise import chance_ranknet, count_ordered_pairs, ranknet
-from rag_retrieval.losses.pointwise import chance_bce, chance_mse, count_pairs, pointwise_bce, pointwise_mse
-from rag_retrieval.losses.rank_error import adr_mse, chance_adr_mse
 
-__all__ = [
-    "LOSSES",
-    "Loss",
-    "adr_mse",
-    "chance_adr_mse",
-    "chance_bce",
-    "chance_info_nce",
-    "chance_kl_distillation",
-    "chance_lambda_loss",
-    "chance_listmle",
-    "chance_listnet",
-    "chance_listwise_ce",
-    "chance_margin_mse",
-    "chance_mse",
-    "chance_position_listmle",
-    "chance_ranknet",
-    "count_document_pairs",
-    "count_graded_documents",
-    "count_graded_groups",
-    "count_groups",
-    "count_groups_of_several",
-    "count_ordered_pairs",
-    "count_pairs",
-    "count_positives",
-    "info_nce",
-    "kl_distillation",
-    "lambda_loss",
-    "listmle",
-    "listnet",
-    "listwise_ce",
-    "margin_mse",
-    "pointwise_bce",
-    "pointwise_mse",
-    "position_listmle",
-    "ranknet",
-]
+@dataclass(frozen=True)
+class LossOption:
+    """A keyword argument of a loss's function, which a configuration sets under the same name.
+
+    type, limits: what it takes, for pydantic: float with {"gt": 0}, or a Literal. default: the function's own; None
+    means off. description: of the key, without default and losses.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    description: str
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Loss:
     """A loss with all that a training step needs to know of it.
 
-    name: the value of `loss_type` in a configuration file.
+    name: the value of `loss_type` in a configuration file. aliases: other spellings of it.
     dataset_type: the records it fits; "pointwise" has tensors of [pairs], "grouped" of [groups, documents].
-    function: (scores, labels, mask, reduction="mean" or "sum") to a float32 scalar with a graph.
-    count: (labels, mask) to the number of items that the mean divides by, for tensors on the CPU.
-    chance: (labels, mask) to the mean loss of the best constant score: what a model that learned nothing
-        gives. Also for tensors on the CPU.
+    path: `module:function` of (scores, labels, mask, **options) to (sum, count): a float32 scalar with a graph, and an
+        integer scalar that depends on labels and mask alone.
     reads: what of a record is given as labels: its labels, 1 for positives and 0 for the rest, or a teacher's scores.
     one_positive: whether a group must have exactly one label 1 and zeros besides.
     label_range: what labels must be within, both ends included; None: any finite number will do.
-    options: keyword arguments of `function` that a configuration sets under the same names.
-    chance_options: those of them that `chance` takes too.
+    options: what a configuration may set. option_values: what it has set, by name; else the function's defaults hold.
+    constant_path: `module:function` of (labels, mask, **options) to the mean loss of the best constant score, where
+        that is not the loss of zeros.
     """
 
     name: str
     dataset_type: Literal["pointwise", "grouped"]
-    function: Callable[..., Tensor]
-    count: Callable[[Tensor, Tensor | None], int]
-    chance: Callable[..., float]
+    path: str
+    aliases: tuple[str, ...] = ()
     reads: Literal["label", "positive", "teacher_score"] = "label"
     one_positive: bool = False
     label_range: tuple[float, float] | None = None
-    options: tuple[str, ...] = ()
-    chance_options: tuple[str, ...] = ()
+    options: tuple[LossOption, ...] = ()
+    option_values: Mapping[str, Any] = field(default_factory=dict)
+    constant_path: str | None = None
+
+    @property
+    def function(self) -> "Callable[..., tuple[Tensor, Tensor]]":
+        return function_at(self.path)
+
+    def __call__(self, scores: "Tensor", labels: "Tensor", mask: "Tensor | None" = None) -> "tuple[Tensor, Tensor]":
+        """(sum, count) with the options that are set. mask: None where nothing is padding."""
+        import torch
+
+        mask = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+        return self.function(scores, labels, mask, **self.option_values)
+
+    def count(self, labels: "Tensor", mask: "Tensor | None" = None) -> int:
+        """The number of items that the mean divides by. Call it on CPU tensors: on a GPU it waits for the device."""
+        return int(self._of_zeros(labels, mask)[1])
+
+    def constant_score_loss(self, labels: "Tensor", mask: "Tensor | None" = None) -> float:
+        """The mean loss of the best constant score, which a model that learned nothing gives; 0.0 where there is
+        nothing to count. For CPU tensors."""
+        if self.constant_path is not None:
+            return function_at(self.constant_path)(labels, mask, **self.option_values)
+        total, count = self._of_zeros(labels, mask)
+        return float(total) / max(int(count), 1)
+
+    def _of_zeros(self, labels: "Tensor", mask: "Tensor | None") -> "tuple[Tensor, Tensor]":
+        import torch
+
+        with torch.no_grad():
+            return self(torch.zeros_like(labels, dtype=torch.float32), labels, mask)
 
 
-_LAMBDA = ("lambda_weights", "lambda_top_k")
+def function_at(path: str) -> Callable:
+    """The function at `module:function`, whose module is imported now."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+_POINTWISE, _PAIRWISE, _LISTWISE, _DISTILLATION = (
+    f"rag_retrieval.losses.{module}" for module in ("pointwise", "pairwise", "listwise", "distillation")
+)
+TEMPERATURE = LossOption("temperature", float, 1.0, "divides scores", {"gt": 0})
+LAMBDA_OPTIONS = (
+    LossOption("lambda_weights", Literal["ndcg_loss2pp", "lambdarank"], "ndcg_loss2pp", "how it weights pairs"),
+    LossOption("lambda_top_k", int, None, "k of the nDCG@k to learn. Absent: the whole ranking", {"ge": 1}),
+)
 
 _ALL = (
-    Loss("point_ce", "pointwise", pointwise_bce, count_pairs, chance_bce, label_range=(0, 1)),
-    Loss("point_mse", "pointwise", pointwise_mse, count_pairs, chance_mse, label_range=(0, 1)),
-    Loss("pairwise_ranknet", "grouped", ranknet, count_ordered_pairs, chance_ranknet),
-    Loss("listwise_ce", "grouped", listwise_ce, count_groups, chance_listwise_ce, reads="positive", one_positive=True,
-         options=("temperature",)),
-    Loss("listnet", "grouped", listnet, count_graded_groups, chance_listnet),
-    Loss("listmle", "grouped", listmle, count_graded_groups, chance_listmle),
-    Loss("position_listmle", "grouped", position_listmle, count_graded_groups, chance_position_listmle),
-    Loss("lambda_loss", "grouped", lambda_loss, count_graded_groups, chance_lambda_loss, label_range=(0, 31),
-         options=_LAMBDA, chance_options=_LAMBDA),
-    Loss("info_nce", "grouped", info_nce, count_positives, chance_info_nce, reads="positive",
-         options=("temperature",)),
-    Loss("adr_mse", "grouped", adr_mse, count_graded_documents, chance_adr_mse),
-    Loss("margin_mse", "grouped", margin_mse, count_document_pairs, chance_margin_mse, reads="teacher_score"),
-    Loss("kl_distillation", "grouped", kl_distillation, count_groups_of_several, chance_kl_distillation,
-         reads="teacher_score", options=("temperature",), chance_options=("temperature",)),
+    Loss("point_ce", "pointwise", f"{_POINTWISE}:pointwise_bce", aliases=("pointwise_bce",), label_range=(0, 1),
+         constant_path=f"{_POINTWISE}:bce_of_best_constant"),
+    Loss("point_mse", "pointwise", f"{_POINTWISE}:pointwise_mse", aliases=("pointwise_mse",), label_range=(0, 1),
+         constant_path=f"{_POINTWISE}:mse_of_best_constant"),
+    Loss("pairwise_ranknet", "grouped", f"{_PAIRWISE}:ranknet"),
+    Loss("listwise_ce", "grouped", f"{_LISTWISE}:listwise_ce", reads="positive", one_positive=True,
+         options=(TEMPERATURE,)),
+    Loss("listnet", "grouped", f"{_LISTWISE}:listnet"),
+    Loss("listmle", "grouped", f"{_LISTWISE}:listmle"),
+    Loss("position_listmle", "grouped", f"{_LISTWISE}:position_listmle"),
+    Loss("lambda_loss", "grouped", f"{_PAIRWISE}:lambda_loss", label_range=(0, 31), options=LAMBDA_OPTIONS,
+         constant_path=f"{_PAIRWISE}:lambda_loss_of_random_order"),
+    Loss("info_nce", "grouped", f"{_LISTWISE}:info_nce", reads="positive", options=(TEMPERATURE,)),
+    Loss("adr_mse", "grouped", f"{_LISTWISE}:adr_mse"),
+    Loss("margin_mse", "grouped", f"{_DISTILLATION}:margin_mse", reads="teacher_score"),
+    Loss("kl_distillation", "grouped", f"{_DISTILLATION}:kl_distillation", reads="teacher_score",
+         options=(TEMPERATURE,)),
 )  # fmt: skip
 
 LOSSES: dict[str, Loss] = {loss.name: loss for loss in _ALL}
+ALIASES: dict[str, str] = {alias: loss.name for loss in _ALL for alias in loss.aliases}
+
+
+def __getattr__(name: str) -> Callable:
+    """The functions of the table by their own names: `from rag_retrieval.losses import listnet`."""
+    for loss in _ALL:
+        if loss.path.endswith(f":{name}"):
+            return loss.function
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,146 +1,81 @@
-"""Losses from a softmax over a group: cross entropy of the one positive, ListNet, and InfoNCE.
+"""Losses over a whole group: softmax cross entropies (listwise CE, ListNet, InfoNCE), the likelihood of the right
+ranking (ListMLE), and the error of ranks (ADR-MSE).
 
-What a reader would get wrong: the three differ in what they take for a positive. For `listwise_ce` it is a label
-of exactly 1, one per group, which reading the data has to guarantee: a group without one contributes 0 and is not
-counted; of a group with two, both terms are added although it counts once. For `info_nce` it is every document
-above the lowest label of its group, and its other positives do not compete with it. `listnet` knows none: all labels
-together are the target.
+They differ in what they take for a positive: for `listwise_ce` a label of exactly 1, one per group, which reading the
+data has to guarantee; for `info_nce` every document above the lowest label of its group. The others take all labels.
+
+In each function: scores [groups, documents], any float dtype (the loss is computed in float32); labels [groups,
+documents]; mask [groups, documents], bool, padding where False, None where nothing is padding. It returns the sum, a
+float32 scalar that is 0 (with a graph) where there is nothing to learn, and the number of items that a mean divides
+by, an integer scalar. It raises ValueError when the shapes differ.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rag_retrieval.losses.graded_groups import graded, ordered_pairs
-from rag_retrieval.losses.padding import centred, fill_label_padding, fill_padding, reduce_sum
+from rag_retrieval.losses.groups import centred, differences, fill_padding, graded, ordered_pairs
 
 
 def listwise_ce(
-    scores: Tensor,
-    labels: Tensor,
-    mask: Tensor | None = None,
-    reduction: str = "mean",
-    temperature: float = 1.0,
-) -> Tensor:
+    scores: Tensor, labels: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Listwise cross entropy: - log( exp(s_+ / T) / sum_j exp(s_j / T) ), s_+ the score of the positive.
 
     The ListNet loss with all of the target on one document, a cross entropy of top-one probabilities: Cao et
     al., "Learning to Rank: From Pairwise Approach to Listwise Approach" (ICML 2007).
 
-    scores: [groups, documents], any float dtype; the loss is computed in float32.
-    labels: [groups, documents], one 1 per group and 0 elsewhere.
-    mask: [groups, documents], bool; padding where False. None: nothing is padding.
-    reduction: "mean" over the groups that have a positive, or "sum".
-    temperature: T > 0; below 1 it sharpens the distribution.
+    labels: one 1 per group and 0 elsewhere. A group of two positives adds both terms and counts once.
+    temperature: T > 0; below 1 it sharpens the distribution. ValueError where it is not positive.
 
-    Returns a float32 scalar; 0 (with a graph) where no group has a positive, and a group of one document
-    gives 0. Raises ValueError when the shapes differ, the reduction is unknown or the temperature is not
-    positive.
+    Counts the groups that have a positive; a group of one document gives 0.
     """
     scores, labels, mask = fill_padding(scores, labels, mask)
     logits = softmax_logits(scores, mask, temperature)
-    positive = _positives(labels)
+    positive = labels == 1.0  # never at padding, whose labels have been filled with 0
     losses = -F.log_softmax(logits, dim=1).masked_fill(~positive, 0.0)
-    return reduce_sum(losses.sum(), positive.any(dim=1).sum(), reduction)
+    return losses.sum(), positive.any(dim=1).sum()
 
 
-def listnet(scores: Tensor, labels: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
+def listnet(scores: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """ListNet: - sum_j P_j(y) log P_j(s), with P_j(v) = exp(v_j) / sum_k exp(v_k), of labels y and scores s.
 
     Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach" (ICML 2007): the cross entropy
     of the top-one probabilities, with exp for their increasing function phi.
 
-    scores: [groups, documents], any float dtype; the loss is computed in float32.
-    labels: [groups, documents], on any scale; the scale says how sharp the target is. Labels 1, 0, 0, 0 make a
-        flat one (0.48 and 0.17 thrice), and the least loss is its entropy, not 0.
-    mask: [groups, documents], bool; padding where False. None: nothing is padding.
-    reduction: "mean" over the groups with documents of different labels, or "sum".
+    labels: on any scale; the scale says how sharp the target is. Labels 1, 0, 0, 0 make a flat one (0.48 and 0.17
+        thrice), and the least loss is its entropy, not 0.
 
-    Returns a float32 scalar; 0 (with a graph) where no two documents of a group differ in label: such a group is
-    skipped, though the formula would ask it for equal scores. Raises ValueError when the shapes differ or the
-    reduction is unknown.
+    Counts the groups with documents of different labels; the others are skipped, though the formula would ask them for
+    equal scores.
     """
     scores, labels, mask = fill_padding(scores, labels, mask)
     target = softmax_logits(labels, mask).softmax(dim=1)
     losses = -target * F.log_softmax(softmax_logits(scores, mask), dim=1)
     of_graded = graded(labels, mask)
     losses = losses.masked_fill(~(mask & of_graded.unsqueeze(1)), 0.0)
-    return reduce_sum(losses.sum(), of_graded.sum(), reduction)
+    return losses.sum(), of_graded.sum()
 
 
 def info_nce(
-    scores: Tensor,
-    labels: Tensor,
-    mask: Tensor | None = None,
-    reduction: str = "mean",
-    temperature: float = 1.0,
-) -> Tensor:
+    scores: Tensor, labels: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """InfoNCE: for each positive p, - log( exp(s_p / T) / (exp(s_p / T) + sum_n exp(s_n / T)) ), n the negatives
-    of its group.
+    of its group. Its other positives do not compete with it.
 
     Van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (2018), equation 4, with the
     documents of the group as the candidates. With one positive it is `listwise_ce`.
 
-    scores, mask, temperature, errors: as in `listwise_ce`.
-    labels: [groups, documents], on any scale; positives are above the lowest label of their group.
-    reduction: "mean" over the positives, or "sum".
+    labels: on any scale; positives are above the lowest label of their group. temperature: as in `listwise_ce`.
 
-    Returns a float32 scalar; 0 (with a graph) where no two documents of a group differ in label.
+    Counts the positives.
     """
     scores, labels, mask = fill_padding(scores, labels, mask)
-    scores, positive = centred(scores, mask), _above_lowest(labels, mask)
+    scores, positive = centred(scores, mask), ordered_pairs(labels, mask).any(dim=1)
     logits = softmax_logits(scores, mask & ~positive, temperature)
     # log(1 + exp(negatives - positive)), which neither overflows nor loses a small loss to rounding
     losses = F.softplus(logits.logsumexp(dim=1, keepdim=True) - scores / temperature)
-    return reduce_sum(losses.masked_fill(~positive, 0.0).sum(), positive.sum(), reduction)
-
-
-def count_groups(labels: Tensor, mask: Tensor | None = None) -> int:
-    """Number of groups that have a positive: what the mean of `listwise_ce` divides by.
-
-    labels, mask: [groups, documents]. Call it on CPU tensors: on a GPU it waits for the device.
-    """
-    labels, _ = fill_label_padding(labels, mask)
-    return int(_positives(labels).any(dim=1).sum())
-
-
-def chance_listwise_ce(labels: Tensor, mask: Tensor | None = None) -> float:
-    """Mean listwise loss of a constant score: the mean log(number of documents) over groups with a positive.
-
-    Every constant and every temperature give the same. 0.0 where no group has a positive.
-    """
-    labels, mask = fill_label_padding(labels, mask)
-    sizes = mask.sum(dim=1)[_positives(labels).any(dim=1)]
-    return float(sizes.double().log().mean()) if sizes.numel() else 0.0
-
-
-def chance_listnet(labels: Tensor, mask: Tensor | None = None) -> float:
-    """Mean ListNet loss of a constant score: the mean log(number of documents) over groups with different labels.
-
-    Every constant gives the same. 0.0 where there is no such group.
-    """
-    labels, mask = fill_label_padding(labels, mask)
-    sizes = mask.sum(dim=1)[graded(labels, mask)]
-    return float(sizes.double().log().mean()) if sizes.numel() else 0.0
-
-
-def count_positives(labels: Tensor, mask: Tensor | None = None) -> int:
-    """Number of documents above the lowest label of their group: what the mean of `info_nce` divides by.
-
-    labels, mask: [groups, documents]. Call it on CPU tensors: on a GPU it waits for the device.
-    """
-    return int(_above_lowest(*fill_label_padding(labels, mask)).sum())
-
-
-def chance_info_nce(labels: Tensor, mask: Tensor | None = None) -> float:
-    """Mean InfoNCE loss of a constant score: the mean log(1 + number of its negatives) over positives.
-
-    Every constant and every temperature give the same. 0.0 where there is no positive.
-    """
-    labels, mask = fill_label_padding(labels, mask)
-    positive = _above_lowest(labels, mask)
-    negatives = (mask & ~positive).sum(dim=1, keepdim=True).expand_as(positive)[positive]
-    return float(negatives.double().log1p().mean()) if negatives.numel() else 0.0
+    return losses.masked_fill(~positive, 0.0).sum(), positive.sum()
 
 
 def softmax_logits(values: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
@@ -154,11 +89,91 @@ def softmax_logits(values: Tensor, mask: Tensor, temperature: float = 1.0) -> Te
     return (values / temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
-def _above_lowest(labels: Tensor, mask: Tensor) -> Tensor:
-    """True at the documents that have a lower label in their group."""
-    return ordered_pairs(labels, mask).any(dim=1)
+# ---- the likelihood of the right ranking -------------------------------------------------------------------
 
 
-def _positives(labels: Tensor) -> Tensor:
-    """True at the documents with label 1; padding is none, because its labels have been filled with 0."""
-    return labels == 1.0
+def listmle(scores: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """ListMLE: sum over documents i of log( sum_{j: y_j <= y_i} exp(s_j) ) - s_i, without those of the lowest label.
+
+    Xia et al., "Listwise Approach to Learning to Rank: Theory and Algorithm" (ICML 2008), the likelihood loss: the
+    negative log of the Plackett-Luce probability of the right ranking. Ties as in Breslow, "Covariance Analysis of
+    Censored Survival Data" (Biometrics 1974): documents of one label draw from the same pool, all documents that are
+    not above them, so that the order of a file changes nothing. Those of the lowest label draw nothing, since any order
+    among them is right, as in the likelihood of a top-k ranking. With one positive it is `listwise_ce`.
+
+    labels: on any scale; only their order matters.
+
+    Counts the groups with documents of different labels. Memory is groups * documents^2.
+    """
+    scores, labels, mask = fill_padding(scores, labels, mask)
+    return _likelihood_terms(scores, labels, mask).sum(), graded(labels, mask).sum()
+
+
+def position_listmle(scores: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Position-aware ListMLE: the terms of `listmle`, each weighted with a(r) = 2^(n - r) - 1, r the document's rank
+    by label from 1 to n, divided by the sum of all n weights.
+
+    Lan et al., "Position-Aware ListMLE: A Sequential Learning Process for Ranking" (UAI 2014), which gives these
+    weights; the division is ours and keeps groups of different size comparable. Documents of one label share the mean
+    of their weights. Everything else as in `listmle`.
+    """
+    scores, labels, mask = fill_padding(scores, labels, mask)
+    losses = _likelihood_terms(scores, labels, mask) * _position_weights(labels, mask)
+    return losses.sum(), graded(labels, mask).sum()
+
+
+def _likelihood_terms(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """log( sum_{j: y_j <= y_i} exp(s_j) ) - s_i at [group, i]; 0 at the lowest labels and at padding."""
+    scores = centred(scores, mask)
+    outranks = ordered_pairs(labels, mask)  # [group, lower, higher]
+    above_lowest = outranks.any(dim=1)
+    # at [group, i, j]: j is not above i; a row of padding may compete with anything, its term is dropped
+    competes = (~outranks & mask.unsqueeze(1)) | ~mask.unsqueeze(2)
+    pools = scores.unsqueeze(1).expand(competes.shape).masked_fill(~competes, torch.finfo(scores.dtype).min)
+    return (pools.logsumexp(dim=2) - scores).masked_fill(~above_lowest, 0.0)
+
+
+def _position_weights(labels: Tensor, mask: Tensor) -> Tensor:
+    """a(r) / sum_r a(r), averaged over the ranks of each label, at [group, document]; 0 where labels do not differ.
+
+    Both are divided by 2^n: 2^n itself is beyond float32 for groups of 128.
+    """
+    above = ordered_pairs(labels, mask).sum(dim=2, keepdim=False)  # documents with a higher label
+    equal = ((labels.unsqueeze(2) == labels.unsqueeze(1)) & mask.unsqueeze(1)).sum(dim=2).clamp(min=1)
+    size = mask.sum(dim=1, keepdim=True)
+    of_level = (2.0**-above - 2.0 ** -(above + equal)) / equal  # mean of 2^-r over its ranks above + 1 to above + equal
+    total = 1.0 - (size + 1) * 2.0**-size
+    return ((of_level - 2.0**-size) / total).masked_fill(~(mask & graded(labels, mask).unsqueeze(1)), 0.0)
+
+
+# ---- the error of ranks ------------------------------------------------------------------------------------
+
+
+def adr_mse(scores: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """ADR-MSE: sum over documents i of (r_i - q_i)^2 / log2(1 + r_i), r_i the rank of i by label and
+    q_i = 1 + sum_{j != i} sigmoid(s_j - s_i) its approximate rank by score, both from 1 at the best.
+
+    Schlatt et al., "Rank-DistiLLM: Closing the Effectiveness Gap Between Cross-Encoders and LLMs for Passage
+    Re-Ranking" (ECIR 2025), approximate discounted rank MSE; the approximate rank is that of Qin et al., "A General
+    Approximation Framework for Direct Optimization of Information Retrieval Measures" (2010), with alpha 1.
+
+    labels: on any scale (a teacher's scores, too); only their order matters. Documents of one label share the mean of
+        their ranks, which equal scores reach exactly; otherwise ties would have a loss that nothing can lower.
+
+    Counts the documents of groups with different labels; other groups are skipped. Memory is groups * documents^2.
+    """
+    scores, labels, mask = fill_padding(scores, labels, mask)
+    counted = mask & graded(labels, mask).unsqueeze(1)
+    # at [group, i, j]: how far j is above i; the diagonal adds sigmoid(0), which is no document above
+    above = differences(scores).neg().sigmoid().masked_fill(~mask.unsqueeze(1), 0.0)
+    approximate = 0.5 + above.sum(dim=2)
+    ranks = _label_ranks(labels, mask)
+    losses = ((ranks - approximate).square() / torch.log2(1.0 + ranks)).masked_fill(~counted, 0.0)
+    return losses.sum(), counted.sum()
+
+
+def _label_ranks(labels: Tensor, mask: Tensor) -> Tensor:
+    """Ranks by label, from 1 at the highest; the mean rank where labels are equal. [groups, documents], float32."""
+    higher = ordered_pairs(labels, mask).sum(dim=2)
+    equal = ((labels.unsqueeze(2) == labels.unsqueeze(1)) & mask.unsqueeze(1)).sum(dim=2)
+    return higher + (equal + 1.0) / 2.0

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from rag_retrieval.data.corpus import Corpus, text_hash
-from rag_retrieval.mining.candidates import Candidates
 from rag_retrieval.mining.queries import Query
+from rag_retrieval.retrieval.candidates import Candidates
 
 REASONS = {
     "before_window": "ranked before first_rank",
     "positive": "a positive of the query",
     "positive_text": "the text of a positive",
     "query_text": "the text of the query",
+    "no_text": "no text",
     "repeated_text": "the text of a better candidate",
     "margin": "score too near to the lowest positive's, or above",
     "max_score": "score above max_score",
@@ -49,6 +50,7 @@ def fit_places(query: Query, candidates: Candidates, corpus: Corpus, first_rank:
     positives = set(query.positives.tolist())
     taken = {int(corpus.text_hashes[row]): "positive_text" for row in positives}
     taken.setdefault(text_hash(query.text), "query_text")
+    taken.setdefault(text_hash(""), "no_text")
     dropped["before_window"] += min(first_rank - 1, len(candidates.rows))
     places = []
     for place, row in enumerate(candidates.rows[first_rank - 1 :].tolist(), first_rank - 1):
@@ -81,7 +83,7 @@ def below_positives(scores: np.ndarray, positive_scores: np.ndarray, rules: Rule
 def draw(query: Query, fit: np.ndarray, rules: Rules, dropped: Counter) -> np.ndarray:
     """At most `num_negatives` of the places `fit` (ascending), ascending.
 
-    The draw of a query hangs on the seed and its text alone: other queries, and their order, change nothing.
+    The draw of a query depends on the seed and its text alone: other queries, and their order, change nothing.
     """
     count = min(rules.num_negatives, len(fit))
     dropped["not_drawn"] += len(fit) - count

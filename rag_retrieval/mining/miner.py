@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from rag_retrieval.core.work_folder import WorkFolder
 from rag_retrieval.data.corpus import Corpus
-from rag_retrieval.mining.candidates import Candidates
 from rag_retrieval.mining.choice import Rules, below_positives, draw, fit_places
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.output import Mined
 from rag_retrieval.mining.queries import Query
-from rag_retrieval.mining.search import make_search
-from rag_retrieval.mining.work_folder import WorkFolder
+from rag_retrieval.retrieval.candidates import Candidates
+from rag_retrieval.retrieval.index import SearchOptions, make_search
 
 
 class Miner:
@@ -39,18 +39,19 @@ class Miner:
             from rag_retrieval.mining.reranking import load_reranker
 
             self.reranker = load_reranker(config.reranker, device)
-        self.search = make_search(config, corpus, work, device)
+        self.search = make_search(search_options(config), corpus, work, device)
 
     def mine(self, queries: Sequence[Query]) -> Iterator[Mined]:
         """One for each query, in order; the search is done for all at once before the first."""
-        for query, candidates in zip(queries, self.search.search(queries, self.depth), strict=True):
+        texts, positives = [query.text for query in queries], [query.positives for query in queries]
+        for query, candidates in zip(queries, self.search.search(texts, positives, self.depth), strict=True):
             yield self._mine(query, candidates)
 
     def _mine(self, query: Query, candidates: Candidates) -> Mined:
         dropped = Counter()
         fit = np.array(fit_places(query, candidates, self.corpus, self.rules.first_rank, dropped), np.int64)
         rows = candidates.rows[fit]
-        scores, positive_scores = candidates.scores[fit], candidates.positive_scores
+        scores, positive_scores = candidates.scores[fit], candidates.judged_scores
         if self.reranker is not None:
             from rag_retrieval.mining.reranking import rerank
 
@@ -64,6 +65,23 @@ class Miner:
             len(candidates.rows),
             {reason: count for reason, count in dropped.items() if count},
         )
+
+
+def search_options(config: MiningConfig) -> SearchOptions:
+    if config.candidates == "bm25":
+        return SearchOptions("bm25")
+    from rag_retrieval.retrieval.encoder import EncoderOptions
+
+    encoder = EncoderOptions(
+        config.dense_model,
+        config.pooling,
+        config.query_prefix,
+        config.document_prefix,
+        config.dense_max_len,
+        config.dense_batch_size,
+        config.similarity,
+    )
+    return SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
 
 
 def _rounded(scores: np.ndarray) -> list[float]:

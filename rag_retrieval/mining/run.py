@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rag_retrieval.core.files import atomic_write
 from rag_retrieval.core.progress import Progress
+from rag_retrieval.core.work_folder import WorkFolder, content_of
 from rag_retrieval.data.beir import find_file
 from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.records import DataError
@@ -28,9 +29,8 @@ from rag_retrieval.mining.queries import (
     read_beir_queries,
     read_record_queries,
 )
-from rag_retrieval.mining.search import model_content
 from rag_retrieval.mining.summary import MiningSummary
-from rag_retrieval.mining.work_folder import WorkFolder, content_of
+from rag_retrieval.retrieval.index import model_content
 
 PART = 256  # queries
 WITHOUT_EFFECT = {"data", "corpus", "split", "output", "output_format", "labels", "overwrite", "work_dir", "device"}

@@ -1,4 +1,4 @@
-"""What a user hands over as pairs, checked before anything is computed.
+"""Pairs as callers give them, checked before anything is computed.
 
 One [query, document] is taken as a list of one pair: two strings in a list are a pair, never two pairs.
 """
@@ -13,12 +13,21 @@ def check_pairs(pairs) -> list[tuple[str, str]]:
 
     Raises ValueError naming the position of the first pair that is none, and what was found there.
     """
-    if isinstance(pairs, (str, bytes, Mapping, Set)) or not isinstance(pairs, Iterable):
-        raise ValueError(f"pairs must be a list of [query, document], found {type(pairs).__name__}")
-    pairs = list(pairs)
+    pairs = check_list("pairs", pairs)
     if len(pairs) == 2 and all(isinstance(text, str) for text in pairs):
         pairs = [pairs]
     return [check_pair(position, pair) for position, pair in enumerate(pairs)]
+
+
+def check_list(name: str, values) -> list:
+    """The values as a list. ValueError for a single text, for a mapping or a set, which have no positions, for a table
+    (pandas, polars, pyarrow), which gives its columns and not its rows, and for what is no list at all."""
+    if hasattr(values, "columns"):
+        found = f"a {type(values).__name__}, whose columns these would be"
+        raise ValueError(f"{name}: found {found}; give a list of its rows, such as frame[COLUMNS].values.tolist()")
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a list, found {type(values).__name__}")
+    return list(values)
 
 
 def check_pair(position: int, pair) -> tuple[str, str]:

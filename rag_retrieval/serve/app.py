@@ -95,7 +95,7 @@ class RerankService:
         self, request: Request, asked: RerankRequest, encoded: EncodedRequest, pair_scores: np.ndarray
     ) -> Response:
         scores = self.model.document_scores(encoded, pair_scores)
-        shown = scores if asked.raw_scores else self.model.probabilities(encoded, scores)
+        shown = self.model.shown(scores, asked.raw_scores)
         if asked.text_shape:
             return JSONResponse(text_answer(asked, scores, shown))
         return JSONResponse(document_answer(asked, scores, shown, encoded, self.model.name, request.state.id))

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend
-from rag_retrieval.infer.reranker import OVERLAP
-from rag_retrieval.infer.results import EMPTY_PROBABILITY, EMPTY_SCORE
-from rag_retrieval.infer.scores import combine
-from rag_retrieval.infer.slices import Reader, Reading, document_tokens
-from rag_retrieval.models.calibration import sigmoid
+from rag_retrieval.infer.long_documents import EncodedDocument, PassageEncoder, document_tokens
+from rag_retrieval.infer.results import shown_scores
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.serve.refusal import Refusal
 from rag_retrieval.serve.rerank_request import RerankRequest
@@ -28,12 +25,12 @@ class EncodedRequest:
 
     documents: int
     positions: list[int]
-    readings: list[Reading]
+    readings: list[EncodedDocument]
     truncated: list[int]
 
     @property
     def pairs(self) -> list[EncodedPair]:
-        return [part.pair for reading in self.readings for part in reading.slices]
+        return [pair for reading in self.readings for pair in reading.pairs]
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,8 @@ class ServedModel:
         positions = [position for position, text in enumerate(request.documents) if text.strip()]
         texts = [request.documents[position] for position in positions]
         kept = [self._beginning(text, request.max_document_tokens) for text in texts]
-        reader = Reader(self.backend.pair_encoder, self.long_document, OVERLAP)
-        readings = reader.read([(request.query, text) for text in kept])
+        reader = PassageEncoder(self.backend.pair_encoder, self.long_document)
+        readings = reader.encode([(request.query, text) for text in kept])
         truncated = [
             position
             for position, text, beginning, reading in zip(positions, texts, kept, readings, strict=True)
@@ -78,19 +75,16 @@ class ServedModel:
 
     def document_scores(self, encoded: EncodedRequest, pair_scores: np.ndarray) -> np.ndarray:
         """Logits in the order of the request: [documents]. pair_scores: of `encoded.pairs`."""
-        ends = np.cumsum([len(reading.slices) for reading in encoded.readings], dtype=int)
+        encoder = PassageEncoder(self.backend.pair_encoder, self.long_document)
+        ends = np.cumsum([len(reading.pairs) for reading in encoded.readings], dtype=int)
         of_documents = np.split(pair_scores, ends[:-1])[: len(ends)]
-        scores = np.full(encoded.documents, EMPTY_SCORE, np.float32)
+        scores = np.full(encoded.documents, -np.inf, np.float32)
         scores[encoded.positions] = [
-            combine(self.long_document, reading, own).score
+            encoder.combine(reading, own).score
             for reading, own in zip(encoded.readings, of_documents, strict=True)
         ]
         return scores
 
-    def probabilities(self, encoded: EncodedRequest, scores: np.ndarray) -> np.ndarray:
-        """[documents] in [0, 1]: calibrated where the folder has a calibration, else sigmoids."""
-        calibration = self.backend.calibration
-        values = sigmoid(scores) if calibration is None else calibration.apply(scores)
-        shown = np.full(encoded.documents, EMPTY_PROBABILITY, np.float32)
-        shown[encoded.positions] = values[encoded.positions]
-        return shown
+    def shown(self, scores: np.ndarray, raw: bool) -> np.ndarray:
+        """[documents]: logits, or values in [0, 1], calibrated where the folder has a calibration, else sigmoids."""
+        return shown_scores(scores, self.backend.calibration, not raw)[0]

@@ -1,7 +1,9 @@
 """ONNX Runtime's backend: scores of the model it was exported from, without torch, from any number of threads."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -170,3 +172,9 @@ def test_a_missing_onnxruntime_is_told_with_the_extra(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"needs onnxruntime; run: pip install -e '\.\[onnx\]'"):
         Reranker(folders["bert"][1])
+
+
+def test_a_copy_and_a_pickle_open_the_folder_again(backend):
+    pairs = backend.pair_encoder.encode(some_pairs(5))
+    for other in (copy.deepcopy(backend), pickle.loads(pickle.dumps(backend))):
+        assert np.array_equal(other.score(pairs, 256), backend.score(pairs, 256))

@@ -180,7 +180,7 @@ def bad_calls():
     yield lambda r: r.rerank("a", ["b"], batch_size=0), "batch_size must be .* at least 1; found 0"
     yield lambda r: r.rerank("a", ["b"], overlap=-1), "overlap must be .* at least 0; found -1"
     yield lambda r: r.rerank("a", ["b"], max_length=2), "max_length 2 is too small"
-    yield lambda r: r.rerank("a", ["b"], long_document="cut"), "long_document must be one of 'max_slice', .*'cut'"
+    yield lambda r: r.rerank("a", ["b"], long_document="cut"), "long_document must be one of .*'max_slice', .*'cut'"
     yield lambda r: r.rerank_many("a", [["b"]]), "queries: expected a list, found str"
     yield lambda r: r.rerank_many(["a", 5], [[], []]), r"queries\[1\]: expected a string, found int"
     yield lambda r: r.rerank_many(["a", "b"], [["c"]]), "documents: expected a list for each of the 2 queries, found 1"
@@ -190,10 +190,79 @@ def bad_calls():
     yield lambda r: r.compute_score([["a", 5]]), r"pairs\[0\]: the document must be a string, found int"
 
 
-@pytest.mark.parametrize(("call", "message"), list(bad_calls()))
-def test_bad_input_is_an_error_that_names_the_argument_and_the_position(call, message, by_length):
-    with pytest.raises(ValueError, match=message):
-        call(by_length)
+def test_bad_input_is_an_error_that_names_the_argument_and_the_position(by_length):
+    for call, message in bad_calls():
+        with pytest.raises(ValueError, match=message):
+            call(by_length)
+
+
+def test_a_table_is_refused_and_its_rows_and_columns_are_taken(by_length):
+    """Iterating over a table gives its columns: their names would be scored."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"query": ["a", "a"], "text": ["b", "c d"]})
+    for call in (
+        lambda: by_length.compute_score(frame),
+        lambda: by_length.rerank("a", frame),
+        lambda: by_length.rerank_many(frame, [["b"], ["c"]]),
+        lambda: by_length.rerank_many(["a", "b"], frame),
+    ):
+        with pytest.raises(ValueError, match="DataFrame.*rows"):
+            call()
+    assert by_length.compute_score(frame[["query", "text"]].values.tolist()).tolist() == [5, 6]
+    assert by_length.compute_score(frame[["query", "text"]].to_numpy()).tolist() == [5, 6]
+    assert [result.text for result in by_length.rerank("a", frame["text"])] == ["c d", "b"]
+    assert [result.text for result in by_length.rerank("a", frame.to_dict("records"))] == ["c d", "b"]
+
+
+class Listed(ByLength):
+    """A backend that gives the scores of a list, one for each pair that it is asked for."""
+
+    def __init__(self, tokenizer, scores, calibration=None):
+        super().__init__(tokenizer)
+        self.scores, self.calibration = scores, calibration
+
+    def score(self, pairs, batch_size):
+        self.calls.append(len(pairs))
+        return np.array(self.scores[: len(pairs)], np.float32)
+
+
+def test_normalize_changes_what_is_shown_and_never_the_order(by_length):
+    """In float32 the sigmoid is 1.0 from 17 on, and 0.0 from -104 on."""
+    tokenizer = by_length.backend.pair_encoder.tokenizer
+    logits, documents = [18, 25, 21, -120, -110], ["a", "b", "c", "d", "e", ""]
+    for calibration, score_type in ((None, "sigmoid"), (Calibration(0.5, 1.0, "dev", 10), "calibrated")):
+        reranker = Reranker.from_backend(Listed(tokenizer, logits, calibration))
+        raw, shown = reranker.rerank("q", documents), reranker.rerank("q", documents, normalize=True)
+        assert [result.document_index for result in raw] == [1, 2, 0, 4, 3, 5]
+        assert [result.document_index for result in shown] == [1, 2, 0, 4, 3, 5]
+        assert [result.score for result in shown] == [1, 1, 1, 0, 0, 0]
+        assert reranker.rerank("q", documents, top_k=1, normalize=True)[0].text == "b"
+        assert (raw.score_type, shown.score_type) == ("logit", score_type)
+        assert json.loads(shown.to_json())["score_type"] == score_type
+
+
+def test_equal_pairs_are_computed_once_and_tie(by_length):
+    reranker = Reranker.from_backend(Listed(by_length.backend.pair_encoder.tokenizer, [0.1, 0.2, 0.3]))
+    results = reranker.rerank("q", ["same", "other", "same", None, "same"])
+    assert [(result.document_index, result.score) for result in results] == [
+        (1, np.float32(0.2)), (0, np.float32(0.1)), (2, np.float32(0.1)), (4, np.float32(0.1)), (3, EMPTY_SCORE),
+    ]  # fmt: skip
+    assert reranker.compute_score([["q", "a"], ["q", "b"], ["q", "a"], ["r", "a"]]).tolist() == np.float32(
+        [0.1, 0.2, 0.1, 0.3]
+    ).tolist()
+    assert reranker.backend.calls == [2, 3]
+
+
+def test_a_document_below_the_lowest_shown_score_still_stands_before_one_without_text(by_length):
+    reranker = Reranker.from_backend(Listed(by_length.backend.pair_encoder.tokenizer, [-20_000]))
+    assert [result.document_index for result in reranker.rerank("q", ["", "a"])] == [1, 0]
+
+
+def test_json_never_holds_nan(by_length):
+    for value in (float("nan"), float("inf")):
+        results = by_length.rerank("a", [{"text": "b", "metadata": {"page": [value]}}])
+        with pytest.raises(ValueError, match="metadata"):
+            results.to_json()
 
 
 def test_a_score_that_is_no_number_is_an_error(by_length):

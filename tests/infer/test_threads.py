@@ -1,10 +1,13 @@
 """One Reranker, several threads; one event loop that goes on; no torch where none is needed."""
 
 import asyncio
+import copy
+import multiprocessing
+import pickle
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -79,7 +82,16 @@ def test_the_event_loop_goes_on_while_documents_are_scored(load_tiny):
     assert one == many[0] == reranker.rerank("where is Paris?", list(ENGLISH), top_k=3)
 
 
-MODULES = ["infer.reranker", "infer.backend", "infer.slices", "infer.results", "models.pair_encoding",
+def test_a_reranker_can_be_copied_pickled_and_sent_to_another_process(load_tiny):
+    reranker = Reranker.from_backend(TorchBackend(load_tiny("bert", max_length=64)))
+    expected = reranker.rerank(*requests()[0])  # also after its first use
+    for other in (copy.copy(reranker), copy.deepcopy(reranker), pickle.loads(pickle.dumps(reranker))):
+        assert other.rerank(*requests()[0]) == expected
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+        assert processes.submit(reranker.rerank, *requests()[0]).result(120) == expected
+
+
+MODULES = ["infer.reranker", "infer.backend", "infer.long_documents", "infer.results", "models.pair_encoding",
            "models.token_budget", "models.calibration", "models.model_files", "models.one_ahead"]  # fmt: skip
 
 

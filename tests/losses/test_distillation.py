@@ -1,18 +1,19 @@
 """MarginMSE and KL distillation against hand values and plain Python."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from loss_values import reduced
 
-from rag_retrieval.losses import (
-    chance_kl_distillation,
-    chance_margin_mse,
-    count_document_pairs,
-    count_groups_of_several,
-    kl_distillation,
-    margin_mse,
-)
+from rag_retrieval import losses
+from rag_retrieval.losses import LOSSES
+
+kl_distillation, margin_mse = reduced(losses.kl_distillation), reduced(losses.margin_mse)
+constant_margin_mse = LOSSES["margin_mse"].constant_score_loss
+count_document_pairs = LOSSES["margin_mse"].count
+count_groups_of_several = LOSSES["kl_distillation"].count
 
 SCORES = torch.tensor([[1.0, 2.0, -0.5], [0.3, -1.2, 50.0], [4.0, 50.0, 50.0], [1.0, 2.0, 3.0]])
 TEACHER = torch.tensor([[7.0, -2.5, 3.0], [5.0, 5.0, 9.0], [8.0, 9.0, 9.0], [1.0, 0.0, 0.0]])
@@ -99,12 +100,13 @@ def test_a_document_to_which_the_teacher_gives_no_probability_costs_nothing():
 def test_chance_is_the_loss_of_any_constant():
     for constant in (-3.0, 0.0, 20.0):
         flat = torch.full((4, 3), constant)
-        assert margin_mse(flat, TEACHER, MASK).item() == pytest.approx(chance_margin_mse(TEACHER, MASK), rel=1e-5)
+        assert margin_mse(flat, TEACHER, MASK).item() == pytest.approx(constant_margin_mse(TEACHER, MASK), rel=1e-5)
         for temperature in (1.0, 2.0):
             loss = kl_distillation(flat, TEACHER, MASK, temperature=temperature).item()
-            assert loss == pytest.approx(chance_kl_distillation(TEACHER, MASK, temperature), rel=1e-5)
+            warm = replace(LOSSES["kl_distillation"], option_values={"temperature": temperature})
+            assert loss == pytest.approx(warm.constant_score_loss(TEACHER, MASK), rel=1e-5)
     # the three margins of the first group are 9.5, 4 and 5.5; the one of the second is 0
-    assert chance_margin_mse(TEACHER, MASK) == pytest.approx((9.5**2 + 4**2 + 5.5**2) / 4, rel=1e-12)
+    assert constant_margin_mse(TEACHER, MASK) == pytest.approx((9.5**2 + 4**2 + 5.5**2) / 4, rel=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])

@@ -1,12 +1,18 @@
 """LambdaLoss against hand values and a slow implementation in plain Python; truncation, ties, chance."""
 
 import math
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
+from loss_values import reduced
 
-from rag_retrieval.losses import chance_lambda_loss, count_graded_groups, lambda_loss
+from rag_retrieval import losses
+from rag_retrieval.losses import LOSSES
+
+lambda_loss = reduced(losses.lambda_loss)
+count_graded_groups = LOSSES["lambda_loss"].count
 
 SCORES = torch.tensor([[1.0, 2.0, -0.5, 0.7], [0.3, -1.2, 50.0, 50.0], [4.0, 1.0, 0.0, 50.0], [1.0, 2.0, 3.0, 4.0]])
 LABELS = torch.tensor([[0.0, 3.0, 1.0, 1.0], [0.0, 1.0, 9.0, 9.0], [1.0, 1.0, 1.0, 9.0], [1.0, 0.0, 0.0, 0.0]])
@@ -81,7 +87,8 @@ def test_chance_is_the_mean_over_all_orders_of_equal_scores(weights, top_k):
         orders = list(permutations(range(len(labels))))
         losses = [slow([0.0] * len(scores), labels, weights, top_k, list(order)) for order in orders]
         expected += sum(losses) / len(orders) / 2
-    assert chance_lambda_loss(LABELS, MASK, weights, top_k) == pytest.approx(expected, rel=1e-9)
+    loss = replace(LOSSES["lambda_loss"], option_values={"lambda_weights": weights, "lambda_top_k": top_k})
+    assert loss.constant_score_loss(LABELS, MASK) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_score_as_low_as_float32_goes_still_ranks_before_padding():

@@ -4,8 +4,15 @@ import math
 
 import pytest
 import torch
+from loss_values import reduced
 
-from rag_retrieval.losses import chance_bce, chance_mse, count_pairs, pointwise_bce, pointwise_mse
+from rag_retrieval import losses
+from rag_retrieval.losses import LOSSES
+
+pointwise_bce, pointwise_mse = reduced(losses.pointwise_bce), reduced(losses.pointwise_mse)
+constant_bce = LOSSES["point_ce"].constant_score_loss
+constant_mse = LOSSES["point_mse"].constant_score_loss
+count_pairs = LOSSES["point_ce"].count
 
 LOG3 = math.log(3.0)  # sigmoid(log 3) = 3/4
 
@@ -75,17 +82,17 @@ def test_count_is_the_number_of_pairs_that_are_not_padding():
 def test_chance_of_bce_is_the_entropy_of_the_mean_label():
     # One positive in four: -(1/4) log(1/4) - (3/4) log(3/4).
     expected = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
-    assert chance_bce(torch.tensor([1.0, 0.0, 0.0, 0.0]), None) == pytest.approx(expected, rel=1e-12)
-    assert chance_bce(torch.tensor([0.25, 0.25]), None) == pytest.approx(expected, rel=1e-12)
-    assert chance_bce(torch.ones(3), None) == 0.0
+    assert constant_bce(torch.tensor([1.0, 0.0, 0.0, 0.0]), None) == pytest.approx(expected, rel=1e-12)
+    assert constant_bce(torch.tensor([0.25, 0.25]), None) == pytest.approx(expected, rel=1e-12)
+    assert constant_bce(torch.ones(3), None) == 0.0
 
 
 def test_chance_of_mse_is_the_variance_of_the_labels():
     # Mean 1/2; deviations 1/2, -1/2, 0.
-    assert chance_mse(torch.tensor([1.0, 0.0, 0.5]), None) == pytest.approx(0.5 / 3, rel=1e-12)
+    assert constant_mse(torch.tensor([1.0, 0.0, 0.5]), None) == pytest.approx(0.5 / 3, rel=1e-12)
 
 
-@pytest.mark.parametrize(("loss", "chance"), [(pointwise_bce, chance_bce), (pointwise_mse, chance_mse)])
+@pytest.mark.parametrize(("loss", "chance"), [(pointwise_bce, constant_bce), (pointwise_mse, constant_mse)])
 def test_no_constant_score_is_better_than_chance_and_the_logit_of_the_mean_label_reaches_it(loss, chance):
     labels = torch.tensor([1.0, 0.0, 0.0, 0.7, 0.1, 9.0])
     mask = torch.tensor([True, True, True, True, True, False])

@@ -4,8 +4,14 @@ import math
 
 import pytest
 import torch
+from loss_values import reduced
 
-from rag_retrieval.losses import adr_mse, chance_adr_mse, count_graded_documents
+from rag_retrieval import losses
+from rag_retrieval.losses import LOSSES
+
+adr_mse = reduced(losses.adr_mse)
+constant_adr_mse = LOSSES["adr_mse"].constant_score_loss
+count_graded_documents = LOSSES["adr_mse"].count
 
 SCORES = torch.tensor([[1.0, 2.0, -0.5, 0.7], [0.3, -1.2, 50.0, 50.0], [4.0, 1.0, 50.0, 50.0], [1.0, 2.0, 3.0, 4.0]])
 LABELS = torch.tensor([[0.0, 2.0, 1.0, 1.0], [1.0, 0.0, 9.0, 9.0], [1.0, 1.0, 9.0, 9.0], [1.0, 0.0, 0.0, 0.0]])
@@ -64,7 +70,7 @@ def test_only_the_order_of_the_labels_and_the_differences_of_the_scores_matter()
 def test_chance_is_the_loss_of_any_constant():
     for constant in (-3.0, 0.0, 20.0):
         value = adr_mse(torch.full((4, 4), constant), LABELS, MASK).item()
-        assert value == pytest.approx(chance_adr_mse(LABELS, MASK), rel=1e-5)
+        assert value == pytest.approx(constant_adr_mse(LABELS, MASK), rel=1e-5)
     # every document in the middle: 2.5 of four, 1.5 of two
     expected = 1.5**2 / math.log2(5) + 1.5**2 / 1 + 0.5**2 / 1 + 0.5**2 / math.log2(3)
-    assert chance_adr_mse(LABELS, MASK) == pytest.approx(expected / 6, rel=1e-6)
+    assert constant_adr_mse(LABELS, MASK) == pytest.approx(expected / 6, rel=1e-6)

@@ -8,22 +8,24 @@ from functools import partial
 
 import pytest
 import torch
+from loss_values import reduced
 
-from rag_retrieval.losses import (
-    adr_mse,
-    count_graded_documents,
-    info_nce,
-    lambda_loss,
-    listmle,
-    listnet,
-    listwise_ce,
-    margin_mse,
-    position_listmle,
-    ranknet,
-)
+from rag_retrieval import losses
+from rag_retrieval.losses import LOSSES
 
 theirs = pytest.importorskip("sentence_transformers.cross_encoder.losses")
 CrossEncoder = pytest.importorskip("sentence_transformers.cross_encoder").CrossEncoder
+
+adr_mse = reduced(losses.adr_mse)
+info_nce = reduced(losses.info_nce)
+lambda_loss = reduced(losses.lambda_loss)
+listmle = reduced(losses.listmle)
+listnet = reduced(losses.listnet)
+listwise_ce = reduced(losses.listwise_ce)
+margin_mse = reduced(losses.margin_mse)
+position_listmle = reduced(losses.position_listmle)
+ranknet = reduced(losses.ranknet)
+count_graded_documents = LOSSES["adr_mse"].count
 
 generator = torch.Generator().manual_seed(11)
 SCORES = 2 * torch.randn(3, 6, generator=generator)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from mining_samples import corpus_of
 
-from rag_retrieval.mining.candidates import Candidates
 from rag_retrieval.mining.choice import Rules, below_positives, draw, fit_places
 from rag_retrieval.mining.queries import Query
+from rag_retrieval.retrieval.candidates import Candidates
 
 
 def rules(**options):
@@ -31,6 +31,10 @@ def test_positives_and_texts_said_before_are_left_out_with_their_reasons(tmp_pat
     assert places == [0, 2, 7]
     reasons = {"positive": 1, "positive_text": 1, "repeated_text": 3, "query_text": 1}
     assert dropped == reasons
+
+
+def test_a_document_without_text_is_no_negative(tmp_path):
+    assert fit(tmp_path, ["", "b", " "], query("q")) == ([1], {"no_text": 2})
 
 
 def test_a_text_before_the_window_is_no_reason_to_drop_its_repetition(tmp_path):

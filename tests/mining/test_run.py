@@ -12,7 +12,9 @@ from rag_retrieval.data.readers import read_records
 from rag_retrieval.data.records import DataError, RecordRules
 from rag_retrieval.data.store import open_store
 from rag_retrieval.mining import miner, run
+from rag_retrieval.mining.miner import search_options
 from rag_retrieval.mining.run import mine
+from rag_retrieval.retrieval.encoder import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +223,7 @@ def test_data_that_are_not_there_are_told(tmp_path):
 
 
 def test_missing_libraries_are_told_with_the_command_that_brings_them(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("rag_retrieval.mining.search.BM25_LIBRARIES", ("bm25s", "no_such_library"))
+    monkeypatch.setattr("rag_retrieval.retrieval.index.BM25_LIBRARIES", ("bm25s", "no_such_library"))
     with pytest.raises(ValueError, match=r"need no_such_library; run: pip install -e '.\[mine\]'"):
         mine(config_of(data, tmp_path / "out.jsonl"))
 
@@ -249,9 +251,7 @@ def test_a_window_beyond_the_corpus_is_told(data, tmp_path):
 def test_dense_scores_are_cosines(data, base, tmp_path):
     config = config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], vector_dtype="float32")
     mine(config)
-    from rag_retrieval.mining.dense_encoder import load_encoder
-
-    encoder = load_encoder(config, "cpu")
+    encoder = load_encoder(search_options(config).encoder, "cpu")
     for line in read_output(tmp_path / "out.jsonl")[:5]:
         query, documents = encoder.queries([line["query"]])[0], encoder.documents(line["pos"] + line["neg"])
         scores = line["candidate_scores"]["pos"] + line["candidate_scores"]["neg"]

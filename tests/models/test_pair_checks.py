@@ -8,7 +8,7 @@ from rag_retrieval.models.pair_checks import check_pairs
 @pytest.mark.parametrize(
     "pairs,message",
     [
-        ("text", "pairs must be a list of .query, document., found str"),
+        ("text", "pairs: expected a list, found str"),
         (None, "found NoneType"),
         (7, "found int"),
         ({"query": "a", "document": "b"}, "found dict"),

@@ -29,7 +29,7 @@ def test_scores_are_those_of_the_reranker(backend, long_document, normalized):
     model = ServedModel("tiny", backend, long_document)
     encoded = model.encode(request())
     scores = model.document_scores(encoded, model.score(encoded.pairs))
-    shown = model.probabilities(encoded, scores) if normalized else scores
+    shown = model.shown(scores, raw=not normalized)
     results = Reranker.from_backend(backend).rerank(
         QUERY, documents(), normalize=normalized, long_document=long_document
     )
@@ -44,8 +44,7 @@ def test_probabilities_are_calibrated_where_the_folder_has_a_calibration(backend
     calibrated = copy.copy(backend)
     calibrated.calibration = Calibration(temperature=2.0, bias=0.5, data="dev", pairs=10)
     model = ServedModel("tiny", calibrated, "truncate")
-    encoded = model.encode(RerankRequest("q", ["a", "", "b"], text_shape=True))
-    shown = model.probabilities(encoded, np.array([3.0, -10_000.0, -1.0], np.float32))
+    shown = model.shown(np.array([3.0, -np.inf, -1.0], np.float32), raw=False)
     # 1 / (1 + exp(-2)) and 1 / (1 + exp(0))
     assert shown.tolist() == pytest.approx([0.880797, 0.0, 0.5], abs=1e-6)
 
@@ -83,5 +82,5 @@ def test_a_request_without_text_has_no_pairs(backend, texts):
     encoded = model.encode(RerankRequest(QUERY, texts, text_shape=True))
     assert encoded.pairs == []
     scores = model.document_scores(encoded, np.empty(0, np.float32))
-    assert scores.tolist() == [-10_000.0] * len(texts)
-    assert model.probabilities(encoded, scores).tolist() == [0.0] * len(texts)
+    assert model.shown(scores, raw=True).tolist() == [-10_000.0] * len(texts)
+    assert model.shown(scores, raw=False).tolist() == [0.0] * len(texts)

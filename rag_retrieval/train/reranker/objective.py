@@ -6,12 +6,12 @@ sum_l sums[l] / counts[l], with both taken over all its micro-batches and proces
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from rag_retrieval.losses import LOSSES, Loss
+from rag_retrieval.losses.custom import loss_named
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 
 
@@ -68,8 +68,7 @@ class Objective:
     def sums(self, scores: Tensor, labels: Tensor, teacher_scores: Tensor | None, mask: Tensor) -> Tensor:
         """The summed losses times their weights: float32 [losses], with a graph."""
         return torch.stack([
-            weighted.weight
-            * weighted.loss.function(scores, weighted.targets(labels, teacher_scores), mask, reduction="sum")
+            weighted.weight * weighted.loss(scores, weighted.targets(labels, teacher_scores), mask)[0]
             for weighted in self.losses
         ])  # fmt: skip
 
@@ -81,26 +80,20 @@ class Objective:
         """The mean of the best constant score, for tensors on the CPU. A mix has the sum of what each loss has, which
         is right where every constant gives a loss the same, and a lower bound for pointwise ones."""
         return sum(
-            weighted.weight * weighted.loss.chance(weighted.targets(labels, teacher_scores), mask)
+            weighted.weight * weighted.loss.constant_score_loss(weighted.targets(labels, teacher_scores), mask)
             for weighted in self.losses
         )
 
 
 def configured_objective(config: TrainingConfig) -> Objective:
-    """The losses of a run: `loss_type`, and `teacher_loss_type` where it is given."""
-    options = {name: getattr(config, name) for name in LOSSES[config.loss_type].options}
-    loss = _with_options(LOSSES[config.loss_type], options)
+    """The losses of a run: `loss_type`, and `teacher_loss_type` where it is given. ValueError as of `loss_named`."""
+    loss = loss_named(config.loss_type, config.train_dataset_type)
+    loss = replace(loss, option_values={option.name: getattr(config, option.name) for option in loss.options})
     if config.teacher_loss_type is None:
         return Objective.of(loss)
     teacher = LOSSES[config.teacher_loss_type]
-    teacher = _with_options(teacher, {"temperature": config.teacher_temperature} if teacher.options else {})
+    options = {option.name: getattr(config, f"teacher_{option.name}") for option in teacher.options}
     return Objective((
         WeightedLoss(loss, 1.0 - config.teacher_weight, loss.reads == "teacher_score"),
-        WeightedLoss(teacher, config.teacher_weight, True),
+        WeightedLoss(replace(teacher, option_values=options), config.teacher_weight, True),
     ))  # fmt: skip
-
-
-def _with_options(loss: Loss, options: dict) -> Loss:
-    """The loss with its options filled in, also for its chance level where that depends on them."""
-    of_chance = {name: value for name, value in options.items() if name in loss.chance_options}
-    return replace(loss, function=partial(loss.function, **options), chance=partial(loss.chance, **of_chance))

@@ -130,8 +130,8 @@ class Validation:
             chunk = units[start : start + LOSS_CHUNK]
             labels, mask = layout([unit_labels for _, unit_labels in chunk])
             values, _ = layout([scores[places] for places, _ in chunk])
-            total += loss.function(values, labels, mask, reduction="sum").item()
-            items += loss.count(labels, mask)
+            chunk_sum, chunk_count = loss(values, labels, mask)
+            total, items = total + chunk_sum.item(), items + int(chunk_count)
         return total / items if items else math.nan
 
     def _loss_units(self, weighted: WeightedLoss) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -4,20 +4,16 @@ import math
 
 import pytest
 import torch
+from loss_values import reduced
 
-from rag_retrieval.losses import (
-    LOSSES,
-    chance_kl_distillation,
-    chance_listwise_ce,
-    kl_distillation,
-    listwise_ce,
-    margin_mse,
-    pointwise_bce,
-    ranknet,
-)
+from rag_retrieval import losses
+from rag_retrieval.losses import LOSSES
 from rag_retrieval.train.reranker.objective import Objective, configured_objective
 from rag_retrieval.train.reranker.training_config import TrainingConfig
 
+kl_distillation, listwise_ce, margin_mse, pointwise_bce, ranknet = map(
+    reduced, (losses.kl_distillation, losses.listwise_ce, losses.margin_mse, losses.pointwise_bce, losses.ranknet)
+)
 SCORES = torch.tensor([[1.0, 2.0, -0.5], [0.3, -1.2, 0.0]])
 LABELS = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 TEACHER = torch.tensor([[7.0, -2.5, 3.0], [5.0, 5.5, 0.0]])
@@ -55,11 +51,10 @@ def test_each_loss_has_its_own_temperature_also_in_its_chance():
         0.5 * kl_distillation(SCORES, TEACHER, MASK, "sum", temperature=4.0).item(),
     ]
     assert mix.sums(SCORES, *EVERYTHING).tolist() == pytest.approx(expected)
-    chance = 0.5 * chance_listwise_ce(LABELS, MASK) + 0.5 * chance_kl_distillation(TEACHER, MASK, 4.0)
-    assert mix.chance(*EVERYTHING) == pytest.approx(chance)
-    assert objective("kl_distillation", temperature=4.0).chance(*EVERYTHING) == pytest.approx(
-        chance_kl_distillation(TEACHER, MASK, 4.0)
-    )
+    flat = torch.zeros(2, 3)
+    of_teacher = kl_distillation(flat, TEACHER, MASK, temperature=4.0).item()
+    assert mix.chance(*EVERYTHING) == pytest.approx(0.5 * listwise_ce(flat, LABELS, MASK).item() + 0.5 * of_teacher)
+    assert objective("kl_distillation", temperature=4.0).chance(*EVERYTHING) == pytest.approx(of_teacher)
 
 
 def test_options_of_the_lambda_loss_reach_it():
@@ -68,9 +63,7 @@ def test_options_of_the_lambda_loss_reach_it():
     sums = {found.sums(-SCORES, LABELS, None, MASK).item() for found in (by_default, at_one, plain)}
     chances = {found.chance(LABELS, None, MASK) for found in (by_default, at_one, plain)}
     assert len(sums) == len(chances) == 3
-    assert by_default.sums(SCORES, LABELS, None, MASK)[0] == LOSSES["lambda_loss"].function(
-        SCORES, LABELS, MASK, reduction="sum"
-    )
+    assert by_default.sums(SCORES, LABELS, None, MASK)[0] == LOSSES["lambda_loss"](SCORES, LABELS, MASK)[0]
 
 
 def test_a_pointwise_teacher_loss_reads_probabilities_as_soft_labels():

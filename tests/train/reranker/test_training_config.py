@@ -191,9 +191,10 @@ def test_what_is_told_of_a_loss_here_is_what_the_losses_say():
     """The lists here are for a check without torch."""
     assert {name: loss.dataset_type for name, loss in LOSSES.items()} == LOSS_DATASET_TYPE
     assert list(LOSS_DATASET_TYPE) == list(get_args(TrainingConfig.model_fields["loss_type"].annotation))
-    readers = {key: tuple(name for name, loss in LOSSES.items() if key in loss.options) for key in LOSS_OPTIONS}
+    readers = {key: tuple(name for name, loss in LOSSES.items() if key in [each.name for each in loss.options])
+               for key in LOSS_OPTIONS}
     assert readers == LOSS_OPTIONS
-    assert set(LOSS_OPTIONS) == {key for loss in LOSSES.values() for key in loss.options}
+    assert set(LOSS_OPTIONS) == {option.name for loss in LOSSES.values() for option in loss.options}
     assert tuple(name for name, loss in LOSSES.items() if loss.reads == "teacher_score") == TEACHER_LOSSES
     ranges = {name: loss.label_range for name, loss in LOSSES.items() if loss.dataset_type == "grouped"}
     assert {name: found for name, found in ranges.items() if found} == GROUPED_LABEL_RANGES

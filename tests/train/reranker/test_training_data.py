@@ -163,7 +163,7 @@ def test_a_process_with_nothing_to_do_gets_a_filler_without_loss_or_gradient(ste
         assert (filler.items, filler.size, filler.sources, len(filler.pairs)) == ((0,), 0, [], 1)
         assert not filler.mask.any()
         scores = torch.tensor([3.0], requires_grad=True)
-        value = loss.function(filler.place_scores(scores), filler.labels, filler.mask, reduction="sum")
+        value = loss(filler.place_scores(scores), filler.labels, filler.mask)[0]
         value.backward()
         assert value.item() == 0 and scores.grad.tolist() == [0.0]
 

@@ -1,0 +1,194 @@
+"""From (query, document) texts to scores, also where a document is longer than the model reads.
+
+Slices are runs of the document's own tokens, not texts that are tokenized anew, so a word has the same tokens in
+every slice; the text that a format puts around a document stands around every slice. Nothing here imports torch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from rag_retrieval.infer.backend import Backend
+from rag_retrieval.infer.documents import check_number
+from rag_retrieval.models.one_ahead import one_ahead
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, cut, surrounding_tokens
+
+LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
+LONG_DOCUMENT_DEFAULT = "max_slice"
+OVERLAP = 64  # tokens
+LONGEST_QUERY = 0.75  # of the tokens that the fixed parts leave; a longer query is cut to this where slices are made
+CHUNK_PAIRS = 4096  # tokenized and planned together
+CHUNK_CHARACTERS = 8_000_000  # of documents, likewise; one longer document is a chunk of its own
+
+Pairs = Sequence[tuple[str, str]]
+Span = tuple[int, int]  # of a document's text, in characters, the end not included
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document beside its query. pairs: one, or one for each slice. spans: of the slices; None for all of the text.
+    truncated: whether a part of query or document is in none of them."""
+
+    pairs: list[EncodedPair]
+    spans: list[Span | None]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """score: the logit. span: of the best slice; None where the document was read in one piece."""
+
+    score: float
+    span: Span | None
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class DocumentTokens:
+    """head, tail: ids of what the format puts before and after the text. content: all others; a token with characters
+    of both counts as content. offsets: of content, in characters from where head's text begins; the document's own
+    are those from `first` to before `end`."""
+
+    head: list[int]
+    content: list[int]
+    tail: list[int]
+    offsets: list[Span]
+    first: int
+    end: int
+
+    def span(self, start: int, stop: int) -> Span:
+        """The characters of the document that content[start:stop] stands for."""
+        begin, end = self.offsets[start][0], self.offsets[min(stop, len(self.offsets)) - 1][1]
+        return max(begin, self.first) - self.first, min(end, self.end) - self.first
+
+
+@dataclass(frozen=True)
+class PassageEncoder:
+    """Encodes texts for one model, long documents as `Reranker.rerank` describes `long_document` and `overlap`.
+
+    Raises ValueError for an unknown `long_document` and a negative `overlap`.
+    """
+
+    encoder: PairEncoder
+    long_document: str
+    overlap: int = OVERLAP
+
+    def __post_init__(self):
+        if self.long_document not in LONG_DOCUMENT:
+            names = ", ".join(map(repr, LONG_DOCUMENT))
+            raise ValueError(f"long_document must be one of {names}; found {self.long_document!r}")
+        check_number("overlap", self.overlap, 0, "tokens")
+
+    def encode(self, pairs: Pairs) -> list[EncodedDocument]:
+        """In the order given; a query that repeats is tokenized once. ValueError where slices have no room."""
+        encoder = self.encoder
+        queries = list(dict.fromkeys(query for query, _ in pairs))
+        ids_of = dict(zip(queries, encoder.query_ids(queries), strict=True))
+        documents = encoder.document_ids([document for _, document in pairs])
+        encoded = []
+        for (query, document), document_ids in zip(pairs, documents, strict=True):
+            query_ids = ids_of[query]
+            if self.long_document != "truncate" and len(query_ids) + len(document_ids) > encoder.budget:
+                encoded.append(self._slices(query_ids, document))
+            else:
+                pair = encoder.join(query_ids, document_ids)
+                encoded.append(EncodedDocument([pair], [None], pair.truncated))
+        return encoded
+
+    def combine(self, document: EncodedDocument, scores: np.ndarray) -> ScoredPair:
+        """scores: of its pairs, [pairs]. The first of equal slices counts as the best."""
+        best = int(scores.argmax())
+        score = scores.mean(dtype=np.float64) if self.long_document == "mean_slice" else scores[best]
+        return ScoredPair(float(score), document.spans[best], document.truncated)
+
+    def _slices(self, query_ids: list[int], document: str) -> EncodedDocument:
+        encoder = self.encoder
+        template = encoder.template
+        query_keep = min(len(query_ids), int(encoder.budget * LONGEST_QUERY))
+        query = cut(query_ids, query_keep, template.query_end)
+        tokens, end = document_tokens(encoder, document), list(template.document_end)
+        room = encoder.budget - query_keep - len(tokens.head) - max(len(end), len(tokens.tail))
+        if room < 1:
+            raise ValueError(
+                f"max_length {encoder.max_length} leaves no room for slices beside query and formats; use a larger "
+                'max_length or long_document="truncate"'
+            )
+        count = len(tokens.content)
+        starts = slice_starts(count, room, self.overlap)
+        left_out = self.long_document == "first_slice" and len(starts) > 1
+        pairs, spans = [], []
+        for start in starts[:1] if left_out else starts:
+            tail = tokens.tail if start + room >= count else end
+            pairs.append(encoder.join(query, [*tokens.head, *tokens.content[start : start + room], *tail]))
+            spans.append(tokens.span(start, start + room) if count > room else None)
+        return EncodedDocument(pairs, spans, left_out or query_keep < len(query_ids))
+
+
+def score_pairs(backend: Backend, encoder: PassageEncoder, pairs: Pairs, batch_size: int) -> list[ScoredPair]:
+    """In the order given. Equal pairs are computed once, so that their scores are equal to the last bit.
+
+    Raises ValueError for a score that is no number.
+    """
+    distinct = list(dict.fromkeys(pairs))
+    scored: list[ScoredPair] = []
+    with closing(one_ahead(encoder.encode, chunks_of(distinct))) as chunks:
+        for documents in chunks:
+            scores = backend.score([pair for document in documents for pair in document.pairs], batch_size)
+            scored += combine_all(encoder, documents, scores)
+    if len(distinct) == len(pairs):
+        return scored
+    score_of = dict(zip(distinct, scored, strict=True))
+    return [score_of[pair] for pair in pairs]
+
+
+def combine_all(
+    encoder: PassageEncoder, documents: Sequence[EncodedDocument], scores: np.ndarray
+) -> list[ScoredPair]:
+    """scores: of all pairs of the documents, [pairs]. Raises ValueError for one that is no number."""
+    if not np.isfinite(scores).all():
+        raise ValueError(
+            f"the model gave the score {scores[~np.isfinite(scores)][0]}, which is no number; in fp16 a model may "
+            "overflow: use bf16 or fp32"
+        )
+    ends = np.cumsum([len(document.pairs) for document in documents], dtype=int)
+    own = np.split(scores, ends[:-1])[: len(ends)]
+    return [encoder.combine(document, values) for document, values in zip(documents, own, strict=True)]
+
+
+def chunks_of(pairs: Pairs) -> Iterator[Pairs]:
+    """Bounded by pairs and by characters, since a document may be a book."""
+    start = characters = 0
+    for place, (_, document) in enumerate(pairs):
+        characters += len(document)
+        if place > start and (place - start == CHUNK_PAIRS or characters > CHUNK_CHARACTERS):
+            yield pairs[start:place]
+            start, characters = place, len(document)
+    if start < len(pairs):
+        yield pairs[start:]
+
+
+def slice_starts(tokens: int, room: int, overlap: int) -> list[int]:
+    """Where slices of `room` tokens begin, so that they hold all of `tokens`; the last is as long as the others.
+
+    Neighbours have `overlap` tokens in common, at most half a slice, and the last two more where that fits better.
+    """
+    if tokens <= room:
+        return [0]
+    return [*range(0, tokens - room, room - min(overlap, room // 2)), tokens - room]
+
+
+def document_tokens(encoder: PairEncoder, document: str) -> DocumentTokens:
+    """The ids that `encoder.document_ids` gives, told apart by the characters that they stand for."""
+    template = encoder.template
+    before, after = template.anchor + template.before_document, template.after_document + template.following_document
+    encoding = encoder.own.encode(before + document + after, add_special_tokens=False)
+    anchor, following = surrounding_tokens(encoder.own, template.anchor, template.following_document)
+    own = slice(anchor, len(encoding) - following)
+    ids, offsets = encoding.ids[own], encoding.offsets[own]
+    first, end = len(before), len(before) + len(document)
+    # from both ends, since a document may have a million tokens
+    head = next((place for place, (_, stop) in enumerate(offsets) if stop > first), len(ids))
+    tail = next((place + 1 for place in range(len(ids) - 1, head - 1, -1) if offsets[place][0] < end), head)
+    return DocumentTokens(ids[:head], ids[head:tail], ids[tail:], offsets[head:tail], first, end)

@@ -1,0 +1,28 @@
+"""Rerankers as parts of other frameworks, one module each; what they share stands here.
+
+Each module derives a class from its framework's, so importing it needs the framework; nothing else imports one.
+"""
+
+import os
+from typing import Any
+
+from rag_retrieval.infer.reranker import Reranker
+
+
+def open_reranker(model: Reranker | str | os.PathLike) -> Reranker:
+    """The Reranker itself, or that of a folder, hub name or `package:NAME`. Raises ValueError as `Reranker`."""
+    if isinstance(model, Reranker):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return Reranker(model)
+    raise ValueError(f"model: expected a Reranker, or the name or folder of one; found {type(model).__name__}")
+
+
+def rerank_options(adapter: object) -> dict[str, Any]:
+    """The attributes of the adapter that are options of `Reranker.rerank` under the same names."""
+    names = ("batch_size", "max_length", "normalize", "long_document", "overlap")
+    return {name: getattr(adapter, name) for name in names}
+
+
+def missing_library(library: str, extra: str) -> ImportError:
+    return ImportError(f"this adapter needs {library}; run: pip install -e '.[{extra}]'")
