@@ -66,8 +66,8 @@ def interrupt(number: int, frame: object) -> None:
     raise Interrupted(number)
 
 
-class StopWish:
-    """Notes the first signal: `number` is 0 until one comes. `with on_signals(wish.note): ...`"""
+class StopRequest:
+    """Notes the first signal: `number` is 0 until one comes. `with on_signals(request.note): ...`"""
 
     def __init__(self):
         self.number = 0

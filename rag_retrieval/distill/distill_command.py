@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(config: DistillConfig) -> int:
-    from rag_retrieval.core.processes import PeerError
+    from rag_retrieval.core.distributed import PeerError
     from rag_retrieval.distill.run import distill
     from rag_retrieval.distill.teachers import TeacherError
 

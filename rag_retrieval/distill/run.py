@@ -10,9 +10,8 @@ from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
-
+from rag_retrieval.core.distributed import on_all, on_main, own_device, process_count, process_group, process_index
 from rag_retrieval.core.files import content_digest, lock_file_of, locked
-from rag_retrieval.core.processes import on_all, on_main, own_device, process_count, process_group, process_index
 from rag_retrieval.core.progress import Progress
 from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, read_records
 from rag_retrieval.data.records import Record, RecordRules

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rag_retrieval.core.processes import on_main, process_index
+from rag_retrieval.core.distributed import on_main, process_index
 from rag_retrieval.core.progress import Progress
 from rag_retrieval.data.beir import Run, read_run, write_run
 from rag_retrieval.data.records import DataError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rag_retrieval.core.processes import on_main
+from rag_retrieval.core.distributed import on_main
 
 RESULT_FILE = "result.json"
 WHOSE = ("model", "data", "split")  # keys of the configuration that say whose results these are

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from rag_retrieval.core.processes import all_succeed, gather
+from rag_retrieval.core.distributed import gather, on_all
 from rag_retrieval.models.one_ahead import one_ahead
 from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.scoring import (
@@ -60,11 +60,11 @@ def score_over_processes(
     options = ScoringOptions(batch_size, max_length, precision)
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return scorer.compute_score(pairs, batch_size, max_length, normalize, precision=precision)
-    all_succeed(lambda: check_options(scorer, options, [scorer.device]))
-    pairs = all_succeed(lambda: check_pairs(pairs))
+    on_all(lambda: check_options(scorer, options, [scorer.device]))
+    pairs = on_all(lambda: check_pairs(pairs))
     check_agreement(pairs, options)
     plans = agreed_plans(scorer, pairs, options)
-    scored = all_succeed(lambda: score_share(scorer, pairs, share_of(plans), options))
+    scored = on_all(lambda: score_share(scorer, pairs, share_of(plans), options))
     scores = torch.empty(len(pairs))
     for positions, values in chain.from_iterable(gather(scored)):
         scores[positions] = values
@@ -88,7 +88,7 @@ def check_agreement(pairs: Pairs, options: ScoringOptions) -> None:
 
 def agreed_plans(scorer: "PairScorer", pairs: Pairs, options: ScoringOptions) -> list[Plan]:
     """The plan of every chunk, as one process makes it, but tokenized by all and with the smallest token budget."""
-    found = gather((all_succeed(lambda: sizes_of_share(scorer, pairs, options)), token_budget(scorer)))
+    found = gather((on_all(lambda: sizes_of_share(scorer, pairs, options)), token_budget(scorer)))
     sizes = list(chain.from_iterable(share for share, _ in found))
     max_tokens = min(tokens for _, tokens in found)
     plans = []

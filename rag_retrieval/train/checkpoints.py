@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from rag_retrieval.core.distributed import on_main
 from rag_retrieval.core.files import flush_one, flush_to_disk, is_real_folder, read_json, write_json
 from rag_retrieval.train.failures import translate_storage_errors
 from rag_retrieval.train.provenance import Provenance
@@ -70,8 +71,9 @@ def read_state(folder: Path) -> TrainState:
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file under `folder` but the state file, by its relative name."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    files.pop(STATE_FILE, None)
-    return {name: path.stat().st_size for name, path in files.items()}
+    # with a process killed in `update`, its temporary file may lie there
+    others = {name: path for name, path in files.items() if not name.startswith((STATE_FILE, f".{STATE_FILE}."))}
+    return {name: path.stat().st_size for name, path in others.items()}
 
 
 class CheckpointStore:
@@ -203,15 +205,16 @@ class Saver:
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
-    def save(self, state: TrainState, resaved: bool = False) -> Path:
+    def save(self, state: TrainState, again: bool = False) -> Path:
         """Model, optimizer, scaler, random states of every process, the run's state and provenance; all or nothing.
 
-        resaved: whether this run has saved this very step before. Raises ProcessFailure where a file cannot be written;
-        what was half written is removed then.
+        again: whether this process has saved or loaded this very step before. Raises ProcessFailure where a file cannot
+        be written; what was half written is removed then.
         """
         try:
             with translate_storage_errors(self.store.folder):
-                self._write(state)
+                if not (again and on_main(lambda: self.store.update(state))):
+                    self._write(state)
         except BaseException:
             if self.accelerator.is_main_process:
                 self.store.discard(state.step)

@@ -14,8 +14,7 @@ from accelerate.utils import DistributedType
 
 from rag_retrieval import __version__
 from rag_retrieval.core.files import read_json, write_json
-
-PROVENANCE_FILE = "provenance.json"
+from rag_retrieval.train.run_folder import PROVENANCE_FILE
 
 
 @dataclass(frozen=True)

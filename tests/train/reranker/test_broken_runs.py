@@ -12,8 +12,8 @@ import pytest
 import torch
 from training_runs import ROOT, final_weights, grouped_records, launch, read_metrics, train, write_jsonl, write_yaml
 
+from rag_retrieval.core.distributed import StartError
 from rag_retrieval.core.signals import TrainingStopped
-from rag_retrieval.core.starting import StartError
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.reranker_task import RerankerTask
@@ -31,13 +31,13 @@ def stop_after(monkeypatch):
     def run(values: dict, step: int) -> None:
         take_step = Trainer.train_step
 
-        def step_and_wish(self, micro_batches):
+        def step_and_stop(self, micro_batches):
             take_step(self, micro_batches)
             if self.state.step == step:
-                self.wish.note(signal.SIGTERM, None)
+                self.stop_request.note(signal.SIGTERM, None)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "train_step", step_and_wish)
+            patch.setattr(Trainer, "train_step", step_and_stop)
             with pytest.raises(TrainingStopped):
                 train(values)
 
