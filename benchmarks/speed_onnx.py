@@ -28,7 +28,7 @@ def run_onnx(options: argparse.Namespace, scratch: Path) -> dict:
     """Everything that goes into the line of JSON. Raises Disagreement where a float32 side scores otherwise."""
     from rag_retrieval import Reranker
     from rag_retrieval.evaluate.ranking_data import read_ranking_data
-    from rag_retrieval.export.check_data import first_queries
+    from rag_retrieval.export.verify import first_queries
 
     say("onnx ...")
     data = first_queries(read_ranking_data(options.data, "test", "bm25", options.depth), options.queries)
@@ -89,7 +89,7 @@ def check_agreement(scores: dict[str, np.ndarray]) -> None:
 
 
 def summary(name: str, seconds: dict, scores: dict, data, folders: dict[str, Path]) -> dict:
-    from rag_retrieval.evaluate.measures import measure
+    from rag_retrieval.metrics import run_metrics
 
     values = iter(scores[name].tolist())
     run = {query: {each: next(values) for each in own} for query, own in data.candidates.items()}
@@ -97,7 +97,7 @@ def summary(name: str, seconds: dict, scores: dict, data, folders: dict[str, Pat
     return {
         "pairs_per_second": spread([len(scores[name]) / taken for taken in seconds[name]]),
         "times_torch": spread([own / taken for own, taken in zip(seconds[TORCH], seconds[name], strict=True)]),
-        "ndcg@10": measure(data.qrels, run, ("ndcg@10",))["ndcg@10"],
+        "ndcg@10": run_metrics(data.qrels, run, ("ndcg@10",))["ndcg@10"],
         "largest_difference": float(np.abs(scores[name] - scores[TORCH]).max()),
         "file_bytes": None if name == TORCH else sum(os.path.getsize(file) for file in folder.glob("model.onnx*")),
     }

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from rag_retrieval.core.config_file import load_config
 from rag_retrieval.data.store import Group, open_store
-from rag_retrieval.metrics import ndcg, rank_metrics
+from rag_retrieval.metrics import group_metrics, metric_value, rank_group
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.model_files import resolve_model_path
 from rag_retrieval.train.reranker.train_reranker import SHIPPED_CONFIGS
@@ -96,15 +96,17 @@ def show_table(rankings: dict[str, list[np.ndarray]], groups: list[Group]) -> No
     print(f"\n{len(groups)} held-out queries, {sum(map(len, labels))} candidates, none of them seen in training:\n")
     print(f"  {'':<30} nDCG@10   MRR@10")
     for name, scores in rankings.items():
-        values = rank_metrics(scores, labels)
+        values = group_metrics(scores, labels)
         print(f"  {name:<30} {values['ndcg@10']:>7.4f}  {values['mrr@10']:>7.4f}")
 
 
 def show_examples(before: list[np.ndarray], after: list[np.ndarray], groups: list[Group]) -> None:
     """The two queries that gained most and the one that lost most, with the first documents of both orders."""
-    gains = [
-        ndcg(new, group.labels) - ndcg(old, group.labels) for old, new, group in zip(before, after, groups, strict=True)
-    ]
+    old, new = (
+        np.array([metric_value("ndcg@10", rank_group(values, group.labels)) for values, group in zip(scores, groups)])  # noqa: B905
+        for scores in (before, after)
+    )
+    gains = new - old
     order = np.argsort(gains, kind="stable")
     for place in (order[-1], order[-2], order[0]):
         print(f"\nquery: {groups[place].query}   (nDCG@10 {gains[place]:+.2f})")

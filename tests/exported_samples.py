@@ -8,7 +8,7 @@ import torch
 
 from rag_retrieval.export import run
 from rag_retrieval.export.export_config import ExportConfig
-from rag_retrieval.export.graph import write_graph
+from rag_retrieval.export.onnx_graph import write_graph
 
 _GRAPHS: dict[str, bytes] = {}
 

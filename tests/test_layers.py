@@ -9,7 +9,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "rag_retrieval"
 LEVELS = [
     {"core"},
-    {"data", "metrics"},
+    {"metrics"},
+    {"data"},
     {"models", "losses"},
     {"train", "infer", "retrieval"},
     {"evaluate"},
@@ -57,8 +58,8 @@ def test_losses_import_torch_and_the_standard_library_alone():
         assert tops <= {"torch", "rag_retrieval", *sys.stdlib_module_names}, file
 
 
-LOOP = ("loop", "task", "step_data", "mixed_steps", "step_checks", "optim", "checkpoints", "resume", "tracking", "launch",
-        "failures", "provenance", "run_folder")  # fmt: skip
+LOOP = ("loop", "task", "step_data", "mixed_steps", "step_checks", "optim", "checkpoints", "resume", "tracking",
+        "launch", "failures", "provenance", "run_folder")  # fmt: skip
 
 
 def test_the_training_loop_knows_nothing_of_rerankers():

@@ -1,68 +1,232 @@
-"""Ranking metrics by hand, with ties, and against ir_measures on data without ties."""
+"""Ranking metrics by hand, and against trec_eval (through ir_measures) with ties, unjudged and missing documents."""
 
 import math
+import random
 
-import ir_measures
 import numpy as np
 import pytest
-from ir_measures import AP, RR, nDCG
 
-from rag_retrieval.metrics import average_precision, ndcg, rank_metrics, reciprocal_rank
+from rag_retrieval.metrics import (
+    METRICS,
+    group_metrics,
+    means,
+    metric_value,
+    parse_metric,
+    perfect_run,
+    query_metrics,
+    rank_group,
+    run_metrics,
+    trec_order,
+)
+
+ALL = ["ndcg@10", "mrr@10", "map", "recall@1", "p@1", "err@10"]
+
+
+def value(name: str, scores, labels, relevant_from: float = 1.0, highest: float = 1.0) -> float:
+    return metric_value(name, rank_group(scores, labels, relevant_from, highest))
 
 
 def random_groups(seed: int, count: int = 40) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Groups of 1 to 30 documents, no tied scores, labels -1 to 3; each has a relevant document."""
+    """Groups of 1 to 30 documents with tied scores, labels -1 to 3; each has a document of label 2."""
     rng = np.random.default_rng(seed)
     scores, labels = [], []
     for size in rng.integers(1, 31, size=count):
-        scores.append(rng.permutation(size) + rng.uniform(0, 0.5))
+        scores.append(rng.integers(0, 8, size=size) / 4)
         graded = rng.choice([-1, 0, 0, 0, 1, 2, 3], size=size)
         graded[rng.integers(size)] = 2
         labels.append(graded)
     return scores, labels
 
 
-@pytest.mark.parametrize("relevant_from", [1, 2])
-@pytest.mark.parametrize("k", [1, 10, 100])
-def test_metrics_agree_with_ir_measures_where_no_scores_are_tied(relevant_from, k):
-    scores, labels = random_groups(seed=relevant_from * 1000 + k)
-    run = {f"q{q}": {f"d{d}": float(s) for d, s in enumerate(group)} for q, group in enumerate(scores)}
-    qrels = {f"q{q}": {f"d{d}": int(y) for d, y in enumerate(group)} for q, group in enumerate(labels)}
-    measures = {nDCG @ k: f"ndcg@{k}", RR(rel=relevant_from) @ k: f"mrr@{k}", AP(rel=relevant_from): "map"}
-    expected = ir_measures.calc_aggregate(list(measures), qrels, run)
-    found = rank_metrics(scores, labels, relevant_from=relevant_from, k=k)
-    for measure, key in measures.items():
-        assert found[key] == pytest.approx(expected[measure], abs=1e-9), key
+# ---- the definitions ---------------------------------------------------------------------------------------------
 
 
 def test_metrics_of_one_query_by_hand():
-    # Labels by rank: 0, 2, 1, 0.
+    # labels by rank: 0, 2, 1, 0
     scores, labels = [1.0, 4.0, 2.0, 3.0], [0, 0, 1, 2]
     dcg = 2 / math.log2(3) + 1 / math.log2(4)
     ideal = 2 / math.log2(2) + 1 / math.log2(3)
-    assert ndcg(scores, labels) == pytest.approx(dcg / ideal, rel=1e-12)
-    assert reciprocal_rank(scores, labels) == 1 / 2
-    assert average_precision(scores, labels) == pytest.approx((1 / 2 + 2 / 3) / 2, rel=1e-12)
-    assert reciprocal_rank(scores, labels, relevant_from=3) == 0.0
+    assert value("ndcg@10", scores, labels) == pytest.approx(dcg / ideal, rel=1e-12)
+    assert value("mrr@10", scores, labels) == 1 / 2
+    assert value("map", scores, labels) == pytest.approx((1 / 2 + 2 / 3) / 2, rel=1e-12)
+    assert value("mrr@10", scores, labels, relevant_from=3) == 0.0
+    assert (value("recall@2", scores, labels), value("p@2", scores, labels), value("p@5", scores, labels)) == (
+        1 / 2, 1 / 2, 2 / 5
+    )  # fmt: skip
+
+
+def test_expected_reciprocal_rank_by_hand():
+    # highest grade 2: the chances to stop are 0, 3/4, 1/4, 0 at ranks 1 to 4
+    scores, labels = [1.0, 4.0, 2.0, 3.0], [0, 0, 1, 2]
+    assert value("err@10", scores, labels, highest=2) == pytest.approx(1 / 2 * 3 / 4 + 1 / 3 * 1 / 4 * 1 / 4)
+    assert value("err@2", scores, labels, highest=2) == pytest.approx(3 / 8)
+    # the same grades where the data go to 4: chances 3/16 and 1/16
+    assert value("err@10", scores, labels, highest=4) == pytest.approx(1 / 2 * 3 / 16 + 1 / 3 * 13 / 16 * 1 / 16)
+    assert value("err@3", [1.0], [-2], highest=2) == 0.0
+
+
+def test_cutoffs_end_the_list_and_map_goes_on():
+    scores, labels = np.arange(12.0)[::-1], np.eye(12)[10]  # the relevant document at rank 11
+    shallow = [value(name, scores, labels) for name in ("ndcg@10", "mrr@10", "map", "recall@10", "p@10", "err@10")]
+    assert shallow == [0.0, 0.0, 1 / 11, 0.0, 0.0, 0.0]
+    deeper = [value(name, scores, labels) for name in ("ndcg@11", "mrr@11", "recall@11", "p@11", "err@11")]
+    assert deeper == pytest.approx([1 / math.log2(12), 1 / 11, 1.0, 1 / 11, 1 / 22])
+
+
+def test_the_ideal_ranking_uses_every_document_and_a_negative_label_has_no_gain():
+    assert value("ndcg@1", [2.0, 1.0], [1, 3]) == pytest.approx(1 / 3)
+    assert value("ndcg@10", [3.0, 2.0, 1.0], [-5, 1, -5]) == pytest.approx(1 / math.log2(3))
+
+
+def test_of_equal_scores_the_last_document_of_a_group_ranks_first():
+    for labels, rank in (([1, 0, 0, 0], 4), ([0, 0, 1, 0], 2), ([0, 0, 0, 1], 1)):
+        assert value("ndcg@10", np.zeros(4), labels) == pytest.approx(1 / math.log2(rank + 1))
+        assert value("mrr@10", np.zeros(4), labels) == value("map", np.zeros(4), labels) == 1 / rank
+    assert value("mrr@10", [5.0, 5.0, 9.0, 5.0], [1, 0, 0, 0]) == 1 / 4
+
+
+def test_of_equal_scores_the_greater_id_of_a_run_ranks_first():
+    assert trec_order({"a": 1.0, "c": 1.0, "b": 2.0, "é": 1.0}) == ["b", "é", "c", "a"]
+    assert trec_order({"a": 16777217.0, "b": 16777216.0}) == ["b", "a"], "equal in float32"
+    assert trec_order({}) == []
+    alike = {"a": {"x": 1.0, "y": 1.0}}
+    assert run_metrics({"a": {"y": 1}}, alike, ALL) == dict.fromkeys(ALL, 1.0) | {"err@10": 0.5}
+    below = run_metrics({"a": {"x": 1}}, alike, ALL)
+    assert list(below.values()) == pytest.approx([1 / math.log2(3), 0.5, 0.5, 0, 0, 0.25])
+
+
+def test_a_run_and_a_group_with_the_same_documents_have_the_same_figures():
+    scores, labels = random_groups(seed=3)
+    run = {f"q{q}": {f"d{d:02}": float(s) for d, s in enumerate(group)} for q, group in enumerate(scores)}
+    qrels = {f"q{q}": {f"d{d:02}": int(y) for d, y in enumerate(group)} for q, group in enumerate(labels)}
+    of_groups = group_metrics(scores, labels, names=ALL)
+    assert run_metrics(qrels, run, ALL) == {name: of_groups[name] for name in ALL}
+
+
+def test_all_metrics_equal_those_of_trec_eval():
+    """Scores tie, documents are unjudged or not ranked, grades are negative, queries have no run."""
+    ir_measures = pytest.importorskip("ir_measures")
+    from ir_measures import AP, RR, P, R, nDCG
+
+    for seed in range(8):
+        draw, relevant_from = random.Random(seed), 1 + seed % 2
+        names = [f"d{number}" for number in range(30)]
+        qrels, run = {}, {}
+        for query in map(str, range(20)):
+            judged = draw.sample(names, 12)
+            qrels[query] = {name: draw.choice([-1, 0, 0, 1, 2, 3]) for name in judged} | {judged[0]: 2}
+            run[query] = {name: draw.choice([0.5, 1.0, 2.0, 3.0]) for name in draw.sample(names, 20)}
+        del run["3"]
+        for k in (1, 3, 10):
+            theirs = {
+                f"ndcg@{k}": nDCG @ k, "map": AP(rel=relevant_from), f"p@{k}": P(rel=relevant_from) @ k,
+                f"recall@{k}": R(rel=relevant_from) @ k, "mrr@1000": RR(rel=relevant_from),
+            }  # fmt: skip
+            ours = query_metrics(qrels, run, list(theirs), relevant_from)
+            for name, measure in theirs.items():
+                # ir_measures leaves a query without a run out
+                wanted = {row.query_id: row.value for row in ir_measures.iter_calc([measure], qrels, run)} | {"3": 0.0}
+                assert ours[name] == pytest.approx(wanted, abs=1e-9), (seed, name)
+
+
+def slow_expected_reciprocal_rank(grades: list[int], highest: int, k: int) -> float:
+    total, goes_on = 0.0, 1.0
+    for rank, grade in enumerate(grades[:k], 1):
+        stops = (2 ** max(grade, 0) - 1) / 2**highest
+        total, goes_on = total + goes_on * stops / rank, goes_on * (1 - stops)
+    return total
+
+
+def test_expected_reciprocal_rank_equals_a_loop_with_the_highest_grade_of_all_queries():
+    draw = random.Random(5)
+    qrels = {query: {f"d{place}": draw.randrange(-1, 4) for place in range(15)} for query in "abc"} | {"d": {"x": 5}}
+    run = {query: {document: draw.random() for document in judged} for query, judged in qrels.items()}
+    for query in "abc":
+        grades = [qrels[query][document] for document in trec_order(run[query])]
+        found = query_metrics(qrels, run, ["err@4"])["err@4"][query]
+        assert found == pytest.approx(slow_expected_reciprocal_rank(grades, 5, 4))
+
+
+# ---- which queries count -----------------------------------------------------------------------------------------
+
+
+def test_queries_without_a_relevant_document_are_left_out_alike_in_runs_and_in_groups():
+    qrels = {"b": {"u": 1}, "none": {"x": 0}, "a": {"x": 1}, "low": {"x": 1, "y": 0}}
+    run = {"a": {"x": 1.0}, "none": {"x": 1.0}, "low": {"x": 1.0}, "unjudged": {"x": 1.0}}
+    found = query_metrics(qrels, run, ["mrr@10"])["mrr@10"]
+    assert list(found.items()) == [("b", 0.0), ("a", 1.0), ("low", 1.0)], "one without a run counts 0"
+    assert list(query_metrics(qrels | {"high": {"x": 2}}, run, ["map"], relevant_from=2)["map"]) == ["high"]
+    groups = [np.array([1.0, 0.0]), np.array([1.0, 0.0]), np.array([])], [np.array([1, 0]), np.zeros(2), np.array([])]
+    found = group_metrics(*groups)
+    assert (found["queries"], found["queries_without_relevant"]) == (1.0, 2.0)
+    assert found["ndcg@10"] == found["mrr@10"] == found["map"] == 1.0
+
+
+def test_means_over_no_query_are_nan():
+    assert math.isnan(means({"map": {}})["map"])
+    for groups in ([], [[0, 0]]):
+        labels = [np.array(group) for group in groups]
+        found = group_metrics([np.arange(len(group)) for group in labels], labels)
+        assert all(math.isnan(found[key]) for key in ("ndcg@10", "mrr@10", "map", "pair_accuracy"))
+        assert (found["queries"], found["queries_without_relevant"]) == (0.0, float(len(groups)))
+
+
+def test_a_query_without_a_relevant_or_without_any_document_has_zero_in_every_metric():
+    for scores, labels in (([1.0, 2.0], [0, -1]), ([], [])):
+        assert [value(name, scores, labels) for name in ALL] == [0.0] * len(ALL)
+
+
+def test_soft_labels_are_gains_and_relevant_from_a_threshold():
+    scores, labels = [np.array([3.0, 2.0, 1.0])], [np.array([0.4, 0.8, 0.0], dtype=np.float32)]
+    found = group_metrics(scores, labels, relevant_from=0.5)
+    ideal = 0.8 + 0.4 / math.log2(3)
+    assert found["ndcg@10"] == pytest.approx((0.4 + 0.8 / math.log2(3)) / ideal, rel=1e-6)
+    assert found["mrr@10"] == found["map"] == 1 / 2
+
+
+def test_a_label_that_equals_the_threshold_is_relevant_in_both_precisions():
+    # float32 0.7 is below float64 0.7, and float32 0.1 above float64 0.1
+    for dtype in (np.float32, np.float64):
+        for threshold in (0.1, 0.7, np.float64(0.7)):
+            found = group_metrics([np.ones(1)], [np.array([threshold], dtype=dtype)], relevant_from=threshold)
+            assert found["queries"] == found["mrr@10"] == found["map"] == 1.0
+
+
+# ---- ceilings, pair accuracy, names, mistakes --------------------------------------------------------------------
+
+
+def test_a_relevant_document_that_the_list_lacks_lowers_the_figures_and_the_ceiling():
+    run = {"a": {"x": 2.0, "w": 1.0}}
+    missed = {"a": {"x": 1, "elsewhere": 1}}
+    assert run_metrics({"a": {"x": 1}}, run, ["ndcg@10"]) == {"ndcg@10": 1.0}
+    ceiling = run_metrics(missed, perfect_run(missed, run), ["ndcg@10", "map"])
+    assert ceiling == pytest.approx({"ndcg@10": 1 / (1 + 1 / math.log2(3)), "map": 1 / 2})
+
+
+def test_the_ceiling_is_the_best_of_all_orders():
+    qrels, candidates = {"a": {"x": 1, "y": 3}}, {"a": {"w": 3.0, "x": 2.0, "y": 1.0}}
+    assert perfect_run(qrels, candidates) == {"a": {"w": 0.0, "x": 1.0, "y": 3.0}}
+    assert run_metrics(qrels, perfect_run(qrels, candidates), ["ndcg@10"]) == {"ndcg@10": 1.0}
 
 
 def test_pair_accuracy_by_hand_counts_ties_half_and_skips_equal_labels():
     # Labels 2, 1, 1, 0: five pairs differ. (2 over 1) tied, (2 over 1) right, (2 over 0) wrong,
     # (1 over 0) wrong, (1 over 0) wrong: 1.5 of 5.
-    found = rank_metrics([np.array([3.0, 3.0, 1.0, 9.0])], [np.array([2, 1, 1, 0])])
+    found = group_metrics([np.array([3.0, 3.0, 1.0, 9.0])], [np.array([2, 1, 1, 0])])
     assert found["pair_accuracy"] == pytest.approx(1.5 / 5)
 
 
-def test_pair_accuracy_weighs_every_pair_alike_and_not_every_group():
+def test_pair_accuracy_weighs_every_pair_alike_and_counts_groups_without_a_relevant_document():
     # One right pair in the first group; in the second, three wrong ones.
     scores = [np.array([1.0, 0.0]), np.array([0.0, 1.0, 2.0, 3.0])]
     labels = [np.array([1, 0]), np.array([1, 0, 0, 0])]
-    assert rank_metrics(scores, labels)["pair_accuracy"] == 1 / 4
+    assert group_metrics(scores, labels)["pair_accuracy"] == 1 / 4
+    found = group_metrics([np.array([0.0, 1.0])], [np.array([0.5, 0.0])])
+    assert (found["queries"], found["pair_accuracy"]) == (0.0, 0.0)
 
 
 def test_pair_accuracy_agrees_with_a_loop_over_pairs():
     scores, labels = random_groups(seed=5)
-    scores = [np.round(group / 3) for group in scores]  # many ties
     right = pairs = 0.0
     for s, y in zip(scores, labels, strict=True):
         for i in range(len(s)):
@@ -70,104 +234,27 @@ def test_pair_accuracy_agrees_with_a_loop_over_pairs():
                 if y[i] != y[j]:
                     pairs += 1
                     right += 0.5 if s[i] == s[j] else float((s[i] > s[j]) == (y[i] > y[j]))
-    assert rank_metrics(scores, labels)["pair_accuracy"] == pytest.approx(right / pairs, rel=1e-12)
+    assert group_metrics(scores, labels)["pair_accuracy"] == pytest.approx(right / pairs, rel=1e-12)
 
 
-def test_a_model_that_scores_every_pair_alike_gets_the_worst_ranking_whatever_the_order_of_the_file():
-    for labels in ([1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]):
-        found = rank_metrics([np.zeros(4)], [np.array(labels)])
-        assert found["ndcg@10"] == pytest.approx(1 / math.log2(5))
-        assert found["mrr@10"] == found["map"] == 1 / 4
-        assert found["pair_accuracy"] == 0.5
+def test_names_have_a_cutoff_where_the_metric_has_one():
+    assert parse_metric("ndcg@10") == (METRICS["ndcg"], 10) and parse_metric("map") == (METRICS["map"], None)
+    assert [parse_metric(f"{name}@3")[1] for name in ("mrr", "recall", "p", "err")] == [3] * 4
+    for name in ("ndcg", "map@10", "NDCG@10", "hit@3", "p@0", "mrr@x", "ndcg@" + "9" * 20, "ndcg@10 ", ""):
+        with pytest.raises(ValueError) as error:
+            parse_metric(name)
+        assert repr(name) in str(error.value) and "mrr@k, map, recall@k" in str(error.value)
 
 
-def test_a_tie_counts_against_the_model_only_among_the_tied_documents():
-    # Rank 1 is the untied 0; then the tied 0, 1 and 2 in this order.
-    assert reciprocal_rank([5.0, 5.0, 9.0, 5.0], [2, 1, 0, 0]) == 1 / 3
-
-
-def test_the_order_of_documents_does_not_change_any_metric():
-    rng = np.random.default_rng(11)
-    scores, labels = random_groups(seed=9)
-    scores = [np.round(group / 3) for group in scores]
-    orders = [rng.permutation(len(group)) for group in scores]
-    moved_scores = [s[order] for s, order in zip(scores, orders, strict=True)]
-    moved_labels = [y[order] for y, order in zip(labels, orders, strict=True)]
-    assert rank_metrics(moved_scores, moved_labels) == rank_metrics(scores, labels)
-
-
-def test_mrr_and_ndcg_stop_at_k_and_map_does_not():
-    scores, labels = [np.arange(12.0)[::-1]], [np.eye(12)[10]]  # the relevant document at rank 11
-    found = rank_metrics(scores, labels)
-    assert (found["ndcg@10"], found["mrr@10"], found["map"]) == (0.0, 0.0, 1 / 11)
-    deeper = rank_metrics(scores, labels, k=11)
-    assert (deeper["ndcg@11"], deeper["mrr@11"]) == (pytest.approx(1 / math.log2(12)), 1 / 11)
-
-
-def test_the_ideal_ranking_uses_every_document_of_the_group():
-    # Two relevant documents, of which the first k=1 rank holds one with the smaller label.
-    assert ndcg([2.0, 1.0], [1, 3], k=1) == pytest.approx(1 / 3)
-
-
-def test_a_negative_label_has_no_gain():
-    assert ndcg([3.0, 2.0, 1.0], [-5, 1, -5]) == pytest.approx(1 / math.log2(3))
-
-
-def test_soft_labels_are_gains_in_ndcg_and_relevant_from_a_threshold():
-    scores, labels = [np.array([3.0, 2.0, 1.0])], [np.array([0.4, 0.8, 0.0], dtype=np.float32)]
-    found = rank_metrics(scores, labels, relevant_from=0.5)
-    ideal = 0.8 + 0.4 / math.log2(3)
-    assert found["ndcg@10"] == pytest.approx((0.4 + 0.8 / math.log2(3)) / ideal, rel=1e-6)
-    assert found["mrr@10"] == found["map"] == 1 / 2
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("threshold", [0.1, 0.7, np.float64(0.7)])
-def test_a_label_that_equals_the_threshold_is_relevant_in_both_precisions(dtype, threshold):
-    # float32 0.7 is below float64 0.7, and float32 0.1 above float64 0.1.
-    found = rank_metrics([np.array([1.0])], [np.array([threshold], dtype=dtype)], relevant_from=threshold)
-    assert found["queries"] == found["mrr@10"] == found["map"] == 1.0
-
-
-def test_queries_without_a_relevant_document_are_counted_and_left_out_of_the_means():
-    scores = [np.array([1.0, 0.0]), np.array([1.0, 0.0]), np.array([])]
-    labels = [np.array([1, 0]), np.array([0, 0]), np.array([])]
-    found = rank_metrics(scores, labels)
-    assert (found["queries"], found["queries_without_relevant"]) == (1.0, 2.0)
-    assert found["ndcg@10"] == found["mrr@10"] == found["map"] == 1.0
-
-
-def test_pair_accuracy_counts_groups_without_a_relevant_document_too():
-    found = rank_metrics([np.array([0.0, 1.0])], [np.array([0.5, 0.0])])
-    assert found["queries"] == 0.0
-    assert found["pair_accuracy"] == 0.0
-
-
-@pytest.mark.parametrize("groups", [[], [[0, 0]]])
-def test_means_over_no_query_are_nan(groups):
-    labels = [np.array(group) for group in groups]
-    found = rank_metrics([np.arange(len(group)) for group in labels], labels)
-    assert all(math.isnan(found[key]) for key in ("ndcg@10", "mrr@10", "map", "pair_accuracy"))
-    assert (found["queries"], found["queries_without_relevant"]) == (0.0, float(len(groups)))
-
-
-def test_single_metrics_are_zero_without_a_relevant_document():
-    assert ndcg([1.0, 2.0], [0, -1]) == 0.0
-    assert reciprocal_rank([1.0, 2.0], [0, 0]) == 0.0
-    assert average_precision([1.0, 2.0], [0, 0]) == 0.0
-    assert ndcg([], []) == reciprocal_rank([], []) == average_precision([], []) == 0.0
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_score_that_is_not_finite_names_its_group_and_document(bad):
-    scores = [np.array([1.0]), np.array([0.0, bad, bad])]
-    message = rf"group 1 has 2 of 3 scores that are not finite, .*\({bad}\) at document 1"
-    with pytest.raises(ValueError, match=message):
-        rank_metrics(scores, [np.array([1]), np.array([1, 0, 0])])
+def test_a_score_that_is_not_finite_names_its_group_and_document():
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        scores = [np.array([1.0]), np.array([0.0, bad, bad])]
+        with pytest.raises(ValueError, match=rf"group 1 has 2 of 3 .*\({bad}\) at document 1"):
+            group_metrics(scores, [np.array([1]), np.array([1, 0, 0])])
 
 
 def test_lengths_that_differ_are_refused():
     with pytest.raises(ValueError, match="2 groups of scores but 1 of labels"):
-        rank_metrics([np.zeros(1), np.zeros(1)], [np.zeros(1)])
+        group_metrics([np.zeros(1), np.zeros(1)], [np.zeros(1)])
     with pytest.raises(ValueError, match=r"group 0 has scores of shape \[3\] but labels of shape \[2\]"):
-        rank_metrics([np.zeros(3)], [np.zeros(2)])
+        group_metrics([np.zeros(3)], [np.zeros(2)])

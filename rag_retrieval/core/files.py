@@ -94,7 +94,8 @@ def locked(lock_file: Path, busy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        lock_file.unlink(missing_ok=True)  # while it is held: whoever waits for this inode sees that it is gone
+        if _is_at(descriptor, lock_file):
+            lock_file.unlink()  # while it is held: whoever waits for this inode sees that it is gone
         os.close(descriptor)
 
 

@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from rag_retrieval.core.files import atomic_write
 from rag_retrieval.data.json_lines import byte_lines, decoded, json_objects, text_of
 from rag_retrieval.data.records import DataError
+from rag_retrieval.metrics import trec_order
 
 QRELS_COLUMNS = "query-id, corpus-id, grade"
 
@@ -108,7 +107,7 @@ def table_rows(path: Path, columns: str) -> Iterator[tuple[int, list[str]]]:
         yield line, fields
 
 
-MOST_GRADE = 999_999_999  # that pytrec-eval holds on every platform
+MOST_GRADE = 999_999_999  # what trec_eval holds on every platform
 
 Qrels = dict[str, dict[str, int]]  # query id to document id to grade
 Run = dict[str, dict[str, float]]  # query id to document id to score
@@ -229,11 +228,3 @@ def write_run(path: Path, run: Run, name: str) -> None:
         for query, scores in run.items():
             for rank, document in enumerate(trec_order(scores), start=1):
                 file.write(f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n")
-
-
-def trec_order(scores: dict[str, float]) -> list[str]:
-    """Documents in the order in which trec_eval ranks them: score falling, then id falling, as texts.
-
-    trec_eval keeps scores in float32, so scores that differ only beyond it are equal here too.
-    """
-    return sorted(scores, key=lambda document: (np.float32(scores[document]), document.encode()), reverse=True)

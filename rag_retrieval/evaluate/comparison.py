@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from rag_retrieval.evaluate.measures import PerQuery
+from rag_retrieval.metrics import PerQuery
 
 Significance = Literal["randomization", "t"]
 

@@ -24,17 +24,17 @@ from rag_retrieval.evaluate.calibration_fit import (
 from rag_retrieval.evaluate.candidate_scoring import HowToScore, score_candidates
 from rag_retrieval.evaluate.comparison import Comparison, compare
 from rag_retrieval.evaluate.evaluation_config import EvaluationConfig
-from rag_retrieval.evaluate.measures import PerQuery, measure_queries, perfect_run
 from rag_retrieval.evaluate.moves import QueryChange, largest_changes
 from rag_retrieval.evaluate.output_folder import held
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
+from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metrics
 from rag_retrieval.models.calibration import Calibration, write_calibration
 from rag_retrieval.models.load_reranker import load_reranker
 from rag_retrieval.models.model_files import PACKAGE_PREFIX
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import PairScorer
 
-LIBRARIES = ("bm25s", "Stemmer", "ir_measures", "scipy")  # the modules of the extra `evaluate`, but for jieba
+LIBRARIES = ("bm25s", "Stemmer", "scipy")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted
 
 
@@ -81,7 +81,18 @@ class Evaluation:
 
     def relevant(self, query: str) -> int:
         """The number of relevant documents of a query, among its candidates or not."""
-        return sum(grade >= self.config.relevant_from for grade in self.data.qrels[query].values())
+        return int(is_relevant(list(self.data.qrels[query].values()), self.config.relevant_from).sum())
+
+    @property
+    def measured(self) -> list[str]:
+        """The judged queries with a relevant document, in the order of the data: the figures are of these."""
+        return list(next(iter(self.after.per_query.values())))
+
+    @property
+    def left_out(self) -> list[str]:
+        """The judged queries without a relevant document."""
+        measured = set(self.measured)
+        return [query for query in self.data.qrels if query not in measured]
 
 
 def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
@@ -94,6 +105,11 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
     with process_group():
         check(config)
         data = read_ranking_data(config.data, config.split, config.candidates, config.depth)
+        if not any(is_relevant(list(grades.values()), config.relevant_from).any() for grades in data.qrels.values()):
+            raise ValueError(
+                f"{data.name}: none of the {len(data.qrels)} judged queries has a document of grade "
+                f"{config.relevant_from} or more, so that there is nothing to measure; look at relevant_from."
+            )
         output_dir = Path(config.output_dir or default_output_dir(config.model, data.name))
         with held(output_dir, config.model_dump(mode="json")):
             scorer = load_reranker(config.model, config.max_len).to(own_device())
@@ -174,14 +190,14 @@ def measured(
 ) -> Evaluation:
     """All figures of two runs."""
     before, after, ceiling = (
-        System(name, ranking, measure_queries(data.qrels, ranking, config.measures, config.relevant_from))
+        System(name, ranking, query_metrics(data.qrels, ranking, config.measures, config.relevant_from))
         for name, ranking in (
             baseline,
             (name_of(config.model), run),
             ("a perfect order", perfect_run(data.qrels, data.candidates)),
         )
     )
-    several = len(data.qrels) > 1
+    several = len(next(iter(after.per_query.values()))) > 1
     comparisons = compare(before.per_query, after.per_query, config.significance, config.seed) if several else []
     first = config.measures[0]
     changes = largest_changes(data, before.per_query, after.per_query, (before.run, after.run), first)

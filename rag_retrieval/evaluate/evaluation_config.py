@@ -11,7 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rag_retrieval.core.config_schema import ABSENT, Schema, problem
 from rag_retrieval.evaluate.bm25 import BM25
-from rag_retrieval.evaluate.measures import DEFAULT_MEASURES, check_measures
+from rag_retrieval.metrics import METRICS, PATTERNS, parse_metric
+
+GRADED = " and ".join(metric.name for metric in METRICS.values() if metric.reads == "grades")
+DEFAULT_MEASURES = ("ndcg@10", "mrr@10", "map", "recall@10", "recall@100", "p@10")
 
 
 class EvaluationConfig(BaseModel):
@@ -31,9 +34,9 @@ class EvaluationConfig(BaseModel):
     )
     depth: int = Field(100, ge=1, description="Candidates of a query, in documents.")
     measures: tuple[str, ...] = Field(
-        DEFAULT_MEASURES, description="ndcg@k, mrr@k, map, recall@k and p@k; the first one orders gains and losses."
+        DEFAULT_MEASURES, description=f"Of {PATTERNS}; the first one orders gains and losses."
     )
-    relevant_from: int = Field(1, ge=1, description="Smallest grade of a relevant document, for all but ndcg.")
+    relevant_from: int = Field(1, ge=1, description=f"Smallest grade of a relevant document, for all but {GRADED}.")
     baseline: str | None = Field(
         None,
         min_length=1,
@@ -87,8 +90,11 @@ class EvaluationConfig(BaseModel):
     @field_validator("measures")
     @classmethod
     def _known_measures(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise problem("found none; expected at least one, such as ndcg@10")
         try:
-            check_measures(value)
+            for name in value:
+                parse_metric(name)
         except ValueError as error:
             raise problem(str(error)) from error
         return tuple(dict.fromkeys(value))

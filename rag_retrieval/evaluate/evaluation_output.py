@@ -12,10 +12,10 @@ from dataclasses import asdict
 from rag_retrieval.core.files import write_text
 from rag_retrieval.evaluate.comparison import Comparison
 from rag_retrieval.evaluate.evaluation import Evaluation, ProbabilityFigures
-from rag_retrieval.evaluate.measures import means
 from rag_retrieval.evaluate.moves import describe_changes
 from rag_retrieval.evaluate.output_folder import RESULT_FILE
 from rag_retrieval.evaluate.terminal_text import pad, shorten
+from rag_retrieval.metrics import means
 
 LONGEST_NAME = 30  # columns
 
@@ -29,11 +29,15 @@ def write_evaluation(evaluation: Evaluation) -> None:
 
 
 def query_row(evaluation: Evaluation, query: str) -> dict:
-    return {
+    row = {
         "query_id": query,
         "query": evaluation.data.queries[query],
         "candidates": len(evaluation.data.candidates[query]),
         "relevant": evaluation.relevant(query),
+    }
+    if query in evaluation.left_out:
+        return row | {"left_out": "no relevant document"}
+    return row | {
         **{name: values[query] for name, values in evaluation.after.per_query.items()},
         "baseline": {name: values[query] for name, values in evaluation.before.per_query.items()},
     }
@@ -45,8 +49,8 @@ def result_of(evaluation: Evaluation) -> dict:
     return {
         "data": evaluation.data.name,
         "candidates": evaluation.data.source,
-        "queries": len(evaluation.data.qrels),
-        "queries_without_relevant": sum(not evaluation.relevant(query) for query in evaluation.data.qrels),
+        "queries": len(evaluation.measured),
+        "queries_without_relevant": len(evaluation.left_out),
         "queries_without_candidates": evaluation.data.queries_without_candidates,
         "judgments_without_document": evaluation.data.judgments_without_document,
         "pairs": evaluation.data.num_pairs,
@@ -61,7 +65,8 @@ def result_of(evaluation: Evaluation) -> dict:
 def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
     """What a person wants to know, for a terminal of `columns` columns."""
     data = evaluation.data
-    lines = [f"{data.name}: {len(data.qrels):,} queries, {data.num_pairs:,} pairs; candidates from {data.source}", ""]
+    size = f"{len(evaluation.measured):,} queries, {data.num_pairs:,} pairs"
+    lines = [f"{data.name}: {size}; candidates from {data.source}", ""]
     lines += table(evaluation)
     if evaluation.comparisons:
         lines += ["", f"difference to {evaluation.before.name} ({describe_test(evaluation)}):", ""]
@@ -79,7 +84,7 @@ def describe_gaps(evaluation: Evaluation) -> list[str]:
     """A line for each thing that the data lack and that lowers the figures, whatever the reranker."""
     data = evaluation.data
     gaps = (
-        (sum(not evaluation.relevant(query) for query in data.qrels), "queries have no relevant document and count 0"),
+        (len(evaluation.left_out), "judged queries have no relevant document and are left out of all figures"),
         (data.queries_without_candidates, "queries have no candidates and count 0"),
         (data.judgments_without_document, "judgments are of documents that the corpus lacks; they count as missed"),
     )

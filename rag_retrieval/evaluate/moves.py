@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rag_retrieval.data.beir import Run, trec_order
-from rag_retrieval.evaluate.measures import PerQuery
+from rag_retrieval.data.beir import Run
 from rag_retrieval.evaluate.ranking_data import RankingData
 from rag_retrieval.evaluate.terminal_text import pad, shorten, width
+from rag_retrieval.metrics import PerQuery, trec_order
 
 SHOWN_QUERIES = 3  # that gained, and that lost
 SHOWN_DOCUMENTS = 4

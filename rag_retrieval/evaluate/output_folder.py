@@ -6,12 +6,11 @@ unfinished scores. Those of another model or other data in the same folder are s
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from rag_retrieval.core.distributed import on_main
+from rag_retrieval.core.files import locked
 
 RESULT_FILE = "result.json"
 WHOSE = ("model", "data", "split")  # keys of the configuration that say whose results these are
@@ -24,26 +23,17 @@ def held(folder: Path, config: dict) -> Iterator[None]:
     config: of the evaluation, as JSON values. Raises ValueError for a place where no folder can be, for one in which
     another evaluation runs, and for one that has the results of another model or other data.
     """
-    lock = FileLock(folder / "lock", timeout=0)
-    on_main(lambda: _take(folder, config, lock))
-    try:
+    with ExitStack() as lock:  # which the main process alone takes
+        on_main(lambda: _take(folder, config, lock))
         yield
-    finally:
-        if lock.is_locked:  # which is so on the main process alone
-            lock.release()
-            (folder / "lock").unlink(missing_ok=True)
 
 
-def _take(folder: Path, config: dict, lock: FileLock) -> None:
+def _take(folder: Path, config: dict, lock: ExitStack) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"output_dir: {existing} is a file; give a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        found = f"output_dir: another evaluation writes to {folder}"
-        raise ValueError(f"{found}; wait for it, or give another output_dir") from None
+    busy = f"output_dir: another evaluation writes to {folder}; wait for it, or give another output_dir"
+    lock.enter_context(locked(folder / "lock", busy))
     before = _config_of_results(folder)
     # from Python a path may be relative, where the command's was absolute
     other = [key for key in WHOSE if key in before and Path(before[key]).resolve() != Path(config[key]).resolve()]

@@ -20,11 +20,11 @@ from rag_retrieval.data.beir import (
     read_pool,
     read_qrels,
     read_run,
-    trec_order,
 )
 from rag_retrieval.data.readers import read_records
 from rag_retrieval.data.records import DataError, Record, RecordRules, describe_labels
 from rag_retrieval.evaluate.bm25 import BM25, bm25_run
+from rag_retrieval.metrics import trec_order
 
 
 @dataclass(frozen=True)

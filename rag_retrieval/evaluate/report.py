@@ -19,10 +19,10 @@ from rag_retrieval.core.files import write_text
 from rag_retrieval.evaluate.calibration_fit import scored_pairs
 from rag_retrieval.evaluate.evaluation import Evaluation, System
 from rag_retrieval.evaluate.evaluation_output import describe_probabilities, describe_test
-from rag_retrieval.evaluate.measures import means
 from rag_retrieval.evaluate.moves import QueryChange
 from rag_retrieval.evaluate.terminal_text import shorten
 from rag_retrieval.evaluate.training_curves import find_run, read_curves
+from rag_retrieval.metrics import means
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,8 +98,8 @@ def page_of(evaluation: Evaluation, images: dict[str, bytes]) -> str:
     data, config = evaluation.data, evaluation.config
     title = f"{evaluation.after.name} on {data.name}"
     facts = (
-        f"{len(data.qrels):,} queries, {data.num_pairs:,} pairs; candidates from {data.source}, at most {config.depth} "
-        f"for a query; a document of grade {config.relevant_from} or more is relevant"
+        f"{len(evaluation.measured):,} queries, {data.num_pairs:,} pairs; candidates from {data.source}, at most "
+        f"{config.depth} for a query; a document of grade {config.relevant_from} or more is relevant"
     )
     body = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(facts)}</p>']
     body += ["<h2>Figures</h2>", systems_table(evaluation)]

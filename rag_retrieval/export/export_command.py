@@ -1,6 +1,6 @@
 """`rag-retrieval export --model DIR --output DIR`: the command around `export_reranker`.
 
-The trap: options are `--key value`, but `--optimize` and `--force` stand alone, as in other commands of this kind.
+The trap: options are `--key value`, but `--force` may stand alone, as in other commands of this kind.
 """
 
 from itertools import pairwise
@@ -9,10 +9,10 @@ from rag_retrieval.core.command import report, run_command
 from rag_retrieval.export.export_config import EXPORTING, ExportConfig
 
 USAGE = (
-    "usage: rag-retrieval export --model DIR --output DIR [--format onnx] [--quantize int8] [--optimize] "
+    "usage: rag-retrieval export --model DIR --output DIR [--quantize int8] "
     "[--data DIR] [--force]"
 )
-SWITCHES = ("--optimize", "--force")
+SWITCHES = ("--force",)
 
 
 def main(arguments: list[str]) -> int:
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
 
 
 def switched_on(arguments: list[str]) -> list[str]:
-    """`--optimize` without a value written out as `--optimize=true`."""
+    """`--force` without a value written out as `--force=true`."""
     return [
         f"{argument}=true" if argument in SWITCHES and after.startswith("--") else argument
         for argument, after in pairwise([*arguments, "--"])
@@ -32,7 +32,7 @@ def switched_on(arguments: list[str]) -> list[str]:
 def run(config: ExportConfig) -> int:
     try:
         from rag_retrieval.export.run import export_reranker
-        from rag_retrieval.export.verification import DifferenceError
+        from rag_retrieval.export.verify import DifferenceError
     except ImportError as error:
         return report(ImportError(f"{error}; run: pip install -e '.[onnx]'"), 2, on_all_processes=True)
     try:

@@ -21,12 +21,8 @@ class ExportConfig(BaseModel):
 
     model: str = Field(min_length=1, description="Folder, hub name, or package:NAME of the trained reranker.")
     output: str = Field(min_length=1, description="Folder to write; one that holds files is refused.")
-    format: Literal["onnx"] = Field("onnx", description="Of the exported model.")
     quantize: Literal["int8"] | None = Field(
         None, description="Weights and products in 8 bits: smaller, faster on a CPU, and a little less exact."
-    )
-    optimize: bool = Field(
-        False, description="Fuse nodes with ONNX Runtime's own operators; other runtimes may not read the result."
     )
     data: str | None = Field(
         None,

@@ -1,8 +1,8 @@
 """`push_to_hub`: a model's folder with its card, to a Hugging Face hub, or to a folder to look at before.
 
-What a reader would get wrong: what is uploaded is a copy (links, where the file system has them) in which only the
-card may differ; the model's own folder is never changed. No token is read, shown or written here: huggingface_hub
-finds it, in HF_TOKEN or where `hf auth login` has put it.
+What is uploaded is a copy (hard links, where the file system has them) in which only the card may differ; the model's
+own folder is never changed. No token is read, shown or written here: huggingface_hub finds it, in HF_TOKEN or where
+`hf auth login` has put it.
 """
 
 import json
@@ -40,11 +40,10 @@ def push_to_hub(
     evaluations: folders of `rag-retrieval evaluate` for this model, whose figures join the card. HF_TOKEN and
     HF_ENDPOINT are huggingface_hub's.
 
-    Raises ValueError for a folder without a model, for a repo_id that no hub takes, and as `stage` for the card;
-    OSError (huggingface_hub's) where the hub cannot be reached or refuses.
+    Raises ValueError for a folder without a model, and as `stage`; OSError (huggingface_hub's) where the hub cannot be
+    reached or refuses.
     """
     folder = checked_folder(folder)
-    validate_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix=".push-", dir=folder.parent) as staged:
         stage(folder, staged, repo_id, language=language, license=license, evaluations=evaluations)
         api = HfApi(library_name="rag_retrieval")
@@ -62,22 +61,38 @@ def stage(
     license: str | None = None,
     evaluations: Sequence[str | os.PathLike] = (),
 ) -> None:
-    """What `push_to_hub` uploads, into the folder `target`, which must be empty or not there yet. name: of the model.
+    """What `push_to_hub` uploads, into the folder `target`, which must be empty or not there yet. name: the repo_id.
 
     Hidden and temporary files stay behind. A card that somebody has changed (its line MARK is gone), or whose run is
-    not known, goes as it is; ValueError where language, license or evaluations are given for such a card.
+    not known, goes as it is. Raises ValueError for a name that no hub takes, for a link that leads out of the folder,
+    and where language, license or evaluations are given for a card that stays.
     """
     folder, target = checked_folder(folder), Path(target)
+    validate_repo_id(name)
+    files = files_to_upload(folder)
     about = About(name, tuple(language), license, tuple(read_evaluation(path, folder) for path in evaluations))
     card = chosen_card(folder, about)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; give a new folder")
-    for source in sorted(folder.rglob("*")):
-        place = source.relative_to(folder)
-        if source.is_file() and not any(part.startswith(".") for part in place.parts) and source.suffix != ".tmp":
-            link_or_copy(source, target / place)
+    for source in files:
+        link_or_copy(source, target / source.relative_to(folder))
     (target / CARD).unlink(missing_ok=True)  # it may be a link to the model's own
     (target / CARD).write_text(card, encoding="utf-8")
+
+
+def files_to_upload(folder: Path) -> list[Path]:
+    """All files but hidden and temporary ones. Raises ValueError for one that lies outside the folder: a hub's own
+    cache links to files beside it, anything else that a link leads to is not of the model."""
+    files = []
+    for file in sorted(folder.rglob("*")):
+        place = file.relative_to(folder)
+        if not file.is_file() or any(part.startswith(".") for part in place.parts) or file.suffix == ".tmp":
+            continue
+        real = file.resolve()
+        if not real.is_relative_to(folder) and real.parent != folder.parents[1] / "blobs":
+            raise ValueError(f"{file} is a link to {real}, outside of the model's folder; put the file itself there")
+        files.append(file)
+    return files
 
 
 def checked_folder(folder: str | os.PathLike) -> Path:

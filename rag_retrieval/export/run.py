@@ -1,7 +1,8 @@
-"""`export_reranker`: the model's own scores, the graph, perhaps int8, the comparison, and only then the folder.
+"""`export_reranker`: a trained reranker as ONNX, perhaps in int8, compared with the model before the folder gets its
+name.
 
-What a reader would get wrong: everything is written beside the output folder and renamed at the end. An export that
-fails, or that is not like its model, leaves nothing behind.
+Everything is written beside the output folder and renamed at the end. An export that fails, or that does not score as
+its model, leaves nothing behind.
 """
 
 import os
@@ -16,12 +17,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from rag_retrieval.evaluate.evaluation import name_of
-from rag_retrieval.export.check_data import CheckData, read_check_data
 from rag_retrieval.export.export_config import ExportConfig
-from rag_retrieval.export.graph import input_names, write_graph
-from rag_retrieval.export.optimization import optimize_graph
-from rag_retrieval.export.quantization import quantize_int8
-from rag_retrieval.export.verification import Verification, check_float32, check_int8
+from rag_retrieval.export.onnx_graph import input_names, write_graph
+from rag_retrieval.export.quantize import quantize_int8
+from rag_retrieval.export.verify import CheckData, Verification, check_float32, check_int8, read_check_data
 from rag_retrieval.infer.onnx_backend import OnnxBackend
 from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
 from rag_retrieval.models.calibration import write_calibration
@@ -124,8 +123,7 @@ def write_float32(scorer: PairScorer, config: ExportConfig, folder: Path) -> Onn
     if scorer.calibration is not None:
         write_calibration(folder, scorer.calibration)
     write_graph(scorer, folder / MODEL_FILE)
-    fused = optimize_graph(folder / MODEL_FILE) if config.optimize else {}
-    source = {"model": name_of(config.model), "class": type(scorer.model).__name__, "fused": fused}
+    source = {"model": name_of(config.model), "class": type(scorer.model).__name__}
     description = OnnxDescription(
         model_type=scorer.model_type,
         max_length=scorer.pair_encoder.max_length,

@@ -59,6 +59,4 @@ def compile_model(file: Path, threads: int):
         return openvino.Core().compile_model(str(file), "CPU", settings)
     except Exception as error:  # RuntimeError with pages of its own sources
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{file}: OpenVINO cannot read it ({reason:.300}); an export without --optimize may do"
-        ) from error
+        raise ValueError(f"{file}: OpenVINO cannot read it ({reason:.300}); use ONNX Runtime") from error

@@ -14,11 +14,11 @@ from rag_retrieval import EvaluationConfig, evaluate_reranker, load_reranker
 from rag_retrieval.data.beir import read_run
 from rag_retrieval.evaluate import candidate_scoring
 from rag_retrieval.evaluate.evaluate_command import main
-from rag_retrieval.evaluate.measures import measure
+from rag_retrieval.evaluate.evaluation_output import write_evaluation
+from rag_retrieval.metrics import LOGGED_METRICS, run_metrics
 from rag_retrieval.models.calibration import read_calibration
 
 pytest.importorskip("bm25s")
-pytest.importorskip("ir_measures")
 pytest.importorskip("scipy")
 
 
@@ -58,7 +58,7 @@ def test_the_run_has_the_model_s_scores_of_the_candidates(config, toy):
     scores = load_reranker(config.model).compute_score([["where is window 8", text] for text in texts])
     assert found.after.run["q8"] == pytest.approx(dict(zip(documents, scores.tolist(), strict=True)), abs=1e-5)
     assert read_run(found.output_dir / "run.trec") == found.after.run
-    wanted = measure(found.data.qrels, found.after.run)
+    wanted = run_metrics(found.data.qrels, found.after.run, LOGGED_METRICS)
     assert {row.measure: row.after for row in found.comparisons[:3]} == pytest.approx(wanted)
     assert found.before.name == "BM25" and set(found.before.per_query["mrr@10"].values()) == {1 / 3}
 
@@ -187,6 +187,26 @@ def test_a_file_of_records_is_evaluated_with_its_documents_as_candidates(model, 
     write_lines(tmp_path / "dev.jsonl", [{"query": "中国的首都", "hits": hits}])
     assert main(["--model", model, "--data", str(tmp_path / "dev.jsonl"), "--output_dir", str(tmp_path / "o")]) == 0
     assert "1 queries, 2 pairs; candidates from BM25 of the data's own lists" in capsys.readouterr().out
+
+
+def test_queries_without_a_relevant_document_are_left_out_and_named(config, toy):
+    judged = (toy / "qrels/test.tsv").read_text().replace("q9\td9-0\t1", "q9\td9-0\t0")
+    (toy / "qrels/test.tsv").write_text(judged)
+    found = evaluate_reranker(config)
+    assert found.left_out == ["q9"] and found.measured == ["q8", "q10", "q11"]
+    write_evaluation(found)
+    result = json.loads((found.output_dir / "result.json").read_text())
+    assert (result["queries"], result["queries_without_relevant"]) == (3, 1)
+    rows = [json.loads(line) for line in (found.output_dir / "per_query.jsonl").read_text().splitlines()]
+    assert [row["query_id"] for row in rows if "left_out" in row] == ["q9"] and "ndcg@10" not in rows[1]
+    means = [row["ndcg@10"] for row in rows if "left_out" not in row]
+    assert result["model"]["ndcg@10"] == pytest.approx(sum(means) / 3)
+
+
+def test_judgments_without_any_relevant_document_are_refused(config, scored):
+    with pytest.raises(ValueError, match="none of the 4 judged queries .* relevant_from"):
+        evaluate_reranker(config.model_copy(update={"relevant_from": 3}))
+    assert scored == []
 
 
 def test_a_mistake_ends_with_one_line_and_code_2(model, tmp_path, capsys):

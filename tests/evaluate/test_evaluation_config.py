@@ -5,8 +5,7 @@ import pytest
 from rag_retrieval import EvaluationConfig
 from rag_retrieval.core.config_file import ConfigError, load_config
 from rag_retrieval.core.config_schema import describe_options
-from rag_retrieval.evaluate.evaluation_config import EVALUATION
-from rag_retrieval.evaluate.measures import DEFAULT_MEASURES
+from rag_retrieval.evaluate.evaluation_config import DEFAULT_MEASURES, EVALUATION
 
 NEEDED = ["--model", "owner/model", "--data", "beir"]
 
@@ -67,7 +66,8 @@ def test_what_to_calibrate_on_is_a_split_unless_it_is_written_as_a_file(folder):
         (["--seeds", "3"], "--seeds: unknown key; did you mean seed?"),
         (["--depth", "0"], "--depth: expected a whole number of at least 1, found 0"),
         (["--measures", "ndgc@10"],
-         "--measures: found 'ndgc@10'; expected ndcg@k, mrr@k, map, recall@k or p@k, such as ndcg@10"),
+         "--measures: found 'ndgc@10'; expected one of ndcg@k, mrr@k, map, recall@k, p@k, err@k, such as ndcg@10, with "
+         "k up to 1,000,000,000"),
         (["--measures", "[]"], "--measures: found none; expected at least one, such as ndcg@10"),
         (["--measures", "[1]"], "--measures: expected a name or a list of names, found [1]"),
         (["--report"], "--report: needs a value; expected true or false"),

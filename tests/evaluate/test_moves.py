@@ -1,11 +1,9 @@
 import pytest
 
-from rag_retrieval.evaluate.measures import measure_queries
 from rag_retrieval.evaluate.moves import Move, describe_changes, largest_changes, moved_documents
 from rag_retrieval.evaluate.ranking_data import RankingData
 from rag_retrieval.evaluate.terminal_text import width
-
-pytest.importorskip("ir_measures")
+from rag_retrieval.metrics import query_metrics
 
 
 def ranked(*documents):
@@ -41,7 +39,7 @@ def data():
 def test_queries_are_told_from_the_largest_change_and_fit_the_terminal(data):
     before = {"q1": ranked("c", "b", "a"), "q2": ranked("b", "a"), "q3": ranked("c")}
     after = {"q1": ranked("a", "b", "c"), "q2": ranked("a", "b"), "q3": ranked("c")}
-    figures = [measure_queries(data.qrels, run, ["ndcg@10"]) for run in (before, after)]
+    figures = [query_metrics(data.qrels, run, ["ndcg@10"]) for run in (before, after)]
     changes = largest_changes(data, *figures, (before, after), "ndcg@10")
     assert [[change.query for change in part] for part in changes] == [["q1"], ["q2"]]
     assert changes[0][0].before == pytest.approx(0.5) and changes[0][0].after == 1
@@ -54,6 +52,6 @@ def test_queries_are_told_from_the_largest_change_and_fit_the_terminal(data):
 
 def test_where_nothing_changed_that_is_said(data):
     run = {"q1": ranked("a"), "q2": ranked("b"), "q3": ranked("c")}
-    figures = measure_queries(data.qrels, run, ["map"])
+    figures = query_metrics(data.qrels, run, ["map"])
     changes = largest_changes(data, figures, figures, (run, run), "map")
     assert describe_changes(data, changes, "map", 80).split("\n") == ["no query gained", "", "no query lost"]

@@ -9,7 +9,6 @@ from rag_retrieval.evaluate.evaluate_command import main
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("bm25s")
-pytest.importorskip("ir_measures")
 pytest.importorskip("scipy")
 
 VOID = {"meta", "img"}

@@ -188,3 +188,24 @@ def test_the_command_names_its_keys_and_has_none_for_a_token(capsys):
     assert "--dry_run" in shown and "token" not in shown
     assert main(["--model", ".", "--repo_id", "a/b", "--token", "x"]) == 2
     assert "--token: unknown key" in capsys.readouterr().err
+
+
+def test_a_link_out_of_the_folder_is_refused_and_one_into_the_hub_s_cache_is_not(load_tiny, tmp_path):
+    cached = tmp_path / "models--a--b" / "snapshots" / "123"
+    load_tiny("bert").save_pretrained(cached)
+    blob = tmp_path / "models--a--b" / "blobs" / "0f"
+    blob.parent.mkdir()
+    (cached / "config.json").rename(blob)
+    (cached / "config.json").symlink_to(blob)
+    stage(cached, tmp_path / "staged", "org/name")
+    assert (tmp_path / "staged" / "config.json").read_bytes() == blob.read_bytes()
+    (tmp_path / "id_rsa").write_text("key")
+    (cached / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(ValueError, match="notes.txt is a link to .*id_rsa"):
+        stage(cached, tmp_path / "again", "org/name")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_dry_run_refuses_a_name_that_no_hub_takes(model, tmp_path):
+    with pytest.raises(ValueError, match="a//b"):
+        stage(model, tmp_path / "staged", "a//b")

@@ -16,9 +16,9 @@ from tiny_models import tiny_bert  # noqa: E402
 
 from rag_retrieval import CrossEncoder, Reranker  # noqa: E402
 from rag_retrieval.cli import main  # noqa: E402
-from rag_retrieval.export import run, verification  # noqa: E402
-from rag_retrieval.export.graph import score_head  # noqa: E402
-from rag_retrieval.export.verification import DifferenceError  # noqa: E402
+from rag_retrieval.export import run, verify  # noqa: E402
+from rag_retrieval.export.onnx_graph import score_head  # noqa: E402
+from rag_retrieval.export.verify import DifferenceError  # noqa: E402
 
 WORDS = ("mountain", "river", "planet", "copper")
 
@@ -42,7 +42,7 @@ def test_the_folder_holds_all_that_a_runtime_needs_and_what_was_measured(model, 
     assert (described["model_type"], described["max_length"], described["precision"]) == (
         "bert_encoder", 512, "float32"
     )  # fmt: skip
-    assert described["source"]["class"] == "BertForSequenceClassification" and described["source"]["fused"] == {}
+    assert described["source"]["class"] == "BertForSequenceClassification"
     measured = described["verification"]
     assert measured["longest"] == 512 and measured["max_difference"] < 1e-4 and measured["data"] is None
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"], "nothing unfinished is left"
@@ -81,19 +81,6 @@ def test_int8_has_small_weights_a_float32_head_and_nearly_the_same_scores(model,
     assert description["precision"] == "int8" and 0.9 < description["verification"]["rank_correlation"] < 1
 
 
-def test_optimized_graphs_have_fused_nodes_and_equal_scores(model_folders, load_tiny, tmp_path):
-    pairs = some_pairs(20)
-    for family in ("bert", "qwen2"):
-        folder = exported(model_folders[family], tmp_path / family, optimize=True)
-        domains = {node.domain for node in graph_of(folder).graph.node}
-        fused = json.loads((folder / "reranker_onnx.json").read_text())["source"]["fused"]
-        assert "com.microsoft" in domains and fused
-        expected = load_tiny(family).compute_score(pairs).numpy()
-        assert np.abs(Reranker(folder).compute_score(pairs) - expected).max() < 1e-4
-    both = exported(model_folders["bert"], tmp_path / "both", optimize=True, quantize="int8", force=True)
-    assert {"MatMulInteger", "SkipLayerNormalization"} <= {node.op_type for node in graph_of(both).graph.node}
-
-
 def test_data_are_compared_by_ndcg_and_rank_correlation(model, tmp_path):
     data = write_toy(tmp_path / "toy")
     folder = exported(model, tmp_path / "out", quantize="int8", data=str(data), queries=3, depth=4, force=True)
@@ -125,7 +112,7 @@ def test_a_graph_that_does_not_compute_the_model_s_scores_is_refused_even_with_f
 
 
 def test_int8_beyond_the_limit_is_refused_unless_forced(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(verification, "LEAST_CORRELATION", 0.999999)
+    monkeypatch.setattr(verify, "LEAST_CORRELATION", 0.999999)
     with pytest.raises(DifferenceError, match="is below 0.999999; nothing was written"):
         exported(model, tmp_path / "out", quantize="int8")
     assert_nothing_left(tmp_path)
@@ -205,5 +192,5 @@ def test_a_minilm_in_float32_and_int8_scores_as_in_torch(tmp_path):
     exact = exported(tmp_path / "model", tmp_path / "exact")
     assert np.abs(Reranker(exact).compute_score(pairs) - expected).max() < 1e-4
     small = exported(tmp_path / "model", tmp_path / "small", quantize="int8", force=True)
-    assert verification.rank_correlation(Reranker(small).compute_score(pairs), expected) > 0.95
+    assert verify.rank_correlation(Reranker(small).compute_score(pairs), expected) > 0.95
     assert (small / "model.onnx").stat().st_size < 0.3 * (exact / "model.onnx").stat().st_size

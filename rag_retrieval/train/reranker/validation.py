@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from rag_retrieval.data.store import RecordStore
-from rag_retrieval.metrics import rank_metrics
+from rag_retrieval.metrics import group_metrics
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.token_budget import plan_by_tokens
@@ -83,7 +83,7 @@ class Validation:
         values = {"loss": self.mean_loss(scores)}
         if self.store.group_sizes.max() > 1:
             rows = [(scores[group], self.labels[group]) for group in self.groups]
-            values |= rank_metrics([row[0] for row in rows], [row[1] for row in rows], self.relevant_from)
+            values |= group_metrics([row[0] for row in rows], [row[1] for row in rows], self.relevant_from)
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         return {name: int(value) if name.startswith("queries") else value for name, value in finite.items()}
 

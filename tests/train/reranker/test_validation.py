@@ -8,7 +8,7 @@ from training_runs import grouped_records, pointwise_records, write_jsonl
 
 from rag_retrieval.data.store import open_store
 from rag_retrieval.losses import LOSSES
-from rag_retrieval.metrics import rank_metrics
+from rag_retrieval.metrics import group_metrics
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.validation import Validation, relevance_threshold
@@ -53,7 +53,7 @@ def test_metrics_equal_those_of_compute_score(validation, scorer, loss_type):
     values = evaluate(validation(loss_type, records, levels=(0.0, 2.0)), scorer)
     groups = by_query(records)
     scores = [scorer.compute_score([(query, text) for text in texts]).numpy() for query, texts, _ in groups]
-    expected = rank_metrics(scores, [np.array(labels) for *_, labels in groups])
+    expected = group_metrics(scores, [np.array(labels) for *_, labels in groups])
     assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 

@@ -1,7 +1,7 @@
 """The ONNX graph of a reranker: padded token ids in, one score for each pair out.
 
-What a reader would get wrong: positions are given to the model, counted from the left. Families that find them in the
-token ids take a padding token inside a text for padding; and no graph needs to count what is known.
+Positions are given to the model, counted from the left. Families that find them in the token ids take a padding token
+inside a text for padding; and no graph needs to count what is known.
 """
 
 import inspect
@@ -87,7 +87,7 @@ def write_graph(scorer: PairScorer, file: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the advice that exporter, quantizer and optimizer log and warn of, which no user of ours can act on."""
+    """Without the advice that exporter and quantizer log and warn of, which no user of ours can act on."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

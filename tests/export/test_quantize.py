@@ -8,7 +8,7 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from rag_retrieval.export.token_scales import scale_by_token  # noqa: E402
+from rag_retrieval.export.quantize import scale_by_token  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
 
 

@@ -30,8 +30,8 @@ from transformers import (  # noqa: E402
 from yes_no_samples import YES_NO, tiny_causal  # noqa: E402
 
 from rag_retrieval import CrossEncoder, LLMDecoder  # noqa: E402
-from rag_retrieval.export import graph  # noqa: E402
-from rag_retrieval.export.graph import score_head, write_graph  # noqa: E402
+from rag_retrieval.export import onnx_graph  # noqa: E402
+from rag_retrieval.export.onnx_graph import score_head, write_graph  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
 from rag_retrieval.infer.padded_scoring import padded_inputs  # noqa: E402
 from rag_retrieval.models.pair_batch import make_batch  # noqa: E402
@@ -106,7 +106,7 @@ def check_scores(scorer, file) -> None:
     write_graph_once(scorer, file)
     session = open_session(file, "cpu", 1)
     names = [node.name for node in session.get_inputs()]
-    assert names == list(graph.input_names(scorer))
+    assert names == list(onnx_graph.input_names(scorer))
     for pairs, wanted in zip(batches, expected, strict=True):
         (found,) = session.run(["scores"], padded_inputs(pairs, names, scorer.tokenizer.pad_token_id))
         assert found.shape == wanted.shape and found.dtype == np.float32
@@ -137,7 +137,7 @@ def head_shapes(file) -> list[set[int]]:
 
 @pytest.mark.slow
 def test_weights_of_a_large_model_stand_beside_the_graph(load_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(graph, "EXTERNAL_FROM", 1)
+    monkeypatch.setattr(onnx_graph, "EXTERNAL_FROM", 1)
     scorer = load_tiny("bert")
     pairs = random_pairs(scorer, 3, 9, np.random.default_rng(0))
     expected = own_scores(scorer, pairs)
@@ -156,6 +156,6 @@ def test_a_family_that_cannot_be_traced_is_told(load_tiny, tmp_path, monkeypatch
     def fail(*arguments, **options):
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(graph.torch.onnx, "export", fail)
+    monkeypatch.setattr(onnx_graph.torch.onnx, "export", fail)
     with pytest.raises(ValueError, match="a bert cannot be written as ONNX .*RuntimeError: no such operator"):
         write_graph(scorer, tmp_path / "model.onnx")

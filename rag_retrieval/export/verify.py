@@ -1,0 +1,206 @@
+"""How far the scores of an exported model are from those of the model it was made from, and how far they may be.
+
+int8 is judged by the order of documents, not by the size of differences: its scores are off by a tenth or more and
+still rank alike. float32 has to give the model's scores.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+import numpy as np
+from scipy.stats import ConstantInputWarning, spearmanr
+
+from rag_retrieval.data.beir import Qrels, Run
+from rag_retrieval.evaluate.bm25 import BM25
+from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
+from rag_retrieval.export.export_config import ExportConfig
+from rag_retrieval.metrics import run_metrics
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
+
+FLOAT32_LIMIT = 1e-4  # largest difference of a score, relative where scores exceed 1
+LEAST_CORRELATION = 0.98  # of int8: Spearman's, over all pairs
+LARGEST_LOSS = 0.01  # of int8: nDCG@10
+MEASURE = "ndcg@10"
+QUERIES = (
+    "How do I read a file line by line in Python?",
+    "What are the first signs of the flu?",
+    "When does a file handle get closed?",
+    "which river runs through Paris",
+    "如何逐行读取一个文件？",
+    "感冒有哪些早期症状？",
+    "怎样解除实例与安全组的绑定？",
+    "水在高山上多少度沸腾",
+)
+SENTENCES = (
+    "Iterating over an open file gives its lines one after another, each with its line break. ",
+    "Fever, cough, a sore throat and tiredness begin within two days and last for about a week. ",
+    "打开文件以后用循环读取，每次得到一行，末尾带有换行符。",
+    "The file is closed when the block ends, even if an error was raised inside it. ",
+    "发烧、咳嗽、咽痛和乏力通常在一两天内出现，大约一周后好转。",
+    "At 3,000 m water boils at 90 °C; the Seine has nothing to do with it. ",
+    "先调用查询接口确认状态为成功，再提交解绑请求，一次只能解绑一个安全组。",
+    "See also: `open(path, encoding='utf-8')`, io.TextIOWrapper and os.fsync(). ",
+)
+STEPS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987)  # tokens of a document; then up to the limit
+
+
+class DifferenceError(RuntimeError):
+    """The exported model does not score as the model it was made from."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """pairs: number compared. shortest, longest: tokens. max_difference: of scores. rank_correlation: Spearman's, over
+    all pairs. data, queries, ndcg_before, ndcg_after: nDCG@10 of model and export, None without data."""
+
+    pairs: int
+    shortest: int
+    longest: int
+    max_difference: float
+    rank_correlation: float
+    data: str | None = None
+    queries: int | None = None
+    ndcg_before: float | None = None
+    ndcg_after: float | None = None
+
+    def describe(self) -> str:
+        text = (
+            f"{self.pairs:,} pairs of {self.shortest} to {self.longest} tokens: largest difference "
+            f"{self.max_difference:.1e}, rank correlation {self.rank_correlation:.4f}"
+        )
+        if self.data is not None:
+            change = self.ndcg_after - self.ndcg_before
+            text += (
+                f"; nDCG@10 on {self.data} ({self.queries} queries) {self.ndcg_before:.4f} before, "
+                f"{self.ndcg_after:.4f} after ({change:+.4f})"
+            )
+        return text
+
+
+def check_float32(expected: np.ndarray, found: np.ndarray) -> None:
+    """Raises DifferenceError beyond FLOAT32_LIMIT, and for a score that is not finite."""
+    allowed = FLOAT32_LIMIT * np.maximum(1.0, np.abs(expected))
+    wrong = np.flatnonzero(~(np.abs(expected - found) <= allowed))
+    if wrong.size:
+        place = wrong[np.argmax(np.abs(expected - found)[wrong])]
+        raise DifferenceError(
+            f"the ONNX graph does not compute what the model computes: {wrong.size} of {expected.size} scores differ "
+            f"by more than {FLOAT32_LIMIT}, such as {found[place]:.6f} where the model gives {expected[place]:.6f}; "
+            "nothing was written. Exporting this family does not work with the installed torch"
+        )
+
+
+def check_int8(verification: Verification, force: bool) -> list[str]:
+    """What is beyond the limits of int8, in words. Raises DifferenceError where there is something, without `force`."""
+    problems = []
+    if not verification.rank_correlation >= LEAST_CORRELATION:
+        problems.append(f"rank correlation {verification.rank_correlation:.4f} is below {LEAST_CORRELATION}")
+    if verification.data is not None and not verification.ndcg_before - verification.ndcg_after <= LARGEST_LOSS:
+        loss = verification.ndcg_before - verification.ndcg_after
+        problems.append(f"nDCG@10 on {verification.data} falls by {loss:.4f}, more than {LARGEST_LOSS}")
+    if problems and not force:
+        raise DifferenceError(
+            f"int8 changes this model too much: {' and '.join(problems)}; nothing was written. Leave --quantize out, "
+            "or keep it all the same with --force"
+        )
+    return problems
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's coefficient in [-1, 1]; nan where all values of one are equal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        return float(spearmanr(first, second).statistic)
+
+
+def ndcg_of(qrels: Qrels, run: Run) -> float:
+    return run_metrics(qrels, run, (MEASURE,))[MEASURE]
+
+
+@dataclass(frozen=True)
+class CheckData:
+    """encoded: the sample's pairs, then all candidates of the data in their order. data: None where none were given."""
+
+    encoded: list[EncodedPair]
+    samples: int
+    data: RankingData | None
+
+    def compare(self, expected: np.ndarray, found: np.ndarray) -> Verification:
+        """expected, found: scores of all pairs, of the model and of its export. int, float: see Verification.
+
+        The rank correlation is over the data's pairs alone, where there are any.
+        """
+        lengths = [len(pair) for pair in self.encoded]
+        largest = float(np.abs(expected - found).max())
+        if self.data is None:
+            correlation = rank_correlation(expected, found)
+            return Verification(len(lengths), min(lengths), max(lengths), largest, correlation)
+        expected, found = expected[self.samples :], found[self.samples :]
+        correlation = rank_correlation(expected, found)
+        verification = Verification(len(lengths), min(lengths), max(lengths), largest, correlation)
+        before, after = (ndcg_of(self.data.qrels, self.run_of(scores)) for scores in (expected, found))
+        return replace(
+            verification,
+            data=self.data.name,
+            queries=len(self.data.qrels),
+            ndcg_before=before,
+            ndcg_after=after,
+        )
+
+    def run_of(self, scores: np.ndarray) -> Run:
+        """scores: of the data's pairs, in order."""
+        values = iter(scores.tolist())
+        return {
+            query: {document: next(values) for document in documents}
+            for query, documents in self.data.candidates.items()
+        }
+
+
+def read_check_data(config: ExportConfig, encoder: PairEncoder) -> CheckData:
+    """Raises ValueError for data that cannot be read."""
+    samples = sample_pairs(encoder)
+    if config.data is None:
+        return CheckData(encoder.encode(samples), len(samples), None)
+    data = first_queries(read_ranking_data(config.data, config.split, BM25, config.depth), config.queries)
+    pairs = [
+        (data.queries[query], data.documents[document])
+        for query, documents in data.candidates.items()
+        for document in documents
+    ]
+    return CheckData(encoder.encode([*samples, *pairs]), len(samples), data)
+
+
+def first_queries(data: RankingData, count: int) -> RankingData:
+    """At most `count` judged queries, evenly from all."""
+    names = list(data.qrels)
+    kept = names[:: -(-len(names) // count)]
+    qrels, candidates = ({query: values[query] for query in kept} for values in (data.qrels, data.candidates))
+    return replace(data, qrels=qrels, candidates=candidates)
+
+
+def sample_pairs(encoder: PairEncoder) -> list[tuple[str, str]]:
+    """(query, document) pairs of our own: documents of one token, of lengths between, and of more than the model reads.
+
+    A graph that was traced at one length, or that pads wrongly, is right for pairs like the traced ones and for no
+    others. For every length there are two pairs, with other queries and other sentences in front.
+    """
+    budget = encoder.budget
+    lengths = [tokens for tokens in STEPS if tokens < budget] + [budget, 2 * budget]
+    queries = cycle(QUERIES)
+    pairs = [("a", "b"), ("", SENTENCES[0])]
+    for place, tokens in enumerate(lengths):
+        for start in (place, place + len(SENTENCES) // 2):
+            pairs.append((next(queries), document_of(encoder, tokens, start)))
+    return pairs
+
+
+def document_of(encoder: PairEncoder, tokens: int, start: int) -> str:
+    """Sentences in turn from number `start`, cut to about `tokens` tokens."""
+    text = ""
+    for sentence in islice(cycle(SENTENCES), start, start + tokens + len(SENTENCES)):
+        text += sentence
+        found = len(encoder.document_ids([text])[0])
+        if found >= tokens:
+            break
+    return text[: max(1, round(len(text) * tokens / found))]
