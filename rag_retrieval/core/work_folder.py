@@ -27,7 +27,7 @@ class WorkFolder:
 
     def locked(self) -> AbstractContextManager[None]:
         """To be held while a run works here. Raises ValueError while another does."""
-        return locked(self.path / "lock", f"{self.path}: another run works in this folder; wait for it, or set work_dir")
+        return locked(self.path / "lock", f"{self.path}: another run works here; wait for it, or set work_dir")
 
     def stage(self, name: str, made_from: Any, build: Callable[[Path], None], resumes: bool = False) -> Path:
         """The complete folder of a stage, built by `build(partial folder)` unless it is there."""
