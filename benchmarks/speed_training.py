@@ -169,7 +169,7 @@ def our_trainer(job: Job, first: int, output_dir: Path, log_interval: int = 10):
 
 
 def our_config(job: Job, output_dir: Path, log_interval: int):
-    from rag_retrieval.train.reranker.training_config import TrainingConfig
+    from rag_retrieval.train.reranker.config import RerankerConfig
 
     values = {
         "model_name_or_path": str(job.model),
@@ -191,7 +191,7 @@ def our_config(job: Job, output_dir: Path, log_interval: int):
         "log_interval": log_interval,
     }
     grouped = {"train_group_size": job.documents} if job.grouped else {}
-    return TrainingConfig(**values | grouped | (job.formats._asdict() if job.formats else {}))
+    return RerankerConfig(**values | grouped | (job.formats._asdict() if job.formats else {}))
 
 
 def plan_steps(job: Job) -> float:

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from rag_retrieval.core.config_file import load_config
+from rag_retrieval.core.config_reader import load_config
 from rag_retrieval.data.store import Group, open_store
 from rag_retrieval.metrics import group_metrics, metric_value, rank_group
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.model_files import resolve_model_path
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.train_reranker import SHIPPED_CONFIGS
 from rag_retrieval.train.reranker.train_reranker import main as train
-from rag_retrieval.train.reranker.training_config import TRAINING
 
 CONFIG = SHIPPED_CONFIGS / "quickstart.yaml"
 TEST_FILE = Path(__file__).resolve().parents[1] / "example_data" / "stdlib_grouped.test.jsonl"
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     if code:
         return code
     groups = read_groups(TEST_FILE)
-    base = load_config(TRAINING, str(CONFIG)).model_name_or_path
+    base = load_config(RerankerConfig, str(CONFIG)).model_name_or_path
     model_folder = Path(options.output_dir) / "model"
     rankings = {
         "BM25's order": [-np.arange(len(group.documents), dtype=float) for group in groups],

@@ -21,9 +21,9 @@ from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from torch import nn  # noqa: E402
 
 from rag_retrieval.core.command import set_up_logging  # noqa: E402
+from rag_retrieval.train.reranker.config import RerankerConfig  # noqa: E402
 from rag_retrieval.train.reranker.run import run  # noqa: E402
 from rag_retrieval.train.reranker.train_reranker import leave  # noqa: E402
-from rag_retrieval.train.reranker.training_config import TrainingConfig  # noqa: E402
 
 PartialState.destroy_process_group = lambda self, group=None: None
 
@@ -44,7 +44,7 @@ def main() -> int:
         print(f"case {name}", file=sys.stderr)
         AcceleratorState._reset_state(True)
         hidden_dtypes.clear()
-        run(TrainingConfig(**values))
+        run(RerankerConfig(**values))
         (Path(values["output_dir"]) / "hidden_dtypes.json").write_text(json.dumps(sorted(hidden_dtypes)))
     return 0
 

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rag_retrieval.data.store import open_store
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.model_setup import load_scorer
 from rag_retrieval.train.reranker.objective import configured_objective
-from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch, SamplingOptions, TrainingSteps
 from rag_retrieval.train.step_data import StepShape
 
@@ -29,7 +29,7 @@ def plain_training(
 
     factors: of the learning rate, one for each step.
     """
-    config = TrainingConfig(**values)
+    config = RerankerConfig(**values)
     torch.manual_seed(config.seed)
     model = AutoModelForSequenceClassification.from_pretrained(config.model_name_or_path, num_labels=1).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), eps=config.adam_epsilon, fused=False, foreach=False)
@@ -47,7 +47,7 @@ def plain_training(
     return losses, model.state_dict()
 
 
-def parameter_groups(model: PreTrainedModel, config: TrainingConfig) -> Iterator[dict]:
+def parameter_groups(model: PreTrainedModel, config: RerankerConfig) -> Iterator[dict]:
     """Matrices decay, vectors (biases, norms) do not; the new head has a rate of its own."""
     head = set((model.score if config.model_type == "llm_decoder" else model.classifier).parameters())
     for parameter in model.parameters():
@@ -59,8 +59,8 @@ def parameter_groups(model: PreTrainedModel, config: TrainingConfig) -> Iterator
 
 
 def mixed_step_groups(
-    config: TrainingConfig, records_per_step: int
-) -> Iterator[tuple[TrainingConfig, list[Group]]]:
+    config: RerankerConfig, records_per_step: int
+) -> Iterator[tuple[RerankerConfig, list[Group]]]:
     """The groups of each step of the first epoch, with the configuration of a run on the step's file alone. Files of
     weight 1 take turns, each as evenly spread over the epoch as can be."""
     steps = []
@@ -73,7 +73,7 @@ def mixed_step_groups(
         yield alone, groups
 
 
-def step_groups(config: TrainingConfig, records_per_step: int) -> Iterator[list[Group]]:
+def step_groups(config: RerankerConfig, records_per_step: int) -> Iterator[list[Group]]:
     """The groups of each step of the first epoch; for pointwise losses each pair is a group."""
     objective = configured_objective(config)
     store = open_store(
@@ -125,7 +125,7 @@ def padded(rows: list[list[int]], value: int = 0) -> torch.Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
-def step_loss(config: TrainingConfig, scores: list[torch.Tensor], groups: list[Group]) -> torch.Tensor:
+def step_loss(config: RerankerConfig, scores: list[torch.Tensor], groups: list[Group]) -> torch.Tensor:
     """The mean of each loss over the step, weighted."""
     labels, teacher_scores = [group[2] for group in groups], [group[3] for group in groups]
     from_teacher = config.loss_type in ("margin_mse", "kl_distillation")

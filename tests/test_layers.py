@@ -71,5 +71,5 @@ def test_the_training_loop_knows_nothing_of_rerankers():
 
 def test_a_script_folder_shadows_no_library():
     scripts = PACKAGE / "train" / "reranker"
-    libraries = {"torch", "datasets", "transformers", "evaluate", "logging", "types", "config", "accelerate", "yaml"}
+    libraries = {"torch", "datasets", "transformers", "evaluate", "logging", "types", "accelerate", "yaml"}
     assert not {file.stem for file in scripts.glob("*.py")} & libraries

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from rag_retrieval.core.config_file import load_config
+from rag_retrieval.core.config_reader import load_config
 from rag_retrieval.data.beir import read_folder, read_qrels
 from rag_retrieval.data.store import RecordStore, open_store
-from rag_retrieval.train.reranker.training_config import TRAINING
+from rag_retrieval.train.reranker.config import RerankerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "rag_retrieval" / "train" / "reranker"
@@ -45,19 +45,36 @@ def test_the_files_that_users_type_are_there():
 def test_a_shipped_configuration_is_valid_from_any_folder(file, tmp_path, monkeypatch):
     for folder in (ROOT, TRAINER, tmp_path):
         monkeypatch.chdir(folder)
-        config = load_config(TRAINING, str(file))
+        config = load_config(RerankerConfig, str(file))
         assert all(Path(alone.train_dataset).is_file() for alone, _ in config.files)
         assert config.val_dataset is None or Path(config.val_dataset).is_file()
 
 
 @pytest.mark.parametrize("file", TRAINING_FILES, ids=name_of)
 def test_a_shipped_configuration_validates_on_the_label_levels_that_it_trains_on(file):
-    config = load_config(TRAINING, str(file))
+    config = load_config(RerankerConfig, str(file))
     for alone, _ in config.files:
         train = open_store(alone.train_dataset)
         assert alone.max_label in (None, train.labels.max())
         if config.val_dataset is not None and alone.loss_type == config.loss_type:
             assert set(open_store(config.val_dataset).labels) == set(train.labels)
+
+
+@pytest.mark.parametrize("file", TRAINING_FILES, ids=name_of)
+def test_options_that_switch_model_or_data_type_work_on_a_shipped_configuration(file):
+    """What the file says for the other type is ignored and named; the rest holds."""
+    for model_type in ("bert_encoder", "llm_decoder"):
+        for dataset_type, loss in (("pointwise", "point_mse"), ("grouped", "lambda_loss")):
+            switches = ["--model_type", model_type, "--train_dataset_type", dataset_type, "--loss_type", loss]
+            as_shipped = load_config(RerankerConfig, str(file))
+            switched = load_config(RerankerConfig, str(file), switches)
+            assert (switched.model_type, switched.train_dataset_type) == (model_type, dataset_type)
+            assert switched.loss_type == loss and (switched.lr, switched.seed) == (as_shipped.lr, as_shipped.seed)
+            given = yaml.safe_load(file.read_text()).keys()
+            unused = {"seq", "special_token", "head", "instruction", "yes_token", "no_token"} & given
+            assert all(name in switched.ignored for name in unused if model_type == "bert_encoder")
+            if dataset_type == "pointwise" and "train_group_size" in given:
+                assert "train_group_size" in switched.ignored
 
 
 def test_the_graded_dev_file_has_no_query_and_no_document_of_the_training_files():

@@ -86,11 +86,11 @@ def read_metrics(output_dir: Path, kind: str) -> list[dict]:
 
 def train(values: dict):
     """Train in this process; returns the final state."""
+    from rag_retrieval.train.reranker.config import RerankerConfig
     from rag_retrieval.train.reranker.run import run
-    from rag_retrieval.train.reranker.training_config import TrainingConfig
 
     AcceleratorState._reset_state(True)
-    return run(TrainingConfig(**values))
+    return run(RerankerConfig(**values))
 
 
 def final_weights(output_dir: str | Path) -> dict[str, torch.Tensor]:

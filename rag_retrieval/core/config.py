@@ -74,12 +74,16 @@ class Config(BaseModel):
     aliases: ClassVar[Mapping[str, str]] = {}
     main_keys: ClassVar[Sequence[str]] = ()
     groups: ClassVar[Mapping[str, str]] = {}
-    _ignored: tuple[str, ...] = PrivateAttr(())
+    _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # key that was given, and to what alone it applies
 
     @property
     def ignored(self) -> str | None:
         """One line that names the keys that were given and do not apply to this run; None where all do."""
-        return f"ignored in this run: {'; '.join(self._ignored)}" if self._ignored else None
+        names: dict[str, list[str]] = {}
+        for name, words in self._ignored.items():
+            names.setdefault(words, []).append(name)
+        parts = [f"{', '.join(each)} (only for {words})" for words, each in names.items()]
+        return f"ignored in this run: {'; '.join(parts)}" if parts else None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(key, message) for values that do not fit each other."""
@@ -108,16 +112,15 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _resolve(self) -> Self:
         """Drop what does not apply, derive what was not given, in the order of the fields; then compare keys."""
-        values, ignored = vars(self), []  # a frozen model takes no assignment
+        values = vars(self)  # a frozen model takes no assignment
         for name, key_field in type(self).model_fields.items():
             only, derive = _rule(key_field, "only"), _rule(key_field, "derive")
             if only and not only.applies(self):
-                if name in self.model_fields_set:
-                    ignored.append(f"{name}, only for {only.words}")
+                if values[name] != key_field.default:  # `eval_on_start: false` asks for nothing
+                    self._ignored[name] = only.words
                 values[name] = key_field.default
             elif derive and name not in self.model_fields_set:
                 values[name] = derive(self)
-        self._ignored = tuple(ignored)
         if problems := list(self.problems()):
             raise failure(type(self), problems, values)
         return self
@@ -128,8 +131,6 @@ def _rule(key_field: FieldInfo, name: Literal["only", "derive"]) -> Any:
 
 
 def _is_absent(value: Any, key_field: FieldInfo) -> bool:
-    if value is False and _rule(key_field, "only"):
-        return True
     takes_none = NoneType in get_args(key_field.annotation)
     none_is_a_value = takes_none and not key_field.is_required() and key_field.default is not None
     return value in ABSENT and not none_is_a_value

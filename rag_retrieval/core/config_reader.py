@@ -81,11 +81,11 @@ def _problems(
         if path[0] not in worst or rank > worst[path[0]][0]:
             worst[path[0]] = (rank, path, entry)
     for key, (_, path, entry) in worst.items():
-        message = _message(key, entry, config_class, nested=len(path) > 1)
+        message = error_message(key, entry, config_class, nested=len(path) > 1)
         yield key, f"{given.places.get(path, f'{missing_place}{key}')}: {message}"
 
 
-def _message(key: str, entry: Mapping[str, Any], config_class: type[Config], nested: bool) -> str:
+def error_message(key: str, entry: Mapping[str, Any], config_class: type[Config], nested: bool) -> str:
     """One of pydantic's errors in our words."""
     if entry["type"] in OUR_MESSAGES:
         return entry["msg"].removeprefix("Value error, ")

@@ -17,7 +17,7 @@ import numpy as np
 
 from rag_retrieval.core.progress import Progress
 from rag_retrieval.data.beir import document_text
-from rag_retrieval.data.json_lines import json_objects, text_of
+from rag_retrieval.data.readers import entry_text, json_objects
 from rag_retrieval.data.records import DataError
 
 COLUMNS = {
@@ -51,7 +51,7 @@ def build_corpus(source: Path, folder: Path, needs_ids: bool) -> None:
         with Progress(source.stat().st_size, "reading the corpus", "B") as progress:
             for line, entry in json_objects(source, progress.update):
                 place = f"{source}:{line}"
-                id_ = text_of(entry, "_id", place) if needs_ids or "_id" in entry else ""
+                id_ = entry_text(entry, "_id", place) if needs_ids or "_id" in entry else ""
                 text = document_text(entry, place)
                 for name, content in (("text", text.encode()), ("id", id_.encode())):
                     ends[name] += len(content)

@@ -1,25 +1,26 @@
-"""Files and hub datasets as streams of ranking records, with all bad lines of a source in one error.
+"""Files and hub data sets as streams of records or JSON objects, with file and line in every error.
 
-A source is a JSON-lines file, plain or gzipped, a Parquet file, or a dataset of the Hugging Face hub.
-
-The trap: `read_records` yields the good records as it goes and raises the bad lines only at the end, all
-together. Whoever stores records must throw the work away when `DataError` comes.
+`FORMATS` is the one table of file formats: a reader yields (line, row) for each row, lines counted from 1, where a row
+that cannot be decoded is a RecordError. To add a format, write its reader and its entry here.
 """
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rag_retrieval.data.records import DataError, Record, RecordError, RecordRules, parse_record
+from rag_retrieval.data.records import BadLines, DataError, Record, RecordError, RecordRules, parse_record, text_of
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-OTHER_FILE_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zip", ".arrow")
-MAX_SHOWN = 20  # bad lines that an error shows; the rest is counted
+Rows = Iterator[tuple[int, object]]
+
+HUB_OPTIONS = re.compile("[@#]")  # what stands before the revision and the configuration of a hub data set
+OTHER_FILE_SUFFIXES = (".csv", ".txt", ".gz", ".zip", ".arrow")  # files too, which are refused by name
 
 
 class _SourceError(Exception):
@@ -29,52 +30,172 @@ class _SourceError(Exception):
         self.line, self.message = line, message
 
 
-def read_records(source: str | Path, rules: RecordRules, *, split: str = "train") -> Iterator[Record]:
-    """Yield every valid record of a file or hub dataset, in order, with one small batch in memory at a time.
+# ---- the formats
 
-    split: of a hub dataset; files have none. Raises DataError after the last line with all bad lines, and
-    also when the source cannot be opened or has no records. Blank lines are skipped but counted.
+
+def byte_lines(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[tuple[int, bytes]]:
+    """(line, its bytes) of a file, plain or gzipped, without a byte order mark. A line ends at \\n and nothing else.
+
+    on_bytes: called now and then with the bytes read from the disk since the last call, compressed ones for .gz.
+    Raises _SourceError where no further line can be read.
     """
-    name = str(source) if is_file(source) else f"{source}[{split}]"
-    problems, num_bad, num_good = [], 0, 0
+    line = seen = 0
     try:
-        for line, data in _rows(source, split):
-            try:
-                if isinstance(data, RecordError):
-                    raise data
-                record = parse_record(data, line, rules)
-            except RecordError as error:
-                num_bad += 1
-                if num_bad <= MAX_SHOWN:
-                    problems.append(f"{name}:{line}: {error}")
-            else:
-                num_good += 1
-                yield record
-    except _SourceError as error:
-        where = name if error.line is None else f"{name}:{error.line}"
-        # Reading ended here, so this line is always shown, whatever came before it.
-        problems, num_bad = [*problems[: MAX_SHOWN - 1], f"{where}: {error.message}"], num_bad + 1
-    if num_bad:
-        raise bad_lines_error(problems, num_bad)
-    if not num_good:
-        raise DataError(f"{name}: found no records; expected one record per line (or row).")
+        with path.open("rb") as file:
+            with gzip.open(file) if path.suffix.lower() == ".gz" else file as stream:
+                for line, raw in enumerate(stream, 1):
+                    yield line, _without_mark(raw) if line == 1 else raw
+                    if line % 1024 == 0:
+                        on_bytes(file.tell() - seen)
+                        seen = file.tell()
+            on_bytes(path.stat().st_size - seen)
+    except EOFError:
+        raise _SourceError(line + 1, "the gzip data ends too early; copy the whole file again.") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise _SourceError(line + 1, f"found broken gzip data ({error}); expected a gzip file.") from None
+    except OSError as error:
+        raise _SourceError(None, f"the file cannot be read ({error.strerror}).") from None
 
 
-def bad_lines_error(problems: list[str], count: int) -> DataError:
-    """One error for `count` bad lines, of which `problems` holds at least the first `MAX_SHOWN`."""
-    shown = problems[:MAX_SHOWN]
-    if count > len(shown):
-        more = count - len(shown)
-        shown = [*shown, f"... and {more} more bad line{'s' if more > 1 else ''}"]
-    return DataError("\n".join(shown))
+def _without_mark(raw: bytes) -> bytes:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _SourceError(1, "found a UTF-16 mark; expected UTF-8: save the file as UTF-8.")
+    if raw.startswith(b"\x1f\x8b"):
+        raise _SourceError(1, "found gzip data; expected plain text: let the file's name end in .gz.")
+    return raw.removeprefix(b"\xef\xbb\xbf")
+
+
+def _json_rows(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Rows:
+    is_first = True
+    for line, raw in byte_lines(path, on_bytes):
+        if not raw.strip():
+            continue
+        if is_first and raw.lstrip().startswith(b"["):
+            raise _SourceError(line, "found a JSON list; expected one record per line: convert it (jq -c '.[]').")
+        is_first = False
+        yield line, _decode_json(raw)
+
+
+def _decode_json(raw: bytes) -> object:
+    try:
+        return json.loads(decoded(raw), object_pairs_hook=_object)
+    except RecordError as error:
+        return error
+    except json.JSONDecodeError as error:
+        where = f"at column {error.colno} ({error.msg})"
+        return RecordError(f"found broken JSON {where}; expected one whole object per line.")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deep nesting
+        return RecordError(f"found JSON that cannot be read ({error}); expected one record.")
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        raise RecordError(_repeated("key", [key for key, _ in pairs]))
+    return entry
+
+
+def _repeated(what: str, names: list[str]) -> str:
+    name = next(name for name, count in Counter(names).items() if count > 1)
+    return f"found the {what} {name!r} twice; keep one."
+
+
+def decoded(raw: bytes) -> str:
+    """A line without its end. Raises RecordError for bytes that are no UTF-8."""
+    try:
+        return raw.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        byte = f"found the byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        raise RecordError(f"{byte}; expected UTF-8.") from None
+
+
+def _triple_rows(path: Path) -> Rows:
+    """MS MARCO's triples: query, positive, negative between tabs, perhaps under a header of these names."""
+    columns = ["query", "positive", "negative"]
+    is_first = True
+    for line, raw in byte_lines(path):
+        if not raw.strip():
+            continue
+        try:
+            fields = decoded(raw).split("\t")
+        except RecordError as error:
+            yield line, error
+            continue
+        if is_first and (all(field.strip().isdigit() for field in fields) or fields[0] == "query-id"):
+            raise _SourceError(
+                line, f"found {', '.join(fields)[:60]}: ids; expected texts: look the ids up in the collection first."
+            )
+        if is_first and [field.lower() for field in fields] == columns:
+            is_first = False
+            continue
+        is_first = False
+        if len(fields) == len(columns):
+            yield line, dict(zip(columns, fields, strict=True))
+        else:
+            found = f"found {len(fields)} column{'s' if len(fields) > 1 else ''} between tabs"
+            yield line, RecordError(f"{found}; expected query, positive, negative.")
+
+
+def _parquet_rows(path: Path) -> Rows:
+    row = 0
+    try:
+        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+            _refuse_repeated_columns(pa.struct(file.schema_arrow))
+            for batch in file.iter_batches(batch_size=1024):
+                for data in _batch_rows(batch):
+                    row += 1
+                    yield row, data
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise _SourceError(row + 1, f"found broken Parquet data ({reason}); expected a whole file.") from None
+
+
+def _refuse_repeated_columns(kind: pa.DataType) -> None:
+    """In a struct, or in one inside it: `to_pylist` would keep the last column of a name."""
+    if not pa.types.is_nested(kind):
+        return
+    fields = [kind.field(place) for place in range(kind.num_fields)]
+    names = [field.name for field in fields]
+    if len(set(names)) < len(names):
+        raise _SourceError(1, _repeated("column", names))
+    for field in fields:
+        _refuse_repeated_columns(field.type)
+
+
+def _batch_rows(batch: pa.RecordBatch) -> list:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # find the rows that are at fault
+        return [_batch_row(batch, index) for index in range(batch.num_rows)]
+
+
+def _batch_row(batch: pa.RecordBatch, index: int) -> object:
+    try:
+        return batch.slice(index, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        byte = f"found the byte 0x{error.object[error.start]:02x} at byte offset {error.start} of a text of this row"
+        return RecordError(f"{byte}; expected UTF-8.")
+    except (ValueError, OverflowError) as error:  # Python has no date so late, for example
+        return RecordError(f"found a value that cannot be read ({error}); mend it or leave its column out.")
+
+
+FORMATS: dict[tuple[str, ...], Callable[[Path], Rows]] = {
+    (".jsonl", ".jsonl.gz", ".json", ".json.gz"): _json_rows,
+    (".parquet",): _parquet_rows,
+    (".tsv", ".tsv.gz"): _triple_rows,
+}
+SUFFIXES = tuple(suffix for suffixes in FORMATS for suffix in suffixes)
+
+
+# ---- sources: a file, or a data set of the hub
 
 
 def is_file(source: str | Path) -> bool:
-    """Whether the source names a file rather than a hub dataset ("name" or "owner/name")."""
-    path = Path(source)
-    looks_like_file = str(source).lower().endswith(SUFFIXES + OTHER_FILE_SUFFIXES)
-    is_no_hub_name = str(source).startswith((".", "~", "/")) or len(path.parts) > 2
-    return isinstance(source, Path) or looks_like_file or is_no_hub_name or path.exists()
+    """Whether the source names a file rather than a hub data set ("name" or "owner/name")."""
+    name = str(source)
+    looks_like_file = name.lower().endswith(SUFFIXES + OTHER_FILE_SUFFIXES)
+    is_no_hub_name = name.startswith((".", "~", "/")) or len(Path(HUB_OPTIONS.split(name)[0]).parts) > 2
+    return isinstance(source, Path) or looks_like_file or is_no_hub_name or Path(name).exists()
 
 
 def checked_path(source: str | Path) -> Path:
@@ -93,97 +214,98 @@ def checked_path(source: str | Path) -> Path:
 
 
 def load_hub_dataset(name: str, split: str):
-    """`datasets.load_dataset(name, split=split)`, with DataError where neither hub nor cache has it."""
+    """A data set of the hub. name: "owner/name", with "@revision" and "#configuration" after it where they are needed.
+
+    Raises DataError where neither the hub nor the cache has it.
+    """
     import datasets
 
+    path, _, configuration = name.partition("#")
+    path, _, revision = path.partition("@")
+    given = {option: value for option, value in (("name", configuration), ("revision", revision)) if value}
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(path, split=split, **given)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{name}[{split}]: no file of this name, and the hub dataset could not be loaded ({reason}); "
-            "check the path, or the name, split and connection."
+            f"{name}[{split}]: no file of this name, and the hub data set could not be loaded ({reason}); check the "
+            "path, or the name (owner/name@revision#configuration), split and connection."
         ) from error
 
 
-def _rows(source: str | Path, split: str) -> Iterator[tuple[int, object]]:
+def source_name(source: str | Path, split: str) -> str:
+    """What messages call a source."""
+    return str(source) if is_file(source) else f"{source}[{split}]"
+
+
+def read_records(source: str | Path, rules: RecordRules, *, split: str = "train") -> Iterator[Record]:
+    """Yield every valid record of a file or hub data set, in order, with one small batch in memory at a time.
+
+    split: of a hub data set; files have none. Raises DataError after the last line with all bad lines, so whoever
+    stores records must throw the work away then; also when the source cannot be opened or has no records. Blank
+    lines are skipped but counted.
+    """
+    name, bad, is_empty = source_name(source, split), BadLines(), True
+    try:
+        for line, row in _rows(source, split):
+            is_empty = False
+            try:
+                if isinstance(row, RecordError):
+                    raise row
+                record = parse_record(row, line, rules)
+            except RecordError as error:
+                bad.add(f"{name}:{line}: {error}")
+            else:
+                yield record
+    except _SourceError as error:
+        bad.add(_placed(name, error), last=True)
+    bad.raise_any()
+    if is_empty:
+        raise DataError(f"{name}: found no records; expected one record per line (or row).")
+
+
+def _placed(name: str | Path, error: _SourceError) -> str:
+    return f"{name}: {error.message}" if error.line is None else f"{name}:{error.line}: {error.message}"
+
+
+def _rows(source: str | Path, split: str) -> Rows:
     if not is_file(source):
         return enumerate(load_hub_dataset(str(source), split), 1)
     path = checked_path(source)
-    return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
+    return next(read for suffixes, read in FORMATS.items() if path.name.lower().endswith(suffixes))(path)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """(line, decoded JSON or RecordError); _SourceError where no further line can be read."""
-    line, offset = 0, 0
+# ---- files that are read to the first bad line
+
+
+def json_objects(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[tuple[int, dict]]:
+    """(line, object) of every line that is not blank. Raises DataError at the first bad line. on_bytes: see
+    `byte_lines`."""
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            _refuse_other_layouts(stream.peek(256))
-            # Not text mode: that would end lines at a lone \r too, and lose the place of a wrong byte.
-            for line, raw in enumerate(stream, 1):
-                if raw.strip(b"\xef\xbb\xbf \t\r\n" if line == 1 else None):
-                    yield line, _decode_json(raw, line, offset)
-                offset += len(raw)
-    except EOFError:
-        raise _SourceError(line + 1, "the gzip data ends too early; copy the whole file again.") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise _SourceError(line + 1, f"found broken gzip data ({error}); expected a gzip file.") from None
-    except OSError as error:
-        raise _SourceError(None, f"the file cannot be read ({error.strerror}).") from None
+        for line, entry in _json_rows(path, on_bytes):
+            if not isinstance(entry, dict):
+                fault = entry if isinstance(entry, RecordError) else "found JSON that is no object; expected an object."
+                raise DataError(f"{path}:{line}: {fault}")
+            yield line, entry
+    except _SourceError as error:
+        raise DataError(_placed(path, error)) from None
 
 
-def _refuse_other_layouts(head: bytes) -> None:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _SourceError(1, "found a UTF-16 mark at byte offset 0; expected UTF-8: save the file as UTF-8.")
-    if head.startswith(b"\x1f\x8b"):
-        raise _SourceError(1, "found gzip data; expected plain text: let the file's name end in .gz.")
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        raise _SourceError(1, "found a JSON list; expected one record per line: convert it (jq -c '.[]').")
-
-
-def _decode_json(raw: bytes, line: int, offset: int) -> object:
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, its text) of every line that is not blank. Raises DataError at the first bad line."""
     try:
-        return json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        # error.object: the bytes that error.start counts in, without the UTF-8 mark.
-        at = offset + len(raw) - len(error.object) + error.start
-        return RecordError(_wrong_byte(error, at, "the text"))
-    except json.JSONDecodeError as error:
-        where = f"at column {error.colno} ({error.msg})"
-        return RecordError(f"found broken JSON {where}; expected one whole object per line.")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deep nesting
-        return RecordError(f"found JSON that cannot be read ({error}); expected one record.")
+        for line, raw in byte_lines(path):
+            if raw.strip():
+                yield line, decoded(raw)
+    except RecordError as error:
+        raise DataError(f"{path}:{line}: {error}") from None
+    except _SourceError as error:
+        raise DataError(_placed(path, error)) from None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
-    row = 0
+def entry_text(entry: dict, key: str, place: str) -> str:
+    """The string under `key`; DataError where it is missing, no string, or half of a character pair."""
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for data in _batch_rows(batch):
-                    row += 1
-                    yield row, data
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise _SourceError(row + 1, f"found broken Parquet data ({reason}); expected a whole file.") from None
-
-
-def _batch_rows(batch: pa.RecordBatch) -> list:
-    try:
-        return batch.to_pylist()
-    except (ValueError, OverflowError):  # find the rows that are at fault
-        return [_batch_row(batch, index) for index in range(batch.num_rows)]
-
-
-def _batch_row(batch: pa.RecordBatch, index: int) -> object:
-    try:
-        return batch.slice(index, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return RecordError(_wrong_byte(error, error.start, "a text of this row"))
-    except (ValueError, OverflowError) as error:  # Python has no date so late, for example
-        return RecordError(f"found a value that cannot be read ({error}); mend it or leave its column out.")
-
-
-def _wrong_byte(error: UnicodeDecodeError, offset: int, of: str) -> str:
-    byte = error.object[error.start]
-    return f"found the byte 0x{byte:02x} at byte offset {offset} of {of}; expected UTF-8."
+        return text_of(entry, key)
+    except RecordError as error:
+        raise DataError(f"{place}: {error}") from None

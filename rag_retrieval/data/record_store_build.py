@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from rag_retrieval.data.readers import MAX_SHOWN, bad_lines_error
-from rag_retrieval.data.records import ONE_POSITIVE_EXPECTED, Record, describe_labels
+from rag_retrieval.data.records import ONE_POSITIVE_EXPECTED, BadLines, Record, describe_labels
 from rag_retrieval.data.summary import StoreSummary, label_histogram
 
 STORE_FILES = ("groups.arrow", "pairs.arrow")
@@ -248,19 +247,17 @@ def _demand_one_positive(raw: Path, name: str) -> None:
     """DataError naming the first line of each pointwise group without exactly one 1 and the rest 0."""
     labels, lines = _column(raw, "pair.label"), _column(raw, "group.line")
     pointwise = _column(raw, "group.pointwise")
-    problems, count = [], 0
+    problems = BadLines()
     for groups, pairs, sizes, first in _group_chunks(raw):
         label = labels[pairs]
         ones = np.add.reduceat(label == 1, first, dtype=int)
         zeros = np.add.reduceat(label == 0, first, dtype=int)
         bad = np.flatnonzero(pointwise[groups] & ((ones != 1) | (zeros != sizes - 1)))
-        count += len(bad)
-        for group in bad[: MAX_SHOWN - len(problems)].tolist():
+        for group in bad.tolist():
             values = label[first[group] : first[group] + sizes[group]].tolist()
             found = f"the pairs of this query have the labels {describe_labels(values)}"
-            problems.append(f"{name}:{lines[groups][group]}: {found}; {ONE_POSITIVE_EXPECTED}")
-    if count:
-        raise bad_lines_error(problems, count)
+            problems.add(f"{name}:{lines[groups][group]}: {found}; {ONE_POSITIVE_EXPECTED}")
+    problems.raise_any()
 
 
 def _write_store(folder: Path, raw: Path) -> None:

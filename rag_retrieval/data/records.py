@@ -1,10 +1,11 @@
 """One ranking record, a query with its documents and their labels: what is accepted, and what is refused how.
 
-Three formats are told apart record by record, by their keys (other keys are ignored):
+Four formats are told apart record by record, by their keys (other keys are ignored):
 
     {"query": "q", "content": "d", "label": 1}                                  pointwise
     {"query": "q", "hits": [{"content": "d", "label": 1}, ...]}                 hits
     {"query": "q", "pos": ["d", ...], "neg": [...], "pos_scores": [...], "neg_scores": [...]}    pos/neg
+    {"query": "q", "positive": "d", "negative": "d"}                            triple
 
 A teacher's score stands beside the label, under `teacher_score` unless told otherwise, in pointwise records and in
 hits; it is read only where a loss learns from it. In pos/neg records pos_scores and neg_scores are the labels, but
@@ -12,8 +13,8 @@ where teacher scores are read they are these, and the labels are 1 and 0:
 
     {"query": "q", "hits": [{"content": "d", "label": 1, "teacher_score": 6.2}, ...]}
 
-The trap: a positive is not a label above 0 but one above the lowest of its group, and in pos/neg records what
-stands in `pos`, whatever its score. An empty document is legal, an empty query is not.
+A positive is not a label above 0 but one above the lowest of its group, and in pos/neg records what stands in `pos`,
+whatever its score. An empty document is legal, an empty query is not.
 """
 
 import difflib
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 FLOAT32_MAX = 3.4028234663852886e38
+MAX_SHOWN = 20  # bad lines that an error shows; the rest is counted
 ONE_POSITIVE_EXPECTED = "expected exactly one 1 and the rest 0 for listwise cross entropy."
 
 
@@ -32,6 +34,29 @@ class DataError(ValueError):
 
 class RecordError(ValueError):
     """What is wrong with one record; `readers.read_records` puts the file and the line before it."""
+
+
+class BadLines:
+    """The faults of a source, for one error that shows the first MAX_SHOWN and counts the rest."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+        self.count = 0
+
+    def add(self, problem: str, last: bool = False) -> None:
+        """last: reading ended there, so it is shown in any case."""
+        self.count += 1
+        if self.count <= MAX_SHOWN:
+            self.shown.append(problem)
+        elif last:
+            self.shown[-1] = problem
+
+    def raise_any(self) -> None:
+        """Raises DataError unless there are none."""
+        if more := self.count - len(self.shown):
+            self.shown.append(f"... and {more} more bad line{'s' if more > 1 else ''}")
+        if self.shown:
+            raise DataError("\n".join(self.shown))
 
 
 @dataclass(frozen=True)
@@ -59,10 +84,10 @@ class RecordRules:
 class Record:
     """A valid record. `documents`, `labels` and `positive` have one entry per document, at least one.
 
-    labels: exact float32 values. pos/neg records without scores have 1.0 and 0.0.
+    labels: exact float32 values. pos/neg records without scores, and triples, have 1.0 and 0.0.
     teacher_scores: NaN where a document has none; None where they are not read.
-    positive: membership in `pos`, and for the other formats `positives(labels)`.
-    format: "pointwise", "hits" or "pos_neg".
+    positive: membership in `pos`, being the positive of a triple, and for the other formats `positives(labels)`.
+    format: "pointwise", "hits", "pos_neg" or "triple".
     line: counted from 1; the row for Parquet and hub datasets.
     """
 
@@ -92,7 +117,7 @@ def parse_record(data: object, line: int, rules: RecordRules) -> Record:
     """Validate one decoded JSON value, Parquet row or dataset row; RecordError on the first fault found."""
     if not isinstance(data, dict):
         raise RecordError(f"found {_kind(data)}; expected an object with the keys of one record.")
-    query = _text(_required(data, "query"), "query")
+    query = text_of(data, "query")
     if not query.strip():
         raise RecordError("query is empty; expected text.")
     format_ = _format(data)
@@ -101,10 +126,13 @@ def parse_record(data: object, line: int, rules: RecordRules) -> Record:
         labels = [_label(_required(data, rules.label_key, is_label=True), rules.label_key, rules)]
     elif format_ == "hits":
         documents, labels = _hits(data["hits"], rules)
-    else:
+    elif format_ == "pos_neg":
         documents, labels, positive = _pos_neg(data, rules)
+    else:
+        documents, positive = [text_of(data, "positive"), text_of(data, "negative")], [True, False]
+        labels = _binary_labels(1, 1, rules)
     labels = array("f", labels).tolist()
-    if format_ != "pos_neg":
+    if format_ in ("pointwise", "hits"):
         positive = positives(labels)
     teacher_scores = None if rules.teacher_key is None else _teacher_scores(data, format_, len(documents), rules)
     return Record(query, documents, labels, positive, format_, line, teacher_scores)
@@ -116,13 +144,15 @@ def _format(data: dict) -> str:
     present = [key for key in formats if data.get(key) is not None]
     if len(present) > 1:
         raise RecordError(f"found both {_quoted(present)}; expected one format: keep one of these keys.")
+    if not present and data.get("positive") is not None:
+        return "triple"
     present = present or [key for key in formats if key in data]
     if present:
         return formats[present[0]]
     for key in formats:
         if found := _nearest(key, data):
             raise RecordError(f"found no {key!r} but {found!r}; rename it to {key!r}.")
-    raise RecordError(f"found the keys {_quoted(data)}; expected one of 'content', 'hits', 'pos'.")
+    raise RecordError(f"found the keys {_quoted(data)}; expected one of 'content', 'hits', 'pos', 'positive'.")
 
 
 def _hits(hits: object, rules: RecordRules) -> tuple[list[str], list[float]]:
@@ -155,8 +185,12 @@ def _pos_neg_labels(data: dict, num_pos: int, num_neg: int, rules: RecordRules) 
     scores = None if rules.teacher_key else _pos_neg_scores(data, num_pos, num_neg)
     if scores is not None:
         return [_label(score, name, rules) for name, score in scores]
+    return _binary_labels(num_pos, num_neg, rules)
+
+
+def _binary_labels(num_pos: int, num_neg: int, rules: RecordRules) -> list[float]:
     labels = [1.0] * num_pos + [0.0] * num_neg
-    hint = " (pos and neg without scores count as 1 and 0)"
+    hint = " (positives and negatives without scores count as 1 and 0)"
     return [_label(label, "the label of a document", rules, hint) for label in labels]
 
 
@@ -187,6 +221,8 @@ def _teacher_scores(data: dict, format_: str, count: int, rules: RecordRules) ->
         found = [(key, data.get(key))]
     elif format_ == "hits":
         found = [(f"hits[{index}].{key}", hit.get(key)) for index, hit in enumerate(data["hits"])]
+    elif format_ == "triple":
+        found = [("teacher score of a triple", None)] * count
     else:
         num_pos = len(data["pos"])
         found = _pos_neg_scores(data, num_pos, count - num_pos) or [("pos_scores", None)] * count
@@ -229,6 +265,11 @@ def _label(value: object, name: str, rules: RecordRules, hint: str = "") -> floa
             "correct it, or change min_label and max_label."
         )
     return number
+
+
+def text_of(data: dict, key: str) -> str:
+    """The string under `key`. Raises RecordError where it is missing, no string, or half of a character pair."""
+    return _text(_required(data, key), key)
 
 
 def _text(value: object, name: str) -> str:

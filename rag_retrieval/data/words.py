@@ -1,41 +1,121 @@
-"""Cutting texts into the words that BM25 counts: English stems, or Chinese words.
+"""The words of texts that BM25 counts, in every script.
 
-The trap: which of the two is decided once for a whole corpus, from its first SAMPLE texts, and queries are cut in
-the same way. An English query to a Chinese corpus is cut by jieba, too, and not stemmed.
+A text is normalised (NFKC and case folding, so that the two ways to write "é" are one), then each word goes by its own
+letters, whatever the rest of the text or of the corpus is written in:
+
+    Latin, Cyrillic, Greek, Arabic, Devanagari, ...   words between spaces, as stems and without stop words
+    Han                                               words by jieba
+    kana, Hangul, Thai, Lao, Khmer, Burmese, ...      overlapping pairs of characters (with their marks)
+
+A word of one letter counts ("C", "C++", "C#"), but not the letter after an apostrophe ("it's"). Which language Latin
+letters stand for cannot be seen in a word: they are taken as English unless `language` names another one.
 """
 
-from collections.abc import Callable, Iterable
-from itertools import islice
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
+from itertools import pairwise
 
-Words = Callable[[list[str]], list[list[str]]]
+import regex
 
-SAMPLE = 200  # texts of a corpus that decide its language
-CHINESE_SHARE = 0.2  # of characters that are Han, from which on a corpus is cut as Chinese
+AUTO, NONE = "auto", "none"
+SCRIPT_LANGUAGES = {  # script to the language whose stemmer its words get
+    "Latin": "english",
+    "Cyrillic": "russian",
+    "Greek": "greek",
+    "Arabic": "arabic",
+    "Armenian": "armenian",
+    "Devanagari": "hindi",
+    "Tamil": "tamil",
+}
+WORDS_VERSION = 2  # raise it whenever the same text would give other words
+CACHED_WORDS = 1 << 17  # distinct words whose stems are kept in memory
+
+# \w of `regex` includes combining marks and joiners, without which a Hindi word falls apart
+_WORD = regex.compile(r"(?:(?<!\w['’])\w+|\w\w+)(?:\+\+|#(?!\w))?")
+# Line_Break=SA: the scripts of South East Asia that put no space between words
+_UNSPACED = r"[\p{Line_Break=SA}\p{Hiragana}\p{Katakana}\p{Hangul}ー]\p{M}*"
+_STRETCH = regex.compile(rf"(?P<chinese>\p{{Han}}+)|(?P<bigrams>(?:{_UNSPACED})+)|(?:(?!\p{{Han}}|{_UNSPACED}).)+")
+_SCRIPTS = [(regex.compile(rf"\p{{{script}}}"), language) for script, language in SCRIPT_LANGUAGES.items()]
 
 
-def language_of(texts: Iterable[str]) -> str:
-    """The key in `CUTTERS`, by the share of Han characters in the first SAMPLE of a corpus's texts."""
-    han = characters = 0
-    for text in islice(texts, SAMPLE):
-        han += sum("\u4e00" <= character <= "\u9fff" for character in text)
-        characters += len(text)
-    return "chinese" if han > CHINESE_SHARE * characters else "english"
+def tokenize(texts: Sequence[str], language: str = AUTO) -> list[list[str]]:
+    """The words of each text, in order, repeated ones too; none for a text without letters and digits.
+
+    language: of words between spaces: a Snowball stemmer ("german"), "auto" (by the script of each word, Latin is
+    English) or "none" (words as they are). Raises ValueError for another name.
+    """
+    check_language(language)
+    found = []
+    for text in texts:
+        words = _WORD.findall(text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold())
+        found.append([part for word in words for part in _parts(word, language)])
+    return found
 
 
-def english_words(texts: list[str]) -> list[list[str]]:
-    """Stems in lower case without stop words."""
-    import bm25s
+def check_language(language: str) -> None:
     import Stemmer
 
-    stemmer = Stemmer.Stemmer("english")
-    return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
+    if language not in (AUTO, NONE, *Stemmer.algorithms()):
+        expected = ", ".join((AUTO, NONE, *Stemmer.algorithms()))
+        raise ValueError(f"there is no stemmer for the language {language!r}; expected one of {expected}.")
 
 
-def chinese_words(texts: list[str]) -> list[list[str]]:
+def describe_words(vocabulary: Iterable[str], language: str = AUTO) -> str:
+    """How many of these distinct words were made in which way: `english 7,034, chinese 12`, most frequent first."""
+    ways = Counter(_way(word, language) for word in vocabulary)
+    by_count = sorted(ways.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{way} {count:,}" for way, count in by_count) or "no words"
+
+
+def _way(word: str, language: str) -> str:
+    """"chinese", "bigrams", a language, or "other" for a script without a stemmer."""
+    if word.isascii() and language == AUTO:
+        return SCRIPT_LANGUAGES["Latin"]
+    way = _STRETCH.match(word).lastgroup
+    if way or language != AUTO:
+        return way or language
+    return next((stemmer for script, stemmer in _SCRIPTS if script.search(word)), "other")
+
+
+@lru_cache(CACHED_WORDS)
+def _parts(word: str, language: str) -> tuple[str, ...]:
+    """What is counted of a normalised word: its stem, or nothing for a stop word, or the words of its stretches."""
+    parts = []
+    for stretch in [word] if word.isascii() else (match[0] for match in _STRETCH.finditer(word)):
+        way = _way(stretch, language)
+        if way == "chinese":
+            parts += _jieba().cut(stretch)
+        elif way == "bigrams":
+            characters = regex.findall(r"\X", stretch)
+            parts += list(map("".join, pairwise(characters))) or characters
+        elif way in ("other", NONE):
+            parts.append(stretch)
+        elif stretch not in _stop_words(way):
+            parts.append(_stemmer(way).stemWord(stretch))
+    return tuple(parts)
+
+
+@cache
+def _stemmer(language: str):
+    import Stemmer
+
+    return Stemmer.Stemmer(language)
+
+
+@cache
+def _stop_words(language: str) -> frozenset[str]:
+    """Empty for a language that bm25s has no list for."""
+    from bm25s import stopwords
+
+    name = "EN" if language == "english" else language.upper()
+    return frozenset(getattr(stopwords, f"STOPWORDS_{name}", ()))
+
+
+@cache
+def _jieba():
     import jieba
 
     jieba.setLogLevel("WARNING")
-    return [[word for word in jieba.cut(text.lower()) if word.strip()] for text in texts]
-
-
-CUTTERS: dict[str, Words] = {"english": english_words, "chinese": chinese_words}
+    return jieba

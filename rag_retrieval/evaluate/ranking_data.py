@@ -1,30 +1,29 @@
 """What a reranker is measured on: queries, judgments, and the candidates that are ranked.
 
 Two sources: a folder in BEIR layout, whose candidates are found by BM25 or given as a run file, and a file of
-ranking records, where the documents of a query are its candidates and all that is known of it. The trap:
-figures are over all judgments of a query. A relevant document that is not among the candidates counts in the
-ideal ranking, so a perfect reranker of BM25's list stays below 1.
+ranking records, where the documents of a query are its candidates and all that is known of it. Figures are over all
+judgments of a query: a relevant document that is not among the candidates counts in the ideal ranking, so a perfect
+reranker of BM25's list stays below 1.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rag_retrieval.data.beir import (
-    MOST_GRADE,
     BeirFolder,
     Pool,
     Qrels,
     Run,
+    best_of,
     find_optional,
     read_folder,
     read_pool,
     read_qrels,
+    read_record_file,
     read_run,
 )
-from rag_retrieval.data.readers import read_records
-from rag_retrieval.data.records import DataError, Record, RecordRules, describe_labels
 from rag_retrieval.evaluate.bm25 import BM25, bm25_run
-from rag_retrieval.metrics import trec_order
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class RankingData:
     """Texts by id, grades by query and document, and the first-stage scores of the candidates of each query.
 
     candidates has every judged query, perhaps with no document. source: what found the candidates, for people.
+    words: how the words that BM25 counted were made, "" where it did not count here. identical_ids: queries that had a
+    document with their own id among their candidates, which was left out.
     """
 
     name: str
@@ -40,6 +41,8 @@ class RankingData:
     qrels: Qrels
     candidates: Run
     source: str
+    words: str = ""
+    identical_ids: int = 0
 
     @property
     def num_pairs(self) -> int:
@@ -55,12 +58,31 @@ class RankingData:
         return sum(document not in self.documents for grades in self.qrels.values() for document in grades)
 
 
-def read_ranking_data(path: str | Path, split: str, candidates: str | Path, depth: int) -> RankingData:
+class FirstStage(NamedTuple):
+    """Candidates, and `source`, `words` and `identical_ids` of `RankingData`."""
+
+    run: Run
+    source: str
+    words: str
+    identical_ids: int
+
+
+def read_ranking_data(
+    path: str | Path,
+    split: str,
+    candidates: str | Path,
+    depth: int,
+    *,
+    ignore_identical_ids: bool = True,
+    language: str = "auto",
+) -> RankingData:
     """The judged queries of a split with at most `depth` candidates each.
 
     path: a folder in BEIR layout, or a file of ranking records (which has no splits). candidates: "bm25" or a run
     file. BM25's are those of the folder's runs/bm25.<split>.tsv where there is one, else computed. Where the data
     list their own candidates (a pool, the documents of a record), these are ranked and no others.
+    ignore_identical_ids: a document with the id of the query is no candidate of it, as in BEIR, some of whose queries
+    are documents themselves (ArguAna, Quora). language: of BM25's words, see `words.tokenize`.
     Raises ValueError for files that cannot be read and for candidates that do not belong to the data.
     """
     path = Path(path)
@@ -72,98 +94,41 @@ def read_ranking_data(path: str | Path, split: str, candidates: str | Path, dept
         folder, qrels = read_record_file(path)
         pool = {query: list(grades) for query, grades in qrels.items()}
         name = path.name
-    run, source = first_stage(folder, split, list(qrels), pool, candidates, depth)
-    if not any(run.values()):
-        raise ValueError(f"{name}: {source} has no candidate for any of the {len(qrels)} judged queries.")
-    return RankingData(name, folder.documents, folder.queries, qrels, run, source)
+    options = {"ignore_identical_ids": ignore_identical_ids, "language": language}
+    found = first_stage(folder, split, list(qrels), pool, candidates, depth, **options)
+    if not any(found.run.values()):
+        raise ValueError(f"{name}: {found.source} has no candidate for any of the {len(qrels)} judged queries.")
+    return RankingData(name, folder.documents, folder.queries, qrels, *found)
 
 
 def first_stage(
-    folder: BeirFolder, split: str, queries: list[str], pool: Pool | None, candidates: str | Path, depth: int
-) -> tuple[Run, str]:
-    """The candidates of `queries`, and what found them, for people."""
-    if str(candidates) != BM25:
-        run = read_run(candidates)
-        check_run(run, folder, queries, Path(candidates))
-        return best_of(run, queries, pool, depth), Path(candidates).name
-    source = "BM25" if pool is None else "BM25 of the data's own lists"
-    return bm25_candidates(folder, split, queries, pool, depth), source
-
-
-def check_run(run: Run, folder: BeirFolder, queries: list[str], path: Path) -> None:
-    """Raises ValueError where the run is of other queries or documents."""
-    if not set(queries) & run.keys():
-        raise ValueError(
-            f"{path}: has none of the {len(queries)} judged queries (such as {queries[0]!r}), but {len(run)} others "
-            f"(such as {next(iter(run))!r}); give the run of this split."
-        )
-    for query in queries:
-        for document in run.get(query, ()):
-            if document not in folder.documents:
-                raise ValueError(f"{path}: document {document!r} of query {query!r} is not in the data's corpus.")
-
-
-def bm25_candidates(folder: BeirFolder, split: str, queries: list[str], pool: Pool | None, depth: int) -> Run:
-    """BM25's best `depth` documents for each of `queries` (ids): of the folder's run file, else computed here.
-
-    Fewer where a pool is smaller or fewer documents share a word with the query; perhaps none.
-    """
-    file = find_optional(folder.path, f"runs/bm25.{split}.tsv")
+    folder: BeirFolder,
+    split: str,
+    queries: list[str],
+    pool: Pool | None,
+    candidates: str | Path,
+    depth: int,
+    *,
+    ignore_identical_ids: bool = True,
+    language: str = "auto",
+) -> FirstStage:
+    """The best `depth` candidates of `queries` (ids), perhaps none; fewer where the pool or the run has fewer."""
+    wanted, words = depth + ignore_identical_ids, ""  # one more, in place of one that may be left out
+    if str(candidates) == BM25:
+        source = "BM25" if pool is None else "BM25 of the data's own lists"
+        file = find_optional(folder.path, f"runs/bm25.{split}.tsv")
+    else:
+        source, file = Path(candidates).name, Path(candidates)
     if file is None:
-        return bm25_run(folder.documents, {query: folder.queries[query] for query in queries}, pool, depth)
-    return best_of(read_run(file), queries, pool, depth)
-
-
-def best_of(run: Run, queries: list[str], pool: Pool | None, depth: int) -> Run:
-    """The best `depth` documents of each query, of the pool where there is one; in trec_eval's order."""
-    best = {}
-    for query in queries:
-        scores = run.get(query, {})
-        if pool is not None:
-            allowed = set(pool.get(query, ()))
-            scores = {document: score for document, score in scores.items() if document in allowed}
-        best[query] = {document: scores[document] for document in trec_order(scores)[:depth]}
-    return best
-
-
-# ---- files of ranking records ---------------------------------------------------------------------------
-
-
-def read_record_file(path: Path) -> tuple[BeirFolder, Qrels]:
-    """Texts and grades of a file of ranking records; pointwise pairs of one query are taken together.
-
-    A query's id is `q` and its line, a document's that id and its place from 0. Raises DataError for bad lines.
-    """
-    records = list(read_records(path, RecordRules()))
-    odd = next((record for record in records if not all(map(is_grade, record.labels))), None)
-    documents, queries, qrels, pointwise = {}, {}, {}, {}
-    for record in records:
-        query = f"q{record.line}"
-        if record.format == "pointwise":
-            query = pointwise.setdefault(record.query, query)
-        queries[query] = record.query
-        grades = qrels.setdefault(query, {})
-        for text, grade in zip(record.documents, grades_of(record, odd, path), strict=True):
-            document = f"{query}-{len(grades)}"
-            documents[document], grades[document] = text, grade
-    return BeirFolder(path, documents, queries), qrels
-
-
-def is_grade(label: float) -> bool:
-    return label.is_integer() and abs(label) <= MOST_GRADE
-
-
-def grades_of(record: Record, odd: Record | None, path: Path) -> list[int]:
-    """The labels, where all of the file are whole numbers. Else they are a teacher's scores: 1 for a document of
-    `pos` and 0 for one of `neg`; DataError for the other formats, which do not say what is relevant.
-
-    odd: the first record of the file with another label, if there is one.
-    """
-    if odd is None:
-        return [int(label) for label in record.labels]
-    if record.format == "pos_neg":
-        return [int(positive) for positive in record.positive]
-    raise DataError(
-        f"{path}:{odd.line}: found the labels {describe_labels(odd.labels)}; expected whole grades of at most "
-        f"{MOST_GRADE:,} in every record of the file, or records with pos and neg."
-    )
+        texts = {query: folder.queries[query] for query in queries}
+        run, words = bm25_run(folder.documents, texts, pool, wanted, language)
+    else:
+        run = best_of(read_run(file, queries, folder.documents), queries, pool, wanted)
+    if not ignore_identical_ids:
+        return FirstStage(run, source, words, 0)
+    identical = sum(query in documents for query, documents in run.items())
+    kept = {
+        query: dict([(document, score) for document, score in documents.items() if document != query][:depth])
+        for query, documents in run.items()
+    }
+    return FirstStage(kept, source, words, identical)

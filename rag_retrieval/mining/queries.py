@@ -14,7 +14,7 @@ import numpy as np
 
 from rag_retrieval.data.beir import find_file, find_qrels, judgments, query_texts
 from rag_retrieval.data.corpus import Corpus
-from rag_retrieval.data.readers import MAX_SHOWN, bad_lines_error
+from rag_retrieval.data.records import BadLines
 from rag_retrieval.data.store import open_store
 
 
@@ -46,14 +46,14 @@ class QuerySet:
 
 def demand_labels_above_zero(queries: QuerySet) -> None:
     """For formats in which a positive has its own label and a negative 0. Raises DataError with all that do not."""
-    problems = [
-        f"query {query.text[:50]!r}: a positive has the label {min(query.labels):g}, and mined negatives get 0; "
-        "expected labels above 0: use output_format pos_neg, or labels score."
-        for query in queries.queries
-        if min(query.labels) <= 0
-    ]
-    if problems:
-        raise bad_lines_error(problems, len(problems))
+    bad = BadLines()
+    for query in queries.queries:
+        if min(query.labels) <= 0:
+            bad.add(
+                f"query {query.text[:50]!r}: a positive has the label {min(query.labels):g}, and mined negatives get "
+                "0; expected labels above 0: use output_format pos_neg, or labels score."
+            )
+    bad.raise_any()
 
 
 class _Collector:
@@ -61,21 +61,14 @@ class _Collector:
 
     def __init__(self) -> None:
         self.labels: dict[str, dict[int, float]] = {}  # query text to row to label
-        self.problems: list[str] = []
-        self.num_problems = 0
+        self.bad = BadLines()
 
     def add(self, query: str, row: int, label: float) -> None:
         of_query = self.labels.setdefault(query, {})
         of_query[row] = max(label, of_query.get(row, label))
 
-    def report(self, problem: str) -> None:
-        self.num_problems += 1
-        if len(self.problems) < MAX_SHOWN:
-            self.problems.append(problem)
-
     def finish(self, read: int, without_text: int = 0) -> QuerySet:
-        if self.num_problems:
-            raise bad_lines_error(self.problems, self.num_problems)
+        self.bad.raise_any()
         queries = []
         for text in sorted(self.labels):
             rows = sorted(self.labels[text])
@@ -89,25 +82,26 @@ def read_beir_queries(folder: Path, split: str, corpus: Corpus) -> QuerySet:
     Raises DataError with every query that has no positive, and every positive that is not in the corpus.
     """
     qrels = find_qrels(folder, split)
-    texts = query_texts(find_file(folder, "queries.jsonl"))
+    texts = query_texts(find_file(folder, "queries.jsonl"), spaces_in_ids=True)
     collector, judged, answered, without_text = _Collector(), {}, set(), set()
     for line, query, document, grade in judgments(qrels):
         place = f"{qrels}:{line}"
         judged.setdefault(query, place)
         if query not in texts:
-            collector.report(f"{place}: queries.jsonl has no query {query!r}; add it, or remove this line.")
+            collector.bad.add(f"{place}: queries.jsonl has no query {query!r}; add it, or remove this line.")
         elif not texts[query].strip():
             without_text.add(query)
         elif grade > 0:
             answered.add(query)
             row = corpus.row_of_id(document)
             if row is None:
-                collector.report(f"{place}: the corpus has no document {document!r}; add it, or remove this line.")
+                collector.bad.add(f"{place}: the corpus has no document {document!r}; add it, or remove this line.")
             else:
                 collector.add(texts[query], row, grade)
     for query, place in judged.items():
         if query in texts and query not in answered | without_text:
-            collector.report(f"{place}: query {query!r} has no positive (grade above 0); add one, or remove the query.")
+            found = f"{place}: query {query!r} has no positive (grade above 0)"
+            collector.bad.add(f"{found}; add one, or remove the query.")
     return collector.finish(len(judged), len(without_text))
 
 
@@ -123,12 +117,12 @@ def read_record_queries(source: str, corpus: Corpus) -> QuerySet:
         group = store.group(index)
         place = f"{source}:{group.line}"
         if not group.positives.any():
-            collector.report(f"{place}: the query has no positive; give it one, or remove it.")
+            collector.bad.add(f"{place}: the query has no positive; give it one, or remove it.")
         for position in np.flatnonzero(group.positives):
             row = corpus.row_of_text(group.documents[position])
             if row is None:
                 start = " ".join(group.documents[position].split())[:50]
-                collector.report(f"{place}: the corpus has no document with the text of this positive: {start!r}.")
+                collector.bad.add(f"{place}: the corpus has no document with the text of this positive: {start!r}.")
             else:
                 collector.add(group.query, row, float(group.labels[position]))
     return collector.finish(store.num_groups)

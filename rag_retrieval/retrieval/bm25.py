@@ -8,6 +8,7 @@ A document that shares no word with the query is not found, so a list may be sho
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,19 +17,23 @@ import numpy as np
 from rag_retrieval.core.progress import Progress
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.records import DataError
-from rag_retrieval.data.words import CUTTERS, SAMPLE, Words, language_of
+from rag_retrieval.data.words import AUTO, describe_words, tokenize
 from rag_retrieval.retrieval.candidates import Candidates, best_rows
 
+logger = logging.getLogger(__name__)
+
 K1, B = 1.2, 0.75
-DOCUMENTS = 2000  # cut and counted at once
+DOCUMENTS = 2000  # tokenized and counted at once
 POSTINGS = 1 << 22  # scored and placed at once
 POSTING = np.dtype([("document", "i4"), ("word", "i4"), ("count", "i4")])
 
 
-def build_bm25(corpus: Corpus, folder: Path) -> None:
-    """Write the index into the existing folder. Raises DataError where no document has a word."""
-    language = language_of(next(corpus.blocks(SAMPLE)))
-    vocabulary, lengths = _count_words(corpus, folder / "postings", CUTTERS[language])
+def build_bm25(corpus: Corpus, folder: Path, language: str = AUTO) -> None:
+    """Write the index into the existing folder. Raises DataError where no document has a word.
+
+    language: see `words.tokenize`.
+    """
+    vocabulary, lengths = _count_words(corpus, folder / "postings", language)
     if not vocabulary:
         raise DataError("no document of the corpus has a word that BM25 could count; look at its texts.")
     _place_scores(folder, lengths, len(vocabulary))
@@ -38,18 +43,19 @@ def build_bm25(corpus: Corpus, folder: Path) -> None:
     settings |= {"int_dtype": "int32", "num_docs": len(corpus), "backend": "numpy"}
     (folder / "params.index.json").write_text(json.dumps(settings))
     (folder / "language").write_text(language)
+    logger.info("BM25 counts these words of the corpus: %s", describe_words(vocabulary, language))
 
 
-def _count_words(corpus: Corpus, postings: Path, words: Words) -> tuple[dict[str, int], np.ndarray]:
+def _count_words(corpus: Corpus, postings: Path, language: str) -> tuple[dict[str, int], np.ndarray]:
     """(number of each word, words of each document); how often each word is where goes to the postings file."""
     vocabulary: dict[str, int] = {}
     lengths = np.zeros(len(corpus), np.int64)
     row = 0
     with postings.open("wb") as file, Progress(len(corpus), "counting words", "documents") as progress:
         for texts in corpus.blocks(DOCUMENTS):
-            cut = words(texts)
-            numbers = np.array([vocabulary.setdefault(w, len(vocabulary)) for text in cut for w in text], np.int64)
-            sizes = np.array([len(text) for text in cut])
+            words = tokenize(texts, language)
+            numbers = np.array([vocabulary.setdefault(w, len(vocabulary)) for text in words for w in text], np.int64)
+            sizes = np.array([len(text) for text in words])
             lengths[row : row + len(texts)] = sizes
             rows = np.repeat(np.arange(row, row + len(texts)), sizes)
             keys, counts = np.unique(rows << 32 | numbers, return_counts=True)
@@ -106,10 +112,10 @@ class Bm25Search:
         import bm25s
 
         self.index = bm25s.BM25.load(folder, mmap=True)
-        self.words = CUTTERS[(folder / "language").read_text()]
+        self.language = (folder / "language").read_text()
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
-        words = self.words(queries)
+        words = tokenize(queries, self.language)
         return [self._search(*of_query, depth) for of_query in zip(words, judged, strict=True)]
 
     def _search(self, words: list[str], judged: np.ndarray, depth: int) -> Candidates:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rag_retrieval.core.work_folder import WorkFolder, content_of
 from rag_retrieval.data.corpus import Corpus
+from rag_retrieval.data.words import AUTO, WORDS_VERSION
 from rag_retrieval.retrieval.bm25 import Bm25Search, build_bm25
 from rag_retrieval.retrieval.candidates import FusedSearch, Search
 
@@ -24,7 +25,7 @@ BM25_LIBRARIES = ("bm25s", "Stemmer", "jieba")
 class SearchOptions:
     """candidates: bm25, dense, or fused (both by reciprocal rank). encoder: for dense and fused. vector_dtype:
     float16 or float32, on disk. faiss_index: a factory string of FAISS; None searches exactly. seed: of the sample
-    that FAISS trains on.
+    that FAISS trains on. language: of the words of bm25, see `words.tokenize`.
     """
 
     candidates: Literal["bm25", "dense", "fused"]
@@ -32,21 +33,23 @@ class SearchOptions:
     vector_dtype: Literal["float16", "float32"] = "float16"
     faiss_index: str | None = None
     seed: int = 0
+    language: str = AUTO
 
 
 def make_search(options: SearchOptions, corpus: Corpus, work: WorkFolder, device: str) -> Search:
     """Builds what the work folder does not have. Raises ValueError for a model or an index that cannot be."""
     if options.candidates == "bm25":
-        return _words(corpus, work)
+        return _words(options, corpus, work)
     dense = _vectors(options, corpus, work, device)
-    return dense if options.candidates == "dense" else FusedSearch([_words(corpus, work), dense])
+    return dense if options.candidates == "dense" else FusedSearch([_words(options, corpus, work), dense])
 
 
-def _words(corpus: Corpus, work: WorkFolder) -> Bm25Search:
+def _words(options: SearchOptions, corpus: Corpus, work: WorkFolder) -> Bm25Search:
     missing = [name for name in BM25_LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"candidates from words need {', '.join(missing)}; run: pip install -e '.[mine]'")
-    return Bm25Search(work.stage("bm25", corpus.folder.name, lambda folder: build_bm25(corpus, folder)))
+    made_from = [corpus.folder.name, WORDS_VERSION, options.language]
+    return Bm25Search(work.stage("bm25", made_from, lambda folder: build_bm25(corpus, folder, options.language)))
 
 
 def _vectors(options: SearchOptions, corpus: Corpus, work: WorkFolder, device: str) -> Search:

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import mine_memory
 
-from rag_retrieval.data.json_lines import json_objects
+from rag_retrieval.data.readers import json_objects
 
 
 def test_documents_are_the_same_again_and_as_long_as_asked():

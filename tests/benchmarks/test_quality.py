@@ -15,7 +15,7 @@ import quality_tables
 import quality_trainers
 
 from rag_retrieval.data.beir import read_folder
-from rag_retrieval.evaluate.ranking_data import bm25_candidates
+from rag_retrieval.evaluate.ranking_data import first_stage
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_the_test_queries_are_the_same_for_every_run():
 
 def test_scores_return_to_the_pairs_they_were_computed_for(toy):
     folder = read_folder(toy)
-    candidates = bm25_candidates(folder, "test", ["q8", "q9"], None, depth=2)
+    candidates = first_stage(folder, "test", ["q8", "q9"], None, "bm25", depth=2).run
     pairs = quality.pairs_of(folder, candidates)
     assert pairs[2] == ("where is falcon 9", "falcon falcon text 1")
     run = quality.reranked(candidates, [0.1, 0.2, 0.3, 0.4])
@@ -131,10 +131,10 @@ def test_a_step_has_whole_groups_of_at_most_32_pairs(negatives, groups, pairs):
 
 @pytest.mark.parametrize("loss", quality_tables.LOSSES)
 def test_our_configuration_asks_for_32_pairs_per_step_and_is_valid(loss, tmp_path):
-    from rag_retrieval.train.reranker.training_config import TrainingConfig
+    from rag_retrieval.train.reranker.config import RerankerConfig
 
     values = quality_trainers.our_config(recipe(loss), tmp_path / "train.jsonl", tmp_path / "out")
-    config = TrainingConfig(**values)
+    config = RerankerConfig(**values)
     assert config.batch_size * (config.train_group_size or 1) == 32
     assert (config.lr, config.head_lr, config.loss_type) == (1e-4, 1e-3, loss)
 

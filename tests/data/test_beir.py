@@ -41,11 +41,34 @@ def test_a_judgment_that_is_said_twice_counts_and_one_that_is_contradicted_is_re
         list(judgments(file))
 
 
-@pytest.mark.parametrize("grade", ["inf", "nan", "good", ""])
-def test_a_grade_is_a_finite_number(tmp_path, grade):
-    (tmp_path / "train.tsv").write_text(f"1\td0\t{grade}\n")
-    with pytest.raises(DataError, match=f"train.tsv:1: the grade is '{grade}'; expected a number"):
-        list(judgments(tmp_path / "train.tsv"))
+def test_grades_and_scores_are_finite_numbers_as_trec_writes_them(tmp_path):
+    file = tmp_path / "test.tsv"
+    for text in ("inf", "nan", "good", "", "1_0", "１", "1e999", "0x1"):
+        file.write_text(f"1\td\t2\n1\td0\t{text}\n")
+        with pytest.raises(DataError, match=f"test.tsv:2: the grade is '{text}'; expected a finite number"):
+            list(judgments(file))
+        file.write_text(f"1 Q0 d 1 2 x\n1 Q0 d0 2 {text or 'x'} x\n")
+        with pytest.raises(DataError, match=f"test.tsv:2: the score is '{text or 'x'}'; expected a finite number"):
+            read_run(file)
+    file.write_text("1\ta\t-1\n1\tb\t+2.50\n1\tc\t1e1\n1\td\t.5\n1\te\t2. \n")
+    assert [grade for *_, grade in judgments(file)] == [-1, 2.5, 10, 0.5, 2]
+
+
+def test_a_header_may_have_other_names_and_another_order(tmp_path):
+    file = tmp_path / "test.tsv"
+    for header in ("query_id\tdoc_id\trelevance", "qid\tpid\tlabel", "Query-ID\tCorpus-ID\tScore"):
+        file.write_text(f"{header}\n1\td0\t2\n")
+        assert list(judgments(file)) == [(2, "1", "d0", 2)]
+        assert read_run(file) == {"1": {"d0": 2}}
+    file.write_text("corpus-id\tscore\tquery-id\nd0\t2\t1\n")
+    assert list(judgments(file)) == [(2, "1", "d0", 2)] and read_run(file) == {"1": {"d0": 2}}
+
+
+def test_an_unknown_header_is_one_error_with_its_line_and_what_to_do(tmp_path):
+    (tmp_path / "test.tsv").write_text("frage\ttext\tnote\n1\td0\t2\n")
+    for read in (read_run, lambda path: list(judgments(path))):
+        with pytest.raises(DataError, match="test.tsv:1: the .* is 'note'.*header.*query-id, corpus-id, score"):
+            read(tmp_path / "test.tsv")
 
 
 def test_a_repeated_query_id_is_refused(tmp_path):
@@ -57,7 +80,7 @@ def test_a_repeated_query_id_is_refused(tmp_path):
 def test_a_title_stands_before_the_body_and_must_be_a_string():
     assert document_text({"title": "a", "text": "b"}, "f:1") == "a b"
     assert document_text({"title": None, "text": "b"}, "f:1") == document_text({"title": "", "text": "b"}, "f:1") == "b"
-    with pytest.raises(DataError, match="f:1: title is 0; expected a string"):
+    with pytest.raises(DataError, match="f:1: title is the number 0; expected a string"):
         document_text({"title": 0, "text": "b"}, "f:1")
 
 
@@ -85,18 +108,18 @@ def test_a_folder_has_a_pool_only_where_it_lists_candidates(toy):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("qrels/test.tsv", "q8\td8-0\n", r"test.tsv:1: found 2 columns.*expected query-id, corpus-id, grade"),
+        ("qrels/test.tsv", "q8\td8-0\n", r"test.tsv:1: found 2 columns.*expected query-id, corpus-id, score"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq99\td8-0\t1\n", "test.tsv:2: .*no query 'q99'"),
         ("qrels/test.tsv", "q8\td8-0\t0.5\n", "test.tsv:1: the grade is 0.5; expected a whole number"),
         ("qrels/test.tsv", "q8\td8-0\t1e20\n", "test.tsv:1: the grade is 1e\\+20; expected a whole number of at most"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", "test.tsv: found no judgments"),
         ("corpus.jsonl", '{"_id": "d"}\n', "corpus.jsonl:1: found no 'text' among the keys '_id'; add it"),
-        ("corpus.jsonl", '{"_id": "d", "text": 5}\n', "corpus.jsonl:1: text is 5; expected a string"),
-        ("corpus.jsonl", '{"_id": "d", "text": "", "title": [1]}\n', "corpus.jsonl:1: title is .1.; expected a string"),
+        ("corpus.jsonl", '{"_id": "d", "text": 5}\n', "corpus.jsonl:1: text is the number 5; expected a string"),
+        ("corpus.jsonl", '{"_id": "d", "text": "", "title": [1]}\n', "corpus.jsonl:1: title is a list; expected"),
         ("corpus.jsonl", '{"_id": "d", "text": ""}\n' * 2, "corpus.jsonl:2: the _id 'd' was given before"),
         ("corpus.jsonl", "", "corpus.jsonl: found no documents"),
         ("queries.jsonl", '{"_id": "q", "text": "\\ud83d"}\n', "queries.jsonl:1: text has half of a character"),
-        ("queries.jsonl", '{"_id": "q 1", "text": ""}\n', "queries.jsonl: _id is 'q 1'; expected a text without"),
+        ("queries.jsonl", '{"_id": "q 1", "text": ""}\n', "queries.jsonl:1: _id is 'q 1'; expected a text without"),
         (
             "corpus.jsonl",
             '{"_id": "d 1", "text": ""}\n',
@@ -111,6 +134,26 @@ def test_a_bad_line_is_named_with_its_file(toy, name, text, message):
         folder = read_folder(toy)
         read_qrels(folder, "test")
         read_pool(folder, "test")
+
+
+def test_every_unknown_query_is_named_with_its_line_and_what_to_do(toy):
+    write(toy / "qrels/test.tsv", "q8\td8-0\t1\nq98\td8-0\t1\nq99\td8-0\t1\n")
+    with pytest.raises(DataError) as caught:
+        read_qrels(read_folder(toy), "test")
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{toy}/qrels/test.tsv:2: ") and "'q98'" in first
+    assert "add it" in first and "remove" in first
+    assert second.startswith(f"{toy}/qrels/test.tsv:3: ") and "'q99'" in second
+
+
+def test_a_run_that_does_not_fit_the_data_is_refused_with_its_lines(tmp_path):
+    (tmp_path / "run").write_text("q1 d1 2\nq1 d7 1\nq2 d8 1\n")
+    assert read_run(tmp_path / "run", ["q1"], {"d1", "d7"}) == {"q1": {"d1": 2, "d7": 1}, "q2": {"d8": 1}}
+    with pytest.raises(DataError) as caught:
+        read_run(tmp_path / "run", ["q1", "q2"], {"d1"})
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{tmp_path}/run:2: ") and "'d7'" in first and "'q1'" in first
+    assert second.startswith(f"{tmp_path}/run:3: ") and "'d8'" in second
 
 
 def test_a_split_that_is_missing_is_told_with_those_that_are_there(toy):

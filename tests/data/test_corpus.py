@@ -53,7 +53,7 @@ def test_ids_are_told_apart_by_themselves_where_their_hashes_are_equal(tmp_path,
         ([], "c.jsonl: found no documents; expected one per line."),
         ([{"_id": "a", "text": "x"}, {"text": "y"}], "c.jsonl:2: found no '_id' among the keys 'text'; add it."),
         ([{"_id": "a"}], "c.jsonl:1: found no 'text' among the keys '_id'; add it."),
-        ([{"_id": "a", "text": "x", "title": 4}], "c.jsonl:1: title is 4; expected a string."),
+        ([{"_id": "a", "text": "x", "title": 4}], "c.jsonl:1: title is the number 4; expected a string."),
         (
             [{"_id": "a", "text": "x"}, {"_id": "b", "text": "x"}, {"_id": "a", "text": "y"}],
             "c.jsonl:3: the _id 'a' is already that of line 1; give each document its own.",

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from record_samples import GOOD, error_of, read, write_lines
 
-from rag_retrieval.data.readers import read_records
+from rag_retrieval.data.readers import SUFFIXES, entry_text, is_file, json_objects, read_records
 from rag_retrieval.data.records import DataError, RecordRules
 
 # ---- accepted sources
@@ -77,8 +77,8 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_one_clear_error(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert error_of("owner/name") == (
-        "owner/name[train]: no file of this name, and the hub dataset could not be loaded "
-        "(Couldn't reach the hub); check the path, or the name, split and connection."
+        "owner/name[train]: no file of this name, and the hub data set could not be loaded (Couldn't reach the hub); "
+        "check the path, or the name (owner/name@revision#configuration), split and connection."
     )
 
 
@@ -98,19 +98,12 @@ def test_broken_json_is_reported_with_file_and_line(tmp_path, bad, message):
     assert error_of(path) == f"{path}:3: {message}"
 
 
-def test_a_byte_that_is_not_utf8_is_reported_with_line_and_offset_in_the_file(tmp_path):
+def test_a_byte_that_is_not_utf8_is_reported_with_line_and_column(tmp_path):
     good = json.dumps(GOOD).encode()
     path = write_lines(tmp_path / "a.jsonl", [good, b'{"query": "\xe9t\xe9"}', good])
-    # the line begins after the good one and its newline; 11 bytes of it come before the wrong one
-    offset = len(good) + 1 + 11
-    expected = f"found the byte 0xe9 at byte offset {offset} of the text; expected UTF-8."
-    assert error_of(path) == f"{path}:2: {expected}"
-    assert path.read_bytes()[offset] == 0xE9
-
-
-def test_the_offset_of_a_wrong_byte_counts_the_utf8_mark(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", [b'\xef\xbb\xbf{"query": "\xff"}'])
-    assert error_of(path) == f"{path}:1: found the byte 0xff at byte offset 14 of the text; expected UTF-8."
+    assert error_of(path) == f"{path}:2: found the byte 0xe9 at column 12; expected UTF-8."
+    path = write_lines(tmp_path / "b.jsonl", [b'\xef\xbb\xbf{"query": "\xff"}'])
+    assert error_of(path) == f"{path}:1: found the byte 0xff at column 12; expected UTF-8."
 
 
 def test_a_parquet_text_that_is_not_utf8_is_reported_with_its_row(tmp_path):
@@ -167,14 +160,14 @@ def test_a_missing_file_is_named_with_the_current_folder(tmp_path, monkeypatch, 
 
 
 def test_a_folder_is_refused(tmp_path):
-    expected = "expected a file that ends in .jsonl, .jsonl.gz, .json, .json.gz, .parquet."
+    expected = f"expected a file that ends in {', '.join(SUFFIXES)}."
     assert error_of(str(tmp_path)) == f"{tmp_path}: found a folder; {expected}"
 
 
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
     path = tmp_path / "a.jsonl"
     os.mkfifo(path)
-    expected = "expected a file that ends in .jsonl, .jsonl.gz, .json, .json.gz, .parquet."
+    expected = f"expected a file that ends in {', '.join(SUFFIXES)}."
     assert error_of(path) == f"{path}: found a pipe or a device; {expected}"
 
 
@@ -202,21 +195,21 @@ def test_a_parquet_value_that_python_cannot_hold_is_reported_with_its_row(tmp_pa
 
 def test_a_wrong_suffix_is_refused_with_the_right_ones(tmp_path):
     path = write_lines(tmp_path / "a.csv", ["query,content"])
-    expected = "expected a file that ends in .jsonl, .jsonl.gz, .json, .json.gz, .parquet."
+    expected = f"expected a file that ends in {', '.join(SUFFIXES)}."
     assert error_of(path) == f"{path}: found the suffix '.csv'; {expected}"
 
 
 def test_a_file_that_is_one_json_list_is_refused_with_the_way_to_convert_it(tmp_path):
     path = write_lines(tmp_path / "a.json", ["", [GOOD, GOOD]])
     expected = "found a JSON list; expected one record per line: convert it (jq -c '.[]')."
-    assert error_of(path) == f"{path}:1: {expected}"
+    assert error_of(path) == f"{path}:2: {expected}"
 
 
 def test_a_utf16_file_is_one_error_not_one_for_each_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n", encoding="utf-16")
     assert error_of(path) == (
-        f"{path}:1: found a UTF-16 mark at byte offset 0; expected UTF-8: save the file as UTF-8."
+        f"{path}:1: found a UTF-16 mark; expected UTF-8: save the file as UTF-8."
     )
 
 
@@ -261,3 +254,144 @@ def test_a_broken_parquet_file_is_reported(tmp_path):
     message = error_of(path)
     assert message.startswith(f"{path}:1: found broken Parquet data (")
     assert message.endswith("; expected a whole file.")
+
+
+def test_a_repeated_key_is_refused_with_its_line_in_nested_objects_too(tmp_path):
+    twice = '{"query": "q", "content": "a", "content": "b", "label": 1}'
+    nested = '{"query": "q", "hits": [{"content": "a", "label": 1, "label": 0}]}'
+    path = write_lines(tmp_path / "a.jsonl", [GOOD, twice, nested])
+    first, second = error_of(path).splitlines()
+    assert first.startswith(f"{path}:2: ") and "'content' twice" in first
+    assert second.startswith(f"{path}:3: ") and "'label' twice" in second
+
+
+def test_a_repeated_parquet_column_is_refused_in_structs_too(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = [pa.array(["q"]), pa.array(["d"]), pa.array([1]), pa.array([0])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["query", "content", "label", "label"]), path)
+    assert error_of(path).startswith(f"{path}:1: ") and "'label' twice" in error_of(path)
+    hit = pa.StructArray.from_arrays([pa.array(["d"]), pa.array([1]), pa.array([0])], ["content", "label", "label"])
+    hits = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), hit)
+    pq.write_table(pa.table({"query": ["q"], "hits": hits}), path)
+    assert error_of(path).startswith(f"{path}:1: ") and "'label' twice" in error_of(path)
+
+
+def test_the_checksums_of_parquet_pages_are_verified(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"query": ["where is it"], "content": ["in the other house"], "label": [1]})
+    pq.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"in the other", b"in the ocher"))
+    assert error_of(path).startswith(f"{path}:1: found broken Parquet data (")
+
+
+def test_a_hub_data_set_is_named_with_revision_and_configuration(monkeypatch):
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return datasets.Dataset.from_list([GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("o/n@v1.0#zh", "o/n#zh", "o/n@refs/pr/1", "n"):
+        assert len(read(name, split="dev")) == 1
+    split = {"split": "dev"}
+    assert asked == [
+        (("o/n",), split | {"name": "zh", "revision": "v1.0"}),
+        (("o/n",), split | {"name": "zh"}),
+        (("o/n",), split | {"revision": "refs/pr/1"}),
+        (("n",), split),
+    ]
+
+
+def test_one_function_says_what_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").touch()
+    files = [f"a{suffix}" for suffix in SUFFIXES] + ["A.JSONL", "x.csv", "a/b/c", "./a", "~/a", "/a", "here"]
+    assert all(map(is_file, files))
+    assert not any(map(is_file, ["name", "owner/name", "owner/name-v1.5", "owner/name@refs/pr/1#zh"]))
+
+
+# ---- triples
+
+TRIPLES = ["what eats bamboo\tthe panda\tthe tiger", "什么吃鱼\t猫\t牛"]
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz", ".TSV"])
+def test_a_line_of_triples_is_a_query_with_a_positive_and_a_negative(tmp_path, suffix):
+    path = write_lines(tmp_path / f"a{suffix}", ["\ufeff" + TRIPLES[0], "", TRIPLES[1] + "\r"])
+    got = [(one.query, one.documents, one.labels, one.positive, one.line) for one in read(path)]
+    assert got == [
+        ("what eats bamboo", ["the panda", "the tiger"], [1, 0], [True, False], 1),
+        ("什么吃鱼", ["猫", "牛"], [1, 0], [True, False], 3),
+    ]
+
+
+def test_a_header_of_triples_is_passed_over(tmp_path):
+    path = write_lines(tmp_path / "a.tsv", ["query\tpositive\tnegative", *TRIPLES])
+    assert [one.line for one in read(path)] == [2, 3]
+
+
+def test_a_file_of_ids_is_refused_once_with_what_to_do(tmp_path):
+    for first in ("1185869\t0\t1185870", "query-id\tcorpus-id\tscore"):
+        path = write_lines(tmp_path / "a.tsv", [first, "1\t2\t3", "4\t5\t6"])
+        [line] = error_of(path).splitlines()
+        assert line.startswith(f"{path}:1: ") and "ids" in line and "expected texts" in line
+
+
+def test_bad_lines_of_triples_are_collected(tmp_path):
+    path = write_lines(tmp_path / "a.tsv", [TRIPLES[0], "a\tb", " \tp\tn", "a\tb\tc\td", b"a\t\xff\tb", TRIPLES[1]])
+    lines = error_of(path).splitlines()
+    assert [line.removeprefix(f"{path}:").split(":")[0] for line in lines] == ["2", "3", "4", "5"]
+    assert "2 columns" in lines[0] and "query is empty" in lines[1] and "4 columns" in lines[2] and "0xff" in lines[3]
+
+
+# ---- files that are read to the first bad line
+
+
+def first_error(path):
+    with pytest.raises(DataError) as caught:
+        list(json_objects(path))
+    return str(caught.value)
+
+
+def test_objects_come_with_their_lines_and_blank_lines_are_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"a": 1}\n\n{"a": "猫"}'.encode())
+    assert list(json_objects(path)) == [(1, {"a": 1}), (3, {"a": "猫"})]
+
+
+def test_the_bytes_reported_add_up_to_the_size_on_disk(tmp_path):
+    for name, data in (("a.jsonl", b"{}\n" * 5000), ("a.jsonl.gz", gzip.compress(b"{}\n" * 5000))):
+        (tmp_path / name).write_bytes(data)
+        counts = []
+        assert len(list(json_objects(tmp_path / name, counts.append))) == 5000
+        assert sum(counts) == len(data)
+
+
+def test_the_first_bad_line_of_a_corpus_is_named(tmp_path):
+    for data, line, named in (
+        (b'{"a": 1}\n{"a": \n', 2, "broken JSON"),
+        (b"{}\n3\n", 2, "no object"),
+        (b'{}\n{"a": "\xff"}\n', 2, "0xff"),
+        (b'{"a": 1, "a": 2}\n', 1, "'a' twice"),
+        (gzip.compress(b"{}\n"), 1, "gzip"),
+        ("{}\n".encode("utf-16"), 1, "UTF-16"),
+    ):
+        (tmp_path / "a.jsonl").write_bytes(data)
+        message = first_error(tmp_path / "a.jsonl")
+        assert message.startswith(f"{tmp_path}/a.jsonl:{line}: ") and named in message
+    (tmp_path / "a.jsonl.gz").write_bytes(b"{}\n")
+    assert first_error(tmp_path / "a.jsonl.gz").startswith(f"{tmp_path}/a.jsonl.gz:1: ")
+
+
+def test_a_text_must_be_there_be_a_string_and_be_whole():
+    assert entry_text({"text": "a"}, "text", "f:1") == "a"
+    for entry, named in (
+        ({"txt": "a"}, "no 'text' but 'txt'"),
+        ({"x": "a"}, "no 'text' among the keys 'x'"),
+        ({"text": 3}, "text is the number 3"),
+        ({"text": "a\ud83d"}, "half of a character"),
+    ):
+        with pytest.raises(DataError, match=f"^f:1: .*{named}"):
+            entry_text(entry, "text", "f:1")

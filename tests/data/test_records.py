@@ -88,7 +88,7 @@ BAD_RECORDS = [
     ({"query": "q", "contnet": "d", "label": 1}, "found no 'content' but 'contnet'; rename it to 'content'."),
     ({"query": "q", "hit": [], "id": 1}, "found no 'hits' but 'hit'; rename it to 'hits'."),
     ({"query": "q", "text": "d"},
-     "found the keys 'query', 'text'; expected one of 'content', 'hits', 'pos'."),
+     "found the keys 'query', 'text'; expected one of 'content', 'hits', 'pos', 'positive'."),
     ({"query": "q", "content": "d", "lable": 1}, "found no 'label' but 'lable'; rename it to 'label'."),
     ({"query": "q", "content": "d", "score": 1}, "found no 'label' among the keys 'query', 'content', 'score'"
      "; add it, or name the key that holds the label (train_label_key, val_label_key; distill: label_key)."),
@@ -170,7 +170,7 @@ def test_a_label_outside_the_range_is_reported_with_the_range(tmp_path, record, 
 def test_pos_and_neg_without_scores_are_named_when_0_is_outside_the_range(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"query": "q", "pos": ["d"], "neg": ["e"]}])
     assert error_of(path, min_label=1) == (
-        f"{path}:1: the label of a document is 0.0 (pos and neg without scores count as 1 and 0); "
+        f"{path}:1: the label of a document is 0.0 (positives and negatives without scores count as 1 and 0); "
         "expected a value in [1, inf]: correct it, or change min_label and max_label."
     )
 

@@ -93,6 +93,57 @@ def test_the_record_whose_labels_are_no_grades_is_named(tmp_path, label, shown):
 
 
 def test_data_in_which_nothing_can_be_ranked_are_refused(toy):
-    write(toy / "runs/bm25.test.tsv", "q0\td0-0\t1\n")
-    with pytest.raises(ValueError, match="toy test: BM25 has no candidate for any of the 4 judged queries"):
+    write(toy / "candidates.test.tsv", "q0\td0-0\n")
+    with pytest.raises(ValueError, match="toy test: BM25 .* has no candidate for any of the 4 judged queries"):
         ranked(toy)
+
+
+def arguana(tmp_path):
+    """Query a1 is also a document, and has the same words as no other."""
+    texts = {"a1": "cats should vote", "b1": "cats should not vote", "c1": "vote"}
+    write_lines(tmp_path / "corpus.jsonl", [{"_id": id_, "text": text} for id_, text in texts.items()])
+    write_lines(tmp_path / "queries.jsonl", [{"_id": "a1", "text": texts["a1"]}, {"_id": "q", "text": "vote"}])
+    write(tmp_path / "qrels/test.tsv", "query-id\tcorpus-id\tscore\na1\tb1\t1\nq\tc1\t1\n")
+    return tmp_path
+
+
+def test_a_document_with_the_id_of_its_query_is_no_candidate_as_in_beir(tmp_path):
+    folder = arguana(tmp_path)
+    data = read_ranking_data(folder, "test", "bm25", 2)
+    assert list(data.candidates["a1"]) == ["b1", "c1"] and "a1" in data.candidates["q"]
+    assert data.identical_ids == 1
+    data = read_ranking_data(folder, "test", "bm25", 2, ignore_identical_ids=False)
+    assert (list(data.candidates["a1"]), data.identical_ids) == (["a1", "b1"], 0)
+
+
+def test_a_run_s_identical_ids_are_left_out_before_the_depth_counts(tmp_path):
+    folder = arguana(tmp_path)
+    write(folder / "run", "a1 Q0 a1 1 3 x\na1 Q0 c1 2 2 x\na1 Q0 b1 3 1 x\nq Q0 c1 1 1 x\n")
+    data = read_ranking_data(folder, "test", folder / "run", 2)
+    assert (data.candidates["a1"], data.identical_ids) == ({"c1": 2, "b1": 1}, 1)
+    assert read_ranking_data(folder, "test", folder / "run", 1).candidates["q"] == {"c1": 1}
+
+
+def test_how_the_words_were_made_is_part_of_the_data_where_they_were_counted(toy):
+    assert read_ranking_data(toy, "test", "bm25", 3).words == "", "the folder's own run"
+    (toy / "runs/bm25.test.tsv").unlink()
+    assert read_ranking_data(toy, "test", "bm25", 3).words.startswith("english ")
+    assert read_ranking_data(toy, "test", "bm25", 3, language="none").words.startswith("none ")
+
+
+def test_a_chinese_query_finds_chinese_documents_in_an_english_corpus(tmp_path):
+    pytest.importorskip("jieba")
+    english = [{"_id": f"e{number}", "text": f"an English text number {number}"} for number in range(300)]
+    write_lines(tmp_path / "corpus.jsonl", [*english, {"_id": "zh", "text": "大熊猫主要吃竹子"}])
+    write_lines(tmp_path / "queries.jsonl", [{"_id": "q", "text": "大熊猫吃什么"}])
+    write(tmp_path / "qrels/test.tsv", "q\tzh\t1\n")
+    data = read_ranking_data(tmp_path, "test", "bm25", 5)
+    assert list(data.candidates["q"]) == ["zh"]
+    assert "english" in data.words and "chinese" in data.words
+
+
+def test_triples_of_a_query_are_its_candidates_each_document_once(tmp_path):
+    write(tmp_path / "dev.tsv", "cat\ta cat\ta dog\nfish\ta fish\ta cow\ncat\ta cat\ta bird\n")
+    data = read_ranking_data(tmp_path / "dev.tsv", "", "bm25", 9)
+    assert data.qrels == {"q1": {"q1-0": 1, "q1-1": 0, "q1-2": 0}, "q2": {"q2-0": 1, "q2-1": 0}}
+    assert [data.documents[f"q1-{place}"] for place in range(3)] == ["a cat", "a dog", "a bird"]

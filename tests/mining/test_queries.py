@@ -94,9 +94,9 @@ def test_many_wrong_judgments_are_counted(tmp_path, corpus):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("1\td0", "train.tsv:2: found 2 columns between tabs; expected query-id, corpus-id, grade."),
-        ("1\td0\thigh", "train.tsv:2: the grade is 'high'; expected a number."),
-        ("", "train.tsv: found no judgments; expected lines of query-id, corpus-id, grade."),
+        ("1\td0", "train.tsv:2: found 2 columns between tabs; expected query-id, corpus-id, score."),
+        ("1\td0\thigh", "train.tsv:2: the grade is 'high'; expected a finite number."),
+        ("", "train.tsv: found no judgments; expected lines of query-id, corpus-id, score between tabs."),
     ],
 )
 def test_a_table_that_is_none_is_told(tmp_path, corpus, line, message):

@@ -4,7 +4,7 @@ import pytest
 from mining_samples import corpus_of
 
 from rag_retrieval.data.records import DataError
-from rag_retrieval.data.words import english_words
+from rag_retrieval.data.words import tokenize
 from rag_retrieval.retrieval import bm25
 from rag_retrieval.retrieval.bm25 import Bm25Search, build_bm25
 
@@ -34,7 +34,7 @@ def test_the_index_is_the_one_that_bm25s_builds(tmp_path, monkeypatch, postings)
     texts = random_texts(100)
     search = Bm25Search(built(tmp_path, texts))
     theirs = bm25s.BM25(k1=1.2, b=0.75)
-    theirs.index(english_words(texts), show_progress=False)
+    theirs.index(tokenize(texts), show_progress=False)
     assert isinstance(search.index.scores["data"], np.memmap)
     for word in search.index.vocab_dict:
         ours, reference = column(search.index, word), column(theirs, word)

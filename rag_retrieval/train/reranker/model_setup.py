@@ -15,26 +15,28 @@ from rag_retrieval.models.model_files import FORMAT_NAMES, YES_NO_NAMES
 from rag_retrieval.models.packed_attention import ATTENTION, packed_attention
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.train.optim import make_adamw, parameter_groups
-from rag_retrieval.train.reranker.training_config import TrainingConfig
+from rag_retrieval.train.reranker.config import RerankerConfig
 
 logger = logging.getLogger(__name__)
 
 
-def load_scorer(config: TrainingConfig) -> PairScorer:
+def load_scorer(config: RerankerConfig) -> PairScorer:
     """The model to train, weights in float32. Raises ValueError where model and configuration do not fit."""
     shared = {
-        "num_labels": config.num_labels,
         "max_length": config.max_len,
         "trust_remote_code": config.trust_remote_code,
         "attn_implementation": config.attn_implementation,
     }
     if config.model_type == "bert_encoder":
+        for name in ("query_format", "document_format"):
+            if getattr(config, name) not in (None, "{}"):
+                raise ValueError(f"{name}: an encoder's texts cannot be surrounded yet; expected {{}}")
         return CrossEncoder.from_pretrained(config.model_name_or_path, **shared)
     texts = {name: getattr(config, name) for name in (*FORMAT_NAMES, *YES_NO_NAMES, "head")}
     return LLMDecoder.from_pretrained(config.model_name_or_path, **shared, **texts)
 
 
-def prepare_for_training(scorer: PairScorer, config: TrainingConfig):
+def prepare_for_training(scorer: PairScorer, config: RerankerConfig):
     """Freeze, checkpoint gradients and add LoRA in place. Returns the LoRA wrapper, or None without LoRA."""
     model = scorer.model
     adapter = add_lora(scorer, config) if config.lora_r else None  # first: it makes all else untrainable
@@ -95,7 +97,7 @@ def lower_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
     return layers[:count]
 
 
-def add_lora(scorer: PairScorer, config: TrainingConfig):
+def add_lora(scorer: PairScorer, config: RerankerConfig):
     """Put LoRA adapters into the model; the head, and whatever else is new, trains in full."""
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -119,7 +121,7 @@ def new_parameter_names(scorer: PairScorer) -> set[str]:
     }
 
 
-def make_optimizer(scorer: PairScorer, config: TrainingConfig) -> torch.optim.Optimizer:
+def make_optimizer(scorer: PairScorer, config: RerankerConfig) -> torch.optim.Optimizer:
     new = new_parameter_names(scorer)
     groups = list(parameter_groups(scorer, config.lr, config.head_lr, new, config.weight_decay))
     if new:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rag_retrieval.losses import LOSSES, Loss
 from rag_retrieval.losses.custom import loss_named
-from rag_retrieval.train.reranker.training_config import TrainingConfig
+from rag_retrieval.train.reranker.config import RerankerConfig
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Objective:
         )
 
 
-def configured_objective(config: TrainingConfig) -> Objective:
+def configured_objective(config: RerankerConfig) -> Objective:
     """The losses of a run: `loss_type`, and `teacher_loss_type` where it is given. ValueError as of `loss_named`."""
     loss = loss_named(config.loss_type, config.train_dataset_type)
     loss = replace(loss, option_values={option.name: getattr(config, option.name) for option in loss.options})

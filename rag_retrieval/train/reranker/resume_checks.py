@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from pydantic import ValidationError
 
 from rag_retrieval.core.files import content_digest
 from rag_retrieval.data.record_store_build import STORE_FILES
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.provenance import Provenance, engine_of, library_versions
-from rag_retrieval.train.reranker.training_config import TrainingConfig
-from rag_retrieval.train.reranker.training_files import resolved_entries
+from rag_retrieval.train.reranker.config import RerankerConfig, resolved_entries
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class ResumeError(ValueError):
 
 
 def provenance(
-    config: TrainingConfig, accelerator: Accelerator, train: Sequence[RecordStore], validation: RecordStore | None
+    config: RerankerConfig, accelerator: Accelerator, train: Sequence[RecordStore], validation: RecordStore | None
 ) -> Provenance:
     """What the checkpoints of this run will say of it."""
     stores = dict(zip(file_keys(len(train)), train, strict=True)) | {"val_dataset": validation}
@@ -60,7 +60,7 @@ def store_digest(store: RecordStore) -> str:
 def checked_resume(state: TrainState, checkpoint: Path, now: Provenance, with_changes: bool) -> TrainState:
     """The state to go on with. Raises ResumeError where the engine does not allow it, or where something that
     matters differs and `with_changes` is False; warns of other library versions."""
-    before = Provenance.read(checkpoint)
+    before = completed(Provenance.read(checkpoint))
     check_engine(checkpoint, before, now)
     found = dict(differences(before, now))
     if found and not with_changes:
@@ -78,6 +78,14 @@ def checked_resume(state: TrainState, checkpoint: Path, now: Provenance, with_ch
     if found.keys() & VALIDATION:  # what was measured otherwise is not compared with
         return replace(state, best_metric=None, best_step=None, stale_evaluations=0)
     return state
+
+
+def completed(before: Provenance) -> Provenance:
+    """With the keys of today: what another version of this package did not know had the default that it has now."""
+    try:
+        return replace(before, configuration=RerankerConfig(**before.configuration).model_dump())
+    except ValidationError as error:
+        raise ResumeError(f"resume: the checkpoint is of another version of rag_retrieval: {error}") from error
 
 
 def check_engine(checkpoint: Path, before: Provenance, now: Provenance) -> None:

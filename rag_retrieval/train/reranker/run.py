@@ -24,6 +24,7 @@ from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, c
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.model_setup import (
     describe_parameters,
     load_scorer,
@@ -41,7 +42,6 @@ from rag_retrieval.train.reranker.run_data import (
     report_data,
     report_mix,
 )
-from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.resume import claim, plan_start
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 CPU_PACKED_TOKENS, CPU_PADDED_TOKENS = 2048, 1024
 
 
-def run(config: TrainingConfig) -> TrainState | None:
+def run(config: RerankerConfig) -> TrainState | None:
     """Train as configured. Returns the final state, or None when `resume: auto` found the run finished.
 
     Raises StartError for a mistake found before the first step, LaunchError for one of the launcher's settings,
@@ -86,7 +86,7 @@ def run(config: TrainingConfig) -> TrainState | None:
     return state
 
 
-def prepare(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) -> Trainer | None:
+def prepare(config: RerankerConfig, accelerator: Accelerator, output_dir: Path) -> Trainer | None:
     """The trainer, brought to where the run begins or goes on; None where it is finished."""
     check_model_is_kept(config)
     start = on_main(lambda: plan_start(output_dir, config.resume, config.overwrite_output_dir))
@@ -117,7 +117,7 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, output_dir: Path) 
 
 
 def take_folder(
-    config: TrainingConfig, output_dir: Path, state: TrainState, parts: list[DataPart], origin: Provenance
+    config: RerankerConfig, output_dir: Path, state: TrainState, parts: list[DataPart], origin: Provenance
 ) -> None:
     """The folder is the run's from now on, and holds what the model's card tells of configuration and data."""
     claim(output_dir, state)
@@ -126,7 +126,7 @@ def take_folder(
     write_json(output_dir / DATA_FILE, parts_to_write(parts))
 
 
-def check_model_is_kept(config: TrainingConfig) -> None:
+def check_model_is_kept(config: RerankerConfig) -> None:
     """Raises StartError when the model to start from is a result of the run that is to be overwritten."""
     model, output_dir = Path(config.model_name_or_path).resolve(), Path(config.output_dir).resolve()
     if config.overwrite_output_dir and model != output_dir and model.is_relative_to(output_dir):
@@ -139,7 +139,7 @@ def check_model_is_kept(config: TrainingConfig) -> None:
 
 
 def build_trainer(
-    config: TrainingConfig,
+    config: RerankerConfig,
     accelerator: Accelerator,
     files: list[TrainingFile],
     validation: RecordStore | None,
@@ -161,7 +161,7 @@ def build_trainer(
 
 
 def build_steps(
-    config: TrainingConfig, accelerator: Accelerator, files: list[TrainingFile], scorer: PairScorer
+    config: RerankerConfig, accelerator: Accelerator, files: list[TrainingFile], scorer: PairScorer
 ) -> MixedSteps:
     """The steps of all files, in turns. Each file draws random numbers of its own, the first those of the seed."""
     with accelerator.autocast():  # on a GPU, packing takes half precision
@@ -208,7 +208,7 @@ def report_layout(scorer: PairScorer, packs: bool) -> None:
 
 
 def build_validation(
-    config: TrainingConfig,
+    config: RerankerConfig,
     accelerator: Accelerator,
     store: RecordStore | None,
     scorer: PairScorer,
@@ -221,7 +221,7 @@ def build_validation(
     return Validation(store, scorer.pair_encoder, objective, label_range, pairs_per_batch, accelerator)
 
 
-def loop_settings(config: TrainingConfig, validation: Validation | None) -> LoopSettings:
+def loop_settings(config: RerankerConfig, validation: Validation | None) -> LoopSettings:
     settings = LoopSettings(**{name: getattr(config, name) for name in LoopSettings.__dataclass_fields__})
     metric = config.metric_for_best_model
     if validation is None or metric in validation.metrics:

@@ -14,8 +14,8 @@ from rag_retrieval.data.summary import format_summary, summary
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.run_record import DataPart
 from rag_retrieval.train.mixed_steps import MixedSteps, records_per_epoch
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss, configured_objective
-from rag_retrieval.train.reranker.training_config import TrainingConfig
 from rag_retrieval.train.reranker.training_data import records_of
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class TrainingFile:
     """One file of the training data. config: of a run on it alone. weight: passes over it in one epoch, above 0. name:
     that of the file, "" where it is the only one."""
 
-    config: TrainingConfig
+    config: RerankerConfig
     weight: float
     name: str
     objective: Objective
@@ -46,7 +46,7 @@ class TrainingFile:
         return records_per_epoch(self.records, self.weight)
 
 
-def open_training_files(config: TrainingConfig) -> list[TrainingFile]:
+def open_training_files(config: RerankerConfig) -> list[TrainingFile]:
     """The memory-mapped training data, in the order of the configuration; one process of a machine builds what is
     missing. Data that can teach their loss nothing are refused."""
     paths = [alone.train_dataset for alone, _ in config.files]
@@ -63,7 +63,7 @@ def distinct_names(paths: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{number}-{name}" for number, name in enumerate(names, 1)]
 
 
-def open_training_file(config: TrainingConfig, weight: float, name: str) -> TrainingFile:
+def open_training_file(config: RerankerConfig, weight: float, name: str) -> TrainingFile:
     objective = configured_objective(config)
     store = open_store(
         config.train_dataset,
@@ -77,7 +77,7 @@ def open_training_file(config: TrainingConfig, weight: float, name: str) -> Trai
     return TrainingFile(config, weight, name, objective, store)
 
 
-def open_validation(config: TrainingConfig) -> RecordStore | None:
+def open_validation(config: RerankerConfig) -> RecordStore | None:
     if config.val_dataset is None:
         return None
     return open_store(
@@ -89,7 +89,7 @@ def open_validation(config: TrainingConfig) -> RecordStore | None:
     )
 
 
-def shared_rules(config: TrainingConfig, objective: Objective) -> dict:
+def shared_rules(config: RerankerConfig, objective: Objective) -> dict:
     """What training and validation data must both satisfy, as arguments of `open_store`."""
     return {
         "min_label": config.min_label,
@@ -124,7 +124,7 @@ def check_groups(file: TrainingFile, weighted: WeightedLoss) -> None:
 
 
 def sources(
-    config: TrainingConfig, files: list[TrainingFile], validation: RecordStore | None
+    config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None
 ) -> list[tuple[str, str, RecordStore]]:
     """What each file is for, its name and its records."""
     training = [("training", file.config.train_dataset, file.store) for file in files]
@@ -132,13 +132,13 @@ def sources(
 
 
 def data_parts(
-    config: TrainingConfig, files: list[TrainingFile], validation: RecordStore | None
+    config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None
 ) -> list[DataPart]:
     return [DataPart(purpose, name, summary(store)) for purpose, name, store in sources(config, files, validation)]
 
 
 def report_data(
-    config: TrainingConfig, files: list[TrainingFile], validation: RecordStore | None, scorer: PairScorer
+    config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None, scorer: PairScorer
 ) -> None:
     for name, source, store in sources(config, files, validation):
         lengths, sampled = token_lengths(store, scorer)

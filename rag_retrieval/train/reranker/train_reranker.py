@@ -41,22 +41,32 @@ def main(arguments: list[str] | None = None) -> int:
     the environment, errors are raised instead."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with on_signals(leave_at_once):
-        from rag_retrieval.core.config_file import ConfigError, load_config, split_arguments
-        from rag_retrieval.core.config_schema import describe_options
-        from rag_retrieval.train.reranker.training_config import TRAINING
+        from rag_retrieval.core.config_reader import ConfigError, load_config, split_arguments
+        from rag_retrieval.train.reranker.config import RerankerConfig
 
         if {"-h", "--help"} & set(arguments):
-            print(f"{USAGE}\n\n{describe_options(TRAINING)}")
+            print(USAGE, *describe_keys(), sep="\n")
             return 0
         try:
             path, overrides = split_arguments(arguments)
             if path is None:
                 raise ConfigError(f"--config FILE is missing\n{USAGE}")
-            config = load_config(TRAINING, path, overrides, SHIPPED_CONFIGS)
+            config = load_config(RerankerConfig, path, overrides, SHIPPED_CONFIGS)
         except ConfigError as error:
             return report(error, 2, on_all_processes=True)
         set_up_logging()
+        if config.ignored:
+            logging.getLogger("rag_retrieval").warning(config.ignored)
         return train(config)
+
+
+def describe_keys():
+    """Lines of help: every key with what it takes and what it means."""
+    from rag_retrieval.core.config import expected
+    from rag_retrieval.train.reranker.config import RerankerConfig
+
+    for name, field in RerankerConfig.model_fields.items():
+        yield f"  --{name}: {expected(field)}\n      {field.description}"
 
 
 def train(config) -> int:

@@ -63,11 +63,11 @@ def test_a_resume_with_another_configuration_says_every_difference_and_changes_n
     with pytest.raises(StartError) as caught:
         train(values | {"resume": "auto", "lr": 2e-3, "adam_beta1": 0.5, "batch_size": 5, "num_workers": 1})
     lines = str(caught.value).splitlines()[1:-1]
-    assert lines == [
-        "  batch_size x gradient_accumulation_steps x processes: was 4 x 1 x 1 = 4, now 5 x 1 x 1 = 5",
-        "  lr: was 0.001, now 0.002",
-        "  head_lr: was 0.01, now 0.02",
+    assert sorted(lines) == [
         "  adam_beta1: was 0.9, now 0.5",
+        "  batch_size x gradient_accumulation_steps x processes: was 4 x 1 x 1 = 4, now 5 x 1 x 1 = 5",
+        "  head_lr: was 0.01, now 0.02",
+        "  lr: was 0.001, now 0.002",
     ]
     assert {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()} == before
 

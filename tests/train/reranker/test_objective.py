@@ -8,8 +8,8 @@ from loss_values import reduced
 
 from rag_retrieval import losses
 from rag_retrieval.losses import LOSSES
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import Objective, configured_objective
-from rag_retrieval.train.reranker.training_config import TrainingConfig
 
 kl_distillation, listwise_ce, margin_mse, pointwise_bce, ranknet = map(
     reduced, (losses.kl_distillation, losses.listwise_ce, losses.margin_mse, losses.pointwise_bce, losses.ranknet)
@@ -22,7 +22,7 @@ EVERYTHING = (LABELS, TEACHER, MASK)
 
 
 def objective(loss_type: str, **changes) -> Objective:
-    return configured_objective(TrainingConfig(**{
+    return configured_objective(RerankerConfig(**{
         "model_name_or_path": "owner/model",
         "model_type": "bert_encoder",
         "train_dataset": "train.jsonl",

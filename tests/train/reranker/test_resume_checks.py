@@ -4,8 +4,8 @@ import pytest
 
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.provenance import Provenance
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.resume_checks import MAY_CHANGE, ResumeError, checked_resume, differences
-from rag_retrieval.train.reranker.training_config import TrainingConfig
 
 STATE = TrainState("run", 7, best_metric=0.5, best_step=5, stale_evaluations=1)
 VERSIONS = {"torch": "2.13", "transformers": "5.23"}
@@ -21,7 +21,7 @@ def provenance(engine="DDP", processes=1, data=None, **changes) -> Provenance:
         loss_type="point_ce",
         output_dir="run",
     )
-    configuration = TrainingConfig(**(keys | changes)).model_dump()
+    configuration = RerankerConfig(**(keys | changes)).model_dump()
     return Provenance(configuration, data or {"train_dataset": "aa", "val_dataset": "bb"}, engine, processes, VERSIONS)
 
 
@@ -178,3 +178,21 @@ def test_another_library_version_warns(checkpoint, caplog):
     now = replace(provenance(), versions={"torch": "2.14", "transformers": "5.23"})
     checked_resume(STATE, checkpoint, now, with_changes=False)
     assert "written with torch 2.13, now 2.14" in caplog.text and "transformers" not in caplog.text
+
+
+def test_a_checkpoint_of_another_version_has_the_defaults_of_keys_that_it_does_not_know(checkpoint, tmp_path):
+    """What this version removed asks for nothing, and what it added had its default."""
+    older = provenance()
+    older.configuration.pop("temperature")
+    older.configuration.pop("max_grad_norm")
+    older.configuration.update({"num_labels": 1, "val_dataset_type": "pointwise", "query_format": None})
+    older.save(tmp_path)
+    assert checked_resume(STATE, tmp_path, provenance(), with_changes=False) == STATE
+    with pytest.raises(ResumeError, match="max_grad_norm: was 1.0, now 2.0"):
+        checked_resume(STATE, tmp_path, provenance(max_grad_norm=2.0), with_changes=False)
+    entries = ["a.jsonl", {"path": "b.jsonl", "weight": 2}]
+    mixed = provenance(train_dataset=entries, data=TWO)
+    for entry in mixed.configuration["train_dataset"]:
+        del entry["temperature"], entry["teacher_temperature"]
+    mixed.save(tmp_path)
+    assert checked_resume(STATE, tmp_path, provenance(train_dataset=entries, data=TWO), with_changes=False) == STATE
