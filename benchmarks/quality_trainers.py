@@ -115,7 +115,7 @@ def train_sentence_transformers(data: Path, recipe: Recipe, work: Path) -> Path:
     )
     from transformers import set_seed
 
-    from rag_retrieval.models.model_files import resolve_model_path
+    from rag_retrieval.models.settings import resolve_model_path
 
     path = resolve_model_path(recipe.model)
     head = new_parameters(path)
@@ -240,7 +240,7 @@ def score_cosine(model: str, pairs: Pairs, max_len: int) -> list[float]:
     """Cosine of query and document, with the base as an embedding model, pooled as its folder says."""
     from sentence_transformers import SentenceTransformer
 
-    from rag_retrieval.models.model_files import resolve_model_path
+    from rag_retrieval.models.settings import resolve_model_path
 
     embedder = SentenceTransformer(resolve_model_path(model))
     embedder.max_seq_length = max_len

@@ -175,7 +175,7 @@ def make_model_folder(name: str, folder: Path, device: str) -> Path:
 def minilm_parts():
     from transformers import AutoConfig, AutoTokenizer
 
-    from rag_retrieval.models.model_files import resolve_model_path
+    from rag_retrieval.models.settings import resolve_model_path
 
     source = resolve_model_path(MINILM)
     config = AutoConfig.from_pretrained(source, attention_probs_dropout_prob=0.0)

@@ -18,7 +18,7 @@ from rag_retrieval.core.config_reader import load_config
 from rag_retrieval.data.store import Group, open_store
 from rag_retrieval.metrics import group_metrics, metric_value, rank_group
 from rag_retrieval.models.cross_encoder import CrossEncoder
-from rag_retrieval.models.model_files import resolve_model_path
+from rag_retrieval.models.settings import resolve_model_path
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.train_reranker import SHIPPED_CONFIGS
 from rag_retrieval.train.reranker.train_reranker import main as train

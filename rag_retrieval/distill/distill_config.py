@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rag_retrieval.core.config_schema import ABSENT, Schema, problem
-from rag_retrieval.models.yes_no_prompts import PROMPTS, check_places
+from rag_retrieval.models.prompts import PROMPTS, check_places
 
 QUESTION = ("system", "instruction", "prompt", "yes_token", "no_token")  # in the order of a Prompt
 

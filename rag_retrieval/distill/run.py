@@ -20,9 +20,15 @@ from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_par
 from rag_retrieval.distill.score_summary import ScoreSummary
 from rag_retrieval.distill.scored_lines import scored_line
 from rag_retrieval.distill.teachers import load_teachers, mean_logits
-from rag_retrieval.models.model_files import resolve_model_path
+from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.pair_encoding import PairEncoder
+<<<<<<< HEAD
 from rag_retrieval.models.pair_scorer import PairScorer
+=======
+from rag_retrieval.models.settings import resolve_model_path
+from rag_retrieval.train.provenance import content_digest
+from rag_retrieval.train.run_folder import folder_lock
+>>>>>>> main
 
 logger = logging.getLogger(__name__)
 
@@ -92,18 +98,15 @@ def model_digest(name: str) -> str:
     return f"{path.name} {content_digest(sorted(file for pattern in MODEL_FILES for file in path.glob(pattern)))}"
 
 
-def report_teachers(config: DistillConfig, teachers: list[PairScorer]) -> None:
+def report_teachers(config: DistillConfig, teachers: list[Reranker]) -> None:
     """Say how each teacher scores, and how much of the first `SAMPLE` pairs it will not see."""
     all_pairs = ((one.query, document) for one in records(config) for document in one.documents)
     pairs = list(islice(all_pairs, SAMPLE))
     for teacher in teachers:
-        question = " asked yes or no" if teacher.settings.head else ""
-        layout = "packed" if teacher.packs else f"padded: {teacher.packing_problem}"
-        name, kind, max_len = teacher.model.name_or_path, type(teacher).__name__, teacher.pair_encoder.max_length
-        logger.info("teacher %s: %s%s, %d tokens, %s", name, kind, question, max_len, layout)
-        if cut := cut_share(teacher.pair_encoder, pairs):
-            longer = f"{cut:.1%} of the first {len(pairs):,} pairs are longer than {max_len} tokens and are cut"
-            logger.warning("%s; max_len sets another limit", longer)
+        logger.info("teacher %s: %s", teacher.backend.name, teacher.backend.describe())
+        if cut := cut_share(teacher.backend.pair_encoder, pairs):
+            longer = f"{cut:.1%} of the first {len(pairs):,} pairs are longer than {teacher.max_length} tokens"
+            logger.warning("%s and are cut; max_len sets another limit", longer)
 
 
 def cut_share(encoder: PairEncoder, pairs: list[tuple[str, str]]) -> float:
@@ -113,7 +116,7 @@ def cut_share(encoder: PairEncoder, pairs: list[tuple[str, str]]) -> float:
     return sum(encoder.untruncated_length(*pair) > encoder.max_length for pair in ids) / len(pairs)
 
 
-def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], teachers: list[PairScorer]) -> None:
+def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], teachers: list[Reranker]) -> None:
     """Score this process's share of the parts that are missing; each is dealt in turn."""
     missing = on_main(lambda: [place for place, part in enumerate(parts) if not folder.is_finished(part)])
     own = [parts[place] for place in missing[process_index() :: process_count()]]

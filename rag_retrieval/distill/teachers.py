@@ -5,83 +5,47 @@ about the order of documents, since sigmoid(9) and sigmoid(12) are both nearly 1
 are larger counts for more.
 """
 
+import numpy as np
 import torch
-from transformers import AutoConfig
 
 from rag_retrieval.distill.distill_config import DistillConfig
-from rag_retrieval.models.decoder_template import INSTRUCTION
-from rag_retrieval.models.llm_decoder import LLMDecoder
-from rag_retrieval.models.load_reranker import CLASSES, model_type_of
-from rag_retrieval.models.model_files import read_settings, resolve_model_path
-from rag_retrieval.models.model_loading import load_tokenizer, reading
-from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.yes_no_prompt import chat_formats
+from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.reranker import Reranker
+from rag_retrieval.models.options import ModelOptions
+from rag_retrieval.models.prompts import Prompt
 
 
 class TeacherError(RuntimeError):
     """A teacher gave what nobody can learn from."""
 
 
-def load_teachers(config: DistillConfig, device: torch.device) -> list[PairScorer]:
+def load_teachers(config: DistillConfig, device: torch.device) -> list[Reranker]:
     """Raises ValueError for a folder that is no teacher: damaged, without a trained head, without a chat template,
     or with a tokenizer that has no single token for an answer."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return [load_teacher(name, config).to(device).eval() for name in config.teachers]
+    return [load_teacher(name, config, device) for name in config.teachers]
 
 
-def load_teacher(name: str, config: DistillConfig) -> PairScorer:
-    path = resolve_model_path(name)
-    options = {
-        "max_length": config.max_len,
-        "dtype": getattr(torch, config.dtype),
-        "trust_remote_code": config.trust_remote_code,
-    }
-    if read_settings(path) is None and is_language_model(path, config.trust_remote_code):
-        return load_language_model(path, config, options)
-    teacher = CLASSES[model_type_of(path)].from_pretrained(path, **options)
-    if teacher.new_parameters:
-        raise ValueError(
-            f"teachers: {path} has no trained {', '.join(sorted(teacher.new_parameters))}, so its scores mean nothing; "
-            "give a trained reranker or a causal language model"
-        )
-    return teacher
-
-
-def is_language_model(path: str, trust_remote_code: bool) -> bool:
-    """Whether a checkpoint that was not saved by this library was saved as a causal language model."""
-    with reading(f"{path}: the model"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
-
-
-def load_language_model(path: str, config: DistillConfig, options: dict) -> LLMDecoder:
-    tokenizer = load_tokenizer(path, config.trust_remote_code)
-    has_instruction = INSTRUCTION in config.system + config.prompt
+def load_teacher(name: str, config: DistillConfig, device: torch.device) -> Reranker:
+    """A reranker as its folder says it is asked; any other language model is asked the configuration's question."""
+    options = ModelOptions(
+        device=str(device), dtype=config.dtype, trust_remote_code=config.trust_remote_code, max_length=config.max_len
+    )
+    question = Prompt(config.system, config.instruction, config.prompt, config.yes_token, config.no_token)
     try:
-        formats = chat_formats(tokenizer, config.system, config.prompt)
-        return LLMDecoder.from_pretrained(
-            path,
-            head="yes_no",
-            instruction=config.instruction if has_instruction else None,
-            yes_token=config.yes_token,
-            no_token=config.no_token,
-            **formats,
-            **options,
-        )
+        return Reranker.from_backend(open_backend(name, options, question))
     except ValueError as error:
-        raise ValueError(f"teachers: {path}: {error}") from error
+        raise ValueError(f"teachers: {error}") from error
 
 
-def mean_logits(teachers: list[PairScorer], pairs: list[tuple[str, str]], batch_size: int) -> torch.Tensor:
-    """[pairs], float32, on the CPU. Raises TeacherError where a score is not finite."""
-    scores = torch.stack([teacher.compute_score(pairs, batch_size, show_progress_bar=False) for teacher in teachers])
-    for teacher, own in zip(teachers, scores, strict=True):
-        broken = (~own.isfinite()).nonzero()
-        if len(broken):
-            place = int(broken[0])
-            raise TeacherError(
-                f"a teacher ({teacher.model.name_or_path}) gave the score {own[place].item()} to the query "
-                f"{pairs[place][0][:60]!r}; use dtype float32, or another teacher"
-            )
-    return scores.double().mean(dim=0).float()
+def mean_logits(teachers: list[Reranker], pairs: list[tuple[str, str]], batch_size: int) -> np.ndarray:
+    """[pairs], float32. Raises TeacherError where a score is not finite."""
+    scores = []
+    for teacher in teachers:
+        try:
+            scores.append(teacher.compute_score(pairs, batch_size).astype(np.float64))
+        except ValueError as error:
+            first = f"in the pairs from the query {pairs[0][0][:60]!r} on"
+            raise TeacherError(f"teacher {teacher.backend.name}, {first}: {error}") from error
+    return np.mean(scores, axis=0).astype(np.float32)

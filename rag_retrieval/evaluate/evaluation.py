@@ -29,10 +29,11 @@ from rag_retrieval.evaluate.output_folder import held
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metrics
 from rag_retrieval.models.calibration import Calibration, write_calibration
-from rag_retrieval.models.load_reranker import load_reranker
-from rag_retrieval.models.model_files import PACKAGE_PREFIX
+from rag_retrieval.models.open import open_scorer
+from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.settings import PACKAGE_PREFIX
 
 LIBRARIES = ("bm25s", "Stemmer", "scipy")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted
@@ -112,13 +113,17 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
             )
         output_dir = Path(config.output_dir or default_output_dir(config.model, data.name))
         with held(output_dir, config.model_dump(mode="json")):
-            scorer = load_reranker(config.model, config.max_len).to(own_device())
+            scorer = open_scorer(config.model, model_options(config))
             how = HowToScore(config.batch_size, config.precision)
             if config.calibrate is not None:
                 scorer.calibration = calibrate(config, scorer, output_dir, how)
             run = score_candidates(scorer, name_of(config.model), data, output_dir / "run.trec", how)
             baseline = baseline_run(config, data, output_dir, how)
             return measured(config, data, run, baseline, scorer, output_dir)
+
+
+def model_options(config: EvaluationConfig) -> ModelOptions:
+    return ModelOptions(max_length=config.max_len, device=str(own_device()))
 
 
 def check(config: EvaluationConfig) -> None:
@@ -175,7 +180,7 @@ def baseline_run(config: EvaluationConfig, data: RankingData, output_dir: Path, 
         depth = config.depth if config.baseline == BM25 else maxsize
         other = read_ranking_data(config.data, config.split, config.baseline, depth)
         return other.source, other.candidates
-    scorer = load_reranker(config.baseline, config.max_len).to(own_device())
+    scorer = open_scorer(config.baseline, model_options(config))
     name = name_of(config.baseline)
     return name, score_candidates(scorer, name, data, output_dir / "baseline.trec", how)
 

@@ -24,11 +24,12 @@ from rag_retrieval.export.verify import CheckData, Verification, check_float32, 
 from rag_retrieval.infer.onnx_backend import OnnxBackend
 from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
 from rag_retrieval.models.calibration import write_calibration
-from rag_retrieval.models.load_reranker import check_trained, load_reranker
-from rag_retrieval.models.model_files import write_settings
+from rag_retrieval.models.open import open_scorer
+from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import mode_of, score_chunk
+from rag_retrieval.models.settings import write_settings
 
 BATCH_SIZE = 256  # pairs of one forward at most, while comparing
 LIBRARIES = ("rag-retrieval", "torch", "transformers", "onnx", "onnxruntime")
@@ -55,7 +56,7 @@ def export_reranker(config: ExportConfig) -> Exported:
     """
     output = Path(config.output)
     check_output(output)
-    scorer = load_trained(config.model)
+    scorer = open_scorer(config.model, ModelOptions(device="cpu"))
     check = read_check_data(config, scorer.pair_encoder)
     expected = own_scores(config.model, scorer, check)
     with folder_aside(output) as folder:
@@ -81,13 +82,6 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"output: {folder} is a file; name a new folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"output: {folder} holds files; name a new folder, or empty it first")
-
-
-def load_trained(model: str) -> PairScorer:
-    """Raises ValueError for a model that cannot be loaded, or whose score head no checkpoint gave."""
-    scorer = load_reranker(model)
-    check_trained(model, scorer)
-    return scorer
 
 
 def own_scores(model: str, scorer: PairScorer, check: CheckData) -> np.ndarray:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from rag_retrieval.infer.devices import choose_device, choose_dtype
 from rag_retrieval.infer.documents import check_documents, check_number, check_text
 from rag_retrieval.infer.results import RerankResult, RerankResults
-from rag_retrieval.models.model_files import resolve_model_path
-from rag_retrieval.models.model_loading import load_causal_model, load_tokenizer, position_limit
+from rag_retrieval.models.devices import choose_device, choose_dtype
+from rag_retrieval.models.loading import load_causal_model, load_tokenizer, position_limit
+from rag_retrieval.models.settings import resolve_model_path
 
 PROMPTS = {
     "en": "Here are {count} passages, each with a number in brackets, and a query. Order the passages by how well they "

@@ -15,6 +15,7 @@ from rag_retrieval.infer.onnx_folder import (
     MODEL_FILE,
     OUTPUT,
     OnnxDescription,
+    folder_digest,
     pair_encoder,
     read_description,
 )
@@ -46,7 +47,7 @@ class OnnxBackend:
         Raises ValueError for a folder that is damaged and a device that is not there, ImportError without onnxruntime.
         """
         self._arguments = (folder, max_length, device, threads)
-        self.folder = Path(folder)
+        self.folder, self.name, self.device = Path(folder), str(folder), device
         self.description: OnnxDescription = read_description(self.folder)
         self.pair_encoder: PairEncoder = pair_encoder(self.folder, self.description, max_length)
         self.model_type = self.description.model_type
@@ -57,6 +58,13 @@ class OnnxBackend:
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
         names, pad = self.description.inputs, self.description.pad_token_id
         return score_padded(self._run, pairs, names, pad, batch_size, self.max_tokens)
+
+    def describe(self) -> str:
+        return f"{self.model_type} in ONNX Runtime, {self.pair_encoder.max_length} tokens, {self.description.precision}"
+
+    def fingerprint(self) -> str:
+        kind = self.device.partition(":")[0]
+        return folder_digest(self.folder, ["onnxruntime", kind, self.pair_encoder.max_length])
 
     def close(self) -> None:
         """Nothing is held outside this process."""

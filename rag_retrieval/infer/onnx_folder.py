@@ -11,6 +11,7 @@ What a reader would get wrong: the fixed parts of a pair are token ids here, not
 transformers, and a tokenizer of another version could cut them elsewhere. Nothing here imports torch.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
+from rag_retrieval.models.settings import MODEL_TYPES, check_no_pointers, parsing
 
 DESCRIPTION_FILE = "reranker_onnx.json"
 MODEL_FILE = "model.onnx"
@@ -27,7 +29,6 @@ FORMAT = 1  # of the description; another number is another meaning
 OUTPUT = "scores"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 PRECISIONS = ("float32", "int8")
-MODEL_TYPES = ("bert_encoder", "llm_decoder")
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,26 @@ def read_description(folder: Path) -> OnnxDescription:
     """Raises ValueError for a file that is damaged or of another format, and where the folder lacks a file."""
     path = folder / DESCRIPTION_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        description = parsed(values)
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise ValueError(f"{folder}: no {DESCRIPTION_FILE} that can be read ({error.strerror}); give the folder that "
                          "rag-retrieval export wrote") from error  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: damaged ({reason}); export the model anew") from error
+    with parsing(path, "export the model anew"):
+        description = parsed(json.loads(text))
     for name in (MODEL_FILE, TOKENIZER_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name} in it; copy the whole folder, or export the model anew")
+    check_no_pointers(str(folder))
     return description
+
+
+def folder_digest(folder: Path, about: list) -> str:
+    """A digest of the files that decide on scores, and of what else does."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for file in sorted([*folder.glob(f"{MODEL_FILE}*"), folder / TOKENIZER_FILE, folder / DESCRIPTION_FILE]):
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def parsed(values: Any) -> OnnxDescription:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rag_retrieval.infer.onnx_backend import CPU_TOKENS, default_threads
-from rag_retrieval.infer.onnx_folder import MODEL_FILE, pair_encoder, read_description
+from rag_retrieval.infer.onnx_folder import MODEL_FILE, folder_digest, pair_encoder, read_description
 from rag_retrieval.infer.padded_scoring import Inputs, score_padded
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.pair_encoding import EncodedPair
@@ -25,7 +25,7 @@ class OpenVinoBackend:
         """max_length, threads: as of OnnxBackend. Raises ValueError for a folder that is damaged or that OpenVINO
         cannot read, ImportError where it is not installed."""
         self._arguments = (folder, max_length, threads)
-        self.folder = Path(folder)
+        self.folder, self.name, self.device = Path(folder), str(folder), "cpu"
         self.description = read_description(self.folder)
         self.pair_encoder = pair_encoder(self.folder, self.description, max_length)
         self.model_type = self.description.model_type
@@ -40,6 +40,12 @@ class OpenVinoBackend:
 
         names, pad = self.description.inputs, self.description.pad_token_id
         return score_padded(run, pairs, names, pad, batch_size, CPU_TOKENS)
+
+    def describe(self) -> str:
+        return f"{self.model_type} in OpenVINO, {self.pair_encoder.max_length} tokens, {self.description.precision}"
+
+    def fingerprint(self) -> str:
+        return folder_digest(self.folder, ["openvino", "cpu", self.pair_encoder.max_length])
 
     def close(self) -> None:
         """Nothing is held outside this process."""

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rag_retrieval.infer.backend import Backend, BackendOptions, open_backend
+from rag_retrieval.infer.backend import Backend
 from rag_retrieval.infer.documents import Document, check_documents, check_number, check_text
 from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP, PassageEncoder, ScoredPair, score_pairs
+from rag_retrieval.infer.open_backend import open_backend
 from rag_retrieval.infer.results import RerankResult, RerankResults, best_first, shown_scores
+from rag_retrieval.models.options import model_options
 from rag_retrieval.models.pair_checks import check_list, check_pairs
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class Reranker:
         device: "str | torch.device | None" = None,
         devices: "Sequence[str | torch.device] | None" = None,
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
         query_format: str | None = None,
         document_format: str | None = None,
         seq: str | None = None,
@@ -63,7 +66,7 @@ class Reranker:
             raise ValueError(f"model_name_or_path: expected a folder or a name, found {found}")
         if max_length is not None:
             check_number("max_length", max_length, 1, "tokens")
-        options = BackendOptions(
+        options = model_options(
             model_type=model_type,
             max_length=max_length,
             precision=precision,
@@ -71,6 +74,7 @@ class Reranker:
             device=device,
             devices=devices,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
             query_format=query_format,
             document_format=document_format,
             seq=seq,

@@ -36,9 +36,9 @@ class Miner:
         device = choose_device(config)
         self.reranker = None
         if config.reranker is not None:
-            from rag_retrieval.mining.reranking import load_reranker
+            from rag_retrieval.infer.reranker import Reranker
 
-            self.reranker = load_reranker(config.reranker, device)
+            self.reranker = Reranker(config.reranker, device=device)
         self.search = make_search(search_options(config), corpus, work, device)
 
     def mine(self, queries: Sequence[Query]) -> Iterator[Mined]:
@@ -98,6 +98,6 @@ def choose_device(config: MiningConfig) -> str:
         return "cpu"
     import torch
 
-    from rag_retrieval.models.device_pool import check_device
+    from rag_retrieval.models.devices import check_device
 
     return str(check_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))

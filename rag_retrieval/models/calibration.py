@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+<<<<<<< HEAD
 from rag_retrieval.core.files import write_text
 from rag_retrieval.models.model_files import find_file
+=======
+from rag_retrieval.core.files import write_whole
+from rag_retrieval.models.settings import find_file, parsing
+>>>>>>> main
 
 if TYPE_CHECKING:
     import torch
@@ -68,16 +73,11 @@ def read_calibration(model_path: str) -> Calibration | None:
     path = find_file(model_path, CALIBRATION_FILE)
     if path is None:
         return None
-    try:
-        calibration = Calibration(**json.loads(Path(path).read_text(encoding="utf-8")))
-        usable = calibration.temperature > 0 and math.isfinite(calibration.temperature + calibration.bias)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a calibration of this library ({error}); delete it or calibrate anew") from error
-    if not usable:
-        raise ValueError(
-            f"{path}: found temperature {calibration.temperature} and bias {calibration.bias}; expected a positive and "
-            "a finite number: delete it or calibrate anew"
-        )
+    with parsing(path, "delete it or calibrate anew"):
+        calibration = Calibration(**json.loads(path.read_text(encoding="utf-8")))
+        temperature, bias = calibration.temperature, calibration.bias
+        if not (temperature > 0 and math.isfinite(temperature) and math.isfinite(bias)):
+            raise ValueError(f"temperature {temperature} and bias {bias}; expected a positive and a finite number")
     return calibration
 
 

@@ -1,10 +1,11 @@
 """`CrossEncoder`: BERT, RoBERTa, XLM-RoBERTa, ELECTRA, DeBERTa, ModernBERT and relatives as rerankers.
 
-The pair is laid out as the family's own tokenizer does it (`[CLS] query [SEP] document [SEP]`), the score is
-the one logit of its sequence-classification head.
+The pair is laid out as the family's own tokenizer does it (`[CLS] query [SEP] document [SEP]`), each text within its
+format, and the score is the one logit of the family's sequence-classification head.
 """
 
 import inspect
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +14,44 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_retrieval.models.calibration import read_calibration
-from rag_retrieval.models.model_files import RerankerSettings, read_settings, resolve_model_path
-from rag_retrieval.models.model_loading import (
+from rag_retrieval.models.devices import choose_dtype
+from rag_retrieval.models.loading import (
+    check_is_trained,
+    check_num_labels,
+    check_vocabulary,
     choose_max_length,
     is_decoder,
     load_classifier,
     load_tokenizer,
+    lower_case_like,
+    set_encoder_pad_token,
     warn_of_new_parameters,
 )
+from rag_retrieval.models.options import ModelOptions, model_options
 from rag_retrieval.models.packed_forward import ENCODER_HEADS, Head
-from rag_retrieval.models.pad_token import set_encoder_pad_token
-from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, encoder_template
+from rag_retrieval.models.pair_encoding import (
+    PairEncoder,
+    PairTemplate,
+    bare,
+    encoder_template,
+    split_format,
+    tokenize,
+)
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.sentence_transformers_files import write_encoder_files
+from rag_retrieval.models.settings import (
+    TEXT_FORMATS,
+    YES_NO_NAMES,
+    ModelFiles,
+    RerankerSettings,
+    choose_setting,
+    read_settings,
+    resolve_model_path,
+)
+
+logger = logging.getLogger(__name__)
+
+NO_FORMAT = "{}"
 
 
 class CrossEncoder(PairScorer):
@@ -38,43 +64,68 @@ class CrossEncoder(PairScorer):
     def from_pretrained(
         cls,
         model_name_or_path: str | os.PathLike,
+        loss_type: str | None = None,
         num_labels: int = 1,
+        query_format: str | None = None,
+        document_format: str | None = None,
+        *,
         max_length: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
     ) -> "CrossEncoder":
         """Load a base model (with a fresh head, and a warning) or a trained reranker.
 
         model_name_or_path: a folder, a hub name, or `package:NAME` for a model inside a Python package.
-        max_length: tokens per pair; default what the folder was saved with, else 512 or the model's limit.
-        dtype: of the weights; default float32. Raises ValueError for num_labels other than 1, for a causal
-        model, and for a max_length beyond the model's positions.
+        loss_type: ignored; RAG-Retrieval's classes take it here.
+        query_format, document_format: text around a query and a document, which stand for `{}`; default what the
+        folder says, else "{}". max_length: tokens per pair; default what the folder says, else 512 or the model's
+        limit. dtype: of the weights; default float32.
+
+        Raises ValueError for num_labels other than 1, a causal model, a format without exactly one `{}`, and a
+        max_length beyond the model's positions.
         """
-        path = resolve_model_path(model_name_or_path)
-        saved = read_settings(path)
-        if saved is not None and saved.model_type != cls.model_type:
-            raise ValueError(
-                f"{path} was saved as {saved.model_type}; load it with LLMDecoder.from_pretrained"
-            )
-        model, new_parameters = load_classifier(
-            path,
-            num_labels=num_labels,
+        check_num_labels(num_labels)
+        options = model_options(
+            query_format=query_format,
+            document_format=document_format,
+            max_length=max_length,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
         )
-        if is_decoder(model):
-            name = type(model).__name__
-            raise ValueError(f"{path} is a {name}, a decoder; use LLMDecoder (model_type: llm_decoder)")
-        warn_of_new_parameters(path, new_parameters)
-        tokenizer = load_tokenizer(path, trust_remote_code)
+        return cls.load(ModelFiles(resolve_model_path(model_name_or_path)), options)
+
+    @classmethod
+    def load(cls, files: ModelFiles, options: ModelOptions, trained_only: bool = False) -> "CrossEncoder":
+        """`from_pretrained` of files that were looked up, on the CPU. trained_only: raise ValueError for a model
+        without a trained head, in place of a warning."""
+        path = files.path
+        saved = read_settings(path)
+        if saved is not None and saved.model_type != cls.model_type:
+            raise ValueError(f"{path} was saved as {saved.model_type}; load it with LLMDecoder.from_pretrained")
+        for name in options.given("seq", "special_token", "head", *YES_NO_NAMES):
+            logger.warning("%s is for decoders, and %s is an encoder; ignored", name, path)
+        model, new_parameters = load_classifier(
+            path,
+            num_labels=1,
+            dtype=choose_dtype(options.dtype),
+            trust_remote_code=options.trust_remote_code,
+            attn_implementation=options.attn_implementation,
+        )
+        check_is_encoder(path, model)
+        (check_is_trained if trained_only else warn_of_new_parameters)(path, new_parameters)
+        tokenizer = load_tokenizer(path, options.trust_remote_code)
+        lower_case_like(files, tokenizer)
         set_encoder_pad_token(model, tokenizer)
-        max_length = choose_max_length(max_length, saved and saved.max_len, model)
+        check_vocabulary(path, model, tokenizer)
+        max_length = choose_max_length(options.max_length, saved, files, tokenizer, model, not new_parameters)
         tokenizer.model_max_length = max_length  # other libraries truncate by it
-        encoder = PairEncoder(tokenizer, template_for(model, tokenizer), max_length)
-        settings = RerankerSettings(cls.model_type, max_length)
-        scorer = cls(model, encoder, settings, new_parameters, attn_implementation)
+        formats = choose_formats(files, options, saved)
+        encoder = PairEncoder(tokenizer, template_for(model, tokenizer, formats), max_length)
+        kept = {name: text for name, text in formats.items() if text != NO_FORMAT}
+        settings = RerankerSettings(cls.model_type, max_length, **kept)
+        scorer = cls(model, encoder, settings, new_parameters, options.attn_implementation)
         scorer.calibration = read_calibration(path)
         return scorer
 
@@ -91,9 +142,38 @@ class CrossEncoder(PairScorer):
         write_encoder_files(Path(folder), self.settings)
 
 
-def template_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PairTemplate:
-    """The tokenizer's pair layout, without segment ids where the model has no embedding for them."""
-    template = encoder_template(tokenizer)
+def check_is_encoder(path: str, model: PreTrainedModel) -> None:
+    if is_decoder(model):
+        name = type(model).__name__
+        raise ValueError(f"{path} is a {name}, a decoder; use LLMDecoder (model_type: llm_decoder)")
+    if getattr(model.config, "is_decoder", False):
+        raise ValueError(
+            f"{path}: config.json says is_decoder: true, so that the first token, where the score is read, would see "
+            "no other; set it to false for an encoder"
+        )
+
+
+def choose_formats(files: ModelFiles, options: ModelOptions, saved: RerankerSettings | None) -> dict[str, str]:
+    """query_format and document_format: given, else saved, else sentence-transformers' default prompt before a query.
+
+    Both are "{}" where nobody says anything.
+    """
+    prompt = files.default_prompt if saved is None else None
+    defaults = {"query_format": (prompt or "").replace("{}", "") + NO_FORMAT, "document_format": NO_FORMAT}
+    return {
+        name: choose_setting(
+            name, getattr(options, name), saved and (getattr(saved, name) or NO_FORMAT), defaults[name]
+        )
+        for name in TEXT_FORMATS
+    }
+
+
+def template_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str] | None = None
+) -> PairTemplate:
+    """The tokenizer's pair layout with the formats around the texts, without segment ids where the model has no
+    embedding for them."""
+    template = with_formats(encoder_template(tokenizer), tokenizer, formats or {})
     if template.types is None:
         return template
     segments = getattr(model.config, "type_vocab_size", 0)
@@ -103,3 +183,16 @@ def template_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     # save_pretrained writes only the attributes that init_kwargs names
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
     return replace(template, types=None)
+
+
+def with_formats(
+    template: PairTemplate, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str]
+) -> PairTemplate:
+    """Text before and after a query or document is tokenized with it; what stands after it stays where it is cut."""
+    for side in ("query", "document"):
+        before, after = split_format(f"{side}_format", formats.get(f"{side}_format", NO_FORMAT))
+        end = tuple(tokenize(bare(tokenizer), [after])[0]) if after else ()
+        template = replace(
+            template, **{f"before_{side}": before, f"after_{side}": after, f"{side}_end": end}
+        )
+    return template

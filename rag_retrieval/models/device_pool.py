@@ -49,25 +49,6 @@ class Failure:
     traceback: str
 
 
-def check_devices(devices: Sequence[str | torch.device]) -> list[torch.device]:
-    """Raises ValueError for a name instead of a list, an empty list, and a device that this machine lacks."""
-    if isinstance(devices, (str, torch.device)) or not devices:
-        raise ValueError(f'devices must be a list such as ["cuda:0", "cuda:1"]; found {devices!r}')
-    return [check_device(device) for device in devices]
-
-
-def check_device(name: str | torch.device, argument: str = "devices") -> torch.device:
-    """argument: what the error calls it. Raises ValueError for a device that this machine lacks."""
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{argument}: {name!r} is no device of torch: {error}") from error
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"{argument}: {device} is not on this machine, which has {count} CUDA devices")
-    return device
-
-
 def weights_of(scorer: "PairScorer") -> list[tuple]:
     """What changes when a weight does: address, version and norm of every tensor.
 

@@ -1,43 +1,66 @@
 """`LLMDecoder`: Qwen, Llama, Mistral, Gemma and relatives as rerankers.
 
 The text is `query_format + seq + document_format + special_token`; the score is read at the last token of the
-special token, by a scalar head or, as Qwen3-Reranker does it, as the logit of yes minus that of no. That position
-is found by length, never by looking for padding: a pad token may equal eos, and the special token may be eos.
+special token, by a scalar head or, as Qwen3-Reranker does it, as the logit of yes minus that of no:
+
+    score = logit(yes) - logit(no), so that sigmoid(score) = P(yes | yes or no)
+
+(Nogueira et al., Document Ranking with a Pretrained Sequence-to-Sequence Model, 2020, use the same two tokens.)
+The position is found by length, never by looking for padding: a pad token may equal eos, and the special token may be
+eos.
 """
 
+import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_retrieval.models.calibration import read_calibration
-from rag_retrieval.models.decoder_template import decoder_template
-from rag_retrieval.models.model_files import (
-    FORMAT_NAMES,
-    HEADS,
-    RerankerSettings,
-    choose_setting,
-    read_settings,
-    resolve_model_path,
-)
-from rag_retrieval.models.model_loading import (
+from rag_retrieval.models.decoder_template import INSTRUCTION, decoder_template
+from rag_retrieval.models.devices import choose_dtype
+from rag_retrieval.models.loading import (
+    check_is_trained,
+    check_num_labels,
+    check_vocabulary,
     choose_max_length,
     is_decoder,
     load_causal_model,
     load_classifier,
     load_tokenizer,
+    lower_case_like,
+    set_decoder_pad_token,
     warn_of_new_parameters,
 )
-from rag_retrieval.models.packed_forward import HALF_TOLERANCE, Head, last_token_head
-from rag_retrieval.models.pad_token import set_decoder_pad_token
+from rag_retrieval.models.options import ModelOptions, model_options
+from rag_retrieval.models.packed_forward import HALF_TOLERANCE, Head, last_token_head, read_states
+from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.prompts import (
+    PROMPTS,
+    Prompt,
+    answer_tokens,
+    chat_formats,
+    known_prompts,
+    own_prompt,
+)
+from rag_retrieval.models.scoring_mode import evaluating
 from rag_retrieval.models.sentence_transformers_files import write_decoder_files
-from rag_retrieval.models.yes_no_head import HALF_TOLERANCE as YES_NO_TOLERANCE
-from rag_retrieval.models.yes_no_head import read_two_rows, yes_no_head, yes_no_scores
-from rag_retrieval.models.yes_no_prompt import answer_tokens, check_instruction, default_formats
-from rag_retrieval.models.yes_no_prompts import PROMPTS
+from rag_retrieval.models.settings import (
+    FORMAT_NAMES,
+    YES_NO_NAMES,
+    ModelFiles,
+    RerankerSettings,
+    choose_setting,
+    read_settings,
+    resolve_model_path,
+)
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FORMATS = {
     "query_format": "query: {}",
@@ -45,6 +68,9 @@ DEFAULT_FORMATS = {
     "seq": "\n",
     "special_token": "\nrelevance",
 }
+# Of a logit difference, relative where it exceeds 1. Logits are of order 20, and half precision rounds the states
+# that they are made of to one part in 256: SmolLM2-135M in bfloat16, packed and padded, differs by 0.04.
+YES_NO_TOLERANCE, YES_NO_HALF_TOLERANCE = 1e-3, 0.12
 
 
 class LLMDecoder(PairScorer):
@@ -57,13 +83,15 @@ class LLMDecoder(PairScorer):
     def from_pretrained(
         cls,
         model_name_or_path: str | os.PathLike,
+        loss_type: str | None = None,
         num_labels: int = 1,
         query_format: str | None = None,
         document_format: str | None = None,
         seq: str | None = None,
         special_token: str | None = None,
+        *,
         max_length: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
         head: str | None = None,
@@ -73,41 +101,64 @@ class LLMDecoder(PairScorer):
     ) -> "LLMDecoder":
         """Load a causal language model (with a fresh score head, and a warning) or a trained reranker.
 
-        Formats, `seq`, `special_token`, `max_length` and all after `attn_implementation` come from the folder where
-        it was saved by this library; an argument that differs wins, with a warning. For other folders the defaults
-        are "query: {}", "document: {}", "\\n", "\\nrelevance" and 512 tokens. dtype: of the weights; default
-        float32. Raises ValueError for num_labels other than 1, an encoder model, a format without exactly one
-        `{}`, and a max_length beyond the model's positions.
+        An argument that is not given comes from the folder: what this library saved there, else the prompt of its own
+        chat template or of the known reranker that it is. Where it says nothing, the formats are "query: {}",
+        "document: {}", "\\n" and "\\nrelevance". A given one that differs from a saved one wins, with a warning.
+        loss_type: ignored; RAG-Retrieval's classes take it here. max_length: tokens per pair; default what the folder
+        says, else 512. dtype: of the weights; default float32.
 
         head: "scalar" (the default), or "yes_no", which needs no new weights: score = logit of yes_token - logit of
         no_token, so that its sigmoid is the probability of yes; with no_token "" the logit of yes alone. Then the
         default formats ask Qwen3-Reranker's question in the tokenizer's own chat template; `{instruction}` in a format
-        stands for `instruction`. Raises ValueError where a token of the two is not one token, or where there is no
-        chat template and no formats.
+        stands for `instruction`.
+
+        Raises ValueError for num_labels other than 1, an encoder, a format without exactly one `{}`, a max_length
+        beyond the model's positions, an answer that is not one token, and a yes_no head where there is neither a chat
+        template nor formats.
         """
-        path = resolve_model_path(model_name_or_path)
-        saved = read_settings(path)
-        if saved is not None and saved.model_type != cls.model_type:
-            raise ValueError(f"{path} was saved as {saved.model_type}; load it with CrossEncoder.from_pretrained")
-        head = choose_setting("head", head, saved and (saved.head or "scalar"), "scalar")
-        tokenizer = load_tokenizer(path, trust_remote_code)
-        given = dict(query_format=query_format, document_format=document_format, seq=seq, special_token=special_token)
-        asked = dict(instruction=instruction, yes_token=yes_token, no_token=no_token)
-        texts = choose_texts(tokenizer, head, given, asked, saved)
-        formats = {name: texts[name] for name in FORMAT_NAMES}
-        template = decoder_template(tokenizer, **formats, instruction=texts.get("instruction"))
-        options = dict(
-            num_labels=num_labels,
+        check_num_labels(num_labels)
+        options = model_options(
+            query_format=query_format,
+            document_format=document_format,
+            seq=seq,
+            special_token=special_token,
+            max_length=max_length,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            head=head,
+            instruction=instruction,
+            yes_token=yes_token,
+            no_token=no_token,
         )
+        return cls.load(ModelFiles(resolve_model_path(model_name_or_path)), options)
+
+    @classmethod
+    def load(
+        cls, files: ModelFiles, options: ModelOptions, trained_only: bool = False, question: Prompt | None = None
+    ) -> "LLMDecoder":
+        """`from_pretrained` of files that were looked up, on the CPU.
+
+        trained_only: raise ValueError for a model without a trained head, and for one whose prompt is neither given
+        nor known. question: what a language model whose prompt is not known is asked with the yes_no head.
+        """
+        path = files.path
+        saved = read_settings(path)
+        if saved is not None and saved.model_type != cls.model_type:
+            raise ValueError(f"{path} was saved as {saved.model_type}; load it with CrossEncoder.from_pretrained")
+        tokenizer = load_tokenizer(path, options.trust_remote_code)
+        lower_case_like(files, tokenizer)
+        texts = choose_texts(files, tokenizer, options, saved, trained_only, question)
+        formats = {name: texts[name] for name in FORMAT_NAMES}
+        template = decoder_template(tokenizer, **formats, instruction=texts.get("instruction"))
         model, new_parameters = load_decoder(path, tokenizer, texts, template, options)
+        (check_is_trained if trained_only else warn_of_new_parameters)(path, new_parameters)
         set_decoder_pad_token(model, tokenizer, template.suffix[-1])
-        max_length = choose_max_length(max_length, saved and saved.max_len, model)
+        check_vocabulary(path, model, tokenizer)
+        max_length = choose_max_length(options.max_length, saved, files, tokenizer, model, not new_parameters)
         settings = RerankerSettings(cls.model_type, max_length, **texts)
         encoder = PairEncoder(tokenizer, template, max_length)
-        scorer = cls(model, encoder, settings, new_parameters, attn_implementation)
+        scorer = cls(model, encoder, settings, new_parameters, options.attn_implementation)
         scorer.calibration = read_calibration(path)
         return scorer
 
@@ -117,7 +168,7 @@ class LLMDecoder(PairScorer):
 
     @property
     def half_tolerance(self) -> float:
-        return YES_NO_TOLERANCE if self.answers_yes_or_no else HALF_TOLERANCE
+        return YES_NO_HALF_TOLERANCE if self.answers_yes_or_no else HALF_TOLERANCE
 
     @property
     def packed_head(self) -> Head:
@@ -140,54 +191,176 @@ class LLMDecoder(PairScorer):
         write_decoder_files(Path(folder), self.pair_encoder, self.settings)
 
 
+# ---- what it is asked -----------------------------------------------------------------------------------
+
+
 def choose_texts(
+    files: ModelFiles,
     tokenizer: PreTrainedTokenizerBase,
-    head: str,
-    formats: dict[str, str | None],
-    asked: dict[str, str | None],
+    options: ModelOptions,
     saved: RerankerSettings | None,
+    trained_only: bool,
+    question: Prompt | None,
 ) -> dict[str, str]:
-    """The fields of RerankerSettings that the head needs: given, saved or default.
+    """The fields of RerankerSettings that the head needs: given, else saved, else the folder's own, else the default.
 
-    formats, asked: the arguments of `from_pretrained` named FORMAT_NAMES and YES_NO_NAMES. Raises ValueError for a
-    head that is not known, and for `asked` where it is scalar.
+    trained_only, question: as of `LLMDecoder.load`.
     """
-    if head not in HEADS:
-        raise ValueError(f"head must be one of {', '.join(HEADS)}, found {head!r}")
-    answers = head == "yes_no"
-    saved = saved if saved is not None and (saved.head or "scalar") == head else None  # else it asks another question
-    for name, value in asked.items():
-        if value is not None and not answers:
-            raise ValueError(f"{name} is for head: yes_no, and the head is scalar; leave it out")
-    defaults = DEFAULT_FORMATS
-    if answers and any(value is None and saved is None for value in formats.values()):
-        defaults = default_formats(tokenizer)
-    chosen = choose_all(formats, saved, defaults)
-    if answers:
-        check_instruction(chosen, asked["instruction"])
-        chosen |= choose_all(asked, saved, PROMPTS["en"]._asdict()) | {"head": head}
-    return chosen
+    head = choose_head(files, options, saved, trained_only)
+    answers, names = head == "yes_no", (*FORMAT_NAMES, *YES_NO_NAMES)
+    given = options.given(*names)
+    own = {}
+    if saved is None and not set(FORMAT_NAMES) <= given.keys():
+        own = own_prompt(files, tokenizer, options.instruction) or {}
+    if saved is not None and (saved.head or "scalar") != head:
+        saved = None  # it was asked another question
+    if saved is None and not set(FORMAT_NAMES) <= own.keys() | given.keys():
+        own = default_texts(files, tokenizer, options, head, trained_only, question)
+    if not answers:
+        own, given, names = *without_answers(own, given, options.instruction), FORMAT_NAMES
+    chosen = {}
+    for name in names:
+        default = own.get(name, getattr(PROMPTS["en"], name, None))
+        chosen[name] = choose_setting(name, given.get(name), saved and getattr(saved, name), default)
+    if not answers:
+        return chosen
+    if options.instruction is not None:
+        check_instruction(chosen)
+    return chosen | {"head": head}
 
 
-def choose_all(
-    given: dict[str, str | None], saved: RerankerSettings | None, defaults: dict[str, str]
+def choose_head(
+    files: ModelFiles, options: ModelOptions, saved: RerankerSettings | None, trained_only: bool
+) -> str:
+    default = "yes_no" if trained_only and files.is_language_model else "scalar"
+    return choose_setting("head", options.head, saved and (saved.head or "scalar"), default)
+
+
+def default_texts(
+    files: ModelFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    options: ModelOptions,
+    head: str,
+    trained_only: bool,
+    question: Prompt | None,
 ) -> dict[str, str]:
-    return {name: choose_setting(name, value, saved and getattr(saved, name), defaults[name])
-            for name, value in given.items()}  # fmt: skip
+    """The texts of a model that does not say how it is asked. Raises ValueError where a trained one must say it."""
+    if head == "scalar" and not trained_only:
+        return DEFAULT_FORMATS
+    if head == "scalar" or (trained_only and options.head is None and question is None):
+        raise ValueError(missing_prompt(files))
+    question = question or PROMPTS["en"]
+    texts = chat_formats(tokenizer, question.system, question.user) | question._asdict()
+    return {name: texts[name] for name in (*FORMAT_NAMES, *YES_NO_NAMES)}
+
+
+def missing_prompt(files: ModelFiles) -> str:
+    needs = "query_format, document_format, seq and special_token"
+    if files.is_language_model:
+        needs += ', with yes_token and no_token, or head="yes_no" alone to ask the question of Qwen3-Reranker'
+    return (
+        f"{files.path}: a decoder ({files.architecture or files.config.get('model_type')}) that does not say which "
+        f"prompt it was trained with; give {needs}. Known are {', '.join(prompt.models for prompt in known_prompts())}"
+    )
+
+
+def without_answers(
+    own: dict[str, str], given: dict[str, str], instruction: str | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Of two sets of texts, what a classification head is asked: the formats, the instruction filled in."""
+    if instruction is not None:
+        check_instruction(own | given)
+    for name in ("yes_token", "no_token"):
+        if name in given:
+            logger.warning("%s is for head: yes_no, and the head is scalar; ignored", name)
+    text = own.get("instruction", "") if instruction is None else instruction
+    own = {name: own[name].replace(INSTRUCTION, text) for name in FORMAT_NAMES if name in own}
+    return own, {name: given[name].replace(INSTRUCTION, text) for name in FORMAT_NAMES if name in given}
+
+
+def check_instruction(texts: dict[str, str]) -> None:
+    """Raises ValueError for formats that have no place for an instruction, though one is given."""
+    if not any(INSTRUCTION in texts.get(name, "") for name in FORMAT_NAMES):
+        raise ValueError(
+            "an instruction is given, but neither query_format nor document_format has {instruction}, where it "
+            "would stand; add it or leave the instruction out"
+        )
+
+
+# ---- the two heads --------------------------------------------------------------------------------------
 
 
 def load_decoder(
-    path: str, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], template: PairTemplate, options: dict
+    path: str, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], template: PairTemplate, options: ModelOptions
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model with the head that the texts are for, and the names of its new parameters."""
+    loading = dict(
+        num_labels=1,
+        dtype=choose_dtype(options.dtype),
+        trust_remote_code=options.trust_remote_code,
+        attn_implementation=options.attn_implementation,
+    )
     if "yes_token" in texts:
         tokens = answer_tokens(tokenizer, texts["yes_token"], texts["no_token"])
-        model = load_causal_model(path, **options)
-        read_two_rows(model, tokens, template.prefix + template.suffix)
+        model = load_causal_model(path, **loading)
+        restrict_lm_head_to_tokens(model, tokens, template.prefix + template.suffix)
         return model, set()
-    model, new_parameters = load_classifier(path, **options)
+    model, new_parameters = load_classifier(path, **loading)
     if not is_decoder(model):
         name = type(model).__name__
         raise ValueError(f"{path} is a {name}, an encoder; use CrossEncoder (model_type: bert_encoder)")
-    warn_of_new_parameters(path, new_parameters)
     return model, new_parameters
+
+
+def restrict_lm_head_to_tokens(model: PreTrainedModel, tokens: tuple[int, int | None], sample: list[int]) -> None:
+    """Let the model's output embedding give the logits of two tokens, (yes, no), and no other.
+
+    Without a token for no its logit is 0, and the score that of yes alone. The output embedding stays a whole matrix,
+    tied to the input's or not, and is saved as such; only the product is cut down to two rows. It is cut inside the
+    module's forward, because engines that shard a model gather a module's weights when it is called.
+
+    sample: token ids of one pair. Raises ValueError for a model without an output embedding, and for a family whose
+    own forward does something to the logits that is not known here, as it does with the sample's.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"a {type(model).__name__} has no output embedding to read yes and no from; use head: scalar")
+    head.forward = partial(two_logits, head, *tokens)  # a partial can be pickled, for processes on other devices
+    ids = torch.tensor([sample], device=head.weight.device)
+    with evaluating(model):
+        own = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        backbone = getattr(model, model.base_model_prefix)
+        score = yes_no_scores(model, backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1:])
+    half = head.weight.dtype in (torch.bfloat16, torch.float16)
+    tolerance = (YES_NO_HALF_TOLERANCE if half else YES_NO_TOLERANCE) * max(1.0, score.abs().item())
+    if not (own[0] - own[1] - score).abs() <= tolerance:
+        raise ValueError(
+            f"a {type(model).__name__} changes its logits in a way that is not known here (its yes minus no is "
+            f"{own[0] - own[1]:.4g}, ours {score.item():.4g}); use head: scalar"
+        )
+
+
+def two_logits(head: nn.Linear, yes: int, no: int | None, hidden: torch.Tensor) -> torch.Tensor:
+    """hidden: [..., width]. Returns [..., 2], float32 whatever the autocast: half precision would tie documents."""
+    rows = two_rows(head.weight, yes, no)
+    bias = None if head.bias is None else two_rows(head.bias, yes, no)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return nn.functional.linear(hidden.float(), rows, bias)
+
+
+def two_rows(values: torch.Tensor, yes: int, no: int | None) -> torch.Tensor:
+    """values: [vocabulary, ...]. Returns [2, ...], float32; zeros for a token that is not read."""
+    return torch.stack((values[yes], torch.zeros_like(values[yes]) if no is None else values[no])).float()
+
+
+def yes_no_scores(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """hidden: [pairs, width], at the last token. Returns [pairs], float32."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits[:, 0] - logits[:, 1]
+
+
+def yes_no_head(model: PreTrainedModel, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
+    return yes_no_scores(model, read_states(hidden, packing))

@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from rag_retrieval import __version__
 from rag_retrieval.data.summary import format_summary
 from rag_retrieval.models.calibration import CALIBRATION_FILE
-from rag_retrieval.models.model_files import RerankerSettings, read_settings
 from rag_retrieval.models.run_record import RunRecord, is_local, read_run_record, shown, shown_configuration
+from rag_retrieval.models.settings import RerankerSettings, read_settings
 
 CARD = "README.md"
 MARK = "<!-- written by rag_retrieval; remove this line to keep what you change here -->"

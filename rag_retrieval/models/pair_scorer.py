@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from rag_retrieval.models.calibration import CALIBRATION_FILE, Calibration, Probabilities, probabilities_of
-from rag_retrieval.models.device_pool import DevicePool, check_devices, pool_for
-from rag_retrieval.models.model_files import RerankerSettings, write_settings
-from rag_retrieval.models.model_loading import first_position
+from rag_retrieval.models.device_pool import DevicePool, pool_for
+from rag_retrieval.models.devices import check_devices
+from rag_retrieval.models.loading import first_position, score_layer
 from rag_retrieval.models.packed_attention import kernel_problem
 from rag_retrieval.models.packed_forward import (
     HALF_TOLERANCE,
@@ -32,6 +32,7 @@ from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.scoring import ScoringOptions, check_options, score_pairs
 from rag_retrieval.models.scoring_mode import Precision
+from rag_retrieval.models.settings import RerankerSettings, write_settings
 
 
 class PairScorer(nn.Module):
@@ -66,9 +67,8 @@ class PairScorer(nn.Module):
         self._device_pool: DevicePool | None = None
         # a new module starts in train mode, but from_pretrained leaves the Hugging Face model in eval mode
         self.training = model.training
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module.out_features == 1:
-                module.register_forward_hook(score_in_float32)
+        if (layer := score_layer(model)) is not None:
+            layer.register_forward_hook(score_in_float32)
         self.first_position = first_position(model)
         self.packing_problem = self._packing_problem(attn_implementation)
 

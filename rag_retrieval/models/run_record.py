@@ -13,7 +13,7 @@ import yaml
 
 from rag_retrieval.core.config_schema import is_data_file_name
 from rag_retrieval.data.summary import StoreSummary
-from rag_retrieval.models.model_files import PACKAGE_PREFIX
+from rag_retrieval.models.settings import PACKAGE_PREFIX
 
 CONFIGURATION_FILE, METRICS_FILE = "training_config.yaml", "metrics.jsonl"
 RUN_FILE, PROVENANCE_FILE, DATA_FILE = "run.json", "provenance.json", "data_summary.json"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from rag_retrieval.models.model_loading import check_max_length
+from rag_retrieval.models.loading import check_max_length
 from rag_retrieval.models.one_ahead import one_ahead
 from rag_retrieval.models.pair_batch import make_batch
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder

@@ -16,9 +16,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from rag_retrieval.models.decoder_template import INSTRUCTION, missing_bos
-from rag_retrieval.models.model_files import RerankerSettings
 from rag_retrieval.models.pair_encoding import PairEncoder, split_format, tokenize
-from rag_retrieval.models.yes_no_prompt import answer_tokens
+from rag_retrieval.models.prompts import answer_tokens
+from rag_retrieval.models.settings import RerankerSettings
 
 IDENTITY = "torch.nn.modules.linear.Identity"
 TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from rag_retrieval.models.model_files import resolve_model_path
-from rag_retrieval.models.model_loading import choose_max_length, load_tokenizer, reading
+from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, check_max_length, load_tokenizer, position_limit, reading
+from rag_retrieval.models.settings import resolve_model_path
 
 Encode = Callable[[list[str]], np.ndarray]  # texts to float32 [texts, width]
 
@@ -87,7 +87,9 @@ def _plain_encoder(path: str, options: EncoderOptions, device: str) -> DenseEnco
     refuse_reranker(path, saved)
     with reading(f"{path}: the dense model"):
         model = AutoModel.from_pretrained(path).eval().to(device)
-    max_len = choose_max_length(options.max_len, None, model)
+    limit = position_limit(model) or DEFAULT_MAX_LENGTH
+    max_len = min(DEFAULT_MAX_LENGTH, limit) if options.max_len is None else options.max_len
+    check_max_length(max_len, model)
 
     def encode(texts: list[str], prefix: str | None) -> np.ndarray:
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)

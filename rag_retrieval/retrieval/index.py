@@ -79,7 +79,7 @@ def _vectors(options: SearchOptions, corpus: Corpus, work: WorkFolder, device: s
 
 def model_content(name: str) -> str:
     """What a model is told apart by: the content of its folder, or a hub's name."""
-    from rag_retrieval.models.model_files import resolve_model_path
+    from rag_retrieval.models.settings import resolve_model_path
 
     path = Path(resolve_model_path(name))
     return content_of(path) if path.is_dir() else name

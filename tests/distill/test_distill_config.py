@@ -5,7 +5,7 @@ import pytest
 from rag_retrieval.core.config_file import ConfigError, load_config
 from rag_retrieval.core.config_schema import describe_options
 from rag_retrieval.distill.distill_config import DISTILLING, DistillConfig
-from rag_retrieval.models.yes_no_prompts import PROMPTS
+from rag_retrieval.models.prompts import PROMPTS
 
 MINIMAL = {"dataset": "train.jsonl", "output": "out.jsonl", "teachers": "owner/model"}
 

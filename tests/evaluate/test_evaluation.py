@@ -157,7 +157,7 @@ def test_scores_that_are_not_finite_are_refused_with_their_query(config, load_ti
     scorer = load_tiny("bert")
     scorer.model.classifier.bias.data += float("nan")
     scorer.save_pretrained(config.model)
-    with pytest.raises(ValueError, match="the score of query 'q8' with document 'd8-1' is nan"):
+    with pytest.raises(ValueError, match="classifier.bias are not all finite"):
         evaluate_reranker(config)
 
 

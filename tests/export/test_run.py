@@ -162,7 +162,7 @@ def test_bad_input_is_told_before_anything_is_written(model, tmp_path, capsys):
         capsys, "--model", str(tmp_path / "empty"), *out
     )
     base = tiny_bert(tmp_path / "base")
-    assert "found a model without a trained score head" in error_of(capsys, "--model", base, *out)
+    assert "Give a reranker" in error_of(capsys, "--model", base, *out)
     (tmp_path / "base" / "model.safetensors").unlink()
     assert "model.safetensors" in error_of(capsys, "--model", base, *out)
     assert "found neither corpus.jsonl" in error_of(capsys, "--model", model, *out, "--data", base)
@@ -173,7 +173,7 @@ def test_weights_that_are_no_numbers_are_refused(model, tmp_path):
     scorer = CrossEncoder.from_pretrained(model)
     scorer.model.classifier.bias.data.fill_(float("nan"))
     scorer.save_pretrained(tmp_path / "nan")
-    with pytest.raises(ValueError, match="gives the score nan; are there NaN in its weights"):
+    with pytest.raises(ValueError, match="classifier.bias are not all finite"):
         exported(tmp_path / "nan", tmp_path / "out")
     assert_nothing_left(tmp_path)
 

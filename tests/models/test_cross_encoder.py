@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rag_retrieval import CrossEncoder
-from rag_retrieval.models.model_files import SETTINGS_FILE, RerankerSettings, read_settings
+from rag_retrieval.models.settings import SETTINGS_FILE, RerankerSettings, read_settings
 
 PAIRS = [
     (ENGLISH[1], ENGLISH[2]),
@@ -161,7 +161,7 @@ def test_an_explicit_max_length_wins_over_the_saved_one_with_a_warning(load_tiny
 def test_a_damaged_settings_file_stops_loading(load_tiny, tmp_path):
     load_tiny("bert").save_pretrained(tmp_path)
     (tmp_path / SETTINGS_FILE).write_text("{")
-    with pytest.raises(ValueError, match=f"{SETTINGS_FILE}: not a settings file of this library"):
+    with pytest.raises(ValueError, match=f"{SETTINGS_FILE}: damaged"):
         CrossEncoder.from_pretrained(tmp_path)
 
 

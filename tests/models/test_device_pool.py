@@ -16,7 +16,8 @@ import torch
 from pair_samples import some_pairs
 
 from rag_retrieval.models import device_pool
-from rag_retrieval.models.device_pool import check_devices, pool_for, tasks_of, weights_of
+from rag_retrieval.models.device_pool import pool_for, tasks_of, weights_of
+from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.scoring import ScoringOptions
 
 TWO = ["cpu", "cpu"]

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from rag_retrieval import LLMDecoder
-from rag_retrieval.models.model_files import RerankerSettings, read_settings
-from rag_retrieval.models.pad_token import NEW_PAD_TOKEN
+from rag_retrieval.models.loading import NEW_PAD_TOKEN
+from rag_retrieval.models.settings import RerankerSettings, read_settings
 
 PAIRS = [
     (ENGLISH[1], ENGLISH[2]),
@@ -171,7 +171,7 @@ def test_formats_seq_special_token_and_max_length_come_back_without_the_caller(f
 
 def test_defaults_are_the_documented_ones(folder_of):
     settings = LLMDecoder.from_pretrained(folder_of("qwen2")).settings
-    assert settings == RerankerSettings("llm_decoder", 512, "query: {}", "document: {}", "\n", "\nrelevance")
+    assert settings == RerankerSettings("llm_decoder", 1024, "query: {}", "document: {}", "\n", "\nrelevance")
 
 
 @pytest.mark.parametrize(

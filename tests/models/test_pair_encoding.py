@@ -17,7 +17,6 @@ from tiny_models import (
 from transformers import AutoTokenizer
 
 from rag_retrieval.models.decoder_template import decoder_template
-from rag_retrieval.models.model_files import resolve_model_path
 from rag_retrieval.models.pair_encoding import (
     PairEncoder,
     PairTemplate,
@@ -25,6 +24,7 @@ from rag_retrieval.models.pair_encoding import (
     fit_to_budget,
     split_format,
 )
+from rag_retrieval.models.settings import resolve_model_path
 
 FORMATS = dict(
     query_format="query: {}", document_format="document: {}", seq="\n", special_token="\nrelevance"

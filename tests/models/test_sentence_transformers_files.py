@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 from yes_no_samples import YES_NO, prompt, tiny_causal
 
 from rag_retrieval import LLMDecoder
-from rag_retrieval.models.model_files import RerankerSettings
 from rag_retrieval.models.sentence_transformers_files import own_template
+from rag_retrieval.models.settings import RerankerSettings
 
 CHATML = (
     "\n{% for message in messages %}\n<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -34,7 +34,7 @@ SCALAR = {
 }
 
 
-def their_scores(folder, pairs, max_length: int = 512) -> torch.Tensor:
+def their_scores(folder, pairs, max_length: int) -> torch.Tensor:
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(str(folder), device="cpu")
@@ -42,11 +42,11 @@ def their_scores(folder, pairs, max_length: int = 512) -> torch.Tensor:
     return model.predict([list(pair) for pair in pairs], convert_to_tensor=True)
 
 
-def assert_equal_scores(scorer: LLMDecoder, folder, pairs, max_length: int = 512) -> None:
+def assert_equal_scores(scorer: LLMDecoder, folder, pairs) -> None:
     scorer.save_pretrained(folder)
     scores = scorer.compute_score(pairs)
     assert scores.std() > 0.1
-    torch.testing.assert_close(their_scores(folder, pairs, max_length), scores, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(their_scores(folder, pairs, scorer.settings.max_len), scores, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma2"])
@@ -70,7 +70,7 @@ def test_a_document_is_cut_as_here_before_the_end_of_the_prompt(tmp_path, head):
     options = YES_NO | {"max_length": 190} if answers else {"max_length": 60}
     scorer = LLMDecoder.from_pretrained(base, **options)
     assert scorer.pair_encoder.encode([LONG])[0].truncated
-    assert_equal_scores(scorer, tmp_path / "saved", [LONG, *PAIRS[:1]], options["max_length"])
+    assert_equal_scores(scorer, tmp_path / "saved", [LONG, *PAIRS[:1]])
 
 
 def test_the_template_gives_the_text_that_the_settings_say(tmp_path):
@@ -107,12 +107,12 @@ def test_saving_what_was_saved_changes_no_file_of_it(with_chat, tmp_path):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def test_a_chat_template_is_still_what_the_default_prompt_is_made_of(with_chat, tmp_path):
-    LLMDecoder.from_pretrained(with_chat, **YES_NO).save_pretrained(tmp_path)
-    asked = {"head": "yes_no", "yes_token": "a", "no_token": "b"}
-    fresh = LLMDecoder.from_pretrained(with_chat, **asked).settings
+def test_the_template_alone_says_how_the_model_is_asked(with_chat, tmp_path):
+    scorer = LLMDecoder.from_pretrained(with_chat, **YES_NO)
+    scorer.save_pretrained(tmp_path)
     (tmp_path / "reranker_config.json").unlink()
-    assert LLMDecoder.from_pretrained(tmp_path, **asked).settings == fresh
+    again = LLMDecoder.from_pretrained(tmp_path, head="yes_no")
+    assert torch.equal(again.compute_score(PAIRS), scorer.compute_score(PAIRS))
 
 
 def test_the_files_name_the_modules_the_two_tokens_and_the_limit(with_chat, tmp_path):

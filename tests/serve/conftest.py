@@ -2,9 +2,10 @@
 
 import pytest
 
-from rag_retrieval.infer.backend import BackendOptions, open_backend
+from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.models.options import ModelOptions
 
 
 @pytest.fixture(scope="session")
 def backend(model_folders):
-    return open_backend(model_folders["bert"], BackendOptions(max_length=64, device="cpu"))
+    return open_backend(model_folders["bert"], ModelOptions(max_length=64, device="cpu"))

@@ -96,7 +96,7 @@ class RerankerTask:
 
 @contextmanager
 def without_new_head_warning():
-    loading = logging.getLogger("rag_retrieval.models.model_loading")
+    loading = logging.getLogger("rag_retrieval.models.loading")
     level = loading.level
     loading.setLevel(logging.ERROR)
     try:

@@ -185,7 +185,7 @@ def test_a_checkpoint_of_another_version_has_the_defaults_of_keys_that_it_does_n
     older = provenance()
     older.configuration.pop("temperature")
     older.configuration.pop("max_grad_norm")
-    older.configuration.update({"num_labels": 1, "val_dataset_type": "pointwise", "query_format": None})
+    older.configuration.update(num_labels=1, val_dataset_type="pointwise")
     older.save(tmp_path)
     assert checked_resume(STATE, tmp_path, provenance(), with_changes=False) == STATE
     with pytest.raises(ResumeError, match="max_grad_norm: was 1.0, now 2.0"):

@@ -8,8 +8,7 @@ from tokenizers import AddedToken
 
 from rag_retrieval.models.decoder_template import decoder_template
 from rag_retrieval.models.pair_encoding import PairEncoder
-from rag_retrieval.models.yes_no_prompt import answer_tokens, chat_formats, default_formats
-from rag_retrieval.models.yes_no_prompts import PROMPTS
+from rag_retrieval.models.prompts import PROMPTS, answer_tokens, chat_formats
 
 # as the model card of Qwen3-Reranker-0.6B writes it
 CARD_PREFIX = (
@@ -41,6 +40,10 @@ def qwen3_tokenizer(chat_template: str | None = None):
     tokenizer.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def default_formats(tokenizer) -> dict[str, str]:
+    return chat_formats(tokenizer, PROMPTS["en"].system, PROMPTS["en"].user)
 
 
 def random_text(generator: random.Random) -> str:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, Qwen2Config, Qwen3Config
 
 from rag_retrieval import Reranker
-from rag_retrieval.infer.prompts import known_prompts
+from rag_retrieval.models.prompts import known_prompts
 
 CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "gemma": GemmaConfig}
 PAIRS = [["where is Paris", "Paris is in France"], ["感冒", "发烧 and cough, or rest"], ["a", "water " * 30]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rag_retrieval.infer.devices import choose_device, choose_dtype, choose_precision
+from rag_retrieval.models.devices import choose_device, choose_dtype, choose_precision
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def test_formats_have_one_name_each_for_weights_and_for_computation():
     assert [choose_dtype(name) for name in ("fp32", "bf16", "fp16", None, torch.float16)] == [
         torch.float32, torch.bfloat16, torch.float16, None, torch.float16,
     ]  # fmt: skip
-    assert [choose_precision(name) for name in ("fp32", "no", "bf16", "fp16", None)] == [
-        "no", "no", "bf16", "fp16", None,
+    assert [choose_precision(name) for name in ("fp32", "bf16", "fp16", None)] == [
+        "no", "bf16", "fp16", None,
     ]  # fmt: skip
 
 

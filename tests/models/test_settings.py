@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rag_retrieval.models.model_files import (
+from rag_retrieval.models.settings import (
     SETTINGS_FILE,
     RerankerSettings,
     choose_setting,
@@ -54,29 +54,30 @@ def test_a_folder_without_settings_gives_none(tmp_path):
     assert read_settings(str(tmp_path)) is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "",
-        "[]",
-        '"text"',
-        '{"max_len": 512}',
-        '{"model_type": "bert_encoder", "max_len": 512, "colour": "red"}',
-        '{"model_type": "colbert", "max_len": 512}',
-        '{"model_type": "bert_encoder", "max_len": "512"}',
-        '{"model_type": "bert_encoder", "max_len": true}',
-        '{"model_type": "bert_encoder", "max_len": 0}',
-        '{"model_type": "bert_encoder", "max_len": 512, "seq": "\\n"}',
-        '{"model_type": "llm_decoder", "max_len": 512}',
-    ],
+DAMAGED = (
+    "{",
+    "",
+    "[]",
+    '"text"',
+    '{"max_len": 512}',
+    '{"model_type": "bert_encoder", "max_len": 512, "colour": "red"}',
+    '{"model_type": "colbert", "max_len": 512}',
+    '{"model_type": "bert_encoder", "max_len": "512"}',
+    '{"model_type": "bert_encoder", "max_len": true}',
+    '{"model_type": "bert_encoder", "max_len": 0}',
+    '{"model_type": "bert_encoder", "max_len": 512, "seq": "\\n"}',
+    '{"model_type": "bert_encoder", "max_len": 512, "query_format": 5}',
+    '{"model_type": "bert_encoder", "max_len": 512, "truncation_side": "middle"}',
+    '{"model_type": "llm_decoder", "max_len": 512}',
+    "[" * 100_000,
 )
-def test_a_damaged_settings_file_is_named_with_what_to_do(tmp_path, text):
-    (tmp_path / SETTINGS_FILE).write_text(text)
-    with pytest.raises(
-        ValueError, match=rf"{SETTINGS_FILE}: not a settings file .*delete it or save the model anew"
-    ):
-        read_settings(str(tmp_path))
+
+
+def test_a_damaged_settings_file_is_named_with_what_to_do(tmp_path):
+    for text in DAMAGED:
+        (tmp_path / SETTINGS_FILE).write_text(text)
+        with pytest.raises(ValueError, match=rf"{SETTINGS_FILE}: damaged .*delete it or save the model anew"):
+            read_settings(str(tmp_path))
 
 
 def test_a_settings_file_in_another_encoding_is_named(tmp_path):

@@ -1,0 +1,89 @@
+"""The one place that opens a reranker: what a folder holds, how its model is asked, whether it is trained.
+
+Reranker, evaluate, mine, distill, serve, export and the adapters all come here, so that a folder gives the same scores
+everywhere. Training alone calls `from_pretrained`, which takes untrained models too.
+"""
+
+import logging
+import os
+import re
+
+from rag_retrieval.models.cross_encoder import CrossEncoder
+from rag_retrieval.models.decoder_template import INSTRUCTION
+from rag_retrieval.models.devices import choose_device
+from rag_retrieval.models.llm_decoder import LLMDecoder
+from rag_retrieval.models.loading import check_numbers, model_type_of
+from rag_retrieval.models.options import ModelOptions, model_options
+from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.prompts import Prompt
+from rag_retrieval.models.settings import (
+    FORMAT_NAMES,
+    MODEL_TYPES,
+    ModelFiles,
+    check_is_reranker,
+    read_settings,
+    resolve_model_path,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load_reranker(model_name_or_path: str | os.PathLike, **options) -> PairScorer:
+    """The trained `CrossEncoder` or `LLMDecoder` in a folder, a hub name or `package:NAME`, in eval mode.
+
+    options: the fields of `ModelOptions`, such as device="cpu" or max_length=256. Raises ValueError as `open_scorer`.
+    """
+    return open_scorer(model_name_or_path, model_options(**options))
+
+
+def open_scorer(
+    model_name_or_path: str | os.PathLike, options: ModelOptions | None = None, question: Prompt | None = None
+) -> PairScorer:
+    """The model on its device (`options.device`; with `options.devices` on the CPU), in eval mode.
+
+    question: what a language model is asked that is not known to be a reranker and has no formats in the options.
+    Raises ValueError for a path that is not there, a folder without weights, weights that are not numbers, a model
+    without a trained head, a decoder whose prompt is not known, and options that do not fit.
+    """
+    options = options or ModelOptions()
+    if options.devices and options.device:
+        raise ValueError("device and devices are both given; give one of them")
+    device = choose_device("cpu" if options.devices else options.device)
+    files = ModelFiles(resolve_model_path(model_name_or_path))
+    check_is_reranker(files)
+    model_type = choose_model_type(files, options)
+    if model_type == CrossEncoder.model_type:
+        scorer = CrossEncoder.load(files, options, trained_only=True)
+    else:
+        check_fields(files, options)
+        scorer = LLMDecoder.load(files, options, trained_only=True, question=question)
+    check_numbers(files.path, scorer.model)
+    return scorer.to(device).eval()
+
+
+def choose_model_type(files: ModelFiles, options: ModelOptions) -> str:
+    """As given, else as saved, else by the architecture: only folders saved by this library say it."""
+    if options.model_type is not None:
+        if options.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"model_type {options.model_type} is for folders that rag-retrieval export wrote, and {files.path} is "
+                f"none; expected one of {', '.join(MODEL_TYPES)}"
+            )
+        return options.model_type
+    saved = read_settings(files.path)
+    if saved is not None:
+        return saved.model_type
+    if files.is_language_model:
+        return LLMDecoder.model_type
+    return model_type_of(files.path, options.trust_remote_code)
+
+
+def check_fields(files: ModelFiles, options: ModelOptions) -> None:
+    """Raises ValueError for a field such as {text} in a format given here: it would be read as words."""
+    saved = read_settings(files.path)
+    answers = (options.head or (saved.head if saved else files.is_language_model and "yes_no")) == "yes_no"
+    known = ["{}", INSTRUCTION] if answers or options.instruction is not None else ["{}"]
+    for name, text in options.given(*FORMAT_NAMES).items():
+        for field in re.findall(r"\{[^\W\d]\w*\}", text):
+            if field not in known:
+                raise ValueError(f"{name}: unknown field {field}; known are {' and '.join(known)}")

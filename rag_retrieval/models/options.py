@@ -1,0 +1,92 @@
+"""The options for opening a model: the same names and values in every command and class that opens one.
+
+The configuration of a command that opens a model inherits from `ModelOptions` and passes `model_options()` on, to
+`open_backend` or `open_scorer`. Nothing here imports torch.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from rag_retrieval.core.config import NAMES, Config, EscapedText
+from rag_retrieval.core.config_reader import error_message
+
+NUMBER_FORMATS = {
+    "float32": "fp32", "no": "fp32", "False": "fp32", "bfloat16": "bf16", "float16": "fp16"
+}  # fmt: skip
+
+
+def number_format(value: Any) -> Any:
+    """fp32, bf16 or fp16 for its other spellings (torch.bfloat16, "no", and YAML's reading of a bare no)."""
+    return NUMBER_FORMATS.get(str(value).removeprefix("torch."), value)
+
+
+NumberFormat = Annotated[Literal["fp32", "bf16", "fp16"] | None, BeforeValidator(number_format)]
+DeviceName = Annotated[str | None, BeforeValidator(lambda value: value if value is None else str(value))]
+
+
+class ModelOptions(Config):
+    """How to open a reranker. None: what the folder says, or the machine's own choice."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"max_len": "max_length"}
+
+    model_type: Literal["bert_encoder", "llm_decoder", "onnx", "openvino"] | None = Field(
+        None,
+        description="Architecture, where the folder's files do not decide it; openvino runs an exported folder with "
+        "that runtime in place of ONNX Runtime.",
+    )
+    device: DeviceName = Field(
+        None, min_length=1, description="Such as cpu, cuda:0, mps or npu:0. Absent: a GPU if there is one."
+    )
+    devices: Annotated[list[str] | None, NAMES] = Field(
+        None, min_length=1, description="Several devices, such as cuda:0,cuda:1; each holds a copy of the model."
+    )
+    dtype: NumberFormat = Field(None, description="Number format of the weights. Absent: fp32.")
+    precision: NumberFormat = Field(
+        None,
+        description="Number format of the computation with fp32 weights. Absent: half precision on a GPU, fp32 on a "
+        "CPU.",
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    max_length: int | None = Field(
+        None,
+        ge=1,
+        description="Longest pair, in tokens, special tokens included. Absent: what the model's folder says, else 512.",
+    )
+    attn_implementation: str | None = Field(
+        None,
+        min_length=1,
+        description="Attention of transformers, such as sdpa or eager. Absent: batches without padding, where the "
+        "model allows it.",
+    )
+    query_format: EscapedText | None = Field(None, description="Text around a query, which stands for {}.")
+    document_format: EscapedText | None = Field(None, description="Text around a document, which stands for {}.")
+    seq: EscapedText | None = Field(None, description="Decoders: text between query and document.")
+    special_token: EscapedText | None = Field(
+        None, description="Decoders: text after the document; the score is read at its last token."
+    )
+    head: Literal["scalar", "yes_no"] | None = Field(
+        None, description="Decoders: a trained score head, or the logit of yes minus that of no."
+    )
+    instruction: EscapedText | None = Field(None, description="yes_no: stands for {instruction} in the formats.")
+    yes_token: str | None = Field(None, min_length=1, description="yes_no: the answer for a relevant document.")
+    no_token: EscapedText | None = Field(None, description='yes_no: the other answer; "" reads yes alone.')
+
+    def model_options(self) -> "ModelOptions":
+        """These options alone, of a configuration that has other keys too."""
+        return ModelOptions(**{name: getattr(self, name) for name in ModelOptions.model_fields})
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the named options that are not None."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def model_options(**values: Any) -> ModelOptions:
+    """For Python callers: raises ValueError in one line that names the option."""
+    try:
+        return ModelOptions(**values)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        name = wrong["loc"][0]
+        raise ValueError(f"{name}: {error_message(name, wrong, ModelOptions, nested=False)}") from error
