@@ -35,7 +35,7 @@ def run(config: EvaluationConfig) -> int:
 
 def evaluate(config: EvaluationConfig) -> None:
     from rag_retrieval.evaluate.evaluation import evaluate_reranker
-    from rag_retrieval.evaluate.evaluation_output import describe_evaluation, write_evaluation
+    from rag_retrieval.evaluate.output import describe_evaluation, write_evaluation
 
     evaluation = evaluate_reranker(config)
     if os.environ.get("RANK", "0") != "0":

@@ -50,7 +50,10 @@ class EvaluationConfig(BaseModel):
         None,
         min_length=1,
         description="Split (of a BEIR folder) or file to fit temperature and bias on, not the one "
-        "that is measured on; they are saved in the model's folder.",
+        "that is measured on; they are saved as calibration.json in the model's folder.",
+    )
+    calibration_dir: str | None = Field(
+        None, min_length=1, description="Where calibration.json goes instead, for a model's folder that is read-only."
     )
     report: bool = Field(False, description="Write report.html and its figures into output_dir (needs matplotlib).")
     training_run: str | None = Field(
@@ -108,6 +111,6 @@ EVALUATION = Schema(
     folders=("training_run",),
     paths=("data", "candidates"),
     files=("calibrate",),
-    outputs=("output_dir",),
+    outputs=("output_dir", "calibration_dir"),
     words={"candidates": (BM25,), "baseline": (BM25,)},
 )
