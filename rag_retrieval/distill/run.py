@@ -22,13 +22,7 @@ from rag_retrieval.distill.scored_lines import scored_line
 from rag_retrieval.distill.teachers import load_teachers, mean_logits
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.pair_encoding import PairEncoder
-<<<<<<< HEAD
-from rag_retrieval.models.pair_scorer import PairScorer
-=======
 from rag_retrieval.models.settings import resolve_model_path
-from rag_retrieval.train.provenance import content_digest
-from rag_retrieval.train.run_folder import folder_lock
->>>>>>> main
 
 logger = logging.getLogger(__name__)
 

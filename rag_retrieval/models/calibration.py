@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-<<<<<<< HEAD
-from rag_retrieval.core.files import write_text
-from rag_retrieval.models.model_files import find_file
-=======
 from rag_retrieval.core.files import write_text
 from rag_retrieval.models.settings import find_file, parsing
->>>>>>> main
 
 if TYPE_CHECKING:
     import torch
