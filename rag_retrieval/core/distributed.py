@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from rag_retrieval.core.command import CommandFailure
+
 SLOWEST = timedelta(hours=12)  # without any exchange between processes: they score their shares of a corpus
 
 Result = TypeVar("Result")
@@ -26,8 +28,11 @@ class RankLocalStartError(StartError):
     """The same, raised by this process; the others may know nothing of it, or have a PeerError."""
 
 
-class PeerError(RuntimeError):
+class PeerError(CommandFailure):
     """Another process failed, and this one stops with it."""
+
+    exit_code = 2
+    on_all_processes = True
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from rag_retrieval.core.distributed import on_main, own_device, process_group
 from rag_retrieval.data.beir import Run
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.calibration import ProbabilityErrors, fit_calibration, probability_errors, scored_pairs
-from rag_retrieval.evaluate.evaluation_config import EvaluationConfig
+from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.rank_changes import QueryChange, largest_changes
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.evaluate.scoring import locked_output_dir, score_candidates

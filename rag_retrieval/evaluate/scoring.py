@@ -23,10 +23,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from rag_retrieval.core.distributed import on_main, process_index
-from rag_retrieval.core.progress import Progress
+from rag_retrieval.core.log import Progress
 from rag_retrieval.data.beir import Run, read_run, write_run
 from rag_retrieval.data.records import DataError
-from rag_retrieval.evaluate.evaluation_config import EvaluationConfig
+from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.ranking_data import RankingData
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.process_scoring import score_over_processes

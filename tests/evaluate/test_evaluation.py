@@ -11,9 +11,9 @@ import pytest
 from beir_samples import write, write_lines, write_toy
 
 from rag_retrieval import EvaluationConfig, evaluate_reranker, load_reranker
+from rag_retrieval.cli import main
 from rag_retrieval.data.beir import read_run
 from rag_retrieval.evaluate import scoring
-from rag_retrieval.evaluate.evaluate_command import main
 from rag_retrieval.evaluate.output import write_evaluation
 from rag_retrieval.metrics import LOGGED_METRICS, run_metrics
 from rag_retrieval.models.calibration import read_calibration
@@ -186,7 +186,7 @@ def test_scores_that_are_not_finite_are_refused_with_their_query(config, load_ti
 
 def test_the_command_prints_the_table_and_writes_per_query_results(config, toy, tmp_path, capsys):
     arguments = ["--model", config.model, "--data", str(toy), "--depth", "4", "--output_dir", str(tmp_path / "out")]
-    assert main([*arguments, "--measures", "ndcg@10,p@1"]) == 0
+    assert main(["evaluate", *arguments, "--measures", "ndcg@10,p@1"]) == 0
     printed = capsys.readouterr().out
     assert "toy test: 4 queries, 16 pairs; candidates from BM25" in printed
     assert "paired randomization test" in printed and "not calibrated" in printed
@@ -200,7 +200,7 @@ def test_the_command_prints_the_table_and_writes_per_query_results(config, toy, 
 
 def test_a_model_of_the_current_folder_is_called_by_its_path_from_there(toy, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["--model", "bert/model", "--data", "toy", "--depth", "4"]) == 0
+    assert main(["evaluate", "--model", "bert/model", "--data", "toy", "--depth", "4"]) == 0
     assert "\n  model     bert/model\n" in capsys.readouterr().out
     assert json.loads(Path("runs/evaluate/bert-toy-test/result.json").read_text())["model"]["name"] == "bert/model"
 
@@ -208,7 +208,8 @@ def test_a_model_of_the_current_folder_is_called_by_its_path_from_there(toy, mod
 def test_a_file_of_records_is_evaluated_with_its_documents_as_candidates(model, tmp_path, capsys):
     hits = [{"content": "北京是中国的首都", "label": 2}, {"content": "水在一百度时沸腾", "label": 0}]
     write_lines(tmp_path / "dev.jsonl", [{"query": "中国的首都", "hits": hits}])
-    assert main(["--model", model, "--data", str(tmp_path / "dev.jsonl"), "--output_dir", str(tmp_path / "o")]) == 0
+    options = ["--data", str(tmp_path / "dev.jsonl"), "--output_dir", str(tmp_path / "o")]
+    assert main(["evaluate", "--model", model, *options]) == 0
     assert "1 queries, 2 pairs; candidates from BM25 of the data's own lists" in capsys.readouterr().out
 
 
@@ -233,7 +234,7 @@ def test_judgments_without_any_relevant_document_are_refused(config, scored):
 
 
 def test_a_mistake_ends_with_one_line_and_code_2(model, tmp_path, capsys):
-    assert main(["--model", model, "--data", str(tmp_path / "gone")]) == 2
+    assert main(["evaluate", "--model", model, "--data", str(tmp_path / "gone")]) == 2
     assert "error: " in capsys.readouterr().err
 
 
@@ -242,7 +243,7 @@ def test_what_the_data_lack_is_said_in_the_terminal_and_in_the_result(config, to
     with (toy / "qrels/test.tsv").open("a") as file:
         file.write("q9\tgone\t1\n")
     options = ["--candidates", str(tmp_path / "part.trec"), "--output_dir", str(tmp_path / "out")]
-    assert main(["--model", config.model, "--data", str(toy), *options]) == 0
+    assert main(["evaluate", "--model", config.model, "--data", str(toy), *options]) == 0
     printed = capsys.readouterr().out
     assert "\n3 queries have no candidates and count 0\n" in printed
     assert "\n1 judgments are of documents that the corpus lacks; they count as missed\n" in printed

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 from beir_samples import write, write_toy
 
-from rag_retrieval.evaluate.evaluate_command import main
+from rag_retrieval.cli import main
 from rag_retrieval.metrics import METRICS
 
 pytest.importorskip("matplotlib")
@@ -55,7 +55,7 @@ def out(tmp_path_factory, model_folders):
     ]
     write(root / "run" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     options = ["--data", str(toy), "--training_run", str(root / "run"), "--output_dir", str(root / "out")]
-    assert main(["--model", model_folders["bert"], *options, "--report", "true"]) == 0
+    assert main(["evaluate", "--model", model_folders["bert"], *options, "--report", "true"]) == 0
     return root / "out"
 
 
