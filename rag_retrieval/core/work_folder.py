@@ -16,7 +16,7 @@ from typing import Any
 
 from rag_retrieval.core.files import locked
 
-VERSION = 1  # raise it whenever the same sources would give another content of any stage
+VERSION = 2  # raise it whenever the same sources would give another content of any stage
 BLOCK = 1 << 20  # bytes read at once
 STAGE_NAME = re.compile(r"[a-z0-9]+-[0-9a-f]{16}(\.partial)?")
 

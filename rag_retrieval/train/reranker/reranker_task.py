@@ -60,7 +60,7 @@ class RerankerTask:
     def describe_batch(self, micro_batch: RerankerMicroBatch) -> str:
         lengths, sources = micro_batch.pairs.lengths, micro_batch.sources
         where = f", {sources[0]} to {sources[-1]}" if sources else ""
-        return f"{len(lengths)} pairs, the longest of {max(lengths)} tokens, {sum(lengths):,} tokens in all{where}"
+        return f"{len(lengths)} pairs, the longest of {lengths.max()} tokens, {lengths.sum():,} tokens in all{where}"
 
     def report(self, step: int, total_steps: int) -> dict[str, float]:
         reports = [watch.report(step, total_steps) for watch in self.watches.values()]

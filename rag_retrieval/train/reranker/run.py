@@ -17,7 +17,7 @@ from rag_retrieval.core.files import write_json
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.metrics import LOGGED_METRICS
 from rag_retrieval.models.model_card import About, write_card
-from rag_retrieval.models.packed_forward import attention_dropout
+from rag_retrieval.models.packed_model import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.run_record import DataPart, parts_to_write
 from rag_retrieval.train.checkpoints import TrainState

@@ -160,7 +160,8 @@ def report_mix(files: list[TrainingFile], steps: MixedSteps) -> None:
 
 def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, bool]:
     """Lengths in tokens, before truncation, of all pairs or of an evenly spread sample of them."""
-    count = sample_size(store.num_pairs, store.meta["bytes"]["pairs.arrow"])
+    size = sum(store.meta["bytes"][name] for name in ("document", "document.offsets"))
+    count = sample_size(store.num_pairs, size)
     places = np.linspace(0, store.num_pairs - 1, count).astype(int)
     encoder = scorer.pair_encoder
     pairs = [store.pair(int(place)) for place in places]
@@ -171,6 +172,6 @@ def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, b
 
 
 def sample_size(pairs: int, size: int) -> int:
-    """How many of `pairs` pairs, whose documents and numbers take `size` bytes, the token lengths are counted of."""
+    """How many of `pairs` pairs, whose documents take `size` bytes, the token lengths are counted of."""
     affordable = pairs * SAMPLE_BYTES // size
     return min(pairs, LENGTH_SAMPLE, max(affordable, LEAST_SAMPLE))

@@ -121,7 +121,7 @@ def test_the_same_step_size_with_other_data_is_still_refused(settings, stop_afte
 
 def test_memory_that_is_full_tells_the_longest_pair_and_the_tokens(settings, monkeypatch):
     def fail(self, model, micro_batch):
-        lengths.append(micro_batch.pairs.lengths)
+        lengths.append(micro_batch.pairs.lengths.tolist())
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     lengths = []
