@@ -14,6 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from pydantic import ValidationError
 
+from rag_retrieval.core.files import content_digest
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.provenance import Provenance, engine_of, library_versions
