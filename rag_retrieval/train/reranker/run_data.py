@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.core.starting import StartError
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.data.summary import format_summary, summary
 from rag_retrieval.models.pair_scorer import PairScorer
@@ -116,7 +115,7 @@ def check_groups(file: TrainingFile, weighted: WeightedLoss) -> None:
         remedy = "documents of different labels"
     idle = f"{count:,} of {groups:,} groups have {fault}"
     if count == groups:
-        raise StartError(
+        raise ValueError(
             f"train_dataset: {source}: {idle}, so {name} has nothing to learn; give each "
             f"query {remedy}, or use a pointwise loss"
         )
