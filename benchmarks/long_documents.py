@@ -36,7 +36,7 @@ def main() -> None:
     pairs = [(data.queries[query], data.documents[document]) for query, document in places]
     print(f"{len(qrels)} queries, {len(pairs)} pairs; {data.source}: {shown(qrels, run)}", flush=True)
     reranker = Reranker(options.model, max_length=max(options.max_lengths))
-    known: dict[tuple[int, ...], float] = {}
+    known: dict[bytes, float] = {}
     for max_length in options.max_lengths:
         for long_document in LONG_DOCUMENT:
             started = time.perf_counter()
@@ -53,10 +53,11 @@ def score(reranker: Reranker, pairs, max_length: int, long_document: str, known:
     """Scores of the pairs, and the tokens that they stand for. known: scores of token ids, and is added to."""
     encoder = reranker.passage_encoder(max_length, long_document)
     documents = encoder.encode(pairs)
-    new = {tuple(pair.ids): pair for document in documents for pair in document.pairs if tuple(pair.ids) not in known}
+    new = {pair.ids.tobytes(): pair for document in documents for pair in document.pairs}
+    new = {ids: pair for ids, pair in new.items() if ids not in known}
     known.update(zip(new, reranker.backend.score(list(new.values()), 256).tolist(), strict=True))
     scores = [
-        encoder.combine(document, np.array([known[tuple(pair.ids)] for pair in document.pairs], np.float32)).score
+        encoder.combine(document, np.array([known[pair.ids.tobytes()] for pair in document.pairs], np.float32)).score
         for document in documents
     ]
     return scores, sum(len(pair) for document in documents for pair in document.pairs)

@@ -30,7 +30,7 @@ class EncodedTask:
     """Filled piece by piece. query_ids: by query, of this request's alone. documents: by text. truncated: texts that
     are not read whole."""
 
-    query_ids: dict[str, list[int]] = field(default_factory=dict)
+    query_ids: dict[str, np.ndarray] = field(default_factory=dict)
     documents: dict[str, EncodedDocument] = field(default_factory=dict)
     truncated: set[str] = field(default_factory=set)
 
@@ -122,9 +122,10 @@ def check_vocabulary(model: RerankModel, batcher: Batcher, pair: EncodedPair) ->
     """Scores the last token of the tokenizer: else a text could ask for a row that the embedding does not have."""
     vocabulary = model.backend.pair_encoder.own.get_vocab()
     token = max(vocabulary, key=vocabulary.get)
-    ids = [vocabulary[token] if place == pair.document_start else id_ for place, id_ in enumerate(pair.ids)]
+    ids = pair.ids.copy()
+    ids[pair.document_start] = vocabulary[token]
     try:
-        batcher.submit([replace(pair, ids=type(pair.ids)(ids))]).result()
+        batcher.submit([replace(pair, ids=ids)]).result()
     except Exception as error:
         found = f"the last token of its tokenizer, {token!r} ({vocabulary[token]}), cannot be scored"
         raise ValueError(f"{model.name}: {found}: {error}; the model's embedding may have fewer rows") from error
