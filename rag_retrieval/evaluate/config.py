@@ -7,21 +7,20 @@ from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import NAMES, FileOrFolder, FolderPath, Location, ModelName, OutputPath, key
 from rag_retrieval.evaluate.bm25 import BM25
-from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, LONG_DOCUMENT_HELP, LongDocument
 from rag_retrieval.metrics import METRICS, PATTERNS, parse_metric
-from rag_retrieval.models.options import ModelOptions
+from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
 
 GRADED = " and ".join(metric.name for metric in METRICS.values() if metric.reads == "grades")
 DEFAULT_MEASURES = ("ndcg@10", "mrr@10", "map", "recall@10", "recall@100", "p@10")
 Baseline = Annotated[str, Location(file=True, folder=True, hub=True, package=True, words=(BM25,))]
 
 
-class EvaluationConfig(ModelOptions):
+class EvaluationConfig(ModelOptions, LongDocumentOptions):
     """One evaluation."""
 
     main_keys: ClassVar = ("model", "data", "split", "baseline", "output_dir")
     groups: ClassVar = ModelOptions.groups | {
-        "model": "Data", "measures": "Figures", "report": "Output", "long_document": "Scoring"
+        "model": "Data", "measures": "Figures", "report": "Output", "batch_size": "Scoring"
     }  # fmt: skip
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
@@ -65,7 +64,6 @@ class EvaluationConfig(ModelOptions):
         "from which the same command goes on. Absent: runs/evaluate/MODEL-DATA.",
         min_length=1,
     )
-    long_document: LongDocument = key(LONG_DOCUMENT_HELP, LONG_DOCUMENT_DEFAULT)
     batch_size: int = key("Pairs of one forward, at most.", 256, ge=1)
     seed: int = key("Of the randomization test and the bootstrap.", 0, ge=0)
 

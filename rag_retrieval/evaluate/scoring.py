@@ -19,8 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rag_retrieval.core.distributed import gather, on_all, on_main, process_count, process_index
 from rag_retrieval.core.log import Progress
-from rag_retrieval.core.processes import gather, on_all, on_main, process_count, process_index
 from rag_retrieval.data.beir import Run, read_run, write_run
 from rag_retrieval.data.records import DataError
 from rag_retrieval.evaluate.config import EvaluationConfig
@@ -72,7 +72,9 @@ def score_queries(
     places = [(query, document) for query in queries for document in data.candidates[query]]
     pairs = [(data.queries[query], data.documents[document]) for query, document in places]
     try:
-        scores = reranker.compute_score(pairs, config.batch_size, long_document=config.long_document).tolist()
+        scores = reranker.compute_score(
+            pairs, config.batch_size, long_document=config.long_document, overlap=config.overlap
+        ).tolist()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     run: Run = {query: {} for query in queries}
@@ -105,7 +107,7 @@ def pairs_in(data: RankingData, queries: list[str]) -> int:
 
 def key_of(reranker: Reranker, data: RankingData, config: EvaluationConfig) -> str:
     """A digest of all that decides on the scores and on the parts: weights, settings, texts, precision, device."""
-    about = [reranker.backend.fingerprint(), config.long_document, PART_PAIRS]
+    about = [reranker.backend.fingerprint(), config.long_document, config.overlap, PART_PAIRS]
     digest = hashlib.sha256(json.dumps(about).encode())
     for query, documents in data.candidates.items():
         for text in (query, data.queries[query], *documents, *(data.documents[each] for each in documents)):

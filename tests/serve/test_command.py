@@ -1,0 +1,129 @@
+"""The command as a process of its own: options, start, signals."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from serve_samples import wait_until
+from tiny_models import tiny_bert
+
+from rag_retrieval.cli import main
+from rag_retrieval.serve.server import bound_socket
+
+ROOT = Path(__file__).resolve().parents[2]
+START = 120  # seconds
+
+
+class Server:
+    """A running command. address: None until it listens. log: what it printed so far."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.process = process
+        self.lines: list[str] = []
+        threading.Thread(target=lambda: self.lines.extend(iter(process.stdout.readline, "")), daemon=True).start()
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    @property
+    def address(self) -> str | None:
+        found = re.search(r"listening on (http://\S+)", self.log)
+        return found[1] if found else None
+
+
+@contextmanager
+def started(*options: str, **environment: str) -> Iterator[Server]:
+    command = [sys.executable, "-m", "rag_retrieval.cli", "serve", "--port", "0", *options]
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    process = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        server = Server(process)
+        wait_until(lambda: server.address or process.poll() is not None, START)
+        assert server.address, server.log
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_help_lists_every_key(capsys):
+    assert main(["serve", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for key in ("--model ", "--host ", "max_documents", "queue_pairs", "timeout"):
+        assert key in printed
+
+
+def test_wrong_options_are_one_error_and_exit_code_2(tmp_path, capsys):
+    assert main(["serve", "--model", str(tmp_path), "--port", "x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --port: ") and "65,535" in line and "x" in line
+
+
+def test_a_port_in_use_is_told_before_the_model_is_read(tmp_path, capsys):
+    with bound_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        assert main(["serve", "--model", str(tmp_path), "--port", str(taken.getsockname()[1])]) == 2
+    assert "Address already in use" in capsys.readouterr().err
+
+
+def test_an_empty_token_is_told_and_does_not_open_the_server(tmp_path, capsys):
+    (tmp_path / "token").write_text("\n")
+    assert main(["serve", "--model", str(tmp_path), "--port", "0", "--token_file", str(tmp_path / "token")]) == 2
+    assert "expected one token" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_an_error_and_no_server(tmp_path, capsys):
+    assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_missing_library_is_told_with_how_to_install_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "rag_retrieval.serve.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
+    printed = capsys.readouterr().err
+    assert "uvicorn" in printed and printed.endswith("run: pip install -e '.[serve]'\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_server_finish_what_it_took_and_end_with_0(tmp_path, sent):
+    many = {"query": "capital of France", "texts": [f"{number} " + "Paris " * 80 for number in range(1000)]}
+    small = {"query": "capital of France", "texts": ["Paris"]}
+    options = ("--batch_tokens", "200", "--max_len", "64")
+    with started("--model", tiny_bert(tmp_path / "model", head_labels=1), *options) as server:
+        with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.address, timeout=60) as client:
+            inside = pool.submit(httpx.post, f"{server.address}/rerank", json=many, timeout=60)
+            wait_until(lambda: "rag_retrieval_requests_inside 1.0" in client.get("/metrics").text)
+            server.process.send_signal(sent)
+            wait_until(lambda: client.get("/health").status_code == 503)
+            assert client.post("/rerank", json=small).status_code == 503
+            assert not inside.done()
+            assert len(inside.result(60).json()) == 1000
+        assert server.process.wait(20) == 0
+    wait_until(lambda: "stopped" in server.log)
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.slow
+def test_the_token_comes_from_the_environment_and_an_open_host_without_one_is_warned_of(tmp_path):
+    model = tiny_bert(tmp_path / "model", head_labels=1)
+    body = {"query": "q", "documents": ["a"]}
+    with started("--model", model, "--name", "ours", RAG_RETRIEVAL_SERVE_TOKEN="secret") as server:
+        assert server.address.startswith("http://127.0.0.1:")
+        assert httpx.post(f"{server.address}/rerank", json=body).status_code == 401
+        headers = {"Authorization": "Bearer secret"}
+        assert httpx.post(f"{server.address}/rerank", json=body, headers=headers).json()["model"] == "ours"
+        assert "secret" not in server.log and "no token" not in server.log
+    with started("--model", model, "--host", "0.0.0.0") as server:
+        assert "other machines see 0.0.0.0, and no token is asked for" in server.log
