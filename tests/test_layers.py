@@ -58,7 +58,7 @@ def test_losses_import_torch_and_the_standard_library_alone():
         assert tops <= {"torch", "rag_retrieval", *sys.stdlib_module_names}, file
 
 
-LOOP = ("loop", "step_data", "optimizer", "schedule", "checkpoints", "tracking", "launch", "saving", "failures",
+LOOP = ("loop", "steps", "optimizer", "schedule", "checkpoints", "tracking", "launch", "saving", "failures",
         "provenance", "run_folder")  # fmt: skip
 
 

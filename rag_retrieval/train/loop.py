@@ -31,13 +31,12 @@ from rag_retrieval.train.failures import (
     told_of_storage,
     translate_worker_deaths,
 )
-from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.run_folder import finish
 from rag_retrieval.train.saving import Saver
 from rag_retrieval.train.schedule import warmup_stable_cosine
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
-from rag_retrieval.train.step_data import MicroBatch, step_loader
+from rag_retrieval.train.steps import MicroBatch, MixedSteps, step_loader
 from rag_retrieval.train.task import LoopSettings, Task
 from rag_retrieval.train.tracking import LogWindow, Tracking
 
@@ -104,12 +103,12 @@ class Trainer:
         if settings.eval_on_start and done == 0:
             self.evaluate()
         on_gpu = self.accelerator.device.type == "cuda"
-        loader = step_loader(self.dataset, settings.epochs, done, settings.num_workers, pin_memory=on_gpu)
+        loader = step_loader(self.dataset, settings.epochs, done, settings.num_workers)
         self.model.train()
         self._evaluate_if_due()  # where a stop came first
         if self._has_stopped_improving():
             return
-        with closing(steps_of(loader)) as steps:
+        with closing(steps_of(loader, pin_memory=on_gpu)) as steps:
             for micro_batches in steps:
                 self.train_step(micro_batches)
                 self.tracking.step_done()

@@ -20,7 +20,6 @@ from rag_retrieval.models.run_record import CONFIGURATION_FILE, DATA_FILE, DataP
 from rag_retrieval.train.checkpoints import TrainState, write_json
 from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, check_wrapped_layers
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.model_setup import (
@@ -43,7 +42,7 @@ from rag_retrieval.train.reranker.run_data import (
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.run_folder import RESULTS, claim, folder_lock, plan_start, take_lock
-from rag_retrieval.train.step_data import StepShape
+from rag_retrieval.train.steps import MixedSteps, StepShape
 from rag_retrieval.train.task import LoopSettings
 
 logger = logging.getLogger(__name__)

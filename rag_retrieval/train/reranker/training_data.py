@@ -19,7 +19,7 @@ from rag_retrieval.models.pair_batch import PairBatch, make_batch, shared_beginn
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.token_budget import plan_by_tokens
 from rag_retrieval.train.reranker.objective import Objective
-from rag_retrieval.train.step_data import StepShape
+from rag_retrieval.train.steps import StepShape
 
 
 @dataclass

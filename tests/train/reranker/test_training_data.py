@@ -9,10 +9,9 @@ from training_runs import grouped_records, pointwise_records, write_jsonl
 from rag_retrieval.data.store import open_store
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.models.cross_encoder import CrossEncoder
-from rag_retrieval.train.mixed_steps import records_per_epoch
 from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps, layout, records_of, rescale
-from rag_retrieval.train.step_data import StepShape, step_loader
+from rag_retrieval.train.steps import StepShape, records_per_epoch, step_loader
 
 
 @pytest.fixture
