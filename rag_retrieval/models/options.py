@@ -1,13 +1,17 @@
 """The options for opening a model: the same names and values in every command and class that opens one.
 
-A command's configuration inherits from `ModelOptions`. Nothing here imports torch.
+The configuration of a command that opens a model inherits from `ModelOptions` and passes `model_options()` on, to
+`open_backend` or `open_scorer`. Nothing here imports torch.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
-OPTION_ALIASES = {"max_len": "max_length"}  # names that configuration files also use
+from rag_retrieval.core.config import NAMES, Config, EscapedText
+from rag_retrieval.core.config_reader import error_message
+
 NUMBER_FORMATS = {
     "float32": "fp32", "no": "fp32", "False": "fp32", "bfloat16": "bf16", "float16": "fp16"
 }  # fmt: skip
@@ -22,10 +26,10 @@ NumberFormat = Annotated[Literal["fp32", "bf16", "fp16"] | None, BeforeValidator
 DeviceName = Annotated[str | None, BeforeValidator(lambda value: value if value is None else str(value))]
 
 
-class ModelOptions(BaseModel):
+class ModelOptions(Config):
     """How to open a reranker. None: what the folder says, or the machine's own choice."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    aliases: ClassVar[Mapping[str, str]] = {"max_len": "max_length"}
 
     model_type: Literal["bert_encoder", "llm_decoder", "onnx", "openvino"] | None = Field(
         None,
@@ -35,7 +39,7 @@ class ModelOptions(BaseModel):
     device: DeviceName = Field(
         None, min_length=1, description="Such as cpu, cuda:0, mps or npu:0. Absent: a GPU if there is one."
     )
-    devices: list[DeviceName] | None = Field(
+    devices: Annotated[list[str] | None, NAMES] = Field(
         None, min_length=1, description="Several devices, such as cuda:0,cuda:1; each holds a copy of the model."
     )
     dtype: NumberFormat = Field(None, description="Number format of the weights. Absent: fp32.")
@@ -56,18 +60,18 @@ class ModelOptions(BaseModel):
         description="Attention of transformers, such as sdpa or eager. Absent: batches without padding, where the "
         "model allows it.",
     )
-    query_format: str | None = Field(None, description="Text around a query, which stands for {}.")
-    document_format: str | None = Field(None, description="Text around a document, which stands for {}.")
-    seq: str | None = Field(None, description="Decoders: text between query and document.")
-    special_token: str | None = Field(
+    query_format: EscapedText | None = Field(None, description="Text around a query, which stands for {}.")
+    document_format: EscapedText | None = Field(None, description="Text around a document, which stands for {}.")
+    seq: EscapedText | None = Field(None, description="Decoders: text between query and document.")
+    special_token: EscapedText | None = Field(
         None, description="Decoders: text after the document; the score is read at its last token."
     )
     head: Literal["scalar", "yes_no"] | None = Field(
         None, description="Decoders: a trained score head, or the logit of yes minus that of no."
     )
-    instruction: str | None = Field(None, description="yes_no: stands for {instruction} in the formats.")
+    instruction: EscapedText | None = Field(None, description="yes_no: stands for {instruction} in the formats.")
     yes_token: str | None = Field(None, min_length=1, description="yes_no: the answer for a relevant document.")
-    no_token: str | None = Field(None, description='yes_no: the other answer; "" reads yes alone.')
+    no_token: EscapedText | None = Field(None, description='yes_no: the other answer; "" reads yes alone.')
 
     def model_options(self) -> "ModelOptions":
         """These options alone, of a configuration that has other keys too."""
@@ -84,5 +88,5 @@ def model_options(**values: Any) -> ModelOptions:
         return ModelOptions(**values)
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
-        name, message = wrong["loc"][0], wrong["msg"]
-        raise ValueError(f"{name}: {message[:1].lower()}{message[1:]}; found {wrong['input']!r:.100}") from error
+        name = wrong["loc"][0]
+        raise ValueError(f"{name}: {error_message(name, wrong, ModelOptions, nested=False)}") from error

@@ -88,7 +88,10 @@ def test_a_reranker_can_be_copied_pickled_and_sent_to_another_process(load_tiny)
     for other in (copy.copy(reranker), copy.deepcopy(reranker), pickle.loads(pickle.dumps(reranker))):
         assert other.rerank(*requests()[0]) == expected
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
-        assert processes.submit(reranker.rerank, *requests()[0]).result(120) == expected
+        there = processes.submit(reranker.rerank, *requests()[0]).result(120)
+    # as many threads as cores compute there, one here, so the last digits may differ
+    assert [result.doc_id for result in there] == [result.doc_id for result in expected]
+    assert [result.score for result in there] == pytest.approx([result.score for result in expected], abs=1e-5)
 
 
 MODULES = ["infer.reranker", "infer.backend", "infer.long_documents", "infer.results", "models.pair_encoding",
