@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.words import tokenize
-from rag_retrieval.mining.mining_config import MiningConfig
+from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.run import mine
 
 WORDS = 200_000  # in the vocabulary

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 from rag_retrieval import losses
-from rag_retrieval.evaluate.comparison import compare
-from rag_retrieval.evaluate.evaluation_output import describe_comparison
+from rag_retrieval.evaluate.output import comparison_cells
+from rag_retrieval.evaluate.significance import compare
 
 TRAINERS = ("ours", "sentence-transformers")
 LOSSES = list(losses.LOSSES)
@@ -102,9 +102,10 @@ def per_query(rows: list[Row]) -> dict[str, float]:
 
 
 def difference(name: str, other: str, before: dict[str, float], after: dict[str, float], seeds: int) -> str:
-    (found,) = compare({TESTED: before}, {TESTED: after}, "randomization", seed=0)
+    (comparison,) = compare({TESTED: before}, {TESTED: after}, "randomization", seed=0)
+    gain, interval, p_value, *counts = comparison_cells(comparison)
     averaged = f" ({seeds} seeds)" if seeds > 1 else ""
-    return f"{name} - {other}: {describe_comparison(found).strip()}{averaged}"
+    return f"{name} - {other}: {TESTED} {gain}, {interval}, p {p_value}, {'/'.join(counts)} gained/lost/same{averaged}"
 
 
 def decimals(values: list[float]) -> str:

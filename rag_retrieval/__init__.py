@@ -10,15 +10,15 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CrossEncoder": "rag_retrieval.models.cross_encoder",
-    "ExportConfig": "rag_retrieval.export.export_config",
-    "EvaluationConfig": "rag_retrieval.evaluate.evaluation_config",
+    "ExportConfig": "rag_retrieval.export.config",
+    "EvaluationConfig": "rag_retrieval.evaluate.config",
     "LLMDecoder": "rag_retrieval.models.llm_decoder",
     "ListwiseReranker": "rag_retrieval.infer.listwise",
     "export_reranker": "rag_retrieval.export.run",
     "evaluate_reranker": "rag_retrieval.evaluate.evaluation",
     "load_reranker": "rag_retrieval.models.open",
     "ModelOptions": "rag_retrieval.models.options",
-    "MiningConfig": "rag_retrieval.mining.mining_config",
+    "MiningConfig": "rag_retrieval.mining.config",
     "Reranker": "rag_retrieval.infer.reranker",
     "mine": "rag_retrieval.mining.run",
     "push_to_hub": "rag_retrieval.export.hub",

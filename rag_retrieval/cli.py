@@ -1,61 +1,161 @@
-"""The command `rag-retrieval`: one subcommand for each thing that the package does.
+"""The command `rag-retrieval`: a line in `COMMANDS` for each thing that the package does, and a function that runs it.
 
-A subcommand's module is imported only when it is called, so that `--help` and mistakes answer at once.
+Nothing is imported before it is needed, so that `--help`, mistakes and Ctrl-C are answered at once.
 """
 
-import importlib
-import os
-import signal
+import logging
+import shutil
 import sys
-from collections.abc import Callable
+import time
+from typing import TYPE_CHECKING
 
-MODULES = {  # each has main(arguments) -> exit code
-    "train": "rag_retrieval.train.reranker.train_reranker",
-    "evaluate": "rag_retrieval.evaluate.evaluate_command",
-    "mine": "rag_retrieval.mining.mine_command",
-    "distill": "rag_retrieval.distill.distill_command",
-    "export": "rag_retrieval.export.export_command",
-    "serve": "rag_retrieval.serve.serve_command",
-    "push": "rag_retrieval.export.push_command",
-    "quickstart": "rag_retrieval.quickstart",
+from rag_retrieval.core.command import Command, print_result, run_command
+from rag_retrieval.core.log import launched_rank, quiet_transformers
+from rag_retrieval.train.reranker.train_reranker import TRAIN
+
+if TYPE_CHECKING:
+    from rag_retrieval.distill.config import DistillConfig
+    from rag_retrieval.evaluate.config import EvaluationConfig
+    from rag_retrieval.export.config import ExportConfig, PushConfig
+    from rag_retrieval.mining.config import MiningConfig
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = 100  # of a report where stdout is no terminal
+GOES_ON = "the same command goes on where this one stopped"
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        TRAIN,
+        Command(
+            "evaluate",
+            "measure a reranker on judged queries",
+            config="rag_retrieval.evaluate.config:EvaluationConfig",
+            run="rag_retrieval.cli:evaluate",
+            work=("rag_retrieval.evaluate.evaluation",),
+            interrupted=GOES_ON,
+        ),
+        Command(
+            "mine",
+            "find hard negatives in a corpus",
+            config="rag_retrieval.mining.config:MiningConfig",
+            run="rag_retrieval.cli:mine",
+            work=("rag_retrieval.mining.run",),
+            interrupted=GOES_ON,
+        ),
+        Command(
+            "distill",
+            "score training pairs with teacher models",
+            config="rag_retrieval.distill.config:DistillConfig",
+            run="rag_retrieval.cli:distill",
+            work=("rag_retrieval.distill.run",),
+            interrupted=GOES_ON,
+        ),
+        Command(
+            "export",
+            "write a trained reranker as ONNX",
+            config="rag_retrieval.export.config:ExportConfig",
+            run="rag_retrieval.cli:export",
+            work=("rag_retrieval.export.run",),
+        ),
+        Command(
+            "serve",
+            "answer rerank requests over HTTP",
+            config="rag_retrieval.serve.config:ServeConfig",
+            run="rag_retrieval.serve.run:serve",
+            work=("rag_retrieval.infer.reranker", "rag_retrieval.serve.app", "rag_retrieval.serve.http_server"),
+            interrupted="the server did not listen yet",
+        ),
+        Command(
+            "push",
+            "upload a model with its card to a hub",
+            config="rag_retrieval.export.config:PushConfig",
+            run="rag_retrieval.cli:push",
+            work=("rag_retrieval.export.hub",),
+            interrupted="the upload is not complete",
+        ),
+        Command(
+            "quickstart",
+            "train on the example data and show what it brought",
+            config="rag_retrieval.quickstart:QuickstartConfig",
+            run="rag_retrieval.quickstart:run",
+        ),
+    )
 }
-
-HELP = """usage: rag-retrieval COMMAND [options]
-
-  train --config FILE [--KEY VALUE ...]   train a reranker from a YAML file (train --help lists every key)
-  evaluate --model DIR --data DIR         measure a reranker on judged queries (evaluate --help lists every key)
-  mine [--config FILE] [--KEY VALUE ...]  find hard negatives in a corpus (mine --help lists every key)
-  distill --config FILE [--KEY VALUE ...] let a teacher score training pairs (distill --help lists every key)
-  export --model DIR --output DIR         write a trained reranker as ONNX (export --help lists every key)
-  serve --model DIR [--KEY VALUE ...]     answer rerank requests over HTTP (serve --help lists every key)
-  push --model DIR --repo_id ORG/NAME     upload a model with its card to a hub (push --help lists every key)
-  quickstart [--output_dir DIR]           train on the example data and show what it brought
-"""
+HELP = "\n".join(
+    [
+        "Usage: rag-retrieval COMMAND [--config FILE] [--KEY VALUE ...]\n",
+        *(f"  {command.name:<12}{command.about}" for command in COMMANDS.values()),
+        "\nrag-retrieval COMMAND --help shows the keys of a command.",
+    ]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command = arguments[0] if arguments else None
-    if command in MODULES:
-        return until_nobody_reads(importlib.import_module(MODULES[command]).main, arguments[1:])
-    if command in ("-h", "--help"):
-        print(HELP)
-        return 0
-    problem = f"unknown command {command!r}" if command else "a command is missing"
-    print(f"error: {problem}\n\n{HELP}", file=sys.stderr)
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [None]
+    if name in COMMANDS:
+        return run_command(COMMANDS[name], rest)
+    if name in ("-h", "--help"):
+        return print_result(HELP)
+    print(f"error: {f'unknown command {name!r}' if name else 'a command is missing'}\n\n{HELP}", file=sys.stderr)
     return 2
 
 
-def until_nobody_reads(run: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """The exit code; that of SIGPIPE where the reader of the output is gone, as after `| head`."""
-    try:
-        code = run(arguments)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # what is still buffered would be written, and fail, at the end of Python
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+def evaluate(config: "EvaluationConfig") -> str:
+    from rag_retrieval.evaluate.evaluation import evaluate_reranker
+    from rag_retrieval.evaluate.output import describe_evaluation, write_evaluation
+
+    evaluation = evaluate_reranker(config)
+    if launched_rank() > 0:
+        return ""
+    write_evaluation(evaluation)
+    if config.report:
+        from rag_retrieval.evaluate.report import write_report
+
+        write_report(evaluation)
+    return describe_evaluation(evaluation, shutil.get_terminal_size((COLUMNS, 24)).columns)
+
+
+def mine(config: "MiningConfig") -> str:
+    from rag_retrieval.mining.config import summary_file
+    from rag_retrieval.mining.run import mine
+
+    if config.reranker or config.dense_model:
+        import rag_retrieval.models.open  # noqa: F401 -- transformers, so that it is quiet
+
+        quiet_transformers()
+    started = time.monotonic()
+    summary = mine(config)
+    logger.info("the same as JSON: %s", summary_file(config.output))
+    first = f"{config.output}: {summary.lines:,} lines in {time.monotonic() - started:.0f} s"
+    return f"{first}\n{summary.describe(config.num_negatives)}"
+
+
+def distill(config: "DistillConfig") -> str:
+    from rag_retrieval.distill.run import distill
+
+    started = time.monotonic()
+    summary = distill(config)
+    logger.info("%.0f s", time.monotonic() - started)
+    return "" if launched_rank() > 0 else f"{config.output}: {summary.describe()}"
+
+
+def export(config: "ExportConfig") -> str:
+    from rag_retrieval.export.run import export_reranker
+
+    return export_reranker(config).describe()
+
+
+def push(config: "PushConfig") -> str:
+    from rag_retrieval.export.hub import push_to_hub, stage
+
+    card = {"language": config.language, "license": config.license, "evaluations": config.evaluations}
+    if config.dry_run is not None:
+        stage(config.model, config.dry_run, config.repo_id, **card)
+        return f"{config.dry_run}: what would be uploaded to {config.repo_id}"
+    options = {"private": config.private, "commit_message": config.commit_message}
+    return push_to_hub(config.model, config.repo_id, **options, **card)
 
 
 if __name__ == "__main__":

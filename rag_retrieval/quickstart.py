@@ -4,16 +4,17 @@ The documents of a test query stand in the file in BM25's order, so the file's o
 ranks the same candidates.
 """
 
-import argparse
-import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from rag_retrieval.core.config import Config, OutputPath, key
 from rag_retrieval.core.config_reader import load_config
 from rag_retrieval.data.store import Group, open_store
 from rag_retrieval.metrics import group_metrics, metric_value, rank_group
@@ -29,33 +30,39 @@ SHOWN = 3  # documents shown per ranking
 WIDTH = 96  # columns
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rag-retrieval quickstart", description=__doc__)
-    parser.add_argument("--output_dir", default="runs/quickstart")
-    parser.add_argument("--seed", type=int, default=42)
-    options = parser.parse_args(arguments)
+class QuickstartConfig(Config):
+    """One run on the example data."""
+
+    main_keys: ClassVar = ("output_dir", "seed")
+
+    output_dir: OutputPath = key("Folder for the run; one that is there is replaced.", "runs/quickstart", min_length=1)
+    seed: int = key("Of the training.", 42, ge=0, lt=2**32)
+
+
+def run(config: QuickstartConfig) -> str | int:
+    """What to print, or the exit code of a training that failed."""
     if not TEST_FILE.is_file():
-        print(f"error: {TEST_FILE} is missing; the quickstart runs from a checkout of the repository", file=sys.stderr)
-        return 2
+        raise ValueError(f"{TEST_FILE} is missing; the quickstart runs from a checkout of the repository")
     started = time.monotonic()
-    overrides = ["--output_dir", options.output_dir, "--seed", str(options.seed), "--overwrite_output_dir", "true"]
-    code = train(["--config", str(CONFIG), *overrides])
-    if code:
+    overrides = ["--output_dir", config.output_dir, "--seed", str(config.seed), "--overwrite_output_dir", "true"]
+    if code := train(["--config", str(CONFIG), *overrides]):
         return code
     groups = read_groups(TEST_FILE)
     base = load_config(RerankerConfig, str(CONFIG)).model_name_or_path
-    model_folder = Path(options.output_dir) / "model"
+    model_folder = Path(config.output_dir) / "model"
     rankings = {
         "BM25's order": [-np.arange(len(group.documents), dtype=float) for group in groups],
         "the base's embeddings, cosine": cosine_scores(base, groups),
         "the trained reranker": reranker_scores(model_folder, groups),
     }
-    show_table(rankings, groups)
-    show_examples(rankings["BM25's order"], rankings["the trained reranker"], groups)
-    print(f"\nThe model: {model_folder} ({time.monotonic() - started:.0f} s in all). Use it:\n")
-    print("    from rag_retrieval import CrossEncoder")
-    print(f'    CrossEncoder.from_pretrained("{model_folder}").compute_score([["query", "document"], ...])')
-    return 0
+    lines = [
+        *table(rankings, groups),
+        *examples(rankings["BM25's order"], rankings["the trained reranker"], groups),
+        f"\nThe model: {model_folder} ({time.monotonic() - started:.0f} s in all). Use it:\n",
+        "    from rag_retrieval import CrossEncoder",
+        f'    CrossEncoder.from_pretrained("{model_folder}").compute_score([["query", "document"], ...])',
+    ]
+    return "\n".join(lines)
 
 
 def read_groups(file: Path) -> list[Group]:
@@ -91,16 +98,16 @@ def embed(model_path: str, texts: list[str], batch_size: int = 32) -> np.ndarray
     return torch.cat(parts).float().numpy()
 
 
-def show_table(rankings: dict[str, list[np.ndarray]], groups: list[Group]) -> None:
+def table(rankings: dict[str, list[np.ndarray]], groups: list[Group]) -> Iterator[str]:
     labels = [group.labels for group in groups]
-    print(f"\n{len(groups)} held-out queries, {sum(map(len, labels))} candidates, none of them seen in training:\n")
-    print(f"  {'':<30} nDCG@10   MRR@10")
+    yield f"\n{len(groups)} held-out queries, {sum(map(len, labels))} candidates, none of them seen in training:\n"
+    yield f"  {'':<30} nDCG@10   MRR@10"
     for name, scores in rankings.items():
         values = group_metrics(scores, labels)
-        print(f"  {name:<30} {values['ndcg@10']:>7.4f}  {values['mrr@10']:>7.4f}")
+        yield f"  {name:<30} {values['ndcg@10']:>7.4f}  {values['mrr@10']:>7.4f}"
 
 
-def show_examples(before: list[np.ndarray], after: list[np.ndarray], groups: list[Group]) -> None:
+def examples(before: list[np.ndarray], after: list[np.ndarray], groups: list[Group]) -> Iterator[str]:
     """The two queries that gained most and the one that lost most, with the first documents of both orders."""
     old, new = (
         np.array([metric_value("ndcg@10", rank_group(values, group.labels)) for values, group in zip(scores, groups)])  # noqa: B905
@@ -109,10 +116,10 @@ def show_examples(before: list[np.ndarray], after: list[np.ndarray], groups: lis
     gains = new - old
     order = np.argsort(gains, kind="stable")
     for place in (order[-1], order[-2], order[0]):
-        print(f"\nquery: {groups[place].query}   (nDCG@10 {gains[place]:+.2f})")
+        yield f"\nquery: {groups[place].query}   (nDCG@10 {gains[place]:+.2f})"
         for name, scores in (("BM25", before[place]), ("reranker", after[place])):
-            print(f"  {name}, first {SHOWN}; * is the right one:")
+            yield f"  {name}, first {SHOWN}; * is the right one:"
             for document in np.argsort(-scores, kind="stable")[:SHOWN]:
                 mark = "*" if groups[place].labels[document] > 0 else " "
                 text = " ".join(groups[place].documents[document].split())
-                print(f"    {mark} {textwrap.shorten(text, WIDTH, placeholder=' ...')}")
+                yield f"    {mark} {textwrap.shorten(text, WIDTH, placeholder=' ...')}"

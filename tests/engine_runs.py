@@ -20,7 +20,7 @@ else:
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from torch import nn  # noqa: E402
 
-from rag_retrieval.core.command import set_up_logging  # noqa: E402
+from rag_retrieval.core.log import set_up_logging  # noqa: E402
 from rag_retrieval.train.reranker.config import RerankerConfig  # noqa: E402
 from rag_retrieval.train.reranker.run import run  # noqa: E402
 from rag_retrieval.train.reranker.train_reranker import leave  # noqa: E402

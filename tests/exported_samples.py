@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 
 from rag_retrieval.export import run
-from rag_retrieval.export.export_config import ExportConfig
+from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.export.onnx_graph import write_graph
 
 _GRAPHS: dict[str, bytes] = {}

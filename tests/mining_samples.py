@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from rag_retrieval.data.corpus import Corpus, build_corpus
-from rag_retrieval.mining.mining_config import MiningConfig
+from rag_retrieval.mining.config import MiningConfig
 
 ANIMALS = ("panda", "tiger", "otter", "eagle", "whale", "horse")
 PLACES = ("river", "forest", "desert", "island", "valley", "coast")

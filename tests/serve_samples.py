@@ -13,8 +13,8 @@ from rag_retrieval.infer.backend import Backend
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.serve.app import RerankService
 from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.http_server import address_of, bound_socket, run_server
-from rag_retrieval.serve.serve_config import ServeConfig
 from rag_retrieval.serve.served_model import ServedModel
 from rag_retrieval.serve.server_metrics import ServerMetrics
 

@@ -1,27 +1,23 @@
 """The command line as a whole."""
 
-import importlib
 import os
 import subprocess
 import sys
 
-import pytest
-
 from rag_retrieval import cli
 
 
-@pytest.mark.parametrize("name", cli.MODULES)
-def test_every_command_is_in_the_help_and_has_a_main(name, capsys):
+def test_every_command_is_in_the_help(capsys):
     assert cli.main(["--help"]) == 0
-    assert f"\n  {name} " in capsys.readouterr().out
-    assert callable(importlib.import_module(cli.MODULES[name]).main)
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("name", sorted(cli.MODULES.keys() - {"quickstart"}))
-def test_a_command_without_options_says_what_is_missing(name, capsys):
-    assert cli.main([name]) == 2
-    shown = capsys.readouterr()
-    assert shown.err.startswith("error: --") and "is missing" in shown.err and not shown.out
+def test_a_command_without_options_says_what_is_missing(capsys):
+    for name in cli.COMMANDS.keys() - {"quickstart"}:
+        assert cli.main([name]) == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith("error: --") and "is missing" in shown.err and not shown.out
 
 
 def test_an_unknown_command_is_a_mistake(capsys):

@@ -13,13 +13,18 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from rag_retrieval.core.command import CommandFailure
+
 PATIENCE = timedelta(hours=12)  # for the slowest process
 
 Result = TypeVar("Result")
 
 
-class PeerError(RuntimeError):
+class PeerError(CommandFailure):
     """Another process failed, and this one stops with it."""
+
+    exit_code = 2
+    on_all_processes = True
 
 
 @contextmanager

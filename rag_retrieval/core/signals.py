@@ -1,11 +1,11 @@
 """SIGTERM (a node is taken away) and SIGINT (Ctrl-C), at each stage of a run.
 
-While modules are imported there is nothing to lose: the process leaves with one line. While data and model are
-read, the signal is an exception, so that half-built files are removed. In training it is a wish, noted until the
-step is done and a checkpoint written; a second one leaves at once.
+While modules are imported there is nothing to lose, and an exception might be lost in C code: the process leaves with
+one line. While data and model are read, the signal is an exception, so that half-built files are removed. In training
+it is a request to stop, noted until the step is done and a checkpoint written; a second one leaves at once.
 
-What a reader would get wrong: one Ctrl-C under torchrun arrives twice, from the terminal and from torchrun, and
-schedulers too tell both launcher and processes. Signals within REPEAT of the first are the first.
+One Ctrl-C under torchrun arrives twice, from the terminal and from torchrun, and schedulers too signal both launcher
+and processes. Signals within REPEAT of the first are the first.
 """
 
 import os
@@ -13,14 +13,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from rag_retrieval.core.log import launched_rank
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 REPEAT = 1.0  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
-    """Signal `number` came before training began."""
+    """Signal `number` came while work was under way."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -28,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class TrainingStopped(Exception):
-    """Training was told by signal `number` to stop, and stands in a checkpoint. Raised by all processes alike."""
+    """Training stopped at signal `number` and is saved in a checkpoint. Raised by all processes alike."""
 
     def __init__(self, number: int, step: int, total_steps: int, checkpoint: str):
         super().__init__(
@@ -44,7 +46,7 @@ def exit_code(number: int) -> int:
 
 @contextmanager
 def on_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Let `handler` have the signals in this block. Outside the main thread nothing changes."""
+    """Handle both signals with `handler` in this block. Outside the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -57,8 +59,9 @@ def on_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 
 def leave_at_once(number: int, frame: object) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"error: interrupted by {signal.Signals(number).name}\n".encode())
+    if launched_rank() == 0:
+        with suppress(OSError):  # stderr may be closed
+            os.write(2, f"error: interrupted by {signal.Signals(number).name}\n".encode())
     os._exit(exit_code(number))
 
 
@@ -66,8 +69,8 @@ def interrupt(number: int, frame: object) -> None:
     raise Interrupted(number)
 
 
-class StopWish:
-    """Notes the first signal: `number` is 0 until one comes. `with on_signals(wish.note): ...`"""
+class StopRequest:
+    """Notes the first signal: `number` is 0 until one comes. `with on_signals(request.note): ...`"""
 
     def __init__(self):
         self.number = 0

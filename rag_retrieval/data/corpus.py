@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.core.progress import Progress
+from rag_retrieval.core.log import Progress
 from rag_retrieval.data.beir import document_text
 from rag_retrieval.data.readers import entry_text, json_objects
 from rag_retrieval.data.records import DataError

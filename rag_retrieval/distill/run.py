@@ -11,11 +11,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rag_retrieval.core.log import Progress
 from rag_retrieval.core.processes import on_all, on_main, own_device, process_count, process_group, process_index
-from rag_retrieval.core.progress import Progress
 from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, read_records
 from rag_retrieval.data.records import Record, RecordRules
-from rag_retrieval.distill.distill_config import DistillConfig
+from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
 from rag_retrieval.distill.score_summary import ScoreSummary
 from rag_retrieval.distill.scored_lines import scored_line

@@ -8,14 +8,15 @@ are larger counts for more.
 import numpy as np
 import torch
 
-from rag_retrieval.distill.distill_config import DistillConfig
+from rag_retrieval.core.command import CommandFailure
+from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.infer.open_backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.prompts import Prompt
 
 
-class TeacherError(RuntimeError):
+class TeacherError(CommandFailure):
     """A teacher gave what nobody can learn from."""
 
 

@@ -3,32 +3,47 @@
     report.html         figures inside, no script, nothing loaded from elsewhere
     figures/*.png       the same figures
 
-The trap: texts of queries and documents are data and may hold markup; every text goes through `escape`.
+Texts of queries and documents are data and may hold markup: every text goes through `escape`. `Figure` is used without
+pyplot, which keeps every figure in memory and asks for a display, and no text of the data is drawn: matplotlib's own
+font has no Chinese.
 """
 
 import base64
 import io
+import json
+from collections import Counter
 from collections.abc import Iterable
 from html import escape
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rag_retrieval.core.files import write_whole
-from rag_retrieval.evaluate.calibration_fit import scored_pairs
+from rag_retrieval.data.beir import Qrels, Run
+from rag_retrieval.evaluate.calibration import reliability, scored_pairs
 from rag_retrieval.evaluate.evaluation import Evaluation, System
-from rag_retrieval.evaluate.evaluation_output import describe_probabilities, describe_test
-from rag_retrieval.evaluate.moves import QueryChange
-from rag_retrieval.evaluate.terminal_text import shorten
-from rag_retrieval.evaluate.training_curves import find_run, read_curves
-from rag_retrieval.metrics import means
+from rag_retrieval.evaluate.output import (
+    COMPARISON_HEAD,
+    comparison_cells,
+    describe_probabilities,
+    describe_test,
+    on_one_line,
+)
+from rag_retrieval.evaluate.rank_changes import QueryChange
+from rag_retrieval.metrics import means, parse_metric
+from rag_retrieval.models.calibration import Calibration, probabilities_of
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+METRICS_FILE = "metrics.jsonl"
 DPI = 150
-LONGEST_TEXT = 190  # columns of a document's text
+LONGEST_TEXT = 190  # characters of a document's text
+# Okabe and Ito's colours, which the colour-blind can tell apart
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#6b6b6b"
+CURVE_COLORS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+WIDE, SQUARE = (8.0, 3.2), (5.0, 4.6)  # inches
 
 STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff;
@@ -40,7 +55,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee; vertical-align: top; }
-th:first-child, td:first-child, td.text, .moves th:last-child { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td:first-child, td.text, .ranks th:last-child { text-align: left; overflow-wrap: anywhere; }
 td:first-child:not(.number) { min-width: 8rem; } td.text { min-width: 14rem; }
 td.number { white-space: nowrap; }
 tr.strong td { font-weight: 600; }
@@ -52,46 +67,22 @@ img { max-width: 100%; height: auto; display: block; margin: .6rem 0; }
 def write_report(evaluation: Evaluation) -> Path:
     """report.html and figures/ in the evaluation's output_dir; the path of the page.
 
-    Raises ValueError where the configuration names a training run that is none, ImportError without matplotlib.
+    Raises ValueError where the configuration names a training run that is none.
     """
-    figures = draw_figures(evaluation)
     folder = evaluation.output_dir / "figures"
     folder.mkdir(exist_ok=True)
     images = {}
-    for name, figure in figures.items():
-        images[name] = png_of(figure)
+    for name, figure in draw_figures(evaluation).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI)
+        images[name] = buffer.getvalue()
         (folder / f"{name}.png").write_bytes(images[name])
     page = evaluation.output_dir / "report.html"
     write_whole(page, page_of(evaluation, images))
     return page
 
 
-def draw_figures(evaluation: Evaluation) -> dict[str, "Figure"]:
-    """Figures by name, in the order of the page; the training curves only where a run is known."""
-    from rag_retrieval.evaluate import report_figures as draw
-
-    config, data, run = evaluation.config, evaluation.data, evaluation.after.run
-    scores, relevant = scored_pairs(run, data.qrels, config.relevant_from)
-    first = config.measures[0]
-    before, after = (np.array(list(s.per_query[first].values())) for s in (evaluation.before, evaluation.after))
-    figures = {"gains": draw.gains_figure(after - before, first)}
-    folder = find_run(config.training_run, config.model)
-    if folder is not None:
-        figures["training"] = draw.training_figure(read_curves(folder))
-    figures["scores"] = draw.scores_figure(scores, relevant)
-    figures["reliability"] = draw.reliability_figure(scores, relevant, evaluation.probabilities.calibration)
-    figures["grades"] = draw.grades_figure(data.qrels, data.candidates)
-    figures["tokens"] = draw.tokens_figure(evaluation.token_lengths, evaluation.max_len)
-    return figures
-
-
-def png_of(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
-
-
-# ---- the page -------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------
 
 
 def page_of(evaluation: Evaluation, images: dict[str, bytes]) -> str:
@@ -142,31 +133,20 @@ def row(first: str, numbers: Iterable[str], kind: str = "") -> str:
 def systems_table(evaluation: Evaluation) -> str:
     names = evaluation.config.measures
 
-    def of(system: System, kind: str = "") -> str:
+    def row_of(system: System, kind: str = "") -> str:
         values = means(system.per_query)
         return row(system.name, (f"{values[name]:.4f}" for name in names), kind)
 
-    rows = [of(evaluation.before), of(evaluation.after, "strong"), of(evaluation.ceiling)]
+    rows = [row_of(evaluation.before), row_of(evaluation.after, "strong"), row_of(evaluation.ceiling)]
     return html_table(["ranked by", *names], rows)
 
 
 def comparison_section(evaluation: Evaluation) -> list[str]:
     if not evaluation.comparisons:
         return []
-    rows = [
-        row(
-            found.measure,
-            (
-                f"{found.difference:+.4f}",
-                f"{found.low:+.4f} to {found.high:+.4f}",
-                "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}",
-                *(f"{count:,}" for count in (found.gained, found.lost, found.same)),
-            ),
-        )
-        for found in evaluation.comparisons
-    ]
-    note = f"The baseline is {evaluation.before.name}; {describe_test(evaluation)}."
-    head = ("measure", "difference", "95% interval", "p", "gained", "lost", "same")
+    rows = [row(comparison.metric, comparison_cells(comparison)) for comparison in evaluation.comparisons]
+    note = f"The baseline is {evaluation.before.name}; {describe_test(evaluation.config.significance)}."
+    head = ("metric", *COMPARISON_HEAD)
     return ["<h2>Difference to the baseline</h2>", f'<p class="note">{escape(note)}</p>', html_table(head, rows)]
 
 
@@ -180,14 +160,195 @@ def changes_section(evaluation: Evaluation) -> list[str]:
 
 
 def change_block(evaluation: Evaluation, change: QueryChange, kind: str) -> list[str]:
-    documents, difference = evaluation.data.documents, change.after - change.before
     query = escape(evaluation.data.queries[change.query])
     rows = []
-    for move in change.moves:
-        before, after, grade = ("-" if value is None else str(value) for value in (move.before, move.after, move.grade))
-        numbers = "".join(f'<td class="number">{cell}</td>' for cell in (f"{before} → {after}", grade))
-        rows.append(
-            f'<tr>{numbers}<td class="text">{escape(shorten(documents[move.document], LONGEST_TEXT))}</td></tr>'
-        )
-    head = f'<h3><span class="{kind}">{difference:+.3f}</span> {query}</h3>'
-    return [head, html_table(("rank", "grade", "document"), rows, "moves")]
+    for document in change.documents:
+        grade, ranks = document.as_text()
+        text = on_one_line(evaluation.data.documents[document.document])
+        text = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " ..."
+        numbers = "".join(f'<td class="number">{escape(cell)}</td>' for cell in (ranks, grade))
+        rows.append(f'<tr>{numbers}<td class="text">{escape(text)}</td></tr>')
+    head = f'<h3><span class="{kind}">{change.after - change.before:+.3f}</span> {query}</h3>'
+    return [head, html_table(("rank", "grade", "document"), rows, "ranks")]
+
+
+# ---- the figures -----------------------------------------------------------------------------------------
+
+
+def draw_figures(evaluation: Evaluation) -> dict[str, Figure]:
+    """Figures by name, in the order of the page; the training curves only where a run is known."""
+    config, data = evaluation.config, evaluation.data
+    scores, relevant = scored_pairs(evaluation.after.run, data.qrels, config.relevant_from)
+    first = config.measures[0]
+    before, after = (np.array(list(s.per_query[first].values())) for s in (evaluation.before, evaluation.after))
+    figures = {"gains": gains_figure(after - before, first)}
+    folder = find_run(config.training_run, config.model)
+    if folder is not None:
+        figures["training"] = training_figure(read_curves(folder))
+    figures["scores"] = scores_figure(scores, relevant)
+    figures["reliability"] = reliability_figure(scores, relevant, evaluation.probabilities.calibration)
+    figures["grades"] = grades_figure(data.qrels, data.candidates)
+    figures["tokens"] = tokens_figure(evaluation.token_lengths, evaluation.max_len)
+    return figures
+
+
+def find_run(training_run: str | None, model: str) -> Path | None:
+    """The folder of the run that made a model: the one named, else the model folder's parent if it is a run's.
+
+    Raises ValueError for a named folder without metrics.jsonl.
+    """
+    if training_run is None:
+        parent = Path(model).absolute().parent
+        return parent if Path(model).is_dir() and (parent / METRICS_FILE).is_file() else None
+    if not (Path(training_run) / METRICS_FILE).is_file():
+        raise ValueError(f"training_run: {training_run} has no {METRICS_FILE}; give the output_dir of a training run.")
+    return Path(training_run)
+
+
+Curve = list[tuple[int, float]]  # (optimizer step, value)
+
+
+def read_curves(run: Path) -> dict[tuple[str, str], Curve]:
+    """By panel and name: loss of training and validation, learning rate, and ranking metrics of validation.
+
+    Lines "train" and "eval" of the run's metrics.jsonl have steps of their own, and the last line of a run that was
+    killed may be incomplete.
+    """
+    curves: dict[tuple[str, str], Curve] = {}
+    for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        for name, value in values.items():
+            if (place := panel_of(values["kind"], name)) is not None:
+                curves.setdefault(place, []).append((values["step"], value))
+    return curves
+
+
+def panel_of(kind: str, name: str) -> tuple[str, str] | None:
+    """Where a value of metrics.jsonl is drawn, and as what; None where it is not."""
+    if name == "loss":
+        return "loss", "training" if kind == "train" else "validation"
+    if kind == "train":
+        return ("learning rate", "learning rate") if name == "lr" else None
+    try:
+        parse_metric(name)
+    except ValueError:
+        return None
+    return "validation", name
+
+
+def training_figure(curves: dict[tuple[str, str], Curve]) -> Figure:
+    """Loss, learning rate and, where there was validation, its metrics over optimizer steps, side by side."""
+    panels = [name for name in ("loss", "learning rate", "validation") if name in {panel for panel, _ in curves}]
+    figure = Figure(figsize=(3.5 * max(len(panels), 1), 3.2), layout="constrained")
+    axes = dict(zip(panels, figure.subplots(1, max(len(panels), 1), squeeze=False)[0], strict=False))
+    colors = {panel: cycle(CURVE_COLORS) for panel in panels}
+    for (panel, name), curve in curves.items():
+        marker = "o" if "validation" in (panel, name) else None
+        axes[panel].plot(*zip(*curve, strict=True), label=name, color=next(colors[panel]), marker=marker, markersize=4)
+    for name, panel in axes.items():
+        _finish(panel, name, "step", "")
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if name == "learning rate":
+            panel.yaxis.set_major_formatter("{x:.1e}")
+        else:
+            panel.legend(frameon=False)
+    return figure
+
+
+def grades_figure(qrels: Qrels, candidates: Run) -> Figure:
+    """How many candidates have each grade, and how many judged documents are no candidates."""
+    ranked = Counter(qrels[query].get(document) for query, documents in candidates.items() for document in documents)
+    judged = Counter(grade for grades in qrels.values() for grade in grades.values())
+    levels = [*([None] if ranked[None] else []), *sorted(judged)]
+    names = ["unjudged" if level is None else str(level) for level in levels]
+    present = [ranked[level] for level in levels]
+    missed = [0 if level is None else judged[level] - ranked[level] for level in levels]
+    figure = Figure(figsize=WIDE, layout="constrained")
+    axes = figure.subplots()
+    axes.barh(names, present, color=BLUE, label="candidates")
+    if any(missed):
+        axes.barh(names, missed, left=present, color=GREY, alpha=0.5, label="judged, not among the candidates")
+    total = [a + b for a, b in zip(present, missed, strict=True)]
+    for place, (own, other) in enumerate(zip(present, missed, strict=True)):
+        text = f" {own:,}" + (f" + {other:,}" if other else "")
+        axes.text(total[place], place, text, va="center", fontsize=9)
+    axes.set_xlim(0, max(total) * 1.15)
+    axes.legend(frameon=False)
+    _finish(axes, "grades", "documents", "grade", grid="x")
+    return figure
+
+
+def scores_figure(scores: np.ndarray, relevant: np.ndarray) -> Figure:
+    """Histograms of the scores of relevant and of other candidates, each with the area 1."""
+    figure = Figure(figsize=WIDE, layout="constrained")
+    axes = figure.subplots()
+    edges = np.histogram_bin_edges(scores, bins=50)
+    for own, name, color in ((~relevant, "other", GREY), (relevant, "relevant", BLUE)):
+        if own.any():
+            label = f"{name} ({own.sum():,})"
+            axes.hist(scores[own], edges, density=True, alpha=0.55, color=color, label=label)
+    axes.legend(frameon=False)
+    _finish(axes, "scores of candidates", "score", "density")
+    return figure
+
+
+def reliability_figure(scores: np.ndarray, relevant: np.ndarray, calibration: Calibration | None) -> Figure:
+    """The share of relevant pairs against their mean probability in each tenth; a point's area grows with its pairs."""
+    figure = Figure(figsize=SQUARE, layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
+    rows = [("sigmoid of the score", None, ORANGE)]
+    if calibration is not None:
+        rows.append(("calibrated", calibration, BLUE))
+    for name, own, color in rows:
+        bins = reliability(probabilities_of(scores, own).values, relevant)
+        x, y = [bin.mean_probability for bin in bins], [bin.relevant_share for bin in bins]
+        area = [20 + 180 * np.sqrt(bin.pairs / len(scores)) for bin in bins]
+        axes.plot(x, y, color=color, linewidth=1.2, label=name)
+        axes.scatter(x, y, s=area, color=color, alpha=0.6, linewidths=0)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    axes.legend(frameon=False, loc="upper left")
+    _finish(axes, "reliability", "probability", "share that is relevant")
+    return figure
+
+
+def tokens_figure(lengths: np.ndarray, max_len: int) -> Figure:
+    """Histogram of the tokens of pairs before they are truncated, and the limit."""
+    figure = Figure(figsize=WIDE, layout="constrained")
+    axes = figure.subplots()
+    # the longest hundredth would squeeze all others to the left
+    most = max(float(np.quantile(lengths, 0.99)), max_len) * 1.05
+    axes.hist(np.minimum(lengths, most), bins=50, color=BLUE, alpha=0.7)
+    axes.axvline(max_len, color=ORANGE, label=f"limit of {max_len}: {np.mean(lengths > max_len):.1%} are truncated")
+    axes.legend(frameon=False)
+    _finish(axes, "tokens of a pair", "tokens (longer ones at the right end)", "pairs")
+    return figure
+
+
+def gains_figure(differences: np.ndarray, metric: str) -> Figure:
+    """The difference of every query, the largest loss first. differences: [queries]."""
+    figure = Figure(figsize=WIDE, layout="constrained")
+    axes = figure.subplots()
+    ordered = np.sort(differences)
+    places = np.arange(1, len(ordered) + 1)
+    colors = np.where(ordered < 0, ORANGE, BLUE)
+    axes.bar(places, ordered, width=1.0 if len(ordered) > 100 else 0.8, color=colors)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    mean = float(differences.mean())
+    axes.axhline(mean, color=GREEN, linestyle="--", linewidth=1.2, label=f"mean {mean:+.4f}")
+    axes.legend(frameon=False, loc="upper left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(axes, f"{metric}: gain of each query over the baseline", "queries, by gain", "gain")
+    return figure
+
+
+def _finish(axes: Axes, title: str, x: str, y: str, grid: str = "y") -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, alpha=0.25)
+    axes.set_axisbelow(True)

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from rag_retrieval.evaluate.evaluation import name_of
-from rag_retrieval.export.export_config import ExportConfig
+from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.export.onnx_graph import input_names, write_graph
 from rag_retrieval.export.quantize import quantize_int8
 from rag_retrieval.export.verify import CheckData, Verification, check_float32, check_int8, read_check_data

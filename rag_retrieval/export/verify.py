@@ -11,10 +11,11 @@ from itertools import cycle, islice
 import numpy as np
 from scipy.stats import ConstantInputWarning, spearmanr
 
+from rag_retrieval.core.command import CommandFailure
 from rag_retrieval.data.beir import Qrels, Run
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
-from rag_retrieval.export.export_config import ExportConfig
+from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.metrics import run_metrics
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 
@@ -45,7 +46,7 @@ SENTENCES = (
 STEPS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987)  # tokens of a document; then up to the limit
 
 
-class DifferenceError(RuntimeError):
+class DifferenceError(CommandFailure):
     """The exported model does not score as the model it was made from."""
 
 

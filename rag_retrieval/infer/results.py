@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rag_retrieval.infer.documents import check_number
-from rag_retrieval.models.calibration import Calibration, sigmoid
+from rag_retrieval.models.calibration import Calibration, probabilities_of
 
 if TYPE_CHECKING:
     import pandas
@@ -106,6 +106,5 @@ def shown_scores(
     """What is shown for logits, float32 and -inf for a document without text, and what it is."""
     if not normalize:
         return np.where(np.isneginf(logits), np.float32(EMPTY_SCORE), logits), "logit"
-    if calibration is None:
-        return sigmoid(logits), "sigmoid"
-    return calibration.apply(logits), "calibrated"
+    made = probabilities_of(logits, calibration)
+    return made.values, made.score_type

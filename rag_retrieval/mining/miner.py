@@ -12,7 +12,7 @@ import numpy as np
 from rag_retrieval.core.work_folder import WorkFolder
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.mining.choice import Rules, below_positives, draw, fit_places
-from rag_retrieval.mining.mining_config import MiningConfig
+from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.output import Mined
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.retrieval.candidates import Candidates

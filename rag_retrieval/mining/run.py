@@ -13,14 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rag_retrieval.core.files import replacing
-from rag_retrieval.core.progress import Progress
+from rag_retrieval.core.log import Progress
 from rag_retrieval.core.work_folder import WorkFolder, content_of
 from rag_retrieval.data.beir import find_file
 from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.records import DataError
+from rag_retrieval.mining.config import MiningConfig, summary_file
 from rag_retrieval.mining.miner import Miner
-from rag_retrieval.mining.mining_checks import summary_file
-from rag_retrieval.mining.mining_config import MiningConfig
 from rag_retrieval.mining.output import Mined, lines_of, text_writer
 from rag_retrieval.mining.queries import (
     Query,

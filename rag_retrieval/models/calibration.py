@@ -1,14 +1,14 @@
-"""A temperature and a bias that turn scores into probabilities, in a file of its own beside the weights.
+"""Scores as probabilities: by a temperature and a bias from a file beside the weights, or by the sigmoid.
 
-The trap: it belongs to these very weights. It is no part of the settings that a model carries along, so a model
-that is trained further is saved without it, and `save_pretrained` removes the one that lay in the folder.
+The file belongs to these very weights. It is no part of the settings that a model carries along, so a model that is
+trained further is saved without it, and `save_pretrained` removes the one that lay in the folder.
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -34,10 +34,6 @@ class Calibration:
     data: str
     pairs: int
 
-    def apply(self, scores: "torch.Tensor | np.ndarray") -> "torch.Tensor | np.ndarray":
-        """Probabilities in [0, 1] of any number of scores, as what they came as: a tensor or an array."""
-        return sigmoid(scores / self.temperature + self.bias)
-
 
 def sigmoid(scores: "torch.Tensor | np.ndarray") -> "torch.Tensor | np.ndarray":
     """1 / (1 + exp(-score)) of a tensor or an array, without overflow at either end."""
@@ -49,18 +45,26 @@ def sigmoid(scores: "torch.Tensor | np.ndarray") -> "torch.Tensor | np.ndarray":
 
 @dataclass(frozen=True)
 class Probabilities:
-    """values: [pairs], float32, in [0, 1]. calibration: what they were made with; None for the plain sigmoid."""
+    """values: of the shape and type of the scores, in [0, 1]. calibration: what they were made with; None for the plain
+    sigmoid, which is no probability after RankNet or listwise training."""
 
-    values: "torch.Tensor"
+    values: "torch.Tensor | np.ndarray"
     calibration: Calibration | None
 
     @property
     def calibrated(self) -> bool:
         return self.calibration is not None
 
+    @property
+    def score_type(self) -> Literal["calibrated", "sigmoid"]:
+        return "calibrated" if self.calibrated else "sigmoid"
 
-def probabilities_of(scores: "torch.Tensor", calibration: Calibration | None) -> Probabilities:
-    return Probabilities(calibration.apply(scores) if calibration else scores.sigmoid(), calibration)
+
+def probabilities_of(scores: "torch.Tensor | np.ndarray", calibration: Calibration | None) -> Probabilities:
+    """What `normalize` means everywhere: calibrated where the model has a calibration, else the sigmoid. It is for
+    showing only: equal probabilities of high scores would lose the ranking."""
+    logits = scores if calibration is None else scores / calibration.temperature + calibration.bias
+    return Probabilities(sigmoid(logits), calibration)
 
 
 def read_calibration(model_path: str) -> Calibration | None:

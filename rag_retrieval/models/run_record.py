@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rag_retrieval.core.config_schema import is_data_file_name
+from rag_retrieval.core.config import is_data_file_name
 from rag_retrieval.data.summary import StoreSummary
 from rag_retrieval.models.settings import PACKAGE_PREFIX
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.core.progress import Progress
+from rag_retrieval.core.log import Progress
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.records import DataError
 from rag_retrieval.data.words import AUTO, describe_words, tokenize

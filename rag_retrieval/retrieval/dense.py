@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rag_retrieval.core.progress import Progress
+from rag_retrieval.core.log import Progress
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.encoder import Encode

@@ -24,11 +24,11 @@ from starlette.routing import Route
 from rag_retrieval.serve.admission import Admission
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.bearer_token import is_authorized
+from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.refusal import CLIENT_GONE, Refusal, error_response
 from rag_retrieval.serve.request_body import read_body, unless_gone
 from rag_retrieval.serve.rerank_answer import document_answer, text_answer
 from rag_retrieval.serve.rerank_request import RerankRequest, TextLimits, parse_request
-from rag_retrieval.serve.serve_config import ServeConfig
 from rag_retrieval.serve.served_model import EncodedRequest, ServedModel
 from rag_retrieval.serve.server_metrics import ServerMetrics
 

@@ -8,7 +8,7 @@ import hmac
 import os
 from pathlib import Path
 
-from rag_retrieval.serve.serve_config import TOKEN_VARIABLE
+from rag_retrieval.serve.config import TOKEN_VARIABLE
 
 
 def read_token(token_file: str | None) -> bytes | None:

@@ -4,7 +4,7 @@ A `Task` computes the summed loss of a micro-batch (or several); the loop divide
 optimizer step, over micro-batches and processes. So 1 process with batch 32, 2 with 16, and 8 with accumulation 4 take
 the same step. "Step" always means optimizer step.
 
-What a reader would get wrong: a wish to stop is agreed on in the exchange at the beginning of a step, so that all
+What a reader would get wrong: ranks agree to stop in the exchange of counts at the beginning of a step, so that all
 processes stop after the same one. It is saved before it is evaluated; a resumed run makes up for that.
 """
 
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rag_retrieval.core.signals import StopWish, TrainingStopped, on_signals
+from rag_retrieval.core.signals import StopRequest, TrainingStopped, on_signals
 from rag_retrieval.core.starting import StartError
 from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
 from rag_retrieval.train.failures import (
@@ -68,7 +68,7 @@ class Trainer:
         self.checks = StepChecks(accelerator, optimizer)
         # counts are exchanged between hosts: asking a device for them would let it run dry in every step
         self.hosts = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self.wish, self.agreed_stop = StopWish(), 0
+        self.stop_request, self.agreed_stop = StopRequest(), 0
 
     def _check_resumable(self) -> None:
         before, now = self.state.steps_per_epoch, self.dataset.steps_per_epoch
@@ -86,7 +86,7 @@ class Trainer:
         Raises TrainingStopped after SIGTERM or SIGINT, ProcessFailure for what strikes this process alone, and
         TrainingError where training cannot go on.
         """
-        with told_of_storage(self.output_dir), translate_worker_deaths(), on_signals(self.wish.note):
+        with told_of_storage(self.output_dir), translate_worker_deaths(), on_signals(self.stop_request.note):
             self.tracking = Tracking(
                 self.accelerator, self.output_dir, self.total_steps, self.state.step, self.provenance.configuration
             )
@@ -120,7 +120,7 @@ class Trainer:
                     return
 
     def _stop_if_told(self) -> None:
-        number = self.agreed_stop if self.accelerator.num_processes > 1 else self.wish.number
+        number = self.agreed_stop if self.accelerator.num_processes > 1 else self.stop_request.number
         if not number or self.state.step == self.total_steps:  # what is left is to finish
             return
         self.save_checkpoint()
@@ -179,9 +179,9 @@ class Trainer:
 
     def _count(self, micro_batches: list[MicroBatch]) -> tuple[list[int], int]:
         """Items of the step over all processes for each loss, and the most micro-batches of any. Exchanged between
-        hosts, with the wish to stop."""
+        hosts, with the request to stop."""
         items = [sum(counts) for counts in zip(*(batch.items for batch in micro_batches), strict=True)]
-        mine = torch.tensor([*items, len(micro_batches), self.wish.number])
+        mine = torch.tensor([*items, len(micro_batches), self.stop_request.number])
         if self.accelerator.num_processes == 1:
             return items, len(micro_batches)
         counts = torch.empty(self.accelerator.num_processes, len(mine), dtype=mine.dtype)

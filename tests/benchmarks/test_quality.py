@@ -200,7 +200,7 @@ def test_ours_is_compared_with_theirs_query_by_query_over_the_seeds_that_both_ha
     # each query gains (0 + 0.1) / 2; of the 8 ways to give three equal differences a sign, 2 are as far from 0
     assert line == (
         "listwise_ce/bm25/ours - listwise_ce/bm25/sentence-transformers: "
-        "ndcg@10     +0.0500  [+0.0500, +0.0500]  p = 0.250  3 gained, 0 lost, 0 same (2 seeds)"
+        "ndcg@10 +0.0500, +0.0500 to +0.0500, p 0.250, 3/0/0 gained/lost/same (2 seeds)"
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from rag_retrieval.core import signals
 from rag_retrieval.core.signals import (
     Interrupted,
-    StopWish,
+    StopRequest,
     exit_code,
     ignore_stop_in_worker,
     interrupt,
@@ -24,12 +24,12 @@ def test_exit_codes_are_those_of_shells():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_wish_is_noted_and_earlier_handlers_come_back(number):
-    before, wish = signal.getsignal(number), StopWish()
-    with on_signals(wish.note):
-        assert wish.number == 0
+def test_a_request_is_noted_and_earlier_handlers_come_back(number):
+    before, request = signal.getsignal(number), StopRequest()
+    with on_signals(request.note):
+        assert request.number == 0
         os.kill(os.getpid(), number)
-        assert wish.number == number
+        assert request.number == number
     assert signal.getsignal(number) is before
 
 
@@ -56,19 +56,19 @@ def test_outside_the_main_thread_nothing_changes():
 def test_one_signal_that_arrives_twice_is_one_and_a_second_later_leaves_at_once(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    wish = StopWish()
-    wish.note(signal.SIGINT, None)
-    wish.note(signal.SIGTERM, None)
-    assert not left and wish.number == signal.SIGINT
+    request = StopRequest()
+    request.note(signal.SIGINT, None)
+    request.note(signal.SIGTERM, None)
+    assert not left and request.number == signal.SIGINT
     monkeypatch.setattr(signals, "REPEAT", -1.0)
-    wish.note(signal.SIGTERM, None)
+    request.note(signal.SIGTERM, None)
     assert left == [143]
 
 
 def test_a_second_signal_really_ends_the_process():
     program = (
-        "import time\nfrom rag_retrieval.core.signals import StopWish, on_signals\n"
-        "with on_signals(StopWish().note):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "import time\nfrom rag_retrieval.core.signals import StopRequest, on_signals\n"
+        "with on_signals(StopRequest().note):\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"

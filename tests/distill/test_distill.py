@@ -28,7 +28,7 @@ from rag_retrieval import CrossEncoder
 from rag_retrieval.cli import main
 from rag_retrieval.data.records import DataError
 from rag_retrieval.distill import run as run_module
-from rag_retrieval.distill.distill_config import DistillConfig
+from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.distill.run import distill
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from yes_no_samples import YES_NO, tiny_causal
 
 from rag_retrieval import CrossEncoder, LLMDecoder, Reranker
-from rag_retrieval.distill.distill_config import DistillConfig
+from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.distill.teachers import TeacherError, load_teachers, mean_logits
 from rag_retrieval.infer.torch_backend import TorchBackend
 

@@ -11,10 +11,10 @@ import pytest
 from beir_samples import write, write_lines, write_toy
 
 from rag_retrieval import EvaluationConfig, evaluate_reranker, load_reranker
+from rag_retrieval.cli import main
 from rag_retrieval.data.beir import read_run
-from rag_retrieval.evaluate import candidate_scoring
-from rag_retrieval.evaluate.evaluate_command import main
-from rag_retrieval.evaluate.evaluation_output import write_evaluation
+from rag_retrieval.evaluate import scoring
+from rag_retrieval.evaluate.output import write_evaluation
 from rag_retrieval.metrics import LOGGED_METRICS, run_metrics
 from rag_retrieval.models.calibration import read_calibration
 
@@ -41,13 +41,13 @@ def config(toy, model, tmp_path):
 @pytest.fixture
 def scored(monkeypatch):
     """The number of pairs that each call scored."""
-    counts, real = [], candidate_scoring.score_over_processes
+    counts, real = [], scoring.score_over_processes
 
     def counting(scorer, pairs, *arguments, **options):
         counts.append(len(pairs))
         return real(scorer, pairs, *arguments, **options)
 
-    monkeypatch.setattr(candidate_scoring, "score_over_processes", counting)
+    monkeypatch.setattr(scoring, "score_over_processes", counting)
     return counts
 
 
@@ -59,16 +59,16 @@ def test_the_run_has_the_model_s_scores_of_the_candidates(config, toy):
     assert found.after.run["q8"] == pytest.approx(dict(zip(documents, scores.tolist(), strict=True)), abs=1e-5)
     assert read_run(found.output_dir / "run.trec") == found.after.run
     wanted = run_metrics(found.data.qrels, found.after.run, LOGGED_METRICS)
-    assert {row.measure: row.after for row in found.comparisons[:3]} == pytest.approx(wanted)
+    assert {row.metric: row.after for row in found.comparisons[:3]} == pytest.approx(wanted)
     assert found.before.name == "BM25" and set(found.before.per_query["mrr@10"].values()) == {1 / 3}
 
 
 def test_a_run_that_is_cut_off_goes_on_where_it_stopped_and_gives_the_same(config, scored, monkeypatch, tmp_path):
-    monkeypatch.setattr(candidate_scoring, "PART_PAIRS", {"cpu": 5})  # two queries of four documents
+    monkeypatch.setattr(scoring, "PART_PAIRS", {"cpu": 5})  # two queries of four documents
     whole = evaluate_reranker(config)
     assert scored == [8, 8]
     cut = config.model_copy(update={"output_dir": str(tmp_path / "cut")})
-    real, written = candidate_scoring.write_run, []
+    real, written = scoring.write_run, []
 
     def one_and_no_more(file, *arguments):
         if written:
@@ -76,11 +76,11 @@ def test_a_run_that_is_cut_off_goes_on_where_it_stopped_and_gives_the_same(confi
         written.append(file)
         real(file, *arguments)
 
-    monkeypatch.setattr(candidate_scoring, "write_run", one_and_no_more)
+    monkeypatch.setattr(scoring, "write_run", one_and_no_more)
     with pytest.raises(KeyboardInterrupt):
         evaluate_reranker(cut)
     assert written[0].is_file() and not (tmp_path / "cut" / "run.trec").exists()
-    monkeypatch.setattr(candidate_scoring, "write_run", real)
+    monkeypatch.setattr(scoring, "write_run", real)
     scored.clear()
     again = evaluate_reranker(cut)
     assert scored == [8] and again.after.run == whole.after.run
@@ -139,7 +139,30 @@ def test_a_calibration_is_fitted_on_one_split_saved_and_used_on_another(config, 
     assert found.calibration.data == "toy dev" and found.calibration.pairs == 32
     assert read_calibration(config.model) == found.calibration
     later = evaluate_reranker(config).probabilities
-    assert later == found and later.log_loss < later.raw_log_loss
+    assert later == found and later.log_loss < later.sigmoid_log_loss
+
+
+def test_a_calibration_goes_elsewhere_where_the_folder_of_the_model_is_read_only(config, toy, tmp_path, monkeypatch):
+    (toy / "qrels/dev.tsv").write_text((toy / "qrels/train.tsv").read_text())
+    (toy / "runs/bm25.dev.tsv").write_text((toy / "runs/bm25.train.tsv").read_text())
+    readable = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != config.model and readable(path, mode))
+    with pytest.raises(ValueError, match="calibrate: .* cannot be written to; set calibration_dir"):
+        evaluate_reranker(config.model_copy(update={"calibrate": "dev"}))
+    elsewhere = tmp_path / "new" / "calibration"
+    changes = {"calibrate": "dev", "calibration_dir": str(elsewhere)}
+    found = evaluate_reranker(config.model_copy(update=changes)).probabilities
+    assert found.calibration == read_calibration(str(elsewhere)) and read_calibration(config.model) is None
+    assert (found.score_type, found.calibration.data) == ("calibrated", "toy dev")
+
+
+def test_a_model_without_a_trained_head_is_refused_as_model_and_as_baseline(config, scored, load_tiny, tmp_path):
+    load_tiny("bert").model.base_model.save_pretrained(tmp_path / "base")
+    load_tiny("bert").tokenizer.save_pretrained(tmp_path / "base")
+    for key in ("model", "baseline"):
+        with pytest.raises(ValueError, match="trained"):
+            evaluate_reranker(config.model_copy(update={key: str(tmp_path / "base")}))
+    assert scored == [16], "of the trained model alone"
 
 
 def test_calibration_on_what_is_measured_or_without_a_folder_is_refused(config):
@@ -163,10 +186,10 @@ def test_scores_that_are_not_finite_are_refused_with_their_query(config, load_ti
 
 def test_the_command_prints_the_table_and_writes_per_query_results(config, toy, tmp_path, capsys):
     arguments = ["--model", config.model, "--data", str(toy), "--depth", "4", "--output_dir", str(tmp_path / "out")]
-    assert main([*arguments, "--measures", "ndcg@10,p@1"]) == 0
+    assert main(["evaluate", *arguments, "--measures", "ndcg@10,p@1"]) == 0
     printed = capsys.readouterr().out
     assert "toy test: 4 queries, 16 pairs; candidates from BM25" in printed
-    assert "paired randomization test" in printed and "probabilities, not calibrated" in printed
+    assert "paired randomization test" in printed and "not calibrated" in printed
     rows = [json.loads(line) for line in (tmp_path / "out/per_query.jsonl").read_text().splitlines()]
     assert [row["query_id"] for row in rows] == ["q8", "q9", "q10", "q11"]
     assert rows[0]["baseline"] == {"ndcg@10": 0.5, "p@1": 0.0} and rows[0]["relevant"] == 1
@@ -177,15 +200,16 @@ def test_the_command_prints_the_table_and_writes_per_query_results(config, toy, 
 
 def test_a_model_of_the_current_folder_is_called_by_its_path_from_there(toy, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["--model", "bert/model", "--data", "toy", "--depth", "4"]) == 0
-    assert f"\n  {'bert/model':<30}" in capsys.readouterr().out
+    assert main(["evaluate", "--model", "bert/model", "--data", "toy", "--depth", "4"]) == 0
+    assert "\n  model     bert/model\n" in capsys.readouterr().out
     assert json.loads(Path("runs/evaluate/bert-toy-test/result.json").read_text())["model"]["name"] == "bert/model"
 
 
 def test_a_file_of_records_is_evaluated_with_its_documents_as_candidates(model, tmp_path, capsys):
     hits = [{"content": "北京是中国的首都", "label": 2}, {"content": "水在一百度时沸腾", "label": 0}]
     write_lines(tmp_path / "dev.jsonl", [{"query": "中国的首都", "hits": hits}])
-    assert main(["--model", model, "--data", str(tmp_path / "dev.jsonl"), "--output_dir", str(tmp_path / "o")]) == 0
+    options = ["--data", str(tmp_path / "dev.jsonl"), "--output_dir", str(tmp_path / "o")]
+    assert main(["evaluate", "--model", model, *options]) == 0
     assert "1 queries, 2 pairs; candidates from BM25 of the data's own lists" in capsys.readouterr().out
 
 
@@ -193,7 +217,7 @@ def test_queries_without_a_relevant_document_are_left_out_and_named(config, toy)
     judged = (toy / "qrels/test.tsv").read_text().replace("q9\td9-0\t1", "q9\td9-0\t0")
     (toy / "qrels/test.tsv").write_text(judged)
     found = evaluate_reranker(config)
-    assert found.left_out == ["q9"] and found.measured == ["q8", "q10", "q11"]
+    assert found.measured == ["q8", "q10", "q11"]
     write_evaluation(found)
     result = json.loads((found.output_dir / "result.json").read_text())
     assert (result["queries"], result["queries_without_relevant"]) == (3, 1)
@@ -210,7 +234,7 @@ def test_judgments_without_any_relevant_document_are_refused(config, scored):
 
 
 def test_a_mistake_ends_with_one_line_and_code_2(model, tmp_path, capsys):
-    assert main(["--model", model, "--data", str(tmp_path / "gone")]) == 2
+    assert main(["evaluate", "--model", model, "--data", str(tmp_path / "gone")]) == 2
     assert "error: " in capsys.readouterr().err
 
 
@@ -219,7 +243,7 @@ def test_what_the_data_lack_is_said_in_the_terminal_and_in_the_result(config, to
     with (toy / "qrels/test.tsv").open("a") as file:
         file.write("q9\tgone\t1\n")
     options = ["--candidates", str(tmp_path / "part.trec"), "--output_dir", str(tmp_path / "out")]
-    assert main(["--model", config.model, "--data", str(toy), *options]) == 0
+    assert main(["evaluate", "--model", config.model, "--data", str(toy), *options]) == 0
     printed = capsys.readouterr().out
     assert "\n3 queries have no candidates and count 0\n" in printed
     assert "\n1 judgments are of documents that the corpus lacks; they count as missed\n" in printed

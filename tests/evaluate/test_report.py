@@ -5,11 +5,14 @@ from html.parser import HTMLParser
 import pytest
 from beir_samples import write, write_toy
 
-from rag_retrieval.evaluate.evaluate_command import main
+from rag_retrieval.cli import main
+from rag_retrieval.metrics import METRICS
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("bm25s")
 pytest.importorskip("scipy")
+
+from rag_retrieval.evaluate.report import find_run, read_curves, training_figure  # noqa: E402
 
 VOID = {"meta", "img"}
 
@@ -52,7 +55,7 @@ def out(tmp_path_factory, model_folders):
     ]
     write(root / "run" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     options = ["--data", str(toy), "--training_run", str(root / "run"), "--output_dir", str(root / "out")]
-    assert main(["--model", model_folders["bert"], *options, "--report", "true"]) == 0
+    assert main(["evaluate", "--model", model_folders["bert"], *options, "--report", "true"]) == 0
     return root / "out"
 
 
@@ -84,3 +87,45 @@ def test_the_page_has_the_means_that_the_result_has(out):
     shown = Page((out / "report.html").read_text(encoding="utf-8")).texts
     for system in ("model", "baseline", "ceiling"):
         assert f"{result[system]['ndcg@10']:.4f}" in shown
+
+
+# ---- the curves of the run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    lines = [
+        {"step": 10, "kind": "train", "loss": 1.5, "lr": 1e-4},
+        {"step": 10, "kind": "eval", "loss": 1.2, "ndcg@10": 0.5, "queries": 3, "pair_accuracy": 0.5},
+        {"step": 20, "kind": "train", "loss": 0.5, "lr": 5e-5},
+    ]
+    write(tmp_path / "run" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "ki')
+    (tmp_path / "run" / "model").mkdir()
+    return tmp_path / "run"
+
+
+def test_training_and_validation_are_separate_curves_without_a_cut_last_line(run):
+    assert read_curves(run) == {
+        ("loss", "training"): [(10, 1.5), (20, 0.5)],
+        ("learning rate", "learning rate"): [(10, 1e-4), (20, 5e-5)],
+        ("loss", "validation"): [(10, 1.2)],
+        ("validation", "ndcg@10"): [(10, 0.5)],
+    }
+
+
+def test_every_metric_of_the_table_has_a_curve_and_a_colour_of_its_own(run):
+    names = [metric.pattern.replace("@k", "@5") for metric in METRICS.values()]
+    line = {"step": 1, "kind": "eval", "loss": 1.0, **dict.fromkeys(names, 0.5)}
+    write(run / "metrics.jsonl", json.dumps(line) + "\n")
+    figure = training_figure(read_curves(run))
+    (panel,) = [axes for axes in figure.axes if axes.get_title(loc="left") == "validation"]
+    assert [line.get_label() for line in panel.lines] == names
+    assert len({line.get_color() for line in panel.lines}) == len(names)
+
+
+def test_a_run_is_found_beside_its_model_or_by_name(run, tmp_path):
+    assert find_run(None, str(run / "model")) == run
+    assert find_run(str(run), "package:x") == run
+    assert find_run(None, "package:x") is None and find_run(None, str(tmp_path / "run")) is None
+    with pytest.raises(ValueError, match="training_run: .* has no metrics.jsonl"):
+        find_run(str(tmp_path), "package:x")

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from fake_hub import fake_hub
 
+from rag_retrieval.cli import main
 from rag_retrieval.export.hub import push_to_hub, stage
-from rag_retrieval.export.push_command import main
 from rag_retrieval.models.model_card import MARK, About, write_card
 
 TOKEN = "hf_thisIsASecret"
@@ -89,17 +89,17 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(model):
 def test_a_dry_run_fills_a_folder_and_needs_no_network(model, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     staged = tmp_path / "look"
-    assert main(["--model", str(model), "--repo_id", "org/name", "--dry_run", str(staged)]) == 0
+    assert main(["push", "--model", str(model), "--repo_id", "org/name", "--dry_run", str(staged)]) == 0
     assert "what would be uploaded to org/name" in capsys.readouterr().out
     expected = contents(model).keys()
     assert contents(staged).keys() == expected and {"README.md", "config.json", "model.safetensors"} <= expected
-    assert main(["--model", str(model), "--repo_id", "org/name", "--dry_run", str(staged)]) == 2
+    assert main(["push", "--model", str(model), "--repo_id", "org/name", "--dry_run", str(staged)]) == 2
     assert "is not empty; give a new folder" in capsys.readouterr().err
 
 
 def test_a_dry_run_that_is_switched_on_is_told_that_it_wants_a_folder(model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["--model", str(model), "--repo_id", "org/name", "--dry_run", "true"]) == 2
+    assert main(["push", "--model", str(model), "--repo_id", "org/name", "--dry_run", "true"]) == 2
     assert "--dry_run: expected a folder to write to, found true" in capsys.readouterr().err
     assert not list(tmp_path.glob("true"))
 
@@ -183,10 +183,10 @@ def test_figures_of_another_model_are_refused_and_those_of_this_one_taken(model,
 
 
 def test_the_command_names_its_keys_and_has_none_for_a_token(capsys):
-    assert main(["--help"]) == 0
+    assert main(["push", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--dry_run" in shown and "token" not in shown
-    assert main(["--model", ".", "--repo_id", "a/b", "--token", "x"]) == 2
+    assert main(["push", "--model", ".", "--repo_id", "a/b", "--token", "x"]) == 2
     assert "--token: unknown key" in capsys.readouterr().err
 
 

@@ -109,11 +109,11 @@ def test_what_other_backends_need_imports_neither_torch_nor_transformers():
 def test_an_array_and_a_tensor_get_the_same_probabilities():
     import torch
 
-    from rag_retrieval.models.calibration import Calibration, sigmoid
+    from rag_retrieval.models.calibration import Calibration, probabilities_of
 
     scores = np.array([-200, -20, -1, 0, 1, 20, 200], np.float32)
-    calibration = Calibration(1.5, 0.25, "dev", 10)
-    for function in (sigmoid, calibration.apply):
-        found, expected = function(scores), function(torch.from_numpy(scores)).numpy()
+    for calibration in (None, Calibration(1.5, 0.25, "dev", 10)):
+        found = probabilities_of(scores, calibration).values
+        expected = probabilities_of(torch.from_numpy(scores), calibration).values.numpy()
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -1,7 +1,7 @@
 import pytest
 
 from rag_retrieval.serve.bearer_token import is_authorized, read_token
-from rag_retrieval.serve.serve_config import TOKEN_VARIABLE
+from rag_retrieval.serve.config import TOKEN_VARIABLE
 
 
 def test_the_file_wins_over_the_environment_and_neither_means_that_none_is_asked_for(tmp_path, monkeypatch):

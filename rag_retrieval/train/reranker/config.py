@@ -24,6 +24,7 @@ from rag_retrieval.core.config import (
 from rag_retrieval.core.config_reader import error_message
 from rag_retrieval.losses import ALIASES, LOSSES
 from rag_retrieval.losses.custom import OWN_LOSS
+from rag_retrieval.metrics import PATTERNS, parse_metric
 from rag_retrieval.train.config import VALIDATED, TrainingConfig
 
 DatasetType = Literal["pointwise", "grouped"]
@@ -129,9 +130,9 @@ class RerankerKeys(TrainingConfig):
     val_label_key: str | None = key(
         "Key of the label in validation data. Default as train_label_key.", only=VALIDATED,
         derive=lambda config: config.train_label_key, min_length=1)
-    metric_for_best_model: Literal["loss", "ndcg@10", "mrr@10", "map", "pair_accuracy"] | None = key(
-        "Validation figure that decides which checkpoint is best. Default ndcg@10.", only=VALIDATED,
-        derive=lambda config: "ndcg@10")
+    metric_for_best_model: str | None = key(
+        f"Validation figure that decides which checkpoint is best: loss, pair_accuracy or one of {PATTERNS}. Default "
+        "ndcg@10.", only=VALIDATED, derive=lambda config: "ndcg@10")
 
     # Loss
     loss_type: str = Field(
@@ -182,6 +183,13 @@ class RerankerKeys(TrainingConfig):
         if name not in known and not (may_be_own and OWN_LOSS.fullmatch(name)):
             own = ", or module:function" if may_be_own else ""
             raise ValueError(f"expected one of {', '.join(known)}{own}, found {shown_value(name)}")
+        return name
+
+    @field_validator("metric_for_best_model", mode="after")
+    @classmethod
+    def _known_metric(cls, name: str | None) -> str | None:
+        if name not in (None, "loss", "pair_accuracy"):
+            parse_metric(name)
         return name
 
     def problems(self) -> Iterator[tuple[str, str]]:

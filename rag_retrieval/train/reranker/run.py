@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 
 from rag_retrieval.core.starting import StartError, mistakes_told, on_all_processes, on_main_process
 from rag_retrieval.data.store import RecordStore
+from rag_retrieval.metrics import LOGGED_METRICS
 from rag_retrieval.models.model_card import About, write_card
 from rag_retrieval.models.packed_forward import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
@@ -217,7 +218,9 @@ def build_validation(
     pairs_per_batch = config.batch_size * (config.train_group_size or 1)
     label_range = (config.min_label, config.max_label)
     objective = configured_objective(config)
-    return Validation(store, scorer.pair_encoder, objective, label_range, pairs_per_batch, accelerator)
+    chosen = config.metric_for_best_model
+    names = [*LOGGED_METRICS, *([chosen] if chosen not in ("loss", "pair_accuracy", *LOGGED_METRICS) else [])]
+    return Validation(store, scorer.pair_encoder, objective, label_range, pairs_per_batch, accelerator, names)
 
 
 def loop_settings(config: RerankerConfig, validation: Validation | None) -> LoopSettings:

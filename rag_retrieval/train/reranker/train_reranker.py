@@ -17,56 +17,31 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from rag_retrieval.core.command import report, set_up_logging
-from rag_retrieval.core.signals import (
-    Interrupted,
-    TrainingStopped,
-    exit_code,
-    interrupt,
-    leave_at_once,
-    on_signals,
-)
+from rag_retrieval.core.command import Command, report, run_command
+from rag_retrieval.core.log import launched_rank
+from rag_retrieval.core.signals import Interrupted, TrainingStopped, exit_code, interrupt, on_signals
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parent / "config"
-USAGE = "usage: train_reranker.py --config FILE [--KEY VALUE ...]"
 PEER_GONE = (
     "another process of this run has ended. What it printed tells why; one that printed nothing was killed, most often "
     "because memory ran out"
 )
 
 
+TRAIN = Command(
+    "train",
+    "train a reranker from a YAML file",
+    config="rag_retrieval.train.reranker.config:RerankerConfig",
+    run="rag_retrieval.train.reranker.train_reranker:train",
+    work=("rag_retrieval.train.reranker.run",),
+    config_folder=SHIPPED_CONFIGS,
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 trained; 1 training failed; 2 a mistake in configuration, data or launch; 130 and 143
-    ended by SIGINT and SIGTERM (in training: after the step, with a checkpoint). With RAG_RETRIEVAL_TRACEBACK=1 in
-    the environment, errors are raised instead."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    with on_signals(leave_at_once):
-        from rag_retrieval.core.config_reader import ConfigError, load_config, split_arguments
-        from rag_retrieval.train.reranker.config import RerankerConfig
-
-        if {"-h", "--help"} & set(arguments):
-            print(USAGE, *describe_keys(), sep="\n")
-            return 0
-        try:
-            path, overrides = split_arguments(arguments)
-            if path is None:
-                raise ConfigError(f"--config FILE is missing\n{USAGE}")
-            config = load_config(RerankerConfig, path, overrides, SHIPPED_CONFIGS)
-        except ConfigError as error:
-            return report(error, 2, on_all_processes=True)
-        set_up_logging()
-        if config.ignored:
-            logging.getLogger("rag_retrieval").warning(config.ignored)
-        return train(config)
-
-
-def describe_keys():
-    """Lines of help: every key with what it takes and what it means."""
-    from rag_retrieval.core.config import expected
-    from rag_retrieval.train.reranker.config import RerankerConfig
-
-    for name, field in RerankerConfig.model_fields.items():
-        yield f"  --{name}: {expected(field)}\n      {field.description}"
+    ended by SIGINT and SIGTERM (in training: after the step, with a checkpoint)."""
+    return run_command(TRAIN, sys.argv[1:] if arguments is None else arguments)
 
 
 def train(config) -> int:
@@ -102,9 +77,8 @@ def report_crash(error: Exception, go_on: str) -> int:
     """Print the traceback of an error that is no user's, whole and at once, with the process that it struck."""
     if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
         raise error
-    process = os.environ.get("RANK", "0")
     text = "".join(traceback.format_exception(error))
-    sys.stderr.write(f"error in process {process}:\n{text}Checkpoints written before are intact; {go_on}\n")
+    sys.stderr.write(f"error in process {launched_rank()}:\n{text}Checkpoints written before are intact; {go_on}\n")
     sys.stderr.flush()
     return 1
 

@@ -5,6 +5,7 @@ number of processes changes no digit of a metric. Groups are used whole: samplin
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from rag_retrieval.data.store import RecordStore
-from rag_retrieval.metrics import group_metrics
+from rag_retrieval.metrics import LOGGED_METRICS, group_metrics
 from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.token_budget import plan_by_tokens
@@ -28,6 +29,7 @@ class Validation:
     """Scores a validation store with a model. Build it once: batches are encoded and kept.
 
     label_range: what pointwise labels are rescaled from. batch_size: pairs of one forward.
+    names: of the ranking metrics.
     metrics: names of the values that this data allows to measure.
     """
 
@@ -39,7 +41,9 @@ class Validation:
         label_range: tuple[float, float],
         batch_size: int,
         accelerator: Accelerator,
+        names: Sequence[str] = LOGGED_METRICS,
     ):
+        self.names = names
         self.store, self.objective, self.label_range, self.accelerator = store, objective, label_range, accelerator
         self.groups = [
             np.arange(first, first + size)
@@ -83,7 +87,7 @@ class Validation:
         values = {"loss": self.mean_loss(scores)}
         if self.store.group_sizes.max() > 1:
             rows = [(scores[group], self.labels[group]) for group in self.groups]
-            values |= group_metrics([row[0] for row in rows], [row[1] for row in rows], self.relevant_from)
+            values |= group_metrics([row[0] for row in rows], [row[1] for row in rows], self.relevant_from, self.names)
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         return {name: int(value) if name.startswith("queries") else value for name, value in finite.items()}
 

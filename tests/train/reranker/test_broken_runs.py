@@ -31,13 +31,13 @@ def stop_after(monkeypatch):
     def run(values: dict, step: int) -> None:
         take_step = Trainer.train_step
 
-        def step_and_wish(self, micro_batches):
+        def step_and_stop(self, micro_batches):
             take_step(self, micro_batches)
             if self.state.step == step:
-                self.wish.note(signal.SIGTERM, None)
+                self.stop_request.note(signal.SIGTERM, None)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "train_step", step_and_wish)
+            patch.setattr(Trainer, "train_step", step_and_stop)
             with pytest.raises(TrainingStopped):
                 train(values)
 

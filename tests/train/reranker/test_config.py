@@ -7,6 +7,7 @@ from training_runs import ROOT
 
 from rag_retrieval.core.config_reader import ConfigError, load_config
 from rag_retrieval.losses import LOSSES
+from rag_retrieval.metrics import METRICS
 from rag_retrieval.train.reranker.config import OPTION_KEYS, TEACHER_LOSSES, RerankerConfig
 
 POINTWISE = {
@@ -116,6 +117,14 @@ def test_validation_follows_the_training_data_by_default():
     config = RerankerConfig(**GROUPED, val_dataset="owner/data", train_label_key="grade")
     assert (config.val_label_key, config.val_split, config.metric_for_best_model) == ("grade", "validation", "ndcg@10")
     assert "val_dataset" in ignored(POINTWISE, val_label_key="grade", metric_for_best_model="map")
+
+
+def test_any_metric_of_the_table_may_decide_which_checkpoint_is_best():
+    for name in ("loss", "pair_accuracy", *(metric.pattern.replace("@k", "@5") for metric in METRICS.values())):
+        config = RerankerConfig(**POINTWISE, val_dataset="val.jsonl", metric_for_best_model=name)
+        assert config.metric_for_best_model == name
+    found = problems(POINTWISE, val_dataset="val.jsonl", metric_for_best_model="ndcg")
+    assert "ndcg@k" in found["metric_for_best_model"]
 
 
 def test_only_datasets_of_the_hub_have_a_split():

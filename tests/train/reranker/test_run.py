@@ -297,6 +297,13 @@ def test_the_model_of_the_best_evaluation_is_the_result(validated):
     assert (model / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
+def test_a_metric_that_is_not_logged_otherwise_may_decide(validated):
+    values = validated(epochs=2, metric_for_best_model="err@3", lr=0.05)
+    state = train(values)
+    evaluated = {line["step"]: line["err@3"] for line in read_metrics(Path(values["output_dir"]), "eval")}
+    assert state.best_step == max(evaluated, key=evaluated.get) and state.best_metric == max(evaluated.values())
+
+
 def test_a_ranking_metric_that_cannot_be_measured_gives_way_to_the_loss(validated, caplog):
     values = validated(
         "point_ce", validation=pointwise_records(1) + [{"query": "other", "content": "d", "label": 0}]

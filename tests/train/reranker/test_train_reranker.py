@@ -38,12 +38,12 @@ def test_a_mistake_in_the_configuration_is_an_error_line_and_code_2(config, caps
     assert line.startswith("error: --loss_typ: unknown key") and "loss_type" in line
 
 
-def test_help_lists_the_keys_and_no_argument_asks_for_a_file(capsys):
-    assert main(["--help"]) == 0 and "--head_lr" in capsys.readouterr().out
+def test_help_names_the_keys_and_no_argument_says_what_is_missing(capsys):
+    assert main(["--help"]) == 0 and "head_lr" in capsys.readouterr().out
     for arguments in ([], ["--lr", "1e-3"]):
         assert main(arguments) == 2
         shown = capsys.readouterr()
-        assert "error: --config FILE is missing\nusage: " in shown.err and not shown.out
+        assert "error: --model_name_or_path: is missing" in shown.err and not shown.out
 
 
 def test_a_mistake_in_the_data_names_file_and_line_before_a_model_is_loaded(config, tmp_path, capsys):

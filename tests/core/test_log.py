@@ -2,14 +2,14 @@
 
 import logging
 
-from rag_retrieval.core import progress
-from rag_retrieval.core.progress import Progress
+from rag_retrieval.core import log
+from rag_retrieval.core.log import Progress
 
 
 def test_speed_and_time_left_are_of_what_this_run_does():
     with Progress(4000, "scoring", "pairs", done=1000) as job:
         job.update(500)
-        assert job.describe(50.0) == "1,500 of 4,000 pairs, 10.0 a second, 04:10 left"
+        assert job.describe(50.0) == "1,500 of 4,000 pairs, 10.0 a second, 0:04:10 left"
 
 
 def test_nothing_done_yet_has_no_time_left():
@@ -22,7 +22,7 @@ def test_without_a_terminal_a_line_is_logged_when_it_is_due_and_on_the_main_proc
     with Progress(10, "mining", "queries") as job:
         job.update()
         assert not caplog.messages
-        monkeypatch.setattr(progress, "LOG_EVERY", 0.0)
+        monkeypatch.setattr(log, "LOG_EVERY", 0.0)
         job.update(2)
     (line,) = caplog.messages
     assert line.startswith("mining: 3 of 10 queries, ")

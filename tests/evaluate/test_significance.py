@@ -3,7 +3,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from rag_retrieval.evaluate.comparison import compare
+from rag_retrieval.evaluate.significance import compare
 
 pytest.importorskip("scipy")
 
@@ -56,5 +56,5 @@ def test_equal_systems_differ_by_nothing_and_rounding_is_no_difference(significa
 
 
 def test_one_query_is_no_sample():
-    with pytest.raises(ValueError, match="found 1 query; a comparison needs at least two"):
+    with pytest.raises(ValueError, match="at least two queries, found 1"):
         compare(figures([0.5]), figures([0.7]), "t", seed=0)

@@ -1,11 +1,12 @@
-"""Scores of all candidates of all queries, kept as they come: a run that is cut off loses one part at most.
+"""Scores of all candidates of all queries, written as they come: a run that is cut off loses one part at most.
 
     run.trec            the finished run
     run.trec.key        what was scored by what; the run is taken again only where this is the same
     run.trec.parts/     while it is unfinished: a run file for each part, and the key
+    .lock               held by the evaluation that writes here
 
-The trap: the key holds the weights and every text, not names and times. A model trained anew in the same folder,
-or a changed corpus, is scored anew.
+The key is a digest of weights and texts, not of names and times: a model trained anew in the same folder, or a changed
+corpus, is scored anew.
 """
 
 import hashlib
@@ -13,40 +14,37 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
+from rag_retrieval.core.log import Progress
 from rag_retrieval.core.processes import on_main, process_index
-from rag_retrieval.core.progress import Progress
 from rag_retrieval.data.beir import Run, read_run, write_run
 from rag_retrieval.data.records import DataError
+from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.ranking_data import RankingData
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.process_scoring import score_over_processes
-from rag_retrieval.models.scoring_mode import Precision
 
 logger = logging.getLogger(__name__)
 
 PART_PAIRS = {"cpu": 1024, "cuda": 16_384}  # of a part, about: whole queries
+RESULT_FILE = "result.json"
+IDENTITY_KEYS = ("model", "data", "split")  # of the configuration: a folder holds results of one value of each
 
 
-@dataclass(frozen=True)
-class HowToScore:
-    """batch_size: pairs of one forward at most. precision: of the autocast, None for the device's own choice."""
-
-    batch_size: int = 256
-    precision: Precision | None = None
-
-
-def score_candidates(scorer: PairScorer, name: str, data: RankingData, file: Path, how: HowToScore) -> Run:
+def score_candidates(scorer: PairScorer, name: str, data: RankingData, file: Path, config: EvaluationConfig) -> Run:
     """The candidates with the scorer's scores; `file` is written, or read where it is finished already.
 
     Every process of a group calls it with the same arguments, and each has the whole result. name: of the system,
     in the file. Raises ValueError where a score is not finite.
     """
-    key = on_main(lambda: key_of(scorer, data, how))
+    key = on_main(lambda: key_of(scorer, data, config))
     finished = on_main(lambda: read_finished(file, key, data))
     if finished is not None:
         return in_order_of(data, finished)
@@ -57,17 +55,17 @@ def score_candidates(scorer: PairScorer, name: str, data: RankingData, file: Pat
     with Progress(data.num_pairs, "scoring", "pairs", finished_pairs, shown=process_index() == 0) as progress:
         for place, queries in enumerate(parts):
             if place not in done:
-                score_part(scorer, name, data, queries, folder / part_name(place), how)
+                score_part(scorer, name, data, queries, folder / part_name(place), config)
                 progress.update(pairs_in(data, queries))
     return on_main(lambda: finish(file, folder, key, name, data, len(parts)))
 
 
 def score_part(
-    scorer: PairScorer, name: str, data: RankingData, queries: list[str], file: Path, how: HowToScore
+    scorer: PairScorer, name: str, data: RankingData, queries: list[str], file: Path, config: EvaluationConfig
 ) -> None:
     places = [(query, document) for query in queries for document in data.candidates[query]]
     pairs = [(data.queries[query], data.documents[document]) for query, document in places]
-    scores = score_over_processes(scorer, pairs, how.batch_size, precision=how.precision).tolist()
+    scores = score_over_processes(scorer, pairs, config.batch_size, precision=config.precision).tolist()
     run: Run = {query: {} for query in queries}
     for (query, document), score in zip(places, scores, strict=True):
         if not math.isfinite(score):
@@ -91,14 +89,14 @@ def pairs_in(data: RankingData, queries: list[str]) -> int:
     return sum(len(data.candidates[query]) for query in queries)
 
 
-# ---- files ----------------------------------------------------------------------------------------------
+# ---- files of one run -------------------------------------------------------------------------------------
 
 
-def key_of(scorer: PairScorer, data: RankingData, how: HowToScore) -> str:
+def key_of(scorer: PairScorer, data: RankingData, config: EvaluationConfig) -> str:
     """A digest of all that decides on the scores and on the parts: weights, settings, texts, precision, device."""
     digest = hashlib.sha256()
     device = scorer.device.type
-    about = [asdict(scorer.settings), scorer.pair_encoder.max_length, how.precision, device, PART_PAIRS[device]]
+    about = [asdict(scorer.settings), scorer.pair_encoder.max_length, config.precision, device, PART_PAIRS[device]]
     digest.update(json.dumps(about).encode())
     for name, values in sorted(scorer.model.state_dict().items()):
         digest.update(name.encode())
@@ -145,10 +143,10 @@ def part_name(place: int) -> str:
 def finish(file: Path, folder: Path, key: str, name: str, data: RankingData, parts: int) -> Run:
     """One run file of all parts, in the order of the data. The old key goes first and the new one comes last, so
     that a file never stands under another's key."""
-    found: Run = {}
+    scored: Run = {}
     for place in range(parts):
-        found |= read_run(folder / part_name(place))
-    run, key_file = in_order_of(data, found), file.with_name(file.name + ".key")
+        scored |= read_run(folder / part_name(place))
+    run, key_file = in_order_of(data, scored), file.with_name(file.name + ".key")
     key_file.unlink(missing_ok=True)
     write_run(file, run, name)
     key_file.write_text(key)
@@ -162,3 +160,49 @@ def in_order_of(data: RankingData, run: Run) -> Run:
         query: {document: run[query][document] for document in documents}
         for query, documents in data.candidates.items()
     }
+
+
+# ---- the folder ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked_output_dir(folder: Path, config: dict) -> Iterator[None]:
+    """The folder, made where it is missing, for this evaluation alone. Every process of a launch calls it.
+
+    config: of the evaluation, as JSON values. Raises ValueError for a place where no folder can be, for one in which
+    another evaluation runs, and for one that has the results of another model or other data. Its own earlier results
+    are written over. The lock file stays: one that is removed while another waits for it is no lock.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    on_main(lambda: _take(folder, config, lock))
+    try:
+        yield
+    finally:
+        lock.release()  # which does nothing on the other processes
+
+
+def _take(folder: Path, config: dict, lock: FileLock) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir: {existing} is a file; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        busy = f"output_dir: another evaluation writes to {folder}"
+        raise ValueError(f"{busy}; wait for it, or give another output_dir") from None
+    try:
+        before = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["config"]
+        # from Python a path may be relative, where the command's was absolute
+        other = [
+            f"{key} {before[key]}"
+            for key in IDENTITY_KEYS
+            if key in before and Path(before[key]).resolve() != Path(config[key]).resolve()
+        ]
+    except (OSError, ValueError, KeyError, TypeError):  # no results there that can be read
+        other = []
+    if other:
+        lock.release()
+        raise ValueError(
+            f"output_dir: {folder} has the results of {', '.join(other)}; give another output_dir, or remove it"
+        )

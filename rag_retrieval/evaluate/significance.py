@@ -1,7 +1,7 @@
 """Whether one system ranks better than another: differences per query, their significance and their interval.
 
-What a reader would get wrong: the queries are the sample. A p-value here speaks of other queries from where these
-came; it says nothing about another seed or other training data.
+The queries are the sample. A p-value here speaks of other queries from where these came; it says nothing about another
+seed or other training data.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ BATCH_VALUES = 4_000_000  # differences held at once while resampling: 32 MB
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of one measure: means of two systems over the same queries, and `difference` (after - before) with its 95%
+    """Of one metric: means of two systems over the same queries, and `difference` (after - before) with its 95%
     interval [low, high] and two-sided p-value; and how many queries gained, lost and stayed."""
 
-    measure: str
+    metric: str
     before: float
     after: float
     difference: float
@@ -36,7 +36,7 @@ class Comparison:
 
 
 def compare(before: PerQuery, after: PerQuery, significance: Significance, seed: int) -> list[Comparison]:
-    """A comparison for each measure. Both must hold the same measures and queries, at least two.
+    """A comparison for each metric. Both must hold the same metrics and queries, at least two.
 
     significance: "randomization" is the paired randomization test (signs of the differences, 9,999 draws, exact up
     to 13 queries; Smucker, Allan and Carterette 2007) with a percentile bootstrap interval; "t" is the paired
@@ -44,9 +44,9 @@ def compare(before: PerQuery, after: PerQuery, significance: Significance, seed:
     """
     queries = list(next(iter(before.values())))
     if len(queries) < 2:
-        raise ValueError(f"found {len(queries)} query; a comparison needs at least two.")
+        raise ValueError(f"a comparison needs at least two queries, found {len(queries)}")
     return [
-        compare_measure(
+        compare_metric(
             name,
             np.array([before[name][query] for query in queries]),
             np.array([after[name][query] for query in queries]),
@@ -57,7 +57,7 @@ def compare(before: PerQuery, after: PerQuery, significance: Significance, seed:
     ]
 
 
-def compare_measure(
+def compare_metric(
     name: str, before: np.ndarray, after: np.ndarray, significance: Significance, seed: int
 ) -> Comparison:
     """before, after: the values of the same queries, [queries]."""
@@ -88,11 +88,11 @@ def randomization_test(differences: np.ndarray, seed: int) -> tuple[float, float
     batch = max(1, BATCH_VALUES // len(differences))
     options = {"n_resamples": RESAMPLES, "vectorized": True, "batch": batch, "rng": generator}
     # with one sample, "samples" draws the sign of each difference
-    tested = permutation_test((differences,), np.mean, permutation_type="samples", **options)
+    test = permutation_test((differences,), np.mean, permutation_type="samples", **options)
     interval = bootstrap(
         (differences,), np.mean, confidence_level=CONFIDENCE, method="percentile", **options
     ).confidence_interval
-    return float(tested.pvalue), float(interval.low), float(interval.high)
+    return float(test.pvalue), float(interval.low), float(interval.high)
 
 
 def t_test(differences: np.ndarray, seed: int) -> tuple[float, float, float]:
@@ -101,6 +101,6 @@ def t_test(differences: np.ndarray, seed: int) -> tuple[float, float, float]:
 
     if np.all(differences == differences[0]):  # no spread: the statistic is infinite
         return 0.0, float(differences[0]), float(differences[0])
-    tested = ttest_1samp(differences, 0.0)
-    interval = tested.confidence_interval(CONFIDENCE)
-    return float(tested.pvalue), float(interval.low), float(interval.high)
+    test = ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval(CONFIDENCE)
+    return float(test.pvalue), float(interval.low), float(interval.high)

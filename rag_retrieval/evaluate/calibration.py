@@ -1,7 +1,7 @@
 """Fitting a temperature and a bias to scores and judgments, and how far probabilities are from the truth.
 
-What a reader would get wrong: unjudged candidates count as irrelevant, and the share of relevant documents among
-the candidates enters the bias. A calibration fitted on BM25's best 100 is too low for the best 10.
+Unjudged candidates count as irrelevant, and the share of relevant documents among the candidates enters the bias: a
+calibration fitted on BM25's best 100 is too low for the best 10.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from rag_retrieval.data.beir import Qrels, Run
-from rag_retrieval.models.calibration import Calibration
+from rag_retrieval.models.calibration import Calibration, probabilities_of, sigmoid
 
 BINS = 10
+MAX_ITERATIONS = 400  # of the search; a few dozen are enough
+FLAT_GRADIENT = 1e-4  # of the mean log loss, for scores of variance 1: where the search has arrived
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def fit_calibration(scores: np.ndarray, relevant: np.ndarray, data: str) -> Cali
 
     Targets are Platt's (1999, section 2.2): (n+1)/(n+2) for n relevant pairs and 1/(m+2) for m others, so that
     scores that separate them wholly do not give a temperature of 0. Raises ValueError where no pair or every pair
-    is relevant, and where relevant pairs do not score higher.
+    is relevant, where relevant pairs do not score higher, and where the search does not converge.
     """
     from scipy.optimize import minimize
 
@@ -52,9 +54,14 @@ def fit_calibration(scores: np.ndarray, relevant: np.ndarray, data: str) -> Cali
         )
     targets = np.where(relevant, (positive + 1) / (positive + 2), 1 / (negative + 2))
     center, spread = scores.mean(), scores.std() or 1.0
-    scaled = (scores - center) / spread  # else the steps of the search hang on the scale of the scores
-    found = minimize(_loss_and_gradient, np.zeros(2), args=(scaled, targets), jac=True, method="BFGS")
-    slope, offset = found.x[0] / spread, found.x[1] - found.x[0] * center / spread
+    scaled = (scores - center) / spread  # else the steps of the search depend on the scale of the scores
+    result = minimize(
+        _loss_and_gradient, np.zeros(2), (scaled, targets), "BFGS", jac=True, options={"maxiter": MAX_ITERATIONS}
+    )
+    # BFGS also reports failure where rounding ends its last step at the minimum
+    if not result.success and not np.abs(result.jac).max() < FLAT_GRADIENT:
+        raise ValueError(f"{data}: no temperature and bias fit {len(scores):,} scored pairs: {result.message}")
+    slope, offset = result.x[0] / spread, result.x[1] - result.x[0] * center / spread
     if slope <= 0:
         raise ValueError(f"{data}: relevant pairs do not score higher than others; train the model before calibrating.")
     return Calibration(float(1 / slope), float(offset), data, len(scores))
@@ -62,19 +69,30 @@ def fit_calibration(scores: np.ndarray, relevant: np.ndarray, data: str) -> Cali
 
 def _loss_and_gradient(weights: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
     """Mean log loss of sigmoid(weights[0] * scores + weights[1]), which is convex, and its gradient."""
-    from scipy.special import expit
-
     logits = weights[0] * scores + weights[1]
     loss = np.mean(np.logaddexp(0, logits) - targets * logits)
-    errors = expit(logits) - targets
+    errors = sigmoid(logits) - targets
     return float(loss), np.array([np.mean(errors * scores), np.mean(errors)])
 
 
-def calibrated(scores: np.ndarray, calibration: Calibration | None) -> np.ndarray:
-    """Probabilities of scores; the plain sigmoid without a calibration."""
-    from scipy.special import expit
+@dataclass(frozen=True)
+class ProbabilityErrors:
+    """Log loss in nats and expected calibration error of what `normalize` gives on the measured pairs, by the model's
+    calibration or, without one, the sigmoid; and those of the sigmoid beside it."""
 
-    return expit(scores) if calibration is None else expit(scores / calibration.temperature + calibration.bias)
+    score_type: str
+    calibration: Calibration | None
+    log_loss: float
+    calibration_error: float
+    sigmoid_log_loss: float
+    sigmoid_calibration_error: float
+
+
+def probability_errors(scores: np.ndarray, relevant: np.ndarray, calibration: Calibration | None) -> ProbabilityErrors:
+    """scores: [pairs], float64; relevant: [pairs], bool."""
+    made, plain = (probabilities_of(scores, each) for each in (calibration, None))
+    errors = [error(each.values, relevant) for each in (made, plain) for error in (log_loss, calibration_error)]
+    return ProbabilityErrors(made.score_type, calibration, *errors)
 
 
 def log_loss(probabilities: np.ndarray, relevant: np.ndarray) -> float:

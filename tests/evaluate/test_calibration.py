@@ -3,15 +3,16 @@ import math
 import numpy as np
 import pytest
 
-from rag_retrieval.evaluate.calibration_fit import (
-    calibrated,
+from rag_retrieval.evaluate import calibration
+from rag_retrieval.evaluate.calibration import (
     calibration_error,
     fit_calibration,
     log_loss,
+    probability_errors,
     reliability,
     scored_pairs,
 )
-from rag_retrieval.models.calibration import Calibration
+from rag_retrieval.models.calibration import Calibration, probabilities_of
 
 pytest.importorskip("scipy")
 
@@ -34,35 +35,46 @@ def test_the_temperature_and_bias_that_made_the_data_are_found(temperature, bias
 def test_no_nearby_temperature_or_bias_has_less_log_loss():
     scores, relevant = pairs_with(2.0, 0.5, 5000)
     found = fit_calibration(scores, relevant, "made")
-    best = log_loss(calibrated(scores, found), relevant)
+    best = log_loss(probabilities_of(scores, found).values, relevant)
     for factor, shift in ((1.02, 0), (0.98, 0), (1, 0.03), (1, -0.03)):
         other = Calibration(found.temperature * factor, found.bias + shift, "", 0)
-        assert log_loss(calibrated(scores, other), relevant) > best
+        assert log_loss(probabilities_of(scores, other).values, relevant) > best
 
 
 def test_the_scale_and_place_of_the_scores_do_not_matter():
     scores, relevant = pairs_with(1.0, 0.0, 3000)
     found, moved = (fit_calibration(values, relevant, "") for values in (scores, 1000 * scores + 5000))
     assert moved.temperature == pytest.approx(1000 * found.temperature, rel=1e-3)
-    assert calibrated(1000 * scores + 5000, moved) == pytest.approx(calibrated(scores, found), abs=1e-4)
+    expected = probabilities_of(scores, found).values
+    assert probabilities_of(1000 * scores + 5000, moved).values == pytest.approx(expected, abs=1e-4)
 
 
 def test_scores_that_separate_wholly_give_a_finite_temperature():
     found = fit_calibration(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([False, False, True, True]), "few")
     assert 0.01 < found.temperature < 10
-    assert calibrated(np.array([-2.0, 2.0]), found) == pytest.approx([0.25, 0.75], abs=0.1)  # Platt's targets
+    platt = [0.25, 0.75]  # the targets of two pairs on either side
+    assert probabilities_of(np.array([-2.0, 2.0]), found).values == pytest.approx(platt, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    ("relevant", "message"),
-    [
-        ([True, True, True], "dev: 3 of 3 scored pairs are relevant; calibration needs both"),
-        ([True, False, False], "dev: relevant pairs do not score higher than others"),
-    ],
-)
-def test_what_cannot_be_calibrated_is_refused(relevant, message):
-    with pytest.raises(ValueError, match=message):
-        fit_calibration(np.array([0.0, 1.0, 2.0]), np.array(relevant), "dev")
+def test_what_cannot_be_calibrated_is_refused():
+    for relevant, message in (([True] * 3, "dev: 3 of 3"), ([True, False, False], "dev: .* do not score higher")):
+        with pytest.raises(ValueError, match=message):
+            fit_calibration(np.array([0.0, 1.0, 2.0]), np.array(relevant), "dev")
+
+
+def test_a_search_that_does_not_arrive_is_an_error_and_no_calibration(monkeypatch):
+    monkeypatch.setattr(calibration, "MAX_ITERATIONS", 1)
+    with pytest.raises(ValueError, match="dev: no temperature and bias fit 3,000 scored pairs"):
+        fit_calibration(*pairs_with(3.0, -1.5, 3000), "dev")
+
+
+def test_errors_are_those_of_what_normalize_gives_and_say_what_that_is():
+    scores, relevant = pairs_with(3.0, -1.5, 3000)
+    plain = probability_errors(scores, relevant, None)
+    made = probability_errors(scores, relevant, Calibration(3.0, -1.5, "dev", 10))
+    assert (plain.score_type, made.score_type) == ("sigmoid", "calibrated")
+    assert plain.log_loss == plain.sigmoid_log_loss == made.sigmoid_log_loss > made.log_loss
+    assert made.calibration_error < 0.03 < made.sigmoid_calibration_error == plain.calibration_error
 
 
 def test_loss_bins_and_error_equal_values_by_hand():

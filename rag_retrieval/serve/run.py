@@ -1,7 +1,7 @@
-"""`rag-retrieval serve --model DIR`: from options to a server that listens.
+"""From a configuration to a server that listens.
 
-The order matters: a wrong option, token or port is told before the model is loaded, and the port is opened after the
-model has scored its first pairs, so that whoever reaches the server finds it ready.
+A wrong token or port is reported before the model is loaded, and the port is opened after the model has scored its
+first pairs, so that whoever reaches the server finds it ready.
 """
 
 import logging
@@ -9,41 +9,19 @@ from ipaddress import ip_address
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from rag_retrieval.core.command import report, run_command
-from rag_retrieval.serve.serve_config import SERVE, TOKEN_VARIABLE, ServeConfig
+from rag_retrieval.serve.config import TOKEN_VARIABLE, ServeConfig
 
 if TYPE_CHECKING:
     import socket
 
     from rag_retrieval.infer.backend import Backend
 
-USAGE = "usage: rag-retrieval serve --model DIR [--config FILE] [--KEY VALUE ...]"
-SERVE_LIBRARIES = ("starlette", "uvicorn", "prometheus_client")
-INSTALL = "; run: pip install -e '.[serve]'"
-
 log = logging.getLogger(__name__)
 
 
-def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0 stopped by SIGTERM or Ctrl-C; 2 for a mistake in options, token, port or model; 130 for
-    Ctrl-C before it listened. With RAG_RETRIEVAL_TRACEBACK=1 in the environment, errors are raised instead."""
-    return run_command(SERVE, USAGE, arguments, run)
-
-
-def run(config: ServeConfig) -> int:
-    try:
-        serve(config)
-    except KeyboardInterrupt:
-        return report(InterruptedError("interrupted before the server listened"), 130, on_all_processes=False)
-    except ImportError as error:
-        ours = error.name in SERVE_LIBRARIES  # else of the model's backend, whose message says what to install
-        return report(ImportError(f"{error}{INSTALL if ours else ''}"), 2, on_all_processes=False)
-    except (ValueError, OSError) as error:
-        return report(error, 2, on_all_processes=False)
-    return 0
-
-
-def serve(config: ServeConfig) -> None:
+def serve(config: ServeConfig) -> int:
+    """The exit code: 0 when a signal has stopped the server. Raises ValueError and OSError for a wrong token, port or
+    model."""
     from rag_retrieval.infer.reranker import Reranker
     from rag_retrieval.serve.bearer_token import read_token
     from rag_retrieval.serve.http_server import bound_socket
@@ -55,6 +33,7 @@ def serve(config: ServeConfig) -> None:
     options = {"max_length": config.max_len, "precision": config.precision, "device": config.device}
     with opened, Reranker(config.model, **options) as reranker:
         serve_backend(config, reranker.backend, token, opened)
+    return 0
 
 
 def serve_backend(config: ServeConfig, backend: "Backend", token: bytes | None, opened: "socket.socket") -> None:

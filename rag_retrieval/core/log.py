@@ -1,0 +1,120 @@
+"""What a person sees of a long job: log lines on stderr, and a live bar where stderr is a terminal.
+
+Nothing heavy is imported before it is needed: every command starts here.
+"""
+
+import logging
+import os
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY = 60.0  # seconds between two lines of a job where stderr is a file
+BAR_WIDTH = 16  # columns
+
+
+def launched_rank() -> int:
+    """This process's rank among those that a launcher started, else 0. RANK alone says nothing: clusters set it."""
+    return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
+
+
+def set_up_logging() -> None:
+    """Our lines from the first process alone; warnings of other libraries."""
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(_ConsoleHandler())
+        root.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.getLogger("rag_retrieval").setLevel(logging.INFO if launched_rank() == 0 else logging.ERROR)
+    # an installed DeepSpeed warns of a missing GPU when accelerate imports it, in a run without DeepSpeed too
+    logging.getLogger("DeepSpeed").addFilter(_is_about_the_run)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet_transformers()
+
+
+def quiet_transformers() -> None:
+    """No warnings and no bar of a loading model, where transformers has been imported."""
+    if transformers := sys.modules.get("transformers"):
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def _is_about_the_run(record: logging.LogRecord) -> bool:
+    return record.module != "real_accelerator"
+
+
+@cache
+def _console() -> "Console":
+    """The one that the bar is drawn on, so that lines appear above it."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+class _ConsoleHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # stderr is full, and there is no other place to say so
+            _console().print(self.format(record), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+class Progress:
+    """`with Progress(total, "encoding", "documents") as progress: progress.update(n)`
+
+    total: in `unit`; the unit B is shown as kB, MB and so on. done: of total, what an earlier run has finished; speed
+    and time left are computed from the rest. shown: False on all processes but the first. A bar on a terminal;
+    elsewhere a log line every `LOG_EVERY` seconds.
+    """
+
+    def __init__(self, total: int, description: str, unit: str, done: int = 0, shown: bool = True):
+        self.description, self.unit, self.shown = description, unit, shown
+        self.total, self.before, self.done = total, done, done
+        self.started = self.logged = time.monotonic()
+        self.bar = None
+
+    def __enter__(self) -> "Progress":
+        if self.shown and sys.stderr.isatty():
+            from rich.live import Live
+
+            self.bar = Live(get_renderable=self._row, console=_console(), refresh_per_second=4, redirect_stdout=False)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self.shown and not self.bar and now - self.logged >= LOG_EVERY:
+            self.logged = now
+            logger.info("%s: %s", self.description, self.describe(now - self.started))
+
+    def describe(self, seconds: float) -> str:
+        """`1,500 of 4,000 pairs, 10.0 a second, 0:04:10 left`. seconds: since the beginning."""
+        rate = (self.done - self.before) / seconds if seconds > 0 else 0.0
+        left = str(timedelta(seconds=round((self.total - self.done) / rate))) if rate else "?"
+        if self.unit == "B":
+            from rich.filesize import decimal
+
+            return f"{decimal(self.done)} of {decimal(self.total)}, {decimal(int(rate))} a second, {left} left"
+        return f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left"
+
+    def _row(self) -> "Table":
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        row = Table.grid(padding=(0, 1))
+        for overflow in ("ellipsis", "crop", "ellipsis"):
+            row.add_column(no_wrap=True, overflow=overflow)
+        bar = ProgressBar(self.total, self.done, width=BAR_WIDTH)
+        row.add_row(self.description, bar, self.describe(time.monotonic() - self.started))
+        return row

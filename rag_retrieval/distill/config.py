@@ -1,0 +1,86 @@
+"""The keys of distillation: types, ranges and meanings.
+
+Those of the question (language to no_token) are for causal language models that were not saved by this library. A
+folder that was saved by it brings its own question, and then nothing here changes it.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from rag_retrieval.core.config import NAMES, Config, DatasetName, EscapedText, ModelName, OutputPath, key
+from rag_retrieval.models.prompts import PROMPTS, check_places
+
+
+def _by_language(part: str) -> Callable[["DistillConfig"], str]:
+    return lambda config: getattr(PROMPTS[config.language], part)
+
+
+class DistillConfig(Config):
+    """The configuration of one run."""
+
+    main_keys: ClassVar = ("dataset", "teachers", "output", "max_len", "batch_size")
+    groups: ClassVar = {"dataset": "Data", "teachers": "Teachers", "batch_size": "Scoring"}
+
+    dataset: DatasetName = Field(min_length=1, description="The pairs to score: a training file or a hub dataset.")
+    split: str = key("Split of a hub dataset.", "train", min_length=1)
+    label_key: str = key("Key of the label in the data.", "label", min_length=1)
+    output: OutputPath = Field(
+        min_length=1,
+        description="File to write, .jsonl: the records with teacher_score (a logit) and teacher_probability beside "
+        "each label.",
+    )
+    overwrite: bool = key("Replace output where it exists. Otherwise that is refused.", False)
+
+    teachers: Annotated[list[ModelName], NAMES] = Field(
+        min_length=1,
+        description="Rerankers, or causal language models that are asked yes or no: folders, hub names or "
+        "package:NAME. The logits of several are averaged.",
+    )
+    max_len: int | None = key("Longest pair, in tokens. Absent: as each teacher was saved, else 512.", ge=16)
+    language: Literal["en", "zh"] = key("Of the question that a language model is asked.", "en")
+    system: EscapedText | None = key(
+        "System text of the chat; empty for none. Default by language.", derive=_by_language("system")
+    )
+    instruction: EscapedText | None = key(
+        "What stands where prompt says {instruction}. Default by language.", derive=_by_language("instruction")
+    )
+    prompt: EscapedText | None = key(
+        "User text of the chat, with {query} and, after it, {document}. Default by language.",
+        derive=_by_language("user"),
+    )
+    yes_token: str | None = key(
+        "Answer for a relevant document, one token. Default yes, in Chinese 是.",
+        derive=_by_language("yes_token"), min_length=1,
+    )  # fmt: skip
+    no_token: str | None = key(
+        "The other answer. Default no, in Chinese 否.", derive=_by_language("no_token"), min_length=1
+    )
+
+    batch_size: int = key("Pairs of one forward pass at most; its tokens bound it besides.", 256, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = key(
+        "Of the teachers' weights. On a GPU float32 weights compute in half precision.", "float32"
+    )
+    pairs_per_part: int = key("Pairs that are scored and written together: what a killed run may lose.", 1024, ge=1)
+    trust_remote_code: bool = key("Run Python code that comes with a teacher.", False)
+
+    @field_validator("teachers")
+    @classmethod
+    def _names_are_not_empty(cls, names: list[str]) -> list[str]:
+        if not all(name.strip() for name in names):
+            raise ValueError(f"expected the names of models, found an empty one in {names}")
+        return names
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_its_places(cls, text: str) -> str:
+        check_places(text)
+        return text
+
+    @field_validator("output")
+    @classmethod
+    def _is_json_lines(cls, name: str) -> str:
+        if not name.endswith(".jsonl"):
+            raise ValueError(f"expected a file that ends in .jsonl, found {name}")
+        return name

@@ -1,0 +1,78 @@
+"""The keys of an evaluation. `calibrate` is a split or a file, and a file only where it is written as one: `./dev`,
+`dev.jsonl`."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, Location, ModelName, OutputPath, key
+from rag_retrieval.evaluate.bm25 import BM25
+from rag_retrieval.metrics import METRICS, PATTERNS, parse_metric
+
+GRADED = " and ".join(metric.name for metric in METRICS.values() if metric.reads == "grades")
+DEFAULT_MEASURES = ("ndcg@10", "mrr@10", "map", "recall@10", "recall@100", "p@10")
+Baseline = Annotated[str, Location(file=True, folder=True, hub=True, package=True, words=(BM25,))]
+
+
+class EvaluationConfig(Config):
+    """One evaluation."""
+
+    main_keys: ClassVar = ("model", "data", "split", "baseline", "output_dir")
+    groups: ClassVar = {"model": "Data", "measures": "Figures", "report": "Output", "max_len": "Scoring"}
+
+    model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
+    data: FileOrFolder = Field(min_length=1, description="Folder in BEIR layout, or a file of ranking records.")
+    split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv to measure on.", "test", min_length=1)
+    candidates: Annotated[str, Location(file=True, folder=True, words=(BM25,))] = key(
+        "bm25, or a TREC run file whose documents are reranked. Where the data list "
+        "their own candidates (candidates.SPLIT.tsv, the documents of a record), only those are ranked.",
+        BM25,
+        min_length=1,
+    )
+    depth: int = key("Candidates of a query, in documents.", 100, ge=1)
+    measures: Annotated[tuple[str, ...], NAMES] = key(
+        f"Of {PATTERNS}; the first one orders gains and losses.", DEFAULT_MEASURES
+    )
+    relevant_from: int = key(f"Smallest grade of a relevant document, for all but {GRADED}.", 1, ge=1)
+    baseline: Baseline | None = key(
+        "What to compare with: bm25, a TREC run file, or another model, which reranks "
+        "the same candidates. Absent: the candidates in their own order.",
+        min_length=1,
+    )
+    significance: Literal["randomization", "t"] = key(
+        "Paired randomization test with a bootstrap interval, or paired t-test.", "randomization"
+    )
+    calibrate: Annotated[str, Location(file=True, only_data_files=True)] | None = key(
+        "Split (of a BEIR folder) or file to fit temperature and bias on, not the one "
+        "that is measured on; they are saved as calibration.json in the model's folder.",
+        min_length=1,
+    )
+    calibration_dir: OutputPath | None = key(
+        "Where calibration.json goes instead, for a model's folder that is read-only.", min_length=1
+    )
+    report: bool = key("Write report.html and its figures into output_dir (needs matplotlib).", False)
+    training_run: FolderPath | None = key(
+        "Folder of the training run whose curves the report shows. Absent: the folder "
+        "that the model's folder lies in, where it holds a metrics.jsonl.",
+        min_length=1,
+    )
+    output_dir: OutputPath | None = key(
+        "Where run.trec, per_query.jsonl and result.json go, and unfinished scores, "
+        "from which the same command goes on. Absent: runs/evaluate/MODEL-DATA.",
+        min_length=1,
+    )
+    max_len: int | None = key("Longest pair, in tokens. Absent: the model's own.", ge=16)
+    batch_size: int = key("Pairs of one forward, at most.", 256, ge=1)
+    precision: Literal["no", "bf16", "fp16"] | None = key(
+        "Of the scoring. Absent: half precision on a GPU, none on a CPU."
+    )
+    seed: int = key("Of the randomization test and the bootstrap.", 0, ge=0)
+
+    @field_validator("measures")
+    @classmethod
+    def _known_measures(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError("found none; expected at least one, such as ndcg@10")
+        for name in names:
+            parse_metric(name)
+        return tuple(dict.fromkeys(names))

@@ -1,0 +1,188 @@
+"""An evaluation as files and as text for a terminal.
+
+    per_query.jsonl     a line for each judged query: its figures, those of the baseline, how many are relevant
+    result.json         means, comparison, what turns scores into probabilities, what was left out, the configuration
+
+run.trec, the third file, is written by the scoring, before anything is measured.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rag_retrieval.core.files import write_whole
+from rag_retrieval.evaluate.calibration import ProbabilityErrors
+from rag_retrieval.evaluate.evaluation import Evaluation
+from rag_retrieval.evaluate.rank_changes import QueryChange
+from rag_retrieval.evaluate.scoring import RESULT_FILE
+from rag_retrieval.evaluate.significance import Comparison
+from rag_retrieval.metrics import means
+
+
+def write_evaluation(evaluation: Evaluation) -> None:
+    """Both files into the evaluation's output_dir, each whole or not at all."""
+    rows = [query_row(evaluation, query) for query in evaluation.data.qrels]
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    write_whole(evaluation.output_dir / "per_query.jsonl", "".join(lines))
+    result = json.dumps(result_of(evaluation), ensure_ascii=False, allow_nan=False, indent=2)
+    write_whole(evaluation.output_dir / RESULT_FILE, result + "\n")
+
+
+def query_row(evaluation: Evaluation, query: str) -> dict:
+    row = {
+        "query_id": query,
+        "query": evaluation.data.queries[query],
+        "candidates": len(evaluation.data.candidates[query]),
+        "relevant": evaluation.relevant(query),
+    }
+    if not row["relevant"]:
+        return row | {"left_out": "no relevant document"}
+    figures, baseline = (
+        {name: values[query] for name, values in system.per_query.items()}
+        for system in (evaluation.after, evaluation.before)
+    )
+    return {**row, **figures, "baseline": baseline}
+
+
+def result_of(evaluation: Evaluation) -> dict:
+    """Everything but the queries' own figures, as JSON values."""
+    systems = {"model": evaluation.after, "baseline": evaluation.before, "ceiling": evaluation.ceiling}
+    return {
+        "data": evaluation.data.name,
+        "candidates": evaluation.data.source,
+        "queries": len(evaluation.measured),
+        "pairs": evaluation.data.num_pairs,
+        **gaps(evaluation),
+        **{key: {"name": system.name, **means(system.per_query)} for key, system in systems.items()},
+        "significance": evaluation.config.significance,
+        "comparison": [asdict(comparison) for comparison in evaluation.comparisons],
+        "probabilities": asdict(evaluation.probabilities),
+        "config": evaluation.config.model_dump(mode="json"),
+    }
+
+
+def gaps(evaluation: Evaluation) -> dict[str, int]:
+    """What the data lack, and what is left out."""
+    data = evaluation.data
+    return {
+        "queries_without_relevant": len(data.qrels) - len(evaluation.measured),
+        "queries_without_candidates": data.queries_without_candidates,
+        "judgments_without_document": data.judgments_without_document,
+    }
+
+
+GAPS_IN_WORDS = {
+    "queries_without_relevant": "queries have no relevant document and are left out of all figures",
+    "queries_without_candidates": "queries have no candidates and count 0",
+    "judgments_without_document": "judgments are of documents that the corpus lacks; they count as missed",
+}
+
+
+def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
+    """What a person wants to know, for a terminal of `columns` columns."""
+    data, metric = evaluation.data, evaluation.config.measures[0]
+    lines = [
+        f"{data.name}: {len(evaluation.measured):,} queries, {data.num_pairs:,} pairs; candidates from {data.source}",
+        *(f"{count:,} {GAPS_IN_WORDS[name]}" for name, count in gaps(evaluation).items() if count),
+        "",
+        f"  baseline  {evaluation.before.name}",
+        f"  model     {evaluation.after.name}",
+        "  perfect   the candidates in the best order there is",
+        "",
+    ]
+    tables: list[RenderableType] = [figures_table(evaluation)]
+    if evaluation.comparisons:
+        tables.append(f"\ndifference to the baseline ({describe_test(evaluation.config.significance)}):\n")
+        tables.append(comparison_table(evaluation.comparisons))
+    too_long = float((evaluation.token_lengths > evaluation.max_len).mean())
+    more = [
+        "",
+        describe_probabilities(evaluation.probabilities),
+        f"{too_long:.1%} of the pairs are longer than the limit of {evaluation.max_len} tokens and are truncated",
+    ]
+    for title, changes in zip(("gained", "lost"), evaluation.changes, strict=True):
+        more.append(f"\nqueries that {title} most ({metric}):" if changes else f"\nno query {title}")
+        more += [line for change in changes for line in change_lines(evaluation, change)]
+    page = "; the page: report.html" if evaluation.config.report else ""
+    return rendered([*lines, *tables, *more, f"\nwritten to {evaluation.output_dir}{page}"], columns)
+
+
+def rendered(parts: list[RenderableType], columns: int) -> str:
+    """Text in `columns` columns, where a Chinese character takes two. A plain text is never broken or cut, a `Text` is
+    cut at the end of the terminal."""
+    text = io.StringIO()
+    console = Console(file=text, width=columns, markup=False, highlight=False, emoji=False, color_system=None)
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, soft_wrap=True)
+        else:
+            console.print(part, no_wrap=True, overflow="ellipsis")
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Columns without lines, all but the first to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for place, title in enumerate(head):
+        table.add_column(title, justify="right" if place else "left", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells)
+    return table
+
+
+def figures_table(evaluation: Evaluation) -> Table:
+    systems = [means(system.per_query) for system in (evaluation.before, evaluation.after, evaluation.ceiling)]
+    rows = [(f"  {name}", *(f"{values[name]:.4f}" for values in systems)) for name in evaluation.config.measures]
+    return plain_table(("", "baseline", "model", "perfect"), rows)
+
+
+COMPARISON_HEAD = ("difference", "95% interval", "p", "gained", "lost", "same")
+
+
+def comparison_table(comparisons: list[Comparison]) -> Table:
+    rows = [(f"  {comparison.metric}", *comparison_cells(comparison)) for comparison in comparisons]
+    return plain_table(("", *COMPARISON_HEAD), rows)
+
+
+def comparison_cells(comparison: Comparison) -> tuple[str, ...]:
+    """A cell for each of `COMPARISON_HEAD`."""
+    p_value = "< 0.001" if comparison.p_value < 0.001 else f"{comparison.p_value:.3f}"
+    interval = f"{comparison.low:+.4f} to {comparison.high:+.4f}"
+    counts = (f"{count:,}" for count in (comparison.gained, comparison.lost, comparison.same))
+    return f"{comparison.difference:+.4f}", interval, p_value, *counts
+
+
+def describe_test(significance: str) -> str:
+    if significance == "t":
+        return "paired t-test, 95% interval"
+    return "paired randomization test, 95% bootstrap interval"
+
+
+def describe_probabilities(errors: ProbabilityErrors) -> str:
+    plain = f"log loss {errors.sigmoid_log_loss:.4f}, calibration error {errors.sigmoid_calibration_error:.4f}"
+    made = errors.calibration
+    if made is None:
+        return f"probabilities (sigmoid, not calibrated): {plain}"
+    return (
+        f"probabilities (calibrated on {made.data}: temperature {made.temperature:.3f}, bias {made.bias:+.3f}):\n"
+        f"  log loss {errors.log_loss:.4f}, calibration error {errors.calibration_error:.4f}; by the sigmoid: {plain}"
+    )
+
+
+def change_lines(evaluation: Evaluation, change: QueryChange) -> list[Text]:
+    """The query, and its documents that changed rank, each on one line."""
+    data = evaluation.data
+    lines = [f"  {change.after - change.before:+.3f}  {on_one_line(data.queries[change.query])}"]
+    for document in change.documents:
+        grade, ranks = document.as_text()
+        lines.append(f"    grade {grade:<3} rank {ranks:<12} {on_one_line(data.documents[document.document])}")
+    return [Text(line) for line in lines]
+
+
+def on_one_line(text: str) -> str:
+    return " ".join(text.split())

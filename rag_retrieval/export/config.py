@@ -1,0 +1,55 @@
+"""The keys of `rag-retrieval export` and of `rag-retrieval push`."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, ModelName, OutputPath, key
+
+
+class ExportConfig(Config):
+    """One export. `force` lifts the limits of int8 alone: a float32 graph that differs from the model is wrong, and is
+    never kept."""
+
+    main_keys: ClassVar = ("model", "output", "quantize", "data", "force")
+
+    model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the trained reranker.")
+    output: OutputPath = Field(min_length=1, description="Folder to write; one that holds files is refused.")
+    quantize: Literal["int8"] | None = key(
+        "Weights and products in 8 bits: smaller, faster on a CPU, and a little less exact."
+    )
+    data: FileOrFolder | None = key(
+        "Folder in BEIR layout, or a file of ranking records, to check the exported model on. Absent: pairs that come "
+        "with the program, and no nDCG.",
+        min_length=1,
+    )
+    split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv.", "test", min_length=1)
+    queries: int = key("Judged queries of the data that are checked, at most.", 100, ge=1)
+    depth: int = key("BM25's candidates of each query that are scored, in documents.", 50, ge=1)
+    force: bool = key("Keep an int8 model that differs by more than the limits.", False)
+
+
+class PushConfig(Config):
+    """One upload. There is no key for a token: a command line stands in the list of processes and in the history."""
+
+    main_keys: ClassVar = ("model", "repo_id", "dry_run", "license", "evaluations")
+
+    model: FolderPath = Field(min_length=1, description="Folder of the model.")
+    repo_id: str = Field(min_length=1, description="Where to: ORGANISATION/NAME.")
+    private: bool = key("Whether a repository that is made now is private.", True)
+    language: Annotated[tuple[str, ...], NAMES] = key("Languages for the card, by their codes: en,zh.", ())
+    license: str | None = key("The licence for the card, by the hub's id: mit.", min_length=1)
+    evaluations: Annotated[tuple[FileOrFolder, ...], NAMES] = key(
+        "Folders that `rag-retrieval evaluate` wrote for this model; their figures join the card.", ()
+    )
+    commit_message: str = key("Of the commit on the hub.", "Upload a reranker", min_length=1)
+    dry_run: OutputPath | None = key(
+        "A new folder, which gets what would be uploaded; nothing is sent.", min_length=1
+    )
+
+    @field_validator("dry_run")
+    @classmethod
+    def _names_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and value.lower() in ("true", "false"):
+            raise ValueError(f"expected a folder to write to, found {value}; for example look")
+        return value

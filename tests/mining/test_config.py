@@ -1,0 +1,105 @@
+"""Which values mining takes, and what each mistake is told as."""
+
+import pytest
+from pydantic import ValidationError
+
+from rag_retrieval.core.config_reader import ConfigError, load_config
+from rag_retrieval.mining.config import MiningConfig
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The current folder has a BEIR folder, a record file and a corpus, by name alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beir").mkdir()
+    for name in ("records.jsonl", "corpus.jsonl"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def load(*options, text=None):
+    if text is not None:
+        with open("mine.yaml", "w") as file:
+            file.write(text)
+    return load_config(MiningConfig, None if text is None else "mine.yaml", options)
+
+
+def errors(*options, text=None):
+    with pytest.raises(ConfigError) as caught:
+        load(*options, text=text)
+    return str(caught.value).splitlines()
+
+
+BEIR = ("--data", "beir", "--output", "out.jsonl")
+
+
+def test_options_alone_are_enough_and_paths_become_absolute(folder):
+    config = load(*BEIR)
+    assert (config.data, config.output, config.split) == (f"{folder}/beir", "out.jsonl", "train")
+    assert (config.num_negatives, config.first_rank, config.last_rank, config.sampling) == (7, 1, 100, "random")
+
+
+def test_a_file_is_read_and_options_win():
+    config = load("--num_negatives", "2", text="data: beir\noutput: a.jsonl\nnum_negatives: 4\nrelative_margin: 5e-2\n")
+    assert (config.num_negatives, config.relative_margin) == (2, 0.05)
+
+
+def test_defaults_that_hang_on_other_keys():
+    config = load(*BEIR, "--candidates", "dense", "--dense_model", "owner/model")
+    assert (config.dense_batch_size, config.similarity, config.vector_dtype) == (32, "cosine", "float16")
+    assert load(*BEIR).similarity is None
+    assert load(*BEIR, "--reranker", "owner/model").absolute_margin == 0
+    assert load(*BEIR, "--reranker", "owner/model", "--max_score", "0").absolute_margin is None
+    assert load("--data", "records.jsonl", "--corpus", "corpus.jsonl", "--output", "o.jsonl").split is None
+
+
+def test_a_configuration_can_be_made_from_another_one():
+    config = load(*BEIR, "--reranker", "owner/model")
+    assert MiningConfig(**config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    "options, key, named",
+    [
+        (["--data", "nowhere"], "data", "{folder}/nowhere"),
+        (["--output", "o.json"], "output", ".jsonl.gz"),
+        (["--first_rank", "200"], "last_rank", "200"),
+        (["--first_rank", "96"], "num_negatives", "5 candidates"),
+        (["--relative_margin", "1"], "relative_margin", "below 1"),
+        (["--sampling", "best"], "sampling", "random, top"),
+        (["--num_negative", "3"], "num_negative", "num_negatives"),
+        (["--candidates", "dense"], "dense_model", "is missing"),
+        (["--data", "records.jsonl"], "corpus", "is missing"),
+        (["--candidates", "fused", "--dense_model", "o/m", "--relative_margin", "0.1"], "relative_margin", "ranks"),
+        (["--reranker", "./none"], "reranker", "{folder}/none"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_key_and_cause(folder, options, key, named):
+    given = options if "--data" in options else [*BEIR[:2], *options]
+    (line,) = errors(*given, *([] if "--output" in given else ["--output", "o.jsonl"]))
+    assert line.startswith(f"--{key}: ") and named.format(folder=folder) in line
+
+
+def test_keys_that_do_not_apply_are_ignored_by_name():
+    config = load(*BEIR, "--pooling", "cls", "--corpus", "corpus.jsonl")
+    assert (config.pooling, config.corpus) == (None, None)
+    assert "pooling (only for candidates dense and fused)" in config.ignored and "corpus" in config.ignored
+    records = ("--data", "records.jsonl", "--corpus", "corpus.jsonl", "--output", "o.jsonl")
+    assert load(*records).ignored is None and "split" in load(*records, "--split", "dev").ignored
+
+
+def test_a_margin_is_fine_for_fused_candidates_that_are_reranked():
+    options = ("--candidates", "fused", "--dense_model", "owner/model", "--relative_margin", "0.1")
+    assert load(*BEIR, *options, "--reranker", "owner/model").relative_margin == 0.1
+
+
+def test_all_mistakes_of_a_file_come_together():
+    found = errors(text="data: beir\noutput: o.csv\nseed: -1\npooling: max\n")
+    assert [line.split(": ")[0] for line in found] == ["mine.yaml:2", "mine.yaml:3", "mine.yaml:4"]
+    found = errors(text="data: beir\noutput: o.jsonl\ncandidates: dense\nfirst_rank: 99\nlast_rank: 98\n")
+    assert [line.split(": ")[:2] for line in found] == [["mine.yaml:5", "last_rank"], ["mine.yaml", "dense_model"]]
+
+
+def test_the_function_takes_the_same_values_and_says_the_same():
+    with pytest.raises(ValidationError, match="which cannot give 7 negatives"):
+        MiningConfig(data="beir", output="o.jsonl", last_rank=5)
