@@ -12,7 +12,7 @@ from sys import maxsize
 
 import numpy as np
 
-from rag_retrieval.core.processes import on_main, own_device, process_group
+from rag_retrieval.core.distributed import on_main, own_device, process_group
 from rag_retrieval.data.beir import Run
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.calibration import ProbabilityErrors, fit_calibration, probability_errors, scored_pairs

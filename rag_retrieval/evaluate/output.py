@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rag_retrieval.core.files import write_whole
+from rag_retrieval.core.files import write_text
 from rag_retrieval.evaluate.calibration import ProbabilityErrors
 from rag_retrieval.evaluate.evaluation import Evaluation
 from rag_retrieval.evaluate.rank_changes import QueryChange
@@ -28,9 +28,9 @@ def write_evaluation(evaluation: Evaluation) -> None:
     """Both files into the evaluation's output_dir, each whole or not at all."""
     rows = [query_row(evaluation, query) for query in evaluation.data.qrels]
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    write_whole(evaluation.output_dir / "per_query.jsonl", "".join(lines))
+    write_text(evaluation.output_dir / "per_query.jsonl", "".join(lines))
     result = json.dumps(result_of(evaluation), ensure_ascii=False, allow_nan=False, indent=2)
-    write_whole(evaluation.output_dir / RESULT_FILE, result + "\n")
+    write_text(evaluation.output_dir / RESULT_FILE, result + "\n")
 
 
 def query_row(evaluation: Evaluation, query: str) -> dict:

@@ -28,7 +28,7 @@ from rag_retrieval.models.loading import (
     warn_of_new_parameters,
 )
 from rag_retrieval.models.options import ModelOptions, model_options
-from rag_retrieval.models.packed_forward import ENCODER_HEADS, Head
+from rag_retrieval.models.packed_model import ENCODER_HEADS, Head
 from rag_retrieval.models.pair_encoding import (
     PairEncoder,
     PairTemplate,

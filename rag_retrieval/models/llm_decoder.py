@@ -36,7 +36,7 @@ from rag_retrieval.models.loading import (
     warn_of_new_parameters,
 )
 from rag_retrieval.models.options import ModelOptions, model_options
-from rag_retrieval.models.packed_forward import HALF_TOLERANCE, Head, last_token_head, read_states
+from rag_retrieval.models.packed_model import HALF_TOLERANCE, Head, last_token_head, pooled_states
 from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
 from rag_retrieval.models.pair_scorer import PairScorer
@@ -48,7 +48,7 @@ from rag_retrieval.models.prompts import (
     known_prompts,
     own_prompt,
 )
-from rag_retrieval.models.scoring_mode import evaluating
+from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.sentence_transformers_files import write_decoder_files
 from rag_retrieval.models.settings import (
     FORMAT_NAMES,
@@ -363,4 +363,4 @@ def yes_no_scores(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def yes_no_head(model: PreTrainedModel, hidden: torch.Tensor, packing: Packing) -> torch.Tensor:
-    return yes_no_scores(model, read_states(hidden, packing))
+    return yes_no_scores(model, pooled_states(hidden, packing))

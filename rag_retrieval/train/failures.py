@@ -1,7 +1,7 @@
-"""Errors that come from outside the program, told in one line with what to do: disk, memory, killed processes.
+"""Errors that come from outside the program, in one line with what to do: disk, memory, killed processes.
 
-What a reader would get wrong: they strike one process alone. It says so itself (`ProcessFailure`) and leaves; the
-others find the line to it dead, and the launcher ends those that wait on a device.
+They strike one process alone, which raises ProcessFailure and ends; the others lose the connection to it, and the
+launcher ends those that wait on a device.
 """
 
 import errno
@@ -23,7 +23,7 @@ from rag_retrieval.train.task import ProcessFailure, TrainingError
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
-LITTLE = 1 << 22  # bytes; a disk with less free is called full: the last write may have left a rest
+MIN_FREE_BYTES = 1 << 22  # a disk with less is called full: the last write may have left a rest
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|Parent directory .* does not exist")
 CPU_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|bad_alloc")
@@ -33,8 +33,9 @@ PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote pr
 
 
 @contextmanager
-def told_of_storage(output_dir: Path) -> Iterator[None]:
-    """Raise ProcessFailure for an error in writing to `output_dir`; other errors pass."""
+def translate_storage_errors(output_dir: Path) -> Iterator[None]:
+    """Raise ProcessFailure for an error in writing to `output_dir`; other errors pass. Only for blocks that write
+    there: a full disk elsewhere gives the same error, without the name of a file."""
     try:
         yield
     except TrainingError:
@@ -56,7 +57,7 @@ def storage_cause(error: Exception, output_dir: Path) -> str | None:
     if not output_dir.is_dir():
         return "the folder is gone, removed or unmounted in the run. Bring it back with its checkpoints"
     free = shutil.disk_usage(output_dir).free
-    if number in FULL or free < LITTLE:
+    if number in FULL or free < MIN_FREE_BYTES:
         return f"no space left to write ({free / 1e9:.2f} GB free; {error}). Make room, or lower num_max_checkpoints"
     if number in CLOSED:
         return f"cannot be written to ({error}). Mend its rights or mount"

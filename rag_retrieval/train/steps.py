@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rag_retrieval.core.signals import ignore_stop_in_worker
-from rag_retrieval.train.schedule import optimizer_steps_per_epoch
+from rag_retrieval.train.optim import optimizer_steps_per_epoch
 
 
 class MicroBatch(Protocol):

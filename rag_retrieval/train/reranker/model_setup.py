@@ -11,10 +11,10 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
-from rag_retrieval.models.packed_attention import ATTENTION, packed_attention
+from rag_retrieval.models.packed_model import ATTENTION, packed_attention
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.settings import FORMAT_NAMES, YES_NO_NAMES
-from rag_retrieval.train.optimizer import make_adamw, parameter_groups
+from rag_retrieval.train.optim import make_adamw, parameter_groups
 from rag_retrieval.train.reranker.config import RerankerConfig
 
 logger = logging.getLogger(__name__)
