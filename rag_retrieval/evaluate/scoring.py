@@ -45,7 +45,7 @@ def score_candidates(reranker: Reranker, name: str, data: RankingData, file: Pat
     if finished is not None:
         return in_order_of(data, finished)
     folder = file.with_name(file.name + ".parts")
-    parts = plan_parts(data, PART_PAIRS.get(device_kind(reranker), PART_PAIRS["cuda"]))
+    parts = plan_parts(data, PART_PAIRS["cpu" if reranker.backend.device == "cpu" else "cuda"])
     done = on_main(lambda: begin(folder, key))
     finished_pairs = sum(pairs_in(data, parts[place]) for place in done if place < len(parts))
     with Progress(data.num_pairs, "scoring", "pairs", finished_pairs, shown=process_index() == 0) as progress:
@@ -81,10 +81,6 @@ def score_queries(
     for (query, document), score in zip(places, scores, strict=True):
         run[query][document] = score
     return run
-
-
-def device_kind(reranker: Reranker) -> str:
-    return reranker.backend.device.partition(":")[0]
 
 
 def plan_parts(data: RankingData, part_pairs: int) -> list[list[str]]:
