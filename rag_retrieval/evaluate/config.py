@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, Location, ModelName, OutputPath, key
+from rag_retrieval.data.readers import is_file_name
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.metrics import METRICS, PATTERNS, parse_metric
 
@@ -42,7 +43,7 @@ class EvaluationConfig(Config):
     significance: Literal["randomization", "t"] = key(
         "Paired randomization test with a bootstrap interval, or paired t-test.", "randomization"
     )
-    calibrate: Annotated[str, Location(file=True, only_data_files=True)] | None = key(
+    calibrate: Annotated[str, Location(file=True, is_file_name=is_file_name, only_files=True)] | None = key(
         "Split (of a BEIR folder) or file to fit temperature and bias on, not the one "
         "that is measured on; they are saved as calibration.json in the model's folder.",
         min_length=1,
