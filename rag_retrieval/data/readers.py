@@ -207,8 +207,9 @@ def is_file(source: str | Path) -> bool:
     return isinstance(source, Path) or is_file_name(source) or Path(source).exists()
 
 
+FILE_SUFFIXES = ", ".join(SUFFIXES)  # for help and messages
 DATASET_HELP = (
-    f"a file ({', '.join(SUFFIXES)}) or a data set of the hub (owner/name, with @revision and #configuration after it "
+    f"a file ({FILE_SUFFIXES}) or a data set of the hub (owner/name, with @revision and #configuration after it "
     "where they are needed)"
 )
 DatasetName = Annotated[str, Location(file=True, hub=True, is_file_name=is_file_name)]
@@ -217,7 +218,7 @@ DatasetName = Annotated[str, Location(file=True, hub=True, is_file_name=is_file_
 def checked_path(source: str | Path) -> Path:
     """The path of an existing file with a known suffix, else DataError."""
     path = Path(source).expanduser()
-    expected = f"expected a file that ends in {', '.join(SUFFIXES)}"
+    expected = f"expected a file that ends in {FILE_SUFFIXES}"
     if path.is_dir():
         raise DataError(f"{source}: found a folder; {expected}.")
     if not path.exists():

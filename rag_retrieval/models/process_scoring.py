@@ -13,7 +13,7 @@ from itertools import chain, count
 import torch
 import torch.distributed as dist
 
-from rag_retrieval.core.processes import all_succeed, gather, on_main, several
+from rag_retrieval.core.distributed import gather, is_distributed, on_all, on_main
 from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.scoring import (
     Precision,
@@ -52,15 +52,15 @@ def score_over_processes(
     process when one of them fails.
     """
     options = ScoringOptions(batch_size, max_length, precision)
-    if not several():
+    if not is_distributed():
         scores = score_pairs(scorer, check_pairs(pairs), options)
         return scores.sigmoid() if normalize else scores
-    all_succeed(lambda: check_options(scorer, options, [scorer.device]))
-    pairs = all_succeed(lambda: check_pairs(pairs))
+    on_all(lambda: check_options(scorer, options, [scorer.device]))
+    pairs = on_all(lambda: check_pairs(pairs))
     check_agreement(pairs, options)
     unique, places = distinct(pairs)
     plans = agreed_plans(scorer, unique, options)
-    scored = all_succeed(lambda: score_share(scorer, unique, share_of(plans), options))
+    scored = on_all(lambda: score_share(scorer, unique, share_of(plans), options))
     scores = torch.empty(len(unique), dtype=torch.float32)
     for positions, values in chain.from_iterable(gather(scored)):
         scores[positions] = values
@@ -85,7 +85,7 @@ def check_agreement(pairs: Pairs, options: ScoringOptions) -> None:
 
 def agreed_plans(scorer: Scorer, pairs: Pairs, options: ScoringOptions) -> list[Plan]:
     """The plan of every chunk, as one process makes it, but tokenized by all and with the smallest token budget."""
-    gathered = gather((all_succeed(lambda: sizes_of_share(scorer, pairs, options)), token_budget(scorer)))
+    gathered = gather((on_all(lambda: sizes_of_share(scorer, pairs, options)), token_budget(scorer)))
     sizes = list(chain.from_iterable(share for share, _ in gathered))
     max_tokens = min(tokens for _, tokens in gathered)
     return on_main(lambda: plans_of(scorer, pairs, sizes, options, max_tokens))

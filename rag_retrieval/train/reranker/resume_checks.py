@@ -14,9 +14,10 @@ from typing import Any
 from accelerate import Accelerator
 from pydantic import ValidationError
 
+from rag_retrieval.core.files import content_digest
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.train.checkpoints import TrainState
-from rag_retrieval.train.provenance import Provenance, content_digest, engine_of, library_versions
+from rag_retrieval.train.provenance import Provenance, engine_of, library_versions
 from rag_retrieval.train.reranker.config import RerankerConfig, resolved_entries
 
 logger = logging.getLogger(__name__)

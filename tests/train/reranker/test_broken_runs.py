@@ -12,8 +12,8 @@ import pytest
 import torch
 from training_runs import ROOT, final_weights, grouped_records, launch, read_metrics, train, write_jsonl, write_yaml
 
+from rag_retrieval.core.distributed import StartError
 from rag_retrieval.core.signals import TrainingStopped
-from rag_retrieval.core.starting import StartError
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.reranker_task import RerankerTask
