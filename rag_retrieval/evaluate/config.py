@@ -23,7 +23,9 @@ class EvaluationConfig(Config):
     groups: ClassVar = {"model": "Data", "measures": "Figures", "report": "Output", "max_len": "Scoring"}
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
-    data: FileOrFolder = Field(min_length=1, description=f"Folder in BEIR layout, or a file of ranking records ({FILE_SUFFIXES}).")
+    data: FileOrFolder = Field(
+        min_length=1, description=f"Folder in BEIR layout, or a file of ranking records ({FILE_SUFFIXES})."
+    )
     split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv to measure on.", "test", min_length=1)
     candidates: Annotated[str, Location(file=True, folder=True, words=(BM25,))] = key(
         "bm25, or a TREC run file whose documents are reranked. Where the data list "
