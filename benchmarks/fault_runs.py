@@ -24,12 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from rag_retrieval.train.checkpoints import CheckpointStore
+from rag_retrieval.train.checkpoints import CheckpointStore, Saver
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.reranker import run as _  # noqa: F401  imported before the fork
 from rag_retrieval.train.reranker.reranker_task import RerankerTask
 from rag_retrieval.train.reranker.train_reranker import leave, main
-from rag_retrieval.train.saving import Saver
 
 PHASES = {
     "step": (Trainer, "train_step"),

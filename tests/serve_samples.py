@@ -114,4 +114,5 @@ def random_documents(generator: np.random.Generator, count: int, longest: int = 
 
 def numbered_pairs(first: int, count: int, tokens: int = 10) -> list[EncodedPair]:
     """Pairs of `tokens` tokens; the first id of pair k is `first + k`."""
-    return [EncodedPair([first + place] + [0] * (tokens - 1), None, False, 0) for place in range(count)]
+    ids = [np.array([first + place] + [0] * (tokens - 1), np.int32) for place in range(count)]
+    return [EncodedPair(own, None, False, 0) for own in ids]

@@ -1,25 +1,141 @@
-"""Files that are there whole or not at all.
+"""Files that are there whole or not at all, locks on outputs, and digests of content."""
 
-The trap: only a rename is whole. Who writes to a file under its own name leaves half of it when killed.
-"""
-
+import errno
+import fcntl
+import json
+import logging
 import os
-from collections.abc import Iterator
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+BLOCK, SAMPLED_BLOCKS = 1 << 20, 256  # bytes; 256 MiB take a tenth of a second
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Another name to write to, which takes the place of `path` when all went well, and is removed otherwise."""
-    aside = path.with_name(f"{path.name}.tmp")
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to. It takes the name when the block ends well, and is removed
+    otherwise. A process that is killed may leave it behind."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield aside
-        os.replace(aside, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """On the disk when this returns."""
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file; {} where it is missing, damaged, or holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def flush_to_disk(path: Path) -> None:
+    """Bring a file, or everything under a folder with its names, from the system's memory to the disk."""
+    for place in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        flush_one(place)
+
+
+def flush_one(path: Path) -> None:
+    """A file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some network disks cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def is_real_folder(path: Path) -> bool:
+    """Whether it is a folder itself and not a link to one, so that removing it removes nothing elsewhere."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def lock_file_of(output: Path) -> Path:
+    """The lock of an output file, or of an output folder that is replaced as a whole: beside it."""
+    return output.with_name(f".{output.name}.lock")
+
+
+@contextmanager
+def locked(lock_file: Path, busy: str) -> Iterator[None]:
+    """Hold the lock for the time of the block; the system lets it go when the process ends, however it ends.
+
+    busy: the message of the ValueError that is raised at once where another process holds it. Inside an output folder,
+    or beside an output (`lock_file_of`), the lock also holds between users and, on NFS since Linux 2.6.12 and on other
+    file systems that support flock, between machines. Where flock is not supported, a warning says so.
+    """
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(lock_file, busy)
+    try:
+        yield
+    finally:
+        if _is_at(descriptor, lock_file):
+            lock_file.unlink()  # while it is held: whoever waits for this inode sees that it is gone
+        os.close(descriptor)
+
+
+def _lock(lock_file: Path, busy: str) -> int:
+    """The descriptor that holds the lock."""
+    while True:
+        descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                logger.warning("%s: this file system has no locks; let nothing else write here", lock_file.parent)
+                return descriptor
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ValueError(busy) from None
+            raise
+        if _is_at(descriptor, lock_file):
+            return descriptor
+        os.close(descriptor)  # its holder removed it between our opening and locking
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def content_digest(files: Sequence[Path]) -> str:
+    """Eight hexadecimal digits for sizes and content of the files, in this order. Above SAMPLED_BLOCKS MiB only that
+    many evenly spread blocks of a file are read."""
+    crc = 0
+    for path in files:
+        size = path.stat().st_size
+        crc = zlib.crc32(str(size).encode(), crc)
+        blocks = -(-size // BLOCK)
+        count = min(blocks, SAMPLED_BLOCKS)
+        with path.open("rb") as file:
+            for place in range(count):
+                file.seek(place * blocks // count * BLOCK)
+                crc = zlib.crc32(file.read(BLOCK), crc)
+    return f"{crc:08x}"

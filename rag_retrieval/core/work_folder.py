@@ -9,14 +9,14 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from rag_retrieval.core.files import locked
 
-VERSION = 1  # raise it whenever the same sources would give another content of any stage
+VERSION = 2  # raise it whenever the same sources would give another content of any stage
 BLOCK = 1 << 20  # bytes read at once
 STAGE_NAME = re.compile(r"[a-z0-9]+-[0-9a-f]{16}(\.partial)?")
 
@@ -25,19 +25,9 @@ class WorkFolder:
     def __init__(self, path: Path):
         self.path = path
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Held while a run works here. Raises ValueError while another does."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(f"{self.path}: another run works in this folder; wait for it, or set work_dir") from None
-        try:
-            yield
-        finally:
-            lock.release()
+    def locked(self) -> AbstractContextManager[None]:
+        """To be held while a run works here. Raises ValueError while another does."""
+        return locked(self.path / "lock", f"{self.path}: another run works here; wait for it, or set work_dir")
 
     def stage(self, name: str, made_from: Any, build: Callable[[Path], None], resumes: bool = False) -> Path:
         """The complete folder of a stage, built by `build(partial folder)` unless it is there."""

@@ -1,14 +1,13 @@
 """A corpus on disk, read in place: texts, ids, and hashes by which documents are found and told apart.
 
-`build_corpus` streams a corpus file into a folder of flat columns, `Corpus` maps them. A document is a row,
+`build_corpus` streams a corpus file into a folder of columns (`columns`), `Corpus` maps them. A document is a row,
 counted from 0 in the file's order; its text is title, space and body, or the body alone without a title.
 
-The trap: `text_hash` is of the normalised text (white space and case do not count), `text` is as it was. Two
-documents with the same `text_hash` are the same to mining, whatever their ids.
+`text_hash` is of the text without regard to white space and case: two documents with the same one are the same to
+mining, whatever their ids.
 """
 
 import hashlib
-from array import array
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +16,11 @@ import numpy as np
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.beir import document_text
+from rag_retrieval.data.columns import ColumnWriter, Texts, read_column
 from rag_retrieval.data.readers import entry_text, json_objects
 from rag_retrieval.data.records import DataError
 
-COLUMNS = {
-    "text": "u1",  # UTF-8, end to end
-    "text.end": "i8",  # [documents] into text
-    "text.hash": "u8",
-    "id": "u1",
-    "id.end": "i8",
-    "id.hash": "u8",
-    "line": "i8",  # in the corpus file, from 1
-}
+NUMBERS = {"text.hash": "Q", "id.hash": "Q", "line": "q"}  # line: in the corpus file, from 1
 
 
 def text_hash(text: str) -> int:
@@ -45,25 +37,19 @@ def build_corpus(source: Path, folder: Path, needs_ids: bool) -> None:
 
     needs_ids: whether every line must have an `_id` of its own; without, a line lacking one gets "".
     """
-    writers = {name: (folder / name).open("wb") for name in COLUMNS}
-    ends = {"text": 0, "id": 0}
-    try:
-        with Progress(source.stat().st_size, "reading the corpus", "B") as progress:
-            for line, entry in json_objects(source, progress.update):
-                place = f"{source}:{line}"
-                id_ = entry_text(entry, "_id", place) if needs_ids or "_id" in entry else ""
-                text = document_text(entry, place)
-                for name, content in (("text", text.encode()), ("id", id_.encode())):
-                    ends[name] += len(content)
-                    writers[name].write(content)
-                    writers[f"{name}.end"].write(array("q", [ends[name]]).tobytes())
-                hashes = array("Q", [text_hash(text)]), array("Q", [_hash(id_.encode())])
-                writers["text.hash"].write(hashes[0].tobytes())
-                writers["id.hash"].write(hashes[1].tobytes())
-                writers["line"].write(array("q", [line]).tobytes())
-    finally:
-        for writer in writers.values():
-            writer.close()
+    with (
+        ColumnWriter(folder, NUMBERS, ("text", "id")) as writer,
+        Progress(source.stat().st_size, "reading the corpus", "B") as progress,
+    ):
+        for line, entry in json_objects(source, progress.update):
+            place = f"{source}:{line}"
+            id_ = entry_text(entry, "_id", place).encode() if needs_ids or "_id" in entry else b""
+            text = document_text(entry, place)
+            writer.add_text("text", text.encode())
+            writer.add_text("id", id_)
+            writer.numbers["text.hash"].append(text_hash(text))
+            writer.numbers["id.hash"].append(_hash(id_))
+            writer.numbers["line"].append(line)
     if not (folder / "line").stat().st_size:
         raise DataError(f"{source}: found no documents; expected one per line.")
     if needs_ids:
@@ -89,10 +75,10 @@ class Corpus:
         return len(self.lines)
 
     def text(self, row: int) -> str:
-        return self._cut("text", row).decode()
+        return self._texts[row]
 
     def id(self, row: int) -> str:
-        return self._cut("id", row).decode()
+        return self._ids[row]
 
     def blocks(self, size: int, start: int = 0) -> Iterator[list[str]]:
         """Texts of `size` rows at a time from `start` on, the last block shorter."""
@@ -110,38 +96,28 @@ class Corpus:
 
     @cached_property
     def lines(self) -> np.ndarray:
-        return self._column("line")
+        return read_column(self.folder / "line", "i8")
 
     @cached_property
     def text_hashes(self) -> np.ndarray:
         """uint64 [documents]: `text_hash` of each."""
-        return self._column("text.hash")
+        return read_column(self.folder / "text.hash", "u8")
 
     @cached_property
     def ids_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
-        return _sorted_with_rows(self._column("id.hash"))
+        return _sorted_with_rows(read_column(self.folder / "id.hash", "u8"))
 
     @cached_property
     def _texts_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
         return _sorted_with_rows(self.text_hashes)
 
     @cached_property
-    def _ends(self) -> dict[str, np.ndarray]:
-        return {name: self._column(f"{name}.end") for name in ("text", "id")}
+    def _texts(self) -> Texts:
+        return Texts(self.folder, "text")
 
     @cached_property
-    def _contents(self) -> dict[str, np.ndarray]:
-        return {name: self._column(name) for name in ("text", "id")}
-
-    def _cut(self, name: str, row: int) -> bytes:
-        ends = self._ends[name]
-        return self._contents[name][ends[row - 1] if row else 0 : ends[row]].tobytes()
-
-    def _column(self, name: str) -> np.ndarray:
-        path = self.folder / name
-        if path.stat().st_size == 0:  # an empty file cannot be mapped
-            return np.empty(0, COLUMNS[name])
-        return np.asarray(np.memmap(path, COLUMNS[name], "r"))  # a plain array: slicing a memmap is slow
+    def _ids(self) -> Texts:
+        return Texts(self.folder, "id")
 
 
 def _sorted_with_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -78,7 +78,7 @@ def _json_rows(path: Path, on_bytes: Callable[[int], object] = lambda count: Non
 
 def _decode_json(raw: bytes) -> object:
     try:
-        return json.loads(decoded(raw), object_pairs_hook=_object)
+        return _JSON.decode(decoded(raw))
     except RecordError as error:
         return error
     except json.JSONDecodeError as error:
@@ -93,6 +93,9 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     if len(entry) < len(pairs):
         raise RecordError(_repeated("key", [key for key, _ in pairs]))
     return entry
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each line
 
 
 def _repeated(what: str, names: list[str]) -> str:

@@ -1,12 +1,11 @@
 """A memory-mapped store of ranking records: built once, cached, shared by all processes that read it.
 
-A store is a folder with two Arrow files of one record batch each, so that every column is one contiguous
-stretch of the file and is read in place: `groups.arrow` (query, first, size, line) and `pairs.arrow`
-(document, group, label, line, positive, and teacher where a teacher's scores are read), a group's pairs side by side.
-`meta.json` holds sizes and summary.
+A store is a folder of columns (`columns`) in which the pairs of a group stand side by side: of each group `query`,
+`first` (its first pair) and `size`; of each pair `document`, `group`, `label`, `positive`, `line`, and `teacher` where
+a teacher's scores are read. `meta.json` holds sizes and summary.
 
-The trap: a pointwise file has one group per record unless it is opened with `group_by_query=True`; then pairs
-of the same query form one group wherever they stand, and pair order is no longer file order.
+A file of pairs has one group per record unless it is opened with `group_by_query=True`; then pairs of the same query
+form one group wherever they stand, triples too, and pair order is no longer file order.
 """
 
 import hashlib
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from filelock import FileLock
 
-from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, read_records
-from rag_retrieval.data.record_store_build import FORMAT_VERSION, STORE_FILES, build_store
+from rag_retrieval.data.columns import Texts, read_column
+from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, read_records, source_name
 from rag_retrieval.data.records import DataError, RecordRules
+from rag_retrieval.data.store_build import DTYPES, FORMAT_VERSION, build_store
 
 SAMPLE = 1 << 20  # bytes at each end of a source file that enter its cache key
 
@@ -38,13 +37,18 @@ class Pair(NamedTuple):
 
 
 class Group(NamedTuple):
-    """labels: float32, positives: bool, both [documents] and read-only. line: that of the first pair."""
+    """labels: float32, positives: bool, lines: int64, all [documents] and read-only."""
 
     query: str
     documents: list[str]
     labels: np.ndarray
     positives: np.ndarray
-    line: int
+    lines: np.ndarray
+
+    @property
+    def line(self) -> int:
+        """That of the first document."""
+        return int(self.lines[0])
 
 
 class RecordStore:
@@ -67,103 +71,78 @@ class RecordStore:
     def pair(self, index: int) -> Pair:
         """The pair 0 <= index < num_pairs; IndexError outside (negative numbers too)."""
         view = self._view
-        if not 0 <= index < view.num_pairs:
-            raise IndexError(f"pair {index} of a store with {view.num_pairs} pairs")
-        query = view.query[view.pair_group[index]]
-        return Pair(query, view.document[index], view.label[index], view.pair_line[index])
+        if not 0 <= index < len(view.label):
+            raise IndexError(f"pair {index} of a store with {len(view.label)} pairs")
+        return Pair(view.query[view.group[index]], view.document[index], view.label[index], view.line[index])
 
     def group(self, index: int) -> Group:
         """The group 0 <= index < num_groups; IndexError outside (negative numbers too)."""
         view = self._view
-        if not 0 <= index < view.num_groups:
-            raise IndexError(f"group {index} of a store with {view.num_groups} groups")
+        if not 0 <= index < len(view.first):
+            raise IndexError(f"group {index} of a store with {len(view.first)} groups")
         start = view.first[index]
         stop = start + view.size[index]
         documents = [view.document[pair] for pair in range(start, stop)]
-        labels, positives = self.labels[start:stop], self.positives[start:stop]
-        return Group(view.query[index], documents, labels, positives, view.group_line[index])
+        labels, positives, lines = self.labels[start:stop], self.positives[start:stop], self.lines[start:stop]
+        return Group(view.query[index], documents, labels, positives, lines)
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """float32 [pairs], read-only view of the file."""
-        return _numbers(self._pairs, "label")
+        """float32 [pairs], read-only view of the file, as all arrays here are."""
+        return self._numbers("label")
 
     @cached_property
     def positives(self) -> np.ndarray:
-        """bool [pairs], read-only view of the file."""
-        return _numbers(self._pairs, "positive").view(bool)
+        """bool [pairs]."""
+        return self._numbers("positive")
+
+    @cached_property
+    def lines(self) -> np.ndarray:
+        """int64 [pairs]: the line of each in its source, from 1; the row for Parquet and hub data sets."""
+        return self._numbers("line")
 
     @cached_property
     def teacher_scores(self) -> np.ndarray | None:
-        """float32 [pairs], read-only view of the file, NaN where a document has none; None where the store was opened
-        without a teacher_key."""
-        return _numbers(self._pairs, "teacher") if "teacher" in self._pairs.schema.names else None
+        """float32 [pairs], NaN where a document has none; None where the store was opened without a teacher_key."""
+        return self._numbers("teacher") if "teacher" in self.meta["bytes"] else None
 
     @cached_property
     def group_offsets(self) -> np.ndarray:
-        """int64 [groups]: the first pair of each group, ascending; read-only view of the file."""
-        return _numbers(self._groups, "first")
+        """int64 [groups]: the first pair of each group, ascending."""
+        return self._numbers("first")
 
     @cached_property
     def group_sizes(self) -> np.ndarray:
-        """int64 [groups]: the number of documents of each group, at least 1; read-only view of the file."""
-        return _numbers(self._groups, "size")
+        """int64 [groups]: the number of documents of each group, at least 1."""
+        return self._numbers("size")
 
     @cached_property
     def meta(self) -> dict:
         return json.loads((self.folder / "meta.json").read_text())
 
-    @cached_property
-    def _groups(self) -> pa.RecordBatch:
-        return _read_arrow(self.folder / "groups.arrow")
-
-    @cached_property
-    def _pairs(self) -> pa.RecordBatch:
-        return _read_arrow(self.folder / "pairs.arrow")
+    @property
+    def files(self) -> list[Path]:
+        """The columns: equal contents are equal stores."""
+        return [self.folder / name for name in sorted(self.meta["bytes"])]
 
     @cached_property
     def _view(self) -> "_View":
-        return _View(self._groups, self._pairs)
+        return _View(self)
+
+    def _numbers(self, name: str) -> np.ndarray:
+        return read_column(self.folder / name, DTYPES[name])
 
 
 class _View:
-    """The columns as memoryviews: one element costs a third of numpy's and a tenth of pyarrow's access."""
+    """The columns as memoryviews: one element costs a third of numpy's access."""
 
-    def __init__(self, groups: pa.RecordBatch, pairs: pa.RecordBatch):
-        self.num_groups, self.num_pairs = groups.num_rows, pairs.num_rows
-        self.query, self.document = _Texts(groups["query"]), _Texts(pairs["document"])
-        self.first, self.size, self.group_line = (
-            memoryview(_numbers(groups, name)) for name in ("first", "size", "line")
-        )
-        self.pair_group, self.label, self.pair_line = (
-            memoryview(_numbers(pairs, name)) for name in ("group", "label", "line")
-        )
+    def __init__(self, store: RecordStore):
+        self.query, self.document = Texts(store.folder, "query"), Texts(store.folder, "document")
+        numbers = (store.group_offsets, store.group_sizes, store.labels, store.lines, store._numbers("group"))
+        self.first, self.size, self.label, self.line, self.group = map(memoryview, numbers)
 
 
-class _Texts:
-    """A large_string column, decoded text by text."""
-
-    def __init__(self, column: pa.LargeStringArray):
-        _, offsets, text = column.buffers()
-        self.offsets = memoryview(np.frombuffer(offsets, np.int64, len(column) + 1))
-        self.text = memoryview(text if text is not None else b"")
-
-    def __getitem__(self, index: int) -> str:
-        return str(self.text[self.offsets[index] : self.offsets[index + 1]], "utf-8")
-
-
-def _numbers(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    """A number column in place. Not `to_numpy`, which imports pandas: 30 MiB and half a second a process."""
-    column = batch[name]
-    return np.frombuffer(column.buffers()[1], column.type.to_pandas_dtype(), len(column))
-
-
-def _read_arrow(path: Path) -> pa.RecordBatch:
-    with pa.memory_map(str(path)) as source:  # the batch keeps the mapping alive
-        return pa.ipc.open_file(source).get_batch(0)
-
-
-# ---- the cache ------------------------------------------------------------------------------------------
+# ---- the cache
 
 
 def open_store(
@@ -180,17 +159,18 @@ def open_store(
     teacher_range: tuple[float, float] | None = None,
     cache_dir: Path | None = None,
 ) -> RecordStore:
-    """The store of a file or hub dataset, built unless the cache has it; DataError with all bad lines.
+    """The store of a file or hub data set, built unless the cache has it; DataError with all bad lines.
 
     group_by_query: pointwise pairs of one query become one group, in the order of first appearance, and their
-        positives are those of a hits record. Other records keep their own group.
+        positives are those of a hits record. Triples of one query become one group with each document once, a
+        positive if it is one anywhere. Other records keep their own group.
     exactly_one_positive: hits records, and groups made by group_by_query, have one label 1 and the rest 0.
     teacher_key, needs_teacher, teacher_range: see `RecordRules`; without teacher_key the store has no teacher scores.
     cache_dir: default $RAG_RETRIEVAL_CACHE, else ~/.cache/rag_retrieval. Nothing is ever deleted from it but
         damaged stores. The key holds the file's path, size, time and the content of its first and last MiB. A
         change between these is not noticed when size and time (to the nanosecond) are what they were before.
 
-    Building needs about three times the source's size on disk for a while. Its memory does not grow with the
+    Building needs about twice the source's size on disk for a while. Its memory does not grow with the
     source, but for group_by_query: about 50 bytes for each run of adjacent pairs of one query.
     """
     rules = RecordRules(
@@ -227,7 +207,7 @@ def _writable_cache(name: str | Path) -> Path:
 
 def _identity(source: str | Path, split: str) -> list:
     if not is_file(source):
-        # The one thing that names the content of a loaded dataset, whatever revision the hub gave.
+        # The one thing that names the content of a loaded data set, whatever revision the hub gave.
         return [str(source), split, load_hub_dataset(str(source), split)._fingerprint]
     path = checked_path(source)
     status = path.stat()
@@ -239,25 +219,22 @@ def _identity(source: str | Path, split: str) -> list:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all files have the recorded sizes and open as Arrow; a flipped bit inside is not noticed."""
+    """Whether all files have the recorded sizes and the groups hold all pairs; a flipped bit is not noticed."""
     store = RecordStore(folder)
     try:
-        sizes = {name: (folder / name).stat().st_size for name in STORE_FILES}
-        counts = store.meta["summary"]["groups"], store.meta["summary"]["pairs"]
-        return sizes == store.meta["bytes"] and counts == (store.num_groups, store.num_pairs)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        sizes = {path.name: path.stat().st_size for path in store.files}
+        return sizes == store.meta["bytes"] and store.group_sizes.sum() == store.num_pairs
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _build_aside(
-    folder: Path, source: str | Path, split: str, rules: RecordRules, group_by_query: bool
-) -> None:
+def _build_aside(folder: Path, source: str | Path, split: str, rules: RecordRules, group_by_query: bool) -> None:
     """Build under a temporary name, then rename: a folder under its own name is always complete."""
-    name = str(source) if is_file(source) else f"{source}[{split}]"
     aside = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     records = read_records(source, rules, split=split)
     try:
         with_teacher = rules.teacher_key is not None
+        name = source_name(source, split)
         build_store(aside, records, name, group_by_query, rules.exactly_one_positive, with_teacher)
         aside.rename(folder)
     finally:

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rag_retrieval.core.files import replacing
+from rag_retrieval.core.files import atomic_write, read_json, write_json
 from rag_retrieval.data.records import Record
-from rag_retrieval.train.checkpoints import read_json, write_json
 
 RUN_FILE = "run.json"
 PART_NAMES = "from-*.jsonl"
@@ -111,7 +110,7 @@ class PartFolder:
         return sum(part.pairs for part in finished)
 
     def write(self, part: Part, lines: Iterable[str]) -> None:
-        with replacing(self.path / part.name) as aside, aside.open("w", encoding="utf-8") as file:
+        with atomic_write(self.path / part.name) as aside, aside.open("w", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())

@@ -6,13 +6,13 @@ exchanged. So a run that is killed loses the parts in work, and may go on with a
 
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from rag_retrieval.core.distributed import on_all, on_main, own_device, process_count, process_group, process_index
+from rag_retrieval.core.files import content_digest, lock_file_of, locked
 from rag_retrieval.core.log import Progress
-from rag_retrieval.core.processes import on_all, on_main, own_device, process_count, process_group, process_index
 from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, read_records
 from rag_retrieval.data.records import Record, RecordRules
 from rag_retrieval.distill.config import DistillConfig
@@ -23,8 +23,6 @@ from rag_retrieval.distill.teachers import load_teachers, mean_logits
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.settings import resolve_model_path
-from rag_retrieval.train.provenance import content_digest
-from rag_retrieval.train.run_folder import folder_lock
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +38,20 @@ def distill(config: DistillConfig) -> ScoreSummary:
     ValueError for a mistake in data, teachers or output (DataError names the lines), TeacherError for a score that is
     not finite, and RuntimeError on the other processes.
     """
-    with process_group():
+    with process_group(), ExitStack() as lock:  # which the main process alone takes
         folder = PartFolder(Path(config.output))
-        lock = folder_lock(folder.path)
-        try:
-            parts = on_main(lambda: prepare(config, folder, lock))
-            teachers = on_all(lambda: load_teachers(config, own_device()))
-            on_main(lambda: report_teachers(config, teachers))
-            on_all(lambda: score_parts(config, folder, parts, teachers))  # the main process waits for the slowest
-            return on_main(lambda: finish(folder, parts))
-        finally:
-            lock.release()  # which only the main process has
+        parts = on_main(lambda: prepare(config, folder, lock))
+        teachers = on_all(lambda: load_teachers(config, own_device()))
+        on_main(lambda: report_teachers(config, teachers))
+        on_all(lambda: score_parts(config, folder, parts, teachers))  # the main process waits for the slowest
+        return on_main(lambda: finish(folder, parts))
 
 
-def prepare(config: DistillConfig, folder: PartFolder, lock: FileLock) -> list[Part]:
+def prepare(config: DistillConfig, folder: PartFolder, lock: ExitStack) -> list[Part]:
     """Check everything that can be checked without a teacher, and take the folder of the parts."""
     check_paths(config, folder)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"output: another process is writing {folder.output}; wait for it, or take another") from None
+    busy = f"output: another process is writing {folder.output}; wait for it, or take another"
+    lock.enter_context(locked(lock_file_of(folder.output), busy))
     run = described(config)
     parts = plan_parts(records(config), config.pairs_per_part)
     folder.begin(run, config.overwrite)

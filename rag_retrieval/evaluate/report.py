@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rag_retrieval.core.files import write_whole
+from rag_retrieval.core.files import write_text
 from rag_retrieval.data.beir import Qrels, Run
 from rag_retrieval.evaluate.calibration import reliability, scored_pairs
 from rag_retrieval.evaluate.evaluation import Evaluation, System
@@ -78,7 +78,7 @@ def write_report(evaluation: Evaluation) -> Path:
         images[name] = buffer.getvalue()
         (folder / f"{name}.png").write_bytes(images[name])
     page = evaluation.output_dir / "report.html"
-    write_whole(page, page_of(evaluation, images))
+    write_text(page, page_of(evaluation, images))
     return page
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from rag_retrieval.core.distributed import on_main, process_index
 from rag_retrieval.core.log import Progress
-from rag_retrieval.core.processes import on_main, process_index
 from rag_retrieval.data.beir import Run, read_run, write_run
 from rag_retrieval.data.records import DataError
 from rag_retrieval.evaluate.config import EvaluationConfig

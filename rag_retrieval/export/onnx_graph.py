@@ -1,7 +1,6 @@
 """The ONNX graph of a reranker: padded token ids in, one score for each pair out.
 
-Positions are given to the model, counted from the left. Families that find them in the token ids take a padding token
-inside a text for padding; and no graph needs to count what is known.
+Positions are given to the model, as the packed forward numbers them.
 """
 
 import inspect
@@ -17,7 +16,7 @@ from torch import nn
 
 from rag_retrieval.infer.onnx_folder import INPUTS, OUTPUT
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.scoring_mode import evaluating
+from rag_retrieval.models.scoring import evaluating
 
 OPSET = 18
 TRACED = (3, 17)  # pairs, tokens: sizes that stand for no other number of a model
@@ -41,9 +40,16 @@ class ScoreGraph(nn.Module):
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
         if self.takes_positions:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-            inputs["position_ids"] = (positions + self.scorer.first_position)[None]
+            inputs["position_ids"] = self.positions(input_ids)
         return self.scorer.scores_of(inputs, attention_mask.sum(dim=1))
+
+    def positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """As `Packing` numbers them: RoBERTa's family gives its padding token no number, also inside a text."""
+        padding = self.scorer.first_position - 1
+        if padding < 0:
+            return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        real = (input_ids != padding).long()
+        return real.cumsum(dim=1) * real + padding
 
 
 def input_names(scorer: PairScorer) -> tuple[str, ...]:

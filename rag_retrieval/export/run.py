@@ -28,7 +28,7 @@ from rag_retrieval.models.open import open_scorer
 from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.scoring import mode_of, score_chunk
+from rag_retrieval.models.scoring import score_encoded
 from rag_retrieval.models.settings import write_settings
 
 BATCH_SIZE = 256  # pairs of one forward at most, while comparing
@@ -86,8 +86,8 @@ def check_output(folder: Path) -> None:
 
 def own_scores(model: str, scorer: PairScorer, check: CheckData) -> np.ndarray:
     """[pairs], float32. Raises ValueError for scores that are no numbers."""
-    with mode_of(scorer, "no"), tqdm(total=len(check.encoded), unit="pair", disable=None) as bar:
-        scores = score_chunk(scorer, check.encoded, BATCH_SIZE, bar).numpy()
+    with tqdm(total=len(check.encoded), unit="pair", disable=None) as bar:
+        scores = score_encoded([scorer], check.encoded, BATCH_SIZE, "no", bar).numpy()
     if not np.isfinite(scores).all():
         raise ValueError(f"{model}: gives the score {scores[~np.isfinite(scores)][0]}; are there NaN in its weights?")
     return scores

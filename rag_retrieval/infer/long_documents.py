@@ -4,25 +4,21 @@ Slices are runs of the document's own tokens, not texts that are tokenized anew,
 every slice; the text that a format puts around a document stands around every slice. Nothing here imports torch.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend
 from rag_retrieval.infer.documents import check_number
-from rag_retrieval.models.one_ahead import one_ahead
-from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, cut, surrounding_tokens
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, context_tokens, truncate
+from rag_retrieval.models.text_scoring import Pairs, score_texts
 
 LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
 LONG_DOCUMENT_DEFAULT = "max_slice"
 OVERLAP = 64  # tokens
 LONGEST_QUERY = 0.75  # of the tokens that the fixed parts leave; a longer query is cut to this where slices are made
-CHUNK_PAIRS = 4096  # tokenized and planned together
-CHUNK_CHARACTERS = 8_000_000  # of documents, likewise; one longer document is a chunk of its own
 
-Pairs = Sequence[tuple[str, str]]
 Span = tuple[int, int]  # of a document's text, in characters, the end not included
 
 
@@ -103,11 +99,11 @@ class PassageEncoder:
         score = scores.mean(dtype=np.float64) if self.long_document == "mean_slice" else scores[best]
         return ScoredPair(float(score), document.spans[best], document.truncated)
 
-    def _slices(self, query_ids: list[int], document: str) -> EncodedDocument:
+    def _slices(self, query_ids: np.ndarray, document: str) -> EncodedDocument:
         encoder = self.encoder
         template = encoder.template
         query_keep = min(len(query_ids), int(encoder.budget * LONGEST_QUERY))
-        query = cut(query_ids, query_keep, template.query_end)
+        query = truncate(query_ids, query_keep, template.query_end)
         tokens, end = document_tokens(encoder, document), list(template.document_end)
         room = encoder.budget - query_keep - len(tokens.head) - max(len(end), len(tokens.tail))
         if room < 1:
@@ -127,20 +123,13 @@ class PassageEncoder:
 
 
 def score_pairs(backend: Backend, encoder: PassageEncoder, pairs: Pairs, batch_size: int) -> list[ScoredPair]:
-    """In the order given. Equal pairs are computed once, so that their scores are equal to the last bit.
+    """In the order given; equal pairs get the same result. Raises ValueError for a score that is no number."""
 
-    Raises ValueError for a score that is no number.
-    """
-    distinct = list(dict.fromkeys(pairs))
-    scored: list[ScoredPair] = []
-    with closing(one_ahead(encoder.encode, chunks_of(distinct))) as chunks:
-        for documents in chunks:
-            scores = backend.score([pair for document in documents for pair in document.pairs], batch_size)
-            scored += combine_all(encoder, documents, scores)
-    if len(distinct) == len(pairs):
-        return scored
-    score_of = dict(zip(distinct, scored, strict=True))
-    return [score_of[pair] for pair in pairs]
+    def score(documents: Sequence[EncodedDocument]) -> list[ScoredPair]:
+        scores = backend.score([pair for document in documents for pair in document.pairs], batch_size)
+        return combine_all(encoder, documents, scores)
+
+    return score_texts(pairs, encoder.encode, score)
 
 
 def combine_all(
@@ -155,18 +144,6 @@ def combine_all(
     ends = np.cumsum([len(document.pairs) for document in documents], dtype=int)
     own = np.split(scores, ends[:-1])[: len(ends)]
     return [encoder.combine(document, values) for document, values in zip(documents, own, strict=True)]
-
-
-def chunks_of(pairs: Pairs) -> Iterator[Pairs]:
-    """Bounded by pairs and by characters, since a document may be a book."""
-    start = characters = 0
-    for place, (_, document) in enumerate(pairs):
-        characters += len(document)
-        if place > start and (place - start == CHUNK_PAIRS or characters > CHUNK_CHARACTERS):
-            yield pairs[start:place]
-            start, characters = place, len(document)
-    if start < len(pairs):
-        yield pairs[start:]
 
 
 def slice_starts(tokens: int, room: int, overlap: int) -> list[int]:
@@ -184,7 +161,7 @@ def document_tokens(encoder: PairEncoder, document: str) -> DocumentTokens:
     template = encoder.template
     before, after = template.anchor + template.before_document, template.after_document + template.following_document
     encoding = encoder.own.encode(before + document + after, add_special_tokens=False)
-    anchor, following = surrounding_tokens(encoder.own, template.anchor, template.following_document)
+    anchor, following = context_tokens(encoder.own, template.anchor, template.following_document)
     own = slice(anchor, len(encoding) - following)
     ids, offsets = encoding.ids[own], encoding.offsets[own]
     first, end = len(before), len(before) + len(document)

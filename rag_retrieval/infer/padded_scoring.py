@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rag_retrieval.models.pair_encoding import EncodedPair
-from rag_retrieval.models.token_budget import plan_by_tokens
+from rag_retrieval.models.token_batch import make_batch, plan_by_tokens
 
 Inputs = dict[str, np.ndarray]
 Run = Callable[[Inputs], np.ndarray]  # padded inputs, each [pairs, longest] int64, to [pairs] float32
@@ -37,12 +37,12 @@ def score_padded(
 
 def padded_inputs(pairs: Sequence[EncodedPair], names: Sequence[str], pad_token_id: int) -> Inputs:
     """Right-padded inputs of at least one pair."""
-    lengths = np.array([len(pair) for pair in pairs])
-    real = np.arange(lengths.max()) < lengths[:, None]
+    batch = make_batch(pairs)
+    real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
     inputs = {name: np.zeros(real.shape, np.int64) for name in names}
     inputs["input_ids"][~real] = pad_token_id
-    inputs["input_ids"][real] = [token for pair in pairs for token in pair.ids]
+    inputs["input_ids"][real] = batch.ids
     inputs["attention_mask"][real] = 1
     if "token_type_ids" in inputs:
-        inputs["token_type_ids"][real] = [kind for pair in pairs for kind in pair.types]
+        inputs["token_type_ids"][real] = batch.types
     return inputs

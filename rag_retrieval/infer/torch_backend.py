@@ -13,23 +13,20 @@ from threading import Lock
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from rag_retrieval.models.device_pool import DevicePool, weights_of
 from rag_retrieval.models.devices import check_devices, choose_precision
 from rag_retrieval.models.open import open_scorer
 from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.prompts import Prompt
-from rag_retrieval.models.scoring import ScoringOptions, mode_of, score_chunk
-from rag_retrieval.models.scoring_mode import Precision, check_precision
+from rag_retrieval.models.scoring import Precision, check_precision, replicas, score_encoded
 
 
 class TorchBackend:
     """See `rag_retrieval.infer.backend.Backend`.
 
-    scorer: is in eval mode from now on. devices: None scores on the scorer's own, else a process on each does.
+    scorer: is in eval mode from now on. devices: None scores on the scorer's own, else a copy on each does.
     """
 
     def __init__(
@@ -38,32 +35,21 @@ class TorchBackend:
         self.scorer = scorer.eval()
         self.name = scorer.model.name_or_path
         self.precision = precision
-        self.devices = devices
+        self.scorers = [self.scorer] if devices is None else replicas(self.scorer, devices)
         self.model_type = scorer.model_type
         self.pair_encoder = scorer.pair_encoder
         self.calibration = scorer.calibration
-        self._pool: DevicePool | None = None
         self._lock = Lock()
 
     @property
     def device(self) -> str:
-        return str(self.devices[0] if self.devices else self.scorer.device)
+        return str(self.scorers[0].device)
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
         if not pairs:
             return np.empty(0, np.float32)
         with self._lock:
-            scores = self._on_one(pairs, batch_size) if self.devices is None else self._on_several(pairs, batch_size)
-        return scores.numpy()
-
-    def _on_one(self, pairs: Sequence[EncodedPair], batch_size: int) -> torch.Tensor:
-        with mode_of(self.scorer, self.precision):
-            return score_chunk(self.scorer, pairs, batch_size, tqdm(disable=True))
-
-    def _on_several(self, pairs: Sequence[EncodedPair], batch_size: int) -> torch.Tensor:
-        if self._pool is None or not self._pool.close.alive:  # it closes when a process of it fails
-            self._pool = DevicePool(self.scorer, self.devices, weights_of(self.scorer))
-        return self._pool.score(pairs, ScoringOptions(batch_size, None, self.precision), tqdm(disable=True))
+            return score_encoded(self.scorers, pairs, batch_size, self.precision).numpy()
 
     def describe(self) -> str:
         layout = "packed" if self.scorer.packs else f"padded: {self.scorer.packing_problem}"
@@ -81,13 +67,10 @@ class TorchBackend:
         return digest.hexdigest()
 
     def close(self) -> None:
-        with self._lock:
-            if self._pool is not None:
-                self._pool.close()
+        """Nothing is held outside this process."""
 
     def __getstate__(self) -> dict:
-        """For copies and pickles: the processes of `devices` stay with the original."""
-        return self.__dict__ | {"_pool": None, "_lock": None}
+        return self.__dict__ | {"_lock": None}  # which cannot be copied or pickled
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state | {"_lock": Lock()})

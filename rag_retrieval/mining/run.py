@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rag_retrieval.core.files import replacing
+from rag_retrieval.core.files import atomic_write
 from rag_retrieval.core.log import Progress
 from rag_retrieval.core.work_folder import WorkFolder, content_of
 from rag_retrieval.data.beir import find_file
@@ -109,7 +109,7 @@ def mine_parts(config: MiningConfig, corpus: Corpus, queries: QuerySet, work: Wo
                 for mined in miner.mine(part):
                     lines.append(json.dumps(asdict(mined)) + "\n")
                     progress.update()
-                with replacing(folder / name) as aside:
+                with atomic_write(folder / name) as aside:
                     aside.write_text("".join(lines))
 
     return work.stage("parts", made_from, build, resumes=True)
@@ -131,7 +131,7 @@ def write_results(config: MiningConfig, corpus: Corpus, queries: QuerySet, parts
     """Both files, each under another name until it is whole; the summary first."""
     num_positives = sum(len(query.positives) for query in queries.queries)
     summary = MiningSummary(len(corpus), queries.read, queries.without_text, len(queries.queries), num_positives)
-    with replacing(Path(config.output)) as aside:
+    with atomic_write(Path(config.output)) as aside:
         with text_writer(aside, compressed=config.output.endswith(".gz")) as file:
             for query, mined in _all_mined(queries, parts):
                 summary.add(mined, config.num_negatives)
@@ -142,6 +142,6 @@ def write_results(config: MiningConfig, corpus: Corpus, queries: QuerySet, parts
         if not summary.kept:
             counts = summary.describe(config.num_negatives)
             raise ValueError(f"no query got a negative; widen the window or the margins:\n{counts}")
-        with replacing(summary_file(config.output)) as aside_too:
+        with atomic_write(summary_file(config.output)) as aside_too:
             aside_too.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
     return summary

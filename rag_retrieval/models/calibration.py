@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rag_retrieval.core.files import write_whole
+from rag_retrieval.core.files import write_text
 from rag_retrieval.models.settings import find_file, parsing
 
 if TYPE_CHECKING:
@@ -82,4 +82,4 @@ def read_calibration(model_path: str) -> Calibration | None:
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
     """Beside the weights in `folder`, whole or not at all."""
-    write_whole(folder / CALIBRATION_FILE, json.dumps(asdict(calibration), ensure_ascii=False, indent=2) + "\n")
+    write_text(folder / CALIBRATION_FILE, json.dumps(asdict(calibration), ensure_ascii=False, indent=2) + "\n")

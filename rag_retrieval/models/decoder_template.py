@@ -1,9 +1,9 @@
 """The text around a pair for a causal model, `query_format + seq + document_format + special_token`, as its parts.
 
-What a reader would get wrong: the tokens of a pair must be those of its whole text in one go, as other programs
-tokenize it, or scores drift. So the parts are cut only where tokenizers cut anyway (see `places_to_cut`), and what
-stands between a text and such a place is tokenized with that text: many families make one token of "?" and a line
-break after it. Formats that have no such place are cut all the same, and then a token may differ.
+The tokens of a pair must be those of its whole text in one go, as other programs tokenize it, or scores drift. So the
+text is split only where tokenizers split it anyway (see `safe_split_points`), and what stands between a query or
+document and such a place is tokenized with it: many families make one token of "?" and a line break after it. Formats
+that have no such place are split all the same, and then a token may differ.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers import Tokenizer
 
-from rag_retrieval.models.pair_encoding import PairTemplate, bare, split_format, tokenize, tokenize_amidst
+from rag_retrieval.models.pair_encoding import PairTemplate, bare, split_format, tokenize, tokenize_in_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,9 +31,9 @@ def decoder_template(
     """The parts of `[bos] query_format + seq + document_format + special_token`.
 
     instruction: stands for `{instruction}` in the formats, which is plain text where it is None. bos is added where the
-    family has one and the text does not bring it. Where a pair is cut, what stands right before query or document goes
-    last, and all else of the formats stays. Raises ValueError for a format without exactly one `{}`, and for a
-    special_token without tokens.
+    family has one and the text does not bring it. Where a pair is truncated, what stands right before query or
+    document goes last, and all else of the formats stays. Raises ValueError for a format without exactly one `{}`, and
+    for a special_token without tokens.
     """
     before_query, after_query = split_format("query_format", query_format)
     before_document, after_document = split_format("document_format", document_format)
@@ -41,11 +41,11 @@ def decoder_template(
     if instruction is not None:
         texts = tuple(text.replace(INSTRUCTION, instruction) for text in texts)
     own = bare(tokenizer)
-    cut = cut_texts(*texts, added_tokens(own))
-    anchor = anchor_of(own, tokenizer.all_special_tokens)
-    parts = [cut.prefix, cut.middle, cut.suffix, cut.after_query, cut.after_document]
+    split = split_texts(*texts, added_tokens(own))
+    anchor = context_prefix(own, tokenizer.all_special_tokens)
+    parts = [split.prefix, split.middle, split.suffix, split.after_query, split.after_document]
     prefix, middle, suffix, query_end, document_end = (
-        tokenize_amidst(own, [part.text], anchor, part.following, first=part is cut.prefix)[0] for part in parts
+        tokenize_in_context(own, [part.text], anchor, part.following, first=part is split.prefix)[0] for part in parts
     )
     if not suffix:
         raise ValueError(f"special_token {special_token!r} gives no token; the score is read at its last token")
@@ -53,21 +53,21 @@ def decoder_template(
         missing_bos(tokenizer, own, texts[0]) + prefix,
         middle,
         suffix,
-        before_query=cut.before_query,
-        before_document=cut.before_document,
-        after_query=cut.after_query.text,
-        after_document=cut.after_document.text,
+        before_query=split.before_query,
+        before_document=split.before_document,
+        after_query=split.after_query.text,
+        after_document=split.after_document.text,
         query_end=tuple(query_end),
         document_end=tuple(document_end),
         anchor=anchor,
-        following_query=cut.after_query.following,
-        following_document=cut.after_document.following,
-        query_first=not cut.prefix.text,
+        following_query=split.after_query.following,
+        following_document=split.after_document.following,
+        query_first=not split.prefix.text,
     )
 
 
 class Part(NamedTuple):
-    """following: the character after the text where it tells how white space at the end of the text is cut.
+    """following: the character after the text where it decides how white space at the end of the text is split.
 
     GPT-2 and relatives keep the last white space before a word apart, but not at the end of a text.
     """
@@ -76,7 +76,7 @@ class Part(NamedTuple):
     following: str
 
 
-class CutTexts(NamedTuple):
+class SplitTexts(NamedTuple):
     """What stands around query and document, in its order."""
 
     prefix: Part
@@ -88,26 +88,29 @@ class CutTexts(NamedTuple):
     suffix: Part
 
 
-def cut_texts(before: str, between: str, after: str, token: str) -> CutTexts:
-    """The texts before, between and after query and document, cut where tokenizers cut. token: see `places_to_cut`."""
-    start = max(places_to_cut(before, token), default=0)
+def split_texts(before: str, between: str, after: str, token: str) -> SplitTexts:
+    """The texts before, between and after query and document, split where tokenizers split.
+
+    token: see `safe_split_points`.
+    """
+    start = max(safe_split_points(before, token), default=0)
     # after "\n" alone a document that begins with white space would still join; it is the best place that there is
-    places = places_to_cut(between, token) or [between.rfind("\n") + 1]
+    places = safe_split_points(between, token) or [between.rfind("\n") + 1]
     first, last = places[0], places[-1]
-    end = min(places_to_cut(after, token), default=0)
-    return CutTexts(
-        Part(before[:start], following(before, start, token)),
+    end = min(safe_split_points(after, token), default=0)
+    return SplitTexts(
+        Part(before[:start], next_char(before, start, token)),
         before[start:],
-        Part(between[:first], following(between, first, token)),
-        Part(between[first:last], following(between, last, token)),
+        Part(between[:first], next_char(between, first, token)),
+        Part(between[first:last], next_char(between, last, token)),
         between[last:],
-        Part(after[:end], following(after, end, token)),
+        Part(after[:end], next_char(after, end, token)),
         Part(after[end:], ""),
     )
 
 
-def places_to_cut(text: str, token: str) -> list[int]:
-    """Where tokenizers cut a text whatever stands around it, ascending; never at its end.
+def safe_split_points(text: str, token: str) -> list[int]:
+    """Where tokenizers split a text whatever stands around it, ascending; never at its end.
 
     That is before an added token, after line breaks, and before the one space that leads a word or a sign: most
     families make it part of that, but SentencePiece may join it with a space that ends the query or document before it.
@@ -118,8 +121,8 @@ def places_to_cut(text: str, token: str) -> list[int]:
     return [match.start() for match in re.finditer(places, text)]
 
 
-def following(text: str, place: int, token: str) -> str:
-    """See Part; for a text cut at this place. A letter stands for what is not known, the document's beginning."""
+def next_char(text: str, place: int, token: str) -> str:
+    """See Part; for a text split at this place. A letter stands for what is not known, the document's beginning."""
     if not text[:place].endswith("\n") or re.match(rf"[\s/]|{token}", text[place:]):
         return ""
     return text[place : place + 1] or "a"
@@ -132,15 +135,15 @@ def added_tokens(tokenizer: Tokenizer) -> str:
     return f"(?:{'|'.join(patterns)})" if patterns else "(?!)"  # the latter matches nothing
 
 
-def anchor_of(tokenizer: Tokenizer, special_tokens: Sequence[str]) -> str:
-    """A text after which another is tokenized as in the midst of a text; nothing where it always is.
+def context_prefix(tokenizer: Tokenizer, special_tokens: Sequence[str]) -> str:
+    """A text after which another is tokenized as in the middle of a text; empty where it always is.
 
     SentencePiece puts its mark of a space before the first word of a text, of some families after special tokens too.
     """
     alone = tokenize(tokenizer, ["a"])[0]
     for anchor in (*special_tokens, "x\n"):
-        amidst, spaced = tokenize_amidst(tokenizer, ["a", " a"], anchor, "")
-        if amidst not in (alone, spaced):  # equal to spaced: the token swallows the space after it
+        inside, spaced = tokenize_in_context(tokenizer, ["a", " a"], anchor, "")
+        if inside not in (alone, spaced):  # equal to spaced: the token swallows the space after it
             return anchor
     return ""
 

@@ -1,31 +1,44 @@
-"""Pairs packed into one row: which tokens are computed, at which positions, and what each may see.
+"""The two layouts of a token batch: padded, a row for each text; or packed, all texts in one row without padding.
 
-The row is cut into segments. A segment is a pair, or, where consecutive pairs begin alike and a decoder reads
-them, that common beginning (computed once) or the rest of a pair after it. The rest sees its own tokens and those
-of its beginning, and its positions go on where the beginning ends: a tree of depth two.
+A packed row is made of segments. A segment is a text, or, where consecutive texts begin alike and a decoder reads them,
+their shared prefix (computed once) or the rest of a text after it. The rest sees its own tokens and those of its
+prefix, and its positions go on where the prefix ends: a tree of depth two. Sharing is exact for causal models alone: in
+a bidirectional encoder the query's tokens look at the document, so they differ from document to document.
 
-What a reader would get wrong: sharing is exact for causal models alone. In a bidirectional encoder the query's
-tokens look at the document, so they differ from document to document.
+Everything is worked out on the host, in numpy; numbers read from the device would make the host wait for it.
 """
 
-from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from rag_retrieval.models.pair_batch import PairBatch, on_device
+from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges
 
 
-@dataclass(frozen=True)
-class Segment:
-    """length: tokens. begins_with: index of the segment that holds the common beginning, or None."""
+def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The same numbers as an int64 tensor, copied without waiting for the device."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True).long()
 
-    length: int
-    begins_with: int | None = None
+
+def padded_inputs(batch: TokenBatch, pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Right-padded model inputs: input_ids, attention_mask and, where the family has them, token_type_ids.
+
+    Each is [texts, longest], int64.
+    """
+    real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
+    ids = np.full(real.shape, pad_token_id, np.int32)
+    ids[real] = batch.ids
+    inputs = {"input_ids": ids, "attention_mask": real}
+    if batch.types is not None:
+        inputs["token_type_ids"] = np.zeros(real.shape, np.int32)
+        inputs["token_type_ids"][real] = batch.types
+    return {name: on_device(values, device) for name, values in inputs.items()}
 
 
 class KernelBounds(NamedTuple):
@@ -40,95 +53,93 @@ class KernelBounds(NamedTuple):
 
 
 class Packing:
-    """The layout of one batch for a causal model, which shares beginnings and is read at a pair's last token, or for a
-    bidirectional one, which is read at its first.
+    """The packed row of one batch: for a causal model, which shares prefixes and is pooled at a text's last token, or
+    for a bidirectional one, which is pooled at its first.
 
-    segments: of the row, in order. queries: (how many of its last tokens ask, which segment it is) for every segment
-    that asks; all of them with all their tokens, but for `reading`. token_index: [tokens], int64, which of the
-    batch's tokens stand in the row; None for all. positions: [tokens], int64, from 0 in each pair.
+    lengths: [segments], tokens. prefix_segments: [segments], the segment of the shared prefix; -1 without one.
+    query_lengths, query_segments: how many tokens attend, the last ones of which segment: all tokens of every segment,
+    but for `pooled_layout`. token_index: [row], int64, which of the batch's tokens stand in the row; None for all.
+    positions: [row], int64, of each text from `first_position` on.
     """
 
-    def __init__(self, batch: PairBatch, causal: bool):
-        shared = batch.shared if causal else [0] * len(batch)
-        self.segments: list[Segment] = []
-        self._pair_segments: list[int] = []  # the segment in which each pair ends
-        index, positions, read = [], [], []
-        first_token = 0  # of the next pair, in the batch
-        for run, beginning in _runs(shared):
-            root = None
-            if beginning:
-                root = len(self.segments)
-                self.segments.append(Segment(beginning))
-                index += range(first_token, first_token + beginning)
-                positions += range(beginning)
-            for pair in run:
-                length = batch.lengths[pair]
-                read.append(len(index))
-                index += range(first_token + beginning, first_token + length)
-                positions += range(beginning, length)
-                if causal:
-                    read[-1] = len(index) - 1
-                self._pair_segments.append(len(self.segments))
-                self.segments.append(Segment(length - beginning, root))
-                first_token += length
-        self.device = batch.token_ids.device
-        whole = len(index) == len(batch.token_ids)
-        self.token_index = None if whole else on_device(index, self.device)
-        self.positions = on_device(positions, self.device)
-        self.queries = [(segment.length, place) for place, segment in enumerate(self.segments)]
-        self._read = read
+    def __init__(self, batch: TokenBatch, causal: bool, device: torch.device, first_position: int = 0):
+        """first_position: where it is above 0, as in RoBERTa's family, first_position - 1 is the id of the padding
+        token and its position: such a token inside a text takes no number of its own."""
+        shared = batch.shared if causal else np.zeros_like(batch.shared)
+        first_tokens = np.cumsum(batch.lengths, dtype=np.int32) - batch.lengths  # of each text, in the batch
+        # a run is a text that shares nothing with the one before it, and those after it that do
+        run_starts = np.flatnonzero(shared == 0)
+        run_sizes = np.diff(run_starts, append=len(batch))
+        run_prefixes = np.append(shared, np.int32(0))[run_starts + 1]  # 0 in a run of one text
+        prefixes = np.repeat(run_prefixes, run_sizes)  # of each text
+        sharing = run_prefixes > 0
+        inserted = run_starts[sharing]  # texts before which the prefix of their run stands
+
+        self.device = device
+        self.lengths = np.insert(batch.lengths - prefixes, inserted, run_prefixes[sharing])
+        is_text = np.insert(np.ones(len(batch), bool), inserted, False)
+        self._text_segments = np.flatnonzero(is_text)
+        run_segments = np.full(len(run_starts), -1)
+        run_segments[sharing] = np.flatnonzero(~is_text)
+        self.prefix_segments = np.full(len(self.lengths), -1)
+        self.prefix_segments[is_text] = np.repeat(run_segments, run_sizes)
+        self.query_lengths, self.query_segments = self.lengths, np.arange(len(self.lengths))
+
+        self.token_index = None
+        if len(inserted):
+            starts = np.insert(first_tokens + prefixes, inserted, first_tokens[inserted])
+            self.token_index = on_device(concatenated_ranges(starts, self.lengths), device)
+        first_positions = np.insert(prefixes, inserted, 0)
+        positions = concatenated_ranges(first_positions, self.lengths) + np.int32(first_position)
+        if first_position > 0 and (batch.ids == first_position - 1).any():
+            positions = positions_without_padding(batch, first_position - 1)
+        self.positions = on_device(positions, device)
+        self._ends = np.cumsum(self.lengths, dtype=np.int32)
+        pooled = self._ends - 1 if causal else self._ends - self.lengths
+        self._pooled = pooled[self._text_segments]
 
     @cached_property
-    def read(self) -> torch.Tensor:
-        """[pairs], int64: place in the row of the token whose state the head reads."""
-        return on_device(self._read, self.device)
+    def pooled_index(self) -> torch.Tensor:
+        """[texts], int64: place in the row of the token whose state the head reads."""
+        return on_device(self._pooled, self.device)
 
     @cached_property
-    def reading(self) -> "Packing":
-        """The same row, where nothing asks but the token of each pair that the head reads."""
-        reading = copy(self)
-        reading.__dict__.pop("kernel_bounds", None)
-        reading.queries = [(1, place) for place in self._pair_segments]
-        return reading
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        return [segment.length for segment in self.segments]
+    def pooled_layout(self) -> "Packing":
+        """The same row, where only the token of each text that the head reads attends."""
+        layout = copy(self)
+        layout.__dict__.pop("kernel_bounds", None)
+        layout.query_segments = self._text_segments
+        layout.query_lengths = np.ones_like(self._text_segments)
+        return layout
 
     @cached_property
     def kernel_bounds(self) -> KernelBounds:
-        """What a kernel for variable lengths asks for: every segment's keys side by side, the shared ones repeated."""
-        starts = [0, *accumulate(self.lengths)]
-        key_index: list[int] = []
-        key_lengths = []
-        for _, place in self.queries:
-            before = range(0)
-            if (root := self.segments[place].begins_with) is not None:
-                before = range(starts[root], starts[root + 1])
-            own = range(starts[place], starts[place + 1])
-            key_index += [*before, *own]
-            key_lengths.append(len(before) + len(own))
-        query_lengths = [asking for asking, _ in self.queries]
-        plain = key_index == list(range(starts[-1]))
-        return KernelBounds(
-            on_device([0, *accumulate(query_lengths)], self.device).int(),
-            on_device([0, *accumulate(key_lengths)], self.device).int(),
-            max(query_lengths),
-            max(key_lengths),
-            None if plain else on_device(key_index, self.device),
-        )
+        """What a variable-length kernel takes: every segment's keys side by side, the shared ones repeated."""
+        places = self.query_segments
+        prefix_places = self.prefix_segments[places]
+        # of each segment two ranges of keys: its prefix's, which may be empty, and its own
+        ranges = np.stack((prefix_places, places), axis=1).ravel()
+        lengths = np.where(ranges < 0, 0, self.lengths[ranges])
+        key_lengths = lengths.reshape(-1, 2).sum(axis=1)
+        key_index = None
+        if len(places) < len(self.lengths) or (prefix_places >= 0).any():
+            starts = self._ends[ranges] - self.lengths[ranges]
+            key_index = on_device(concatenated_ranges(starts, lengths), self.device)
+        bounds = (np.append(0, np.cumsum(counts)) for counts in (self.query_lengths, key_lengths))
+        query_bounds, key_bounds = (on_device(values, self.device).int() for values in bounds)
+        return KernelBounds(query_bounds, key_bounds, int(self.query_lengths.max()), int(key_lengths.max()), key_index)
 
-    def select(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The row's tokens, [1, tokens], from the batch's."""
+    def select(self, values: np.ndarray) -> torch.Tensor:
+        """[1, row], int64, from one value for each token of the batch."""
+        tokens = on_device(values, self.device)
         return (tokens if self.token_index is None else tokens[self.token_index])[None]
 
 
-def _runs(shared: list[int]) -> Iterator[tuple[range, int]]:
-    """Consecutive pairs with the tokens of their common beginning; a pair that shares none is a run of its own."""
-    start = 0
-    while start < len(shared):
-        stop = start + 1
-        while stop < len(shared) and shared[stop] > 0:
-            stop += 1
-        yield range(start, stop), shared[start + 1] if stop > start + 1 else 0
-        start = stop
+def positions_without_padding(batch: TokenBatch, padding: int) -> np.ndarray:
+    """As RoBERTa counts: padding + 1 is the position of a text's first token that is no padding, and `padding` that of
+    all tokens that are. [tokens], int32."""
+    real = (batch.ids != padding).astype(np.int32)
+    counts = np.cumsum(real, dtype=np.int32)
+    first_tokens = np.cumsum(batch.lengths) - batch.lengths
+    counts -= np.repeat(counts[first_tokens] - real[first_tokens], batch.lengths)
+    return counts * real + np.int32(padding)

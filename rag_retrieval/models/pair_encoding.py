@@ -1,13 +1,13 @@
 """From a query and a document to token ids: fixed parts, budgets, truncation.
 
 A pair is `prefix + query + middle + document + suffix`. Prefix, middle and suffix (bos, cls, sep, the
-separator, the special token that asks for the score) are never cut; only the two texts are. The parts are
+separator, the special token that asks for the score) are never truncated; only the two texts are. The parts are
 tokenized one by one, so a query has the same tokens whatever document stands beside it; `decoder_template`
 says how they are still those of the whole text.
 
-What a reader would get wrong: texts are tokenized by a private copy of the fast tokenizer. The one that transformers
-holds is changed by every call that pads or cuts, and such a call in another thread breaks ("Already borrowed") or
-cuts what is tokenized here. Nothing here imports torch.
+Texts are tokenized by a private copy of the fast tokenizer. The one that transformers holds is changed by every call
+that pads or truncates, and such a call in another thread breaks ("Already borrowed") or truncates what is tokenized
+here. Nothing here imports torch.
 """
 
 import copy
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 QUERY_SHARE = 0.5  # of the tokens that the fixed parts leave; beyond it a query gives way to the document
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedPair:
-    """Token ids of one pair with their segment ids (`types` is None for families without segments).
+    """One pair. ids: its tokens; types: their segment ids, None for families without segments: both [tokens], int32.
 
     document_start: tokens before the document, which pairs of one query have in common.
     """
 
-    ids: list[int]
-    types: list[int] | None
+    ids: np.ndarray
+    types: np.ndarray | None
     truncated: bool
     document_start: int
 
@@ -48,8 +49,8 @@ class PairTemplate:
     `after_query` and `after_document` are tokenized with the text before them too ("?" and a line break are one
     token in some families), and stay, as `query_end` and `document_end`, where that text is cut; what comes later
     belongs to `middle` or `suffix`, where truncation cannot reach it.
-    `following_query` and `following_document` are the character after that, where it tells how white space before it
-    is cut; it is tokenized too and left out.
+    `following_query` and `following_document` are the character after that, where it decides how white space before
+    it is tokenized; it is tokenized too and left out.
     `anchor` is put before each text while it is tokenized, where a family would otherwise mark it as the beginning of
     a text. With `query_first` the query does begin the text.
     """
@@ -116,25 +117,31 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def tokenize_amidst(
-    tokenizer: Tokenizer, texts: Sequence[str], anchor: str, following: str, first: bool = False
+def tokenize_in_context(
+    tokenizer: Tokenizer, texts: Sequence[str], context: str, next_char: str, first: bool = False
 ) -> list[list[int]]:
-    """Token ids of each text as they are after `anchor` and before `following`, whose own are left out.
+    """Token ids of each text as they are after `context` and before `next_char`, whose own are left out.
 
-    Each of the two may be nothing, and is as of PairTemplate. first: nothing stands before the texts after all.
+    Each of the two may be empty; they are PairTemplate's `anchor` and `following_...`. first: nothing stands before the
+    texts after all.
     """
-    if not anchor and not following:
+    if not context and not next_char:
         return tokenize(tokenizer, texts)
-    start, after = surrounding_tokens(tokenizer, anchor, following)
+    start, after = context_tokens(tokenizer, context, next_char)
     if first:
-        anchor, start = "", 0
-    return [ids[start : len(ids) - after] for ids in tokenize(tokenizer, [anchor + text + following for text in texts])]
+        context, start = "", 0
+    texts = [context + text + next_char for text in texts]
+    return [ids[start : len(ids) - after] for ids in tokenize(tokenizer, texts)]
 
 
-def surrounding_tokens(tokenizer: Tokenizer, anchor: str, following: str) -> tuple[int, int]:
-    """How many tokens are the anchor's, and how many those of what follows."""
-    alone, both = tokenize(tokenizer, [anchor, anchor + following])
+def context_tokens(tokenizer: Tokenizer, context: str, next_char: str) -> tuple[int, int]:
+    """How many tokens are those of `context`, and how many those of `next_char`."""
+    alone, both = tokenize(tokenizer, [context, context + next_char])
     return len(alone), len(both) - len(alone)
+
+
+def as_arrays(lists: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    return [np.array(ids, np.int32) for ids in lists]
 
 
 def fit_to_budget(query_tokens: int, document_tokens: int, budget: int) -> tuple[int, int]:
@@ -147,9 +154,9 @@ def fit_to_budget(query_tokens: int, document_tokens: int, budget: int) -> tuple
     return query_keep, min(document_tokens, budget - query_keep)
 
 
-def cut(ids: list[int], keep: int, end: tuple[int, ...]) -> list[int]:
+def truncate(ids: Sequence[int] | np.ndarray, keep: int, end: Sequence[int]) -> Sequence[int] | np.ndarray:
     """`keep` ids from the beginning; where that is not all, the last of them are `end`."""
-    return ids if keep >= len(ids) else [*ids[: keep - len(end)], *end]
+    return ids[:keep] if keep >= len(ids) or not end else np.append(ids[: keep - len(end)], end).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -178,42 +185,47 @@ class PairEncoder:
                 f"need at least {least}"
             )
         object.__setattr__(self, "budget", budget)
+        parts = (self.template.prefix, self.template.middle, self.template.suffix)
+        object.__setattr__(self, "_fixed", [np.array(part, np.int32) for part in parts])
 
     def with_max_length(self, max_length: int) -> "PairEncoder":
         """The same encoder with another limit; the copy of the tokenizer is shared. ValueError for one too small."""
         return self if max_length == self.max_length else replace(self, max_length=max_length)
 
-    def query_ids(self, queries: Sequence[str]) -> list[list[int]]:
+    def query_ids(self, queries: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each query with what its format puts beside it, not truncated: int32."""
         template = self.template
         texts = [template.before_query + text + template.after_query for text in queries]
-        return tokenize_amidst(self.own, texts, template.anchor, template.following_query, template.query_first)
+        following, first = template.following_query, template.query_first
+        return as_arrays(tokenize_in_context(self.own, texts, template.anchor, following, first))
 
-    def document_ids(self, documents: Sequence[str]) -> list[list[int]]:
+    def document_ids(self, documents: Sequence[str]) -> list[np.ndarray]:
+        """As `query_ids`, of documents."""
         template = self.template
         texts = [template.before_document + text + template.after_document for text in documents]
-        return tokenize_amidst(self.own, texts, template.anchor, template.following_document)
+        return as_arrays(tokenize_in_context(self.own, texts, template.anchor, template.following_document))
 
-    def untruncated_length(self, query_ids: list[int], document_ids: list[int]) -> int:
+    def untruncated_length(self, query_ids: np.ndarray, document_ids: np.ndarray) -> int:
         return self.template.fixed_tokens + len(query_ids) + len(document_ids)
 
-    def join(self, query_ids: list[int], document_ids: list[int]) -> EncodedPair:
+    def join(self, query_ids: Sequence[int] | np.ndarray, document_ids: Sequence[int] | np.ndarray) -> EncodedPair:
         """One pair of at most `max_length` tokens from the ids of its two texts."""
-        template = self.template
+        template, (prefix, middle, suffix) = self.template, self._fixed
         query_keep, document_keep = fit_to_budget(len(query_ids), len(document_ids), self.budget)
-        ids = [
-            *template.prefix, *cut(query_ids, query_keep, template.query_end),
-            *template.middle, *cut(document_ids, document_keep, template.document_end),
-            *template.suffix,
-        ]  # fmt: skip
+        query = truncate(query_ids, query_keep, template.query_end)
+        document = truncate(document_ids, document_keep, template.document_end)
         truncated = query_keep < len(query_ids) or document_keep < len(document_ids)
-        document_start = len(template.prefix) + query_keep + len(template.middle)
+        ids = np.concatenate((prefix, query, middle, document, suffix), dtype=np.int32, casting="unsafe")
+        document_start = len(prefix) + query_keep + len(middle)
         return EncodedPair(ids, self._types(query_keep, document_keep), truncated, document_start)
 
-    def _types(self, query_tokens: int, document_tokens: int) -> list[int] | None:
+    def _types(self, query_tokens: int, document_tokens: int) -> np.ndarray | None:
         if self.template.types is None:
             return None
         prefix, query, middle, document, suffix = self.template.types
-        return [*prefix, *[query] * query_tokens, *middle, *[document] * document_tokens, *suffix]
+        kinds = np.array([*prefix, query, *middle, document, *suffix], np.int32)
+        counts = [*[1] * len(prefix), query_tokens, *[1] * len(middle), document_tokens, *[1] * len(suffix)]
+        return np.repeat(kinds, counts)
 
     def encode(self, pairs: Sequence[Sequence[str]]) -> list[EncodedPair]:
         """Encode (query, document) pairs in order; a query that repeats is tokenized once."""

@@ -4,35 +4,32 @@ The score is the raw logit, never a probability: apply torch.sigmoid where a pro
 that only a pointwise loss teaches one.
 """
 
-import sys
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from rag_retrieval.models.calibration import CALIBRATION_FILE, Calibration, Probabilities, probabilities_of
-from rag_retrieval.models.device_pool import DevicePool, pool_for
-from rag_retrieval.models.devices import check_devices
-from rag_retrieval.models.loading import first_position, score_layer
-from rag_retrieval.models.packed_attention import kernel_problem
-from rag_retrieval.models.packed_forward import (
+from rag_retrieval.models.loading import check_max_length, first_position, score_layer
+from rag_retrieval.models.packed_model import (
     HALF_TOLERANCE,
     Head,
+    kernel_problem,
     packed_hidden_states,
     packing_problem,
     pairs_to_check,
+    sliding_window,
 )
-from rag_retrieval.models.packing import Packing
-from rag_retrieval.models.pair_batch import PairBatch, make_batch, on_device, padded_inputs
+from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.pair_encoding import PairEncoder
-from rag_retrieval.models.scoring import ScoringOptions, check_options, score_pairs
-from rag_retrieval.models.scoring_mode import Precision
+from rag_retrieval.models.scoring import Precision, ScoringOptions, score_pairs
 from rag_retrieval.models.settings import RerankerSettings, write_settings
+from rag_retrieval.models.token_batch import TokenBatch, make_batch
 
 
 class PairScorer(nn.Module):
@@ -47,7 +44,7 @@ class PairScorer(nn.Module):
     """
 
     half_tolerance = HALF_TOLERANCE
-    causal: bool  # whether tokens see only what stands before them, so that pairs of a query can share it
+    causal: bool  # whether tokens attend only to what stands before them, so that pairs of a query can share it
 
     def __init__(
         self,
@@ -64,7 +61,6 @@ class PairScorer(nn.Module):
         self.new_parameters = new_parameters
         self.fitting_tokens: int | None = None
         self.calibration: Calibration | None = None
-        self._device_pool: DevicePool | None = None
         # a new module starts in train mode, but from_pretrained leaves the Hugging Face model in eval mode
         self.training = model.training
         if (layer := score_layer(model)) is not None:
@@ -78,8 +74,7 @@ class PairScorer(nn.Module):
         if self.packed_head is None:
             return f"no padding-free forward for {self.config.model_type}"
         batch = make_batch(pairs_to_check(self.model, self.pair_encoder))
-        scores = (self.padded_scores, self.packed_scores)
-        return packing_problem(self.model, *scores, batch.to(self.device), self.half_tolerance)
+        return packing_problem(self.model, self.padded_scores, self.packed_scores, batch, self.half_tolerance)
 
     @property
     def tokenizer(self):
@@ -100,30 +95,48 @@ class PairScorer(nn.Module):
         return next(self.model.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
     def packs(self) -> bool:
         """Whether batches are computed without padding, on the present device and under the present autocast."""
-        device = self.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.model.dtype
-        return self.packing_problem is None and kernel_problem(self.device, dtype) is None
+        device = self.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
+        return self.packing_problem is None and kernel_problem(device, dtype, *self._attention_kind) is None
+
+    @cached_property
+    def _attention_kind(self) -> tuple[tuple[int, int], int, bool, bool]:
+        """What `kernel_problem` asks of a model, after device and dtype."""
+        config = self.config.get_text_config()
+        heads = config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return (heads, key_heads), size, self.causal, sliding_window(self.model) > 0
 
     @property
     def shares_queries(self) -> bool:
         """Whether the query of consecutive pairs is computed once: packed, and causal."""
         return self.causal and self.packs
 
-    def forward(self, batch: PairBatch) -> torch.Tensor:
+    def forward(self, batch: TokenBatch) -> torch.Tensor:
         """Scores (logits) of the pairs: [pairs], float32, on the model's device."""
         return self.packed_scores(batch) if self.packs else self.padded_scores(batch)
 
-    def packed_scores(self, batch: PairBatch) -> torch.Tensor:
-        packing = Packing(batch, self.causal)
-        hidden = packed_hidden_states(self.model, batch, packing, self.first_position)
+    def packed_scores(self, batch: TokenBatch) -> torch.Tensor:
+        packing = Packing(batch, self.causal, self.device, self.first_position)
+        hidden = packed_hidden_states(self.model, batch, packing)
         return self.packed_head(self.model, hidden, packing).view(-1).float()
 
-    def padded_scores(self, batch: PairBatch) -> torch.Tensor:
-        inputs = padded_inputs(batch, self.tokenizer.pad_token_id)
-        return self.scores_of(inputs, on_device(batch.lengths, batch.token_ids.device))
+    def padded_scores(self, batch: TokenBatch) -> torch.Tensor:
+        device = self.device
+        inputs = padded_inputs(batch, self.tokenizer.pad_token_id, device)
+        return self.scores_of(inputs, on_device(batch.lengths, device))
+
+    def check_max_length(self, max_length: int) -> None:
+        """Raises ValueError for more tokens than the model has positions for."""
+        check_max_length(max_length, self.model)
 
     def scores_of(self, inputs: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
         """Scores of the Hugging Face model's own inputs, padded at the right: [pairs], float32.
@@ -149,32 +162,22 @@ class PairScorer(nn.Module):
     ) -> torch.Tensor:
         """Scores of (query, document) pairs: [pairs], float32, on the CPU, in the order given.
 
-        pairs: a list of [query, document], or one such pair. An empty list gives an empty tensor.
+        pairs: a list of [query, document], or one such pair. An empty list gives an empty tensor. Equal pairs are
+        scored once and get the same score.
         batch_size: pairs per forward pass at most; a forward is bounded by its tokens besides, and on a GPU that
         bound is halved where memory runs out. max_length: tokens per pair; None means the model's own.
         normalize: the sigmoid of the score, in [0, 1]. After RankNet or listwise training only the order of
         scores was taught, and this is no probability.
         show_progress_bar: None shows one on a terminal when there are more than `10 * batch_size` pairs.
-        devices: such as ["cuda:0", "cuda:1"]: a process on each holds a copy of the model, until `close`, for
-        further calls; a script that uses it keeps its work under `if __name__ == "__main__":`. None: in this
-        process, on the model's device.
+        devices: such as ["cuda:0", "cuda:1"]: a thread scores on each, with a copy of the model for the time of the
+        call. None: the model's own device. `score_over_processes` shares more work out, to more devices.
         precision: of autocast: "no", "bf16", "fp16" (GPU alone). None is half precision for float32 weights on
         CUDA and none on the CPU, where "bf16" is faster if the CPU has instructions for it.
         Scoring runs in eval mode without gradients; the mode the model was in is restored. Raises ValueError
-        naming the position of a bad pair, and RuntimeError when a process of `devices` fails.
+        naming the position of a bad pair, and what a forward raises.
         """
-        pairs = check_pairs(pairs)
         options = ScoringOptions(batch_size, max_length, precision)
-        devices = None if devices is None else check_devices(devices)
-        check_options(self, options, devices or [self.device])
-        if show_progress_bar is None:
-            show_progress_bar = len(pairs) > 10 * batch_size and sys.stderr.isatty()
-        with tqdm(total=len(pairs), unit="pair", disable=not show_progress_bar) as bar:
-            if devices in (None, [self.device]):
-                scores = score_pairs(self, pairs, options, bar)
-            else:
-                self._device_pool = pool_for(self, devices, self._device_pool)
-                scores = self._device_pool.score(pairs, options, bar)
+        scores = score_pairs(self, check_pairs(pairs), options, devices, show_progress_bar)
         return scores.sigmoid() if normalize else scores
 
     def probabilities(
@@ -193,20 +196,6 @@ class PairScorer(nn.Module):
             pairs, batch_size, max_length, show_progress_bar=show_progress_bar, devices=devices, precision=precision
         )
         return probabilities_of(scores, self.calibration)
-
-    def close(self) -> None:
-        """End the processes that `compute_score(devices=...)` started; a later call starts new ones.
-
-        Needed after a change to the model that is no change of weights, such as an adapter switched off: a change
-        of weights is seen. Otherwise they end with the scorer or the program.
-        """
-        if self._device_pool is not None:
-            self._device_pool.close()
-            self._device_pool = None
-
-    def __getstate__(self) -> dict:
-        """For copies and pickles: the processes of `devices` stay with the original."""
-        return self.__dict__ | {"_device_pool": None}
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write a plain Hugging Face folder (safetensors, config, tokenizer) plus `reranker_config.json`.

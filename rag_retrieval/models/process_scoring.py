@@ -1,48 +1,42 @@
 """Scoring shared by the processes of `accelerate launch` or torchrun.
 
 Every process must call it: a collective that one process leaves out hangs the others. That is why `compute_score`,
-which scripts call on the first process alone, never does this by itself, and why an error of one process is told
-to all.
+which scripts call on the first process alone, never does this by itself, and why an error of one process reaches all.
 """
 
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from itertools import chain, count
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from tqdm.auto import tqdm
 
-from rag_retrieval.core.processes import all_succeed, gather
-from rag_retrieval.models.one_ahead import one_ahead
+from rag_retrieval.core.distributed import gather, is_distributed, on_all, on_main
 from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.scoring import (
-    SCORING_CHUNK,
-    Pairs,
+    Precision,
     Scored,
+    Scorer,
     ScoringOptions,
     check_options,
     encoder_for,
     joined,
-    mode_of,
     plan_forwards,
-    score_parts,
-    sizes_of,
+    score_forwards,
+    score_pairs,
+    scoring_mode,
     token_budget,
 )
-from rag_retrieval.models.scoring_mode import Precision
-from rag_retrieval.models.token_budget import PairSize
+from rag_retrieval.models.text_scoring import CHUNK_PAIRS, Pairs, chunks_of, distinct, prefetch
+from rag_retrieval.models.token_batch import TextSize, sizes_of
 
-if TYPE_CHECKING:
-    from rag_retrieval.models.pair_scorer import PairScorer
-
-Plan = list[list[int]]  # of one chunk: the positions of the pairs of each forward, in the whole list
+Plan = list[list[int]]  # of one chunk: the positions of the pairs of each forward, among the distinct ones
 
 
 def score_over_processes(
-    scorer: "PairScorer",
+    scorer: Scorer,
     pairs: Sequence[Sequence[str]] | Sequence[str],
     batch_size: int = 256,
     max_length: int | None = None,
@@ -58,16 +52,19 @@ def score_over_processes(
     process when one of them fails.
     """
     options = ScoringOptions(batch_size, max_length, precision)
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return scorer.compute_score(pairs, batch_size, max_length, normalize, precision=precision)
-    all_succeed(lambda: check_options(scorer, options, [scorer.device]))
-    pairs = all_succeed(lambda: check_pairs(pairs))
+    if not is_distributed():
+        scores = score_pairs(scorer, check_pairs(pairs), options)
+        return scores.sigmoid() if normalize else scores
+    on_all(lambda: check_options(scorer, options, [scorer.device]))
+    pairs = on_all(lambda: check_pairs(pairs))
     check_agreement(pairs, options)
-    plans = agreed_plans(scorer, pairs, options)
-    scored = all_succeed(lambda: score_share(scorer, pairs, share_of(plans), options))
-    scores = torch.empty(len(pairs))
+    unique, places = distinct(pairs)
+    plans = agreed_plans(scorer, unique, options)
+    scored = on_all(lambda: score_share(scorer, unique, share_of(plans), options))
+    scores = torch.empty(len(unique), dtype=torch.float32)
     for positions, values in chain.from_iterable(gather(scored)):
         scores[positions] = values
+    scores = scores[places]
     return scores.sigmoid() if normalize else scores
 
 
@@ -86,28 +83,32 @@ def check_agreement(pairs: Pairs, options: ScoringOptions) -> None:
             )
 
 
-def agreed_plans(scorer: "PairScorer", pairs: Pairs, options: ScoringOptions) -> list[Plan]:
+def agreed_plans(scorer: Scorer, pairs: Pairs, options: ScoringOptions) -> list[Plan]:
     """The plan of every chunk, as one process makes it, but tokenized by all and with the smallest token budget."""
-    found = gather((all_succeed(lambda: sizes_of_share(scorer, pairs, options)), token_budget(scorer)))
-    sizes = list(chain.from_iterable(share for share, _ in found))
-    max_tokens = min(tokens for _, tokens in found)
-    plans = []
-    if dist.get_rank() == 0:
-        with mode_of(scorer, options.precision):
-            for start in range(0, len(sizes), SCORING_CHUNK):
-                chunk = sizes[start : start + SCORING_CHUNK]
-                parts = plan_forwards(scorer, chunk, options.batch_size, max_tokens)
-                plans.append([[start + position for position in part] for part in parts])
-    return gather(plans)[0]
+    gathered = gather((on_all(lambda: sizes_of_share(scorer, pairs, options)), token_budget(scorer)))
+    sizes = list(chain.from_iterable(share for share, _ in gathered))
+    max_tokens = min(tokens for _, tokens in gathered)
+    return on_main(lambda: plans_of(scorer, pairs, sizes, options, max_tokens))
 
 
-def sizes_of_share(scorer: "PairScorer", pairs: Pairs, options: ScoringOptions) -> list[PairSize]:
+def plans_of(
+    scorer: Scorer, pairs: Pairs, sizes: list[TextSize], options: ScoringOptions, max_tokens: int
+) -> list[Plan]:
+    plans, start = [], 0
+    with scoring_mode(scorer, options.precision):
+        for chunk in chunks_of(pairs, CHUNK_PAIRS):
+            parts = plan_forwards(scorer, sizes[start : start + len(chunk)], options.batch_size, max_tokens)
+            plans.append([[start + position for position in part] for part in parts])
+            start += len(chunk)
+    return plans
+
+
+def sizes_of_share(scorer: Scorer, pairs: Pairs, options: ScoringOptions) -> list[TextSize]:
     """Sizes of the pairs of this process's stretch; the stretches of all processes follow one another."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    first, last = len(pairs) * rank // world, len(pairs) * (rank + 1) // world
+    share = pairs[len(pairs) * rank // world : len(pairs) * (rank + 1) // world]
     encode = encoder_for(scorer, options.max_length).encode
-    chunks = (pairs[start : min(start + SCORING_CHUNK, last)] for start in range(first, last, SCORING_CHUNK))
-    return [size for chunk in chunks for size in sizes_of(encode(chunk))]
+    return [size for chunk in chunks_of(share, CHUNK_PAIRS) for size in sizes_of(encode(chunk))]
 
 
 def share_of(plans: list[Plan]) -> list[Plan]:
@@ -118,7 +119,7 @@ def share_of(plans: list[Plan]) -> list[Plan]:
     return [plan for plan in share if plan]
 
 
-def score_share(scorer: "PairScorer", pairs: Pairs, plans: list[Plan], options: ScoringOptions) -> list[Scored]:
+def score_share(scorer: Scorer, pairs: Pairs, plans: list[Plan], options: ScoringOptions) -> list[Scored]:
     """The scores of all forwards of this process, on the CPU, with their positions in the whole list."""
     encoder = encoder_for(scorer, options.max_length)
 
@@ -127,8 +128,7 @@ def score_share(scorer: "PairScorer", pairs: Pairs, plans: list[Plan], options: 
         encoded = encoder.encode([pairs[position] for position in positions])
         return plan, dict(zip(positions, encoded, strict=True))
 
-    with mode_of(scorer, options.precision), closing(one_ahead(encode, plans)) as encoded_plans:
+    with scoring_mode(scorer, options.precision), closing(prefetch(encode, plans)) as encoded_plans:
         return [
-            joined(score_parts(scorer, encoded, plan, options.batch_size, tqdm(disable=True)))
-            for plan, encoded in encoded_plans
+            joined(score_forwards(scorer, encoded, deque(plan), options.batch_size)) for plan, encoded in encoded_plans
         ]

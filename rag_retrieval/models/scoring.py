@@ -1,36 +1,65 @@
-"""From a list of pairs to their scores: chunks tokenized ahead, forwards planned by tokens, input order.
+"""Scores on one device or several: forwards planned by tokens, in eval mode, in the precision that was asked for.
 
-What a reader would get wrong: how pairs share a forward never changes a score beyond float noise, so the plan
-may change while it runs. A forward that does not fit in the memory of the GPU is cut smaller and repeated, and
-no other error is taken for that.
+How pairs share a forward never changes a score beyond float noise, so the plan may change while it runs: a forward that
+does not fit in the memory of the GPU is made smaller and repeated. Precision is autocast: weights keep their dtype, and
+the head gives its score in float32 whatever the precision.
 """
 
+import copy
+import logging
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol, get_args
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
-from rag_retrieval.models.loading import check_max_length
-from rag_retrieval.models.one_ahead import one_ahead
-from rag_retrieval.models.pair_batch import make_batch
+from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
-from rag_retrieval.models.scoring_mode import Precision, check_precision, scoring_mode
-from rag_retrieval.models.token_budget import PairSize, computed_tokens, plan_by_tokens, plan_sharing
+from rag_retrieval.models.text_scoring import CHUNK_PAIRS, Pairs, score_texts
+from rag_retrieval.models.token_batch import (
+    TextSize,
+    TokenBatch,
+    computed_tokens,
+    make_batch,
+    plan_by_tokens,
+    plan_sharing,
+    sizes_of,
+)
 
-if TYPE_CHECKING:
-    from rag_retrieval.models.pair_scorer import PairScorer
+logger = logging.getLogger(__name__)
 
-SCORING_CHUNK = 4096  # pairs tokenized and sorted together; bounds memory on endless lists
 CPU_TOKENS = 2048  # of one forward: they stay in the CPU's caches and keep its cores busy
 CUDA_TOKENS = 65_536  # of one forward, until one does not fit
 
-Pairs = Sequence[tuple[str, str]]
-Scored = tuple[list[int], torch.Tensor]  # positions of the pairs of one forward, and their scores: [pairs]
+Precision = Literal["no", "bf16", "fp16"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # x86, x86, ARM, ARM
+
+Scored = tuple[list[int], torch.Tensor]  # positions of the pairs of some forwards, and their scores: [pairs]
+
+
+class Scorer(Protocol):
+    """What scoring needs of a model, which is an nn.Module. fitting_tokens: the most that a forward may hold since one
+    ran out of memory, None where none did. dtype: of the weights."""
+
+    pair_encoder: PairEncoder
+    fitting_tokens: int | None
+    device: torch.device
+    dtype: torch.dtype
+    packs: bool
+    shares_queries: bool
+
+    def check_max_length(self, max_length: int) -> None: ...
+
+    def __call__(self, batch: TokenBatch) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +72,7 @@ class ScoringOptions:
     precision: Precision | None = None
 
 
-def check_options(scorer: "PairScorer", options: ScoringOptions, devices: Iterable[torch.device]) -> None:
+def check_options(scorer: Scorer, options: ScoringOptions, devices: Iterable[torch.device]) -> None:
     """Raise ValueError for options that the model or one of the devices cannot take."""
     if options.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {options.batch_size}")
@@ -52,103 +81,214 @@ def check_options(scorer: "PairScorer", options: ScoringOptions, devices: Iterab
         check_precision(options.precision, device)
 
 
-def encoder_for(scorer: "PairScorer", max_length: int | None) -> PairEncoder:
-    encoder = scorer.pair_encoder
-    if max_length is None or max_length == encoder.max_length:
-        return encoder
-    check_max_length(max_length, scorer.model)
-    return encoder.with_max_length(max_length)
+def encoder_for(scorer: Scorer, max_length: int | None) -> PairEncoder:
+    if max_length is None or max_length == scorer.pair_encoder.max_length:
+        return scorer.pair_encoder
+    scorer.check_max_length(max_length)
+    return scorer.pair_encoder.with_max_length(max_length)
 
 
-def score_pairs(scorer: "PairScorer", pairs: Pairs, options: ScoringOptions, bar: tqdm) -> torch.Tensor:
-    """Scores on the scorer's own device, in this process: [pairs], float32, on the CPU, in input order."""
+# ---- devices ---------------------------------------------------------------------------------------------
+
+
+def replicas(scorer: Scorer, devices: Sequence[torch.device]) -> list[Scorer]:
+    """The scorer on each device: itself where it is, else a copy; copies on the scorer's own device share weights."""
+    own = list(devices).index(scorer.device) if scorer.device in devices else None
+    return [scorer if place == own else replica(scorer, device) for place, device in enumerate(devices)]
+
+
+def replica(scorer: Scorer, device: torch.device) -> Scorer:
+    shared = (scorer.pair_encoder, scorer.settings, scorer.calibration)
+    memo = {id(value): value for value in shared}
+    for tensor in chain(scorer.parameters(), scorer.buffers()):
+        moved = tensor.detach().to(device)
+        memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+    return copy.deepcopy(scorer, memo)
+
+
+# ---- precision and mode ----------------------------------------------------------------------------------
+
+
+def check_precision(precision: Precision | None, device: torch.device) -> None:
+    """Raise ValueError for a precision that is not known or that the device has not; warn, once, of bf16 on a
+    CPU without instructions for it: it is computed there, but slower than float32."""
+    if precision is not None and precision not in get_args(Precision):
+        names = ", ".join(map(repr, get_args(Precision)))
+        raise ValueError(f"precision must be None or one of {names}; found {precision!r}")
+    if device.type != "cpu":
+        return
+    if precision == "fp16":
+        raise ValueError("precision 'fp16' needs a GPU, and the device is the CPU; use 'bf16' or 'no'")
+    if precision == "bf16":
+        warn_of_slow_bf16()
+
+
+@cache
+def warn_of_slow_bf16() -> None:
+    capabilities = torch.cpu.get_capabilities()
+    if not any(capabilities.get(name) for name in FAST_BF16):
+        logger.warning(
+            "precision 'bf16': this CPU has no bfloat16 instructions (AVX512_BF16 or AMX on x86), so scoring "
+            "in bf16 is slower than in float32; use precision 'no'"
+        )
+
+
+@contextmanager
+def scoring_mode(scorer: Scorer, precision: Precision | None) -> Iterator[None]:
+    """Eval mode without gradients, and autocast. precision None: half precision for float32 weights on CUDA, none
+    elsewhere. All of it holds for the thread that enters it."""
+    device = scorer.device
+    if precision is None and device.type == "cuda" and scorer.dtype == torch.float32:
+        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    plain = precision in (None, "no")
+    with (
+        evaluating(scorer),
+        nullcontext() if plain else torch.autocast(device.type, dtype=DTYPES[precision]),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients. Each module gets its own mode back, since parts of a model may be in eval mode
+    while it trains."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# ---- scores ----------------------------------------------------------------------------------------------
+
+
+def score_pairs(
+    scorer: Scorer,
+    pairs: Pairs,
+    options: ScoringOptions,
+    devices: Sequence[str | torch.device] | None = None,
+    show_progress_bar: bool | None = None,
+) -> torch.Tensor:
+    """Scores of checked pairs, in their order: [pairs], float32, on the CPU. See `PairScorer.compute_score`."""
+    devices = [scorer.device] if devices is None else check_devices(devices)
+    check_options(scorer, options, devices)
+    scorers = replicas(scorer, devices)
+    if show_progress_bar is None:
+        show_progress_bar = len(pairs) > 10 * options.batch_size and sys.stderr.isatty()
     encode = encoder_for(scorer, options.max_length).encode
-    chunks = [pairs[start : start + SCORING_CHUNK] for start in range(0, len(pairs), SCORING_CHUNK)]
-    scores = [torch.empty(0)]
-    with mode_of(scorer, options.precision), closing(one_ahead(encode, chunks)) as encoded_chunks:
-        scores += [score_chunk(scorer, encoded, options.batch_size, bar) for encoded in encoded_chunks]
-    return torch.cat(scores)
+    with tqdm(total=len(pairs), unit="pair", disable=not show_progress_bar) as bar:
+
+        def score(encoded: Sequence[EncodedPair]) -> list[float]:
+            return score_encoded(scorers, encoded, options.batch_size, options.precision, bar).tolist()
+
+        scores = score_texts(pairs, encode, score, CHUNK_PAIRS * len(scorers))
+        bar.update(len(pairs) - bar.n)  # those that repeat others
+    return torch.tensor(scores, dtype=torch.float32)
 
 
-def mode_of(scorer: "PairScorer", precision: Precision | None):
-    return scoring_mode(scorer, scorer.device, scorer.model.dtype, precision)
+def score_encoded(
+    scorers: Sequence[Scorer],
+    encoded: Sequence[EncodedPair],
+    batch_size: int,
+    precision: Precision | None = None,
+    bar: tqdm | None = None,
+) -> torch.Tensor:
+    """Scores in the order of `encoded`: [pairs], float32, on the CPU. A device is waited for once.
 
+    scorers: replicas of one model; a thread for each takes one forward after another.
+    """
+    with scoring_mode(scorers[0], precision):
+        budget = min(map(token_budget, scorers))
+        waiting = deque(plan_forwards(scorers[0], sizes_of(encoded), batch_size, budget))
 
-def score_chunk(scorer: "PairScorer", encoded: Sequence[EncodedPair], batch_size: int, bar: tqdm) -> torch.Tensor:
-    """Scores of one chunk, in its order: [len(encoded)], float32, on the CPU. The device is waited for once."""
-    parts = plan_forwards(scorer, sizes_of(encoded), batch_size, token_budget(scorer))
-    positions, values = joined(score_parts(scorer, encoded, parts, batch_size, bar))
-    scores = torch.empty(len(encoded))
-    scores[positions] = values
+    def score(scorer: Scorer) -> Scored:
+        with scoring_mode(scorer, precision):
+            return joined(score_forwards(scorer, encoded, waiting, batch_size, bar))
+
+    if len(scorers) == 1:
+        scored = [score(scorers[0])]
+    else:
+        with ThreadPoolExecutor(len(scorers), thread_name_prefix="scoring") as threads:
+            try:
+                scored = list(threads.map(score, scorers))
+            finally:
+                waiting.clear()  # after an error or an interrupt the other threads end with their present forward
+    scores = torch.empty(len(encoded), dtype=torch.float32)
+    for positions, values in scored:
+        scores[positions] = values
     return scores
 
 
-def sizes_of(encoded: Iterable[EncodedPair]) -> list[PairSize]:
-    return [
-        PairSize(len(pair), pair.document_start, hash(tuple(pair.ids[: pair.document_start]))) for pair in encoded
-    ]
-
-
-def plan_forwards(
-    scorer: "PairScorer", sizes: Sequence[PairSize], batch_size: int, max_tokens: int
-) -> list[list[int]]:
+def plan_forwards(scorer: Scorer, sizes: Sequence[TextSize], batch_size: int, max_tokens: int) -> list[list[int]]:
     """Positions in forwards: pairs of one query together where it is computed once, else pairs of similar length,
-    longest first so that memory peaks at once."""
+    longest first so that running out of memory shows at once."""
     if scorer.shares_queries:
         return plan_sharing(sizes, max_tokens, batch_size)
     lengths = [[size.tokens] for size in sizes]
     return plan_by_tokens(lengths, max_tokens, padded=not scorer.packs, max_pairs=batch_size)
 
 
-def token_budget(scorer: "PairScorer") -> int:
-    """Tokens of one forward at most, on the scorer's device and after what was found not to fit there."""
+def token_budget(scorer: Scorer) -> int:
+    """Tokens of one forward at most, on the scorer's device and after what did not fit there."""
     tokens = CUDA_TOKENS if scorer.device.type == "cuda" else CPU_TOKENS
     return tokens if scorer.fitting_tokens is None else min(tokens, scorer.fitting_tokens)
 
 
-def joined(scored: Iterable[Scored]) -> tuple[list[int], torch.Tensor]:
-    """The positions of several forwards and their scores on the CPU; there must be at least one."""
-    parts, scores = zip(*scored, strict=True)
-    return list(chain.from_iterable(parts)), torch.cat(scores).cpu()
+def joined(scored: Iterable[Scored]) -> Scored:
+    """The positions of several forwards and their scores, on the CPU."""
+    forwards = list(scored)
+    if not forwards:
+        return [], torch.empty(0, dtype=torch.float32)
+    positions, scores = zip(*forwards, strict=True)
+    return list(chain.from_iterable(positions)), torch.cat(scores).cpu()
 
 
-def score_parts(
-    scorer: "PairScorer",
+def score_forwards(
+    scorer: Scorer,
     encoded: Sequence[EncodedPair] | Mapping[int, EncodedPair],
-    parts: list[list[int]],
+    waiting: deque[list[int]],
     batch_size: int,
-    bar: tqdm,
+    bar: tqdm | None = None,
 ) -> Iterator[Scored]:
-    """One forward per part, its scores left on the device: waiting for them would idle it.
+    """The forwards of `waiting`, positions in `encoded`, until none is left; several threads may share it.
 
-    parts: positions in `encoded`. Where one does not fit in memory, all that remain are planned again, smaller.
+    Scores stay on the device: reading them would make the host wait for each forward. Where one does not fit in memory,
+    all that remain are planned again, smaller.
     """
-    waiting = deque(parts)
     while waiting:
-        part = waiting.popleft()
+        try:
+            part = waiting.popleft()
+        except IndexError:  # another thread took the last one
+            return
         scores = forward_if_it_fits(scorer, [encoded[position] for position in part])
         if scores is not None:
-            bar.update(len(part))
+            if bar is not None:
+                with bar.get_lock():
+                    bar.update(len(part))
             yield part, scores
             continue
         sizes = sizes_of(encoded[position] for position in part)
         tokens = computed_tokens(sizes, padded=not scorer.packs, shares_queries=scorer.shares_queries)
         scorer.fitting_tokens = tokens // 2  # not of the budget: `batch_size` may have cut the part before it
-        remaining = [*part, *chain.from_iterable(waiting)]
+        remaining = part
+        while waiting:
+            remaining = remaining + waiting.popleft()
         sizes = sizes_of(encoded[position] for position in remaining)
         replanned = plan_forwards(scorer, sizes, batch_size, scorer.fitting_tokens)
-        waiting = deque([remaining[place] for place in part] for part in replanned)
+        waiting.extend([remaining[place] for place in part] for part in replanned)
 
 
-def forward_if_it_fits(scorer: "PairScorer", pairs: list[EncodedPair]) -> torch.Tensor | None:
+def forward_if_it_fits(scorer: Scorer, pairs: list[EncodedPair]) -> torch.Tensor | None:
     """Scores of the pairs on the scorer's device, or None where several do not fit in its memory together.
 
     Raises torch.cuda.OutOfMemoryError for a single pair that does not fit.
     """
-    batch = make_batch(pairs)
-    on_cuda = scorer.device.type == "cuda"
     try:
-        return scorer((batch.pin_memory() if on_cuda else batch).to(scorer.device))
+        return scorer(make_batch(pairs))
     except torch.cuda.OutOfMemoryError as error:
         if len(pairs) == 1:
             raise torch.cuda.OutOfMemoryError(
@@ -156,6 +296,6 @@ def forward_if_it_fits(scorer: "PairScorer", pairs: list[EncodedPair]) -> torch.
                 "score with a smaller max_length or in half precision"
             ) from error
     # not in the handler, where the traceback still holds the activations
-    if on_cuda:
+    if scorer.device.type == "cuda":
         torch.cuda.empty_cache()
     return None

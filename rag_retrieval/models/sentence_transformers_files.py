@@ -108,7 +108,7 @@ def fixed_texts(encoder: PairEncoder, settings: RerankerSettings) -> tuple[str, 
         texts = tuple(text.replace(INSTRUCTION, settings.instruction) for text in texts)
     before, between, after = texts
     bos = "".join(encoder.tokenizer.convert_ids_to_tokens(missing_bos(encoder.tokenizer, encoder.own, before)))
-    wanted = encoder.encode([("a", "b")])[0].ids
+    wanted = encoder.encode([("a", "b")])[0].ids.tolist()
     starts = bos + before, f"{bos} {before}"
     found = (start for start in starts if tokenize(encoder.own, [f"{start}a{between}b{after}"])[0] == wanted)
     return next(found, starts[0]), between, after

@@ -1,26 +1,34 @@
-"""Checkpoint folders of one run: written aside, flushed, renamed when complete, rotated afterwards.
+"""Checkpoints of one run: written under a temporary name, flushed, renamed when complete, rotated afterwards.
 
-What a reader would get wrong: a folder named `checkpoint-300` is not ours because of its name. Only folders
-whose `trainer_state.json` carries this run's id are ever counted, replaced or removed; where a stranger has
-the name, ours is `checkpoint-300-<id>`. And a folder is not complete because it has that file: every file must
-have the size and the CRC-32 that are noted there, the note itself included.
+`trainer_state.json` is written last and names every other file with its size: a folder without it, or with other
+files, is not complete. Only real folders `checkpoint-N` or `checkpoint-N-ID` whose state file has this run's id and
+step N are ever counted, replaced or removed; where another run has the name `checkpoint-N`, ours is
+`checkpoint-N-ID`, ID being the first eight characters of the run's id.
 """
 
-import errno
-import json
 import logging
 import os
+import re
 import shutil
-import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rag_retrieval.core.files import replacing
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from rag_retrieval.core.distributed import on_main
+from rag_retrieval.core.files import flush_one, flush_to_disk, is_real_folder, read_json, write_json
+from rag_retrieval.train.failures import translate_storage_errors
+from rag_retrieval.train.provenance import Provenance
+from rag_retrieval.train.task import Task, TrainingError
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
-READ_AT_ONCE = 1 << 24  # bytes
+NAME = re.compile(r"checkpoint-(\d+)(?:-(.{8}))?")
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # they keep their own copy of the weights
 
 
 class DamagedCheckpoint(ValueError):
@@ -32,7 +40,7 @@ class TrainState:
     """Where a run stands. `step` counts optimizer steps done, `best_metric` is the best evaluation's so far.
 
     steps_per_epoch: 0 until the data are known; a resumed run must have the same. evaluated_step: the last step
-    that was evaluated; a run that is told to stop saves before it evaluates.
+    that was evaluated; a run that is stopped by a signal saves before it evaluates.
     """
 
     run_id: str
@@ -44,78 +52,28 @@ class TrainState:
     evaluated_step: int = 0
 
 
-def write_json(path: Path, values: dict) -> None:
-    """Whole or not at all: written aside, flushed to disk, renamed."""
-    with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_json(path: Path) -> dict:
-    """The object in the file; {} where it is missing or damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def read_state(folder: Path) -> TrainState:
-    """The state in a complete checkpoint folder. Raises DamagedCheckpoint; reads every byte of the folder."""
-    noted = read_json(folder / STATE_FILE)
-    if not noted:
+    """The state in a complete checkpoint folder. Raises DamagedCheckpoint; reads the sizes of all its files."""
+    values = read_json(folder / STATE_FILE)
+    if not values:
         raise DamagedCheckpoint(f"{folder}: {STATE_FILE} is missing or cannot be read")
-    if noted.pop("checksum", None) != checksum_of(noted):
-        raise DamagedCheckpoint(f"{folder}: {STATE_FILE} is not as it was written")
-    try:
-        found = file_checksums(folder)
-    except OSError as error:
-        raise DamagedCheckpoint(f"{folder}: cannot be read: {error}") from None
-    names = sorted(found.keys() | noted["files"].keys())
-    wrong = [name for name in names if found.get(name) != noted["files"].get(name)]
+    written = values.get("files")
+    if not isinstance(written, dict) or any(field.name not in values for field in fields(TrainState)):
+        raise DamagedCheckpoint(f"{folder}: {STATE_FILE} is not one of this trainer")
+    sizes = file_sizes(folder)
+    wrong = [name for name in sorted(sizes.keys() | written.keys()) if sizes.get(name) != written.get(name)]
     if wrong:
-        what = "is missing" if wrong[0] not in found else "is not as it was written"
+        what = "is missing" if wrong[0] not in sizes else "is not as it was written"
         raise DamagedCheckpoint(f"{folder}: {wrong[0]} {what}")
-    return TrainState(**{field.name: noted[field.name] for field in fields(TrainState)})
+    return TrainState(**{field.name: values[field.name] for field in fields(TrainState)})
 
 
-def checksum_of(values: dict) -> int:
-    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def file_checksums(folder: Path) -> dict[str, list[int]]:
-    """[bytes, CRC-32] of every file under `folder` but the state file, by its relative name."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sums = {path.relative_to(folder).as_posix(): _size_and_crc(path) for path in files}
-    sums.pop(STATE_FILE, None)
-    return sums
-
-
-def _size_and_crc(path: Path) -> list[int]:
-    size = crc = 0
-    with path.open("rb") as file:
-        while part := file.read(READ_AT_ONCE):
-            size, crc = size + len(part), zlib.crc32(part, crc)
-    return [size, crc]
-
-
-def flush(folder: Path) -> None:
-    """Bring everything under `folder`, names included, from the system's memory to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _flush_one(path)
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some network disks know no such
-            raise
-    finally:
-        os.close(descriptor)
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file under `folder` but the state file, by its relative name."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    # with a process killed in `update`, its temporary file may lie there
+    others = {name: path for name, path in files.items() if not name.startswith((STATE_FILE, f".{STATE_FILE}."))}
+    return {name: path.stat().st_size for name, path in others.items()}
 
 
 class CheckpointStore:
@@ -127,76 +85,77 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         """Where this run's checkpoint of that step is, or would be."""
         plain = self.folder / f"checkpoint-{step}"
-        if plain.exists() and not self._is_own(plain):
+        if os.path.lexists(plain) and not self._is_own(plain):
             return self.folder / f"checkpoint-{step}-{self.run_id[:8]}"
         return plain
 
-    def aside(self, step: int) -> Path:
-        """Where it is written before it gets its name, and where it goes to be removed."""
+    def temporary(self, step: int) -> Path:
+        """Where it is written before it gets its name, and where it goes to be removed. The name marks it as ours."""
         return self.folder / f".checkpoint-{step}-{self.run_id[:8]}.incomplete"
 
     def own(self) -> list[tuple[int, Path]]:
         """(step, folder) of this run's checkpoints, damaged ones included, oldest first."""
-        folders = [folder for folder in self.folder.glob("checkpoint-*") if self._is_own(folder)]
-        return sorted((_noted_step(folder), folder) for folder in folders)
+        return sorted((_step_of(folder), folder) for folder in self.folder.glob("checkpoint-*") if self._is_own(folder))
 
     def _is_own(self, folder: Path) -> bool:
-        return read_json(folder / STATE_FILE).get("run_id") == self.run_id
+        """Whether it is exactly what this run writes: no copy under another name, and no link to a folder elsewhere."""
+        match = NAME.fullmatch(folder.name)
+        if match is None or match[2] not in (None, self.run_id[:8]) or not is_real_folder(folder):
+            return False
+        values = read_json(folder / STATE_FILE)
+        return (values.get("run_id"), values.get("step")) == (self.run_id, int(match[1]))
 
     def begin(self, step: int) -> None:
-        """Make an empty folder to write into, marked as this run's. Main process only, as is `commit`.
+        """Make an empty folder to write into. Main process only, as is `commit`.
 
         Raises FileNotFoundError where the output folder is gone: made anew, it would lack what was in it.
         """
         self.discard(step)
-        aside = self.aside(step)
-        aside.mkdir()
-        write_json(aside / STATE_FILE, {"run_id": self.run_id, "step": step})
+        self.temporary(step).mkdir()
 
     def discard(self, step: int) -> None:
-        """Remove what was written aside for that step, if anything."""
-        shutil.rmtree(self.aside(step), ignore_errors=True)
+        """Remove what was written under the temporary name for that step, if anything."""
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
 
     def commit(self, state: TrainState) -> Path:
         """Complete the folder, give it its name, and remove what is no longer kept."""
-        aside, final = self.aside(state.step), self.path(state.step)
-        noted = asdict(state) | {"files": file_checksums(aside)}
-        write_json(aside / STATE_FILE, noted | {"checksum": checksum_of(noted)})
-        flush(aside)
-        replaced = final.with_name(f"{final.name}-replaced")  # still counts, until the new one has the name
-        if final.exists():
-            self._remove(replaced)
-            os.replace(final, replaced)
-        os.replace(aside, final)
-        _flush_one(self.folder)
-        self._remove(replaced)
+        temporary, final = self.temporary(state.step), self.path(state.step)
+        write_json(temporary / STATE_FILE, asdict(state) | {"files": file_sizes(temporary)})
+        flush_to_disk(temporary)
+        os.replace(temporary, final)
+        flush_one(self.folder)
         self._rotate(state.best_step)
         return final
+
+    def update(self, state: TrainState) -> bool:
+        """Write the state anew where the step's checkpoint is there and complete: a run that was stopped saves before
+        it evaluates, and evaluates when it is resumed. Returns False where there is no such checkpoint."""
+        folder = self.path(state.step)
+        try:
+            read_state(folder)
+        except DamagedCheckpoint:
+            return False
+        write_json(folder / STATE_FILE, asdict(state) | {"files": file_sizes(folder)})
+        self._rotate(state.best_step)
+        return True
 
     def _rotate(self, best_step: int | None) -> None:
         for step, folder in self.own()[: -self.keep]:
             if step != best_step:
-                self._remove(folder)
+                self.remove(folder)
 
-    def _remove(self, folder: Path) -> None:
-        """Remove one of this run's folders. It loses its name first and its mark last, so that a process killed
-        in the middle leaves nothing that looks like a checkpoint and nothing without an owner."""
-        if not self._is_own(folder):
-            return
-        going = self.aside(_noted_step(folder))
-        shutil.rmtree(going, ignore_errors=True)
-        os.replace(folder, going)
-        for path in going.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != STATE_FILE:
-                path.unlink()
-        shutil.rmtree(going)
+    def remove(self, folder: Path) -> None:
+        """Remove one of this run's folders. It loses its name first, so that a process killed in the middle leaves
+        nothing that looks like a checkpoint."""
+        step = _step_of(folder)
+        self.discard(step)
+        os.replace(folder, self.temporary(step))
+        shutil.rmtree(self.temporary(step))
 
     def remove_incomplete(self) -> None:
         """Remove what a killed process of this run left half written or half removed."""
         for folder in self.folder.glob(f".checkpoint-*-{self.run_id[:8]}.incomplete"):
-            if read_json(folder / STATE_FILE).get("run_id") in (None, self.run_id):  # the name is a mark, too
+            if is_real_folder(folder):
                 shutil.rmtree(folder)
 
     def remove_after(self, step: int) -> None:
@@ -205,32 +164,100 @@ class CheckpointStore:
         for later, folder in self.own():
             if later > step:
                 logger.info("%s is removed: the run goes back to step %d", folder, step)
-                self._remove(folder)
+                self.remove(folder)
 
     def newest(self) -> tuple[TrainState, Path] | None:
-        """The state and folder of the last complete checkpoint; None without one. Damaged ones are named."""
-        spoilt = {folder for folder in self.folder.glob("checkpoint-*") if _has_spoilt_mark(folder)}
-        for folder in sorted(spoilt):
-            logger.warning("damaged checkpoint passed over: %s: %s is not as it was written", folder, STATE_FILE)
-        for _, folder in reversed(self.own()):
-            if folder in spoilt:
-                continue
+        """The state and folder of the last complete checkpoint; None without one. Damaged ones are named, also those
+        of which nobody can say whose they are."""
+        named = [folder for folder in self.folder.glob("checkpoint-*") if NAME.fullmatch(folder.name)]
+        for folder in sorted(named, key=_step_of, reverse=True):
             try:
-                return read_state(folder), folder
+                state = read_state(folder)
             except DamagedCheckpoint as damage:
                 logger.warning("damaged checkpoint passed over: %s", damage)
+                continue
+            if self._is_own(folder):
+                return state, folder
         return None
 
 
-def _has_spoilt_mark(folder: Path) -> bool:
-    """Whether the folder has a state file of ours that is not as it was written: neither owner nor step are sure."""
-    noted = read_json(folder / STATE_FILE)
-    if not noted:
-        return (folder / STATE_FILE).exists()
-    return "checksum" in noted and noted.pop("checksum") != checksum_of(noted)
+def _step_of(folder: Path) -> int:
+    return int(NAME.fullmatch(folder.name)[1])
 
 
-def _noted_step(folder: Path) -> int:
-    """The step that the folder's state file names; -1, before all others, where it names none."""
-    step = read_json(folder / STATE_FILE).get("step")
-    return step if isinstance(step, int) else -1
+class Saver:
+    """Writes and reads checkpoints, all processes together. model, optimizer: as `accelerator.prepare` returned them.
+
+    Weights stand in a checkpoint as a model folder; accelerate saves only what lies beside them.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        task: Task,
+        store: CheckpointStore,
+        provenance: Provenance,
+    ):
+        self.accelerator, self.model, self.optimizer, self.task = accelerator, model, optimizer, task
+        self.store, self.provenance = store, provenance
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+    def save(self, state: TrainState, again: bool = False) -> Path:
+        """Model, optimizer, scaler, random states of every process, the run's state and provenance; all or nothing.
+
+        again: whether this process has saved or loaded this very step before. Raises ProcessFailure where a file cannot
+        be written; what was half written is removed then.
+        """
+        try:
+            with translate_storage_errors(self.store.folder):
+                if not (again and on_main(lambda: self.store.update(state))):
+                    self._write(state)
+        except BaseException:
+            if self.accelerator.is_main_process:
+                self.store.discard(state.step)
+            raise
+        return self.store.path(state.step)
+
+    def _write(self, state: TrainState) -> None:
+        temporary, main = self.store.temporary(state.step), self.accelerator.is_main_process
+        if main:
+            self.store.begin(state.step)
+            self.provenance.save(temporary)
+        self.accelerator.wait_for_everyone()
+        self.save_model(temporary / "model", state.step)
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if main:
+            self.store.commit(state)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, folder: Path, step: int) -> None:
+        """Raises TrainingError, on the main process, where weights are not finite."""
+        state_dict = self.accelerator.get_state_dict(self.model)  # on every process: sharding engines gather here
+        if not self.accelerator.is_main_process:
+            return
+        # the last update's effect is seen by no later loss
+        broken = [name for name, value in state_dict.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise TrainingError(
+                f"after step {step} weights are not finite ({', '.join(broken[:5])}) and are not saved; "
+                "earlier checkpoints are intact. Lower lr, lengthen the warmup, or set max_grad_norm"
+            )
+        self.task.save_model(folder, state_dict)
+
+    def load(self, folder: Path) -> None:
+        """Bring model, optimizer, scaler and random states to where `folder` was written. A loaded optimizer brings its
+        old learning rate, decay and betas along: those of this run's configuration are put back."""
+        options = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
+        if self.accelerator.distributed_type not in SHARDING:
+            self.task.load_model(folder / "model")
+        self.accelerator.load_state(str(folder))
+        for group, of_this_run in zip(self._groups, options, strict=True):
+            group.update(of_this_run)
+
+    @property
+    def _groups(self) -> list[dict]:
+        return self.optimizer.param_groups

@@ -1,7 +1,7 @@
-"""Errors that come from outside the program, told in one line with what to do: disk, memory, killed processes.
+"""Errors that come from outside the program, in one line with what to do: disk, memory, killed processes.
 
-What a reader would get wrong: they strike one process alone. It says so itself (`ProcessFailure`) and leaves; the
-others find the line to it dead, and the launcher ends those that wait on a device.
+They strike one process alone, which raises ProcessFailure and ends; the others lose the connection to it, and the
+launcher ends those that wait on a device.
 """
 
 import errno
@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
+from rag_retrieval.train.steps import MicroBatch, unpack
 from rag_retrieval.train.task import ProcessFailure, TrainingError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
-LITTLE = 1 << 22  # bytes; a disk with less free is called full: the last write may have left a rest
+MIN_FREE_BYTES = 1 << 22  # a disk with less is called full: the last write may have left a rest
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|Parent directory .* does not exist")
 CPU_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|bad_alloc")
@@ -32,8 +33,9 @@ PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote pr
 
 
 @contextmanager
-def told_of_storage(output_dir: Path) -> Iterator[None]:
-    """Raise ProcessFailure for an error in writing to `output_dir`; other errors pass."""
+def translate_storage_errors(output_dir: Path) -> Iterator[None]:
+    """Raise ProcessFailure for an error in writing to `output_dir`; other errors pass. Only for blocks that write
+    there: a full disk elsewhere gives the same error, without the name of a file."""
     try:
         yield
     except TrainingError:
@@ -55,7 +57,7 @@ def storage_cause(error: Exception, output_dir: Path) -> str | None:
     if not output_dir.is_dir():
         return "the folder is gone, removed or unmounted in the run. Bring it back with its checkpoints"
     free = shutil.disk_usage(output_dir).free
-    if number in FULL or free < LITTLE:
+    if number in FULL or free < MIN_FREE_BYTES:
         return f"no space left to write ({free / 1e9:.2f} GB free; {error}). Make room, or lower num_max_checkpoints"
     if number in CLOSED:
         return f"cannot be written to ({error}). Mend its rights or mount"
@@ -101,13 +103,22 @@ def translate_worker_deaths() -> Iterator[None]:
         raise worker_death(str(error)) from error
 
 
-def steps_of(loader: DataLoader) -> Iterator[Any]:
-    """What the loader yields. Its processes end with this generator: close it. Raises ProcessFailure where one of
-    them was killed, which shows first as a broken connection: the signal of a death comes after its sockets close."""
-    steps = iter(loader)
+def steps_of(loader: DataLoader, pin_memory: bool = False) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of each step of a `step_loader`. Its processes end with this generator: close it. Raises
+    ProcessFailure where they cannot be started, or where one was killed, which shows first as a broken connection: the
+    signal of a death comes after its sockets close."""
+    try:
+        steps = iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ProcessFailure(
+            "data loading processes cannot be started: no shared memory (/dev/shm) is left for their queues; give the "
+            f"container more (docker run --shm-size), or set num_workers: 0 (it is {loader.num_workers})"
+        ) from error
     workers = steps._workers if loader.num_workers else []
     try:
-        yield from steps
+        yield from (unpack(step, pin_memory) for step in steps)
     except (OSError, EOFError) as error:
         # an error of the data themselves has the same types, but leaves its process alive
         ended = wait([worker.sentinel for worker in workers], timeout=DEATH_SECONDS)

@@ -1,15 +1,14 @@
 """The training loop: steps, evaluations, checkpoints. It knows nothing of what is trained.
 
-A `Task` computes the summed loss of a micro-batch (or several); the loop divides by the count over the whole
-optimizer step, over micro-batches and processes. So 1 process with batch 32, 2 with 16, and 8 with accumulation 4 take
-the same step. "Step" always means optimizer step.
+A `Task` yields the losses of an optimizer step, divided by the count of items over all its micro-batches and
+processes. So 1 process with batch 32, 2 with 16, and 8 with accumulation 4 take the same step. "Step" always means
+optimizer step.
 
-What a reader would get wrong: ranks agree to stop in the exchange of counts at the beginning of a step, so that all
-processes stop after the same one. It is saved before it is evaluated; a resumed run makes up for that.
+Processes agree to stop in the all-gather at the beginning of a step, so that all stop after the same one. A stopped run
+saves before it evaluates; the resumed run evaluates first.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -21,24 +20,22 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from rag_retrieval.core.distributed import StartError
 from rag_retrieval.core.signals import StopRequest, TrainingStopped, on_signals
-from rag_retrieval.core.starting import StartError
-from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
+from rag_retrieval.train.checkpoints import CheckpointStore, Saver, TrainState
 from rag_retrieval.train.failures import (
     is_out_of_memory,
     memory_failure,
     steps_of,
-    told_of_storage,
+    translate_storage_errors,
     translate_worker_deaths,
 )
-from rag_retrieval.train.mixed_steps import MixedSteps
+from rag_retrieval.train.optim import warmup_stable_cosine
 from rag_retrieval.train.provenance import Provenance
-from rag_retrieval.train.run_folder import finish
-from rag_retrieval.train.saving import Saver
-from rag_retrieval.train.schedule import warmup_stable_cosine
+from rag_retrieval.train.run_folder import finish, publish
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
-from rag_retrieval.train.step_data import MicroBatch, step_loader
-from rag_retrieval.train.task import LoopSettings, Task
+from rag_retrieval.train.steps import MicroBatch, MixedSteps, step_loader
+from rag_retrieval.train.task import LoopSettings, Task, weighted_sum
 from rag_retrieval.train.tracking import LogWindow, Tracking
 
 
@@ -67,7 +64,7 @@ class Trainer:
         self.saver = Saver(accelerator, self.model, self.optimizer, task, self.checkpoints, provenance)
         self.saved_step = state.step
         self.checks = StepChecks(accelerator, optimizer)
-        # counts are exchanged between hosts: asking a device for them would let it run dry in every step
+        # counts are exchanged between hosts: asking a device for them would stall it in every step
         self.hosts = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self.stop_request, self.agreed_stop = StopRequest(), 0
 
@@ -87,7 +84,7 @@ class Trainer:
         Raises TrainingStopped after SIGTERM or SIGINT, ProcessFailure for what strikes this process alone, and
         TrainingError where training cannot go on.
         """
-        with told_of_storage(self.output_dir), translate_worker_deaths(), on_signals(self.stop_request.note):
+        with translate_worker_deaths(), on_signals(self.stop_request.note):
             self.tracking = Tracking(
                 self.accelerator, self.output_dir, self.total_steps, self.state.step, self.provenance.configuration
             )
@@ -104,23 +101,23 @@ class Trainer:
         if settings.eval_on_start and done == 0:
             self.evaluate()
         on_gpu = self.accelerator.device.type == "cuda"
-        loader = step_loader(self.dataset, settings.epochs, done, settings.num_workers, pin_memory=on_gpu)
+        loader = step_loader(self.dataset, settings.epochs, done, settings.num_workers)
         self.model.train()
         self._evaluate_if_due()  # where a stop came first
         if self._has_stopped_improving():
             return
-        with closing(steps_of(loader)) as steps:
+        with closing(steps_of(loader, pin_memory=on_gpu)) as steps:
             for micro_batches in steps:
                 self.train_step(micro_batches)
                 self.tracking.step_done()
                 self._log_if_due()
-                self._stop_if_told()
+                self._stop_if_asked()
                 self._evaluate_if_due()
                 self._save_if_due()
                 if self._has_stopped_improving():
                     return
 
-    def _stop_if_told(self) -> None:
+    def _stop_if_asked(self) -> None:
         number = self.agreed_stop if self.accelerator.num_processes > 1 else self.stop_request.number
         if not number or self.state.step == self.total_steps:  # what is left is to finish
             return
@@ -143,7 +140,7 @@ class Trainer:
         losses, mean = self.forward_backward(micro_batches)
         norm = self._clip_gradients()
         self.checks.guard(mean, norm)
-        with self._memory_told(None):
+        with self._translate_memory_errors(None):
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1
@@ -152,9 +149,9 @@ class Trainer:
 
     def forward_backward(self, micro_batches: list[MicroBatch]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Accumulate the gradient of the mean loss over the step's items; returns the summed losses of each
-        micro-batch, [losses], and that mean. Of several losses each has its own divisor, and their means are added.
+        micro-batch, [losses], and that mean.
 
-        Engines average gradients over processes, hence the factor num_processes.
+        Several losses have a divisor each, and their means are added.
         """
         accelerator = self.accelerator
         items, most = self._count(micro_batches)
@@ -164,19 +161,22 @@ class Trainer:
         ]
         # a step without any item (no ordered pair at all) has loss 0 and gradient 0
         divisors = [max(count, 1) for count in items]
-        losses = []
+        factors = [accelerator.num_processes / count for count in divisors]
+        losses = self.task.losses(self.model, [batch.to(accelerator.device) for batch in micro_batches], factors)
+        all_sums = []
         for position, batch in enumerate(micro_batches):
             last = position == len(micro_batches) - 1
             accelerator.sync_gradients = last
-            with self._memory_told(batch), nullcontext() if last else accelerator.no_sync(self.model):
-                sums = self.task.loss_sums(self.model, batch.to(accelerator.device))
-                losses.append(sums.detach())
+            with self._translate_memory_errors(batch), nullcontext() if last else accelerator.no_sync(self.model):
+                loss, sums = next(losses)
+                all_sums.append(sums)
                 if last:
-                    mean = added(accelerator.reduce(torch.stack(losses).sum(0), "sum"), [1 / n for n in divisors])
+                    total = accelerator.reduce(torch.stack(all_sums).sum(0), "sum")
+                    mean = weighted_sum(total, [1 / count for count in divisors])
                     if not self.checks.skips_on_device:  # DeepSpeed updates weights inside the last backward
-                        self.checks.check_loss(self.state.step + 1, mean.item(), losses, micro_batches)
-                accelerator.backward(added(sums, [accelerator.num_processes / n for n in divisors]))
-        return losses, mean
+                        self.checks.check_loss(self.state.step + 1, mean.item(), all_sums, micro_batches)
+                accelerator.backward(loss)
+        return all_sums, mean
 
     def _count(self, micro_batches: list[MicroBatch]) -> tuple[list[int], int]:
         """Items of the step over all processes for each loss, and the most micro-batches of any. Exchanged between
@@ -191,14 +191,14 @@ class Trainer:
         return counts[:, :-2].sum(0).tolist(), int(counts[:, -2].max())
 
     @contextmanager
-    def _memory_told(self, batch: MicroBatch | None) -> Iterator[None]:
+    def _translate_memory_errors(self, batch: MicroBatch | None) -> Iterator[None]:
         """batch: what is computed; None for the optimizer's update."""
         try:
             yield
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            where = f"at a micro-batch of {self.task.extent(batch)}" if batch else "in the optimizer's update"
+            where = f"at a micro-batch of {self.task.describe_batch(batch)}" if batch else "in the optimizer's update"
             raise memory_failure(error, self.state.step + 1, where, self.provenance.configuration) from error
 
     def _clip_gradients(self) -> torch.Tensor | None:
@@ -302,7 +302,7 @@ class Trainer:
         """See `Saver.save`. The log goes first, and the time is not taken for training."""
         self._log()
         started = time.monotonic()
-        self.tracking.say(f"checkpoint: {self.saver.save(self.state)}")
+        self.tracking.say(f"checkpoint: {self.saver.save(self.state, again=self.saved_step == self.state.step)}")
         self.saved_step = self.state.step
         self.window.pause(time.monotonic() - started)
 
@@ -313,23 +313,22 @@ class Trainer:
     def _finish(self) -> None:
         """Write the final model: the best checkpoint's weights where a metric chose one, else the last."""
         self._log()
-        state = self.state
-        if state.best_step is None:
-            saved = self.output_dir / ".final"
-            self.saver.save_model(saved, state.step)
-        else:
-            self.tracking.say(
-                f"final model: step {state.best_step}, the best {self.settings.metric_for_best_model}"
-            )
-            saved = self.checkpoints.path(state.best_step) / "model"
-        if self.accelerator.is_main_process:
-            self.task.export(saved, self.output_dir)
-            shutil.rmtree(self.output_dir / ".final", ignore_errors=True)
-            finish(self.output_dir, state)
+        state, temporary = self.state, self.checkpoints.temporary(self.state.step)
+        with translate_storage_errors(self.output_dir):
+            if self.accelerator.is_main_process:
+                self.checkpoints.begin(state.step)
+            if state.best_step is None:
+                saved = temporary / "model"
+                self.saver.save_model(saved, state.step)
+            else:
+                metric = self.settings.metric_for_best_model
+                self.tracking.say(f"final model: step {state.best_step}, the best {metric}")
+                saved = self.checkpoints.path(state.best_step) / "model"
+            if self.accelerator.is_main_process:
+                (temporary / "results").mkdir()
+                self.task.export(saved, temporary / "results")
+                publish(temporary / "results", self.output_dir)
+                self.checkpoints.discard(state.step)
+                model_step = state.step if state.best_step is None else state.best_step
+                finish(self.output_dir, state.run_id, model_step)
         self.accelerator.wait_for_everyone()
-
-
-def added(sums: torch.Tensor, factors: list[float]) -> torch.Tensor:
-    """sum_l sums[l] * factors[l], a scalar. sums: [losses]. Factors stay on the host: sending them to a device would
-    cost a copy a step."""
-    return sum(part * factor for part, factor in zip(sums.unbind(), factors, strict=True))

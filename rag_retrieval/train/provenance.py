@@ -1,12 +1,9 @@
 """What a checkpoint was made of: configuration, data, engine and library versions, beside its weights.
 
-What a reader would get wrong: data are told apart by their content, not by their path, so that a run may go on
-on another machine; above SAMPLED_BLOCKS MiB only that many evenly spread blocks of a file are read.
+Data are identified by their content, not by their path, so that a run may go on on another machine.
 """
 
 import platform
-import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from rag_retrieval import __version__
-from rag_retrieval.train.checkpoints import read_json, write_json
-
-PROVENANCE_FILE = "provenance.json"
-BLOCK, SAMPLED_BLOCKS = 1 << 20, 256  # bytes; 256 MiB take a tenth of a second
+from rag_retrieval.core.files import read_json, write_json
+from rag_retrieval.train.run_folder import PROVENANCE_FILE
 
 
 @dataclass(frozen=True)
@@ -56,18 +51,3 @@ def engine_of(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     return "DDP"
-
-
-def content_digest(files: Sequence[Path]) -> str:
-    """Eight hexadecimal digits for sizes and content of the files, in this order."""
-    crc = 0
-    for path in files:
-        size = path.stat().st_size
-        crc = zlib.crc32(str(size).encode(), crc)
-        blocks = -(-size // BLOCK)
-        count = min(blocks, SAMPLED_BLOCKS)
-        with path.open("rb") as file:
-            for place in range(count):
-                file.seek(place * blocks // count * BLOCK)
-                crc = zlib.crc32(file.read(BLOCK), crc)
-    return f"{crc:08x}"

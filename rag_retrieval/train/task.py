@@ -1,16 +1,14 @@
-"""What the training loop is told: a task with its loss, its validation and its files, and a run's settings.
+"""What the training loop needs: a task with its losses, its validation and its files, and a run's settings."""
 
-What a reader would get wrong: `loss_sums` are sums, never means; the loop divides by the counts of the step.
-"""
-
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from rag_retrieval.train.step_data import MicroBatch
+from rag_retrieval.train.steps import MicroBatch
 
 
 class TrainingError(RuntimeError):
@@ -21,14 +19,32 @@ class ProcessFailure(TrainingError):
     """The same, found by this process alone: the others know nothing of it."""
 
 
+class StepLoss(NamedTuple):
+    """loss: a scalar with a graph, to be back-propagated. sums: float32 [losses] without one, the summed losses that
+    are logged and checked, as many as `MicroBatch.items`. Their sum over the step's micro-batches and processes is
+    divided by the step's items; which micro-batch has which part of it is the task's choice."""
+
+    loss: torch.Tensor
+    sums: torch.Tensor
+
+
 class Task(Protocol):
-    """What the loop must be told of the thing it trains."""
+    """What is trained."""
 
-    def loss_sums(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """The summed losses of one micro-batch: float32 [losses] with a graph, as many as its `items`."""
+    def losses(
+        self, model: nn.Module, micro_batches: Sequence[MicroBatch], factors: Sequence[float]
+    ) -> Iterator[StepLoss]:
+        """The losses of one optimizer step, one for each of this process's micro-batches, in their order. The loop
+        back-propagates each before it asks for the next, so that one graph lives at a time.
 
-    def extent(self, micro_batch: MicroBatch) -> str:
-        """How large a micro-batch is, in words: told where memory ends."""
+        micro_batches: on the model's device; as many on every process, fillers among them. factors: for each loss
+        processes / (its items over the whole step), which times a sum is its part of the step's mean: engines average
+        gradients over processes. A loss that couples the whole step first embeds all micro-batches without a graph,
+        gathers, and then yields surrogates whose gradients are those of the step's loss.
+        """
+
+    def describe_batch(self, micro_batch: MicroBatch) -> str:
+        """How large a micro-batch is and what is in it, for errors."""
 
     def report(self, step: int, total_steps: int) -> dict[str, float]:
         """Further values over the steps since the last report, for the log."""
@@ -42,8 +58,9 @@ class Task(Protocol):
     def load_model(self, folder: Path) -> None:
         """Bring the bare model to the weights that `save_model` wrote."""
 
-    def export(self, folder: Path, output_dir: Path) -> None:
-        """Make the finished model in output_dir of what `save_model` wrote (main process only)."""
+    def export(self, folder: Path, results: Path) -> None:
+        """Write the finished folders of the run (`model`, and `adapter` where there is one) into the empty folder
+        `results`, from what `save_model` wrote (main process only)."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +83,9 @@ class LoopSettings:
     eval_on_start: bool = False
     metric_for_best_model: str | None = None
     early_stopping_patience: int | None = None
+
+
+def weighted_sum(sums: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
+    """sum_l sums[l] * factors[l], a scalar. sums: [losses]. Factors stay on the host: sending them to a device would
+    cost a copy a step."""
+    return sum(part * factor for part, factor in zip(sums.unbind(), factors, strict=True))

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or log lines, `metrics.jsonl`, and tensorboard or wandb.
+"""What a run reports: a progress bar or log lines, `metrics.jsonl`, and tensorboard or wandb.
 
 `metrics.jsonl` is always written and survives a resume: lines after the step that training resumes from are
 cut, so that every step stands there once.
@@ -15,7 +15,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from rag_retrieval.train.run_folder import TRACKER_FOLDER
+from rag_retrieval.core.files import write_text
+from rag_retrieval.train.failures import translate_storage_errors
+from rag_retrieval.train.run_folder import METRICS_FILE, TRACKER_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +72,7 @@ class MetricsFile:
         if path.exists() and resumed_step:
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= resumed_step]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, path)
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, record: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -92,14 +92,14 @@ class Tracking:
     def __init__(
         self, accelerator: Accelerator, output_dir: Path, total_steps: int, done: int, run_config: dict
     ):
-        self.accelerator = accelerator
-        self.total_steps = total_steps
+        self.accelerator, self.output_dir, self.total_steps = accelerator, output_dir, total_steps
         self.shown = accelerator.is_main_process
         if not self.shown:
             return
-        self.file = MetricsFile(output_dir / "metrics.jsonl", resumed_step=done)
-        if accelerator.log_with:
-            _start_tracker(accelerator, output_dir, run_config)
+        with translate_storage_errors(output_dir):
+            self.file = MetricsFile(output_dir / METRICS_FILE, resumed_step=done)
+            if accelerator.log_with:
+                _start_tracker(accelerator, output_dir, run_config)
         self.started, self.first_step = time.monotonic(), done
         # a bar in a log file is unreadable: there, one line for each log
         self.bar = tqdm(
@@ -139,9 +139,10 @@ class Tracking:
                 logger.info(text)
 
     def _write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        self.file.write({"step": step, "kind": kind, **values})
-        if self.accelerator.log_with:
-            self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        with translate_storage_errors(self.output_dir):
+            self.file.write({"step": step, "kind": kind, **values})
+            if self.accelerator.log_with:
+                self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def _time_left(self, step: int) -> str:
         seconds = (

@@ -80,7 +80,7 @@ def test_a_decoder_reads_85_tokens_of_prompt_and_both_sides_the_same_ids(folders
     )
     plain, formatted = speed_data.text_pairs(examples, None), speed_data.text_pairs(examples, formats)
     theirs = [tokenizer(*pair)["input_ids"] for pair in formatted]
-    assert [encoded.ids for encoded in scorer.pair_encoder.encode(plain)] == theirs
+    assert [encoded.ids.tolist() for encoded in scorer.pair_encoder.encode(plain)] == theirs
     # prompt, query and document; "document", ":" and "relevance" of the formats
     words = [85 + 12 + len(text.split()) + 3 for _, text in plain]
     assert speed_data.token_lengths(tokenizer, formatted, 1024) == words

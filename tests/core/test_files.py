@@ -1,23 +1,120 @@
+import errno
+import fcntl
+import multiprocessing
+import os
+import zlib
+from pathlib import Path
+
 import pytest
 
-from rag_retrieval.core.files import replacing, write_whole
+from rag_retrieval.core import files
+from rag_retrieval.core.files import atomic_write, content_digest, lock_file_of, locked, write_text
 
 
 def test_a_file_is_replaced_only_when_all_went_well(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as aside:
-        aside.write_text("half")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with replacing(path) as aside:
-        aside.write_text("new")
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_of_somebody_else_with_the_old_temporary_name_stays(tmp_path):
+    (tmp_path / "a.tmp").write_text("precious")
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a.tmp").read_text() == "precious"
 
 
 def test_a_text_that_cannot_be_written_leaves_what_was_there(tmp_path):
     path = tmp_path / "a"
-    write_whole(path, "熊猫")
+    write_text(path, "熊猫")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "half \ud83d")
+        write_text(path, "half \ud83d")
     assert path.read_text(encoding="utf-8") == "熊猫" and list(tmp_path.iterdir()) == [path]
+
+
+# --- locks ---
+
+
+def hold(lock_file: Path, held, done) -> None:
+    with locked(lock_file, "busy"):
+        held.set()
+        done.wait(60)
+
+
+def start_holding(lock_file: Path):
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(lock_file, held, done), daemon=True)
+    process.start()
+    assert held.wait(60)
+    return process, done
+
+
+def test_a_second_writer_is_refused_at_once_and_comes_in_when_the_first_has_left(tmp_path, monkeypatch):
+    lock_file = lock_file_of(tmp_path / "model")
+    process, done = start_holding(lock_file)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "elsewhere"))  # as on another node, or of another user
+    with pytest.raises(ValueError, match="model is busy"), locked(lock_file, "model is busy"):
+        pass
+    done.set()
+    process.join(60)
+    with locked(lock_file, "busy"):
+        assert lock_file.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    process, _ = start_holding(tmp_path / "lock")
+    process.kill()
+    process.join(60)
+    with locked(tmp_path / "lock", "busy"):
+        pass
+
+
+def test_a_lock_file_that_its_holder_removes_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    lock_file, flock, calls = tmp_path / "lock", fcntl.flock, []
+
+    def late(descriptor, operation):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            lock_file.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(lock_file, "busy"):
+        assert lock_file.exists() and len(calls) == 2
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path / "lock", "busy"):
+        assert f"{tmp_path}: this file system has no locks" in caplog.text
+
+
+# --- digests ---
+
+
+def test_the_digest_is_of_sizes_and_content_not_of_names(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"abc"), second.write_bytes(b"abc")
+    expected = f"{zlib.crc32(b'3abc'):08x}"
+    assert content_digest([first]) == content_digest([second]) == expected
+    second.write_bytes(b"abd")
+    assert content_digest([second]) != expected
+    assert content_digest([first, second]) != content_digest([second, first])
+
+
+def test_a_large_file_is_read_in_evenly_spread_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK", 4)
+    monkeypatch.setattr(files, "SAMPLED_BLOCKS", 2)
+    path = tmp_path / "a"
+    path.write_bytes(b"aaaabbbbccccdd")  # blocks 0 and 2 of four
+    assert content_digest([path]) == f"{zlib.crc32(b'14aaaacccc'):08x}"

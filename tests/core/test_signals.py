@@ -24,7 +24,7 @@ def test_exit_codes_are_those_of_shells():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_request_is_noted_and_earlier_handlers_come_back(number):
+def test_a_stop_request_is_noted_and_earlier_handlers_come_back(number):
     before, request = signal.getsignal(number), StopRequest()
     with on_signals(request.note):
         assert request.number == 0

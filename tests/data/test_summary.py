@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from record_samples import hits, pointwise, write
 
-from rag_retrieval.data import record_store_build
+from rag_retrieval.data import store_build
 from rag_retrieval.data import summary as summary_module
 from rag_retrieval.data.store import open_store
 from rag_retrieval.data.summary import StoreSummary, format_summary, summary
@@ -30,7 +30,7 @@ def test_the_summary_counts_by_hand(tmp_path):
 
 
 def test_records_and_queries_are_counted_before_grouping(tmp_path, monkeypatch):
-    monkeypatch.setattr(record_store_build, "CHUNK", 2)
+    monkeypatch.setattr(store_build, "CHUNK", 2)
     path = write(tmp_path / "a.jsonl", pointwise(("a", "x", 1), ("b", "x", 0), ("a", "y", 0), ("b", "x", 1)))
     found = summary(open_store(path, group_by_query=True))
     assert (found.records, found.groups, found.pairs, found.queries) == (4, 2, 4, 2)

@@ -34,8 +34,8 @@ from rag_retrieval.export import onnx_graph  # noqa: E402
 from rag_retrieval.export.onnx_graph import score_head, write_graph  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
 from rag_retrieval.infer.padded_scoring import padded_inputs  # noqa: E402
-from rag_retrieval.models.pair_batch import make_batch  # noqa: E402
 from rag_retrieval.models.pair_encoding import EncodedPair  # noqa: E402
+from rag_retrieval.models.token_batch import make_batch  # noqa: E402
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2)
 RELATIVE = dict(relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False, type_vocab_size=0)
@@ -76,8 +76,8 @@ def random_pairs(scorer, count: int, longest: int, draw: np.random.Generator) ->
     typed = scorer.pair_encoder.template.types is not None
     return [
         EncodedPair(
-            draw.integers(0, min(scorer.config.vocab_size, len(scorer.tokenizer)), length).tolist(),
-            [0] * (length // 2) + [1] * (length - length // 2) if typed else None,
+            draw.integers(0, min(scorer.config.vocab_size, len(scorer.tokenizer)), length, np.int32),
+            np.repeat(np.array([0, 1], np.int32), (length // 2, length - length // 2)) if typed else None,
             truncated=False,
             document_start=1,
         )

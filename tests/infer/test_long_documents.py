@@ -99,9 +99,9 @@ def test_every_slice_holds_the_whole_query_and_all_slices_hold_the_whole_documen
         reranker.rerank(query, [document], overlap=OVERLAP)
     finally:
         del backend.score
-    assert [pair.ids for pair in seen] == [ids for _, _, ids in slow_slices(backend.scorer, query, document)]
+    assert [pair.ids.tolist() for pair in seen] == [ids for _, _, ids in slow_slices(backend.scorer, query, document)]
     beginning = [*encoder.template.prefix, *encoder.query_ids([query])[0], *encoder.template.middle]
-    assert all(pair.ids[: len(beginning)] == beginning for pair in seen)
+    assert all(pair.ids[: len(beginning)].tolist() == beginning for pair in seen)
     assert all(len(pair) == MAX_LENGTH for pair in seen[:-1])
     # the last is shorter where what follows the document joins its last sign
     assert 0 <= MAX_LENGTH - len(seen[-1]) <= len(encoder.template.document_end)
@@ -118,7 +118,7 @@ def test_the_best_slice_is_where_the_answer_stands(rerankers):
         def score(self, pairs, batch_size):
             import numpy as np
 
-            return np.array([sum(pair.ids.count(token) for token in word) for pair in pairs], np.float32)
+            return np.array([sum(pair.ids.tolist().count(token) for token in word) for pair in pairs], np.float32)
 
     filler = "water boils at sea level and at lower temperatures on high mountains. "
     document = filler * 10 + "The capital is Paris Paris Paris. " + filler * 10
@@ -145,7 +145,7 @@ def test_slices_cover_every_token_and_overlap_by_what_was_asked(room, overlap):
 def test_the_parts_of_a_document_are_its_tokens_and_spans_lie_in_its_text(family, text, rerankers):
     encoder = rerankers[family].backend.pair_encoder
     tokens = document_tokens(encoder, text)
-    assert [*tokens.head, *tokens.content, *tokens.tail] == encoder.document_ids([text])[0]
+    assert [*tokens.head, *tokens.content, *tokens.tail] == encoder.document_ids([text])[0].tolist()
     spans = [tokens.span(place, place + 1) for place in range(len(tokens.content))]
     assert all(0 <= start < end <= len(text) for start, end in spans)
     assert not spans or tokens.span(0, len(spans) + 5) == (spans[0][0], spans[-1][1])
@@ -212,7 +212,7 @@ def test_slices_of_a_head_that_answers_stand_in_the_whole_prompt(family, tmp_pat
     scorer = LLMDecoder.from_pretrained(tiny_causal(tmp_path, family), **YES_NO, max_length=300)
     reranker, document = Reranker.from_backend(TorchBackend(scorer)), LONG["english"] * 2
     parts = document_tokens(scorer.pair_encoder, document)
-    assert [*parts.head, *parts.content, *parts.tail] == scorer.pair_encoder.document_ids([document])[0]
+    assert [*parts.head, *parts.content, *parts.tail] == scorer.pair_encoder.document_ids([document])[0].tolist()
     seen = []
     score = reranker.backend.score
     reranker.backend.score = lambda pairs, size: seen.extend(pairs) or score(pairs, size)

@@ -10,7 +10,7 @@ NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def pair(*ids: int) -> EncodedPair:
-    return EncodedPair(list(ids), [1] * len(ids), truncated=False, document_start=1)
+    return EncodedPair(np.array(ids, np.int32), np.ones(len(ids), np.int32), truncated=False, document_start=1)
 
 
 def test_pairs_are_padded_at_the_right():

@@ -8,9 +8,9 @@ from tiny_models import ENGLISH, TEXTS, joining_tokenizer, llama_tokenizer, qwen
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from rag_retrieval.models.decoder_template import decoder_template, places_to_cut
-from rag_retrieval.models.pair_batch import shared_beginnings
+from rag_retrieval.models.decoder_template import decoder_template, safe_split_points
 from rag_retrieval.models.pair_encoding import PairEncoder
+from rag_retrieval.models.token_batch import make_batch
 
 DEFAULTS = dict(query_format="query: {}", document_format="document: {}", seq="\n", special_token="\nrelevance")
 FORMATS = {
@@ -86,7 +86,7 @@ def test_tokens_are_those_of_the_whole_text_in_one_go(name, formats):
     pairs = [(random_text(generator), random_text(generator)) for _ in range(200)]
     pairs += [("what?", "it."), ("line.\n", "12"), ("ends in a space ", "so does this "), ("", "")]
     for pair, encoded in zip(pairs, encoder_of(tokenizer, formats).encode(pairs), strict=True):
-        assert encoded.ids == tokenizer(whole_text(formats, *pair))["input_ids"], pair
+        assert encoded.ids.tolist() == tokenizer(whole_text(formats, *pair))["input_ids"], pair
 
 
 def test_the_tokenizers_of_these_tests_join_what_they_should():
@@ -97,12 +97,12 @@ def test_the_tokenizers_of_these_tests_join_what_they_should():
 
 
 def test_texts_are_cut_before_added_tokens_after_line_breaks_and_before_single_spaces():
-    assert places_to_cut("\ndocument: ", "(?!)") == [1]
-    assert places_to_cut("</q> | <d>", "(?!)") == [4, 6]
-    assert places_to_cut("a  b\n c\t d\n\ne", "(?!)") == [5, 12], "white space goes together"
-    assert places_to_cut("\n", "(?!)") == places_to_cut(" ", "(?!)") == places_to_cut("a\n", "(?!)") == []
-    assert places_to_cut("\n/a", "(?!)") == [], "one token in some families"
-    assert places_to_cut("a <s>b<s>\n", "<s>") == [2, 6], "the space before an added token is no part of it"
+    assert safe_split_points("\ndocument: ", "(?!)") == [1]
+    assert safe_split_points("</q> | <d>", "(?!)") == [4, 6]
+    assert safe_split_points("a  b\n c\t d\n\ne", "(?!)") == [5, 12], "white space goes together"
+    assert safe_split_points("\n", "(?!)") == safe_split_points(" ", "(?!)") == safe_split_points("a\n", "(?!)") == []
+    assert safe_split_points("\n/a", "(?!)") == [], "one token in some families"
+    assert safe_split_points("a <s>b<s>\n", "<s>") == [2, 6], "the space before an added token is no part of it"
 
 
 @pytest.mark.parametrize("special_token", ["\n", "\n\n", " ", "\t"])
@@ -115,7 +115,7 @@ def test_a_special_token_of_white_space_alone_stays_whole_at_the_end(name, speci
     assert template.document_end == () and template.suffix == alone[-len(template.suffix) :]
     assert tokenizer.decode(template.suffix) in (special_token, special_token[1:]), "llama's drops the first space"
     for pair in encoder.encode([("what?", "it."), ("what?", "")]):
-        assert pair.ids[-len(template.suffix) :] == template.suffix
+        assert pair.ids[-len(template.suffix) :].tolist() == template.suffix
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -134,7 +134,7 @@ def test_the_pairs_of_a_query_begin_alike_up_to_the_document_though_its_end_join
     encoder = encoder_of(joining_tokenizer(), DEFAULTS)
     pairs = encoder.encode([("what?", "it."), ("what?", "\nother"), ("what?", "")])
     length = len(encoder.tokenizer("query: what?\n")["input_ids"])
-    assert shared_beginnings(pairs) == [0, length, length]
+    assert make_batch(pairs).shared.tolist() == [0, length, length]
 
 
 @pytest.mark.parametrize("query_format", ["system\n{}", "<s>system\n{}", "{}", "<s>{}"])
@@ -144,8 +144,8 @@ def test_bos_comes_once_whether_the_text_brings_it_or_not(query_format, document
     formats = DEFAULTS | {"query_format": query_format}
     pair = encoder_of(tokenizer, formats).encode([("a", document)])[0]
     text = whole_text(formats, "a", document)
-    assert pair.ids == tokenizer(text, add_special_tokens=not text.startswith("<s>"))["input_ids"]
-    assert pair.ids.count(tokenizer.bos_token_id) == 1 and pair.ids[0] == tokenizer.bos_token_id
+    assert pair.ids.tolist() == tokenizer(text, add_special_tokens=not text.startswith("<s>"))["input_ids"]
+    assert pair.ids.tolist().count(tokenizer.bos_token_id) == 1 and pair.ids[0] == tokenizer.bos_token_id
 
 
 def test_an_instruction_is_filled_in_where_there_is_one_and_plain_text_elsewhere():
@@ -165,7 +165,7 @@ def test_a_tokenizer_that_ends_single_texts_with_eos_adds_none_here():
     assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
     pair = PairEncoder(tokenizer, decoder_template(tokenizer, **DEFAULTS), 64).encode([("a", "b")])[0]
     assert tokenizer.eos_token_id not in pair.ids
-    assert pair.ids.count(tokenizer.bos_token_id) == 1
+    assert pair.ids.tolist().count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("text", ["query:", "", "{} and {}", "{0}"])

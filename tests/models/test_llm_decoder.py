@@ -83,7 +83,7 @@ def transformers_scores(folder, scorer: LLMDecoder, side: str) -> torch.Tensor:
     """The folder in transformers, its own head and the same ids, padded at one side by its own tokenizer."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = [pair.ids for pair in scorer.pair_encoder.encode(PAIRS)]
+    ids = [pair.ids.tolist() for pair in scorer.pair_encoder.encode(PAIRS)]
     inputs = tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt")
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -135,9 +135,9 @@ def test_the_score_is_the_head_at_the_last_token_of_the_special_token(folder_of,
     scorer = LLMDecoder.from_pretrained(folder_of(family), special_token=" relevance of it")
     pair = scorer.pair_encoder.encode([(ENGLISH[0], ENGLISH[1])])[0]
     suffix = scorer.pair_encoder.template.suffix
-    assert len(suffix) > 1 and pair.ids[-len(suffix) :] == suffix
+    assert len(suffix) > 1 and pair.ids[-len(suffix) :].tolist() == suffix
     with torch.no_grad():
-        hidden = scorer.model.model(torch.tensor([pair.ids])).last_hidden_state[0]
+        hidden = scorer.model.model(torch.from_numpy(pair.ids[None]).long()).last_hidden_state[0]
         expected = hidden[len(pair) - 1] @ scorer.model.score.weight[0]
     torch.testing.assert_close(scorer.compute_score((ENGLISH[0], ENGLISH[1]))[0], expected, atol=1e-6, rtol=0)
 
@@ -150,7 +150,7 @@ def test_a_pair_cut_to_max_length_still_ends_with_the_special_token_and_scores_a
     long = (" ".join(ENGLISH), " ".join(ENGLISH[::-1]))
     pair = scorer.pair_encoder.encode([long])[0]
     suffix = scorer.pair_encoder.template.suffix
-    assert len(pair) == 32 and pair.truncated and pair.ids[-len(suffix) :] == suffix
+    assert len(pair) == 32 and pair.truncated and pair.ids[-len(suffix) :].tolist() == suffix
     batch = scorer.compute_score([("a", "b"), long])
     torch.testing.assert_close(batch[1:], scorer.compute_score(long), atol=1e-5, rtol=0)
 

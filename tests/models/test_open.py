@@ -202,7 +202,6 @@ def test_computing_in_half_precision_changes_scores_a_little(model_folders):
     assert half == pytest.approx(exact, abs=0.2) and half.tolist() != exact.tolist()
 
 
-@pytest.mark.slow
 def test_several_devices_give_the_scores_of_one(model_folders):
     long = " ".join(ENGLISH) * 5
     expected = Reranker(model_folders["bert"], device="cpu").rerank("where is Paris?", [*ENGLISH, long])

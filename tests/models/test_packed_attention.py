@@ -1,12 +1,13 @@
 """Attention over packed pairs against plain softmax attention with a mask over the whole row."""
 
+import numpy as np
 import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rag_retrieval.models import packed_attention as packed
+from rag_retrieval.models import packed_model as packed
 from rag_retrieval.models.packing import Packing
-from rag_retrieval.models.pair_batch import PairBatch
+from rag_retrieval.models.token_batch import TokenBatch
 
 LENGTHS, SHARED = [3, 9, 7, 1, 12], [0, 2, 2, 0, 0]
 HEADS, SIZE = 4, 8
@@ -19,23 +20,25 @@ class Layer(torch.nn.Module):
 
 
 def row(share: bool, key_heads: int = HEADS, dtype=torch.float32):
-    packing = Packing(PairBatch(torch.zeros(sum(LENGTHS), dtype=torch.int64), None, LENGTHS, SHARED), share)
+    lengths, shared = np.array(LENGTHS, np.int32), np.array(SHARED, np.int32)
+    packing = Packing(TokenBatch(np.zeros(sum(LENGTHS), np.int32), None, lengths, shared), share, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads):
-        return torch.randn(1, heads, sum(packing.lengths), SIZE, generator=generator, dtype=dtype).requires_grad_()
+        shape = (1, heads, int(packing.lengths.sum()), SIZE)
+        return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
 
     return packing, draw(HEADS), draw(key_heads), draw(key_heads)
 
 
 def slow_attention(query, key, value, packing, causal, window, scale):
     """Softmax over every key of the row, all but the visible ones at minus infinity, token by token."""
-    owner = [place for place, segment in enumerate(packing.segments) for _ in range(segment.length)]
+    owner = [place for place, length in enumerate(packing.lengths) for _ in range(length)]
     position = packing.positions.tolist()
     tokens = range(len(owner))
 
     def sees(i, j):
-        own = owner[j] in (owner[i], packing.segments[owner[i]].begins_with)
+        own = owner[j] in (owner[i], packing.prefix_segments[owner[i]])
         distance = position[i] - position[j]
         return own and not (causal and distance < 0) and not (window and abs(distance) >= window)
 
@@ -66,9 +69,9 @@ def test_the_token_that_is_read_sees_what_it_sees_among_all(window):
     packing, query, key, value = row(True)
     options = {"scaling": 0.3, "sliding_window": window}
     everywhere, _ = packed.packed_attention(Layer(True), query, key, value, None, packing=packing, **options)
-    asking = query[:, :, packing.read]
-    found, _ = packed.packed_attention(Layer(True), asking, key, value, None, packing=packing.reading, **options)
-    torch.testing.assert_close(found, everywhere[:, packing.read], atol=1e-6, rtol=0)
+    asking = query[:, :, packing.pooled_index]
+    found, _ = packed.packed_attention(Layer(True), asking, key, value, None, packing=packing.pooled_layout, **options)
+    torch.testing.assert_close(found, everywhere[:, packing.pooled_index], atol=1e-6, rtol=0)
 
 
 def test_without_packing_it_is_ordinary_sdpa():
@@ -101,9 +104,10 @@ def test_a_window_counts_the_own_token_and_the_kernel_does_not(causal, window, e
 
 
 def test_a_cpu_packs_in_every_dtype_and_other_devices_only_where_a_kernel_was_seen_to_work():
-    assert packed.kernel_problem(torch.device("cpu"), torch.float32) is None
-    assert "float32 on cuda" in packed.kernel_problem(torch.device("cuda"), torch.float32)
-    assert "bfloat16 on mps" in packed.kernel_problem(torch.device("mps"), torch.bfloat16)
+    kind = ((4, 2), 64, True, False)
+    assert packed.kernel_problem(torch.device("cpu"), torch.float32, *kind) is None
+    assert "float32 on cuda" in packed.kernel_problem(torch.device("cuda"), torch.float32, *kind)
+    assert "bfloat16 on mps" in packed.kernel_problem(torch.device("mps"), torch.bfloat16, *kind)
 
 
 def test_the_kernel_gets_rows_of_tokens_with_their_bounds_and_repeated_keys(monkeypatch):
@@ -141,4 +145,5 @@ def test_fewer_key_heads_are_repeated_where_the_kernel_does_not_know_them(monkey
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for variable lengths needs a GPU")
 @pytest.mark.parametrize("dtype", packed.HALF)
 def test_the_kernel_of_this_gpu_agrees_with_sdpa(dtype):
-    assert packed.kernel_problem(torch.device("cuda"), dtype) is None
+    for kind in (((4, 4), 32, False, True), ((4, 2), 64, True, True), ((4, 1), 128, True, False)):
+        assert packed.kernel_problem(torch.device("cuda", 0), dtype, *kind) is None

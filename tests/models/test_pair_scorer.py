@@ -8,7 +8,7 @@ import torch
 from pair_samples import some_pairs
 from tiny_models import CHINESE, ENGLISH
 
-from rag_retrieval.models.pair_batch import make_batch
+from rag_retrieval.models.token_batch import make_batch
 
 FAMILIES = ["bert", "xlm_roberta", "qwen2", "llama"]
 
@@ -18,8 +18,8 @@ def one_by_one(scorer, pairs) -> torch.Tensor:
     scores = []
     with torch.no_grad():
         for pair in scorer.pair_encoder.encode(pairs):
-            types = None if pair.types is None else torch.tensor([pair.types])
-            inputs = {"input_ids": torch.tensor([pair.ids])} | (
+            types = None if pair.types is None else torch.from_numpy(pair.types[None]).long()
+            inputs = {"input_ids": torch.from_numpy(pair.ids[None]).long()} | (
                 {} if types is None else {"token_type_ids": types}
             )
             scores.append(scorer.model.eval()(**inputs).logits[0, 0])

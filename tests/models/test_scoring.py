@@ -1,17 +1,19 @@
 """Forwards planned by tokens, tokenization ahead, and what happens when memory runs out."""
 
+import logging
 import random
 import threading
-import time
 
 import pytest
 import torch
 from pair_samples import some_pairs
 from tiny_models import ENGLISH
+from torch import nn
 
 from rag_retrieval.models import scoring
+from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.pair_encoding import PairEncoder
-from rag_retrieval.models.scoring import one_ahead
+from rag_retrieval.models.token_batch import make_batch
 
 FAMILIES = ["bert", "xlm_roberta", "qwen2", "llama"]
 
@@ -24,7 +26,7 @@ def padded(load_tiny, family: str):
 def forwards_of(scorer) -> list[list[int]]:
     """A list that fills with the lengths of the pairs of every forward."""
     forwards = []
-    scorer.register_forward_pre_hook(lambda module, arguments: forwards.append(list(arguments[0].lengths)))
+    scorer.register_forward_pre_hook(lambda module, arguments: forwards.append(arguments[0].lengths.tolist()))
     return forwards
 
 
@@ -32,7 +34,7 @@ def out_of_memory_beyond(scorer, tokens: int) -> None:
     """Make forwards of more tokens than that fail as CUDA does."""
 
     def fail(module, arguments):
-        if sum(arguments[0].lengths) > tokens:
+        if arguments[0].lengths.sum() > tokens:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     scorer.register_forward_pre_hook(fail)
@@ -42,7 +44,7 @@ def out_of_memory_beyond(scorer, tokens: int) -> None:
 def test_more_pairs_than_one_chunk_score_alike(load_tiny, family, monkeypatch):
     scorer, pairs = load_tiny(family), some_pairs(23)
     expected = scorer.compute_score(pairs)
-    monkeypatch.setattr(scoring, "SCORING_CHUNK", 5)
+    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 5)
     torch.testing.assert_close(scorer.compute_score(pairs, batch_size=2), expected, atol=1e-5, rtol=0)
 
 
@@ -80,7 +82,7 @@ def test_pairs_of_one_query_stand_side_by_side_where_the_query_is_computed_once(
     pairs = [(query, document) for query in ENGLISH[:3] for document in ENGLISH]
     order.shuffle(pairs)
     shared = []
-    scorer.register_forward_pre_hook(lambda module, arguments: shared.append(list(arguments[0].shared)))
+    scorer.register_forward_pre_hook(lambda module, arguments: shared.append(arguments[0].shared.tolist()))
     scores = scorer.compute_score(pairs)
     assert sum(beginning == 0 for forward in shared for beginning in forward) <= 3 * len(shared)
     torch.testing.assert_close(scores, torch.cat([scorer.compute_score(pair) for pair in pairs]), atol=1e-5, rtol=0)
@@ -106,8 +108,8 @@ def test_what_does_not_fit_in_memory_is_cut_smaller_and_the_lower_bound_is_kept(
 def test_few_pairs_that_do_not_fit_are_cut_too_though_the_budget_is_far_larger(load_tiny, monkeypatch):
     monkeypatch.setattr(scoring, "CPU_TOKENS", 65_536)
     scorer = load_tiny("bert")
-    pairs = [("water", ENGLISH[0])] * 4
-    length = len(scorer.pair_encoder.encode(pairs)[0])
+    pairs = [("water", letter) for letter in "abcd"]
+    (length,) = {len(pair) for pair in scorer.pair_encoder.encode(pairs)}
     forwards = forwards_of(scorer)
     out_of_memory_beyond(scorer, 2 * length)
     scorer.compute_score(pairs)
@@ -173,7 +175,7 @@ def test_tokenization_runs_in_another_thread_one_chunk_ahead_and_in_none_for_one
     scorer.compute_score(pairs)
     assert events == [("encode", True)]
     events.clear()
-    monkeypatch.setattr(scoring, "SCORING_CHUNK", 5)
+    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 5)
     scorer.compute_score(pairs)
     assert events == [("encode", True)] + [("encode", False)] * 3
 
@@ -199,16 +201,16 @@ def test_an_error_of_the_tokenizing_thread_goes_up_and_leaves_no_thread_and_no_m
         return encode(encoder, chunk)
 
     monkeypatch.setattr(PairEncoder, "encode", broken)
-    monkeypatch.setattr(scoring, "SCORING_CHUNK", 5)
+    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 5)
     with pytest.raises(KeyError, match="a token"):
         scorer.compute_score(pairs)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("one-ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
     assert scorer.training and torch.is_grad_enabled()
 
 
 def test_an_interrupt_while_scoring_goes_up_and_leaves_no_thread(load_tiny, monkeypatch):
     scorer = load_tiny("bert")
-    monkeypatch.setattr(scoring, "SCORING_CHUNK", 5)
+    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 5)
 
     def interrupt(module, arguments):
         raise KeyboardInterrupt
@@ -216,21 +218,207 @@ def test_an_interrupt_while_scoring_goes_up_and_leaves_no_thread(load_tiny, monk
     scorer.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         scorer.compute_score(some_pairs(20))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("one-ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-def test_one_ahead_keeps_the_order_and_works_on_one_item_while_another_is_used():
-    started = []
+# ---- equal pairs -----------------------------------------------------------------------------------------
 
-    def work(item):
-        started.append(item)
-        return item * item
 
-    results = one_ahead(work, iter(range(4)))
-    assert next(results) == 0
-    deadline = time.monotonic() + 5
-    while len(started) < 2 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert started == [0, 1], "the next one and no more"
-    assert list(results) == [1, 4, 9]
-    assert list(one_ahead(work, [])) == []
+def test_equal_pairs_are_scored_once_and_tie(load_tiny, monkeypatch):
+    """In another forward the same pair may round differently: only what is computed once ties on every CPU."""
+    scorer, pairs = load_tiny("bert"), some_pairs(20)
+    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 7)  # its repetitions would come in other chunks
+    forwards = forwards_of(scorer)
+    expected = scorer.compute_score(pairs)
+    assert sum(map(len, forwards)) == len(set(pairs))
+    forwards.clear()
+    repeated = [*pairs, *reversed(pairs), *map(list, pairs)]
+    scores = scorer.compute_score(repeated)
+    assert sum(map(len, forwards)) == len(set(pairs))
+    assert torch.equal(scores, torch.cat([expected, expected.flip(0), expected]))
+
+
+def test_the_progress_bar_counts_repeated_pairs_too(load_tiny, capsys):
+    load_tiny("bert").compute_score(some_pairs(10) * 7, show_progress_bar=True)
+    assert "70/70" in capsys.readouterr().err
+
+
+# ---- several devices -------------------------------------------------------------------------------------
+
+TWO = ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_replicas_give_the_scores_of_one_in_input_order(load_tiny, family):
+    scorer = load_tiny(family)
+    for count in (0, 1, 3, 150):
+        pairs = some_pairs(150)[:count]
+        for options in ({}, {"max_length": 30, "batch_size": 2}, {"normalize": True}):
+            scores = scorer.compute_score(pairs, devices=TWO, **options)
+            torch.testing.assert_close(scores, scorer.compute_score(pairs, **options), atol=1e-5, rtol=0)
+
+
+def test_every_replica_scores_in_its_own_thread_and_in_the_precision_asked_for(load_tiny, monkeypatch):
+    scorer, threads = load_tiny("bert"), {}
+    both = threading.Barrier(2, timeout=60)
+
+    def note(module, arguments):
+        first = threading.get_ident() not in threads
+        threads.setdefault(threading.get_ident(), []).append((id(module), torch.is_autocast_enabled("cpu")))
+        if first:
+            both.wait()  # no replica can do all the work before the other begins
+
+    scorer.register_forward_pre_hook(note)
+    scorer.compute_score(some_pairs(64), batch_size=4, devices=TWO, precision="bf16")
+    seen = [set(calls) for calls in threads.values()]
+    assert len(seen) == 2 and all(len(calls) == 1 for calls in seen)
+    assert len({module for calls in seen for module, _ in calls}) == 2, "both threads use one model"
+    assert all(autocast for calls in seen for _, autocast in calls)
+
+
+def test_replicas_share_weights_on_one_device_and_follow_the_model(load_tiny):
+    scorer, pairs = load_tiny("qwen2"), some_pairs(30)
+    first, second = scoring.replicas(scorer, [torch.device("cpu")] * 2)
+    assert first is scorer and second is not scorer and second.pair_encoder is scorer.pair_encoder
+    for name, value in second.named_parameters():
+        assert value.data_ptr() == scorer.get_parameter(name).data_ptr() and not value.requires_grad
+    before = scorer.compute_score(pairs, devices=TWO)
+    with torch.no_grad():
+        scorer.model.score.weight.mul_(2)
+    after = scorer.compute_score(pairs, devices=TWO)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, scorer.compute_score(pairs), atol=1e-5, rtol=0)
+
+
+def test_an_error_of_one_replica_goes_up_and_the_others_stop(load_tiny):
+    scorer, calls = load_tiny("bert"), []
+
+    def fail(module, arguments):
+        calls.append(1)
+        raise RuntimeError("the replica fails")
+
+    scorer.train().register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="the replica fails"):
+        scorer.compute_score(some_pairs(64), batch_size=1, devices=TWO)
+    assert 1 <= len(calls) <= 2 and scorer.training
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("scoring")]
+
+
+def test_what_does_not_fit_in_memory_of_two_replicas_is_cut_smaller(load_tiny):
+    scorer, pairs = load_tiny("bert"), some_pairs(60)
+    expected = scorer.compute_score(pairs)
+    out_of_memory_beyond(scorer, 500)
+    torch.testing.assert_close(scorer.compute_score(pairs, devices=TWO), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "devices,message",
+    [
+        ("cuda:0", "devices must be a list such as .* found 'cuda:0'"),
+        ([], "devices must be a list"),
+        (["cpu", "gpu:1"], "'gpu:1' is no device of torch"),
+        (["cpu", None], "None is no device of torch"),
+        (["cpu", "cuda:99"], "cuda:99 is not on this machine, which has [0-9]+ CUDA devices"),
+    ],
+)
+def test_devices_that_cannot_be_are_refused(load_tiny, devices, message):
+    with pytest.raises(ValueError, match=message):
+        check_devices(devices)
+    with pytest.raises(ValueError, match=message):
+        load_tiny("bert").compute_score(["a", "b"], devices=devices)
+
+
+def test_options_are_checked_for_every_device(load_tiny):
+    scorer = load_tiny("bert")
+    with pytest.raises(ValueError, match="precision 'fp16' needs a GPU"):
+        scorer.compute_score(["a", "b"], devices=TWO, precision="fp16")
+    with pytest.raises(ValueError, match="max_length 4 is too small"):
+        scorer.compute_score(["a", "b"], devices=TWO, max_length=4)
+
+
+# ---- mode and precision ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bert(load_tiny):
+    return load_tiny("bert")
+
+
+def test_a_loaded_model_is_in_eval_mode_and_stays_there(bert):
+    assert not any(module.training for module in bert.modules())
+    bert.compute_score(["a", "b"])
+    assert not any(module.training for module in bert.modules())
+
+
+def test_dropout_is_off_while_scoring_and_train_mode_comes_back(bert):
+    assert any(isinstance(module, nn.Dropout) and module.p > 0 for module in bert.modules())
+    expected = bert.compute_score(some_pairs(8))
+    bert.train()
+    assert torch.equal(bert.compute_score(some_pairs(8)), expected)
+    assert all(module.training for module in bert.modules())
+    batch = make_batch(bert.pair_encoder.encode(some_pairs(8)))
+    assert not torch.equal(bert(batch), bert(batch)), "dropout is not on again"
+
+
+def test_a_part_that_was_in_eval_mode_during_training_is_so_again(bert):
+    bert.train()
+    bert.model.bert.embeddings.eval()
+    bert.compute_score(["a", "b"])
+    assert not bert.model.bert.embeddings.dropout.training
+    assert bert.model.bert.encoder.training and bert.model.training and bert.training
+
+
+def test_the_mode_comes_back_after_an_error(bert, monkeypatch):
+    def broken(batch):
+        assert not bert.training
+        raise RuntimeError("out of something")
+
+    bert.train()
+    monkeypatch.setattr(bert, "forward", broken)
+    with pytest.raises(RuntimeError, match="out of something"):
+        bert.compute_score(["a", "b"])
+    assert all(module.training for module in bert.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_scores_carry_no_gradient_and_the_model_trains_on_afterwards(bert):
+    scores = bert.compute_score(some_pairs(4))
+    assert not scores.requires_grad and not scores.is_inference()
+    bert.train()
+    bert(make_batch(bert.pair_encoder.encode(some_pairs(4)))).sum().backward()
+    assert all(parameter.grad is not None for parameter in bert.parameters())
+
+
+def test_bf16_is_near_float32_differs_from_it_and_keeps_float32_resolution(bert):
+    pairs = some_pairs(20)
+    exact = bert.compute_score(pairs)
+    assert torch.equal(bert.compute_score(pairs, precision="no"), exact)
+    half = bert.compute_score(pairs, precision="bf16")
+    torch.testing.assert_close(half, exact, atol=0.3, rtol=0.1)
+    assert (half != exact).all()
+    assert (half != half.bfloat16().float()).sum() > 15, "rounded to bfloat16"
+    assert torch.equal(bert.compute_score(pairs), exact), "autocast is still on"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bfloat16", "", torch.bfloat16])
+def test_an_unknown_precision_is_refused_with_the_known_ones(bert, precision):
+    with pytest.raises(ValueError, match="precision must be None or one of 'no', 'bf16', 'fp16'; found"):
+        bert.compute_score(["a", "b"], precision=precision)
+
+
+def test_fp16_is_refused_on_the_cpu(bert):
+    with pytest.raises(ValueError, match="precision 'fp16' needs a GPU"):
+        bert.compute_score(["a", "b"], precision="fp16")
+
+
+@pytest.mark.parametrize(
+    "instructions,warnings", [({"avx2": True}, 1), ({"avx512_bf16": True}, 0), ({"bf16": True}, 0)]
+)
+def test_bf16_on_a_cpu_without_its_instructions_is_warned_of_once(bert, monkeypatch, caplog, instructions, warnings):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    scoring.warn_of_slow_bf16.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            bert.compute_score(["a", "b"], precision="bf16")
+    assert sum("no bfloat16 instructions" in message for message in caplog.messages) == warnings
+    scoring.warn_of_slow_bf16.cache_clear()

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from yes_no_samples import TEXTS, YES_NO, tiny_causal, transformers_scores
 
 from rag_retrieval import LLMDecoder
-from rag_retrieval.models.pair_batch import make_batch
 from rag_retrieval.models.prompts import answer_tokens
+from rag_retrieval.models.token_batch import make_batch
 
 QUERIES = ["what?", "How do I open a file in Python", "天气怎么样？", "a line.\nand one more!"]
 DOCUMENTS = ["Water boils at 100 degrees.", "2 words", ENGLISH[0] + "\n" + ENGLISH[1], "".join(CHINESE), "(no)"]

@@ -8,7 +8,13 @@ import torch
 from safetensors import SafetensorError
 
 from rag_retrieval.train import failures
-from rag_retrieval.train.failures import is_out_of_memory, is_peer_gone, steps_of, storage_cause, told_of_storage
+from rag_retrieval.train.failures import (
+    is_out_of_memory,
+    is_peer_gone,
+    steps_of,
+    storage_cause,
+    translate_storage_errors,
+)
 from rag_retrieval.train.task import ProcessFailure, TrainingError
 
 FOLDER = Path("/")  # there, with much space
@@ -41,7 +47,7 @@ def test_the_cause_is_told_from_the_system_and_from_what_libraries_make_of_it(er
 )
 def test_other_errors_pass(error, tmp_path):
     assert storage_cause(error, tmp_path) is None
-    with pytest.raises(type(error)), told_of_storage(tmp_path):
+    with pytest.raises(type(error)), translate_storage_errors(tmp_path):
         raise error
 
 
@@ -52,7 +58,7 @@ def test_a_folder_that_is_gone_is_told_whatever_the_error(tmp_path):
 
 
 def test_an_error_that_is_told_already_is_not_told_again(tmp_path):
-    with pytest.raises(TrainingError) as caught, told_of_storage(tmp_path):
+    with pytest.raises(TrainingError) as caught, translate_storage_errors(tmp_path):
         raise TrainingError("inline_container")
     assert not isinstance(caught.value, ProcessFailure)
 

@@ -24,12 +24,11 @@ from training_runs import read_metrics
 from rag_retrieval.core.signals import TrainingStopped
 from rag_retrieval.train.checkpoints import TrainState, read_state
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.mixed_steps import MixedSteps
+from rag_retrieval.train.optim import warmup_stable_cosine
 from rag_retrieval.train.provenance import Provenance
-from rag_retrieval.train.run_folder import claim, plan_start
-from rag_retrieval.train.schedule import warmup_stable_cosine
-from rag_retrieval.train.step_data import StepShape
-from rag_retrieval.train.task import LoopSettings, ProcessFailure, TrainingError
+from rag_retrieval.train.resume import claim, plan_start
+from rag_retrieval.train.steps import MixedSteps, StepShape
+from rag_retrieval.train.task import LoopSettings, ProcessFailure, StepLoss, TrainingError, weighted_sum
 
 FEATURES = 3
 ORIGIN = Provenance({"lr": 0.05, "batch_size": 4}, {}, "DDP", 1, {})
@@ -82,10 +81,12 @@ class ToyTask:
         self.model, self.metrics = model, list(metrics)
         self.modes = []
 
-    def loss_sums(self, model, micro_batch):
-        return (model(micro_batch.inputs) - micro_batch.targets).square().sum()[None]
+    def losses(self, model, micro_batches, factors):
+        for batch in micro_batches:
+            sums = (model(batch.inputs) - batch.targets).square().sum()[None]
+            yield StepLoss(weighted_sum(sums, factors), sums.detach())
 
-    def extent(self, micro_batch):
+    def describe_batch(self, micro_batch):
         return f"{micro_batch.size} numbers"
 
     def report(self, step, total_steps):
@@ -102,8 +103,8 @@ class ToyTask:
     def load_model(self, folder: Path):
         self.model.load_state_dict(torch.load(folder / "weights"))
 
-    def export(self, folder: Path, output_dir: Path):
-        shutil.copytree(folder, output_dir / "model", dirs_exist_ok=True)
+    def export(self, folder: Path, results: Path):
+        shutil.copytree(folder, results / "model")
 
 
 def settings(**changes) -> LoopSettings:
@@ -436,10 +437,11 @@ def test_a_folder_that_vanishes_in_the_run_is_named_and_not_made_anew(tmp_path, 
 def test_memory_that_is_full_names_the_batch_the_settings_and_the_keys(tmp_path, error):
     made = trainer(tmp_path)
 
-    def fail(model, micro_batch):
+    def fail(model, micro_batches, factors):
         raise error
+        yield
 
-    made.task.loss_sums = fail
+    made.task.losses = fail
     with pytest.raises(ProcessFailure) as caught:
         made.train()
     message = str(caught.value)

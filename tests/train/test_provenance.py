@@ -1,10 +1,7 @@
-import zlib
-
 from accelerate import Accelerator
 from training_runs import write_jsonl
 
-from rag_retrieval.train import provenance
-from rag_retrieval.train.provenance import Provenance, content_digest, engine_of, library_versions
+from rag_retrieval.train.provenance import Provenance, engine_of, library_versions
 
 
 def test_provenance_comes_back_as_it_was_saved(tmp_path):
@@ -21,24 +18,6 @@ def test_versions_name_the_libraries_that_make_the_bits():
 
 def test_one_process_and_many_share_an_engine():
     assert engine_of(Accelerator(cpu=True)) == "DDP"
-
-
-def test_the_digest_is_of_sizes_and_content_not_of_names(tmp_path):
-    first, second = tmp_path / "a", tmp_path / "b"
-    first.write_bytes(b"abc"), second.write_bytes(b"abc")
-    expected = f"{zlib.crc32(b'3abc'):08x}"
-    assert content_digest([first]) == content_digest([second]) == expected
-    second.write_bytes(b"abd")
-    assert content_digest([second]) != expected
-    assert content_digest([first, second]) != content_digest([second, first])
-
-
-def test_a_large_file_is_read_in_evenly_spread_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "BLOCK", 4)
-    monkeypatch.setattr(provenance, "SAMPLED_BLOCKS", 2)
-    path = tmp_path / "a"
-    path.write_bytes(b"aaaabbbbccccdd")  # blocks 0 and 2 of four
-    assert content_digest([path]) == f"{zlib.crc32(b'14aaaacccc'):08x}"
 
 
 def test_the_same_data_under_another_name_have_the_same_store(tmp_path):

@@ -1,24 +1,18 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
-from rag_retrieval.train.run_folder import (
-    OutputFolderError,
-    claim,
-    finish,
-    folder_lock,
-    plan_start,
-    replace_folder,
-    take_lock,
-)
+from rag_retrieval.train.resume import claim, plan_start
+from rag_retrieval.train.run_folder import WRITTEN, OutputFolderError, finish, folder_lock, publish
 
 
 def save(folder: Path, state: TrainState) -> Path:
     store = CheckpointStore(folder, state.run_id, keep=9)
     store.begin(state.step)
-    (store.aside(state.step) / "weights").write_text(f"weights of {state.step}")
+    (store.temporary(state.step) / "weights").write_text(f"weights of {state.step}")
     return store.commit(state)
 
 
@@ -70,19 +64,13 @@ def test_overwriting_replaces_only_what_the_run_wrote(tmp_path, earlier):
     assert contents(tmp_path) == {"notes.txt", "checkpoint-7", "checkpoint-3", "run.json"}
 
 
-def test_a_model_folder_that_no_run_wrote_is_never_replaced(tmp_path):
-    (tmp_path / "model").mkdir()
-    with pytest.raises(OutputFolderError, match="not of a run of this trainer"):
-        plan_start(tmp_path, None, overwrite=True)
-
-
 def test_auto_goes_on_from_the_newest_checkpoint(tmp_path, earlier):
     state, checkpoint = plan_start(tmp_path, "auto", overwrite=False)
     assert state == TrainState("earlier", 4, 10, 0.5, 4) and checkpoint == tmp_path / "checkpoint-4"
 
 
 def test_auto_has_nothing_to_do_for_a_finished_run(tmp_path, earlier):
-    finish(tmp_path, earlier)
+    finish(tmp_path, earlier.run_id, 4)
     assert plan_start(tmp_path, "auto", overwrite=False) is None
 
 
@@ -130,10 +118,10 @@ def test_auto_does_not_start_anew_beside_checkpoints_whose_run_file_is_spoilt(tm
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(OutputFolderError, match=f"output_dir: {tmp_path} is not writable"):
-        take_lock(folder_lock(tmp_path / "runs" / "a"), tmp_path / "runs" / "a")
+        folder_lock(tmp_path / "runs" / "a")
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputFolderError, match="is a file"):
-        take_lock(folder_lock(tmp_path / "file" / "a"), tmp_path / "file" / "a")
+        folder_lock(tmp_path / "file" / "a")
 
 
 def test_going_back_to_an_earlier_checkpoint_removes_the_later_ones_and_forgets_a_best_that_is_gone(
@@ -153,17 +141,37 @@ def test_a_checkpoint_of_another_run_starts_a_run_of_its_own(tmp_path, earlier):
     assert state.run_id != "earlier" and str(checkpoint) == source
 
 
-def test_a_folder_is_replaced_only_when_the_new_one_is_complete(tmp_path):
-    final = tmp_path / "model"
-    replace_folder(final, lambda aside: (aside / "weights").write_text("old"))
+def test_results_take_the_place_of_earlier_ones(tmp_path):
+    for name, text in (("model", "old"), ("new/model", "new"), ("new/adapter", "new")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights").write_text(text)
+    publish(tmp_path / "new", tmp_path)
+    assert [(tmp_path / name / "weights").read_text() for name in ("model", "adapter")] == ["new", "new"]
 
-    def fail(aside: Path) -> None:
-        (aside / "weights").write_text("half")
-        raise RuntimeError("disk full")
 
-    with pytest.raises(RuntimeError):
-        replace_folder(final, fail)
-    assert (final / "weights").read_text() == "old"
-    replace_folder(final, lambda aside: (aside / "weights").write_text("new"))
-    assert (final / "weights").read_text() == "new"
-    assert contents(tmp_path) == {"model"}
+# --- what is not ours ---
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_no_run_wrote_is_never_replaced(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputFolderError, match=f"{name} exists, is not of a run of this trainer"):
+        plan_start(tmp_path, None, overwrite=True)
+
+
+def test_copies_and_links_of_checkpoints_stay_whole(tmp_path, earlier):
+    out, elsewhere = tmp_path, tmp_path.with_name("elsewhere")
+    elsewhere.mkdir()
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-2-backup")
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-keep-this")
+    shutil.copytree(out / "checkpoint-2", elsewhere / "checkpoint-2")
+    shutil.rmtree(out / "checkpoint-2")
+    for link in ("checkpoint-2", "checkpoint-archive", "model-link"):
+        (out / link).symlink_to(elsewhere / "checkpoint-2")
+    shutil.rmtree(out / "model")
+    (out / "model").symlink_to(elsewhere / "checkpoint-2")
+    CheckpointStore(out, "earlier", keep=1)._rotate(None)
+    claim(out, plan_start(out, None, overwrite=True)[0])
+    kept = {"checkpoint-2", "checkpoint-archive", "model-link", "checkpoint-2-backup", "checkpoint-keep-this"}
+    assert contents(out) == {*kept, "run.json"}
+    assert {path.name for path in (elsewhere / "checkpoint-2").iterdir()} == {"weights", "trainer_state.json"}

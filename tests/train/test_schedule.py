@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from rag_retrieval.train.schedule import optimizer_steps_per_epoch, warmup_stable_cosine
+from rag_retrieval.train.optim import optimizer_steps_per_epoch, warmup_stable_cosine
 
 PROPORTIONS = [
     pair

@@ -5,7 +5,7 @@ What a reader would get wrong: with LoRA a checkpoint's `model` folder holds the
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from rag_retrieval.train.reranker.chance_watch import ChanceWatch
 from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch
 from rag_retrieval.train.reranker.validation import Validation
-from rag_retrieval.train.run_folder import replace_folder
+from rag_retrieval.train.task import StepLoss, weighted_sum
 
 
 class RerankerTask:
@@ -40,8 +40,15 @@ class RerankerTask:
         self.adapter = adapter
         self.watches = {part: ChanceWatch(objective, part) for part, objective in objectives.items()}
 
+    def losses(
+        self, model: nn.Module, micro_batches: Sequence[RerankerMicroBatch], factors: Sequence[float]
+    ) -> Iterator[StepLoss]:
+        for micro_batch in micro_batches:
+            sums = self.loss_sums(model, micro_batch)
+            yield StepLoss(weighted_sum(sums, factors), sums.detach())
+
     def loss_sums(self, model: nn.Module, micro_batch: RerankerMicroBatch) -> torch.Tensor:
-        """The summed losses: float32 [losses] with a graph, not finite if any score is not."""
+        """The summed losses of a micro-batch: float32 [losses] with a graph, not finite if any score is not."""
         pair_scores = model(micro_batch.pairs)
         scores = micro_batch.place_scores(pair_scores)
         objective = self.objectives[micro_batch.part]
@@ -50,10 +57,10 @@ class RerankerTask:
         # a loss may hide an infinite score (MSE: sigmoid(inf) is 1), and a filler's score has no weight in it
         return sums + 0.0 * pair_scores.sum()
 
-    def extent(self, micro_batch: RerankerMicroBatch) -> str:
+    def describe_batch(self, micro_batch: RerankerMicroBatch) -> str:
         lengths, sources = micro_batch.pairs.lengths, micro_batch.sources
         where = f", {sources[0]} to {sources[-1]}" if sources else ""
-        return f"{len(lengths)} pairs, the longest of {max(lengths)} tokens, {sum(lengths):,} tokens in all{where}"
+        return f"{len(lengths)} pairs, the longest of {lengths.max()} tokens, {lengths.sum():,} tokens in all{where}"
 
     def report(self, step: int, total_steps: int) -> dict[str, float]:
         reports = [watch.report(step, total_steps) for watch in self.watches.values()]
@@ -79,15 +86,12 @@ class RerankerTask:
         else:
             load_adapter_weights(self.adapter, folder)
 
-    def export(self, folder: Path, output_dir: Path) -> None:
-        """output_dir/model, and for LoRA output_dir/adapter with the adapter merged into the former."""
-        if self.adapter is None:
-            replace_folder(output_dir / "model", lambda aside: copy_files(folder, aside))
-            return
-        replace_folder(output_dir / "adapter", lambda aside: copy_files(folder, aside))
-        with without_new_head_warning():  # the adapter brings the head
-            model = merged(self.load_base(), folder)
-        replace_folder(output_dir / "model", model.save_pretrained)
+    def export(self, folder: Path, results: Path) -> None:
+        """`model`, and for LoRA `adapter` with the adapter merged into the former."""
+        shutil.copytree(folder, results / ("model" if self.adapter is None else "adapter"))
+        if self.adapter is not None:
+            with without_new_head_warning():  # the adapter brings the head
+                merged(self.load_base(), folder).save_pretrained(results / "model")
 
 
 @contextmanager
@@ -99,10 +103,6 @@ def without_new_head_warning():
         yield
     finally:
         loading.setLevel(level)
-
-
-def copy_files(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:

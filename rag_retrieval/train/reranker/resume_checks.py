@@ -14,10 +14,10 @@ from typing import Any
 from accelerate import Accelerator
 from pydantic import ValidationError
 
-from rag_retrieval.data.record_store_build import STORE_FILES
+from rag_retrieval.core.files import content_digest
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.train.checkpoints import TrainState
-from rag_retrieval.train.provenance import Provenance, content_digest, engine_of, library_versions
+from rag_retrieval.train.provenance import Provenance, engine_of, library_versions
 from rag_retrieval.train.reranker.config import RerankerConfig, resolved_entries
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def file_keys(files: int) -> list[str]:
 
 
 def store_digest(store: RecordStore) -> str:
-    return content_digest([store.folder / name for name in STORE_FILES])
+    return content_digest(store.files)
 
 
 def checked_resume(state: TrainState, checkpoint: Path, now: Provenance, with_changes: bool) -> TrainState:

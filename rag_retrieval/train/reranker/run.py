@@ -4,6 +4,7 @@ Data come before the model, so that a mistake in a file is reported before anyth
 """
 
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,17 +12,17 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from rag_retrieval.core.starting import StartError, mistakes_told, on_all_processes, on_main_process
+from rag_retrieval.core.distributed import StartError, on_all, on_main, user_errors_to_start_error
+from rag_retrieval.core.files import write_json
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.metrics import LOGGED_METRICS
 from rag_retrieval.models.model_card import About, write_card
-from rag_retrieval.models.packed_forward import attention_dropout
+from rag_retrieval.models.packed_model import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.run_record import CONFIGURATION_FILE, DATA_FILE, DataPart, parts_to_write
-from rag_retrieval.train.checkpoints import TrainState, write_json
+from rag_retrieval.models.run_record import DataPart, parts_to_write
+from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, check_wrapped_layers
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.model_setup import (
@@ -43,8 +44,9 @@ from rag_retrieval.train.reranker.run_data import (
 )
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
-from rag_retrieval.train.run_folder import RESULTS, claim, folder_lock, plan_start, take_lock
-from rag_retrieval.train.step_data import StepShape
+from rag_retrieval.train.resume import claim, plan_start
+from rag_retrieval.train.run_folder import CONFIGURATION_FILE, DATA_FILE, RESULTS, folder_lock
+from rag_retrieval.train.steps import MixedSteps, StepShape
 from rag_retrieval.train.task import LoopSettings
 
 logger = logging.getLogger(__name__)
@@ -57,11 +59,11 @@ def run(config: RerankerConfig) -> TrainState | None:
     """Train as configured. Returns the final state, or None when `resume: auto` found the run finished.
 
     Raises StartError for a mistake found before the first step, LaunchError for one of the launcher's settings,
-    TrainingError where training cannot go on, TrainingStopped where a signal ended it. The output folder belongs to
-    one run at a time on a machine: a second one gets a StartError.
+    TrainingError where training cannot go on, TrainingStopped where a signal ended it, PeerError where another process
+    failed before the first step. The output folder belongs to one run at a time: a second one gets a StartError.
     """
     output_dir = Path(config.output_dir)
-    with mistakes_told():
+    with user_errors_to_start_error():
         accelerator = build_accelerator(
             config.mixed_precision,
             config.log_with,
@@ -70,16 +72,13 @@ def run(config: RerankerConfig) -> TrainState | None:
             config.gradient_accumulation_steps,
             config.max_grad_norm,
         )
-        lock = folder_lock(output_dir)
-        on_main_process(accelerator, take_lock, lock, output_dir)
-    try:
-        with mistakes_told():
+    with ExitStack() as lock:  # which the main process alone takes
+        with user_errors_to_start_error():
+            on_main(lambda: lock.enter_context(folder_lock(output_dir)))
             trainer = prepare(config, accelerator, output_dir)
         if trainer is None:
             return None
         state = trainer.train()
-    finally:
-        lock.release()
     if accelerator.is_main_process:
         write_card(output_dir / "model", output_dir, About(output_dir.resolve().name))
     logger.info("done: %s", output_dir / "model")
@@ -90,26 +89,26 @@ def run(config: RerankerConfig) -> TrainState | None:
 def prepare(config: RerankerConfig, accelerator: Accelerator, output_dir: Path) -> Trainer | None:
     """The trainer, brought to where the run begins or goes on; None where it is finished."""
     check_model_is_kept(config)
-    start = on_main_process(accelerator, plan_start, output_dir, config.resume, config.overwrite_output_dir)
+    start = on_main(lambda: plan_start(output_dir, config.resume, config.overwrite_output_dir))
     if start is None:
         logger.info("%s: this run is finished; nothing to resume", output_dir)
         return None
     state, checkpoint = start
-    files = on_all_processes(open_training_files, config)
-    val_store = on_all_processes(open_validation, config)
+    files = on_all(lambda: open_training_files(config))
+    val_store = on_all(lambda: open_validation(config))
     stores = [file.store for file in files]
-    origin = on_main_process(accelerator, provenance, config, accelerator, stores, val_store)
+    origin = on_main(lambda: provenance(config, accelerator, stores, val_store))
     if checkpoint is not None:
-        state = on_main_process(accelerator, checked_resume, state, checkpoint, origin, config.resume_with_changes)
+        state = on_main(lambda: checked_resume(state, checkpoint, origin, config.resume_with_changes))
     set_seed(config.seed)
-    scorer = on_all_processes(load_scorer, config)
+    scorer = on_all(lambda: load_scorer(config))
     check_wrapped_layers(scorer.model)
-    adapter = on_all_processes(prepare_for_training, scorer, config)
+    adapter = on_all(lambda: prepare_for_training(scorer, config))
     if accelerator.is_main_process:
         report_data(config, files, val_store, scorer)
     trainer = build_trainer(config, accelerator, files, val_store, scorer, adapter, state, origin)
     parts = data_parts(config, files, val_store)
-    on_main_process(accelerator, take_folder, config, output_dir, state, parts, origin)
+    on_main(lambda: take_folder(config, output_dir, state, parts, origin))
     set_seed(config.seed, device_specific=True)  # other dropout masks on every process
     if checkpoint is not None:
         logger.info("resuming from %s, step %d", checkpoint, state.step)

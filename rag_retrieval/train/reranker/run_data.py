@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.core.starting import StartError
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.data.summary import format_summary, summary
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.run_record import DataPart
-from rag_retrieval.train.mixed_steps import MixedSteps, records_per_epoch
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss, configured_objective
 from rag_retrieval.train.reranker.training_data import records_of
+from rag_retrieval.train.steps import MixedSteps, records_per_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ def check_groups(file: TrainingFile, weighted: WeightedLoss) -> None:
         remedy = "documents of different labels"
     idle = f"{count:,} of {groups:,} groups have {fault}"
     if count == groups:
-        raise StartError(
+        raise ValueError(
             f"train_dataset: {source}: {idle}, so {name} has nothing to learn; give each "
             f"query {remedy}, or use a pointwise loss"
         )
@@ -161,7 +160,8 @@ def report_mix(files: list[TrainingFile], steps: MixedSteps) -> None:
 
 def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, bool]:
     """Lengths in tokens, before truncation, of all pairs or of an evenly spread sample of them."""
-    count = sample_size(store.num_pairs, store.meta["bytes"]["pairs.arrow"])
+    size = sum(store.meta["bytes"][name] for name in ("document", "document.offsets"))
+    count = sample_size(store.num_pairs, size)
     places = np.linspace(0, store.num_pairs - 1, count).astype(int)
     encoder = scorer.pair_encoder
     pairs = [store.pair(int(place)) for place in places]
@@ -172,6 +172,6 @@ def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, b
 
 
 def sample_size(pairs: int, size: int) -> int:
-    """How many of `pairs` pairs, whose documents and numbers take `size` bytes, the token lengths are counted of."""
+    """How many of `pairs` pairs, whose documents take `size` bytes, the token lengths are counted of."""
     affordable = pairs * SAMPLE_BYTES // size
     return min(pairs, LENGTH_SAMPLE, max(affordable, LEAST_SAMPLE))

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(config) -> int:
     """Run the training and turn its errors into one line and an exit code. An error of ours keeps its traceback."""
-    from rag_retrieval.core.starting import OwnMistake, StartError
+    from rag_retrieval.core.distributed import PeerError, RankLocalStartError, StartError
     from rag_retrieval.train.failures import is_peer_gone
     from rag_retrieval.train.launch import LaunchError
     from rag_retrieval.train.reranker.run import run
@@ -57,7 +57,9 @@ def train(config) -> int:
         with on_signals(interrupt):
             run(config)
     except (LaunchError, StartError) as error:
-        return report(error, 2, on_all_processes=not isinstance(error, OwnMistake))
+        return report(error, 2, on_all_processes=not isinstance(error, RankLocalStartError))
+    except PeerError as error:
+        return report(error, 2, on_all_processes=True)
     except TrainingError as error:
         return report(error, 1, on_all_processes=not isinstance(error, ProcessFailure))
     except TrainingStopped as stop:

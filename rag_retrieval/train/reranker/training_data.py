@@ -15,11 +15,10 @@ from torch.utils.data import Dataset
 
 from rag_retrieval.data.sampling import epoch_order, pair_order, reorder_thirds, sample_group
 from rag_retrieval.data.store import RecordStore
-from rag_retrieval.models.pair_batch import PairBatch, make_batch, shared_beginnings
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
-from rag_retrieval.models.token_budget import plan_by_tokens
+from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
 from rag_retrieval.train.reranker.objective import Objective
-from rag_retrieval.train.step_data import StepShape
+from rag_retrieval.train.steps import StepShape
 
 
 @dataclass
@@ -32,7 +31,7 @@ class RerankerMicroBatch:
     `file:line`, `part` the file where there are several. A filler has one pair and a mask without any True.
     """
 
-    pairs: PairBatch
+    pairs: TokenBatch
     labels: torch.Tensor
     mask: torch.Tensor
     items: tuple[int, ...]
@@ -42,15 +41,15 @@ class RerankerMicroBatch:
     teacher_scores: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "RerankerMicroBatch":
-        return self._moved(self.pairs.to(device), lambda tensor: tensor.to(device, non_blocking=True))
+        """The pairs stay on the host: the model's forward lays them out there."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "RerankerMicroBatch":
-        return self._moved(self.pairs.pin_memory(), torch.Tensor.pin_memory)
+        return self._moved(torch.Tensor.pin_memory)
 
-    def _moved(self, pairs: PairBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> "RerankerMicroBatch":
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "RerankerMicroBatch":
         teacher_scores = None if self.teacher_scores is None else move(self.teacher_scores)
-        labels, mask = move(self.labels), move(self.mask)
-        return replace(self, pairs=pairs, labels=labels, mask=mask, teacher_scores=teacher_scores)
+        return replace(self, labels=move(self.labels), mask=move(self.mask), teacher_scores=teacher_scores)
 
     def place_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores of the pairs, [pairs], in the layout of labels and mask; 0 where the mask is False."""
@@ -184,8 +183,8 @@ class TrainingSteps(Dataset):
 
     def _lengths(self, pairs: list[EncodedPair]) -> list[int]:
         """Tokens that the model computes for each pair of a unit."""
-        shared = shared_beginnings(pairs) if self.options.shares_queries else [0] * len(pairs)
-        return [len(pair) - tokens for pair, tokens in zip(pairs, shared, strict=True)]
+        batch = make_batch(pairs)
+        return (batch.lengths - batch.shared if self.options.shares_queries else batch.lengths).tolist()
 
     def _lay_out(self, examples: list[Example], pairs: list[list[EncodedPair]]) -> RerankerMicroBatch:
         labels, mask = self._rows([example.labels for example in examples])
@@ -204,7 +203,7 @@ class TrainingSteps(Dataset):
 
     def filler(self) -> RerankerMicroBatch:
         """One pair of weight zero, for a process that has less to do than another."""
-        labels = torch.zeros((1, 1) if self.objective.grouped else (1,))
+        labels = torch.zeros((1, 1) if self.objective.grouped else (1,), dtype=torch.float32)
         pairs, nothing = make_batch(self.encoder.encode([("", "")])), (0,) * len(self.objective.losses)
         teacher_scores = labels.clone() if self.objective.needs_teacher else None
         return RerankerMicroBatch(pairs, labels, labels.bool(), nothing, 0, [], self.part, teacher_scores)
@@ -225,4 +224,4 @@ def layout(labels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = torch.tensor([len(row) for row in labels])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     values = torch.from_numpy(np.concatenate(labels))
-    return torch.zeros(mask.shape).masked_scatter_(mask, values), mask
+    return torch.zeros(mask.shape, dtype=torch.float32).masked_scatter_(mask, values), mask

@@ -14,9 +14,8 @@ from torch import nn
 
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.metrics import LOGGED_METRICS, group_metrics
-from rag_retrieval.models.pair_batch import PairBatch, make_batch
 from rag_retrieval.models.pair_encoding import PairEncoder
-from rag_retrieval.models.token_budget import plan_by_tokens
+from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss
 from rag_retrieval.train.reranker.training_data import layout, rescale
 from rag_retrieval.train.task import TrainingError
@@ -61,7 +60,7 @@ class Validation:
         plan = plan_by_tokens([[length] for length in lengths], None, max_pairs=batch_size)
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         mine = plan[index::processes]
-        self.batches: list[tuple[list[int], PairBatch]] = [
+        self.batches: list[tuple[list[int], TokenBatch]] = [
             (positions, make_batch(self._encode(encoder, positions))) for positions in mine
         ]
         # engines that exchange weights in the forward need the same number of forwards on every process
@@ -103,7 +102,7 @@ class Validation:
         """
         found = []
         for positions, batch in self.batches:
-            batch_scores = model(batch.to(self.accelerator.device)).float().cpu().numpy()
+            batch_scores = model(batch).float().cpu().numpy()
             if positions:
                 found.append((positions, batch_scores))
         scores = np.full(len(self.labels), np.nan, dtype=np.float32)

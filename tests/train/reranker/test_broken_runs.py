@@ -12,8 +12,8 @@ import pytest
 import torch
 from training_runs import ROOT, final_weights, grouped_records, launch, read_metrics, train, write_jsonl, write_yaml
 
+from rag_retrieval.core.distributed import StartError
 from rag_retrieval.core.signals import TrainingStopped
-from rag_retrieval.core.starting import StartError
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.reranker_task import RerankerTask
@@ -121,7 +121,7 @@ def test_the_same_step_size_with_other_data_is_still_refused(settings, stop_afte
 
 def test_memory_that_is_full_tells_the_longest_pair_and_the_tokens(settings, monkeypatch):
     def fail(self, model, micro_batch):
-        lengths.append(micro_batch.pairs.lengths)
+        lengths.append(micro_batch.pairs.lengths.tolist())
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     lengths = []

@@ -1,15 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from rag_retrieval.losses import LOSSES
-from rag_retrieval.models.pair_batch import PairBatch
+from rag_retrieval.models.token_batch import TokenBatch
 from rag_retrieval.train.reranker.chance_watch import ChanceWatch, squared_deviations
 from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch
 
-NO_PAIRS = PairBatch(torch.zeros(0), None, torch.zeros(0), 0)
+NOTHING = np.zeros(0, np.int32)
+NO_PAIRS = TokenBatch(NOTHING, None, NOTHING, NOTHING)
 
 
 def watching(loss_type: str) -> ChanceWatch:

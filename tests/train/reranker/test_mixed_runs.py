@@ -16,7 +16,7 @@ from training_runs import (
     write_jsonl,
 )
 
-from rag_retrieval.core.starting import StartError
+from rag_retrieval.core.distributed import StartError
 from rag_retrieval.train.loop import Trainer
 
 

@@ -20,7 +20,7 @@ from training_runs import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rag_retrieval.core.starting import StartError
+from rag_retrieval.core.distributed import StartError
 from rag_retrieval.data.sampling import epoch_order, pair_order
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder

@@ -15,7 +15,7 @@ from training_runs import (
     write_jsonl,
 )
 
-from rag_retrieval.core.starting import StartError
+from rag_retrieval.core.distributed import StartError
 from rag_retrieval.losses import LOSSES
 
 GROUPED = [name for name, loss in LOSSES.items() if loss.dataset_type == "grouped"]

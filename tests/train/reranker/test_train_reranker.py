@@ -178,7 +178,7 @@ def test_a_folder_without_the_right_to_write_is_an_error_line_at_once(config, tm
 
 
 def test_a_traceback_can_be_asked_for(config, monkeypatch):
-    from rag_retrieval.core.starting import StartError
+    from rag_retrieval.core.distributed import StartError
 
     monkeypatch.setenv("RAG_RETRIEVAL_TRACEBACK", "1")
     with pytest.raises(StartError):

@@ -9,10 +9,10 @@ from training_runs import grouped_records, pointwise_records, write_jsonl
 from rag_retrieval.data.store import open_store
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.models.cross_encoder import CrossEncoder
-from rag_retrieval.train.mixed_steps import records_per_epoch
+from rag_retrieval.train.failures import steps_of
 from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps, layout, records_of, rescale
-from rag_retrieval.train.step_data import StepShape, step_loader
+from rag_retrieval.train.steps import StepShape, records_per_epoch, step_loader
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def steps(tmp_path, bert):
 
 
 def pairs_of(texts: TrainingSteps, micro_batch) -> list[str]:
-    ids = micro_batch.pairs.token_ids.split(micro_batch.pairs.lengths)
+    ids = np.split(micro_batch.pairs.ids, np.cumsum(micro_batch.pairs.lengths)[:-1])
     return [texts.encoder.tokenizer.decode(row) for row in ids]
 
 
@@ -116,7 +116,7 @@ def test_pointwise_pairs_of_a_query_stay_together_where_the_model_computes_it_on
     lengths = {}
     for shares in (False, True):
         data.options = replace(data.options, max_tokens=64, padded=False, shares_queries=shares)
-        lengths[shares] = [batch.pairs.shared for batch in data.micro_batches(examples)]
+        lengths[shares] = [batch.pairs.shared.tolist() for batch in data.micro_batches(examples)]
     # by length alone the two long ones come first, apart; with its query counted once, a long and a short one fit
     assert lengths[False] == [[0], [0], [0, 0]]
     assert [[tokens > 0 for tokens in shared] for shared in lengths[True]] == [[False, True], [False, True]]
@@ -192,13 +192,13 @@ def test_workers_change_nothing(steps, loss):
     data = steps(loss, records, group_size=3, shuffle_rate=0.5)
 
     def contents(num_workers: int) -> list:
-        loader = step_loader(data, epochs=2, done=0, num_workers=num_workers, pin_memory=False)
+        loader = step_loader(data, epochs=2, done=0, num_workers=num_workers)
         return [
             [
-                (b.pairs.token_ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources)
+                (b.pairs.ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources)
                 for b in step
             ]
-            for step in loader
+            for step in steps_of(loader)
         ]
 
     assert len(contents(0)) == 10

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import (
@@ -33,11 +34,11 @@ from transformers import (
 )
 
 from rag_retrieval import CrossEncoder, LLMDecoder
-from rag_retrieval.models import packed_forward
-from rag_retrieval.models.packed_attention import ATTENTION
-from rag_retrieval.models.packing import Packing, Segment
-from rag_retrieval.models.pair_batch import PairBatch, make_batch, padded_inputs
+from rag_retrieval.models import packed_model
+from rag_retrieval.models.packed_model import ATTENTION
+from rag_retrieval.models.packing import padded_inputs
 from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.token_batch import make_batch
 
 SHAPE = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2
@@ -96,7 +97,8 @@ def random_pairs(scorer, lengths: list[int], seed: int = 0) -> list[EncodedPair]
         start = min(7, length // 2)
         ids = query[:start] + torch.randint(5, 500, (length - start,), generator=generator).tolist()
         types = None if scorer.pair_encoder.template.types is None else [0] * start + [1] * (length - start)
-        pairs.append(EncodedPair(ids, types, False, start))
+        types = None if types is None else np.array(types, np.int32)
+        pairs.append(EncodedPair(np.array(ids, np.int32), types, False, start))
     return pairs
 
 
@@ -155,7 +157,7 @@ def test_gradients_agree(models, family, checkpointing):
 def test_a_decoder_computes_a_shared_query_once(models):
     scorer = models("qwen2")
     batch = make_batch(random_pairs(scorer, [20, 30, 40]))
-    assert batch.shared == [0, 7, 7] and scorer.shares_queries
+    assert batch.shared.tolist() == [0, 7, 7] and scorer.shares_queries
     computed = []
     hooks = [
         part.register_forward_hook(lambda module, inputs, output: computed.append(output.shape[1]))
@@ -198,7 +200,7 @@ def test_the_same_model_still_takes_padded_batches_of_other_callers(models, fami
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     pairs = [("what is a panda?", "A bear."), ("熊猫吃什么?", "大熊猫主要吃竹子。" * 5)]
     encoded = scorer.pair_encoder.encode(pairs)
-    inputs = padded_inputs(make_batch(encoded), scorer.tokenizer.pad_token_id)
+    inputs = padded_inputs(make_batch(encoded), scorer.tokenizer.pad_token_id, scorer.device)
     with torch.no_grad():
         found, expected = scorer.model(**inputs).logits, plain(**inputs).logits
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
@@ -240,7 +242,7 @@ def test_an_attention_that_was_asked_for_is_used_and_padded(tmp_path):
 @pytest.mark.parametrize(
     ("family", "break_packing"),
     [
-        ("bert", lambda packing: packing.segments.__setitem__(slice(0, 2), longer_by_one(*packing.segments[:2]))),
+        ("bert", lambda packing: packing.lengths.__setitem__(slice(0, 2), packing.lengths[:2] + [1, -1])),
         ("roberta", lambda packing: packing.positions.add_(1)),
         ("qwen2", lambda packing: packing.positions.copy_(torch.arange(len(packing.positions)))),
     ],
@@ -249,11 +251,11 @@ def test_the_check_at_load_notices_wrong_scores(models, family, break_packing, m
     """A pair that sees a token of its neighbour; positions off by one; positions that do not restart (they are
     relative, but a shared query stays where it is)."""
     scorer = models(family)
-    real = packed_forward.packed_hidden_states
+    real = packed_model.packed_hidden_states
 
-    def wrong(model, batch, packing, first_position):
+    def wrong(model, batch, packing):
         break_packing(packing)
-        return real(model, batch, packing, first_position)
+        return real(model, batch, packing)
 
     monkeypatch.setattr("rag_retrieval.models.pair_scorer.packed_hidden_states", wrong)
     assert "differ from padded ones" in scorer._packing_problem(None)
@@ -261,22 +263,18 @@ def test_the_check_at_load_notices_wrong_scores(models, family, break_packing, m
     assert scorer._packing_problem(None) is None  # and it is packed again
 
 
-def longer_by_one(first: Segment, second: Segment) -> list[Segment]:
-    return [Segment(first.length + 1), Segment(second.length - 1)]
-
-
 def test_scores_that_are_all_equal_prove_nothing():
     equal = torch.ones(3)
-    assert "cannot be checked" in packed_forward.difference(equal, equal, torch.float32)
+    assert "cannot be checked" in packed_model.difference(equal, equal, torch.float32)
     broken = torch.tensor([1.0, 1.0, torch.nan])
-    assert "differ" in packed_forward.difference(equal, broken, torch.float32)
+    assert "differ" in packed_model.difference(equal, broken, torch.float32)
 
 
 def test_the_check_reaches_beyond_a_sliding_window(models):
     scorer = models("modernbert")
-    assert len(packed_forward.pairs_to_check(scorer.model, scorer.pair_encoder)[-1]) > 32
+    assert len(packed_model.pairs_to_check(scorer.model, scorer.pair_encoder)[-1]) > 32
     short = replace(scorer.pair_encoder, max_length=24)
-    assert len(packed_forward.pairs_to_check(scorer.model, short)[-1]) < 24  # no pair can be that long
+    assert len(packed_model.pairs_to_check(scorer.model, short)[-1]) < 24  # no pair can be that long
 
 
 def test_a_tokenizer_that_knows_few_words_does_not_stop_the_check(tmp_path):
@@ -288,7 +286,7 @@ def test_a_tokenizer_that_knows_few_words_does_not_stop_the_check(tmp_path):
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
     trained.train_from_iterator(["a relevance"], trainers.BpeTrainer(special_tokens=["<unk>", "<pad>"]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, unk_token="<unk>", pad_token="<pad>")
-    config = Qwen2Config(vocab_size=len(tokenizer), pad_token_id=1, **DECODER)
+    config = Qwen2Config(vocab_size=len(tokenizer) + 1, pad_token_id=1, **DECODER)  # loading adds an eos token
     scorer = LLMDecoder.from_pretrained(save_tiny(tmp_path, config, tokenizer, head_labels=1))
     assert scorer.packing_problem is None
 
@@ -309,16 +307,11 @@ def test_loading_draws_no_random_number_for_the_check(make, tmp_path):
 def test_segment_ids_reach_the_model(models):
     scorer = models("bert")
     pair = random_pairs(scorer, [12])[0]
-    other = EncodedPair(pair.ids, [0] * 12, False, pair.document_start)
+    other = EncodedPair(pair.ids, np.zeros(12, np.int32), False, pair.document_start)
     with torch.no_grad():
         assert scorer(make_batch([pair])) != scorer(make_batch([other]))
         expected = scorer.padded_scores(make_batch([pair, other]))
         torch.testing.assert_close(scorer(make_batch([pair, other])), expected, atol=1e-6, rtol=0)
-
-
-def test_a_batch_on_another_device_keeps_its_layout_there():
-    batch = PairBatch(torch.arange(5), None, [2, 3], [0, 0]).to(torch.device("meta"))
-    assert Packing(batch, False).positions.device.type == "meta"
 
 
 def test_the_saved_config_reads_back(models, tmp_path):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from record_samples import groups_of, hits, pairs_of, pointwise, random_records, write
 
-from rag_retrieval.data import record_store_build
+from rag_retrieval.data import store_build
 from rag_retrieval.data.records import DataError, positives
 from rag_retrieval.data.store import open_store
+from rag_retrieval.data.summary import summary
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def slow_groups(path, group_by_query):
 @pytest.mark.parametrize("group_by_query", [False, True])
 @pytest.mark.parametrize("chunk", [3, 1 << 13])
 def test_random_access_equals_the_source_for_every_record(tmp_path, monkeypatch, group_by_query, chunk):
-    monkeypatch.setattr(record_store_build, "CHUNK", chunk)
+    monkeypatch.setattr(store_build, "CHUNK", chunk)
     path = write(tmp_path / "a.jsonl", random_records(seed=1, count=400))
     store = open_store(path, group_by_query=group_by_query)
     expected = slow_groups(path, group_by_query)
@@ -126,10 +127,79 @@ def test_a_group_of_pairs_without_exactly_one_positive_is_reported_with_its_firs
 
 
 def test_more_than_twenty_groups_without_exactly_one_positive_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(record_store_build, "CHUNK", 4)
+    monkeypatch.setattr(store_build, "CHUNK", 4)
     path = write(tmp_path / "a.jsonl", pointwise(*((f"q{i}", "d", 0) for i in range(23))))
     with pytest.raises(DataError) as caught:
         open_store(path, group_by_query=True, exactly_one_positive=True)
     lines = str(caught.value).splitlines()
     assert [line.split(":")[1] for line in lines[:20]] == [str(i) for i in range(1, 21)]
     assert lines[20:] == ["... and 3 more bad lines"]
+
+
+# ---- triples
+
+
+def triples(path, *rows):
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 13])
+def test_triples_of_a_query_form_one_group_with_each_document_once(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(store_build, "CHUNK", chunk)
+    rows = [("a", "p", "n1"), ("a", "p", "n2"), ("b", "q", "m"), ("a", "p2", "n1"), ("a", "p", "n3")]
+    path = triples(tmp_path / "a.tsv", *rows)
+    store = open_store(path, group_by_query=True)
+    assert groups_of(store) == [
+        ("a", ["p", "n1", "n2", "p2", "n3"], [1, 0, 0, 1, 0], [True, False, False, True, False], 1),
+        ("b", ["q", "m"], [1, 0], [True, False], 3),
+    ]
+    assert [pair[3] for pair in pairs_of(store)] == [1, 1, 2, 4, 5, 3, 3]
+    assert store.group(0).lines.tolist() == [1, 1, 2, 4, 5]
+    counts = summary(store)
+    assert (counts.records, counts.queries, counts.pairs, counts.repeated_pairs) == (5, 2, 7, 3)
+
+
+def test_a_document_that_is_a_positive_and_a_negative_of_a_query_counts_as_a_positive(tmp_path):
+    path = triples(tmp_path / "a.tsv", ("a", "p", "x"), ("b", "x", "y"), ("a", "x", "p"))
+    groups = groups_of(open_store(path, group_by_query=True))
+    assert groups == [("a", ["p", "x"], [1, 1], [True, True], 1), ("b", ["x", "y"], [1, 0], [True, False], 2)]
+
+
+def test_triples_equal_the_same_groups_written_as_pos_and_neg(tmp_path):
+    rng = random.Random(7)
+    rows = [(f"q{rng.randrange(9)}", f"p{rng.randrange(3)}", f"n{rng.randrange(20)}") for _ in range(200)]
+    of_query = {}
+    for query, positive, negative in rows:
+        pos, neg = of_query.setdefault(query, ([], []))
+        pos += [] if positive in pos else [positive]
+        neg += [] if negative in neg else [negative]
+    records = [{"query": query, "pos": pos, "neg": neg} for query, (pos, neg) in of_query.items()]
+    grouped = open_store(triples(tmp_path / "a.tsv", *rows), group_by_query=True)
+    expected = open_store(write(tmp_path / "a.jsonl", records))
+    as_sets = [
+        [(query, sorted(zip(d, x, p, strict=True))) for query, d, x, p, _ in groups_of(store)]
+        for store in (grouped, expected)
+    ]
+    assert as_sets[0] == as_sets[1]
+
+
+def test_pairs_and_triples_of_one_query_stay_apart_and_repeated_pairs_stay(tmp_path):
+    records = [
+        *pointwise(("q", "d", 1), ("q", "d", 1)),
+        {"query": "q", "positive": "d", "negative": "e"},
+        {"query": "q", "positive": "d", "negative": "f"},
+    ]
+    store = open_store(write(tmp_path / "a.jsonl", records), group_by_query=True)
+    assert [group[1] for group in groups_of(store)] == [["d", "d"], ["d", "e", "f"]]
+
+
+def test_without_grouping_each_triple_is_a_group(tmp_path):
+    path = triples(tmp_path / "a.tsv", ("a", "p", "n1"), ("a", "p", "n2"))
+    assert [group[1] for group in groups_of(open_store(path))] == [["p", "n1"], ["p", "n2"]]
+
+
+def test_each_document_of_a_merged_group_has_its_own_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", pointwise(("a", "1", 1), ("b", "2", 0), ("a", "3", 0)))
+    store = open_store(path, group_by_query=True)
+    assert [store.group(index).lines.tolist() for index in range(2)] == [[1, 3], [2]]

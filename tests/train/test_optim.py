@@ -4,7 +4,7 @@ from tiny_models import tiny_llama, tiny_qwen2, tiny_xlm_roberta
 from torch import nn
 from transformers import AutoModel
 
-from rag_retrieval.train.optimizer import make_adamw, parameter_groups, without_decay
+from rag_retrieval.train.optim import make_adamw, parameter_groups, without_decay
 
 
 class Odd(nn.Module):

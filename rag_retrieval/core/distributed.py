@@ -1,0 +1,114 @@
+"""Several processes of `accelerate launch` or torchrun that share a work; one alone needs none of this.
+
+A process that raises alone leaves the others waiting for it. What one does for all goes through `on_main`, what each
+does for itself through `on_all`: both end in the same way on every process.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rag_retrieval.core.command import CommandFailure
+
+SLOWEST = timedelta(hours=12)  # without any exchange between processes: they score their shares of a corpus
+
+Result = TypeVar("Result")
+
+
+class StartError(ValueError):
+    """A user's mistake that is found before training. Raised by all processes alike."""
+
+
+class RankLocalStartError(StartError):
+    """The same, raised by this process; the others may know nothing of it, or have a PeerError."""
+
+
+class PeerError(CommandFailure):
+    """Another process failed, and this one stops with it."""
+
+    exit_code = 2
+    on_all_processes = True
+
+
+@contextmanager
+def user_errors_to_start_error() -> Iterator[None]:
+    """Raise ValueError and OSError as RankLocalStartError: before training they are the user's, afterwards ours."""
+    try:
+        yield
+    except StartError:
+        raise
+    except (ValueError, OSError) as error:
+        raise RankLocalStartError(str(error)) from error
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The group of the processes that a launcher started, for the time of the block; nothing without a launcher.
+
+    gloo on every device: only settings, counts, texts and scores on the CPU are exchanged.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=SLOWEST)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def process_index() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def process_count() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def own_device() -> torch.device:
+    """The GPU of this process, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def on_main(work: Callable[[], Result]) -> Result:
+    """What `work` gives on the main process, on every process. Where it raises, the others raise PeerError."""
+    return gather(on_all(lambda: work() if process_index() == 0 else None))[0]
+
+
+def on_all(work: Callable[[], Result]) -> Result:
+    """What `work` gives on this process. Where it raises on any, every process raises: the first of those its own
+    error, the others PeerError."""
+    if not is_distributed():
+        return work()
+    result = error = None
+    try:
+        result = work()
+    except Exception as raised:
+        error = raised
+    texts = gather(error and f"{type(error).__name__}: {error}")
+    failed = [process for process, text in enumerate(texts) if text is not None]
+    if not failed:
+        return result
+    if failed[0] == process_index():
+        raise error
+    raise PeerError(f"the work failed on process {failed[0]}: {texts[failed[0]]}") from error
+
+
+def gather(value: Result) -> list[Result]:
+    """The values of all processes, in their order."""
+    if not is_distributed():
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,72 @@
+"""From texts to scores, whatever computes them: each distinct text once, in chunks, tokenized one chunk ahead.
+
+Equal texts are scored once because the same text in another forward may round differently, by which duplicates would
+not tie. Nothing here imports torch.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from typing import TypeVar
+
+CHUNK_PAIRS = 4096  # tokenized and planned together
+CHUNK_CHARACTERS = 8_000_000  # of documents, likewise: a document may be a book. A longer one is a chunk of its own
+
+Pairs = Sequence[tuple[str, str]]
+Item, Result, Encoded = TypeVar("Item"), TypeVar("Result"), TypeVar("Encoded")
+
+
+def score_texts(
+    pairs: Pairs,
+    encode: Callable[[Pairs], Encoded],
+    score: Callable[[Encoded], Sequence[Result]],
+    chunk_pairs: int | None = None,
+) -> list[Result]:
+    """The result of each (query, document) pair, in order; equal pairs get the same one.
+
+    encode: tokenizes a chunk, in a thread while the chunk before is scored. score: one result for each pair of a chunk.
+    chunk_pairs: at most, default CHUNK_PAIRS.
+    """
+    unique, places = distinct(pairs)
+    results: list[Result] = []
+    with closing(prefetch(encode, chunks_of(unique, chunk_pairs or CHUNK_PAIRS))) as encoded_chunks:
+        for encoded in encoded_chunks:
+            results.extend(score(encoded))
+    return [results[place] for place in places]
+
+
+def distinct(items: Iterable[Hashable]) -> tuple[list, list[int]]:
+    """The items without repetitions, in the order of their first place, and the place of each item among them."""
+    places: dict = {}
+    of_items = [places.setdefault(item, len(places)) for item in items]
+    return list(places), of_items
+
+
+def chunks_of(pairs: Pairs, chunk_pairs: int) -> Iterator[Pairs]:
+    start = characters = 0
+    for place, (_, document) in enumerate(pairs):
+        characters += len(document)
+        if place > start and (place - start == chunk_pairs or characters > CHUNK_CHARACTERS):
+            yield pairs[start:place]
+            start, characters = place, len(document)
+    if start < len(pairs):
+        yield pairs[start:]
+
+
+def prefetch(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """work(item) of each item in order, the next one computed in a thread while the caller uses this one.
+
+    The thread helps because tokenizers and forwards release Python's lock; work in pure Python would gain nothing.
+    Items are taken in the caller's thread, and one item alone starts no thread. An error of `work` is raised here, when
+    its turn comes. Close the generator when leaving early: that waits for the item in work.
+    """
+    items = iter(items)
+    for first in islice(items, 1):
+        result = work(first)  # nothing to overlap with yet
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as thread:
+            for item in items:
+                following = thread.submit(work, item)
+                yield result
+                result = following.result()
+        yield result

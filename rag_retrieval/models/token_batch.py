@@ -1,0 +1,141 @@
+"""Token batches, as int32 arrays with the lengths of their texts, and how many texts share one forward.
+
+A forward is bounded by the work in it, not by its rows. Padded, a text costs as many tokens as the longest of its
+forward, so texts of similar length are put together; packed, it costs its own tokens, and sorting only keeps forwards
+even. The plan changes no result: losses are summed and divided once per optimizer step.
+
+How a batch is laid out, padded or packed, is decided in the model's forward and nowhere else. Nothing here imports
+torch.
+"""
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from rag_retrieval.models.pair_encoding import EncodedPair
+
+
+@dataclass(eq=False)
+class TokenBatch:
+    """At least one text (a pair is one, after its template). All arrays are int32.
+
+    ids, types: [tokens], the texts one after another; types (segment ids) is None for families without them.
+    lengths: [texts], tokens. shared: [texts], how many tokens at the beginning of a text, up to its document, are those
+    of the text before it; 0 where they differ.
+    """
+
+    ids: np.ndarray
+    types: np.ndarray | None
+    lengths: np.ndarray
+    shared: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def make_batch(pairs: Sequence[EncodedPair]) -> TokenBatch:
+    assert pairs, "a batch holds at least one text"
+    ids = np.concatenate([pair.ids for pair in pairs])
+    types = None if pairs[0].types is None else np.concatenate([pair.types for pair in pairs])
+    lengths = np.array([len(pair.ids) for pair in pairs], np.int32)
+    starts = np.array([pair.document_start for pair in pairs], np.int32)
+    return TokenBatch(ids, types, lengths, shared_prefix_lengths(ids, lengths, starts))
+
+
+def shared_prefix_lengths(ids: np.ndarray, lengths: np.ndarray, document_starts: np.ndarray) -> np.ndarray:
+    """See `TokenBatch.shared`. document_starts: [texts], int32, tokens before the document."""
+    shared = np.zeros_like(lengths)
+    shared[1:] = np.where(document_starts[1:] == document_starts[:-1], document_starts[1:], 0)
+    first = np.cumsum(lengths, dtype=np.int32) - lengths  # token of each text
+    places = concatenated_ranges(first, shared)
+    distances = np.repeat(first - np.roll(first, 1), shared)  # to the same token of the text before
+    differences = np.concatenate(([0], np.cumsum(ids[places] != ids[places - distances])))
+    ends = np.cumsum(shared)
+    shared[differences[ends] != differences[ends - shared]] = 0
+    return shared
+
+
+def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each range, one after another: [sum of lengths], int32."""
+    ends = np.cumsum(lengths, dtype=np.int32)
+    return np.arange(ends[-1], dtype=np.int32) + np.repeat(starts - (ends - lengths), lengths)
+
+
+class TextSize(NamedTuple):
+    """tokens: of the text. shareable: of them, those before its document. prefix: a checksum of these, equal for texts
+    that can share them, in every process."""
+
+    tokens: int
+    shareable: int
+    prefix: int
+
+
+def sizes_of(pairs: Iterable[EncodedPair]) -> list[TextSize]:
+    return [TextSize(len(pair), pair.document_start, zlib.crc32(pair.ids[: pair.document_start])) for pair in pairs]
+
+
+def computed_tokens(sizes: Sequence[TextSize], *, padded: bool, shares_queries: bool) -> int:
+    """Tokens that one forward of these pairs computes, padding included; equal beginnings stand side by side."""
+    if padded:
+        return len(sizes) * max(size.tokens for size in sizes)
+    total = sum(size.tokens for size in sizes)
+    if shares_queries:
+        pairs = zip(sizes, sizes[1:], strict=False)
+        total -= sum(size.shareable for before, size in pairs if before.prefix == size.prefix)
+    return total
+
+
+def plan_sharing(sizes: Sequence[TextSize], max_tokens: int, max_pairs: int) -> list[list[int]]:
+    """Parts, as positions, in which pairs of equal beginning stand side by side and count it once in each part.
+
+    A part holds at most `max_tokens` computed tokens and `max_pairs` pairs; a pair beyond the bound is a part of its
+    own. Beginnings come in the order of their first pair.
+    """
+    first = {}
+    for position, size in enumerate(sizes):
+        first.setdefault(size.prefix, position)
+    parts: list[list[int]] = []
+    tokens = 0
+    for position in sorted(range(len(sizes)), key=lambda position: first[sizes[position].prefix]):
+        size = sizes[position]
+        shared = bool(parts) and sizes[parts[-1][-1]].prefix == size.prefix
+        more = size.tokens - (size.shareable if shared else 0)
+        if not parts or tokens + more > max_tokens or len(parts[-1]) == max_pairs:
+            parts.append([])
+            tokens, more = 0, size.tokens
+        parts[-1].append(position)
+        tokens += more
+    return parts
+
+
+def plan_by_tokens(
+    lengths: list[list[int]], max_tokens: int | None, *, padded: bool = True, max_pairs: int | None = None
+) -> list[list[int]]:
+    """Parts of a batch, as positions of its groups, longest groups first.
+
+    lengths: for each group (one pair, for pointwise data) the tokens of its pairs; the tokens that count, where
+    pairs share some. A part holds at most `max_tokens` tokens (with `padded`, its pairs times its longest pair;
+    else their sum) and `max_pairs` pairs; groups are never split, so a group beyond a bound is a part of its own.
+    Without any bound the whole batch is one part, in the order given.
+    """
+    if max_tokens is None and max_pairs is None:
+        return [list(range(len(lengths)))]
+    order = sorted(range(len(lengths)), key=lambda position: -max(lengths[position]))
+    parts: list[list[int]] = []
+    pairs = tokens = longest = 0
+    for position in order:
+        group = lengths[position]
+        pairs, tokens = pairs + len(group), tokens + sum(group)
+        cost = pairs * longest if padded else tokens
+        if not parts or _exceeds(cost, max_tokens) or _exceeds(pairs, max_pairs):
+            parts.append([])
+            pairs, tokens, longest = len(group), sum(group), max(group)
+        parts[-1].append(position)
+    return parts
+
+
+def _exceeds(value: int, bound: int | None) -> bool:
+    return bound is not None and value > bound
