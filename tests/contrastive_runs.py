@@ -24,10 +24,9 @@ from torch.utils.data import Dataset
 from rag_retrieval.core.distributed import gather
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.resume import claim
-from rag_retrieval.train.step_data import StepShape
+from rag_retrieval.train.steps import MixedSteps, StepShape
 from rag_retrieval.train.task import LoopSettings, StepLoss
 
 FEATURES, RECORDS, SCALE, LR = 5, 22, 5.0, 0.05

@@ -16,7 +16,7 @@ from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.model_setup import load_scorer
 from rag_retrieval.train.reranker.objective import configured_objective
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch, SamplingOptions, TrainingSteps
-from rag_retrieval.train.step_data import StepShape
+from rag_retrieval.train.steps import StepShape
 
 # of each document: token ids, token types, label, teacher's score (empty where none are read)
 Group = tuple[list[list[int]], list[list[int]], list[float], list[float]]

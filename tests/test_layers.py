@@ -58,7 +58,7 @@ def test_losses_import_torch_and_the_standard_library_alone():
         assert tops <= {"torch", "rag_retrieval", *sys.stdlib_module_names}, file
 
 
-LOOP = ("loop", "task", "step_data", "mixed_steps", "step_checks", "optim", "checkpoints", "resume", "tracking",
+LOOP = ("loop", "task", "steps", "step_checks", "optim", "checkpoints", "resume", "tracking",
         "launch", "failures", "provenance", "run_folder")  # fmt: skip
 
 

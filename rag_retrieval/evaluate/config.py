@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, Location, ModelName, OutputPath, key
+from rag_retrieval.data.words import AUTO
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.metrics import METRICS, PATTERNS, parse_metric
 
@@ -30,6 +31,14 @@ class EvaluationConfig(Config):
         min_length=1,
     )
     depth: int = key("Candidates of a query, in documents.", 100, ge=1)
+    ignore_identical_ids: bool = key(
+        "Whether a document with the id of the query is left out of its candidates, as in BEIR, some of whose queries "
+        "are documents themselves (ArguAna, Quora).", True
+    )
+    language: str = key(
+        "Of BM25's words: auto (by the script of each word; Latin is English), none (words as they are), or a Snowball "
+        "stemmer such as german.", AUTO, min_length=1
+    )
     measures: Annotated[tuple[str, ...], NAMES] = key(
         f"Of {PATTERNS}; the first one orders gains and losses.", DEFAULT_MEASURES
     )

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
+from rag_retrieval.train.steps import MicroBatch, unpack
 from rag_retrieval.train.task import ProcessFailure, TrainingError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -102,13 +103,22 @@ def translate_worker_deaths() -> Iterator[None]:
         raise worker_death(str(error)) from error
 
 
-def steps_of(loader: DataLoader) -> Iterator[Any]:
-    """What the loader yields. Its processes end with this generator: close it. Raises ProcessFailure where one of
-    them was killed, which shows first as a broken connection: the signal of a death comes after its sockets close."""
-    steps = iter(loader)
+def steps_of(loader: DataLoader, pin_memory: bool = False) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of each step of a `step_loader`. Its processes end with this generator: close it. Raises
+    ProcessFailure where they cannot be started, or where one was killed, which shows first as a broken connection: the
+    signal of a death comes after its sockets close."""
+    try:
+        steps = iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ProcessFailure(
+            "data loading processes cannot be started: no shared memory (/dev/shm) is left for their queues; give the "
+            f"container more (docker run --shm-size), or set num_workers: 0 (it is {loader.num_workers})"
+        ) from error
     workers = steps._workers if loader.num_workers else []
     try:
-        yield from steps
+        yield from (unpack(step, pin_memory) for step in steps)
     except (OSError, EOFError) as error:
         # an error of the data themselves has the same types, but leaves its process alive
         ended = wait([worker.sentinel for worker in workers], timeout=DEATH_SECONDS)

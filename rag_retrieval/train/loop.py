@@ -30,12 +30,11 @@ from rag_retrieval.train.failures import (
     translate_storage_errors,
     translate_worker_deaths,
 )
-from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.optim import warmup_stable_cosine
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.run_folder import finish, publish
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
-from rag_retrieval.train.step_data import MicroBatch, step_loader
+from rag_retrieval.train.steps import MicroBatch, MixedSteps, step_loader
 from rag_retrieval.train.task import LoopSettings, Task, weighted_sum
 from rag_retrieval.train.tracking import LogWindow, Tracking
 
@@ -102,12 +101,12 @@ class Trainer:
         if settings.eval_on_start and done == 0:
             self.evaluate()
         on_gpu = self.accelerator.device.type == "cuda"
-        loader = step_loader(self.dataset, settings.epochs, done, settings.num_workers, pin_memory=on_gpu)
+        loader = step_loader(self.dataset, settings.epochs, done, settings.num_workers)
         self.model.train()
         self._evaluate_if_due()  # where a stop came first
         if self._has_stopped_improving():
             return
-        with closing(steps_of(loader)) as steps:
+        with closing(steps_of(loader, pin_memory=on_gpu)) as steps:
             for micro_batches in steps:
                 self.train_step(micro_batches)
                 self.tracking.step_done()

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
-from rag_retrieval.train.step_data import MicroBatch
+from rag_retrieval.train.steps import MicroBatch
 from rag_retrieval.train.task import TrainingError
 
 MOST_SKIPPED = 30  # fp16 steps in a row; halving the first scale of 65536 so often leaves nothing to overflow

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from rag_retrieval.train.step_data import MicroBatch
+from rag_retrieval.train.steps import MicroBatch
 
 
 class TrainingError(RuntimeError):

@@ -23,17 +23,16 @@ logger = logging.getLogger(__name__)
 def load_scorer(config: RerankerConfig) -> PairScorer:
     """The model to train, weights in float32. Raises ValueError where model and configuration do not fit."""
     shared = {
+        "query_format": config.query_format,
+        "document_format": config.document_format,
         "max_length": config.max_len,
         "trust_remote_code": config.trust_remote_code,
         "attn_implementation": config.attn_implementation,
     }
     if config.model_type == "bert_encoder":
-        for name in ("query_format", "document_format"):
-            if getattr(config, name) not in (None, "{}"):
-                raise ValueError(f"{name}: an encoder's texts cannot be surrounded yet; expected {{}}")
         return CrossEncoder.from_pretrained(config.model_name_or_path, **shared)
     texts = {name: getattr(config, name) for name in (*FORMAT_NAMES, *YES_NO_NAMES, "head")}
-    return LLMDecoder.from_pretrained(config.model_name_or_path, **shared, **texts)
+    return LLMDecoder.from_pretrained(config.model_name_or_path, **(shared | texts))
 
 
 def prepare_for_training(scorer: PairScorer, config: RerankerConfig):

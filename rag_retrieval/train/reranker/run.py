@@ -23,7 +23,6 @@ from rag_retrieval.models.run_record import DataPart, parts_to_write
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, check_wrapped_layers
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.mixed_steps import MixedSteps
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.model_setup import (
@@ -47,7 +46,7 @@ from rag_retrieval.train.reranker.training_data import SamplingOptions, Training
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.resume import claim, plan_start
 from rag_retrieval.train.run_folder import CONFIGURATION_FILE, DATA_FILE, RESULTS, folder_lock
-from rag_retrieval.train.step_data import StepShape
+from rag_retrieval.train.steps import MixedSteps, StepShape
 from rag_retrieval.train.task import LoopSettings
 
 logger = logging.getLogger(__name__)

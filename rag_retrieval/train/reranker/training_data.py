@@ -18,7 +18,7 @@ from rag_retrieval.data.store import RecordStore
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
 from rag_retrieval.train.reranker.objective import Objective
-from rag_retrieval.train.step_data import StepShape
+from rag_retrieval.train.steps import StepShape
 
 
 @dataclass

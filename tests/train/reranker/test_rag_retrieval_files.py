@@ -6,6 +6,7 @@ import pytest
 from training_runs import grouped_records, read_metrics
 
 from rag_retrieval.core.config_reader import ConfigError, load_config
+from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.train_reranker import main
 
@@ -114,3 +115,20 @@ def test_a_file_trains_and_names_what_it_ignores_in_one_line(write, tmp_path, ca
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
+
+
+def test_formats_surround_the_texts_of_an_encoder_in_training_and_are_saved(write, tmp_path):
+    arguments = ["--config", write("bert_encoder", "pointwise", True), "--num_workers", "0", "--epochs", "1"]
+    formats = {"query_format": "panda {}", "document_format": "bamboo: {}"}
+    as_options = [part for name, text in formats.items() for part in (f"--{name}", text)]
+    assert main([*arguments, "--output_dir", str(tmp_path / "plain")]) == 0
+    assert main([*arguments, *as_options]) == 0
+    plain, surrounded = (CrossEncoder.from_pretrained(str(tmp_path / name / "model")) for name in ("plain", "run"))
+    saved = json.loads((tmp_path / "run" / "model" / "reranker_config.json").read_text())
+    assert saved | formats == saved
+    pair, by_hand = [("what is a panda", "a bear")], [("panda what is a panda", "bamboo: a bear")]
+    assert surrounded.compute_score(pair).tolist() != plain.compute_score(pair).tolist()
+    (tmp_path / "run" / "model" / "reranker_config.json").write_text(json.dumps(saved | dict.fromkeys(formats, "{}")))
+    without = CrossEncoder.from_pretrained(str(tmp_path / "run" / "model"))
+    assert without.compute_score(by_hand).tolist() == surrounded.compute_score(pair).tolist()
+    assert without.compute_score(by_hand).tolist() != plain.compute_score(by_hand).tolist(), "trained with them"

@@ -9,10 +9,10 @@ from training_runs import grouped_records, pointwise_records, write_jsonl
 from rag_retrieval.data.store import open_store
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.models.cross_encoder import CrossEncoder
-from rag_retrieval.train.mixed_steps import records_per_epoch
+from rag_retrieval.train.failures import steps_of
 from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps, layout, records_of, rescale
-from rag_retrieval.train.step_data import StepShape, step_loader
+from rag_retrieval.train.steps import StepShape, records_per_epoch, step_loader
 
 
 @pytest.fixture
@@ -192,13 +192,13 @@ def test_workers_change_nothing(steps, loss):
     data = steps(loss, records, group_size=3, shuffle_rate=0.5)
 
     def contents(num_workers: int) -> list:
-        loader = step_loader(data, epochs=2, done=0, num_workers=num_workers, pin_memory=False)
+        loader = step_loader(data, epochs=2, done=0, num_workers=num_workers)
         return [
             [
                 (b.pairs.ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources)
                 for b in step
             ]
-            for step in loader
+            for step in steps_of(loader)
         ]
 
     assert len(contents(0)) == 10

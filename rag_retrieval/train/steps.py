@@ -1,0 +1,170 @@
+"""The steps of a run: which records belong to an optimizer step, and the loader that prepares steps ahead.
+
+A step has `batch_size * accumulation * processes` records, the same ones however they are spread. The last step of an
+epoch has what is left, and a process without a record in it runs a filler of weight zero, because all processes must
+meet in the gradient exchange. Of several data sets each step has one, so that it has one loss, one layout and one
+divisor.
+"""
+
+import io
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rag_retrieval.core.signals import ignore_stop_in_worker
+from rag_retrieval.train.optim import optimizer_steps_per_epoch
+
+
+class MicroBatch(Protocol):
+    """One forward and backward. `items` is its part of each loss's divisor, `size` what throughput counts. `part` names
+    the data set it is of, "" where a run has but one; all micro-batches of a step are of the same."""
+
+    items: tuple[int, ...]
+    size: int
+    sources: list[str]
+    part: str
+
+    def to(self, device: torch.device) -> "MicroBatch": ...
+
+    def pin_memory(self) -> "MicroBatch": ...
+
+
+class StepDataset(Protocol):
+    """One data set, indexed by (epoch, step in epoch): this process's micro-batches of that step."""
+
+    steps_per_epoch: int
+
+    def __getitem__(self, position: tuple[int, int]) -> list[MicroBatch]: ...
+
+    def filler(self) -> MicroBatch:
+        """A micro-batch of weight zero."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How records are spread over processes and micro-batches. All counts are at least 1."""
+
+    records: int
+    batch_size: int
+    accumulation: int
+    processes: int = 1
+    process_index: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return optimizer_steps_per_epoch(self.records, self.batch_size, self.accumulation, self.processes)
+
+    def positions(self, step: int) -> list[range]:
+        """This process's positions in the epoch's order for one step, one range for each micro-batch.
+
+        Positions of a step are dealt to the processes in turn. Every process gets the same number of
+        micro-batches; some may be empty in the last step.
+        """
+        step_size = self.batch_size * self.accumulation * self.processes
+        start, stop = step * step_size, min((step + 1) * step_size, self.records)
+        mine = range(start + self.process_index, stop, self.processes)
+        largest_share = -(-(stop - start) // self.processes)
+        return [mine[first : first + self.batch_size] for first in range(0, largest_share, self.batch_size)]
+
+
+def records_per_epoch(records: int, weight: float) -> int:
+    """weight x records, rounded to a whole number of at least 1. weight: passes over the set in one epoch, above 0."""
+    return max(1, round(weight * records))
+
+
+def interleave(steps: Sequence[int]) -> np.ndarray:
+    """The set of each step of an epoch: int [sum of steps], where set i stands steps[i] times, spread evenly.
+
+    Step k of n of a set is due at (k + 1/2) / n of the epoch; of two that are due at once the earlier set comes first.
+    """
+    due = np.concatenate([(np.arange(count) + 0.5) / count for count in steps])
+    owner = np.repeat(np.arange(len(steps)), steps)
+    return owner[np.lexsort((owner, due))]
+
+
+class MixedSteps(Dataset):
+    """The steps of a run over one data set or more. sets: by the name that their micro-batches have as `part`.
+
+    An epoch is not a pass over every set: one of weight 2 is passed over twice, one of weight 0.5 goes on in the next
+    epoch where it stopped.
+    """
+
+    def __init__(self, sets: Mapping[str, StepDataset]):
+        self.sets = dict(sets)
+        self._owners = interleave([steps.steps_per_epoch for steps in self.sets.values()])
+        self._own_step = np.empty_like(self._owners)
+        for place in range(len(self.sets)):
+            owned = self._owners == place
+            self._own_step[owned] = np.arange(owned.sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self._owners)
+
+    def __getitem__(self, position: tuple[int, int]) -> list[MicroBatch]:
+        epoch, step = position
+        steps = list(self.sets.values())[self._owners[step]]
+        return steps[epoch, int(self._own_step[step])]
+
+    def filler(self, part: str) -> MicroBatch:
+        """A micro-batch of weight zero for a step of that set."""
+        return self.sets[part].filler()
+
+
+class StepSampler(Sampler):
+    """(epoch, step in epoch) of every step that is still to do, after `done` optimizer steps."""
+
+    def __init__(self, steps_per_epoch: int, epochs: int, done: int):
+        self.steps_per_epoch, self.total, self.done = steps_per_epoch, steps_per_epoch * epochs, done
+
+    def __len__(self) -> int:
+        return self.total - self.done
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (divmod(step, self.steps_per_epoch) for step in range(self.done, self.total))
+
+
+def step_loader(dataset: Dataset, epochs: int, done: int, num_workers: int) -> DataLoader:
+    """Steps in order, prepared ahead by workers, at most two for each; `unpack` makes micro-batches of what it yields.
+
+    dataset: indexed as a `StepDataset`. The loader takes no random number from the global generator: a resumed run
+    would otherwise see other dropout masks.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=StepSampler(dataset.steps_per_epoch, epochs, done),
+        num_workers=num_workers,
+        collate_fn=pack if num_workers else _as_it_is,
+        generator=torch.Generator(),
+        prefetch_factor=2 if num_workers else None,
+        worker_init_fn=ignore_stop_in_worker,
+    )
+
+
+def _as_it_is(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    return micro_batches
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        """Tensors as arrays: torch's own way wraps each in a file format."""
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+def pack(micro_batches: list[MicroBatch]) -> bytes:
+    """A step as bytes, which go through a pipe. Left as tensors, it would go through shared memory, and where that is
+    full (64 MB in a container) torch's workers drop the step and the training process waits for good."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(micro_batches)
+    return buffer.getvalue()
+
+
+def unpack(step: bytes | list[MicroBatch], pin_memory: bool) -> list[MicroBatch]:
+    micro_batches = pickle.loads(step) if isinstance(step, bytes) else step
+    return [batch.pin_memory() for batch in micro_batches] if pin_memory else micro_batches
