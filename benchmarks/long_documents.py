@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rag_retrieval.evaluate.measures import measure
 
 from rag_retrieval import Reranker
 from rag_retrieval.evaluate.ranking_data import BM25, read_ranking_data
+from rag_retrieval.metrics import run_metrics
 from rag_retrieval.models.options import LONG_DOCUMENT
 
-MEASURE = "ndcg@10"
+METRIC = "ndcg@10"
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def score(reranker: Reranker, pairs, max_length: int, long_document: str, known:
 
 
 def shown(qrels, run) -> str:
-    return f"{measure(qrels, run)[MEASURE]:.4f}"
+    return f"{run_metrics(qrels, run, [METRIC])[METRIC]:.4f}"
 
 
 if __name__ == "__main__":
