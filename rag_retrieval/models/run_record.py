@@ -17,7 +17,7 @@ from rag_retrieval.models.settings import PACKAGE_PREFIX
 
 CONFIGURATION_FILE, METRICS_FILE = "training_config.yaml", "metrics.jsonl"
 RUN_FILE, PROVENANCE_FILE, DATA_FILE = "run.json", "provenance.json", "data_summary.json"
-OF_THE_MACHINE = {"output_dir", "overwrite_output_dir", "resume", "resume_with_changes", "num_workers", "log_with"}
+OF_THE_MACHINE = {"output_dir", "overwrite_output_dir", "resume", "resume_with_changes", "num_workers", "wait_minutes", "log_with"}
 
 
 @dataclass(frozen=True)
