@@ -6,6 +6,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, Location, ModelName, OutputPath, key
+from rag_retrieval.data.readers import FILE_SUFFIXES, is_file_name
+from rag_retrieval.data.words import AUTO
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.metrics import METRICS, PATTERNS, parse_metric
 
@@ -21,7 +23,9 @@ class EvaluationConfig(Config):
     groups: ClassVar = {"model": "Data", "measures": "Figures", "report": "Output", "max_len": "Scoring"}
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
-    data: FileOrFolder = Field(min_length=1, description="Folder in BEIR layout, or a file of ranking records.")
+    data: FileOrFolder = Field(
+        min_length=1, description=f"Folder in BEIR layout, or a file of ranking records ({FILE_SUFFIXES})."
+    )
     split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv to measure on.", "test", min_length=1)
     candidates: Annotated[str, Location(file=True, folder=True, words=(BM25,))] = key(
         "bm25, or a TREC run file whose documents are reranked. Where the data list "
@@ -30,6 +34,14 @@ class EvaluationConfig(Config):
         min_length=1,
     )
     depth: int = key("Candidates of a query, in documents.", 100, ge=1)
+    ignore_identical_ids: bool = key(
+        "Whether a document with the id of the query is left out of its candidates, as in BEIR, some of whose queries "
+        "are documents themselves (ArguAna, Quora).", True
+    )
+    language: str = key(
+        "Of BM25's words: auto (by the script of each word; Latin is English), none (words as they are), or a Snowball "
+        "stemmer such as german.", AUTO, min_length=1
+    )
     measures: Annotated[tuple[str, ...], NAMES] = key(
         f"Of {PATTERNS}; the first one orders gains and losses.", DEFAULT_MEASURES
     )
@@ -42,7 +54,7 @@ class EvaluationConfig(Config):
     significance: Literal["randomization", "t"] = key(
         "Paired randomization test with a bootstrap interval, or paired t-test.", "randomization"
     )
-    calibrate: Annotated[str, Location(file=True, only_data_files=True)] | None = key(
+    calibrate: Annotated[str, Location(file=True, is_file_name=is_file_name, only_files=True)] | None = key(
         "Split (of a BEIR folder) or file to fit temperature and bias on, not the one "
         "that is measured on; they are saved as calibration.json in the model's folder.",
         min_length=1,

@@ -85,7 +85,7 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
     """
     with process_group():
         check(config)
-        data = read_ranking_data(config.data, config.split, config.candidates, config.depth)
+        data = read_data(config, config.data, config.split, config.candidates, config.depth)
         if not any(count_relevant(data, query, config) for query in data.qrels):
             raise ValueError(
                 f"{data.name}: none of the {len(data.qrels)} judged queries has a document of grade "
@@ -138,6 +138,11 @@ def default_output_dir(model: str, data_name: str) -> Path:
     return Path("runs") / "evaluate" / "-".join([parts[-1] if parts else "model", *data_name.split()])
 
 
+def read_data(config: EvaluationConfig, path: str, split: str, candidates: str, depth: int) -> RankingData:
+    options = {"ignore_identical_ids": config.ignore_identical_ids, "language": config.language}
+    return read_ranking_data(path, split, candidates, depth, **options)
+
+
 def calibration_folder(config: EvaluationConfig) -> Path:
     return Path(config.calibration_dir or config.model)
 
@@ -147,7 +152,7 @@ def calibrate(config: EvaluationConfig, scorer: PairScorer, output_dir: Path) ->
     split, path = config.calibrate, config.data
     if not Path(path).is_dir():
         split, path = config.split, config.calibrate
-    data = read_ranking_data(path, split, BM25, config.depth)
+    data = read_data(config, path, split, BM25, config.depth)
     run = score_candidates(scorer, name_of(config.model), data, output_dir / "calibration.trec", config)
 
     def fit_and_save() -> Calibration:
@@ -166,7 +171,7 @@ def baseline_run(config: EvaluationConfig, data: RankingData, output_dir: Path) 
         return data.source, data.candidates
     if config.baseline == BM25 or Path(config.baseline).is_file():
         depth = config.depth if config.baseline == BM25 else maxsize
-        other = read_ranking_data(config.data, config.split, config.baseline, depth)
+        other = read_data(config, config.data, config.split, config.baseline, depth)
         return other.source, other.candidates
     scorer, name = open_scorer(config.baseline, model_options(config)), name_of(config.baseline)
     return name, score_candidates(scorer, name, data, output_dir / "baseline.trec", config)

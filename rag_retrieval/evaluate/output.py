@@ -55,6 +55,7 @@ def result_of(evaluation: Evaluation) -> dict:
     return {
         "data": evaluation.data.name,
         "candidates": evaluation.data.source,
+        "words": evaluation.data.words,
         "queries": len(evaluation.measured),
         "pairs": evaluation.data.num_pairs,
         **gaps(evaluation),
@@ -73,6 +74,7 @@ def gaps(evaluation: Evaluation) -> dict[str, int]:
         "queries_without_relevant": len(data.qrels) - len(evaluation.measured),
         "queries_without_candidates": data.queries_without_candidates,
         "judgments_without_document": data.judgments_without_document,
+        "queries_with_identical_ids": data.identical_ids,
     }
 
 
@@ -80,6 +82,7 @@ GAPS_IN_WORDS = {
     "queries_without_relevant": "queries have no relevant document and are left out of all figures",
     "queries_without_candidates": "queries have no candidates and count 0",
     "judgments_without_document": "judgments are of documents that the corpus lacks; they count as missed",
+    "queries_with_identical_ids": "queries have a document with their own id, which is left out of their candidates",
 }
 
 
@@ -88,6 +91,7 @@ def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
     data, metric = evaluation.data, evaluation.config.measures[0]
     lines = [
         f"{data.name}: {len(evaluation.measured):,} queries, {data.num_pairs:,} pairs; candidates from {data.source}",
+        *([f"words that BM25 counted: {data.words}"] if data.words else []),
         *(f"{count:,} {GAPS_IN_WORDS[name]}" for name, count in gaps(evaluation).items() if count),
         "",
         f"  baseline  {evaluation.before.name}",

@@ -14,7 +14,7 @@ from rag_retrieval import EvaluationConfig, evaluate_reranker, load_reranker
 from rag_retrieval.cli import main
 from rag_retrieval.data.beir import read_run
 from rag_retrieval.evaluate import scoring
-from rag_retrieval.evaluate.output import write_evaluation
+from rag_retrieval.evaluate.output import describe_evaluation, result_of, write_evaluation
 from rag_retrieval.metrics import LOGGED_METRICS, run_metrics
 from rag_retrieval.models.calibration import read_calibration
 
@@ -225,6 +225,23 @@ def test_queries_without_a_relevant_document_are_left_out_and_named(config, toy)
     assert [row["query_id"] for row in rows if "left_out" in row] == ["q9"] and "ndcg@10" not in rows[1]
     means = [row["ndcg@10"] for row in rows if "left_out" not in row]
     assert result["model"]["ndcg@10"] == pytest.approx(sum(means) / 3)
+
+
+def test_a_document_with_the_id_of_the_query_is_left_out_unless_it_is_wanted(config, toy):
+    for name, id_ in (("queries.jsonl", "q8"), ("qrels/test.tsv", "q8"), ("runs/bm25.test.tsv", "q8")):
+        (toy / name).write_text((toy / name).read_text().replace(id_, "d8-1"))
+    found = evaluate_reranker(config)
+    assert list(found.data.candidates["d8-1"]) == ["d8-2", "d8-0", "d8-3", "d8-4"]
+    assert result_of(found)["queries_with_identical_ids"] == 1
+    assert "1 queries have a document with their own id" in describe_evaluation(found, 80)
+    wanted = config.model_copy(update={"ignore_identical_ids": False, "output_dir": config.output_dir + "-all"})
+    assert list(evaluate_reranker(wanted).data.candidates["d8-1"]) == ["d8-1", "d8-2", "d8-0", "d8-3"]
+
+
+def test_the_language_of_the_words_is_settable_and_in_the_result(config, toy):
+    (toy / "runs/bm25.test.tsv").unlink()
+    result = result_of(evaluate_reranker(config.model_copy(update={"language": "german"})))
+    assert "german" in result["words"] and result["config"]["language"] == "german"
 
 
 def test_judgments_without_any_relevant_document_are_refused(config, scored):
