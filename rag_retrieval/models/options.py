@@ -33,6 +33,7 @@ class ModelOptions(Config):
     """How to open a reranker. None: what the folder says, or the machine's own choice."""
 
     aliases: ClassVar[Mapping[str, str]] = {"max_len": "max_length"}
+    groups: ClassVar[Mapping[str, str]] = {"model_type": "Opening the model"}
 
     model_type: Literal["bert_encoder", "llm_decoder", "onnx", "openvino"] | None = Field(
         None,
