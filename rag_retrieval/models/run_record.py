@@ -11,13 +11,16 @@ from typing import Any
 
 import yaml
 
-from rag_retrieval.core.config import is_data_file_name
+from rag_retrieval.data.readers import is_file
 from rag_retrieval.data.summary import StoreSummary
 from rag_retrieval.models.settings import PACKAGE_PREFIX
 
 CONFIGURATION_FILE, METRICS_FILE = "training_config.yaml", "metrics.jsonl"
 RUN_FILE, PROVENANCE_FILE, DATA_FILE = "run.json", "provenance.json", "data_summary.json"
-OF_THE_MACHINE = {"output_dir", "overwrite_output_dir", "resume", "resume_with_changes", "num_workers", "wait_minutes", "log_with"}
+LOCAL_ONLY_KEYS = {
+    *("output_dir", "overwrite_output_dir", "resume", "resume_with_changes"),
+    *("num_workers", "wait_minutes", "log_with"),
+}
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,8 @@ def part_from(values: dict[str, Any]) -> DataPart:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model's or dataset's name is of this machine, and not of the hub."""
-    of_machine = name.startswith(PACKAGE_PREFIX) or is_data_file_name(name) or name.count("/") > 1
-    return of_machine or Path(name).exists()
+    """Whether a model's or data set's name is of this machine, and not of the hub."""
+    return name.startswith(PACKAGE_PREFIX) or is_file(name)
 
 
 def shown(name: str) -> str:
@@ -96,7 +98,7 @@ def shown(name: str) -> str:
 
 def shown_configuration(configuration: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what is absent, what only says where and how it ran, and paths."""
-    values = {key: value for key, value in configuration.items() if key not in OF_THE_MACHINE}
+    values = {key: value for key, value in configuration.items() if key not in LOCAL_ONLY_KEYS}
     return without_paths(values)
 
 
