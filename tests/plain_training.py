@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rag_retrieval.data.store import open_store
 from rag_retrieval.train.reranker.config import RerankerConfig
-from rag_retrieval.train.reranker.model_setup import load_scorer
 from rag_retrieval.train.reranker.objective import configured_objective
+from rag_retrieval.train.reranker.run import load_scorer
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch, SamplingOptions, TrainingSteps
 from rag_retrieval.train.steps import StepShape
 
