@@ -29,10 +29,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 ABSENT = (None, "None", "none")  # what means "not given"
-DATA_FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet", ".tsv")
 PATH_BEGINNINGS = (".", "/", "~")
 PACKAGE_NAME = re.compile(r"package:[A-Za-z_][A-Za-z0-9_-]*")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_DATASET = re.compile(HUB_NAME.pattern + r"(@[\w./-]+)?(#[\w.-]+)?")  # with revision and configuration
 MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
@@ -158,8 +158,8 @@ class Location:
     """Annotates a text that names a file or folder, which must exist, or a name on the hub or of a package.
 
     The text becomes an absolute path where the configuration is read by `load_config`, which says in which folders to
-    look; otherwise it stays. words: texts that name nothing outside, such as `auto`. only_data_files: any text that is
-    not written as a data file stays as it is.
+    look; otherwise it stays. words: texts that name nothing outside, such as `auto`. is_file_name: whether a text is
+    written as a file. only_files: any text that is not stays as it is.
     """
 
     file: bool = False
@@ -167,7 +167,8 @@ class Location:
     hub: bool = False
     package: bool = False
     words: tuple[str, ...] = ()
-    only_data_files: bool = False
+    is_file_name: Callable[[str], bool] = lambda name: False
+    only_files: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler) -> CoreSchema:
         return core_schema.with_info_after_validator_function(self._validate, handler(source))
@@ -177,7 +178,7 @@ class Location:
 
     def find(self, name: str, folders: Sequence[Path]) -> str:
         """An absolute path, or `name` where it is no path. Raises ValueError."""
-        if name in self.words or (self.only_data_files and not is_data_file_name(name)):
+        if name in self.words or (self.only_files and not self.is_file_name(name)):
             return name
         if self.package and name.startswith("package:"):
             if PACKAGE_NAME.fullmatch(name):
@@ -187,8 +188,9 @@ class Location:
         for place in places:
             if os.path.exists(place) if self.file else os.path.isdir(place):
                 return str(place)
-        is_path = name.startswith(PATH_BEGINNINGS) or (self.file and is_data_file_name(name))
-        if not self.hub or is_path or not HUB_NAME.fullmatch(name):
+        is_path = name.startswith(PATH_BEGINNINGS) or self.is_file_name(name)
+        hub_name = HUB_DATASET if self.file else HUB_NAME
+        if not self.hub or is_path or not hub_name.fullmatch(name):
             kind = " or ".join(["file"] * self.file + ["folder"] * self.folder)
             raise ValueError(f"found no {kind} {name}; looked for {' and '.join(map(str, places))}")
         return name
@@ -199,11 +201,6 @@ def places_of(name: str, folders: Sequence[Path]) -> list[Path]:
     if "\0" in name:
         return []
     return list(dict.fromkeys(Path(os.path.abspath(folder / os.path.expanduser(name))) for folder in folders))
-
-
-def is_data_file_name(name: str) -> bool:
-    """Whether a dataset's name is written as a file; otherwise it is one of the Hugging Face hub."""
-    return name.startswith(PATH_BEGINNINGS) or name.endswith(DATA_FILE_ENDINGS)
 
 
 def _expand_home(name: Any) -> Any:
@@ -229,7 +226,6 @@ class Escaped:
 
 
 ModelName = Annotated[str, Location(folder=True, hub=True, package=True)]
-DatasetName = Annotated[str, Location(file=True, hub=True)]
 FolderPath = Annotated[str, Location(folder=True)]
 FileOrFolder = Annotated[str, Location(file=True, folder=True)]
 OutputPath = Annotated[str, BeforeValidator(_expand_home)]  # need not exist

@@ -11,11 +11,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from rag_retrieval.core.config import Location
 from rag_retrieval.data.records import BadLines, DataError, Record, RecordError, RecordRules, parse_record, text_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Rows = Iterator[tuple[int, object]]
 
@@ -140,6 +142,9 @@ def _triple_rows(path: Path) -> Rows:
 
 
 def _parquet_rows(path: Path) -> Rows:
+    import pyarrow as pa  # 0.2 s, which a command's help need not take
+    import pyarrow.parquet as pq
+
     row = 0
     try:
         with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
@@ -153,10 +158,8 @@ def _parquet_rows(path: Path) -> Rows:
         raise _SourceError(row + 1, f"found broken Parquet data ({reason}); expected a whole file.") from None
 
 
-def _refuse_repeated_columns(kind: pa.DataType) -> None:
+def _refuse_repeated_columns(kind: "pa.DataType") -> None:
     """In a struct, or in one inside it: `to_pylist` would keep the last column of a name."""
-    if not pa.types.is_nested(kind):
-        return
     fields = [kind.field(place) for place in range(kind.num_fields)]
     names = [field.name for field in fields]
     if len(set(names)) < len(names):
@@ -165,14 +168,14 @@ def _refuse_repeated_columns(kind: pa.DataType) -> None:
         _refuse_repeated_columns(field.type)
 
 
-def _batch_rows(batch: pa.RecordBatch) -> list:
+def _batch_rows(batch: "pa.RecordBatch") -> list:
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError):  # find the rows that are at fault
         return [_batch_row(batch, index) for index in range(batch.num_rows)]
 
 
-def _batch_row(batch: pa.RecordBatch, index: int) -> object:
+def _batch_row(batch: "pa.RecordBatch", index: int) -> object:
     try:
         return batch.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
@@ -193,18 +196,29 @@ SUFFIXES = tuple(suffix for suffixes in FORMATS for suffix in suffixes)
 # ---- sources: a file, or a data set of the hub
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name is written as a file, there or not, rather than as a hub data set ("name" or "owner/name")."""
+    has_suffix = name.lower().endswith(SUFFIXES + OTHER_FILE_SUFFIXES)
+    return has_suffix or name.startswith((".", "~", "/")) or HUB_OPTIONS.split(name)[0].count("/") > 1
+
+
 def is_file(source: str | Path) -> bool:
-    """Whether the source names a file rather than a hub data set ("name" or "owner/name")."""
-    name = str(source)
-    looks_like_file = name.lower().endswith(SUFFIXES + OTHER_FILE_SUFFIXES)
-    is_no_hub_name = name.startswith((".", "~", "/")) or len(Path(HUB_OPTIONS.split(name)[0]).parts) > 2
-    return isinstance(source, Path) or looks_like_file or is_no_hub_name or Path(name).exists()
+    """Whether the source is a file rather than a hub data set."""
+    return isinstance(source, Path) or is_file_name(source) or Path(source).exists()
+
+
+FILE_SUFFIXES = ", ".join(SUFFIXES)  # for help and messages
+DATASET_HELP = (
+    f"a file ({FILE_SUFFIXES}) or a data set of the hub (owner/name, with @revision and #configuration after it "
+    "where they are needed)"
+)
+DatasetName = Annotated[str, Location(file=True, hub=True, is_file_name=is_file_name)]
 
 
 def checked_path(source: str | Path) -> Path:
     """The path of an existing file with a known suffix, else DataError."""
     path = Path(source).expanduser()
-    expected = f"expected a file that ends in {', '.join(SUFFIXES)}"
+    expected = f"expected a file that ends in {FILE_SUFFIXES}"
     if path.is_dir():
         raise DataError(f"{source}: found a folder; {expected}.")
     if not path.exists():

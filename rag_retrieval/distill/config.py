@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import NAMES, Config, DatasetName, EscapedText, ModelName, OutputPath, key
+from rag_retrieval.core.config import NAMES, Config, EscapedText, ModelName, OutputPath, key
+from rag_retrieval.data.readers import DATASET_HELP, DatasetName
 from rag_retrieval.models.prompts import PROMPTS, check_places
 
 
@@ -23,7 +24,7 @@ class DistillConfig(Config):
     main_keys: ClassVar = ("dataset", "teachers", "output", "max_len", "batch_size")
     groups: ClassVar = {"dataset": "Data", "teachers": "Teachers", "batch_size": "Scoring"}
 
-    dataset: DatasetName = Field(min_length=1, description="The pairs to score: a training file or a hub dataset.")
+    dataset: DatasetName = Field(min_length=1, description=f"The pairs to score: {DATASET_HELP}.")
     split: str = key("Split of a hub dataset.", "train", min_length=1)
     label_key: str = key("Key of the label in the data.", "label", min_length=1)
     output: OutputPath = Field(

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rag_retrieval.core.config import is_data_file_name
+from rag_retrieval.data.readers import is_file
 from rag_retrieval.data.summary import StoreSummary
 from rag_retrieval.models.settings import PACKAGE_PREFIX
 
@@ -81,9 +81,8 @@ def part_from(values: dict[str, Any]) -> DataPart:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model's or dataset's name is of this machine, and not of the hub."""
-    of_machine = name.startswith(PACKAGE_PREFIX) or is_data_file_name(name) or name.count("/") > 1
-    return of_machine or Path(name).exists()
+    """Whether a model's or data set's name is of this machine, and not of the hub."""
+    return name.startswith(PACKAGE_PREFIX) or is_file(name)
 
 
 def shown(name: str) -> str:

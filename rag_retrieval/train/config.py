@@ -14,19 +14,18 @@ from pydantic import Field
 from rag_retrieval.core.config import (
     NAME_OR_NAMES,
     Config,
-    DatasetName,
     Location,
     ModelName,
     Only,
     OutputPath,
-    is_data_file_name,
     key,
 )
+from rag_retrieval.data.readers import DATASET_HELP, DatasetName, is_file
 
 LORA = Only("runs with lora_r", lambda config: config.lora_r is not None)
 VALIDATED = Only("runs with val_dataset", lambda config: config.val_dataset is not None)
 HUB_VALIDATION = Only(
-    "a val_dataset of the hub", lambda config: VALIDATED.applies(config) and not is_data_file_name(config.val_dataset)
+    "a val_dataset of the hub", lambda config: VALIDATED.applies(config) and not is_file(config.val_dataset)
 )
 
 
@@ -97,7 +96,7 @@ class TrainingConfig(Config):
 
     # Validation
     val_dataset: DatasetName | None = key(
-        "Validation data: a file or a hub dataset. Absent: no validation.", min_length=1)
+        f"Validation data: {DATASET_HELP}. Absent: no validation.", min_length=1)
     val_split: str | None = key(
         "Split to validate on. Default validation.", only=HUB_VALIDATION, derive=lambda config: "validation",
         min_length=1)

@@ -9,7 +9,6 @@ from rag_retrieval.core.config import (
     NAME_OR_NAMES,
     NAMES,
     Config,
-    DatasetName,
     EscapedText,
     FileOrFolder,
     FolderPath,
@@ -19,6 +18,7 @@ from rag_retrieval.core.config import (
     OutputPath,
     key,
 )
+from rag_retrieval.data.readers import DatasetName, is_file_name
 
 DECODER = Only("kind decoder", lambda config: config.kind == "decoder")
 
@@ -41,7 +41,7 @@ class Sample(Config):
     teachers: Annotated[list[ModelName], NAMES] = key("Models.", [])
     folder: FolderPath | None = key("A folder.")
     beside: FileOrFolder | None = key("Either.")
-    split: Annotated[str, Location(file=True, only_data_files=True)] | None = key("A split or a file.")
+    split: Annotated[str, Location(file=True, is_file_name=is_file_name, only_files=True)] | None = key("Or a file.")
     resume: Annotated[str, Location(folder=True, words=("auto",))] | None = key("A run.")
     output_dir: OutputPath = key("Where to.", "out", min_length=1)
 

@@ -13,15 +13,14 @@ from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, create
 from rag_retrieval.core.config import (
     ABSENT,
     NAME_OR_NAMES,
-    DatasetName,
     EscapedText,
     Only,
     failure,
-    is_data_file_name,
     key,
     shown_value,
 )
 from rag_retrieval.core.config_reader import error_message
+from rag_retrieval.data.readers import DATASET_HELP, DatasetName, is_file
 from rag_retrieval.losses import ALIASES, LOSSES
 from rag_retrieval.losses.custom import OWN_LOSS
 from rag_retrieval.metrics import PATTERNS, parse_metric
@@ -59,7 +58,7 @@ YES_NO = Only("head yes_no", lambda config: config.head == "yes_no")
 GROUPED = Only("train_dataset_type grouped", lambda config: config.train_dataset_type == "grouped")
 HUB_TRAINING = Only(
     "a train_dataset of the hub",
-    lambda config: any(not is_data_file_name(str(entry.get("path"))) for entry in config.train_entries),
+    lambda config: any(not is_file(str(entry.get("path"))) for entry in config.train_entries),
 )
 TEACHER_LOSS = Only("runs with teacher_loss_type", lambda config: config.teacher_loss_type is not None)
 TEACHER_SCORES = Only("losses that learn from teacher scores", _learns_from_teacher)
@@ -109,7 +108,7 @@ class RerankerKeys(TrainingConfig):
 
     # Data
     train_dataset: Annotated[DatasetName | list[DatasetName | dict[str, Any]], NAME_OR_NAMES] = Field(
-        min_length=1, description="Training data: a file or a hub dataset, or a list of them that take turns, step by "
+        min_length=1, description=f"Training data: {DATASET_HELP}, or a list of them that take turns, step by "
         "step. An entry may be a mapping: path, weight (passes over the file in one epoch, above 0, default 1), and "
         "type, label_key, split, group_size, max_label, min_label, batch_size, loss_type and its options in place of "
         "the run's.")
