@@ -152,6 +152,12 @@ class RerankerKeys(TrainingConfig):
         entries = self.train_dataset if isinstance(self.train_dataset, list) else [self.train_dataset]
         return [entry if isinstance(entry, Mapping) else {"path": entry} for entry in entries]
 
+    @classmethod
+    def resolved_entries(cls, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The entries of a finished configuration's values; one file alone is an entry that says what the run says."""
+        files = values["train_dataset"]
+        return files if isinstance(files, list) else [_entry(values, 1.0)]
+
     @property
     def files(self) -> list[tuple[Self, float]]:
         """For each training file the configuration of a run on it alone, and its weight: passes over it in one
@@ -289,12 +295,6 @@ def _messages(error: ValidationError) -> Iterator[str]:
     details = {detail["loc"][0]: detail for detail in reversed(error.errors(include_url=False))}  # a union has several
     for name, detail in details.items():
         yield f"{names.get(name, name)}: {error_message(name, detail, RerankerConfig, nested=False)}"
-
-
-def resolved_entries(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries of a finished configuration's values; one file alone is an entry that says what the run says."""
-    files = values["train_dataset"]
-    return files if isinstance(files, list) else [_entry(values, 1.0)]
 
 
 def _entry(values: Mapping[str, Any], weight: float) -> dict[str, Any]:
