@@ -182,7 +182,7 @@ class LLMDecoder(PairScorer):
         check_vocabulary(path, model, tokenizer)
         max_length = choose_max_length(options.max_length, saved, files, tokenizer, model, not new_parameters)
         settings = RerankerSettings(cls.model_type, max_length, **texts, start_layer=start_layer)
-        encoder = PairEncoder(tokenizer, template, max_length)
+        encoder = PairEncoder(tokenizer, template, max_length, split_special_tokens=True)
         scorer = cls(model, encoder, settings, new_parameters, options.attn_implementation)
         scorer.calibration = read_calibration(path)
         return scorer
