@@ -101,12 +101,16 @@ def save_tiny(
     head_labels: int = 0,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    layers: int | None = None,
 ) -> str:
     """Write the folder and return its path.
 
-    head_labels: labels of a sequence-classification head; 0 writes the base (a causal model for decoders).
+    layers: in place of the configuration's. head_labels: labels of a sequence-classification head; 0 writes the base (a
+    causal model for decoders).
     dtype: of the checkpoint.
     """
+    if layers is not None:
+        config = type(config)(**config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
     decoder = hasattr(config, "num_key_value_heads")
     auto = AutoModelForCausalLM if decoder else AutoModel
     if head_labels:

@@ -68,15 +68,16 @@ def run_command(command: Command, arguments: list[str]) -> int:
     the environment, errors are raised instead."""
     prepare_streams()
     with on_signals(leave_at_once):
-        config_class: type[Config] = load_object(command.config)
-        asked = {argument.replace("-", "_") for argument in arguments} & {"_h", "__help", "__help_all"}
-        if asked:
-            return print_result(describe_command(command, config_class, everything="__help_all" in asked))
-        from rag_retrieval.core.config_reader import ConfigError, load_config, split_arguments
+        from rag_retrieval.core.config_reader import ConfigError, current_folder, load_config, split_arguments
 
         try:
-            path, options = split_arguments(arguments)
+            current_folder()
+            config_class: type[Config] = load_object(command.config)
+            asked = {argument.replace("-", "_") for argument in arguments} & {"_h", "__help", "__help_all"}
+            if asked:
+                return print_result(describe_command(command, config_class, everything="__help_all" in asked))
             set_up_logging()
+            path, options = split_arguments(arguments)
             config = load_config(config_class, path, options, command.config_folder)
             run: Callable[[Any], str | int] = load_object(command.run)
             for module in command.work:
@@ -88,7 +89,7 @@ def run_command(command: Command, arguments: list[str]) -> int:
         quiet_transformers()
         if config.ignored:
             logger.warning(config.ignored)
-    return print_result(run_interruptibly(command, run, config))
+        return print_result(run_interruptibly(command, run, config))
 
 
 def run_interruptibly(command: Command, run: Callable[[Any], str | int], config: Any) -> str | int:
@@ -105,6 +106,23 @@ def run_interruptibly(command: Command, run: Callable[[Any], str | int], config:
         return report(with_extra(error), 2, on_all_processes=True)
     except (ValueError, OSError) as error:
         return report(error, 2, on_all_processes=False)
+    except RuntimeError as error:
+        if has_home():
+            raise
+        return report(no_home(error), 2, on_all_processes=True)
+
+
+def has_home() -> bool:
+    """False for a user without HOME and without an entry in the system's list of users, as in some containers."""
+    try:
+        return bool(Path.home())
+    except RuntimeError:
+        return False
+
+
+def no_home(error: Exception) -> OSError:
+    advice = "set HOME, or RAG_RETRIEVAL_CACHE and HF_HOME, to a folder that you may write to"
+    return OSError(f"{error} This user has none, and libraries keep their caches there: {advice}")
 
 
 def load_object(name: str) -> Any:

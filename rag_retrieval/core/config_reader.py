@@ -51,7 +51,7 @@ def load_config(
     `path` is looked up from the current folder, then in `extra_config_folder`; None: there is no file. Raises
     ConfigError with all problems: those of single keys, or where there is none, those of keys that do not fit.
     """
-    here = _current_folder()
+    here = current_folder()
     file = None if path is None else find_config(path, extra_config_folder)
     given = _Given() if file is None else _read_file(file, config_class)
     _read_options(options, config_class, given)
@@ -104,7 +104,7 @@ def error_message(key: str, entry: Mapping[str, Any], config_class: type[Config]
 
 def find_config(name: str, extra_config_folder: Path | None = None) -> Path:
     """The existing file `name`, from the current folder or else from `extra_config_folder`."""
-    places = places_of(name, [_current_folder()] + ([extra_config_folder] if extra_config_folder else []))
+    places = places_of(name, [current_folder()] + ([extra_config_folder] if extra_config_folder else []))
     for place in places:
         if os.path.exists(place) and not os.path.isdir(place):
             return place
@@ -113,7 +113,8 @@ def find_config(name: str, extra_config_folder: Path | None = None) -> Path:
     raise ConfigError(f"{name}: no such file; looked for {' and '.join(map(str, places))}")
 
 
-def _current_folder() -> Path:
+def current_folder() -> Path:
+    """Raises ConfigError where it has been deleted."""
     try:
         return Path.cwd()
     except FileNotFoundError:
@@ -121,7 +122,7 @@ def _current_folder() -> Path:
 
 
 def _shown(file: Path) -> str:
-    here = _current_folder()
+    here = current_folder()
     return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 

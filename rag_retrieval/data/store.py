@@ -177,8 +177,7 @@ def open_store(
         label_key, min_label, max_label, exactly_one_positive, teacher_key, needs_teacher, teacher_range
     )
     settings = [FORMAT_VERSION, asdict(rules), group_by_query]
-    cache_dir = Path(cache_dir) if cache_dir else _default_cache_dir()
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    cache_dir = _writable_cache(cache_dir or os.environ.get("RAG_RETRIEVAL_CACHE") or "~/.cache/rag_retrieval")
     identity = _identity(source, split)
     key = hashlib.sha256(json.dumps([settings, identity]).encode()).hexdigest()[:32]
     folder = cache_dir / key
@@ -193,8 +192,17 @@ def open_store(
     return RecordStore(folder)
 
 
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("RAG_RETRIEVAL_CACHE") or "~/.cache/rag_retrieval").expanduser()
+def _writable_cache(name: str | Path) -> Path:
+    """The folder, made where it is missing. Raises DataError."""
+    try:
+        folder = Path(name).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("it is not writable")
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home folder
+        advice = "set RAG_RETRIEVAL_CACHE to a folder that you may write to"
+        raise DataError(f"{name}: cannot keep the cache of read data here: {error}; {advice}.") from error
+    return folder
 
 
 def _identity(source: str | Path, split: str) -> list:

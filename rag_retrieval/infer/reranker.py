@@ -60,6 +60,7 @@ class Reranker:
         instruction: str | None = None,
         yes_token: str | None = None,
         no_token: str | None = None,
+        cutoff_layer: int | None = None,
     ):
         if not isinstance(model_name_or_path, (str, os.PathLike)):
             found = type(model_name_or_path).__name__
@@ -83,6 +84,7 @@ class Reranker:
             instruction=instruction,
             yes_token=yes_token,
             no_token=no_token,
+            cutoff_layer=cutoff_layer,
         )
         self.backend: Backend = open_backend(model_name_or_path, options)
 

@@ -104,7 +104,7 @@ class CrossEncoder(PairScorer):
         saved = read_settings(path)
         if saved is not None and saved.model_type != cls.model_type:
             raise ValueError(f"{path} was saved as {saved.model_type}; load it with LLMDecoder.from_pretrained")
-        for name in options.given("seq", "special_token", "head", *YES_NO_NAMES):
+        for name in options.given("seq", "special_token", "head", "cutoff_layer", *YES_NO_NAMES):
             logger.warning("%s is for decoders, and %s is an encoder; ignored", name, path)
         model, new_parameters = load_classifier(
             path,

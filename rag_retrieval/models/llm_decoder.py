@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.decoder_template import INSTRUCTION, decoder_template
 from rag_retrieval.models.devices import choose_dtype
+from rag_retrieval.models.layerwise import WEIGHT, add_layer_scores, cut_at_layer
 from rag_retrieval.models.loading import (
     check_is_trained,
     check_num_labels,
@@ -36,8 +37,8 @@ from rag_retrieval.models.loading import (
     warn_of_new_parameters,
 )
 from rag_retrieval.models.options import ModelOptions, model_options
-from rag_retrieval.models.packed_model import HALF_TOLERANCE, Head, last_token_head, pooled_states
-from rag_retrieval.models.packing import Packing
+from rag_retrieval.models.packed_model import HALF_TOLERANCE, Head, last_token_head, packed_outputs, pooled_states
+from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.prompts import (
@@ -59,6 +60,7 @@ from rag_retrieval.models.settings import (
     read_settings,
     resolve_model_path,
 )
+from rag_retrieval.models.token_batch import TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,8 @@ class LLMDecoder(PairScorer):
         instruction: str | None = None,
         yes_token: str | None = None,
         no_token: str | None = None,
+        start_layer: int | None = None,
+        cutoff_layer: int | None = None,
     ) -> "LLMDecoder":
         """Load a causal language model (with a fresh score head, and a warning) or a trained reranker.
 
@@ -111,6 +115,10 @@ class LLMDecoder(PairScorer):
         no_token, so that its sigmoid is the probability of yes; with no_token "" the logit of yes alone. Then the
         default formats ask Qwen3-Reranker's question in the tokenizer's own chat template; `{instruction}` in a format
         stands for `instruction`.
+
+        start_layer: a scalar head at every layer from this one on, counted from 1; default as saved, else the last
+        layer alone. cutoff_layer: keep the layers up to this one and its head, so that scoring is faster; what is
+        saved then is the smaller model.
 
         Raises ValueError for num_labels other than 1, an encoder, a format without exactly one `{}`, a max_length
         beyond the model's positions, an answer that is not one token, and a yes_no head where there is neither a chat
@@ -130,12 +138,18 @@ class LLMDecoder(PairScorer):
             instruction=instruction,
             yes_token=yes_token,
             no_token=no_token,
+            cutoff_layer=cutoff_layer,
         )
-        return cls.load(ModelFiles(resolve_model_path(model_name_or_path)), options)
+        return cls.load(ModelFiles(resolve_model_path(model_name_or_path)), options, start_layer=start_layer)
 
     @classmethod
     def load(
-        cls, files: ModelFiles, options: ModelOptions, trained_only: bool = False, question: Prompt | None = None
+        cls,
+        files: ModelFiles,
+        options: ModelOptions,
+        trained_only: bool = False,
+        question: Prompt | None = None,
+        start_layer: int | None = None,
     ) -> "LLMDecoder":
         """`from_pretrained` of files that were looked up, on the CPU.
 
@@ -152,11 +166,22 @@ class LLMDecoder(PairScorer):
         formats = {name: texts[name] for name in FORMAT_NAMES}
         template = decoder_template(tokenizer, **formats, instruction=texts.get("instruction"))
         model, new_parameters = load_decoder(path, tokenizer, texts, template, options)
+        start_layer = choose_setting("start_layer", start_layer, saved and saved.start_layer, None)
+        if start_layer is not None:
+            if "head" in texts:
+                raise ValueError("start_layer is for head: scalar, and the head is yes_no; leave it out")
+            if not add_layer_scores(model, path, start_layer):
+                new_parameters = new_parameters | {WEIGHT}
+        if options.cutoff_layer is not None:
+            if start_layer is None:
+                raise ValueError(f"cutoff_layer: {path} has a head at the last layer alone; leave it out")
+            cut_at_layer(model, start_layer, options.cutoff_layer)
+            start_layer, new_parameters = None, new_parameters - {WEIGHT}
         (check_is_trained if trained_only else warn_of_new_parameters)(path, new_parameters)
         set_decoder_pad_token(model, tokenizer, template.suffix[-1])
         check_vocabulary(path, model, tokenizer)
         max_length = choose_max_length(options.max_length, saved, files, tokenizer, model, not new_parameters)
-        settings = RerankerSettings(cls.model_type, max_length, **texts)
+        settings = RerankerSettings(cls.model_type, max_length, **texts, start_layer=start_layer)
         encoder = PairEncoder(tokenizer, template, max_length)
         scorer = cls(model, encoder, settings, new_parameters, options.attn_implementation)
         scorer.calibration = read_calibration(path)
@@ -184,6 +209,27 @@ class LLMDecoder(PairScorer):
         if self.answers_yes_or_no:
             return yes_no_scores(self.model, read)
         return self.model.score(read).squeeze(-1).float()
+
+    def forward(self, batch: TokenBatch, all_layers: bool = False) -> torch.Tensor:
+        """Scores (logits) of the pairs: float32 [pairs]. all_layers: those of every head of a model with a start_layer,
+        the deepest last: [pairs, heads]."""
+        return self.layer_scores(batch) if all_layers else super().forward(batch)
+
+    def layer_scores(self, batch: TokenBatch) -> torch.Tensor:
+        backbone, start = self.model.base_model, self.settings.start_layer
+        if self.packs:
+            packing = Packing(batch, self.causal, self.device, self.first_position)
+            outputs = packed_outputs(self.model, batch, packing, output_hidden_states=True)
+            states = [pooled_states(hidden[0], packing) for hidden in outputs.hidden_states[start:-1]]
+            deepest = pooled_states(outputs.last_hidden_state[0], packing)
+        else:
+            inputs = padded_inputs(batch, self.tokenizer.pad_token_id, self.device)
+            outputs = backbone(**inputs, use_cache=False, output_hidden_states=True)
+            rows, last = torch.arange(len(batch), device=self.device), on_device(batch.lengths, self.device) - 1
+            states = [hidden[rows, last] for hidden in outputs.hidden_states[start:-1]]
+            deepest = outputs.last_hidden_state[rows, last]
+        shallow = self.model.layer_scores(torch.stack([backbone.norm(layer) for layer in states]))
+        return torch.cat([shallow, self.model.score(deepest).float()], dim=1)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As of every scorer, and the files by which sentence-transformers lays out a pair as here."""

@@ -66,6 +66,9 @@ class ModelOptions(Config):
     special_token: EscapedText | None = Field(
         None, description="Decoders: text after the document; the score is read at its last token."
     )
+    cutoff_layer: int | None = Field(
+        None, ge=1, description="Decoders trained with a head at several layers: score at this one, and skip the rest."
+    )
     head: Literal["scalar", "yes_no"] | None = Field(
         None, description="Decoders: a trained score head, or the logit of yes minus that of no."
     )

@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import ModelOutput
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rag_retrieval.models.packing import Packing
@@ -176,6 +177,11 @@ NOT_A_MASK = (1, 1, 1, 1)  # a 4-dimensional mask is passed on untouched: the fa
 def packed_hidden_states(model: PreTrainedModel, batch: TokenBatch, packing: Packing) -> torch.Tensor:
     """The backbone's last hidden states: [row, hidden], or [texts, hidden] where the last layer computes no more
     (`prune_last_layer`)."""
+    return packed_outputs(model, batch, packing).last_hidden_state[0]
+
+
+def packed_outputs(model: PreTrainedModel, batch: TokenBatch, packing: Packing, **options) -> ModelOutput:
+    """The backbone's outputs for the packed row. options: of its forward."""
     backbone = getattr(model, model.base_model_prefix)
     inputs = {
         "input_ids": packing.select(batch.ids),
@@ -189,7 +195,7 @@ def packed_hidden_states(model: PreTrainedModel, batch: TokenBatch, packing: Pac
         inputs["token_type_ids"] = packing.select(types)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    return backbone(**inputs).last_hidden_state[0]
+    return backbone(**inputs, **options)
 
 
 def pooled_states(hidden: torch.Tensor, packing: Packing) -> torch.Tensor:

@@ -170,6 +170,7 @@ class RerankerSettings:
     query_format, document_format: of an encoder None stands for "{}". seq, special_token: of a decoder.
     head: "yes_no" for a decoder that answers yes or no, which then has the three after it; else None.
     truncation_side: "left" for a model that reads the end of a long document; None is "right".
+    start_layer: of a decoder with a head at several layers, the first that has one, counted from 1; else None.
     """
 
     model_type: str
@@ -183,6 +184,7 @@ class RerankerSettings:
     yes_token: str | None = None
     no_token: str | None = None
     truncation_side: str | None = None
+    start_layer: int | None = None
 
 
 def read_settings(model_path: str) -> RerankerSettings | None:
@@ -205,6 +207,8 @@ def check_settings(settings: RerankerSettings) -> None:
     if type(settings.max_len) is not int or settings.max_len < 1:
         raise ValueError(f"max_len must be a number of tokens, found {settings.max_len!r}")
     is_decoder = settings.model_type == "llm_decoder"
+    if settings.start_layer is not None and (type(settings.start_layer) is not int or settings.head or not is_decoder):
+        raise ValueError(f"start_layer of a {settings.model_type} cannot be {settings.start_layer!r}")
     for name in FORMAT_NAMES:
         required = (str,) if is_decoder else (str, type(None)) if name in TEXT_FORMATS else (type(None),)
         if not isinstance(getattr(settings, name), required):

@@ -17,7 +17,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from rag_retrieval.core.command import Command, report, run_command
+from rag_retrieval.core.command import Command, has_home, report, run_command
 from rag_retrieval.core.log import launched_rank
 from rag_retrieval.core.signals import Interrupted, TrainingStopped, exit_code, interrupt, on_signals
 
@@ -71,6 +71,8 @@ def train(config) -> int:
     except Exception as error:
         if is_peer_gone(error):
             return report(ConnectionError(PEER_GONE), 1, on_all_processes=False)
+        if isinstance(error, RuntimeError) and not has_home():
+            raise
         return report_crash(error, go_on)
     return 0
 
