@@ -47,7 +47,8 @@ class Rules:
 
 
 def fit_places(query: Query, candidates: Candidates, corpus: Corpus, first_rank: int, dropped: Counter) -> list[int]:
-    """Places in the list of the candidates in the window that are neither positives, nor the query itself, nor text that came before."""
+    """Places in the list of the candidates in the window that are neither positives, nor the query itself, nor text
+    that came before."""
     positives = set(query.positives.tolist())
     taken = {int(corpus.text_hashes[row]): "positive_text" for row in positives}
     taken.setdefault(text_hash(query.text), "query_text")

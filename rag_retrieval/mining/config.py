@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import Config, FileOrFolder, ModelName, Only, OutputPath, key
+from rag_retrieval.data.words import AUTO
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 MARGINS = ("absolute_margin", "relative_margin", "max_score")
@@ -56,7 +57,7 @@ class MiningConfig(Config):
         "Where they come from: words, vectors, or both by reciprocal rank fusion.", "bm25"
     )
     language: str | None = key(
-        "Of the words: auto (by the script of each word; Latin is English), none (words as they are), or a Snowball "
+        "Of the words: auto (by the script of each word; Latin is English), plain (words as they are), or a Snowball "
         "stemmer such as german.", only=WORDS, derive=lambda config: AUTO, min_length=1
     )
     dense_model: ModelName | None = key(

@@ -190,7 +190,7 @@ def test_triples_train_and_validate_as_the_same_groups_of_pos_and_neg_do(setting
         first, second = (Path(run["output_dir"]) for run in (values, triples))
         for name, weight in final_weights(first).items():
             assert torch.equal(weight, final_weights(second)[name])
-        (expected,), (found,) = (read_metrics(folder, "validation") for folder in (first, second))
+        (expected,), (found,) = (read_metrics(folder, "eval") for folder in (first, second))
         assert [found[name] for name in ("ndcg@10", "loss")] == [expected[name] for name in ("ndcg@10", "loss")]
 
 
