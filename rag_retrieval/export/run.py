@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from rag_retrieval.core.log import Progress
 from rag_retrieval.evaluate.evaluation import name_of
 from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.export.onnx_graph import input_names, write_graph
@@ -86,8 +86,8 @@ def check_output(folder: Path) -> None:
 
 def own_scores(model: str, scorer: PairScorer, check: CheckData) -> np.ndarray:
     """[pairs], float32. Raises ValueError for scores that are no numbers."""
-    with tqdm(total=len(check.encoded), unit="pair", disable=None) as bar:
-        scores = score_encoded([scorer], check.encoded, BATCH_SIZE, "no", bar).numpy()
+    with Progress(len(check.encoded), "scoring with the model", "pairs") as progress:
+        scores = score_encoded([scorer], check.encoded, BATCH_SIZE, "no", progress).numpy()
     if not np.isfinite(scores).all():
         raise ValueError(f"{model}: gives the score {scores[~np.isfinite(scores)][0]}; are there NaN in its weights?")
     return scores

@@ -190,8 +190,8 @@ class PairScorer(nn.Module):
         devices: Sequence[str | torch.device] | None = None,
         precision: Precision | None = None,
     ) -> Probabilities:
-        """What `compute_score(normalize=True)` gives, with the calibration that made it or None for the sigmoid. Options
-        as for `compute_score`."""
+        """What `compute_score(normalize=True)` gives, with the calibration that made it or None for the sigmoid.
+        Options as for `compute_score`."""
         scores = self.compute_score(
             pairs, batch_size, max_length, show_progress_bar=show_progress_bar, devices=devices, precision=precision
         )

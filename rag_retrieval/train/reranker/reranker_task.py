@@ -14,8 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.train.reranker.chance_watch import ChanceWatch
-from rag_retrieval.train.reranker.objective import Objective
+from rag_retrieval.train.reranker.objective import ConstantScoreWatch, Objective
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.task import StepLoss, weighted_sum
@@ -38,7 +37,7 @@ class RerankerTask:
     ):
         self.scorer, self.objectives, self.validation, self.load_base = scorer, objectives, validation, load_base
         self.adapter = adapter
-        self.watches = {part: ChanceWatch(objective, part) for part, objective in objectives.items()}
+        self.watches = {part: ConstantScoreWatch(objective, part) for part, objective in objectives.items()}
 
     def losses(
         self, model: nn.Module, micro_batches: Sequence[RerankerMicroBatch], factors: Sequence[float]
