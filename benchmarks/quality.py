@@ -4,7 +4,7 @@
     python benchmarks/quality.py --table rows.jsonl
 
 A row: train on `--queries` training queries with BM25's mistakes as negatives (or on `--records`, a file that mining
-or distillation wrote), rerank the candidates of the test queries, append the figures to `--out`. The trap: `--seed`
+or distillation wrote), rerank the candidates of the test queries, append the figures to `--out`. `--seed`
 draws training queries, positives, negatives and the run; the test queries are the same for every seed, so rows of
 different seeds compare.
 """
@@ -134,12 +134,12 @@ def train_and_rerank(
     scored = pairs_of(folder, candidates)
     with torch.autocast(trainers.best_device(), torch.bfloat16, enabled=options.precision == "bf16"):
         scores, scoring = timed(score, model_folder, scored, options.max_len)
-    found = query_metrics(qrels, reranked(candidates, scores), COLUMNS)
-    figures = {"trained": means(found)}
+    per_query_metrics = query_metrics(qrels, reranked(candidates, scores), COLUMNS)
+    figures = {"trained": means(per_query_metrics)}
     if options.cosine:
         cosine = trainers.score_cosine(options.model, scored, options.max_len)
         figures["base's cosine"] = run_metrics(qrels, reranked(candidates, cosine), COLUMNS)
-    per_query = {query: round(value, 6) for query, value in found[TESTED].items()}
+    per_query = {query: round(value, 6) for query, value in per_query_metrics[TESTED].items()}
     took = {"training": training, "scoring": scoring, "threads": torch.get_num_threads()}
     return {"figures": figures, "per_query": per_query} | took
 
@@ -164,7 +164,7 @@ def training_records(
 
     A positive is a document with a grade above 0; negatives come from BM25's best `depth`, or from `depth` documents
     of the corpus drawn at random, without those.
-    Queries without text, a positive or a negative give no record. What a query draws hangs on no other query, so
+    Queries without text, a positive or a negative give no record. What a query draws depends on no other query, so
     the records of a smaller `count` are the first of a larger one. Raises ValueError where there is none.
     """
     qrels = read_qrels(folder, "train")

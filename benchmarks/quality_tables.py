@@ -1,7 +1,7 @@
 """The rows of `quality.py` as text: one row in the terminal, many as Markdown tables, their differences tested.
 
-What a reader would get wrong: a test over queries says what other queries would show of these very models. Another seed
-is another model, which is why several seeds have their range beside the mean.
+A test over queries says what other queries would show of these very models. Another seed is another model, which is
+why several seeds have their range beside the mean.
 """
 
 import json

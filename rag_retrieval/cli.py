@@ -63,8 +63,7 @@ COMMANDS = {
             "serve",
             "answer rerank requests over HTTP",
             config="rag_retrieval.serve.config:ServeConfig",
-            run="rag_retrieval.serve.run:serve",
-            work=("rag_retrieval.infer.reranker", "rag_retrieval.serve.app", "rag_retrieval.serve.http_server"),
+            run="rag_retrieval.serve.server:serve",
             interrupted="the server did not listen yet",
         ),
         Command(

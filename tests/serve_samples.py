@@ -14,9 +14,9 @@ from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.serve.app import RerankService
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import ServeConfig
-from rag_retrieval.serve.http_server import address_of, bound_socket, run_server
-from rag_retrieval.serve.served_model import ServedModel
-from rag_retrieval.serve.server_metrics import ServerMetrics
+from rag_retrieval.serve.http import ServerMetrics
+from rag_retrieval.serve.reranking import RerankModel
+from rag_retrieval.serve.server import address_of, bound_socket, run_server
 
 BATCH_TOKENS = 256
 TEXT = "capital France Paris river Seine file Python line water light sugar oxygen fever cough train station"
@@ -47,7 +47,7 @@ def running_service(
     backend, token: bytes | None = None, long_document: str = "truncate", batch_tokens: int = BATCH_TOKENS, **options
 ) -> Iterator[RerankService]:
     """options: of ServeConfig."""
-    model, metrics = ServedModel("tiny", backend, long_document), ServerMetrics()
+    model, metrics = RerankModel("tiny", backend, long_document), ServerMetrics()
     with Batcher(model.score, batch_tokens, metrics.count_batch) as batcher:
         service = RerankService(ServeConfig(model="tiny", **options), model, batcher, metrics, token)
         yield service

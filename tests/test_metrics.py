@@ -143,8 +143,8 @@ def test_expected_reciprocal_rank_equals_a_loop_with_the_highest_grade_of_all_qu
     run = {query: {document: draw.random() for document in judged} for query, judged in qrels.items()}
     for query in "abc":
         grades = [qrels[query][document] for document in trec_order(run[query])]
-        found = query_metrics(qrels, run, ["err@4"])["err@4"][query]
-        assert found == pytest.approx(slow_expected_reciprocal_rank(grades, 5, 4))
+        values = query_metrics(qrels, run, ["err@4"])["err@4"][query]
+        assert values == pytest.approx(slow_expected_reciprocal_rank(grades, 5, 4))
 
 
 # ---- which queries count -----------------------------------------------------------------------------------------
@@ -153,22 +153,22 @@ def test_expected_reciprocal_rank_equals_a_loop_with_the_highest_grade_of_all_qu
 def test_queries_without_a_relevant_document_are_left_out_alike_in_runs_and_in_groups():
     qrels = {"b": {"u": 1}, "none": {"x": 0}, "a": {"x": 1}, "low": {"x": 1, "y": 0}}
     run = {"a": {"x": 1.0}, "none": {"x": 1.0}, "low": {"x": 1.0}, "unjudged": {"x": 1.0}}
-    found = query_metrics(qrels, run, ["mrr@10"])["mrr@10"]
-    assert list(found.items()) == [("b", 0.0), ("a", 1.0), ("low", 1.0)], "one without a run counts 0"
+    values = query_metrics(qrels, run, ["mrr@10"])["mrr@10"]
+    assert list(values.items()) == [("b", 0.0), ("a", 1.0), ("low", 1.0)], "one without a run counts 0"
     assert list(query_metrics(qrels | {"high": {"x": 2}}, run, ["map"], relevant_from=2)["map"]) == ["high"]
     groups = [np.array([1.0, 0.0]), np.array([1.0, 0.0]), np.array([])], [np.array([1, 0]), np.zeros(2), np.array([])]
-    found = group_metrics(*groups)
-    assert (found["queries"], found["queries_without_relevant"]) == (1.0, 2.0)
-    assert found["ndcg@10"] == found["mrr@10"] == found["map"] == 1.0
+    values = group_metrics(*groups)
+    assert (values["queries"], values["queries_without_relevant"]) == (1.0, 2.0)
+    assert values["ndcg@10"] == values["mrr@10"] == values["map"] == 1.0
 
 
 def test_means_over_no_query_are_nan():
     assert math.isnan(means({"map": {}})["map"])
     for groups in ([], [[0, 0]]):
         labels = [np.array(group) for group in groups]
-        found = group_metrics([np.arange(len(group)) for group in labels], labels)
-        assert all(math.isnan(found[key]) for key in ("ndcg@10", "mrr@10", "map", "pair_accuracy"))
-        assert (found["queries"], found["queries_without_relevant"]) == (0.0, float(len(groups)))
+        values = group_metrics([np.arange(len(group)) for group in labels], labels)
+        assert all(math.isnan(values[key]) for key in ("ndcg@10", "mrr@10", "map", "pair_accuracy"))
+        assert (values["queries"], values["queries_without_relevant"]) == (0.0, float(len(groups)))
 
 
 def test_a_query_without_a_relevant_or_without_any_document_has_zero_in_every_metric():
@@ -178,18 +178,18 @@ def test_a_query_without_a_relevant_or_without_any_document_has_zero_in_every_me
 
 def test_soft_labels_are_gains_and_relevant_from_a_threshold():
     scores, labels = [np.array([3.0, 2.0, 1.0])], [np.array([0.4, 0.8, 0.0], dtype=np.float32)]
-    found = group_metrics(scores, labels, relevant_from=0.5)
+    values = group_metrics(scores, labels, relevant_from=0.5)
     ideal = 0.8 + 0.4 / math.log2(3)
-    assert found["ndcg@10"] == pytest.approx((0.4 + 0.8 / math.log2(3)) / ideal, rel=1e-6)
-    assert found["mrr@10"] == found["map"] == 1 / 2
+    assert values["ndcg@10"] == pytest.approx((0.4 + 0.8 / math.log2(3)) / ideal, rel=1e-6)
+    assert values["mrr@10"] == values["map"] == 1 / 2
 
 
 def test_a_label_that_equals_the_threshold_is_relevant_in_both_precisions():
     # float32 0.7 is below float64 0.7, and float32 0.1 above float64 0.1
     for dtype in (np.float32, np.float64):
         for threshold in (0.1, 0.7, np.float64(0.7)):
-            found = group_metrics([np.ones(1)], [np.array([threshold], dtype=dtype)], relevant_from=threshold)
-            assert found["queries"] == found["mrr@10"] == found["map"] == 1.0
+            values = group_metrics([np.ones(1)], [np.array([threshold], dtype=dtype)], relevant_from=threshold)
+            assert values["queries"] == values["mrr@10"] == values["map"] == 1.0
 
 
 # ---- ceilings, pair accuracy, names, mistakes --------------------------------------------------------------------
@@ -212,8 +212,8 @@ def test_the_ceiling_is_the_best_of_all_orders():
 def test_pair_accuracy_by_hand_counts_ties_half_and_skips_equal_labels():
     # Labels 2, 1, 1, 0: five pairs differ. (2 over 1) tied, (2 over 1) right, (2 over 0) wrong,
     # (1 over 0) wrong, (1 over 0) wrong: 1.5 of 5.
-    found = group_metrics([np.array([3.0, 3.0, 1.0, 9.0])], [np.array([2, 1, 1, 0])])
-    assert found["pair_accuracy"] == pytest.approx(1.5 / 5)
+    values = group_metrics([np.array([3.0, 3.0, 1.0, 9.0])], [np.array([2, 1, 1, 0])])
+    assert values["pair_accuracy"] == pytest.approx(1.5 / 5)
 
 
 def test_pair_accuracy_weighs_every_pair_alike_and_counts_groups_without_a_relevant_document():
@@ -221,8 +221,8 @@ def test_pair_accuracy_weighs_every_pair_alike_and_counts_groups_without_a_relev
     scores = [np.array([1.0, 0.0]), np.array([0.0, 1.0, 2.0, 3.0])]
     labels = [np.array([1, 0]), np.array([1, 0, 0, 0])]
     assert group_metrics(scores, labels)["pair_accuracy"] == 1 / 4
-    found = group_metrics([np.array([0.0, 1.0])], [np.array([0.5, 0.0])])
-    assert (found["queries"], found["pair_accuracy"]) == (0.0, 0.0)
+    values = group_metrics([np.array([0.0, 1.0])], [np.array([0.5, 0.0])])
+    assert (values["queries"], values["pair_accuracy"]) == (0.0, 0.0)
 
 
 def test_pair_accuracy_agrees_with_a_loop_over_pairs():

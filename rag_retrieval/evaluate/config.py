@@ -5,22 +5,25 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, Location, ModelName, OutputPath, key
+from rag_retrieval.core.config import NAMES, FileOrFolder, FolderPath, Location, ModelName, OutputPath, key
 from rag_retrieval.data.readers import FILE_SUFFIXES, is_file_name
 from rag_retrieval.data.words import AUTO
 from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.metrics import METRICS, PATTERNS, parse_metric
+from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
 
 GRADED = " and ".join(metric.name for metric in METRICS.values() if metric.reads == "grades")
 DEFAULT_MEASURES = ("ndcg@10", "mrr@10", "map", "recall@10", "recall@100", "p@10")
 Baseline = Annotated[str, Location(file=True, folder=True, hub=True, package=True, words=(BM25,))]
 
 
-class EvaluationConfig(Config):
+class EvaluationConfig(ModelOptions, LongDocumentOptions):
     """One evaluation."""
 
     main_keys: ClassVar = ("model", "data", "split", "baseline", "output_dir")
-    groups: ClassVar = {"model": "Data", "measures": "Figures", "report": "Output", "max_len": "Scoring"}
+    groups: ClassVar = ModelOptions.groups | {
+        "model": "Data", "measures": "Figures", "report": "Output", "batch_size": "Scoring"
+    }  # fmt: skip
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
     data: FileOrFolder = Field(
@@ -39,7 +42,7 @@ class EvaluationConfig(Config):
         "are documents themselves (ArguAna, Quora).", True
     )
     language: str = key(
-        "Of BM25's words: auto (by the script of each word; Latin is English), plain (words as they are), or a Snowball "
+        "Of BM25's words: auto (by the script of each word; Latin is English), plain (as they are), or a Snowball "
         "stemmer such as german.", AUTO, min_length=1
     )
     measures: Annotated[tuple[str, ...], NAMES] = key(
@@ -73,11 +76,7 @@ class EvaluationConfig(Config):
         "from which the same command goes on. Absent: runs/evaluate/MODEL-DATA.",
         min_length=1,
     )
-    max_len: int | None = key("Longest pair, in tokens. Absent: the model's own.", ge=16)
     batch_size: int = key("Pairs of one forward, at most.", 256, ge=1)
-    precision: Literal["no", "bf16", "fp16"] | None = key(
-        "Of the scoring. Absent: half precision on a GPU, none on a CPU."
-    )
     seed: int = key("Of the randomization test and the bootstrap.", 0, ge=0)
 
     @field_validator("measures")

@@ -21,12 +21,11 @@ from rag_retrieval.evaluate.rank_changes import QueryChange, largest_changes
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.evaluate.scoring import locked_output_dir, score_candidates
 from rag_retrieval.evaluate.significance import Comparison, compare
+from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metrics
 from rag_retrieval.models.calibration import Calibration, write_calibration
-from rag_retrieval.models.open import open_scorer
-from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import PairEncoder
-from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.settings import PACKAGE_PREFIX
 
 LIBRARIES = ("bm25s", "Stemmer", "scipy")  # the modules of the extra `evaluate`, but for jieba
@@ -93,16 +92,19 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
             )
         output_dir = Path(config.output_dir or default_output_dir(config.model, data.name))
         with locked_output_dir(output_dir, config.model_dump(mode="json")):
-            scorer = open_scorer(config.model, model_options(config))
+            reranker = open_reranker(config.model, config)
             if config.calibrate is not None:
-                scorer.calibration = calibrate(config, scorer, output_dir)
-            run = score_candidates(scorer, name_of(config.model), data, output_dir / "run.trec", config)
+                reranker.backend.calibration = calibrate(config, reranker, output_dir)
+            run = score_candidates(reranker, name_of(config.model), data, output_dir / "run.trec", config)
             baseline = baseline_run(config, data, output_dir)
-            return measure(config, data, run, baseline, scorer, output_dir)
+            return measure(config, data, run, baseline, reranker, output_dir)
 
 
-def model_options(config: EvaluationConfig) -> ModelOptions:
-    return ModelOptions(max_length=config.max_len, device=str(own_device()))
+def open_reranker(name: str, config: EvaluationConfig) -> Reranker:
+    options = config.model_options()
+    if options.device is None and options.devices is None:
+        options = options.model_copy(update={"device": str(own_device())})
+    return Reranker.from_backend(open_backend(name, options))
 
 
 def check(config: EvaluationConfig) -> None:
@@ -147,13 +149,13 @@ def calibration_folder(config: EvaluationConfig) -> Path:
     return Path(config.calibration_dir or config.model)
 
 
-def calibrate(config: EvaluationConfig, scorer: PairScorer, output_dir: Path) -> Calibration:
+def calibrate(config: EvaluationConfig, reranker: Reranker, output_dir: Path) -> Calibration:
     """Fit on the candidates of `config.calibrate` and save in the model's folder or `config.calibration_dir`."""
     split, path = config.calibrate, config.data
     if not Path(path).is_dir():
         split, path = config.split, config.calibrate
     data = read_data(config, path, split, BM25, config.depth)
-    run = score_candidates(scorer, name_of(config.model), data, output_dir / "calibration.trec", config)
+    run = score_candidates(reranker, name_of(config.model), data, output_dir / "calibration.trec", config)
 
     def fit_and_save() -> Calibration:
         calibration = fit_calibration(*scored_pairs(run, data.qrels, config.relevant_from), data.name)
@@ -173,8 +175,8 @@ def baseline_run(config: EvaluationConfig, data: RankingData, output_dir: Path) 
         depth = config.depth if config.baseline == BM25 else maxsize
         other = read_data(config, config.data, config.split, config.baseline, depth)
         return other.source, other.candidates
-    scorer, name = open_scorer(config.baseline, model_options(config)), name_of(config.baseline)
-    return name, score_candidates(scorer, name, data, output_dir / "baseline.trec", config)
+    reranker, name = open_reranker(config.baseline, config), name_of(config.baseline)
+    return name, score_candidates(reranker, name, data, output_dir / "baseline.trec", config)
 
 
 def measure(
@@ -182,7 +184,7 @@ def measure(
     data: RankingData,
     run: Run,
     baseline: tuple[str, Run],
-    scorer: PairScorer,
+    reranker: Reranker,
     output_dir: Path,
 ) -> Evaluation:
     """All figures of two runs."""
@@ -193,6 +195,7 @@ def measure(
     )
     first = config.measures[0]
     several = len(after.per_query[first]) > 1
+    calibration = reranker.backend.calibration
     return Evaluation(
         config=config,
         data=data,
@@ -201,9 +204,9 @@ def measure(
         ceiling=ceiling,
         comparisons=compare(before.per_query, after.per_query, config.significance, config.seed) if several else [],
         changes=largest_changes(data.qrels, before.per_query, after.per_query, (before.run, after.run), first),
-        probabilities=probability_errors(*scored_pairs(run, data.qrels, config.relevant_from), scorer.calibration),
-        token_lengths=token_lengths(scorer.pair_encoder, data),
-        max_len=scorer.pair_encoder.max_length,
+        probabilities=probability_errors(*scored_pairs(run, data.qrels, config.relevant_from), calibration),
+        token_lengths=token_lengths(reranker.backend.pair_encoder, data),
+        max_len=reranker.backend.pair_encoder.max_length,
         output_dir=output_dir,
     )
 

@@ -12,24 +12,20 @@ corpus, is scored anew.
 import hashlib
 import json
 import logging
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
-from rag_retrieval.core.distributed import on_main, process_index
+from rag_retrieval.core.distributed import gather, on_all, on_main, process_count, process_index
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.beir import Run, read_run, write_run
 from rag_retrieval.data.records import DataError
 from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.ranking_data import RankingData
-from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.process_scoring import score_over_processes
+from rag_retrieval.infer.reranker import Reranker
 
 logger = logging.getLogger(__name__)
 
@@ -38,40 +34,53 @@ RESULT_FILE = "result.json"
 IDENTITY_KEYS = ("model", "data", "split")  # of the configuration: a folder holds results of one value of each
 
 
-def score_candidates(scorer: PairScorer, name: str, data: RankingData, file: Path, config: EvaluationConfig) -> Run:
-    """The candidates with the scorer's scores; `file` is written, or read where it is finished already.
+def score_candidates(reranker: Reranker, name: str, data: RankingData, file: Path, config: EvaluationConfig) -> Run:
+    """The candidates with the reranker's scores; `file` is written, or read where it is finished already.
 
     Every process of a group calls it with the same arguments, and each has the whole result. name: of the system,
     in the file. Raises ValueError where a score is not finite.
     """
-    key = on_main(lambda: key_of(scorer, data, config))
+    key = on_main(lambda: key_of(reranker, data, config))
     finished = on_main(lambda: read_finished(file, key, data))
     if finished is not None:
         return in_order_of(data, finished)
     folder = file.with_name(file.name + ".parts")
-    parts = plan_parts(data, PART_PAIRS[scorer.device.type])
+    parts = plan_parts(data, PART_PAIRS["cpu" if reranker.backend.device == "cpu" else "cuda"])
     done = on_main(lambda: begin(folder, key))
     finished_pairs = sum(pairs_in(data, parts[place]) for place in done if place < len(parts))
     with Progress(data.num_pairs, "scoring", "pairs", finished_pairs, shown=process_index() == 0) as progress:
         for place, queries in enumerate(parts):
             if place not in done:
-                score_part(scorer, name, data, queries, folder / part_name(place), config)
+                score_part(reranker, name, data, queries, folder / part_name(place), config)
                 progress.update(pairs_in(data, queries))
     return on_main(lambda: finish(file, folder, key, name, data, len(parts)))
 
 
 def score_part(
-    scorer: PairScorer, name: str, data: RankingData, queries: list[str], file: Path, config: EvaluationConfig
+    reranker: Reranker, name: str, data: RankingData, queries: list[str], file: Path, config: EvaluationConfig
 ) -> None:
+    """The processes share the queries."""
+    own = queries[process_index() :: process_count()]
+    shares = gather(on_all(lambda: score_queries(reranker, name, data, own, config)))
+    run = {query: scores for share in shares for query, scores in share.items()}
+    on_main(lambda: write_run(file, {query: run[query] for query in queries}, name))
+
+
+def score_queries(
+    reranker: Reranker, name: str, data: RankingData, queries: list[str], config: EvaluationConfig
+) -> Run:
     places = [(query, document) for query in queries for document in data.candidates[query]]
     pairs = [(data.queries[query], data.documents[document]) for query, document in places]
-    scores = score_over_processes(scorer, pairs, config.batch_size, precision=config.precision).tolist()
+    try:
+        scores = reranker.compute_score(
+            pairs, config.batch_size, long_document=config.long_document, overlap=config.overlap
+        ).tolist()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     run: Run = {query: {} for query in queries}
     for (query, document), score in zip(places, scores, strict=True):
-        if not math.isfinite(score):
-            raise ValueError(f"{name}: the score of query {query!r} with document {document!r} is {score}.")
         run[query][document] = score
-    on_main(lambda: write_run(file, run, name))
+    return run
 
 
 def plan_parts(data: RankingData, part_pairs: int) -> list[list[str]]:
@@ -92,15 +101,10 @@ def pairs_in(data: RankingData, queries: list[str]) -> int:
 # ---- files of one run -------------------------------------------------------------------------------------
 
 
-def key_of(scorer: PairScorer, data: RankingData, config: EvaluationConfig) -> str:
+def key_of(reranker: Reranker, data: RankingData, config: EvaluationConfig) -> str:
     """A digest of all that decides on the scores and on the parts: weights, settings, texts, precision, device."""
-    digest = hashlib.sha256()
-    device = scorer.device.type
-    about = [asdict(scorer.settings), scorer.pair_encoder.max_length, config.precision, device, PART_PAIRS[device]]
-    digest.update(json.dumps(about).encode())
-    for name, values in sorted(scorer.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    about = [reranker.backend.fingerprint(), config.long_document, config.overlap, PART_PAIRS]
+    digest = hashlib.sha256(json.dumps(about).encode())
     for query, documents in data.candidates.items():
         for text in (query, data.queries[query], *documents, *(data.documents[each] for each in documents)):
             digest.update(text.encode() + b"\0")

@@ -11,12 +11,10 @@ import numpy as np
 
 from rag_retrieval.infer.backend import Backend
 from rag_retrieval.infer.documents import check_number
-from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, context_tokens, truncate
+from rag_retrieval.models.options import LONG_DOCUMENT, OVERLAP
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, truncate
 from rag_retrieval.models.text_scoring import Pairs, score_texts
 
-LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
-LONG_DOCUMENT_DEFAULT = "max_slice"
-OVERLAP = 64  # tokens
 LONGEST_QUERY = 0.75  # of the tokens that the fixed parts leave; a longer query is cut to this where slices are made
 
 Span = tuple[int, int]  # of a document's text, in characters, the end not included
@@ -77,19 +75,20 @@ class PassageEncoder:
             raise ValueError(f"long_document must be one of {names}; found {self.long_document!r}")
         check_number("overlap", self.overlap, 0, "tokens")
 
-    def encode(self, pairs: Pairs) -> list[EncodedDocument]:
-        """In the order given; a query that repeats is tokenized once. ValueError where slices have no room."""
+    def encode(self, pairs: Pairs, query_ids: dict[str, np.ndarray] | None = None) -> list[EncodedDocument]:
+        """In the order given; a query that repeats is tokenized once. query_ids: those of queries that are known, which
+        new ones are added to. ValueError where slices have no room."""
         encoder = self.encoder
-        queries = list(dict.fromkeys(query for query, _ in pairs))
-        ids_of = dict(zip(queries, encoder.query_ids(queries), strict=True))
+        query_ids = {} if query_ids is None else query_ids
+        new = [query for query in dict.fromkeys(query for query, _ in pairs) if query not in query_ids]
+        query_ids.update(zip(new, encoder.query_ids(new), strict=True))
         documents = encoder.document_ids([document for _, document in pairs])
         encoded = []
         for (query, document), document_ids in zip(pairs, documents, strict=True):
-            query_ids = ids_of[query]
-            if self.long_document != "truncate" and len(query_ids) + len(document_ids) > encoder.budget:
-                encoded.append(self._slices(query_ids, document))
+            if self.long_document != "truncate" and len(query_ids[query]) + len(document_ids) > encoder.budget:
+                encoded.append(self._slices(query_ids[query], document))
             else:
-                pair = encoder.join(query_ids, document_ids)
+                pair = encoder.join(query_ids[query], document_ids)
                 encoded.append(EncodedDocument([pair], [None], pair.truncated))
         return encoded
 
@@ -158,13 +157,9 @@ def slice_starts(tokens: int, room: int, overlap: int) -> list[int]:
 
 def document_tokens(encoder: PairEncoder, document: str) -> DocumentTokens:
     """The ids that `encoder.document_ids` gives, told apart by the characters that they stand for."""
-    template = encoder.template
-    before, after = template.anchor + template.before_document, template.after_document + template.following_document
-    encoding = encoder.own.encode(before + document + after, add_special_tokens=False)
-    anchor, following = context_tokens(encoder.own, template.anchor, template.following_document)
-    own = slice(anchor, len(encoding) - following)
-    ids, offsets = encoding.ids[own], encoding.offsets[own]
-    first, end = len(before), len(before) + len(document)
+    ids, offsets = encoder.document_offsets(document)
+    first = len(encoder.template.anchor + encoder.template.before_document)
+    end = first + len(document)
     # from both ends, since a document may have a million tokens
     head = next((place for place, (_, stop) in enumerate(offsets) if stop > first), len(ids))
     tail = next((place + 1 for place in range(len(ids) - 1, head - 1, -1) if offsets[place][0] < end), head)

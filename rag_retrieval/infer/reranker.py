@@ -12,10 +12,10 @@ import numpy as np
 
 from rag_retrieval.infer.backend import Backend
 from rag_retrieval.infer.documents import Document, check_documents, check_number, check_text
-from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP, PassageEncoder, ScoredPair, score_pairs
+from rag_retrieval.infer.long_documents import PassageEncoder, ScoredPair, score_pairs
 from rag_retrieval.infer.open_backend import open_backend
 from rag_retrieval.infer.results import RerankResult, RerankResults, best_first, shown_scores
-from rag_retrieval.models.options import model_options
+from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP, model_options
 from rag_retrieval.models.pair_checks import check_list, check_pairs
 
 if TYPE_CHECKING:
@@ -106,14 +106,16 @@ class Reranker:
         batch_size: int = 256,
         max_length: int | None = None,
         normalize: bool = False,
+        long_document: str = "truncate",
+        overlap: int = OVERLAP,
     ) -> np.ndarray:
         """Scores of [query, document] pairs, or of one such pair: [pairs], float32, in the order given.
 
-        Long pairs are cut, as `long_document="truncate"` does it. Options as for `rerank`. ValueError naming the
+        Options as for `rerank`, but long pairs are cut unless `long_document` says otherwise. ValueError naming the
         position of a bad pair.
         """
         check_number("batch_size", batch_size, 1, "pairs")
-        encoder = self.passage_encoder(max_length, "truncate")
+        encoder = self.passage_encoder(max_length, long_document, overlap)
         scored = score_pairs(self.backend, encoder, check_pairs(pairs), batch_size)
         logits = np.array([pair.score for pair in scored], np.float32)
         return shown_scores(logits, self.backend.calibration, normalize)[0]

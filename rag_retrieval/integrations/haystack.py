@@ -10,9 +10,9 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.integrations import missing_library, open_reranker
+from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 
 try:
     from haystack import Document, component, default_from_dict, default_to_dict

@@ -8,9 +8,9 @@ that was trained on bare passages wants metadata_mode=MetadataMode.NONE.
 
 from typing import Any
 
-from rag_retrieval.infer.long_documents import LONG_DOCUMENT_DEFAULT, OVERLAP
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.integrations import missing_library, open_reranker, rerank_options
+from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 
 try:
     from llama_index.core.bridge.pydantic import Field, PrivateAttr

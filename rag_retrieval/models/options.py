@@ -1,4 +1,4 @@
-"""The options for opening a model: the same names and values in every command and class that opens one.
+"""The options for opening a model and for reading long documents: the same names and values wherever they are given.
 
 The configuration of a command that opens a model inherits from `ModelOptions` and passes `model_options()` on, to
 `open_backend` or `open_scorer`. Nothing here imports torch.
@@ -12,6 +12,9 @@ from pydantic import BeforeValidator, Field, ValidationError
 from rag_retrieval.core.config import NAMES, Config, EscapedText
 from rag_retrieval.core.config_reader import error_message
 
+LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
+LONG_DOCUMENT_DEFAULT = "max_slice"
+OVERLAP = 64  # tokens
 NUMBER_FORMATS = {
     "float32": "fp32", "no": "fp32", "False": "fp32", "bfloat16": "bf16", "float16": "fp16"
 }  # fmt: skip
@@ -30,6 +33,7 @@ class ModelOptions(Config):
     """How to open a reranker. None: what the folder says, or the machine's own choice."""
 
     aliases: ClassVar[Mapping[str, str]] = {"max_len": "max_length"}
+    groups: ClassVar[Mapping[str, str]] = {"model_type": "Opening the model"}
 
     model_type: Literal["bert_encoder", "llm_decoder", "onnx", "openvino"] | None = Field(
         None,
@@ -83,6 +87,19 @@ class ModelOptions(Config):
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the named options that are not None."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class LongDocumentOptions(Config):
+    """How documents are read that do not fit beside their query."""
+
+    long_document: Literal[LONG_DOCUMENT] = Field(
+        LONG_DOCUMENT_DEFAULT,
+        description="How a document that does not fit beside the query is read: truncate, its beginning; max_slice, in "
+        "slices, and the best one's score counts; mean_slice, their mean; first_slice, the first alone.",
+    )
+    overlap: int = Field(
+        OVERLAP, ge=0, description="Tokens that neighbouring slices of a long document share, at most half a slice."
+    )
 
 
 def model_options(**values: Any) -> ModelOptions:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KNOWN_PROMPTS = Path(__file__).with_name("known_prompts.json")
 PLACES = ("{query}", "{document}")
 QUERY, DOCUMENT = "query-goes-here", "document-goes-here"  # marks that survive a template's own trimming
-TEMPLATE_SECONDS = 5  # that a folder's chat template may run
+TEMPLATE_SECONDS = 2  # that a folder's chat template may run
 
 
 # ---- the question, by language --------------------------------------------------------------------------

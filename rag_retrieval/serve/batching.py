@@ -1,59 +1,64 @@
-"""One thread that owns the model and scores the pairs of all waiting requests together.
+"""One thread that owns the model and computes the items of all waiting requests together.
 
 There is no timer: whatever has gathered while the model was busy is the next batch, and an idle model begins at once.
-What a reader would get wrong: requests take turns. In one turn a request gives at most a quarter of a batch, and what
-is left of it goes to the end of the line. So a request of a thousand documents cannot hold up one of ten, and requests
-that fit into a quarter of a batch are served in the order in which they came.
+Requests take turns. In one turn a request gives at most a quarter of a batch, and what is left of it goes to the end of
+the line. So a request of a thousand documents cannot hold up one of ten, and requests that fit into a quarter of a
+batch are served in the order in which they came.
+
+An item is anything whose length is its tokens; what the model gives for it may be of any kind.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-
-import numpy as np
-
-from rag_retrieval.models.pair_encoding import EncodedPair
+from typing import Any
 
 TURNS = 4  # requests of one batch at least, where that many wait
 MEMORY = 0.9  # of the speed so far, kept at each batch: the first ones are slow and must be forgotten
 
-Score = Callable[[list[EncodedPair]], np.ndarray]
+Compute = Callable[[list[Any]], Sequence[Any]]
 
 
 @dataclass(eq=False)
 class _Job:
-    """The pairs of a request. taken, done: pairs that went into batches, and pairs that have scores. tokens: of the
-    pairs that are not taken."""
+    """The items of a request. taken, done: items that went into batches, and items that have results. tokens: of the
+    items that are not taken."""
 
-    pairs: Sequence[EncodedPair]
-    future: "Future[np.ndarray]" = field(default_factory=Future)
+    items: Sequence[Sized]
+    future: "Future[list[Any]]" = field(default_factory=Future)
     taken: int = 0
     done: int = 0
     tokens: int = field(init=False)
-    scores: np.ndarray = field(init=False)
+    results: list[Any] = field(init=False)
 
     def __post_init__(self):
-        self.tokens = sum(map(len, self.pairs))
-        self.scores = np.empty(len(self.pairs), np.float32)
+        self.tokens = sum(map(len, self.items))
+        self.results = [None] * len(self.items)
 
     @property
     def next_tokens(self) -> int:
-        return len(self.pairs[self.taken])
+        return len(self.items[self.taken])
 
     def take(self, room: int) -> "_Part":
-        """The next pairs of at most `room` tokens, at least one."""
+        """The next items of at most `room` tokens, at least one."""
         start, tokens = self.taken, 0
-        while self.taken < len(self.pairs) and (not tokens or tokens + self.next_tokens <= room):
+        while self.taken < len(self.items) and (not tokens or tokens + self.next_tokens <= room):
             tokens += self.next_tokens
             self.taken += 1
         self.tokens -= tokens
         return _Part(self, start, self.taken, tokens)
 
-    def finish(self, result: np.ndarray | Exception) -> None:
+    def put(self, start: int, results: Sequence[Any]) -> None:
+        self.results[start : start + len(results)] = results
+        self.done += len(results)
+        if self.done == len(self.items):
+            self.finish(self.results)
+
+    def finish(self, result: list[Any] | Exception) -> None:
         with suppress(InvalidStateError):  # cancelled meanwhile
             if isinstance(result, Exception):
                 self.future.set_exception(result)
@@ -63,47 +68,36 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Part:
-    """Pairs `start` to `stop` of a job, and their tokens."""
+    """Items `start` to `stop` of a job, and their tokens."""
 
     job: _Job
     start: int
     stop: int
     tokens: int
 
-    @property
-    def pairs(self) -> Sequence[EncodedPair]:
-        return self.job.pairs[self.start : self.stop]
-
-    def put(self, scores: np.ndarray) -> None:
-        job = self.job
-        job.scores[self.start : self.stop] = scores
-        job.done += self.stop - self.start
-        if job.done == len(job.pairs):
-            job.finish(job.scores)
-
 
 class Batcher:
-    """score: pairs to their scores, [pairs] in their order; called from one thread, that of this object.
-    batch_tokens: tokens of one call of it at most, where one pair has not more; may be changed at any time.
-    on_batch: called after each with its pairs, its tokens and its seconds."""
+    """compute: items to their results, in their order; called from one thread, that of this object.
+    batch_tokens: tokens of one call of it at most, where one item has not more; may be changed at any time.
+    on_batch: called after each with its items, its tokens and its seconds."""
 
-    def __init__(self, score: Score, batch_tokens: int, on_batch: Callable[[int, int, float], None]):
-        self._score = score
+    def __init__(self, compute: Compute, batch_tokens: int, on_batch: Callable[[int, int, float], None]):
+        self._compute = compute
         self.batch_tokens = batch_tokens
         self._on_batch = on_batch
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._scored_tokens = 0.0
+        self._computed_tokens = 0.0
         self._busy_seconds = 0.0
-        self._thread = threading.Thread(target=self._run, name="rerank-batches", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="serve-batches", daemon=True)
         self._thread.start()
 
-    def submit(self, pairs: Sequence[EncodedPair]) -> "Future[np.ndarray]":
-        """The scores to come: [pairs], float32. Cancel the future, and what was not computed yet is left out."""
-        job = _Job(pairs)
-        if not pairs:
-            job.finish(job.scores)
+    def submit(self, items: Sequence[Sized]) -> "Future[list[Any]]":
+        """The results to come, one for each item. Cancel the future, and what was not computed yet is left out."""
+        job = _Job(items)
+        if not items:
+            job.finish([])
             return job.future
         with self._changed:
             if self._closing:
@@ -117,15 +111,15 @@ class Batcher:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def waiting_pairs(self) -> int:
-        """Pairs that are in no batch yet."""
+    def waiting_items(self) -> int:
+        """Items that are in no batch yet."""
         with self._changed:
-            return sum(len(job.pairs) - job.taken for job in self._waiting)
+            return sum(len(job.items) - job.taken for job in self._waiting)
 
     def expected_seconds(self) -> float:
-        """How long the waiting pairs will take at the speed of the last batches; 0 before the first."""
+        """How long the waiting items will take at the speed of the last batches; 0 before the first."""
         with self._changed:
-            return sum(job.tokens for job in self._waiting) * self._busy_seconds / max(self._scored_tokens, 1)
+            return sum(job.tokens for job in self._waiting) * self._busy_seconds / max(self._computed_tokens, 1)
 
     def __enter__(self) -> "Batcher":
         return self
@@ -134,7 +128,7 @@ class Batcher:
         self.close()
 
     def close(self) -> None:
-        """Score what waits, then end the thread."""
+        """Compute what waits, then end the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -147,7 +141,7 @@ class Batcher:
                 if not self._waiting:
                     return
                 parts = self._take()
-            self._score_parts(parts)
+            self._compute_parts(parts)
 
     def _forget(self, job: _Job) -> None:
         """Drop what waits of a job that is done: its client has gone, or another part of it failed."""
@@ -169,32 +163,25 @@ class Batcher:
                 self._waiting.appendleft(job)
         return parts
 
-    def _score_parts(self, parts: list[_Part]) -> None:
-        """Where several requests fail together each is scored alone, so that one alone can break itself."""
-        pairs = [pair for part in parts for pair in part.pairs]
+    def _compute_parts(self, parts: list[_Part]) -> None:
+        """Where several requests fail together each is computed alone, so that one alone can break itself."""
+        items = [item for part in parts for item in part.job.items[part.start : part.stop]]
         started = time.perf_counter()
         try:
-            scores = self._score(pairs)
-        except Exception as error:  # of the model: it is told to the requests, and the thread lives on
+            results = self._compute(items)
+        except Exception as error:  # of the model: the requests get it, and the thread lives on
             if len(parts) == 1:
                 parts[0].job.finish(error)
                 return
             for part in parts:
-                self._score_parts([part])
+                self._compute_parts([part])
             return
-        self._account(len(pairs), sum(part.tokens for part in parts), time.perf_counter() - started)
-        self._hand_out(parts, scores)
-
-    @staticmethod
-    def _hand_out(parts: list[_Part], scores: np.ndarray) -> None:
+        tokens, seconds = sum(part.tokens for part in parts), time.perf_counter() - started
+        with self._changed:
+            self._computed_tokens = MEMORY * self._computed_tokens + tokens
+            self._busy_seconds = MEMORY * self._busy_seconds + seconds
+        self._on_batch(len(items), tokens, seconds)
         start = 0
         for part in parts:
-            count = part.stop - part.start
-            part.put(scores[start : start + count])
-            start += count
-
-    def _account(self, pairs: int, tokens: int, seconds: float) -> None:
-        with self._changed:
-            self._scored_tokens = MEMORY * self._scored_tokens + tokens
-            self._busy_seconds = MEMORY * self._busy_seconds + seconds
-        self._on_batch(pairs, tokens, seconds)
+            part.job.put(part.start, results[start : start + part.stop - part.start])
+            start += part.stop - part.start

@@ -5,20 +5,27 @@ from the environment (`RAG_RETRIEVAL_SERVE_TOKEN`).
 """
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
-from rag_retrieval.core.config import Config, FileOrFolder, ModelName, key
+from rag_retrieval.core.config import FileOrFolder, ModelName, key
+from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
 
 TOKEN_VARIABLE = "RAG_RETRIEVAL_SERVE_TOKEN"
 
 
-class ServeConfig(Config):
+class ServeConfig(ModelOptions, LongDocumentOptions):
     """One server."""
 
     main_keys: ClassVar = ("model", "host", "port", "token_file", "long_document")
-    groups: ClassVar = {"model": "Model", "host": "Address", "max_len": "Scoring", "max_documents": "Limits"}
+    groups: ClassVar = {
+        "long_document": "Long documents",
+        "model_type": "Model",
+        "model": "Model",
+        "host": "Address",
+        "batch_tokens": "Limits",
+    }
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
     name: str | None = key("What answers call it. Absent: the folder's name.", min_length=1)
@@ -33,16 +40,6 @@ class ServeConfig(Config):
         "File whose one line is the bearer token that requests must bring. Absent: the token is in the environment as "
         f"{TOKEN_VARIABLE}, or none is asked for.",
         min_length=1,
-    )
-    max_len: int | None = key("Longest pair, in tokens; what is longer is cut. Absent: the model's own.", ge=16)
-    long_document: Literal["truncate", "max_slice", "mean_slice", "first_slice"] = key(
-        "What becomes of a document that does not fit beside the query: its beginning is read, or it is cut into "
-        "slices, of which the best score, the mean or the first one's counts.",
-        "truncate",
-    )
-    device: str | None = key("Such as cpu or cuda:0. Absent: a GPU where there is one.", min_length=1)
-    precision: Literal["fp32", "bf16", "fp16"] | None = key(
-        "Of the computation. Absent: half precision on a GPU, fp32 on a CPU."
     )
     batch_tokens: int | None = key(
         "Tokens, over the pairs of all requests, that are scored together at most. What comes in meanwhile waits for "

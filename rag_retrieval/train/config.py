@@ -4,9 +4,9 @@ A finished configuration has every value in it; None there means "off" or "does 
 imports torch: a wrong configuration is reported before anything heavy is loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
@@ -54,7 +54,7 @@ class TrainingConfig(Config):
     trust_remote_code: bool = key("Run Python code that comes with the model.", False)
     freeze_embeddings: bool = key("Do not train the embeddings.", False)
     freeze_layers: int = key("Number of lower layers that are not trained.", 0, ge=0)
-    lora_r: int | None = key("Rank of LoRA adapters. Absent: train all weights.", ge=1)
+    lora_r: int | None = key("Rank of LoRA adapters. Absent: train all weights.", ge=1, le=65_536)
     lora_alpha: int | None = key(
         "Scale, as alpha / r. Default 2 x r.", only=LORA, derive=lambda config: 2 * config.lora_r, ge=1)
     lora_dropout: float | None = key("Dropout. Default 0.", only=LORA, derive=lambda config: 0.0, ge=0, lt=1)
@@ -69,8 +69,11 @@ class TrainingConfig(Config):
         "auto (newest checkpoint in output_dir, if any) or a folder.", min_length=1)
     resume_with_changes: bool = key(
         "Resume though model, data, loss, schedule or batch differ from the checkpoint's.", False)
-    seed: int = key("Seed of new weights, data order, sampling and dropout.", 42, ge=0)
+    seed: int = key("Seed of new weights, data order, sampling and dropout.", 42, ge=0, lt=2**32)
     num_workers: int = key("Data loading processes beside each training process.", 2, ge=0)
+    wait_minutes: float = key(
+        "Minutes that a process waits for another, which reads data or writes a large model, before the run ends.",
+        30.0, gt=0)
 
     # Steps
     epochs: int = key("Passes over the training data. Also written epoch.", 1, ge=1)
@@ -112,6 +115,11 @@ class TrainingConfig(Config):
     num_max_checkpoints: int = key("Newest checkpoints to keep, beside the best.", 3, ge=1)
     log_interval: int = key("Optimizer steps between two logged lines.", 10, ge=1)
     log_with: Literal["wandb", "tensorboard"] | None = key("Tracker beside our JSONL.")
+
+    @classmethod
+    def resolved_entries(cls, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The training files of a finished configuration's values: of each its path, and what it says of itself."""
+        return [{"path": values.get("train_dataset")}]
 
     def to_yaml(self) -> str:
         """Every key with its resolved value; `load_config` reads it back as an equal object."""

@@ -26,34 +26,34 @@ def pairs_with(temperature, bias, number=40_000):
 
 @pytest.mark.parametrize(("temperature", "bias"), [(1.0, 0.0), (3.0, -1.5), (0.5, 2.0)])
 def test_the_temperature_and_bias_that_made_the_data_are_found(temperature, bias):
-    found = fit_calibration(*pairs_with(temperature, bias), "made")
-    assert found.temperature == pytest.approx(temperature, rel=0.05)
-    assert found.bias == pytest.approx(bias, abs=0.1)
-    assert (found.data, found.pairs) == ("made", 40_000)
+    fitted = fit_calibration(*pairs_with(temperature, bias), "made")
+    assert fitted.temperature == pytest.approx(temperature, rel=0.05)
+    assert fitted.bias == pytest.approx(bias, abs=0.1)
+    assert (fitted.data, fitted.pairs) == ("made", 40_000)
 
 
 def test_no_nearby_temperature_or_bias_has_less_log_loss():
     scores, relevant = pairs_with(2.0, 0.5, 5000)
-    found = fit_calibration(scores, relevant, "made")
-    best = log_loss(probabilities_of(scores, found).values, relevant)
+    fitted = fit_calibration(scores, relevant, "made")
+    best = log_loss(probabilities_of(scores, fitted).values, relevant)
     for factor, shift in ((1.02, 0), (0.98, 0), (1, 0.03), (1, -0.03)):
-        other = Calibration(found.temperature * factor, found.bias + shift, "", 0)
+        other = Calibration(fitted.temperature * factor, fitted.bias + shift, "", 0)
         assert log_loss(probabilities_of(scores, other).values, relevant) > best
 
 
 def test_the_scale_and_place_of_the_scores_do_not_matter():
     scores, relevant = pairs_with(1.0, 0.0, 3000)
-    found, moved = (fit_calibration(values, relevant, "") for values in (scores, 1000 * scores + 5000))
-    assert moved.temperature == pytest.approx(1000 * found.temperature, rel=1e-3)
-    expected = probabilities_of(scores, found).values
+    fitted, moved = (fit_calibration(values, relevant, "") for values in (scores, 1000 * scores + 5000))
+    assert moved.temperature == pytest.approx(1000 * fitted.temperature, rel=1e-3)
+    expected = probabilities_of(scores, fitted).values
     assert probabilities_of(1000 * scores + 5000, moved).values == pytest.approx(expected, abs=1e-4)
 
 
 def test_scores_that_separate_wholly_give_a_finite_temperature():
-    found = fit_calibration(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([False, False, True, True]), "few")
-    assert 0.01 < found.temperature < 10
+    fitted = fit_calibration(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([False, False, True, True]), "few")
+    assert 0.01 < fitted.temperature < 10
     platt = [0.25, 0.75]  # the targets of two pairs on either side
-    assert probabilities_of(np.array([-2.0, 2.0]), found).values == pytest.approx(platt, abs=0.1)
+    assert probabilities_of(np.array([-2.0, 2.0]), fitted).values == pytest.approx(platt, abs=0.1)
 
 
 def test_what_cannot_be_calibrated_is_refused():

@@ -30,7 +30,7 @@ def test_options_win_over_the_file_and_paths_are_found_beside_it(folder):
     config = load_config(EvaluationConfig, "mine/eval.yaml", ["--depth=50", "--report", "--split", "dev"])
     assert (config.model, config.data) == (f"{folder}/mine", f"{folder}/beir")
     assert config.candidates == f"{folder}/mine/run.trec"
-    assert (config.depth, config.report, config.split, config.precision) == (50, True, "dev", "no")
+    assert (config.depth, config.report, config.split, config.precision) == (50, True, "dev", "fp32")
     assert config.measures == ("map", "p@3")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from beir_samples import write, write_lines, write_toy
 
-from rag_retrieval import EvaluationConfig, evaluate_reranker, load_reranker
+from rag_retrieval import EvaluationConfig, Reranker, evaluate_reranker, load_reranker
 from rag_retrieval.cli import main
 from rag_retrieval.data.beir import read_run
 from rag_retrieval.evaluate import scoring
@@ -41,13 +41,13 @@ def config(toy, model, tmp_path):
 @pytest.fixture
 def scored(monkeypatch):
     """The number of pairs that each call scored."""
-    counts, real = [], scoring.score_over_processes
+    counts, real = [], Reranker.compute_score
 
-    def counting(scorer, pairs, *arguments, **options):
+    def counting(reranker, pairs, *arguments, **options):
         counts.append(len(pairs))
-        return real(scorer, pairs, *arguments, **options)
+        return real(reranker, pairs, *arguments, **options)
 
-    monkeypatch.setattr(scoring, "score_over_processes", counting)
+    monkeypatch.setattr(Reranker, "compute_score", counting)
     return counts
 
 

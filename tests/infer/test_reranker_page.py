@@ -30,8 +30,8 @@ def test_the_blocks_of_the_page_run_in_order(model_folders, tmp_path, monkeypatc
 
 
 def test_the_page_s_files_and_choices_are_those_of_the_code():
-    from rag_retrieval.infer.long_documents import LONG_DOCUMENT
     from rag_retrieval.infer.results import RerankResult
+    from rag_retrieval.models.options import LONG_DOCUMENT
 
     text = PAGE.read_text(encoding="utf-8")
     assert all(f"| `{choice}` |" in text for choice in LONG_DOCUMENT)

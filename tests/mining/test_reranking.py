@@ -7,6 +7,9 @@ from rag_retrieval import Reranker
 from rag_retrieval.infer.torch_backend import TorchBackend
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.mining.reranking import rerank
+from rag_retrieval.models.options import LongDocumentOptions
+
+TRUNCATE = LongDocumentOptions(long_document="truncate")
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2"])
@@ -14,7 +17,7 @@ def test_scores_are_those_of_compute_score(load_tiny, tmp_path, family):
     scorer = load_tiny(family)
     query = Query("what is a panda", np.array([2, 5]), [1.0, 1.0])
     reranker = Reranker.from_backend(TorchBackend(scorer))
-    scores, of_positives = rerank(reranker, query, np.array([7, 0]), corpus_of(tmp_path, list(TEXTS)))
+    scores, of_positives = rerank(reranker, query, np.array([7, 0]), corpus_of(tmp_path, list(TEXTS)), TRUNCATE)
     expected = scorer.compute_score([(query.text, TEXTS[row]) for row in (7, 0, 2, 5)]).numpy()
     np.testing.assert_allclose(np.concatenate([scores, of_positives]), expected, atol=1e-5)
     assert len(scores) == 2
@@ -23,7 +26,7 @@ def test_scores_are_those_of_compute_score(load_tiny, tmp_path, family):
 def test_no_candidates_are_no_scores(model_folders, tmp_path):
     query = Query("panda", np.array([0]), [1.0])
     reranker = Reranker(model_folders["bert"], device="cpu")
-    scores, of_positives = rerank(reranker, query, np.array([], np.int64), corpus_of(tmp_path, ["a"]))
+    scores, of_positives = rerank(reranker, query, np.array([], np.int64), corpus_of(tmp_path, ["a"]), TRUNCATE)
     assert len(scores) == 0 and len(of_positives) == 1
 
 
@@ -33,4 +36,4 @@ def test_scores_that_are_not_finite_are_refused_and_not_taken_for_a_margin(load_
     query = Query("panda", np.array([0]), [1.0])
     with pytest.raises(ValueError, match="query 'panda'.*nan"):
         reranker = Reranker.from_backend(TorchBackend(scorer))
-        rerank(reranker, query, np.array([1]), corpus_of(tmp_path, ["a", "b"]))
+        rerank(reranker, query, np.array([1]), corpus_of(tmp_path, ["a", "b"]), TRUNCATE)

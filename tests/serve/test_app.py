@@ -1,6 +1,11 @@
 """The application over ASGI, in this process, with a real tiny model."""
 
 import asyncio
+import copy
+import gzip
+import json
+import threading
+import time
 
 import httpx
 import numpy as np
@@ -8,6 +13,7 @@ import pytest
 from serve_samples import GatedBackend, call_asgi, client_of, random_documents, running_service, wait_until
 
 from rag_retrieval.infer.reranker import Reranker
+from rag_retrieval.models.calibration import Calibration
 
 QUERY = "capital of France"
 DOCUMENTS = ["Paris is the capital of France.", "Bread and butter", "", "the river Seine"]
@@ -65,9 +71,38 @@ def test_texts_are_answered_as_text_embeddings_inference_does(service, backend, 
     assert scores == pytest.approx([result.score for result in expected], abs=1e-5)
 
 
-def test_equal_scores_keep_the_order_of_the_request(service):
-    results = ask(service, json={"query": QUERY, "texts": ["same", "", "same", "", "same"]}).json()
-    assert [entry["index"] for entry in results] == [0, 2, 4, 1, 3]
+def test_equal_texts_are_computed_once_and_keep_the_order_of_the_request(backend):
+    """Each pair gets another score here, as equal pairs may on some CPUs."""
+    numbered = copy.copy(backend)
+    numbered.score = lambda pairs, batch_size: np.arange(len(pairs), dtype=np.float32)
+    with running_service(numbered) as service:
+        results = ask(service, json={"query": QUERY, "texts": ["same", "", "same", "other", "", "same"]}).json()
+    assert [entry["index"] for entry in results] == [3, 0, 2, 5, 1, 4]
+    assert metric(service, "pairs_total") == 2
+
+
+def test_the_order_is_that_of_the_logits_also_where_probabilities_are_equal(backend):
+    saturated = copy.copy(backend)
+    saturated.score = lambda pairs, batch_size: np.array([18, 25, 21], np.float32)
+    with running_service(saturated) as service:
+        response = ask(service, json={"query": QUERY, "documents": ["a", "b", "c"]})
+        best = ask(service, json={"query": QUERY, "texts": ["a", "b", "c"], "top_n": 1})
+    assert [entry["index"] for entry in response.json()["results"]] == [1, 2, 0]
+    assert {entry["relevance_score"] for entry in response.json()["results"]} == {1.0}
+    assert [entry["index"] for entry in best.json()] == [1]
+
+
+def test_an_answer_says_what_its_scores_are(backend):
+    calibrated = copy.copy(backend)
+    calibrated.calibration = Calibration(2.0, 0.5, "dev", 10)
+    kinds = ((backend, True, "logit"), (backend, False, "sigmoid"), (calibrated, False, "calibrated"))
+    for served, raw, expected in kinds:
+        with running_service(served) as service:
+            response = ask(service, json={"query": QUERY, "documents": ["a"], "raw_scores": raw})
+            texts = ask(service, json={"query": QUERY, "texts": ["a"], "raw_scores": raw})
+            info = ask(service, "/info", "GET").json()
+        assert response.json()["score_type"] == texts.headers["X-Score-Type"] == expected
+        assert raw or info["score_type"] == expected
 
 
 def test_no_documents_give_no_results(service):
@@ -115,6 +150,93 @@ def test_an_error_has_one_body_on_every_way(service):
         assert body.keys() == {"message", "error", "error_type", "id"}
         assert body["message"] == body["error"] and body["error_type"] == kind
     assert responses[3].headers["Allow"] == "POST"
+    assert ask(service, "/rerank/", json=TWO_TEXTS).status_code == 404, "a redirect would go where Host says"
+
+
+def test_a_body_that_is_no_json_by_its_headers_is_refused(service):
+    body = json.dumps(TWO_TEXTS).encode()
+    for headers, expected in (
+        ({}, 200),
+        ({"Content-Type": "application/json; charset=utf-8"}, 200),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415),
+    ):
+        response = ask(service, content=gzip.compress(body) if "Content-Encoding" in headers else body, headers=headers)
+        assert response.status_code == expected, headers
+        assert expected == 200 or response.json()["error_type"] == "unsupported_media_type"
+
+
+def test_the_rest_of_a_refused_body_is_read_only_so_far(backend):
+    taken = 0
+
+    async def chunks():
+        nonlocal taken
+        while True:
+            taken += 1000
+            yield b" " * 1000
+
+    with running_service(backend, token=b"secret", max_body_bytes=10_000) as service:
+        endless = ask(service, content=chunks())
+        told = ask(service, content=b" " * 30_000)
+        small = ask(service, content=b" " * 15_000)
+    assert [response.status_code for response in (endless, told, small)] == [401] * 3
+    assert endless.headers["Connection"] == told.headers["Connection"] == "close" and taken < 30_000
+    assert "Connection" not in small.headers, "it was read to its end"
+
+
+def test_small_requests_are_not_stuck_behind_large_ones_that_are_tokenized(backend, monkeypatch):
+    """A large request is tokenized piece by piece; the gate stands before its second piece."""
+    with running_service(backend, max_characters=60_000) as service:
+        encode, gate, pieces = service.model.encode, threading.Event(), []
+
+        def gated(task, texts, encoded):
+            if task.query == "large":
+                pieces.append(len(texts))
+                if len(pieces) > 8:
+                    assert gate.wait(20)
+            return encode(task, texts, encoded)
+
+        monkeypatch.setattr(service.model, "encode", gated)
+
+        async def ask_all():
+            async with client_of(service, timeout=60) as client:
+                large = {"query": "large", "texts": [f"{number} " + "Paris " * 8000 for number in range(8)]}
+                tasks = [asyncio.create_task(client.post("/rerank", json=large)) for _ in range(2)]
+                while len(pieces) < 5:
+                    await asyncio.sleep(0.001)
+                waiting = service.pieces.characters
+                answered = await client.post("/rerank", json=TWO_TEXTS)
+                done_before = len(pieces)
+                gate.set()
+                return answered, waiting, done_before, await asyncio.gather(*tasks)
+
+        answered, waiting, done_before, large = asyncio.run(ask_all())
+        assert answered.status_code == 200 and done_before < 16
+        assert waiting > 100_000 and service.pieces.characters == 0
+        assert [response.status_code for response in large] == [200, 200] and sum(pieces) == 16
+
+
+def test_a_request_that_is_over_is_not_tokenized_to_its_end(backend, monkeypatch):
+    with running_service(backend, timeout=0.5) as service:
+        encode, pieces = service.model.encode, []
+
+        def slow(task, texts, encoded):
+            pieces.append(len(texts))
+            time.sleep(0.2)
+            return encode(task, texts, encoded)
+
+        monkeypatch.setattr(service.model, "encode", slow)
+        response = ask(service, json={"query": QUERY, "texts": [f"{number}" + " a" * 30_000 for number in range(40)]})
+        assert response.status_code == 504
+        wait_until(lambda: service.pieces.characters == 0)
+        assert len(pieces) < 40
+
+
+def test_text_that_waits_to_be_tokenized_counts_towards_the_expected_wait(service):
+    service.pieces.characters, service.pieces._seconds_per_character = 1_000_000, 1e-3
+    response = ask(service, json=TWO_TEXTS)
+    assert response.status_code == 429 and response.headers["Retry-After"] == "60"
 
 
 def test_a_body_that_is_too_large_is_refused_whether_or_not_it_tells_its_size(backend):
@@ -191,12 +313,12 @@ def test_a_request_whose_client_has_gone_is_dropped_before_it_is_computed(backen
             gone, stays = asyncio.Event(), asyncio.Event()
             first = asyncio.create_task(call_asgi(service.app, TWO_TEXTS, stays))
             await asyncio.to_thread(gated.entered.wait, 20)
-            second = asyncio.create_task(call_asgi(service.app, TWO_TEXTS | {"texts": ["a"] * 5}, gone))
-            while service.batcher.waiting_pairs() < 5:
+            second = asyncio.create_task(call_asgi(service.app, TWO_TEXTS | {"texts": list("abcde")}, gone))
+            while service.batcher.waiting_items() < 5:
                 await asyncio.sleep(0.01)
             gone.set()
             await second
-            assert service.batcher.waiting_pairs() == 0
+            assert service.batcher.waiting_items() == 0
             gated.gate.set()
             return await first
 
@@ -214,7 +336,7 @@ def test_a_full_queue_refuses_and_those_inside_are_still_answered(backend, bound
         async def five():
             async with client_of(service) as client:
                 inside = [asyncio.create_task(client.post("/rerank", json=TWO_TEXTS)) for _ in range(2)]
-                while service.admission.pairs < 4:
+                while service.admission.documents < 4:
                     await asyncio.sleep(0.01)
                 refused = [await client.post("/rerank", json=TWO_TEXTS) for _ in range(3)]
                 gated.gate.set()

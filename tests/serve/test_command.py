@@ -17,7 +17,7 @@ from serve_samples import wait_until
 from tiny_models import tiny_bert
 
 from rag_retrieval.cli import main
-from rag_retrieval.serve.http_server import bound_socket
+from rag_retrieval.serve.server import bound_socket
 
 ROOT = Path(__file__).resolve().parents[2]
 START = 120  # seconds
@@ -88,7 +88,7 @@ def test_a_folder_without_a_model_is_an_error_and_no_server(tmp_path, capsys):
 
 
 def test_a_missing_library_is_told_with_how_to_install_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "rag_retrieval.serve.http_server", raising=False)
+    monkeypatch.delitem(sys.modules, "rag_retrieval.serve.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
     printed = capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_a_missing_library_is_told_with_how_to_install_it(tmp_path, capsys, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_server_finish_what_it_took_and_end_with_0(tmp_path, sent):
-    many = {"query": "capital of France", "texts": ["Paris " * 80] * 1000}
+    many = {"query": "capital of France", "texts": [f"{number} " + "Paris " * 80 for number in range(1000)]}
     small = {"query": "capital of France", "texts": ["Paris"]}
     options = ("--batch_tokens", "200", "--max_len", "64")
     with started("--model", tiny_bert(tmp_path / "model", head_labels=1), *options) as server:

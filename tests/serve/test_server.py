@@ -4,13 +4,15 @@ import json
 import logging
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import pytest
 from serve_samples import GatedBackend, listening, running_service, wait_until
 
 from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.serve.http_server import address_of, bound_socket
+from rag_retrieval.serve import server as server_module
+from rag_retrieval.serve.server import address_of, bound_socket
 
 QUERY = "capital of France"
 DOCUMENTS = ["Bread and butter", "Paris is the capital of France.", "the river Seine"]
@@ -51,7 +53,7 @@ def test_the_client_library_of_cohere_raises_its_own_errors(server):
     cohere = pytest.importorskip("cohere")
     with pytest.raises(cohere.UnauthorizedError, match="Bearer TOKEN"):
         cohere.ClientV2(api_key="wrong", base_url=server).rerank(model="m", query="q", documents=["a"])
-    with pytest.raises(cohere.UnprocessableEntityError, match="found 4, at most 3 are taken"):
+    with pytest.raises(cohere.UnprocessableEntityError, match="documents: at most 3 are taken"):
         cohere.ClientV2(api_key="secret", base_url=server).rerank(model="m", query="q", documents=["a"] * 4)
 
 
@@ -74,8 +76,8 @@ def test_a_client_that_closes_its_connection_is_dropped_from_the_queue(backend):
         assert gated.entered.wait(20)
         with socket.create_connection(("127.0.0.1", int(address.rsplit(":")[-1]))) as leaving:
             leaving.sendall(head + body)
-            wait_until(lambda: service.batcher.waiting_pairs() == 2)
-        wait_until(lambda: service.batcher.waiting_pairs() == 0 and service.admission.requests == 1)
+            wait_until(lambda: service.batcher.waiting_items() == 2)
+        wait_until(lambda: service.batcher.waiting_items() == 0 and service.admission.requests == 1)
         gated.gate.set()
         assert first.result(20).status_code == 200
     assert gated.calls == [2]
@@ -113,3 +115,82 @@ def test_an_address_of_another_machine_is_told():
 def test_an_address_is_written_as_an_url():
     with bound_socket("127.0.0.1", 0) as opened:
         assert address_of(opened) == f"http://127.0.0.1:{opened.getsockname()[1]}"
+
+
+# ---- connections ----------------------------------------------------------------------------------------
+
+
+def port_of(address: str) -> int:
+    return int(address.rsplit(":")[-1])
+
+
+def answer_to(address: str, request: bytes, half_close: bool = False) -> bytes:
+    """Everything that comes back until the server closes the connection."""
+    with socket.create_connection(("127.0.0.1", port_of(address)), timeout=20) as connection:
+        connection.sendall(request)
+        if half_close:
+            connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65_536), b""))
+
+
+def rerank_bytes(body: dict, *headers: str) -> bytes:
+    content = json.dumps(body).encode()
+    lines = ["POST /rerank HTTP/1.1", "Host: x", f"Content-Length: {len(content)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + content
+
+
+def test_malformed_http_gets_the_body_of_all_errors(server):
+    head, _, body = answer_to(server, b"NOT HTTP AT ALL\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"application/json" in head
+    assert json.loads(body)["error_type"] == "malformed"
+
+
+def test_a_client_that_has_closed_its_sending_half_gets_its_answer(backend):
+    with running_service(backend) as service, listening(service) as address:
+        answer = answer_to(address, rerank_bytes(TWO_TEXTS), half_close=True)
+    assert b"HTTP/1.1 200 OK" in answer and b'"index":0' in answer
+
+
+def test_silent_connections_give_way_to_those_that_ask(backend, monkeypatch, caplog):
+    monkeypatch.setattr(server_module, "most_connections", lambda: 5)
+    with running_service(backend) as service, listening(service) as address:
+        silent = [socket.create_connection(("127.0.0.1", port_of(address))) for _ in range(30)]
+        assert httpx.post(f"{address}/rerank", json=TWO_TEXTS, timeout=20).status_code == 200
+        silent[0].settimeout(20)
+        with suppress(ConnectionError):
+            assert silent[0].recv(1) == b""
+        for connection in silent:
+            connection.close()
+    lines = [record for record in caplog.records if "without a request closed" in record.message]
+    assert len(lines) == 1, "one line in LOG_SECONDS, whatever their number"
+
+
+def test_a_connection_that_sends_no_request_in_time_is_closed(backend, monkeypatch):
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.3)
+    with running_service(backend) as service, listening(service) as address:
+        for beginning in (b"", b"POST /rerank HTTP/1.1\r\nHost: x\r\n"):
+            with socket.create_connection(("127.0.0.1", port_of(address)), timeout=20) as connection:
+                connection.sendall(beginning)
+                with suppress(ConnectionError):
+                    assert connection.recv(1) == b""
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_it_is_said_where_the_server_listens_once_it_does(backend, caplog):
+    caplog.set_level(logging.INFO, "rag_retrieval.serve")
+    reached = []
+
+    class Reach(logging.Handler):
+        def emit(self, record):
+            if "listening on" in record.getMessage():
+                with socket.create_connection(("127.0.0.1", port_of(record.getMessage()))):
+                    reached.append(record.getMessage())
+
+    handler = Reach()
+    server_module.log.addHandler(handler)
+    try:
+        with running_service(backend) as service, listening(service):
+            pass
+    finally:
+        server_module.log.removeHandler(handler)
+    assert len(reached) == 1

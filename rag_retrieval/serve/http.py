@@ -1,0 +1,253 @@
+"""HTTP at the edge of the application: errors, the bearer token, bodies, how many requests come in, and metrics.
+
+Nothing here needs a lock: all of it runs on the event loop.
+"""
+
+import asyncio
+import hmac
+import math
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+
+from rag_retrieval.serve.config import TOKEN_VARIABLE
+
+Result = TypeVar("Result")
+
+ERROR_TYPES = {
+    400: "malformed",
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "too_slow",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "validation",
+    429: "overloaded",
+    500: "internal",
+    503: "stopping",
+    504: "timeout",
+}
+CLIENT_GONE = 499  # in the metrics alone: nobody is there to read it
+DRAIN_SECONDS = 5
+LONGEST_RETRY = 60  # seconds
+LONGEST_WAIT = 0.5  # of the time-out: a request that would end by it is better refused than computed in vain
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+PAIRS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class RequestError(Exception):
+    """Answered with `status`, a key of ERROR_TYPES. retry_after: seconds, for the header of that name."""
+
+    def __init__(self, status: int, message: str, retry_after: int | None = None):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.retry_after = retry_after
+
+
+def error_body(status: int, message: str, request_id: str) -> dict[str, str]:
+    """`message` and `error` are the same text: clients of Cohere show the first, those of text-embeddings-inference
+    the second."""
+    return {"message": message, "error": message, "error_type": ERROR_TYPES[status], "id": request_id}
+
+
+def error_response(error: RequestError, request_id: str) -> JSONResponse:
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error.status, error.message, request_id), error.status, headers)
+
+
+# ---- the token ------------------------------------------------------------------------------------------
+
+
+def read_token(token_file: str | None) -> bytes | None:
+    """The token of the file, else of the environment; None where there is neither. Raises ValueError for one that no
+    header can carry (empty, spaces or line breaks inside, beyond ASCII), and OSError for an unreadable file."""
+    if token_file is not None:
+        place, token = token_file, Path(token_file).read_bytes().strip()
+    elif TOKEN_VARIABLE in os.environ:
+        place, token = TOKEN_VARIABLE, os.environ[TOKEN_VARIABLE].strip().encode()
+    else:
+        return None
+    if not token or not all(33 <= byte <= 126 for byte in token):
+        raise ValueError(
+            f"{place}: expected one token of visible ASCII characters without spaces, found "
+            f"{'other characters' if token else 'nothing'}; write one, such as the output of `openssl rand -hex 32`"
+        )
+    return token
+
+
+def is_authorized(header: str | None, token: bytes | None) -> bool:
+    """header: the value of Authorization, None where the request has none. The scheme's case does not count."""
+    if token is None:
+        return True
+    scheme, _, given = (header or "").partition(" ")
+    # takes the same time for all tokens; it refuses text beyond ASCII, so bytes are compared
+    same = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token)
+    return same and scheme.lower() == "bearer"
+
+
+# ---- bodies ---------------------------------------------------------------------------------------------
+
+
+async def read_body(request: Request, most_bytes: int, deadline: float) -> bytes:
+    """deadline: on the clock of the event loop. Raises RequestError (408, 413, 415), and ClientDisconnect."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise RequestError(415, f"Content-Type: expected application/json, found {media_type!r:.100}")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise RequestError(415, f"Content-Encoding: found {encoding!r:.100}; send the body uncompressed")
+    too_large = RequestError(413, f"the body is larger than {most_bytes} bytes; send fewer or shorter documents")
+    if content_length(request) > most_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout_at(deadline):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most_bytes:  # Content-Length may lie or be missing
+                    raise too_large
+    except TimeoutError:
+        raise RequestError(408, f"the body did not arrive in time; {len(body)} bytes came") from None
+    return bytes(body)
+
+
+def content_length(request: Request) -> int:
+    """0 where the request does not say."""
+    value = request.headers.get("content-length", "")
+    return int(value) if value.isdecimal() and len(value) < 20 else 0
+
+
+async def read_to_the_end(request: Request, most_bytes: int) -> bool:
+    """Take the rest of the body of a refused request, so that its client reads the answer and can keep the connection.
+    False where it is larger or slower than is worth it: the connection has to be closed then."""
+    if content_length(request) > most_bytes or "expect" in request.headers:
+        return False
+    left = most_bytes
+    try:
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while left >= 0:
+                message = await request.receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return True
+    except TimeoutError:
+        pass
+    return False
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result], deadline: float) -> Result:
+    """What `work` gives. It is cancelled when the client leaves (raises ClientDisconnect) and at the deadline (raises
+    RequestError, 504). The body must have been read."""
+
+    async def disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    left = deadline - asyncio.get_running_loop().time()
+    task, gone = asyncio.create_task(work), asyncio.create_task(disconnect())
+    try:
+        await asyncio.wait((task, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ClientDisconnect
+        raise RequestError(504, "no scores in time; the server is busy or the request is large: try again or send less")
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+# ---- bounds on what is inside ---------------------------------------------------------------------------
+
+
+class Admission:
+    """Bounds on requests and documents, and on the wait; nobody comes in while the server stops.
+
+    A request is counted before its body is read, so that the bodies in memory are bounded too. requests, documents:
+    inside at present. expected_seconds: how long what waits will take. timeout: seconds.
+    """
+
+    def __init__(self, max_requests: int, max_documents: int, timeout: float, expected_seconds: Callable[[], float]):
+        self.max_requests = max_requests
+        self.max_documents = max_documents
+        self.longest_wait = LONGEST_WAIT * timeout
+        self.expected_seconds = expected_seconds
+        self.requests = 0
+        self.documents = 0
+        self.stopping = False
+
+    @contextmanager
+    def admit_request(self) -> Iterator[None]:
+        """Raises RequestError with 503 or 429."""
+        if self.stopping:
+            raise RequestError(503, "the server is stopping; ask another one", retry_after=1)
+        if self.requests >= self.max_requests or self.expected_seconds() > self.longest_wait:
+            raise self._full(f"{self.requests} requests")
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+
+    @contextmanager
+    def admit_documents(self, count: int) -> Iterator[None]:
+        """Raises RequestError with 429."""
+        if self.documents + count > self.max_documents:
+            raise self._full(f"{self.documents} documents")
+        self.documents += count
+        try:
+            yield
+        finally:
+            self.documents -= count
+
+    def _full(self, inside: str) -> RequestError:
+        seconds = min(max(math.ceil(self.expected_seconds()), 1), LONGEST_RETRY)
+        return RequestError(429, f"the queue is full ({inside}); try again after {seconds} s", retry_after=seconds)
+
+
+# ---- metrics --------------------------------------------------------------------------------------------
+
+
+class ServerMetrics:
+    """The series of one server, for Prometheus, in a registry of their own.
+
+    A path that is none of ours is counted as `other`: else a client could make any number of series.
+    """
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        common = {"namespace": "rag_retrieval", "registry": self.registry}
+        self.requests = Counter("requests", "Requests by path and status.", ("path", "status"), **common)
+        self.request_seconds = Histogram(
+            "request_seconds", "From a rerank request's first byte to its answer.", buckets=SECONDS, **common
+        )
+        self.pairs = Counter("pairs", "Pairs scored.", **common)
+        self.tokens = Counter("tokens", "Tokens scored.", **common)
+        self.truncated = Counter("truncated_pairs", "Documents that were not read whole.", **common)
+        self.batch_pairs = Histogram("batch_pairs", "Pairs scored together.", buckets=PAIRS, **common)
+        self.batch_seconds = Histogram("batch_seconds", "Time of one batch.", buckets=SECONDS, **common)
+        self.requests_inside = Gauge("requests_inside", "Requests that were taken and not answered.", **common)
+        self.queue_pairs = Gauge("queue_pairs", "Pairs that wait for a batch.", **common)
+
+    def watch(self, requests_inside: Callable[[], int], queue_pairs: Callable[[], int]) -> None:
+        """Where the two gauges are read from."""
+        self.requests_inside.set_function(requests_inside)
+        self.queue_pairs.set_function(queue_pairs)
+
+    def count_batch(self, pairs: int, tokens: int, seconds: float) -> None:
+        self.pairs.inc(pairs)
+        self.tokens.inc(tokens)
+        self.batch_pairs.observe(pairs)
+        self.batch_seconds.observe(seconds)

@@ -1,0 +1,143 @@
+"""What the server needs of a reranker: texts to tokens in pieces, tokens to scores, scores to documents.
+
+`encode` may be called from several threads at once, `score` from one alone. A document without text is not read by the
+model; equal documents of a request are computed once.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from rag_retrieval.infer.backend import Backend
+from rag_retrieval.infer.long_documents import EncodedDocument, PassageEncoder, combine_all, document_tokens
+from rag_retrieval.infer.results import ScoreType, shown_scores
+from rag_retrieval.models.options import OVERLAP
+from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.http import RequestError
+from rag_retrieval.serve.schemas import RerankTask
+
+FORWARD_PAIRS = 256  # of one forward at most; the backend bounds it by tokens besides
+PIECE_CHARACTERS = 50_000  # tokenized at a time: some 20 ms, for which other requests wait
+BATCH_SECONDS = 0.2  # of a batch: what comes in meanwhile waits for it
+LEAST_TOKENS, MOST_TOKENS = 512, 65_536  # of a batch that was measured
+
+
+@dataclass
+class EncodedTask:
+    """Filled piece by piece. query_ids: by query, of this request's alone. documents: by text. truncated: texts that
+    are not read whole."""
+
+    query_ids: dict[str, np.ndarray] = field(default_factory=dict)
+    documents: dict[str, EncodedDocument] = field(default_factory=dict)
+    truncated: set[str] = field(default_factory=set)
+
+    @property
+    def pairs(self) -> list[EncodedPair]:
+        return [pair for document in self.documents.values() for pair in document.pairs]
+
+
+class RerankModel:
+    """name: what answers call it. long_document, overlap: as for `Reranker.rerank`."""
+
+    def __init__(self, name: str, backend: Backend, long_document: str, overlap: int = OVERLAP):
+        self.name = name
+        self.backend = backend
+        self.encoder = PassageEncoder(backend.pair_encoder, long_document, overlap)
+
+    @property
+    def score_type(self) -> ScoreType:
+        """Of what is shown where no logits are asked for."""
+        return shown_scores(np.empty(0, np.float32), self.backend.calibration, normalize=True)[1]
+
+    def pieces(self, task: RerankTask) -> Iterator[list[str]]:
+        """The distinct documents with a text, in lists of at most PIECE_CHARACTERS, or of one longer document."""
+        piece, characters = [], 0
+        for text in dict.fromkeys(task.documents):
+            if not text.strip():
+                continue
+            if piece and characters + len(text) > PIECE_CHARACTERS:
+                yield piece
+                piece, characters = [], 0
+            piece.append(text)
+            characters += len(text)
+        if piece:
+            yield piece
+
+    def encode(self, task: RerankTask, texts: list[str], encoded: EncodedTask) -> None:
+        """Adds a piece to `encoded`. Raises RequestError where a text is too long and the request forbids to cut it."""
+        kept = [self._beginning(text, task.max_document_tokens) for text in texts]
+        documents = self.encoder.encode([(task.query, text) for text in kept], encoded.query_ids)
+        for text, beginning, document in zip(texts, kept, documents, strict=True):
+            if document.truncated or len(beginning) < len(text):
+                if not task.truncate:
+                    place, limit = task.place(task.documents.index(text)), self.backend.pair_encoder.max_length
+                    found = f"longer, with its query, than the {limit} tokens of this model"
+                    raise RequestError(422, f"{place}: {found}; shorten it, or leave truncate out")
+                encoded.truncated.add(text)
+            encoded.documents[text] = document
+
+    def _beginning(self, text: str, most_tokens: int | None) -> str:
+        if most_tokens is None:
+            return text
+        tokens = document_tokens(self.backend.pair_encoder, text)
+        return text if len(tokens.content) <= most_tokens else text[: tokens.span(0, most_tokens)[1]]
+
+    def score(self, pairs: list[EncodedPair]) -> np.ndarray:
+        """Logits: [pairs], float32."""
+        return self.backend.score(pairs, FORWARD_PAIRS)
+
+    def logits(self, task: RerankTask, encoded: EncodedTask, scores: list[np.float32]) -> np.ndarray:
+        """[documents], float32, in the order of the request; -inf without text. scores: of `encoded.pairs`. Raises
+        ValueError for scores that are no numbers."""
+        combined = combine_all(self.encoder, list(encoded.documents.values()), np.array(scores, np.float32))
+        logit_of = {text: scored.score for text, scored in zip(encoded.documents, combined, strict=True)}
+        return np.array([logit_of.get(text, -np.inf) for text in task.documents], np.float32)
+
+    def shown(self, logits: np.ndarray, raw: bool) -> tuple[np.ndarray, ScoreType]:
+        return shown_scores(logits, self.backend.calibration, normalize=not raw)
+
+
+# ---- before the server listens --------------------------------------------------------------------------
+
+
+def warm_up(model: RerankModel, batcher: Batcher, batch_tokens: int | None) -> None:
+    """Sets the batcher's `batch_tokens`; None: what is scored in BATCH_SECONDS, at least LEAST_TOKENS. Raises what
+    scoring raises, and ValueError for a tokenizer with tokens that the model does not have.
+
+    The first pairs are short ones, and one that must be cut or sliced, so that settings which cannot do that fail here.
+    """
+    task = RerankTask("query", ["one", "two", "three", "four", "word " * 2 * model.backend.pair_encoder.max_length])
+    encoded = EncodedTask()
+    model.encode(task, task.documents, encoded)
+    pairs = encoded.pairs
+    batcher.submit(pairs).result()  # memory, threads, kernels
+    check_vocabulary(model, batcher, pairs[0])
+    batcher.batch_tokens = measured_tokens(batcher, pairs) if batch_tokens is None else batch_tokens
+
+
+def check_vocabulary(model: RerankModel, batcher: Batcher, pair: EncodedPair) -> None:
+    """Scores the last token of the tokenizer: else a text could ask for a row that the embedding does not have."""
+    vocabulary = model.backend.pair_encoder.own.get_vocab()
+    token = max(vocabulary, key=vocabulary.get)
+    ids = pair.ids.copy()
+    ids[pair.document_start] = vocabulary[token]
+    try:
+        batcher.submit([replace(pair, ids=ids)]).result()
+    except Exception as error:
+        found = f"the last token of its tokenizer, {token!r} ({vocabulary[token]}), cannot be scored"
+        raise ValueError(f"{model.name}: {found}: {error}; the model's embedding may have fewer rows") from error
+
+
+def measured_tokens(batcher: Batcher, pairs: list[EncodedPair]) -> int:
+    """Tokens that are scored in BATCH_SECONDS, from LEAST_TOKENS to MOST_TOKENS. A few pairs would not show what a GPU
+    can do, so they are doubled until they take half of that time."""
+    while True:
+        tokens, started = sum(map(len, pairs)), time.perf_counter()
+        batcher.submit(pairs).result()
+        seconds = time.perf_counter() - started
+        if seconds >= BATCH_SECONDS / 2 or tokens >= MOST_TOKENS:
+            return min(max(round(tokens / seconds * BATCH_SECONDS), LEAST_TOKENS), MOST_TOKENS)
+        pairs = pairs * 2

@@ -1,0 +1,225 @@
+"""The command `serve`: from a configuration to a server that listens, its connections, and how it stops.
+
+uvicorn itself bounds neither the number of connections nor the time that one may take to send a request, drops a
+client that has closed its sending half, answers malformed HTTP in plain text, and at a signal closes its port at once
+and ends by that signal. Here the port stays open while requests are inside, so that new ones get a 503 that says why,
+and a load balancer sees /health turn.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import resource
+import socket
+import uuid
+from ipaddress import ip_address
+from pathlib import PurePath
+from types import FrameType
+from typing import ClassVar
+
+import h11
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from rag_retrieval.infer.backend import Backend
+from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.serve.app import RerankService
+from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.config import TOKEN_VARIABLE, ServeConfig
+from rag_retrieval.serve.http import Admission, ServerMetrics, error_body, read_token
+from rag_retrieval.serve.reranking import MOST_TOKENS, RerankModel, warm_up
+
+KEEP_ALIVE = 30  # seconds that an idle connection stays open: longer than those of clients' pools, which are 5 to 15
+HEADER_SECONDS = 10  # from a connection's or a request's first byte to the end of its headers
+GRACE = 5  # seconds beyond the time-out of requests in which their answers are sent
+MOST_CONNECTIONS = 4096
+OTHER_FILES = 256  # descriptors that are left for everything but connections
+BACKLOG = 64  # connections that wait to be accepted; asyncio accepts so many before it looks at one of them
+PROBE_SECONDS = 0.2
+LOG_SECONDS = 10  # at most one line about connections in so many
+
+log = logging.getLogger(__name__)
+
+
+def serve(config: ServeConfig) -> int:
+    """The exit code: 0 when a signal has stopped the server. Raises ValueError and OSError for a wrong token, port or
+    model.
+
+    A wrong token or port is an error before the model is loaded, and the port listens after the model has scored its
+    first pairs: whoever reaches the server finds it ready.
+    """
+    token = read_token(config.token_file)
+    with bound_socket(config.host, config.port) as opened:
+        if token is None and not ip_address(opened.getsockname()[0]).is_loopback:
+            log.warning("other machines see %s, and no token is asked for: set %s", config.host, TOKEN_VARIABLE)
+        backend = open_backend(config.model, config.model_options())
+        try:
+            serve_backend(config, backend, token, opened)
+        finally:
+            backend.close()
+    return 0
+
+
+def serve_backend(config: ServeConfig, backend: Backend, token: bytes | None, opened: socket.socket) -> None:
+    """Returns when a signal has stopped the server."""
+    model = RerankModel(config.name or PurePath(config.model).name, backend, config.long_document, config.overlap)
+    metrics = ServerMetrics()
+    with Batcher(model.score, MOST_TOKENS, metrics.count_batch) as batcher:
+        warm_up(model, batcher, config.batch_tokens)
+        log.info("%s is loaded; batches of %s tokens", model.name, f"{batcher.batch_tokens:,}")
+        service = RerankService(config, model, batcher, metrics, token)
+        run_server(service.app, service.admission, opened, config.timeout)
+        service.close()
+
+
+# ---- connections ----------------------------------------------------------------------------------------
+
+
+class Connection(H11Protocol):
+    """One connection. most: how many there may be; beyond it, the one is closed whose client has sent no request for
+    the longest time. waiting: those between requests, in this order."""
+
+    most: ClassVar[int] = MOST_CONNECTIONS
+    waiting: ClassVar[dict["Connection", None]] = {}
+    dropped: ClassVar[int] = 0  # since the last line in the log
+    last_logged: ClassVar[float] = -math.inf
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.half_closed = False
+        self.waiting[self] = None
+        self.header_timer: asyncio.TimerHandle | None = self.loop.call_later(HEADER_SECONDS, self.drop)
+        if len(self.connections) > self.most:
+            next(iter(self.waiting)).drop()
+
+    def data_received(self, data: bytes) -> None:
+        if self in self.waiting and self.header_timer is None:
+            self.header_timer = self.loop.call_later(HEADER_SECONDS, self.drop)
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.half_closed:
+            self.transport.close()
+        elif self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.waiting[self] = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _stop_waiting(self) -> None:
+        self.waiting.pop(self, None)
+        if self.header_timer is not None:
+            self.header_timer.cancel()
+            self.header_timer = None
+
+    def drop(self) -> None:
+        """Close without an answer: nothing was asked in time, or the room is needed."""
+        self._stop_waiting()
+        self.connections.discard(self)
+        self.transport.abort()
+        kind = type(self)
+        kind.dropped += 1
+        if self.loop.time() - kind.last_logged > LOG_SECONDS:
+            log.warning("%d connections without a request closed, %d are open", kind.dropped, len(self.connections))
+            kind.last_logged, kind.dropped = self.loop.time(), 0
+
+    def eof_received(self) -> bool:
+        """The client will send no more. Whether it still reads shows when something is written to it: the system of
+        one that has gone refuses that, and the next write fails."""
+        if self.cycle is None or self.cycle.response_complete:
+            return False
+        self.half_closed = True
+        for seconds in (0, PROBE_SECONDS):
+            self.loop.call_later(seconds, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        if not self.cycle.response_started and self.scope["http_version"] == "1.1":
+            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps(error_body(400, f"no HTTP/1.1 request: {msg}", uuid.uuid4().hex)).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+
+# ---- start and stop -------------------------------------------------------------------------------------
+
+
+class Server(uvicorn.Server):
+    """Logs where it listens once it does. Stops at SIGTERM or SIGINT once nothing is inside, at a second one now."""
+
+    def __init__(self, config: uvicorn.Config, admission: Admission):
+        super().__init__(config)
+        self.admission = admission
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        log.info("listening on %s", address_of(sockets[0]))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # not uvicorn's own: it would raise the signal again at the end, and the exit code would not be 0
+        if self.admission.stopping:
+            self.should_exit = self.force_exit = True
+        self.admission.stopping = True
+
+    async def on_tick(self, counter: int) -> bool:
+        done = self.admission.stopping and self.admission.requests == 0
+        return await super().on_tick(counter) or done
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Bound and not listening, so that clients are refused until the model is there. Raises OSError."""
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = addresses[0]
+        opened = socket.socket(family, kind, protocol)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    return opened
+
+
+def address_of(opened: socket.socket) -> str:
+    """`http://127.0.0.1:8080`."""
+    host, port = opened.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def most_connections() -> int:
+    """As many as the process may open files, less those that it needs itself."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return min(MOST_CONNECTIONS, max(limit - OTHER_FILES, limit // 2))
+
+
+def run_server(app: Starlette, admission: Admission, opened: socket.socket, timeout: float) -> None:
+    """Serve until a signal. timeout: seconds that a request may take."""
+    Connection.most = most_connections()
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        backlog=BACKLOG,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=math.ceil(timeout) + GRACE,
+    )
+    Server(config, admission).run(sockets=[opened])
+    log.info("stopped")
