@@ -8,12 +8,20 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import Config, FileOrFolder, ModelName, Only, OutputPath, key
+from rag_retrieval.models.options import (
+    LONG_DOCUMENT,
+    LONG_DOCUMENT_DEFAULT,
+    LONG_DOCUMENT_HELP,
+    OVERLAP,
+    OVERLAP_HELP,
+)
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 MARGINS = ("absolute_margin", "relative_margin", "max_score")
 
 BEIR = Only("data in BEIR layout", lambda config: os.path.isdir(config.data))
 RECORDS = Only("data that are a file of records", lambda config: not os.path.isdir(config.data))
+RERANKER = Only("a reranker", lambda config: config.reranker is not None)
 DENSE = Only("candidates dense and fused", lambda config: config.candidates != "bm25")
 
 
@@ -105,6 +113,8 @@ class MiningConfig(Config):
         "max_score, and in the output.",
         min_length=1,
     )
+    long_document: Literal[LONG_DOCUMENT] = key(LONG_DOCUMENT_HELP, LONG_DOCUMENT_DEFAULT, only=RERANKER)
+    overlap: int = key(OVERLAP_HELP, OVERLAP, only=RERANKER, ge=0)
     seed: int = key("Seed of the draw.", 42, ge=0)
     device: str | None = key("Of the models, such as cpu or cuda:1. Absent: a GPU if there is one.", min_length=1)
 

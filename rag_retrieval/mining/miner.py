@@ -34,6 +34,7 @@ class Miner:
             config.seed,
         )
         device = choose_device(config)
+        self.long_documents = (config.long_document, config.overlap)
         self.reranker = None
         if config.reranker is not None:
             from rag_retrieval.infer.reranker import Reranker
@@ -55,7 +56,7 @@ class Miner:
         if self.reranker is not None:
             from rag_retrieval.mining.reranking import rerank
 
-            scores, positive_scores = rerank(self.reranker, query, rows, self.corpus)
+            scores, positive_scores = rerank(self.reranker, query, rows, self.corpus, *self.long_documents)
         kept = np.flatnonzero(below_positives(scores, positive_scores, self.rules, dropped))
         kept = draw(query, kept, self.rules, dropped)
         return Mined(

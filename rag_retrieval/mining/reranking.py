@@ -11,14 +11,18 @@ from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.mining.queries import Query
 
 
-def rerank(reranker: Reranker, query: Query, rows: np.ndarray, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+def rerank(
+    reranker: Reranker, query: Query, rows: np.ndarray, corpus: Corpus, long_document: str, overlap: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(scores of the documents `rows`, scores of the query's positives), float32. ValueError for one not finite.
+    long_document, overlap: of `Reranker.rerank`.
 
     One call for each query: in a larger batch the last bits of a score would depend on the other queries.
     """
     documents = [corpus.text(row) for row in (*rows.tolist(), *query.positives.tolist())]
     try:
-        scores = reranker.compute_score([(query.text, document) for document in documents])
+        pairs = [(query.text, document) for document in documents]
+        scores = reranker.compute_score(pairs, long_document=long_document, overlap=overlap)
     except ValueError as error:
         raise ValueError(f"reranker: {reranker.backend.name}, query {query.text[:60]!r}: {error}") from error
     return scores[: len(rows)], scores[len(rows) :]
