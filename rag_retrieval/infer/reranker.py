@@ -143,7 +143,7 @@ class Reranker:
         longer than half of the room is cut too; "max_slice": in slices, and the best one's score is the document's;
         "mean_slice": their mean; "first_slice": the first alone. Slices keep the query whole unless it takes more than
         three quarters of the room. overlap: tokens that neighbouring slices share, at most half a slice. On MedQuAD, a
-        MiniLM trained at 256 tokens has nDCG@10 FIGURES truncated and FIGURES by its best slices, which compute 2.4
+        MiniLM trained at 256 tokens has nDCG@10 .745 truncated and .737 by its best slices, which compute 2.4
         times the tokens (docs/reranker.md has the table and the command).
 
         Raises ValueError that names the argument and the position, as `documents[3]`.
