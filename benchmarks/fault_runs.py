@@ -27,7 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from rag_retrieval.train.checkpoints import CheckpointStore, Saver
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.reranker import run as _  # noqa: F401  imported before the fork
-from rag_retrieval.train.reranker.reranker_task import RerankerTask
+from rag_retrieval.train.reranker.task import RerankerTask
 from rag_retrieval.train.reranker.train_reranker import leave, main
 
 PHASES = {

@@ -135,6 +135,7 @@ def watch_memory(process: subprocess.Popen) -> tuple[int, int]:
 def train_with_laps(started: float, laps_file: Path, arguments: list[str]) -> int:
     """The trainer's `main`, its functions wrapped so that they note when they end. started: perf_counter of
     the process that started this one; the clock is the machine's."""
+    from rag_retrieval.train import run as any_run
     from rag_retrieval.train.loop import Trainer
     from rag_retrieval.train.reranker import run
     from rag_retrieval.train.reranker.train_reranker import main as train
@@ -152,9 +153,9 @@ def train_with_laps(started: float, laps_file: Path, arguments: list[str]) -> in
 
     before(run, "run", lambda: note("imports"))
     after(run, "open_validation", lambda: note("store"))
-    after(run, "prepare_for_training", lambda: note("model"))
+    after(any_run, "prepare_for_training", lambda: note("model"))
     after(run, "report_data", lambda: note("report"))
-    after(run, "build_trainer", lambda: note("trainer"))
+    after(any_run, "build_trainer", lambda: note("trainer"))
     before(Trainer, "train_step", lambda: note("batch"))
     after(Tracking, "train", stop)
     return train(arguments)

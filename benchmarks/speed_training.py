@@ -141,13 +141,15 @@ def run_ours(trainer, clock: StepClock) -> None:
 
 
 def our_trainer(job: Job, first: int, output_dir: Path, log_interval: int = 10):
-    """The trainer that `rag_retrieval.train.reranker.run` builds, about to take optimizer step `first`."""
+    """The trainer that `rag_retrieval.train.run` builds, about to take optimizer step `first`."""
     from accelerate.state import AcceleratorState
     from transformers import set_seed
 
     from rag_retrieval.train.checkpoints import TrainState
     from rag_retrieval.train.launch import build_accelerator
-    from rag_retrieval.train.reranker import run
+    from rag_retrieval.train.reranker.run import RerankerTraining
+    from rag_retrieval.train.run import build_trainer, provenance
+    from rag_retrieval.train.setup import prepare_for_training
 
     config = our_config(job, output_dir, log_interval)
     AcceleratorState._reset_state(reset_partial_state=True)  # else it keeps the precision of an earlier run
@@ -159,13 +161,14 @@ def our_trainer(job: Job, first: int, output_dir: Path, log_interval: int = 10):
         config.gradient_accumulation_steps,
         config.max_grad_norm,
     )
-    files = run.open_training_files(config)
+    training = RerankerTraining(config)
+    training.open_data()
     set_seed(config.seed)
-    scorer = run.load_scorer(config)
-    adapter = run.prepare_for_training(scorer, config)
+    model = training.load_model()
+    adapter = prepare_for_training(model, config)
     state = TrainState("speed", step=first)
-    origin = run.provenance(config, accelerator, [file.store for file in files], None)
-    return run.build_trainer(config, accelerator, files, None, scorer, adapter, state, origin)
+    origin = provenance(training, accelerator)
+    return build_trainer(training, accelerator, model, adapter, state, origin)
 
 
 def our_config(job: Job, output_dir: Path, log_interval: int):

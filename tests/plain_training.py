@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 
+import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rag_retrieval.data.store import open_store
 from rag_retrieval.train.reranker.config import RerankerConfig
-from rag_retrieval.train.reranker.model_setup import load_scorer
 from rag_retrieval.train.reranker.objective import configured_objective
+from rag_retrieval.train.reranker.run import load_scorer
 from rag_retrieval.train.reranker.training_data import RerankerMicroBatch, SamplingOptions, TrainingSteps
 from rag_retrieval.train.steps import StepShape
 
@@ -92,10 +93,11 @@ def step_groups(config: RerankerConfig, records_per_step: int) -> Iterator[list[
 
 
 def groups_of(batch: RerankerMicroBatch) -> Iterator[Group]:
-    ids = [row.tolist() for row in batch.pairs.token_ids.split(batch.pairs.lengths)]
+    ends = np.cumsum(batch.pairs.lengths)[:-1]
+    ids = [row.tolist() for row in np.split(batch.pairs.ids, ends)]
     types = [[0] * len(row) for row in ids]
-    if batch.pairs.token_types is not None:
-        types = [row.tolist() for row in batch.pairs.token_types.split(batch.pairs.lengths)]
+    if batch.pairs.types is not None:
+        types = [row.tolist() for row in np.split(batch.pairs.types, ends)]
     start = 0
     for row, mask in enumerate(batch.mask):
         labels = batch.labels[row][mask].tolist()

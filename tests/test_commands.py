@@ -183,17 +183,6 @@ def test_an_uninstalled_checkout_trains_from_any_folder(tmp_path):
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.timeout(1500)
-def test_the_quickstart_prints_the_three_rows_and_examples(tmp_path):
-    options = f"--output_dir {tmp_path / 'quick'}"
-    text = run_command("rag-retrieval quickstart", ROOT, options, timeout=1400, threads=None)
-    rows = dict(re.findall(r"^  (\S.*?)\s{2,}(0\.\d{4})\s+0\.\d{4}$", text, flags=re.MULTILINE))
-    assert list(rows) == ["BM25's order", "the base's embeddings, cosine", "the trained reranker"]
-    before = max(float(rows["BM25's order"]), float(rows["the base's embeddings, cosine"]))
-    assert float(rows["the trained reranker"]) >= before + 0.05
-    assert text.count("query: ") == 3 and str(tmp_path / "quick" / "model") in text
-
-
 def test_the_page_s_evaluation_runs_and_writes_its_report(tmp_path):
     pytest.importorskip("matplotlib")
     command = commands_of(DOCS / "evaluation.md", "rag-retrieval evaluate")[0]

@@ -10,10 +10,12 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.live import Live
     from rich.table import Table
 
 logger = logging.getLogger(__name__)
@@ -66,47 +68,68 @@ class _ConsoleHandler(logging.Handler):
 
 
 class Progress:
-    """`with Progress(total, "encoding", "documents") as progress: progress.update(n)`
+    """`with Progress(total, "encoding", "documents") as progress: progress.update(n)`, from any thread
 
     total: in `unit`; the unit B is shown as kB, MB and so on. done: of total, what an earlier run has finished; speed
-    and time left are computed from the rest. shown: False on all processes but the first. A bar on a terminal;
-    elsewhere a log line every `LOG_EVERY` seconds.
+    and time left are computed from the rest. shown: False on all processes but the first. A live bar on a terminal and
+    in a notebook, with `note` behind it; elsewhere a log line every `LOG_EVERY` seconds, where `logged`.
     """
 
-    def __init__(self, total: int, description: str, unit: str, done: int = 0, shown: bool = True):
-        self.description, self.unit, self.shown = description, unit, shown
+    def __init__(
+        self, total: int, description: str, unit: str, done: int = 0, shown: bool = True, logged: bool = True
+    ):
+        self.description, self.unit, self.note = description, unit, ""
         self.total, self.before, self.done = total, done, done
-        self.started = self.logged = time.monotonic()
-        self.bar = None
+        self.shown, self.logged, self.lock = shown, logged, Lock()
+        self.started = self.last_line = time.monotonic()
+        self.bar: Live | None = None
 
     def __enter__(self) -> "Progress":
-        if self.shown and sys.stderr.isatty():
+        return self.start()
+
+    def __exit__(self, *error) -> None:
+        self.stop()
+
+    def start(self) -> "Progress":
+        if self.shown and (sys.stderr.isatty() or _console().is_jupyter):
             from rich.live import Live
 
             self.bar = Live(get_renderable=self._row, console=_console(), refresh_per_second=4, redirect_stdout=False)
             self.bar.start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def stop(self) -> None:
         if self.bar:
             self.bar.stop()
 
     def update(self, count: int = 1) -> None:
-        self.done += count
         now = time.monotonic()
-        if self.shown and not self.bar and now - self.logged >= LOG_EVERY:
-            self.logged = now
-            logger.info("%s: %s", self.description, self.describe(now - self.started))
+        with self.lock:
+            self.done += count
+            line_is_due = self.shown and self.logged and not self.bar and now - self.last_line >= LOG_EVERY
+            if line_is_due:
+                self.last_line = now
+        if line_is_due:
+            logger.info("%s: %s", self.description, self.describe())
 
-    def describe(self, seconds: float) -> str:
-        """`1,500 of 4,000 pairs, 10.0 a second, 0:04:10 left`. seconds: since the beginning."""
-        rate = (self.done - self.before) / seconds if seconds > 0 else 0.0
-        left = str(timedelta(seconds=round((self.total - self.done) / rate))) if rate else "?"
+    def describe(self, seconds: float | None = None) -> str:
+        """`1,500 of 4,000 pairs, 10.0 a second, 0:04:10 left`. seconds: since the beginning; absent: until now."""
+        rate, left = self._rate(seconds), self.time_left(seconds)
         if self.unit == "B":
             from rich.filesize import decimal
 
             return f"{decimal(self.done)} of {decimal(self.total)}, {decimal(int(rate))} a second, {left} left"
         return f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left"
+
+    def time_left(self, seconds: float | None = None) -> str:
+        """0:04:10, or ? before anything is done."""
+        rate = self._rate(seconds)
+        return str(timedelta(seconds=round((self.total - self.done) / rate))) if rate else "?"
+
+    def _rate(self, seconds: float | None) -> float:
+        """Per second, of what this run has done."""
+        seconds = time.monotonic() - self.started if seconds is None else seconds
+        return (self.done - self.before) / seconds if seconds > 0 else 0.0
 
     def _row(self) -> "Table":
         from rich.progress_bar import ProgressBar
@@ -116,5 +139,7 @@ class Progress:
         for overflow in ("ellipsis", "crop", "ellipsis"):
             row.add_column(no_wrap=True, overflow=overflow)
         bar = ProgressBar(self.total, self.done, width=BAR_WIDTH)
-        row.add_row(self.description, bar, self.describe(time.monotonic() - self.started))
+        row.add_row(self.description, bar, self.describe())
+        if self.note:
+            row.add_row("", "", self.note)
         return row

@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from rag_retrieval.core.log import Progress
 from rag_retrieval.evaluate.evaluation import name_of
 from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.export.onnx_graph import input_names, write_graph
@@ -25,7 +25,6 @@ from rag_retrieval.infer.onnx_backend import OnnxBackend
 from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
 from rag_retrieval.models.calibration import write_calibration
 from rag_retrieval.models.open import open_scorer
-from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import score_encoded
@@ -56,7 +55,7 @@ def export_reranker(config: ExportConfig) -> Exported:
     """
     output = Path(config.output)
     check_output(output)
-    scorer = open_scorer(config.model, ModelOptions(device="cpu"))
+    scorer = open_scorer(config.model, config.model_options().model_copy(update={"device": config.device or "cpu"}))
     check = read_check_data(config, scorer.pair_encoder)
     expected = own_scores(config.model, scorer, check)
     with folder_aside(output) as folder:
@@ -86,8 +85,8 @@ def check_output(folder: Path) -> None:
 
 def own_scores(model: str, scorer: PairScorer, check: CheckData) -> np.ndarray:
     """[pairs], float32. Raises ValueError for scores that are no numbers."""
-    with tqdm(total=len(check.encoded), unit="pair", disable=None) as bar:
-        scores = score_encoded([scorer], check.encoded, BATCH_SIZE, "no", bar).numpy()
+    with Progress(len(check.encoded), "scoring with the model", "pairs") as progress:
+        scores = score_encoded([scorer], check.encoded, BATCH_SIZE, "no", progress).numpy()
     if not np.isfinite(scores).all():
         raise ValueError(f"{model}: gives the score {scores[~np.isfinite(scores)][0]}; are there NaN in its weights?")
     return scores

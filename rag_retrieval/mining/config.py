@@ -7,29 +7,28 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import Config, FileOrFolder, ModelName, Only, OutputPath, key
-from rag_retrieval.models.options import (
-    LONG_DOCUMENT,
-    LONG_DOCUMENT_DEFAULT,
-    LONG_DOCUMENT_HELP,
-    OVERLAP,
-    OVERLAP_HELP,
-)
+from rag_retrieval.core.config import FileOrFolder, ModelName, Only, OutputPath, key
+from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 MARGINS = ("absolute_margin", "relative_margin", "max_score")
 
 BEIR = Only("data in BEIR layout", lambda config: os.path.isdir(config.data))
 RECORDS = Only("data that are a file of records", lambda config: not os.path.isdir(config.data))
-RERANKER = Only("a reranker", lambda config: config.reranker is not None)
 DENSE = Only("candidates dense and fused", lambda config: config.candidates != "bm25")
 
 
-class MiningConfig(Config):
-    """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply"."""
+class MiningConfig(ModelOptions, LongDocumentOptions):
+    """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply".
+
+    The options for opening a model are the reranker's; device is that of dense_model too.
+    """
 
     main_keys: ClassVar = ("data", "output", "candidates", "num_negatives", "reranker")
-    groups: ClassVar = {"data": "Data", "candidates": "Candidates", "num_negatives": "Negatives"}
+    groups: ClassVar = {
+        "long_document": "Long documents", "model_type": "Opening the reranker", "data": "Data",
+        "candidates": "Candidates", "num_negatives": "Negatives",
+    }  # fmt: skip
 
     data: FileOrFolder = Field(
         min_length=1, description="A folder in BEIR layout, or a file of ranking records (its positives are used)."
@@ -113,10 +112,7 @@ class MiningConfig(Config):
         "max_score, and in the output.",
         min_length=1,
     )
-    long_document: Literal[LONG_DOCUMENT] = key(LONG_DOCUMENT_HELP, LONG_DOCUMENT_DEFAULT, only=RERANKER)
-    overlap: int = key(OVERLAP_HELP, OVERLAP, only=RERANKER, ge=0)
     seed: int = key("Seed of the draw.", 42, ge=0)
-    device: str | None = key("Of the models, such as cpu or cuda:1. Absent: a GPU if there is one.", min_length=1)
 
     @field_validator("output")
     @classmethod

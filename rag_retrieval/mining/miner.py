@@ -23,7 +23,7 @@ class Miner:
     """Built once for a run: loads the models, and builds what the work folder lacks."""
 
     def __init__(self, config: MiningConfig, corpus: Corpus, work: WorkFolder):
-        self.corpus, self.depth = corpus, config.last_rank
+        self.config, self.corpus, self.depth = config, corpus, config.last_rank
         self.rules = Rules(
             config.num_negatives,
             config.first_rank,
@@ -34,12 +34,11 @@ class Miner:
             config.seed,
         )
         device = choose_device(config)
-        self.long_documents = (config.long_document, config.overlap)
         self.reranker = None
         if config.reranker is not None:
-            from rag_retrieval.infer.reranker import Reranker
+            from rag_retrieval.mining.reranking import open_reranker
 
-            self.reranker = Reranker(config.reranker, device=device)
+            self.reranker = open_reranker(config, device)
         self.search = make_search(search_options(config), corpus, work, device)
 
     def mine(self, queries: Sequence[Query]) -> Iterator[Mined]:
@@ -56,7 +55,7 @@ class Miner:
         if self.reranker is not None:
             from rag_retrieval.mining.reranking import rerank
 
-            scores, positive_scores = rerank(self.reranker, query, rows, self.corpus, *self.long_documents)
+            scores, positive_scores = rerank(self.reranker, query, rows, self.corpus, self.config)
         kept = np.flatnonzero(below_positives(scores, positive_scores, self.rules, dropped))
         kept = draw(query, kept, self.rules, dropped)
         return Mined(

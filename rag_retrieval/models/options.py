@@ -14,12 +14,7 @@ from rag_retrieval.core.config_reader import error_message
 
 LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
 LONG_DOCUMENT_DEFAULT = "truncate"  # measured: see `Reranker.rerank`
-LONG_DOCUMENT_HELP = (
-    "How a document that does not fit beside the query is read: truncate, its beginning; max_slice, in slices, and the "
-    "best one's score counts; mean_slice, their mean; first_slice, the first alone."
-)
 OVERLAP = 64  # tokens
-OVERLAP_HELP = "Tokens that neighbouring slices of a long document share, at most half a slice."
 NUMBER_FORMATS = {
     "float32": "fp32", "no": "fp32", "False": "fp32", "bfloat16": "bf16", "float16": "fp16"
 }  # fmt: skip
@@ -97,8 +92,14 @@ class ModelOptions(Config):
 class LongDocumentOptions(Config):
     """How documents are read that do not fit beside their query: `rerank` describes the values."""
 
-    long_document: Literal[LONG_DOCUMENT] = Field(LONG_DOCUMENT_DEFAULT, description=LONG_DOCUMENT_HELP)
-    overlap: int = Field(OVERLAP, ge=0, description=OVERLAP_HELP)
+    long_document: Literal[LONG_DOCUMENT] = Field(
+        LONG_DOCUMENT_DEFAULT,
+        description="How a document that does not fit beside the query is read: truncate, its beginning; max_slice, in "
+        "slices, and the best one's score counts; mean_slice, their mean; first_slice, the first alone.",
+    )
+    overlap: int = Field(
+        OVERLAP, ge=0, description="Tokens that neighbouring slices of a long document share, at most half a slice."
+    )
 
 
 def model_options(**values: Any) -> ModelOptions:

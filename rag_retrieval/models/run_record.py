@@ -17,7 +17,10 @@ from rag_retrieval.models.settings import PACKAGE_PREFIX
 
 CONFIGURATION_FILE, METRICS_FILE = "training_config.yaml", "metrics.jsonl"
 RUN_FILE, PROVENANCE_FILE, DATA_FILE = "run.json", "provenance.json", "data_summary.json"
-OF_THE_MACHINE = {"output_dir", "overwrite_output_dir", "resume", "resume_with_changes", "num_workers", "log_with"}
+LOCAL_ONLY_KEYS = {
+    *("output_dir", "overwrite_output_dir", "resume", "resume_with_changes"),
+    *("num_workers", "wait_minutes", "log_with"),
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def shown(name: str) -> str:
 
 def shown_configuration(configuration: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what is absent, what only says where and how it ran, and paths."""
-    values = {key: value for key, value in configuration.items() if key not in OF_THE_MACHINE}
+    values = {key: value for key, value in configuration.items() if key not in LOCAL_ONLY_KEYS}
     return without_paths(values)
 
 

@@ -19,8 +19,8 @@ from typing import Literal, Protocol, get_args
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from rag_retrieval.core.log import Progress
 from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.text_scoring import CHUNK_PAIRS, Pairs, score_texts
@@ -180,13 +180,13 @@ def score_pairs(
     if show_progress_bar is None:
         show_progress_bar = len(pairs) > 10 * options.batch_size and sys.stderr.isatty()
     encode = encoder_for(scorer, options.max_length).encode
-    with tqdm(total=len(pairs), unit="pair", disable=not show_progress_bar) as bar:
+    with Progress(len(pairs), "scoring", "pairs", shown=show_progress_bar) as progress:
 
         def score(encoded: Sequence[EncodedPair]) -> list[float]:
-            return score_encoded(scorers, encoded, options.batch_size, options.precision, bar).tolist()
+            return score_encoded(scorers, encoded, options.batch_size, options.precision, progress).tolist()
 
         scores = score_texts(pairs, encode, score, CHUNK_PAIRS * len(scorers))
-        bar.update(len(pairs) - bar.n)  # those that repeat others
+        progress.update(len(pairs) - progress.done)  # those that repeat others
     return torch.tensor(scores, dtype=torch.float32)
 
 
@@ -195,7 +195,7 @@ def score_encoded(
     encoded: Sequence[EncodedPair],
     batch_size: int,
     precision: Precision | None = None,
-    bar: tqdm | None = None,
+    progress: Progress | None = None,
 ) -> torch.Tensor:
     """Scores in the order of `encoded`: [pairs], float32, on the CPU. A device is waited for once.
 
@@ -207,7 +207,7 @@ def score_encoded(
 
     def score(scorer: Scorer) -> Scored:
         with scoring_mode(scorer, precision):
-            return joined(score_forwards(scorer, encoded, waiting, batch_size, bar))
+            return joined(score_forwards(scorer, encoded, waiting, batch_size, progress))
 
     if len(scorers) == 1:
         scored = [score(scorers[0])]
@@ -252,7 +252,7 @@ def score_forwards(
     encoded: Sequence[EncodedPair] | Mapping[int, EncodedPair],
     waiting: deque[list[int]],
     batch_size: int,
-    bar: tqdm | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Scored]:
     """The forwards of `waiting`, positions in `encoded`, until none is left; several threads may share it.
 
@@ -266,9 +266,8 @@ def score_forwards(
             return
         scores = forward_if_it_fits(scorer, [encoded[position] for position in part])
         if scores is not None:
-            if bar is not None:
-                with bar.get_lock():
-                    bar.update(len(part))
+            if progress is not None:
+                progress.update(len(part))
             yield part, scores
             continue
         sizes = sizes_of(encoded[position] for position in part)

@@ -4,9 +4,9 @@ A finished configuration has every value in it; None there means "off" or "does 
 imports torch: a wrong configuration is reported before anything heavy is loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
@@ -71,6 +71,9 @@ class TrainingConfig(Config):
         "Resume though model, data, loss, schedule or batch differ from the checkpoint's.", False)
     seed: int = key("Seed of new weights, data order, sampling and dropout.", 42, ge=0)
     num_workers: int = key("Data loading processes beside each training process.", 2, ge=0)
+    wait_minutes: float = key(
+        "Minutes that a process waits for another, which reads data or writes a large model, before the run ends.",
+        30.0, gt=0)
 
     # Steps
     epochs: int = key("Passes over the training data. Also written epoch.", 1, ge=1)
@@ -112,6 +115,11 @@ class TrainingConfig(Config):
     num_max_checkpoints: int = key("Newest checkpoints to keep, beside the best.", 3, ge=1)
     log_interval: int = key("Optimizer steps between two logged lines.", 10, ge=1)
     log_with: Literal["wandb", "tensorboard"] | None = key("Tracker beside our JSONL.")
+
+    @classmethod
+    def resolved_entries(cls, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The training files of a finished configuration's values: of each its path, and what it says of itself."""
+        return [{"path": values.get("train_dataset")}]
 
     def to_yaml(self) -> str:
         """Every key with its resolved value; `load_config` reads it back as an equal object."""

@@ -22,8 +22,6 @@ from rag_retrieval.train.run_folder import TRACKER_FOLDER
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = timedelta(hours=3)  # processes wait for the one that reads data or writes a large model
-
 
 class LaunchError(RuntimeError):
     """The launcher's settings and the machine or the configuration do not fit."""
@@ -36,9 +34,10 @@ def build_accelerator(
     batch_size: int,
     accumulation: int,
     max_grad_norm: float | None,
+    wait_minutes: float = 30.0,
 ) -> Accelerator:
     """The Accelerator of this run. batch_size: records per micro-batch and process. accumulation: micro-batches
-    per step.
+    per step. wait_minutes: how long a process waits for another in any exchange.
 
     Raises LaunchError when accelerate's settings contradict these or when the processes that were started do not
     form one group.
@@ -53,7 +52,7 @@ def build_accelerator(
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / TRACKER_FOLDER)),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(backend=backend, timeout=PATIENCE),
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=wait_minutes)),
         ],
     )
     check_one_group(accelerator.num_processes)

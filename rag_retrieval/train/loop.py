@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -65,7 +66,8 @@ class Trainer:
         self.saved_step = state.step
         self.checks = StepChecks(accelerator, optimizer)
         # counts are exchanged between hosts: asking a device for them would stall it in every step
-        self.hosts = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        several, wait = accelerator.num_processes > 1, timedelta(minutes=settings.wait_minutes)
+        self.hosts = distributed.new_group(backend="gloo", timeout=wait) if several else None
         self.stop_request, self.agreed_stop = StopRequest(), 0
 
     def _check_resumable(self) -> None:

@@ -58,6 +58,9 @@ class Task(Protocol):
     def load_model(self, folder: Path) -> None:
         """Bring the bare model to the weights that `save_model` wrote."""
 
+    def rehearse(self) -> None:
+        """Before the first step, on the main process: raise ValueError where what was trained could not be exported."""
+
     def export(self, folder: Path, results: Path) -> None:
         """Write the finished folders of the run (`model`, and `adapter` where there is one) into the empty folder
         `results`, from what `save_model` wrote (main process only)."""
@@ -65,7 +68,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Counts are optimizer steps unless they say otherwise; None switches a thing off.
+    """Counts are optimizer steps unless they say otherwise; None switches a thing off. wait_minutes: how long a process
+    waits for another in the exchange at the beginning of a step.
 
     metric_for_best_model: a key of what `Task.evaluate` returns; None where nothing is evaluated.
     """
@@ -77,6 +81,7 @@ class LoopSettings:
     log_interval: int
     num_workers: int
     num_max_checkpoints: int
+    wait_minutes: float = 30.0
     save_steps: int | None = None
     save_on_epoch_end: bool = True
     eval_steps: int | None = None

@@ -8,14 +8,13 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from rag_retrieval.core.files import write_text
+from rag_retrieval.core.log import Progress
 from rag_retrieval.train.failures import translate_storage_errors
 from rag_retrieval.train.run_folder import METRICS_FILE, TRACKER_FOLDER
 
@@ -100,15 +99,12 @@ class Tracking:
             self.file = MetricsFile(output_dir / METRICS_FILE, resumed_step=done)
             if accelerator.log_with:
                 _start_tracker(accelerator, output_dir, run_config)
-        self.started, self.first_step = time.monotonic(), done
-        # a bar in a log file is unreadable: there, one line for each log
-        self.bar = tqdm(
-            total=total_steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
+        # where there is no bar, a line for each report of training values
+        self.progress = Progress(total_steps, "training", "steps", done, logged=False).start()
 
     def step_done(self) -> None:
         if self.shown:
-            self.bar.update(1)
+            self.progress.update()
 
     def train(self, step: int, values: dict[str, float]) -> None:
         """Report training values over the steps since the last report."""
@@ -117,10 +113,10 @@ class Tracking:
         self._write(step, "train", values)
         losses = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.split("/")[0] == "loss")
         brief = f"{losses}  lr {values['lr']:.2e}  {values['pairs_per_second']:.0f} pairs/s"
-        if self.bar.disable:
-            logger.info("step %d/%d  %s  %s left", step, self.total_steps, brief, self._time_left(step))
+        if self.progress.bar:
+            self.progress.note = brief
         else:
-            self.bar.set_postfix_str(brief, refresh=True)
+            logger.info("step %d/%d  %s  %s left", step, self.total_steps, brief, self.progress.time_left())
 
     def evaluation(self, step: int, values: dict[str, float], note: str) -> None:
         if not self.shown:
@@ -133,10 +129,9 @@ class Tracking:
         self.say(f"evaluation at step {step}: {text}{note}")
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """A line, above the bar where there is one."""
         if self.shown:
-            with self.bar.external_write_mode(file=sys.stderr):
-                logger.info(text)
+            logger.info(text)
 
     def _write(self, step: int, kind: str, values: dict[str, float]) -> None:
         with translate_storage_errors(self.output_dir):
@@ -144,17 +139,11 @@ class Tracking:
             if self.accelerator.log_with:
                 self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
-    def _time_left(self, step: int) -> str:
-        seconds = (
-            (time.monotonic() - self.started) / max(step - self.first_step, 1) * (self.total_steps - step)
-        )
-        return tqdm.format_interval(seconds)
-
     def close(self) -> None:
         """Also after an error: what was logged reaches the tracker, and the terminal is left clean."""
         if not self.shown:
             return
-        self.bar.close()
+        self.progress.stop()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 

@@ -1,9 +1,27 @@
-"""How far a long job is, in numbers and in a log file."""
+"""What a person sees of a long job: numbers, lines in a file, a bar on a terminal."""
 
+import json
 import logging
+import os
+import pty
+import subprocess
+import sys
 
 from rag_retrieval.core import log
-from rag_retrieval.core.log import Progress
+from rag_retrieval.core.log import Progress, launched_rank, set_up_logging
+
+JOB = """
+import logging
+from rag_retrieval.core.log import Progress, set_up_logging
+set_up_logging()
+with Progress(1000, "读取语料库读取语料库读取语料库读取语料库", "documents") as progress:
+    progress.update(250)
+    progress.note = "loss 0.5"
+    if progress.bar:
+        progress.bar.refresh()
+    logging.getLogger("rag_retrieval").info("a line of [b]text[/b] " + "x" * 100)
+    progress.update(750)
+"""
 
 
 def test_speed_and_time_left_are_of_what_this_run_does():
@@ -29,3 +47,72 @@ def test_without_a_terminal_a_line_is_logged_when_it_is_due_and_on_the_main_proc
     with Progress(10, "mining", "queries", shown=False) as job:
         job.update(2)
     assert caplog.messages == [line] and not capsys.readouterr().err
+
+
+def run_job(**streams) -> subprocess.Popen:
+    settings = os.environ | {"COLUMNS": "80", "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+    return subprocess.Popen([sys.executable, "-c", JOB], env=settings, **streams)
+
+
+def test_on_a_terminal_a_bar_with_rate_and_time_left_fits_80_columns_below_the_lines():
+    ours, theirs = pty.openpty()
+    process = run_job(stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # how Linux says that the other end of a terminal is closed
+        pass
+    assert process.wait(60) == 0
+    text = shown.decode()
+    assert "250 of 1,000 documents" in text and "1,000 of 1,000 documents" in text
+    assert "a second" in text and "loss 0.5" in text
+    assert "a line of [b]text[/b] " + "x" * 100 in text.replace("\r\n", "")
+
+
+def test_in_a_file_there_are_plain_lines():
+    process = run_job(stderr=subprocess.PIPE)
+    lines = process.communicate(timeout=60)[1].decode().splitlines()
+    assert len(lines) == 1 and lines[0].endswith("a line of [b]text[/b] " + "x" * 100)
+    assert "\x1b" not in lines[0]
+
+
+def test_a_row_is_cut_to_the_terminal_with_chinese_characters_two_columns_wide():
+    from rich.console import Console
+
+    job = Progress(10**9, "读取语料库" * 9, "documents")
+    job.note = "y" * 200
+    console = Console(width=80, file=open(os.devnull, "w"))  # noqa: SIM115
+    lines = console.render_lines(job._row(), pad=False)
+    assert len(lines) == 2
+    for line in lines:
+        text = "".join(segment.text for segment in line)
+        assert sum(2 if character > "\u2e80" else 1 for character in text) <= 80
+
+
+def test_rank_counts_only_in_a_group(monkeypatch):
+    for rank, size, expected in (("3", "4", 3), ("1", None, 0), ("1", "1", 0), (None, None, 0), ("", "", 0)):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        assert launched_rank() == expected
+
+
+def test_setting_up_imports_nothing_heavy_and_an_installed_deepspeed_is_quiet():
+    code = (
+        "import json, logging, sys; from rag_retrieval.core.log import set_up_logging; set_up_logging(); "
+        "print(json.dumps(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))); "
+        "logger = logging.getLogger('DeepSpeed'); file = 'deepspeed/accelerator/real_accelerator.py'; "
+        "logger.handle(logger.makeRecord('DeepSpeed', 30, file, 1, 'no GPU', (), None)); logger.warning('scale is 1')"
+    )
+    settings = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout) == []
+    assert "no GPU" not in done.stderr and "scale is 1" in done.stderr
+
+
+def test_logging_is_set_up_once_and_other_handlers_stay(monkeypatch):
+    root = logging.getLogger()
+    before = list(root.handlers)
+    set_up_logging()
+    assert root.handlers == before or not before

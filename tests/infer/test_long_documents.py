@@ -153,7 +153,7 @@ def test_the_parts_of_a_document_are_its_tokens_and_spans_lie_in_its_text(family
     assert tokens.tail == end or not tokens.tail and end, "the line break after it joins a sign or white space"
     before = encoder.template.before_document
     if before and text.strip():
-        assert encoder.own.decode(tokens.head).strip() == before.strip()
+        assert encoder.fast_tokenizer.decode(tokens.head).strip() == before.strip()
 
 
 def test_what_follows_the_text_in_a_format_ends_every_slice(load_tiny):

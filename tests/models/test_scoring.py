@@ -10,6 +10,7 @@ from pair_samples import some_pairs
 from tiny_models import ENGLISH
 from torch import nn
 
+from rag_retrieval.core import log
 from rag_retrieval.models import scoring
 from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.pair_encoding import PairEncoder
@@ -238,9 +239,14 @@ def test_equal_pairs_are_scored_once_and_tie(load_tiny, monkeypatch):
     assert torch.equal(scores, torch.cat([expected, expected.flip(0), expected]))
 
 
-def test_the_progress_bar_counts_repeated_pairs_too(load_tiny, capsys):
+def test_progress_counts_repeated_pairs_too(load_tiny, monkeypatch, caplog):
+    monkeypatch.setattr(log, "LOG_EVERY", 0.0)
+    caplog.set_level("INFO", "rag_retrieval")
     load_tiny("bert").compute_score(some_pairs(10) * 7, show_progress_bar=True)
-    assert "70/70" in capsys.readouterr().err
+    assert "70 of 70 pairs" in caplog.messages[-1]
+    caplog.clear()
+    load_tiny("bert").compute_score(some_pairs(10) * 7, show_progress_bar=False)
+    assert not any("pairs, " in message for message in caplog.messages)
 
 
 # ---- several devices -------------------------------------------------------------------------------------

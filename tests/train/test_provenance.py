@@ -1,6 +1,8 @@
 from accelerate import Accelerator
 from training_runs import write_jsonl
 
+from rag_retrieval.core.files import content_digest
+from rag_retrieval.data.store import open_store
 from rag_retrieval.train.provenance import Provenance, engine_of, library_versions
 
 
@@ -21,12 +23,10 @@ def test_one_process_and_many_share_an_engine():
 
 
 def test_the_same_data_under_another_name_have_the_same_store(tmp_path):
-    from rag_retrieval.data.store import open_store
-    from rag_retrieval.train.reranker.resume_checks import store_digest
-
     lines = [{"query": "rain", "content": "wet", "label": 1}, {"query": "rain", "content": "dry", "label": 0}]
     one = open_store(write_jsonl(tmp_path / "a.jsonl", lines), cache_dir=tmp_path)
     two = open_store(write_jsonl(tmp_path / "b.jsonl", lines), cache_dir=tmp_path)
-    assert one.folder != two.folder and store_digest(one) == store_digest(two)
+    assert one.folder != two.folder and content_digest(one.files) == content_digest(two.files)
     lines[1]["content"] = "dri"
-    assert store_digest(open_store(write_jsonl(tmp_path / "c.jsonl", lines), cache_dir=tmp_path)) != store_digest(one)
+    other = open_store(write_jsonl(tmp_path / "c.jsonl", lines), cache_dir=tmp_path)
+    assert content_digest(other.files) != content_digest(one.files)

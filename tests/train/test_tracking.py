@@ -74,9 +74,11 @@ def tracking(folder: Path, log_with=None, run_config=None) -> Tracking:
 def test_without_a_terminal_there_are_log_lines(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     made = tracking(tmp_path)
-    made.started -= 60  # ten steps in a minute leave nine minutes
+    made.progress.started -= 60  # ten steps in a minute leave nine minutes
+    for _ in range(10):
+        made.step_done()
     made.train(10, VALUES)
-    assert caplog.messages[-1] == "step 10/100  loss 0.2500  lr 1.00e-04  1000 pairs/s  09:00 left"
+    assert caplog.messages[-1].startswith("step 10/100  loss 0.2500  lr 1.00e-04  1000 pairs/s  0:09:0")
     made.train(10, VALUES | {"loss/a": 0.5, "chance_loss/a": 0.7})
     assert caplog.messages[-1].startswith("step 10/100  loss 0.2500  loss/a 0.5000  lr 1.00e-04")
     made.evaluation(10, {"loss": 0.5, "ndcg@10": 0.75, "queries": 10}, "  (best ndcg@10 so far)")

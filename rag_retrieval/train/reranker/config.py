@@ -54,6 +54,11 @@ def _fitting_dataset_type(config: "RerankerKeys") -> str | None:
 
 
 DECODER = Only("model_type llm_decoder", lambda config: config.model_type == "llm_decoder")
+SCALAR = Only(
+    "model_type llm_decoder with head scalar",
+    lambda config: config.model_type == "llm_decoder" and config.head != "yes_no",
+)
+LAYERS = Only("runs with start_layer", lambda config: config.start_layer is not None)
 YES_NO = Only("head yes_no", lambda config: config.head == "yes_no")
 GROUPED = Only("train_dataset_type grouped", lambda config: config.train_dataset_type == "grouped")
 HUB_TRAINING = Only(
@@ -92,6 +97,12 @@ class RerankerKeys(TrainingConfig):
         "A new scalar head, or yes_no: logit of yes minus logit of no, as Qwen3-Reranker. Then what is not given here "
         "comes with the model, or is Qwen3-Reranker's question in the tokenizer's chat template. Default scalar.",
         only=DECODER, derive=lambda config: "scalar")
+    start_layer: int | None = key(
+        "A score head at every layer from this one on, counted from 1, so that scoring can stop early. Absent: a head "
+        "at the last layer alone.", only=SCALAR, ge=1)
+    layer_distillation: float | None = key(
+        "Weight of the loss by which the heads before the deepest learn its scores. Default 1.", only=LAYERS,
+        derive=lambda config: 1.0, ge=0)
     query_format: EscapedText | None = key(
         'Text around the query, with {} once. Default the model\'s own or "{}"; of a scalar decoder "query: {}".',
         derive=_decoder_format("query_format"))
@@ -151,6 +162,12 @@ class RerankerKeys(TrainingConfig):
         """The entries of `train_dataset`; one file alone is a list of one."""
         entries = self.train_dataset if isinstance(self.train_dataset, list) else [self.train_dataset]
         return [entry if isinstance(entry, Mapping) else {"path": entry} for entry in entries]
+
+    @classmethod
+    def resolved_entries(cls, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The entries of a finished configuration's values; one file alone is an entry that says what the run says."""
+        files = values["train_dataset"]
+        return files if isinstance(files, list) else [_entry(values, 1.0)]
 
     @property
     def files(self) -> list[tuple[Self, float]]:
@@ -289,12 +306,6 @@ def _messages(error: ValidationError) -> Iterator[str]:
     details = {detail["loc"][0]: detail for detail in reversed(error.errors(include_url=False))}  # a union has several
     for name, detail in details.items():
         yield f"{names.get(name, name)}: {error_message(name, detail, RerankerConfig, nested=False)}"
-
-
-def resolved_entries(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries of a finished configuration's values; one file alone is an entry that says what the run says."""
-    files = values["train_dataset"]
-    return files if isinstance(files, list) else [_entry(values, 1.0)]
 
 
 def _entry(values: Mapping[str, Any], weight: float) -> dict[str, Any]:

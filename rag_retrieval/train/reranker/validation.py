@@ -4,10 +4,12 @@ Which pairs share a batch is planned over the whole set before it is dealt to th
 number of processes changes no digit of a metric. Groups are used whole: sampling is for training.
 """
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -16,20 +18,24 @@ from rag_retrieval.data.store import RecordStore
 from rag_retrieval.metrics import LOGGED_METRICS, group_metrics
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
+from rag_retrieval.train.failures import is_out_of_memory
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss
 from rag_retrieval.train.reranker.training_data import layout, rescale
+from rag_retrieval.train.step_checks import WHOLE
 from rag_retrieval.train.task import TrainingError
+
+logger = logging.getLogger(__name__)
 
 ENCODING_CHUNK = 4096  # pairs tokenized at a time
 LOSS_CHUNK = 1024  # groups in one evaluation of the loss
 
 
 class Validation:
-    """Scores a validation store with a model. Build it once: batches are encoded and kept.
+    """Scores a validation store with a model. Build it once: the process's batches are encoded and kept, as int32.
 
-    label_range: what pointwise labels are rescaled from. batch_size: pairs of one forward.
-    names: of the ranking metrics.
-    metrics: names of the values that this data allows to measure.
+    label_range: what pointwise labels are rescaled from. batch_size: pairs of one forward at most. names: of the
+    ranking metrics. max_tokens, padded: see `plan_by_tokens`. metrics: names of the values that this data allows to
+    measure.
     """
 
     def __init__(
@@ -41,6 +47,8 @@ class Validation:
         batch_size: int,
         accelerator: Accelerator,
         names: Sequence[str] = LOGGED_METRICS,
+        max_tokens: int | None = None,
+        padded: bool = True,
     ):
         self.names = names
         self.store, self.objective, self.label_range, self.accelerator = store, objective, label_range, accelerator
@@ -51,30 +59,26 @@ class Validation:
         self.labels = store.labels
         self.relevant_from = relevance_threshold(self.labels)
         self.metrics = self.values(np.zeros(len(self.labels), dtype=np.float32)).keys()
-        self._plan(encoder, batch_size)
+        self._plan(encoder, batch_size, max_tokens, padded)
 
-    def _plan(self, encoder: PairEncoder, batch_size: int) -> None:
-        lengths = [
-            len(pair) for chunk in self._chunks(ENCODING_CHUNK) for pair in self._encode(encoder, chunk)
-        ]
-        plan = plan_by_tokens([[length] for length in lengths], None, max_pairs=batch_size)
+    def _plan(self, encoder: PairEncoder, batch_size: int, max_tokens: int | None, padded: bool) -> None:
+        """Tokenize each pair once, chunk by chunk, and keep the batches of this process."""
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
-        mine = plan[index::processes]
-        self.batches: list[tuple[list[int], TokenBatch]] = [
-            (positions, make_batch(self._encode(encoder, positions))) for positions in mine
-        ]
+        self.batches: list[tuple[list[int], TokenBatch]] = []
+        planned = 0
+        for start in range(0, len(self.labels), ENCODING_CHUNK):
+            pairs = [self.store.pair(place) for place in range(start, min(start + ENCODING_CHUNK, len(self.labels)))]
+            encoded = encoder.encode([(pair.query, pair.document) for pair in pairs])
+            lengths = [[len(pair)] for pair in encoded]
+            for part in plan_by_tokens(lengths, max_tokens, padded=padded, max_pairs=batch_size):
+                if planned % processes == index:
+                    batch = make_batch([encoded[place] for place in part])
+                    self.batches.append(([start + place for place in part], batch))
+                planned += 1
         # engines that exchange weights in the forward need the same number of forwards on every process
-        if len(mine) < math.ceil(len(plan) / processes):
-            self.batches.append(([], make_batch(self._encode(encoder, [0]))))
-
-    def _chunks(self, size: int) -> list[range]:
-        return [
-            range(start, min(start + size, len(self.labels))) for start in range(0, len(self.labels), size)
-        ]
-
-    def _encode(self, encoder: PairEncoder, positions) -> list:
-        pairs = [self.store.pair(position) for position in positions]
-        return encoder.encode([(pair.query, pair.document) for pair in pairs])
+        if len(self.batches) < math.ceil(planned / processes):
+            first = self.store.pair(0)
+            self.batches.append(([], make_batch(encoder.encode([(first.query, first.document)]))))
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The values of `self.metrics`, all finite, and on how many queries they were measured."""
@@ -100,16 +104,32 @@ class Validation:
 
         Raises TrainingError, on every process, when a score is not finite.
         """
-        found = []
+        scored = []
         for positions, batch in self.batches:
-            batch_scores = model(batch).float().cpu().numpy()
+            batch_scores = self._forward(model, batch).float().cpu().numpy()
             if positions:
-                found.append((positions, batch_scores))
+                scored.append((positions, batch_scores))
         scores = np.full(len(self.labels), np.nan, dtype=np.float32)
-        for positions, batch_scores in gather_object(found):
+        for positions, batch_scores in gather_object(scored):
             scores[positions] = batch_scores
         self._check_finite(scores)
         return scores
+
+    def _forward(self, model: nn.Module, batch: TokenBatch) -> torch.Tensor:
+        """Scores: [pairs]. A batch that does not fit in memory is halved, unless the forwards of all processes belong
+        together, or it has one pair."""
+        try:
+            return model(batch)
+        except RuntimeError as error:
+            whole = self.accelerator.distributed_type in WHOLE
+            if not (is_out_of_memory(error) and whole and len(batch) > 1):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(batch) // 2
+        logger.warning("validation: %d pairs do not fit in memory at once, going on with halves", len(batch))
+        halves = (texts_of(batch, 0, middle), texts_of(batch, middle, len(batch)))
+        return torch.cat([self._forward(model, half) for half in halves])
 
     def _check_finite(self, scores: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(scores))
@@ -122,37 +142,47 @@ class Validation:
             )
 
     def mean_loss(self, scores: np.ndarray) -> float:
-        """The training loss over the whole set, each loss divided once by its count; NaN where one of them has nothing
-        to count, or learns from teacher scores that some document has not."""
-        return sum(weighted.weight * self._mean(weighted, scores) for weighted in self.objective.losses)
+        """The training loss over the whole set, each loss of the model's own head divided once by its count; NaN
+        where one of them has nothing to count, or learns from teacher scores that some document has not."""
+        return sum(
+            weighted.weight * self._mean(weighted, scores)
+            for weighted in self.objective.losses if not weighted.from_deepest
+        )  # fmt: skip
 
     def _mean(self, weighted: WeightedLoss, scores: np.ndarray) -> float:
-        total, items, loss = 0.0, 0, weighted.loss
-        units = self._loss_units(weighted)
-        for start in range(0, len(units), LOSS_CHUNK):
-            chunk = units[start : start + LOSS_CHUNK]
-            labels, mask = layout([unit_labels for _, unit_labels in chunk])
-            values, _ = layout([scores[places] for places, _ in chunk])
-            chunk_sum, chunk_count = loss(values, labels, mask)
+        targets = self._targets(weighted)
+        if targets is None:
+            return math.nan
+        total, items = 0.0, 0
+        for rows in self._loss_rows(weighted, scores, targets):
+            chunk_sum, chunk_count = weighted.loss(*rows)
             total, items = total + chunk_sum.item(), items + int(chunk_count)
         return total / items if items else math.nan
 
-    def _loss_units(self, weighted: WeightedLoss) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(pair positions, labels or teacher scores) of everything that the loss takes as one row."""
-        targets = self._targets(weighted)
-        if targets is None:
-            return []
+    def _loss_rows(
+        self, weighted: WeightedLoss, scores: np.ndarray, targets: np.ndarray
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Scores, targets and mask as the loss takes them, chunk by chunk."""
         if weighted.loss.dataset_type == "pointwise":
-            return [(np.array([place]), targets[place : place + 1]) for place in range(len(targets))]
-        if weighted.loss.one_positive:
-            return [unit for group in self.groups for unit in self._one_positive_at_a_time(group)]
-        return [(group, targets[group]) for group in self.groups]
+            values, labels = torch.from_numpy(scores), torch.from_numpy(np.ascontiguousarray(targets))
+            yield values, labels, torch.ones(len(values), dtype=torch.bool)
+            return
+        for start in range(0, len(self.groups), LOSS_CHUNK):
+            groups = self.groups[start : start + LOSS_CHUNK]
+            if weighted.loss.one_positive:
+                units = [unit for group in groups for unit in self._one_positive_at_a_time(group)]
+            else:
+                units = [(group, targets[group]) for group in groups]
+            if units:
+                labels, mask = layout([labels for _, labels in units])
+                values, _ = layout([scores[places] for places, _ in units])
+                yield values, labels, mask
 
     def _targets(self, weighted: WeightedLoss) -> np.ndarray | None:
         """What the loss learns from: float32 [pairs], or None where a document has no teacher score."""
         if weighted.from_teacher:
-            found = self.store.teacher_scores
-            return found if found is not None and np.isfinite(found).all() else None
+            scores = self.store.teacher_scores
+            return scores if scores is not None and np.isfinite(scores).all() else None
         if weighted.loss.dataset_type == "pointwise":
             return rescale(self.labels, *self.label_range)
         return self.store.positives.astype(np.float32) if weighted.loss.reads == "positive" else self.labels
@@ -171,3 +201,12 @@ def relevance_threshold(labels: np.ndarray) -> float:
     if not len(labels) or np.all(labels == np.round(labels)):
         return 1.0
     return float(labels.min() + labels.max()) / 2
+
+
+def texts_of(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
+    """The texts `start` to `stop` of a batch."""
+    first, last = batch.lengths[:start].sum(), batch.lengths[:stop].sum()
+    types = None if batch.types is None else batch.types[first:last]
+    shared = batch.shared[start:stop].copy()
+    shared[0] = 0
+    return TokenBatch(batch.ids[first:last], types, batch.lengths[start:stop], shared)

@@ -2,10 +2,11 @@ from dataclasses import replace
 
 import pytest
 
+from rag_retrieval.train import resume
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.config import RerankerConfig
-from rag_retrieval.train.reranker.resume_checks import MAY_CHANGE, ResumeError, checked_resume, differences
+from rag_retrieval.train.resume import MAY_CHANGE, ResumeError
 
 STATE = TrainState("run", 7, best_metric=0.5, best_step=5, stale_evaluations=1)
 VERSIONS = {"torch": "2.13", "transformers": "5.23"}
@@ -23,6 +24,14 @@ def provenance(engine="DDP", processes=1, data=None, **changes) -> Provenance:
     )
     configuration = RerankerConfig(**(keys | changes)).model_dump()
     return Provenance(configuration, data or {"train_dataset": "aa", "val_dataset": "bb"}, engine, processes, VERSIONS)
+
+
+def checked_resume(state, checkpoint, now, with_changes) -> TrainState:
+    return resume.checked_resume(state, checkpoint, now, RerankerConfig, with_changes)
+
+
+def differences(before: Provenance, now: Provenance):
+    return resume.differences(before, now, RerankerConfig)
 
 
 @pytest.fixture
@@ -74,6 +83,7 @@ FREE = {
     "log_interval": 3,
     "log_with": "wandb",
     "num_workers": 0,
+    "wait_minutes": 5.0,
     "save_steps": 5,
     "save_on_epoch_end": False,
     "num_max_checkpoints": 1,

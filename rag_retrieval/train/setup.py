@@ -1,0 +1,103 @@
+"""The model of a run as the configuration asks for it: partly frozen, with LoRA, compiled; its optimizer.
+
+`model` here is the module that is trained: its `model` is a Hugging Face model, and its `new_parameters` name, as that
+has them, the parameters that no checkpoint gave.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from rag_retrieval.models.packed_model import ATTENTION, packed_attention
+from rag_retrieval.train.config import TrainingConfig
+from rag_retrieval.train.lora import add_lora
+from rag_retrieval.train.optim import make_adamw, parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_for_training(model: Any, config: TrainingConfig) -> Any:
+    """Freeze, checkpoint gradients and add LoRA in place. Returns peft's wrapper, or None without LoRA."""
+    bare = model.model
+    # first: peft makes all else untrainable
+    adapter = add_lora(bare, model.new_parameters, config) if config.lora_r else None
+    if config.freeze_embeddings:
+        embeddings_of(bare).requires_grad_(False)
+    for layer in lower_layers(bare, config.freeze_layers):
+        layer.requires_grad_(False)
+    if config.gradient_checkpointing:
+        # transformers renamed it between 5.17 and 5.23
+        enable = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
+        # the reentrant form needs inputs with gradients, which frozen embeddings and LoRA do not have
+        enable({"use_reentrant": False})
+    if config.torch_compile:
+        compile_layers(bare)
+    return adapter
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile every transformer layer in place, once for all lengths; attention stays as it is.
+
+    Traced into our attention, the compiler would begin anew for every batch, whose segments are Python numbers.
+    """
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(packed_attention))
+    for layer in transformer_layers(model):
+        layer.compile(dynamic=True)
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    return getattr(model, model.base_model_prefix)
+
+
+def embeddings_of(model: PreTrainedModel) -> nn.Module:
+    """Token embeddings with whatever the family adds to them (positions, segments, their norm)."""
+    backbone = backbone_of(model)
+    return getattr(backbone, "embeddings", None) or backbone.get_input_embeddings()
+
+
+def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """From the input on; none where the family keeps them in another way, or shares the weights of all."""
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = [module for module in backbone_of(model).modules() if isinstance(module, nn.ModuleList)]
+    return next((list(stack) for stack in stacks if len(stack) == depth), [])
+
+
+def lower_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
+    """The `count` transformer layers nearest to the input. Raises ValueError when the model has no more."""
+    layers = transformer_layers(model) if count else []
+    if count and not layers:
+        raise ValueError(
+            f"freeze_layers: a {type(model).__name__} has no separate layers: they share one set of weights, or are "
+            "kept in a form that is not known here; leave freeze_layers out, or use freeze_embeddings"
+        )
+    if count and count >= len(layers):
+        raise ValueError(f"freeze_layers {count}: this model has {len(layers)} layers; one at least must be trained")
+    return layers[:count]
+
+
+def new_parameter_names(model: Any) -> set[str]:
+    """Names, as `model` has them, of newly initialised parameters that are trained in full."""
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if name.removeprefix("model.").replace(".modules_to_save.default", "") in model.new_parameters
+    }
+
+
+def make_optimizer(model: Any, config: TrainingConfig) -> torch.optim.Optimizer:
+    new = new_parameter_names(model)
+    groups = list(parameter_groups(model, config.lr, config.head_lr, new, config.weight_decay))
+    if new:
+        logger.info("newly initialised, trained with head_lr %.1e: %s", config.head_lr, ", ".join(sorted(new)))
+    else:
+        logger.info("the model brings its own head: head_lr is not used")
+    return make_adamw(groups, (config.adam_beta1, config.adam_beta2), config.adam_epsilon)
+
+
+def describe_parameters(model: Any) -> str:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"{type(model.model).__name__}, {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained"

@@ -1,0 +1,61 @@
+"""The quickstart: from an installed wheel, in an empty folder; and what it does not touch."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rag_retrieval.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("rag_retrieval", "example_data", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder that has the package as a wheel installs it, built from a copy of the sources."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    for name in SOURCES:
+        path = ROOT / name
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, source / name)
+    arguments = ["--quiet", "--no-deps", "--target", str(target), str(source)]
+    if int(importlib.metadata.version("setuptools").split(".")[0]) >= 77:
+        arguments.insert(0, "--no-build-isolation")  # nothing to download
+    done = subprocess.run([sys.executable, "-m", "pip", "install", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_an_installed_wheel_runs_it_in_any_folder(installed, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    environment.pop("OMP_NUM_THREADS", None)
+    where = "import rag_retrieval; print(rag_retrieval.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == str(installed / "rag_retrieval" / "__init__.py")
+    command = [sys.executable, "-m", "rag_retrieval.cli", "quickstart"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1400)
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^  (\S.*?)\s{2,}(0\.\d{4})\s+0\.\d{4}$", done.stdout, flags=re.MULTILINE))
+    assert list(rows) == ["BM25's order", "the base's embeddings, cosine", "the trained reranker"]
+    before = max(float(rows["BM25's order"]), float(rows["the base's embeddings, cosine"]))
+    assert float(rows["the trained reranker"]) >= before + 0.05
+    assert done.stdout.count("query: ") == 3 and "runs/quickstart/model" in done.stdout
+    assert (tmp_path / "runs" / "quickstart" / "model" / "config.json").is_file()
+
+
+def test_a_folder_that_holds_anything_is_left_as_it_is(tmp_path, capsys):
+    kept = tmp_path / "model" / "config.json"
+    kept.parent.mkdir()
+    kept.write_text("of another run")
+    assert main(["quickstart", "--output_dir", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert str(tmp_path) in message and "--output_dir" in message
+    assert list(tmp_path.rglob("*")) == [kept.parent, kept] and kept.read_text() == "of another run"
