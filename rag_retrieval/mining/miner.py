@@ -33,7 +33,7 @@ class Miner:
             config.sampling == "random",
             config.seed,
         )
-        device = choose_device(config)
+        device = device_of(config)
         self.reranker = None
         if config.reranker is not None:
             from rag_retrieval.mining.reranking import open_reranker
@@ -89,15 +89,13 @@ def _rounded(scores: np.ndarray) -> list[float]:
     return [round(score, 6) for score in scores.tolist()]
 
 
-def choose_device(config: MiningConfig) -> str:
-    """A GPU if there is one and none is named; without a model to run, torch is not even imported.
+def device_of(config: MiningConfig) -> str:
+    """The one named, or else an accelerator if there is one. Without a model to run, torch is not even imported.
 
     Raises ValueError for a device that this machine lacks.
     """
     if config.candidates == "bm25" and config.reranker is None:
         return "cpu"
-    import torch
+    from rag_retrieval.models.devices import choose_device
 
-    from rag_retrieval.models.devices import check_device
-
-    return str(check_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return str(choose_device(config.device))
