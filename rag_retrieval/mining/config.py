@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import Config, FileOrFolder, ModelName, Only, OutputPath, key
+from rag_retrieval.core.config import FileOrFolder, ModelName, Only, OutputPath, key
+from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 MARGINS = ("absolute_margin", "relative_margin", "max_score")
@@ -17,11 +18,17 @@ RECORDS = Only("data that are a file of records", lambda config: not os.path.isd
 DENSE = Only("candidates dense and fused", lambda config: config.candidates != "bm25")
 
 
-class MiningConfig(Config):
-    """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply"."""
+class MiningConfig(ModelOptions, LongDocumentOptions):
+    """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply".
+
+    The options for opening a model are the reranker's; device is that of dense_model too.
+    """
 
     main_keys: ClassVar = ("data", "output", "candidates", "num_negatives", "reranker")
-    groups: ClassVar = {"data": "Data", "candidates": "Candidates", "num_negatives": "Negatives"}
+    groups: ClassVar = {
+        "long_document": "Long documents", "model_type": "Opening the reranker", "data": "Data",
+        "candidates": "Candidates", "num_negatives": "Negatives",
+    }  # fmt: skip
 
     data: FileOrFolder = Field(
         min_length=1, description="A folder in BEIR layout, or a file of ranking records (its positives are used)."
@@ -106,7 +113,6 @@ class MiningConfig(Config):
         min_length=1,
     )
     seed: int = key("Seed of the draw.", 42, ge=0)
-    device: str | None = key("Of the models, such as cpu or cuda:1. Absent: a GPU if there is one.", min_length=1)
 
     @field_validator("output")
     @classmethod

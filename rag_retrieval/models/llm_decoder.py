@@ -266,7 +266,7 @@ def choose_texts(
         own, given, names = *without_answers(own, given, options.instruction), FORMAT_NAMES
     chosen = {}
     for name in names:
-        default = own.get(name, getattr(PROMPTS["en"], name, None))
+        default = own.get(name, getattr(question or PROMPTS["en"], name, None))
         chosen[name] = choose_setting(name, given.get(name), saved and getattr(saved, name), default)
     if not answers:
         return chosen

@@ -231,6 +231,8 @@ def test_missing_libraries_are_told_with_the_command_that_brings_them(data, tmp_
 def test_a_device_that_is_not_there_is_told(data, base, tmp_path):
     with pytest.raises(ValueError, match="'tpu9' is no device of torch"):
         mine(config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], device="tpu9"))
+    with pytest.raises(ValueError, match="meta"):
+        mine(config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], device="meta"))
 
 
 def test_a_teacher_s_score_below_zero_is_no_label_beside_negatives_with_0(data, tmp_path):
