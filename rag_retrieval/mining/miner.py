@@ -6,6 +6,7 @@ little of (none of its words in the query, say) can leave a query without a nega
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Miner:
             config.sampling == "random",
             config.seed,
         )
-        device = choose_device(config)
+        device = device_of(config)
         self.reranker = None
         if config.reranker is not None:
             from rag_retrieval.mining.reranking import open_reranker
@@ -69,7 +70,7 @@ class Miner:
 
 def search_options(config: MiningConfig) -> SearchOptions:
     if config.candidates == "bm25":
-        return SearchOptions("bm25")
+        return SearchOptions("bm25", language=config.language)
     from rag_retrieval.retrieval.encoder import EncoderOptions
 
     encoder = EncoderOptions(
@@ -81,7 +82,8 @@ def search_options(config: MiningConfig) -> SearchOptions:
         config.dense_batch_size,
         config.similarity,
     )
-    return SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
+    options = SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
+    return options if config.candidates == "dense" else replace(options, language=config.language)
 
 
 def _rounded(scores: np.ndarray) -> list[float]:
@@ -89,15 +91,13 @@ def _rounded(scores: np.ndarray) -> list[float]:
     return [round(score, 6) for score in scores.tolist()]
 
 
-def choose_device(config: MiningConfig) -> str:
-    """A GPU if there is one and none is named; without a model to run, torch is not even imported.
+def device_of(config: MiningConfig) -> str:
+    """The one named, or else an accelerator if there is one. Without a model to run, torch is not even imported.
 
     Raises ValueError for a device that this machine lacks.
     """
     if config.candidates == "bm25" and config.reranker is None:
         return "cpu"
-    import torch
+    from rag_retrieval.models.devices import choose_device
 
-    from rag_retrieval.models.devices import check_device
-
-    return str(check_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return str(choose_device(config.device))

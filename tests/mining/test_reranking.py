@@ -23,6 +23,18 @@ def test_scores_are_those_of_compute_score(load_tiny, tmp_path, family):
     assert len(scores) == 2
 
 
+def test_long_documents_are_read_as_the_reranker_reads_them(load_tiny, tmp_path):
+    reranker = Reranker.from_backend(TorchBackend(load_tiny("bert", max_length=48)))
+    texts = [TEXTS[0], " ".join(TEXTS) * 2, TEXTS[1]]
+    query, corpus = Query(TEXTS[2], np.array([0]), [1.0]), corpus_of(tmp_path, texts)
+    for long_document in ("truncate", "max_slice", "mean_slice"):
+        results = reranker.rerank(query.text, texts, long_document=long_document, overlap=5)
+        expected = {result.document_index: result.score for result in results}
+        options = LongDocumentOptions(long_document=long_document, overlap=5)
+        scores, of_positives = rerank(reranker, query, np.array([1, 2]), corpus, options)
+        assert [*of_positives, *scores] == pytest.approx([expected[place] for place in range(3)], abs=1e-5)
+
+
 def test_no_candidates_are_no_scores(model_folders, tmp_path):
     query = Query("panda", np.array([0]), [1.0])
     reranker = Reranker(model_folders["bert"], device="cpu")

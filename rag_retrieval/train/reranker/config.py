@@ -27,7 +27,7 @@ from rag_retrieval.metrics import PATTERNS, parse_metric
 from rag_retrieval.train.config import VALIDATED, TrainingConfig
 
 DatasetType = Literal["pointwise", "grouped"]
-WEIGHT = TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False)])
+WEIGHT = TypeAdapter(Annotated[float, Field(gt=0, le=1e6)])
 TEACHER_LOSSES = [
     loss.name for loss in LOSSES.values() if loss.dataset_type == "pointwise" or loss.reads == "teacher_score"
 ]
@@ -293,7 +293,7 @@ def _entry_problems(entry: Mapping[str, Any]) -> Iterator[str]:
         _weight(entry)
     except ValidationError:
         found = shown_value(entry["weight"])
-        yield f"weight: expected a number above 0, the passes over the file in one epoch, found {found}"
+        yield f"weight: expected passes over the file in one epoch, above 0 and at most a million, found {found}"
 
 
 def _weight(entry: Mapping[str, Any]) -> float:
