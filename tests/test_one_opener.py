@@ -74,7 +74,20 @@ def onnx(folder: Path) -> Path:
     return exported(encoder(folder / "base"), folder / "onnx")
 
 
-KINDS = (encoder, by_sentence_transformers, scalar_decoder, known_prompt, chat_template, onnx)
+def encoder_with_formats(folder: Path) -> Path:
+    formats = dict(query_format="how? {} !", document_format="a file: {}")
+    load_reranker(encoder(folder / "base"), device="cpu", **formats).save_pretrained(folder / "saved")
+    return folder / "saved"
+
+
+def onnx_with_formats(folder: Path) -> Path:
+    return exported(encoder_with_formats(folder), folder / "onnx")
+
+
+KINDS = (
+    encoder, encoder_with_formats, onnx_with_formats, by_sentence_transformers, scalar_decoder, known_prompt,
+    chat_template, onnx,
+)  # fmt: skip
 
 
 # ---- the entries, each from a folder to the scores of the documents -------------------------------------------
@@ -195,7 +208,7 @@ def test_every_entry_gives_the_same_scores(kind, tmp_path):
     folder = kind(tmp_path / "model")
     expected = of_reranker(folder, tmp_path)
     assert np.ptp(expected) > 1e-3
-    for entry in ENTRIES + (() if kind is onnx else OF_WEIGHTS):
+    for entry in ENTRIES + (() if kind in (onnx, onnx_with_formats) else OF_WEIGHTS):
         scratch = tmp_path / entry.__name__
         scratch.mkdir()
         assert entry(folder, scratch) == pytest.approx(expected, abs=1e-5), entry.__name__
