@@ -8,7 +8,7 @@ import torch.distributed as dist
 from pair_samples import some_pairs
 
 from rag_retrieval import CrossEncoder
-from rag_retrieval.models import scoring
+from rag_retrieval.models import process_scoring, scoring
 from rag_retrieval.models.process_scoring import score_over_processes
 
 
@@ -18,7 +18,7 @@ def run(rank: int, world: int, model: str, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=60), world_size=world, rank=rank)
     scorer, pairs, found = CrossEncoder.from_pretrained(model), some_pairs(60), {}
     found["one chunk"] = score_over_processes(scorer, pairs)
-    scoring.CHUNK_PAIRS = score_over_processes.__globals__["CHUNK_PAIRS"] = 25
+    scoring.CHUNK_PAIRS = process_scoring.CHUNK_PAIRS = 25
     forwards = []
     hook = scorer.register_forward_pre_hook(lambda module, arguments: forwards.append(len(arguments[0])))
     found["chunks"] = score_over_processes(scorer, pairs, batch_size=7, max_length=40, normalize=True)
@@ -34,6 +34,13 @@ def run(rank: int, world: int, model: str, folder: str) -> None:
     for name, own in lists.items():
         found[name] = error_of(lambda own=own: score_over_processes(scorer, own))
     found["options"] = error_of(lambda: score_over_processes(scorer, pairs, batch_size=5 + rank))
+    if rank == 0:  # which plans for all
+        plan, process_scoring.plan_forwards = process_scoring.plan_forwards, fail
+    found["planning"] = error_of(lambda: score_over_processes(scorer, pairs))
+    if rank == 0:
+        process_scoring.plan_forwards = plan
+    repeated = [pair for pair in pairs[:20] for _ in range(2)]
+    found["repeated"] = score_over_processes(scorer, repeated)
     if rank:
         scorer.register_forward_pre_hook(fail)
     found["failure"] = error_of(lambda: score_over_processes(scorer, pairs))
@@ -41,8 +48,8 @@ def run(rank: int, world: int, model: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def fail(module, arguments):
-    raise RuntimeError("the second process fails")
+def fail(*arguments):
+    raise RuntimeError("this process fails")
 
 
 def error_of(call) -> str:

@@ -36,6 +36,13 @@ def package(tmp_path, monkeypatch) -> Path:
         del sys.modules[name]
 
 
+def test_every_place_that_the_page_names_is_there():
+    names = [name for name in re.findall(r"`((?:rag_retrieval|tests)/[^`]+)`", PAGE)]
+    assert len(names) > 8 and [name for name in names if not (ROOT / name).exists()] == []
+    for table, file in re.findall(r"`([A-Z_]+)` in `([^`]+)`", PAGE):
+        assert re.search(rf"^{table}\b", (ROOT / file).read_text(encoding="utf-8"), flags=re.M), table
+
+
 def run_values(folder: Path, **changes) -> dict:
     (folder / "base").mkdir()
     return {

@@ -9,20 +9,21 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import NAMES, Config, EscapedText, ModelName, OutputPath, key
+from rag_retrieval.core.config import NAMES, EscapedText, ModelName, OutputPath, key
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName
-from rag_retrieval.models.prompts import PROMPTS, check_places
+from rag_retrieval.models.options import ModelOptions
+from rag_retrieval.models.prompts import PROMPTS, Prompt, check_places
 
 
 def _by_language(part: str) -> Callable[["DistillConfig"], str]:
     return lambda config: getattr(PROMPTS[config.language], part)
 
 
-class DistillConfig(Config):
-    """The configuration of one run."""
+class DistillConfig(ModelOptions):
+    """The configuration of one run. The options for opening a model hold for every teacher."""
 
-    main_keys: ClassVar = ("dataset", "teachers", "output", "max_len", "batch_size")
-    groups: ClassVar = {"dataset": "Data", "teachers": "Teachers", "batch_size": "Scoring"}
+    main_keys: ClassVar = ("dataset", "teachers", "output", "max_length", "batch_size")
+    groups: ClassVar = ModelOptions.groups | {"dataset": "Data", "teachers": "Teachers", "batch_size": "Scoring"}
 
     dataset: DatasetName = Field(min_length=1, description=f"The pairs to score: {DATASET_HELP}.")
     split: str = key("Split of a hub dataset.", "train", min_length=1)
@@ -39,7 +40,6 @@ class DistillConfig(Config):
         description="Rerankers, or causal language models that are asked yes or no: folders, hub names or "
         "package:NAME. The logits of several are averaged.",
     )
-    max_len: int | None = key("Longest pair, in tokens. Absent: as each teacher was saved, else 512.", ge=16)
     language: Literal["en", "zh"] = key("Of the question that a language model is asked.", "en")
     system: EscapedText | None = key(
         "System text of the chat; empty for none. Default by language.", derive=_by_language("system")
@@ -60,11 +60,12 @@ class DistillConfig(Config):
     )
 
     batch_size: int = key("Pairs of one forward pass at most; its tokens bound it besides.", 256, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = key(
-        "Of the teachers' weights. On a GPU float32 weights compute in half precision.", "float32"
-    )
     pairs_per_part: int = key("Pairs that are scored and written together: what a killed run may lose.", 1024, ge=1)
-    trust_remote_code: bool = key("Run Python code that comes with a teacher.", False)
+
+    @property
+    def question(self) -> Prompt:
+        """What a language model is asked that is not known to be a reranker."""
+        return Prompt(self.system, self.instruction, self.prompt, self.yes_token, self.no_token)
 
     @field_validator("teachers")
     @classmethod

@@ -27,8 +27,8 @@ from rag_retrieval.models.settings import resolve_model_path
 logger = logging.getLogger(__name__)
 
 SAMPLE = 1000  # pairs whose tokens are counted
-WITHOUT_EFFECT = {"output", "overwrite", "trust_remote_code"}
-MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
+WITHOUT_EFFECT = {"output", "overwrite", "trust_remote_code", "devices"}
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model", "*.onnx*", "README.md")
 
 
 def distill(config: DistillConfig) -> ScoreSummary:
@@ -75,7 +75,7 @@ def records(config: DistillConfig) -> Iterator[Record]:
 def described(config: DistillConfig) -> dict:
     """What the scores hang on, as JSON can keep it: the settings, with the content of files in place of their names."""
     run = config.model_dump(exclude=WITHOUT_EFFECT)
-    run["device"] = own_device().type  # whose digits differ
+    run["device"] = config.device or own_device().type  # whose digits differ
     run["teachers"] = [model_digest(name) for name in config.teachers]
     if is_file(config.dataset):
         run["dataset"] = content_digest([Path(config.dataset)])

@@ -12,8 +12,7 @@ from rag_retrieval.core.command import CommandFailure
 from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.infer.open_backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.models.options import ModelOptions
-from rag_retrieval.models.prompts import Prompt
+from rag_retrieval.models.settings import YES_NO_NAMES
 
 
 class TeacherError(CommandFailure):
@@ -30,12 +29,12 @@ def load_teachers(config: DistillConfig, device: torch.device) -> list[Reranker]
 
 def load_teacher(name: str, config: DistillConfig, device: torch.device) -> Reranker:
     """A reranker as its folder says it is asked; any other language model is asked the configuration's question."""
-    options = ModelOptions(
-        device=str(device), dtype=config.dtype, trust_remote_code=config.trust_remote_code, max_length=config.max_len
-    )
-    question = Prompt(config.system, config.instruction, config.prompt, config.yes_token, config.no_token)
+    # what belongs to the question changes no teacher that has one of its own
+    options = config.model_options().model_copy(update=dict.fromkeys(YES_NO_NAMES))
+    if options.device is None and options.devices is None:
+        options = options.model_copy(update={"device": str(device)})
     try:
-        return Reranker.from_backend(open_backend(name, options, question))
+        return Reranker.from_backend(open_backend(name, options, config.question))
     except ValueError as error:
         raise ValueError(f"teachers: {error}") from error
 

@@ -68,12 +68,14 @@ def result_of(evaluation: Evaluation) -> dict:
 
 
 def gaps(evaluation: Evaluation) -> dict[str, int]:
-    """What the data lack, and what is left out."""
-    data = evaluation.data
+    """What the data lack, and what is left out. Of queries without a relevant document nothing else is counted."""
+    data, measured = evaluation.data, evaluation.measured
     return {
-        "queries_without_relevant": len(data.qrels) - len(evaluation.measured),
-        "queries_without_candidates": data.queries_without_candidates,
-        "judgments_without_document": data.judgments_without_document,
+        "queries_without_relevant": len(data.qrels) - len(measured),
+        "queries_without_candidates": sum(not data.candidates[query] for query in measured),
+        "judgments_without_document": sum(
+            document not in data.documents for query in measured for document in data.qrels[query]
+        ),
         "queries_with_identical_ids": data.identical_ids,
     }
 
@@ -107,7 +109,8 @@ def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
     more = [
         "",
         describe_probabilities(evaluation.probabilities),
-        f"{too_long:.1%} of the pairs are longer than the limit of {evaluation.max_len} tokens and are truncated",
+        f"{too_long:.1%} of the pairs are longer than {evaluation.max_len} tokens (long_document: "
+        f"{evaluation.config.long_document})",
     ]
     for title, changes in zip(("gained", "lost"), evaluation.changes, strict=True):
         more.append(f"\nqueries that {title} most ({metric}):" if changes else f"\nno query {title}")

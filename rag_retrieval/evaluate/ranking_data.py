@@ -48,15 +48,6 @@ class RankingData:
     def num_pairs(self) -> int:
         return sum(map(len, self.candidates.values()))
 
-    @property
-    def queries_without_candidates(self) -> int:
-        return sum(not documents for documents in self.candidates.values())
-
-    @property
-    def judgments_without_document(self) -> int:
-        """Judged documents that the corpus does not have: no reranker can find them, and they count as missed."""
-        return sum(document not in self.documents for grades in self.qrels.values() for document in grades)
-
 
 class FirstStage(NamedTuple):
     """Candidates, and `source`, `words` and `identical_ids` of `RankingData`."""

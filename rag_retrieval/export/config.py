@@ -5,13 +5,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, ModelName, OutputPath, key
+from rag_retrieval.models.options import ModelOptions
 
 
-class ExportConfig(Config):
+class ExportConfig(ModelOptions):
     """One export. `force` lifts the limits of int8 alone: a float32 graph that differs from the model is wrong, and is
     never kept."""
 
     main_keys: ClassVar = ("model", "output", "quantize", "data", "force")
+    groups: ClassVar = ModelOptions.groups | {"model": "Export"}
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the trained reranker.")
     output: OutputPath = Field(min_length=1, description="Folder to write; one that holds files is refused.")

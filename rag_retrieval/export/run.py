@@ -25,7 +25,6 @@ from rag_retrieval.infer.onnx_backend import OnnxBackend
 from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
 from rag_retrieval.models.calibration import write_calibration
 from rag_retrieval.models.open import open_scorer
-from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import score_encoded
@@ -56,7 +55,7 @@ def export_reranker(config: ExportConfig) -> Exported:
     """
     output = Path(config.output)
     check_output(output)
-    scorer = open_scorer(config.model, ModelOptions(device="cpu"))
+    scorer = open_scorer(config.model, config.model_options().model_copy(update={"device": config.device or "cpu"}))
     check = read_check_data(config, scorer.pair_encoder)
     expected = own_scores(config.model, scorer, check)
     with folder_aside(output) as folder:

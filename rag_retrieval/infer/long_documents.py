@@ -12,7 +12,7 @@ import numpy as np
 from rag_retrieval.infer.backend import Backend
 from rag_retrieval.infer.documents import check_number
 from rag_retrieval.models.options import LONG_DOCUMENT, OVERLAP
-from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, context_tokens, truncate
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, truncate
 from rag_retrieval.models.text_scoring import Pairs, score_texts
 
 LONGEST_QUERY = 0.75  # of the tokens that the fixed parts leave; a longer query is cut to this where slices are made
@@ -157,13 +157,9 @@ def slice_starts(tokens: int, room: int, overlap: int) -> list[int]:
 
 def document_tokens(encoder: PairEncoder, document: str) -> DocumentTokens:
     """The ids that `encoder.document_ids` gives, told apart by the characters that they stand for."""
-    template = encoder.template
-    before, after = template.anchor + template.before_document, template.after_document + template.following_document
-    encoding = encoder.own.encode(before + document + after, add_special_tokens=False)
-    anchor, following = context_tokens(encoder.own, template.anchor, template.following_document)
-    own = slice(anchor, len(encoding) - following)
-    ids, offsets = encoding.ids[own], encoding.offsets[own]
-    first, end = len(before), len(before) + len(document)
+    ids, offsets = encoder.document_offsets(document)
+    first = len(encoder.template.anchor + encoder.template.before_document)
+    end = first + len(document)
     # from both ends, since a document may have a million tokens
     head = next((place for place, (_, stop) in enumerate(offsets) if stop > first), len(ids))
     tail = next((place + 1 for place in range(len(ids) - 1, head - 1, -1) if offsets[place][0] < end), head)

@@ -135,4 +135,5 @@ def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | N
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{file}: no tokenizer that can be read ({error}); export the model anew") from error
-    return PairEncoder(tokenizer, description.template, max_length or description.max_length)
+    is_decoder = description.model_type == "llm_decoder"
+    return PairEncoder(tokenizer, description.template, max_length or description.max_length, is_decoder)

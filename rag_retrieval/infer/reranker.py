@@ -139,10 +139,12 @@ class Reranker:
         pair, at most that of the Reranker.
         normalize: show values in [0, 1] instead of logits: the calibrated probability where the folder has a
         calibration, else the sigmoid; `score_type` of the results says which. The order stays that of the logits.
-        long_document: how a document that does not fit beside the query is read. "max_slice": in slices, and the best
-        one's score is the document's; "mean_slice": their mean; "first_slice": the first alone; "truncate": its
-        beginning, and a query longer than half of the room is cut too. Slices keep the query whole unless it takes
-        more than three quarters of the room. overlap: tokens that neighbouring slices share, at most half a slice.
+        long_document: how a document that does not fit beside the query is read. "truncate": its beginning, and a query
+        longer than half of the room is cut too; "max_slice": in slices, and the best one's score is the document's;
+        "mean_slice": their mean; "first_slice": the first alone. Slices keep the query whole unless it takes more than
+        three quarters of the room. overlap: tokens that neighbouring slices share, at most half a slice. On MedQuAD, a
+        MiniLM trained at 256 tokens has nDCG@10 .745 truncated and .737 by its best slices, which compute 2.4
+        times the tokens (docs/reranker.md has the table and the command).
 
         Raises ValueError that names the argument and the position, as `documents[3]`.
         """

@@ -7,21 +7,30 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import Config, FileOrFolder, ModelName, Only, OutputPath, key
+from rag_retrieval.core.config import FileOrFolder, ModelName, Only, OutputPath, key
+from rag_retrieval.data.words import AUTO
+from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 MARGINS = ("absolute_margin", "relative_margin", "max_score")
 
 BEIR = Only("data in BEIR layout", lambda config: os.path.isdir(config.data))
 RECORDS = Only("data that are a file of records", lambda config: not os.path.isdir(config.data))
+WORDS = Only("candidates bm25 and fused", lambda config: config.candidates != "dense")
 DENSE = Only("candidates dense and fused", lambda config: config.candidates != "bm25")
 
 
-class MiningConfig(Config):
-    """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply"."""
+class MiningConfig(ModelOptions, LongDocumentOptions):
+    """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply".
+
+    The options for opening a model are the reranker's; device is that of dense_model too.
+    """
 
     main_keys: ClassVar = ("data", "output", "candidates", "num_negatives", "reranker")
-    groups: ClassVar = {"data": "Data", "candidates": "Candidates", "num_negatives": "Negatives"}
+    groups: ClassVar = {
+        "long_document": "Long documents", "model_type": "Opening the reranker", "data": "Data",
+        "candidates": "Candidates", "num_negatives": "Negatives",
+    }  # fmt: skip
 
     data: FileOrFolder = Field(
         min_length=1, description="A folder in BEIR layout, or a file of ranking records (its positives are used)."
@@ -53,6 +62,10 @@ class MiningConfig(Config):
 
     candidates: Literal["bm25", "dense", "fused"] = key(
         "Where they come from: words, vectors, or both by reciprocal rank fusion.", "bm25"
+    )
+    language: str | None = key(
+        "Of the words: auto (by the script of each word; Latin is English), plain (words as they are), or a Snowball "
+        "stemmer such as german.", only=WORDS, derive=lambda config: AUTO, min_length=1
     )
     dense_model: ModelName | None = key(
         "A sentence-transformers folder, a plain encoder's, a hub name, or package:NAME.", only=DENSE, min_length=1
@@ -106,7 +119,6 @@ class MiningConfig(Config):
         min_length=1,
     )
     seed: int = key("Seed of the draw.", 42, ge=0)
-    device: str | None = key("Of the models, such as cpu or cuda:1. Absent: a GPU if there is one.", min_length=1)
 
     @field_validator("output")
     @classmethod

@@ -6,6 +6,7 @@ little of (none of its words in the query, say) can leave a query without a nega
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class Miner:
     """Built once for a run: loads the models, and builds what the work folder lacks."""
 
     def __init__(self, config: MiningConfig, corpus: Corpus, work: WorkFolder):
-        self.corpus, self.depth = corpus, config.last_rank
+        self.config, self.corpus, self.depth = config, corpus, config.last_rank
         self.rules = Rules(
             config.num_negatives,
             config.first_rank,
@@ -33,12 +34,12 @@ class Miner:
             config.sampling == "random",
             config.seed,
         )
-        device = choose_device(config)
+        device = device_of(config)
         self.reranker = None
         if config.reranker is not None:
-            from rag_retrieval.infer.reranker import Reranker
+            from rag_retrieval.mining.reranking import open_reranker
 
-            self.reranker = Reranker(config.reranker, device=device)
+            self.reranker = open_reranker(config, device)
         self.search = make_search(search_options(config), corpus, work, device)
 
     def mine(self, queries: Sequence[Query]) -> Iterator[Mined]:
@@ -55,7 +56,7 @@ class Miner:
         if self.reranker is not None:
             from rag_retrieval.mining.reranking import rerank
 
-            scores, positive_scores = rerank(self.reranker, query, rows, self.corpus)
+            scores, positive_scores = rerank(self.reranker, query, rows, self.corpus, self.config)
         kept = np.flatnonzero(below_positives(scores, positive_scores, self.rules, dropped))
         kept = draw(query, kept, self.rules, dropped)
         return Mined(
@@ -69,7 +70,7 @@ class Miner:
 
 def search_options(config: MiningConfig) -> SearchOptions:
     if config.candidates == "bm25":
-        return SearchOptions("bm25")
+        return SearchOptions("bm25", language=config.language)
     from rag_retrieval.retrieval.encoder import EncoderOptions
 
     encoder = EncoderOptions(
@@ -81,7 +82,8 @@ def search_options(config: MiningConfig) -> SearchOptions:
         config.dense_batch_size,
         config.similarity,
     )
-    return SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
+    options = SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
+    return options if config.candidates == "dense" else replace(options, language=config.language)
 
 
 def _rounded(scores: np.ndarray) -> list[float]:
@@ -89,15 +91,13 @@ def _rounded(scores: np.ndarray) -> list[float]:
     return [round(score, 6) for score in scores.tolist()]
 
 
-def choose_device(config: MiningConfig) -> str:
-    """A GPU if there is one and none is named; without a model to run, torch is not even imported.
+def device_of(config: MiningConfig) -> str:
+    """The one named, or else an accelerator if there is one. Without a model to run, torch is not even imported.
 
     Raises ValueError for a device that this machine lacks.
     """
     if config.candidates == "bm25" and config.reranker is None:
         return "cpu"
-    import torch
+    from rag_retrieval.models.devices import choose_device
 
-    from rag_retrieval.models.devices import check_device
-
-    return str(check_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return str(choose_device(config.device))

@@ -122,7 +122,8 @@ class CrossEncoder(PairScorer):
         max_length = choose_max_length(options.max_length, saved, files, tokenizer, model, not new_parameters)
         tokenizer.model_max_length = max_length  # other libraries truncate by it
         formats = choose_formats(files, options, saved)
-        encoder = PairEncoder(tokenizer, template_for(model, tokenizer, formats), max_length)
+        pools_at_eos = model.config.is_encoder_decoder
+        encoder = PairEncoder(tokenizer, template_for(model, tokenizer, formats), max_length, pools_at_eos)
         kept = {name: text for name, text in formats.items() if text != NO_FORMAT}
         settings = RerankerSettings(cls.model_type, max_length, **kept)
         scorer = cls(model, encoder, settings, new_parameters, options.attn_implementation)

@@ -182,7 +182,7 @@ class LLMDecoder(PairScorer):
         check_vocabulary(path, model, tokenizer)
         max_length = choose_max_length(options.max_length, saved, files, tokenizer, model, not new_parameters)
         settings = RerankerSettings(cls.model_type, max_length, **texts, start_layer=start_layer)
-        encoder = PairEncoder(tokenizer, template, max_length)
+        encoder = PairEncoder(tokenizer, template, max_length, split_special_tokens=True)
         scorer = cls(model, encoder, settings, new_parameters, options.attn_implementation)
         scorer.calibration = read_calibration(path)
         return scorer
@@ -266,7 +266,7 @@ def choose_texts(
         own, given, names = *without_answers(own, given, options.instruction), FORMAT_NAMES
     chosen = {}
     for name in names:
-        default = own.get(name, getattr(PROMPTS["en"], name, None))
+        default = own.get(name, getattr(question or PROMPTS["en"], name, None))
         chosen[name] = choose_setting(name, given.get(name), saved and getattr(saved, name), default)
     if not answers:
         return chosen

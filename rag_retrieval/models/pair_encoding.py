@@ -5,12 +5,15 @@ separator, the special token that asks for the score) are never truncated; only 
 tokenized one by one, so a query has the same tokens whatever document stands beside it; `decoder_template`
 says how they are still those of the whole text.
 
-Texts are tokenized by a private copy of the fast tokenizer. The one that transformers holds is changed by every call
-that pads or truncates, and such a call in another thread breaks ("Already borrowed") or truncates what is tokenized
-here. Nothing here imports torch.
+Special tokens inside a text ("[SEP]", "<|im_end|>") are control tokens to a tokenizer: a document could close its own
+slot in a prompt. With `split_special_tokens` such a token is split after its first character and its two halves are
+tokenized apart, so that the text keeps its characters and gives no control token. Decoders split them, and so do
+encoders that pool at the last eos of a row (BART, T5), where a row with another number of them is an error; the other
+encoders read them as they are, as other libraries do. Nothing here imports torch.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -99,9 +102,35 @@ def split_format(name: str, text: str) -> tuple[str, str]:
     return before, after
 
 
-def private_copy(tokenizer: "PreTrainedTokenizerBase | Tokenizer") -> Tokenizer:
-    """The fast tokenizer within, copied, and with padding and truncation off; it takes seconds for 150,000 tokens."""
-    return bare(copy.deepcopy(tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer))
+class TokenizerCopy:
+    """A private copy of a fast tokenizer, with padding and truncation off; made anew when tokens were added to the
+    original. It takes seconds for 150,000 tokens.
+
+    The tokenizer that transformers holds is changed by every call that pads or truncates, and such a call in another
+    thread breaks ("Already borrowed") or truncates what is tokenized here.
+    """
+
+    def __init__(self, original: "PreTrainedTokenizerBase | Tokenizer"):
+        self.original = original if isinstance(original, Tokenizer) else original.backend_tokenizer
+        self._copy()
+
+    def _copy(self) -> None:
+        self.size = self.original.get_vocab_size()
+        self.fast = bare(copy.deepcopy(self.original))
+        added = self.fast.get_added_tokens_decoder().values()
+        special = (re.escape(token.content) for token in added if token.special and len(token.content) > 1)
+        # a position before each, overlapping ones too; without special tokens it matches nothing
+        self.special = re.compile(f"(?={'|'.join(sorted(special, key=len, reverse=True)) or '(?!)'})")
+
+    def current(self) -> "TokenizerCopy":
+        if self.original.get_vocab_size() != self.size:
+            self._copy()
+        return self
+
+    def pieces(self, text: str) -> list[str]:
+        """The text, split after the first character of every special token in it."""
+        places = [match.start() + 1 for match in self.special.finditer(text)]
+        return [text[start:stop] for start, stop in zip([0, *places], [*places, len(text)], strict=True)]
 
 
 def bare(tokenizer: "PreTrainedTokenizerBase | Tokenizer") -> Tokenizer:
@@ -140,10 +169,6 @@ def context_tokens(tokenizer: Tokenizer, context: str, next_char: str) -> tuple[
     return len(alone), len(both) - len(alone)
 
 
-def as_arrays(lists: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    return [np.array(ids, np.int32) for ids in lists]
-
-
 def fit_to_budget(query_tokens: int, document_tokens: int, budget: int) -> tuple[int, int]:
     """How many tokens of each text to keep, both from their beginning, within `budget` tokens.
 
@@ -163,19 +188,20 @@ def truncate(ids: Sequence[int] | np.ndarray, keep: int, end: Sequence[int]) -> 
 class PairEncoder:
     """Encodes pairs for one model: its tokenizer, its template and its limit of `max_length` tokens.
 
-    tokenizer: of transformers or, where there is only a tokenizer.json, of the tokenizers library. own: the private
-    copy that tokenizes. Several threads may use one encoder.
+    tokenizer: of transformers or, where there is only a tokenizer.json, of the tokenizers library.
+    split_special_tokens: whether those inside a text become plain text. Several threads may use one encoder.
     """
 
     tokenizer: "PreTrainedTokenizerBase | Tokenizer"
     template: PairTemplate
     max_length: int
-    own: Tokenizer | None = field(default=None, repr=False)
+    split_special_tokens: bool = False
+    private: TokenizerCopy | None = field(default=None, repr=False, compare=False)
     budget: int = field(init=False)
 
     def __post_init__(self):
-        if self.own is None:
-            object.__setattr__(self, "own", private_copy(self.tokenizer))
+        if self.private is None:
+            object.__setattr__(self, "private", TokenizerCopy(self.tokenizer))
         budget = self.max_length - self.template.fixed_tokens
         least = 2 * (1 + max(len(self.template.query_end), len(self.template.document_end)))
         if budget < least:
@@ -188,6 +214,11 @@ class PairEncoder:
         parts = (self.template.prefix, self.template.middle, self.template.suffix)
         object.__setattr__(self, "_fixed", [np.array(part, np.int32) for part in parts])
 
+    @property
+    def fast_tokenizer(self) -> Tokenizer:
+        """A private copy of the tokenizer, with all tokens that it has now."""
+        return self.private.current().fast
+
     def with_max_length(self, max_length: int) -> "PairEncoder":
         """The same encoder with another limit; the copy of the tokenizer is shared. ValueError for one too small."""
         return self if max_length == self.max_length else replace(self, max_length=max_length)
@@ -195,15 +226,51 @@ class PairEncoder:
     def query_ids(self, queries: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each query with what its format puts beside it, not truncated: int32."""
         template = self.template
-        texts = [template.before_query + text + template.after_query for text in queries]
-        following, first = template.following_query, template.query_first
-        return as_arrays(tokenize_in_context(self.own, texts, template.anchor, following, first))
+        around = (template.before_query, template.after_query, template.following_query)
+        return self._ids(queries, *around, template.query_first)
 
     def document_ids(self, documents: Sequence[str]) -> list[np.ndarray]:
         """As `query_ids`, of documents."""
         template = self.template
-        texts = [template.before_document + text + template.after_document for text in documents]
-        return as_arrays(tokenize_in_context(self.own, texts, template.anchor, template.following_document))
+        return self._ids(documents, template.before_document, template.after_document, template.following_document)
+
+    def _ids(
+        self, texts: Sequence[str], before: str, after: str, following: str, first: bool = False
+    ) -> list[np.ndarray]:
+        private, anchor = self.private.current(), self.template.anchor
+        whole = [before + text + after for text in texts]
+        lists = tokenize_in_context(private.fast, whole, anchor, following, first)
+        if self.split_special_tokens:
+            for place, text in enumerate(texts):
+                if private.special.search(text):
+                    lists[place] = self._ids_and_offsets(text, before, after, following, first)[0]
+        return [np.array(ids, np.int32) for ids in lists]
+
+    def document_offsets(self, document: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `document_ids`, and the characters of each in anchor + before_document + document + ..., the end
+        not included."""
+        template = self.template
+        around = (template.before_document, template.after_document, template.following_document)
+        return self._ids_and_offsets(document, *around)
+
+    def _ids_and_offsets(
+        self, text: str, before: str, after: str, following: str, first: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        private, anchor = self.private.current(), self.template.anchor
+        pieces = private.pieces(text) if self.split_special_tokens else [text]
+        ids, offsets, place = [], [], 0
+        anchor_tokens, following_tokens = context_tokens(private.fast, anchor, following)
+        for number, piece in enumerate(pieces):
+            is_first, is_last = number == 0, number == len(pieces) - 1
+            context = "" if first and is_first else anchor
+            whole = context + (before if is_first else "") + piece + (after + following if is_last else "")
+            encoding = private.fast.encode(whole, add_special_tokens=False)
+            kept = slice(anchor_tokens if context else 0, len(encoding) - (following_tokens if is_last else 0))
+            shift = 0 if is_first else len(before) + place
+            ids += encoding.ids[kept]
+            offsets += [(start + shift, stop + shift) for start, stop in encoding.offsets[kept]]
+            place += len(piece)
+        return ids, offsets
 
     def untruncated_length(self, query_ids: np.ndarray, document_ids: np.ndarray) -> int:
         return self.template.fixed_tokens + len(query_ids) + len(document_ids)

@@ -166,8 +166,9 @@ class PairScorer(nn.Module):
         scored once and get the same score.
         batch_size: pairs per forward pass at most; a forward is bounded by its tokens besides, and on a GPU that
         bound is halved where memory runs out. max_length: tokens per pair; None means the model's own.
-        normalize: the sigmoid of the score, in [0, 1]. After RankNet or listwise training only the order of
-        scores was taught, and this is no probability.
+        normalize: values in [0, 1], calibrated where the model has a calibration, else the sigmoid, which is no
+        probability after RankNet or listwise training. `probabilities` says which. Rank by the scores, which do not tie
+        where probabilities saturate.
         show_progress_bar: None shows one on a terminal when there are more than `10 * batch_size` pairs.
         devices: such as ["cuda:0", "cuda:1"]: a thread scores on each, with a copy of the model for the time of the
         call. None: the model's own device. `score_over_processes` shares more work out, to more devices.
@@ -178,7 +179,7 @@ class PairScorer(nn.Module):
         """
         options = ScoringOptions(batch_size, max_length, precision)
         scores = score_pairs(self, check_pairs(pairs), options, devices, show_progress_bar)
-        return scores.sigmoid() if normalize else scores
+        return probabilities_of(scores, self.calibration).values if normalize else scores
 
     def probabilities(
         self,
@@ -189,8 +190,7 @@ class PairScorer(nn.Module):
         devices: Sequence[str | torch.device] | None = None,
         precision: Precision | None = None,
     ) -> Probabilities:
-        """How probably each document is relevant, by the calibration of the model where it has one; the result
-        says whether. Without one they are sigmoids of the scores, as `compute_score(normalize=True)` gives them.
+        """What `compute_score(normalize=True)` gives, with the calibration that made it or None for the sigmoid.
         Options as for `compute_score`."""
         scores = self.compute_score(
             pairs, batch_size, max_length, show_progress_bar=show_progress_bar, devices=devices, precision=precision

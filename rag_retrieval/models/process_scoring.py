@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from rag_retrieval.core.distributed import gather, is_distributed, on_all, on_main
+from rag_retrieval.models.calibration import probabilities_of
 from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.scoring import (
     Precision,
@@ -54,7 +55,7 @@ def score_over_processes(
     options = ScoringOptions(batch_size, max_length, precision)
     if not is_distributed():
         scores = score_pairs(scorer, check_pairs(pairs), options)
-        return scores.sigmoid() if normalize else scores
+        return probabilities_of(scores, scorer.calibration).values if normalize else scores
     on_all(lambda: check_options(scorer, options, [scorer.device]))
     pairs = on_all(lambda: check_pairs(pairs))
     check_agreement(pairs, options)
@@ -65,7 +66,7 @@ def score_over_processes(
     for positions, values in chain.from_iterable(gather(scored)):
         scores[positions] = values
     scores = scores[places]
-    return scores.sigmoid() if normalize else scores
+    return probabilities_of(scores, scorer.calibration).values if normalize else scores
 
 
 def check_agreement(pairs: Pairs, options: ScoringOptions) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from rag_retrieval.core.log import Progress
+from rag_retrieval.models.calibration import Calibration
 from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.text_scoring import CHUNK_PAIRS, Pairs, score_texts
@@ -56,6 +57,7 @@ class Scorer(Protocol):
     dtype: torch.dtype
     packs: bool
     shares_queries: bool
+    calibration: Calibration | None
 
     def check_max_length(self, max_length: int) -> None: ...
 

@@ -107,8 +107,9 @@ def fixed_texts(encoder: PairEncoder, settings: RerankerSettings) -> tuple[str, 
     if settings.instruction is not None:
         texts = tuple(text.replace(INSTRUCTION, settings.instruction) for text in texts)
     before, between, after = texts
-    bos = "".join(encoder.tokenizer.convert_ids_to_tokens(missing_bos(encoder.tokenizer, encoder.own, before)))
+    tokenizer, fast = encoder.tokenizer, encoder.fast_tokenizer
+    bos = "".join(tokenizer.convert_ids_to_tokens(missing_bos(tokenizer, fast, before)))
     wanted = encoder.encode([("a", "b")])[0].ids.tolist()
     starts = bos + before, f"{bos} {before}"
-    found = (start for start in starts if tokenize(encoder.own, [f"{start}a{between}b{after}"])[0] == wanted)
+    found = (start for start in starts if tokenize(fast, [f"{start}a{between}b{after}"])[0] == wanted)
     return next(found, starts[0]), between, after

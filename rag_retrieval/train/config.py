@@ -54,7 +54,7 @@ class TrainingConfig(Config):
     trust_remote_code: bool = key("Run Python code that comes with the model.", False)
     freeze_embeddings: bool = key("Do not train the embeddings.", False)
     freeze_layers: int = key("Number of lower layers that are not trained.", 0, ge=0)
-    lora_r: int | None = key("Rank of LoRA adapters. Absent: train all weights.", ge=1)
+    lora_r: int | None = key("Rank of LoRA adapters. Absent: train all weights.", ge=1, le=65_536)
     lora_alpha: int | None = key(
         "Scale, as alpha / r. Default 2 x r.", only=LORA, derive=lambda config: 2 * config.lora_r, ge=1)
     lora_dropout: float | None = key("Dropout. Default 0.", only=LORA, derive=lambda config: 0.0, ge=0, lt=1)
@@ -69,7 +69,7 @@ class TrainingConfig(Config):
         "auto (newest checkpoint in output_dir, if any) or a folder.", min_length=1)
     resume_with_changes: bool = key(
         "Resume though model, data, loss, schedule or batch differ from the checkpoint's.", False)
-    seed: int = key("Seed of new weights, data order, sampling and dropout.", 42, ge=0)
+    seed: int = key("Seed of new weights, data order, sampling and dropout.", 42, ge=0, lt=2**32)
     num_workers: int = key("Data loading processes beside each training process.", 2, ge=0)
     wait_minutes: float = key(
         "Minutes that a process waits for another, which reads data or writes a large model, before the run ends.",

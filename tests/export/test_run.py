@@ -164,7 +164,7 @@ def test_bad_input_is_told_before_anything_is_written(model, tmp_path, capsys):
     base = tiny_bert(tmp_path / "base")
     assert "Give a reranker" in error_of(capsys, "--model", base, *out)
     (tmp_path / "base" / "model.safetensors").unlink()
-    assert "model.safetensors" in error_of(capsys, "--model", base, *out)
+    assert "no weights in it" in error_of(capsys, "--model", base, *out)
     assert "found neither corpus.jsonl" in error_of(capsys, "--model", model, *out, "--data", base)
     assert_nothing_left(tmp_path)
 

@@ -96,7 +96,7 @@ def test_every_slice_holds_the_whole_query_and_all_slices_hold_the_whole_documen
     backend = reranker.backend
     score, backend.score = backend.score, lambda pairs, size: seen.extend(pairs) or score(pairs, size)
     try:
-        reranker.rerank(query, [document], overlap=OVERLAP)
+        reranker.rerank(query, [document], overlap=OVERLAP, long_document="max_slice")
     finally:
         del backend.score
     assert [pair.ids.tolist() for pair in seen] == [ids for _, _, ids in slow_slices(backend.scorer, query, document)]
@@ -122,7 +122,7 @@ def test_the_best_slice_is_where_the_answer_stands(rerankers):
 
     filler = "water boils at sea level and at lower temperatures on high mountains. "
     document = filler * 10 + "The capital is Paris Paris Paris. " + filler * 10
-    result = Reranker.from_backend(Counts()).rerank("capital?", [document])[0]
+    result = Reranker.from_backend(Counts()).rerank("capital?", [document], long_document="max_slice")[0]
     start, end = result.slice
     assert "Paris Paris Paris" in document[start:end] and end - start < len(document) / 3
 
@@ -153,7 +153,7 @@ def test_the_parts_of_a_document_are_its_tokens_and_spans_lie_in_its_text(family
     assert tokens.tail == end or not tokens.tail and end, "the line break after it joins a sign or white space"
     before = encoder.template.before_document
     if before and text.strip():
-        assert encoder.own.decode(tokens.head).strip() == before.strip()
+        assert encoder.fast_tokenizer.decode(tokens.head).strip() == before.strip()
 
 
 def test_what_follows_the_text_in_a_format_ends_every_slice(load_tiny):
@@ -162,7 +162,7 @@ def test_what_follows_the_text_in_a_format_ends_every_slice(load_tiny):
     seen = []
     score = reranker.backend.score
     reranker.backend.score = lambda pairs, size: seen.extend(pairs) or score(pairs, size)
-    reranker.rerank("a", [LONG["english"]], overlap=3)
+    reranker.rerank("a", [LONG["english"]], overlap=3, long_document="max_slice")
     texts = [scorer.tokenizer.decode(pair.ids) for pair in seen]
     assert len(texts) > 5
     assert all(text.startswith("query: a\n<d>") and text.endswith("</d>\nrelevance") for text in texts)
@@ -178,7 +178,7 @@ def test_a_query_is_cut_only_beyond_three_quarters_of_the_room(rerankers):
             if len(encoder.query_ids([f"{query} {word}"])[0]) > share * encoder.budget:
                 break
             query = f"{query} {word}"
-        found = reranker.rerank(query, [LONG["english"]])[0]
+        found = reranker.rerank(query, [LONG["english"]], long_document="max_slice")[0]
         assert found.truncated == cut and found.slice is not None
 
 
@@ -187,7 +187,7 @@ def test_formats_that_leave_no_room_for_a_slice_are_an_error_that_says_so(load_t
     fixed = scorer.pair_encoder.template.fixed_tokens
     reranker = Reranker.from_backend(TorchBackend(scorer))
     with pytest.raises(ValueError, match="leaves no room for slices"):
-        reranker.rerank("what is water", [LONG["english"]], max_length=fixed + 8)
+        reranker.rerank("what is water", [LONG["english"]], max_length=fixed + 8, long_document="max_slice")
 
 
 def test_truncate_reads_the_beginning_as_compute_score_does(rerankers):
@@ -216,7 +216,7 @@ def test_slices_of_a_head_that_answers_stand_in_the_whole_prompt(family, tmp_pat
     seen = []
     score = reranker.backend.score
     reranker.backend.score = lambda pairs, size: seen.extend(pairs) or score(pairs, size)
-    result = reranker.rerank("where?", [document])[0]
+    result = reranker.rerank("where?", [document], long_document="max_slice")[0]
     before, after = prompt("where?", "DOCUMENT").split("DOCUMENT")
     start, end = result.slice
     texts = [plain(scorer.tokenizer.decode(pair.ids)).removeprefix("<s>") for pair in seen]

@@ -1,7 +1,9 @@
 """The Reranker against the models' own scores: order, ids, empty documents, many queries, bad input."""
 
+import inspect
 import json
 import shutil
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.infer.results import EMPTY_SCORE, RerankResult
 from rag_retrieval.infer.torch_backend import TorchBackend
 from rag_retrieval.models.calibration import Calibration, write_calibration
+from rag_retrieval.models.options import LONG_DOCUMENT
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
 
 FAMILIES = ["bert", "xlm_roberta", "qwen2", "llama"]
@@ -73,9 +76,9 @@ def test_the_public_name_opens_a_folder(model_folders):
 def test_many_queries_in_one_call_give_what_one_at_a_time_gives(family, rerankers):
     reranker = rerankers[family]
     lists = [DOCUMENTS, [], DOCUMENTS[3:5] + [" ".join(ENGLISH) * 6]]
-    together = reranker.rerank_many(QUERIES, lists, top_k=4)
+    together = reranker.rerank_many(QUERIES, lists, top_k=4, long_document="max_slice")
     for query, documents, found in zip(QUERIES, lists, together, strict=True):
-        alone = reranker.rerank(query, documents, top_k=4)
+        alone = reranker.rerank(query, documents, top_k=4, long_document="max_slice")
         assert found.query == alone.query == query
         assert [result.doc_id for result in found] == [result.doc_id for result in alone]
         assert [result.slice for result in found] == [result.slice for result in alone]
@@ -83,7 +86,7 @@ def test_many_queries_in_one_call_give_what_one_at_a_time_gives(family, reranker
 
 
 def test_many_queries_share_the_calls_of_the_backend(by_length):
-    by_length.rerank_many(["a", "b", "c"], [["x", "y"], ["z"], ["water boils " * 100]])
+    by_length.rerank_many(["a", "b", "c"], [["x", "y"], ["z"], ["water boils " * 100]], long_document="max_slice")
     assert len(by_length.backend.calls) == 1 and by_length.backend.calls[0] > 4
 
 
@@ -153,6 +156,22 @@ def test_batch_size_changes_no_score(rerankers):
         np.testing.assert_allclose(
             reranker.compute_score(pairs, batch_size=3), reranker.compute_score(pairs), atol=2e-6
         )
+
+
+def test_long_documents_are_read_alike_everywhere_unless_something_else_is_asked_for():
+    """Signatures and configurations have one list of values and one default."""
+    from rag_retrieval.evaluate.config import EvaluationConfig
+    from rag_retrieval.mining.config import MiningConfig
+    from rag_retrieval.serve.config import ServeConfig
+
+    for function in (Reranker.rerank, Reranker.rerank_many, Reranker.arerank, Reranker.arerank_many):
+        parameters = inspect.signature(function).parameters
+        assert (parameters["long_document"].default, parameters["overlap"].default) == ("truncate", 64)
+    assert inspect.signature(Reranker.compute_score).parameters["long_document"].default == "truncate"
+    for config in (EvaluationConfig, MiningConfig, ServeConfig):
+        fields = config.model_fields
+        assert (fields["long_document"].default, fields["overlap"].default) == ("truncate", 64)
+        assert set(get_args(fields["long_document"].annotation)) == set(LONG_DOCUMENT)
 
 
 def test_close_closes_the_backend(by_length):

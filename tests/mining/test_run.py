@@ -231,6 +231,8 @@ def test_missing_libraries_are_told_with_the_command_that_brings_them(data, tmp_
 def test_a_device_that_is_not_there_is_told(data, base, tmp_path):
     with pytest.raises(ValueError, match="'tpu9' is no device of torch"):
         mine(config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], device="tpu9"))
+    with pytest.raises(ValueError, match="meta"):
+        mine(config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], device="meta"))
 
 
 def test_a_teacher_s_score_below_zero_is_no_label_beside_negatives_with_0(data, tmp_path):
@@ -256,3 +258,11 @@ def test_dense_scores_are_cosines(data, base, tmp_path):
         query, documents = encoder.queries([line["query"]])[0], encoder.documents(line["pos"] + line["neg"])
         scores = line["candidate_scores"]["pos"] + line["candidate_scores"]["neg"]
         np.testing.assert_allclose(documents @ query, scores, atol=1e-5)
+
+
+def test_the_summary_says_how_words_were_made_and_the_language_can_be_set(tmp_path):
+    pytest.importorskip("Stemmer")
+    for language, expected in (("auto", "english "), ("plain", "plain ")):
+        config = config_of(animal_data(tmp_path / language), tmp_path / language / "out.jsonl", language=language)
+        assert mine(config).words.startswith(expected)
+        assert json.loads((tmp_path / language / "out.summary.json").read_text())["words"].startswith(expected)

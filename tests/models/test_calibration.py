@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from rag_retrieval import CrossEncoder, LLMDecoder
+from rag_retrieval import CrossEncoder, LLMDecoder, score_over_processes
 from rag_retrieval.models.calibration import CALIBRATION_FILE, Calibration, write_calibration
 
 PAIRS = [["where is Paris", "Paris is in France"], ["感冒", "发烧"], ["a", ""]]
@@ -22,8 +22,10 @@ def test_a_saved_calibration_is_used_for_probabilities_and_the_result_says_so(fa
     assert found.calibrated and found.calibration == Calibration(2.0, -0.5, "dev", 10)
     wanted = [1 / (1 + math.exp(-(score / 2.0 - 0.5))) for score in scores.tolist()]
     assert found.values.tolist() == pytest.approx(wanted, rel=1e-5)
-    assert torch.equal(plain.values, scores.sigmoid())
-    assert torch.equal(scorer.compute_score(PAIRS, normalize=True), scores.sigmoid()), "this one stays the sigmoid"
+    assert torch.equal(plain.values, scores.sigmoid()) and plain.score_type == "sigmoid"
+    assert found.score_type == "calibrated"
+    assert torch.equal(scorer.compute_score(PAIRS, normalize=True, batch_size=2), found.values)
+    assert torch.equal(score_over_processes(scorer, PAIRS, normalize=True, batch_size=2), found.values)
 
 
 def test_saving_a_model_leaves_no_calibration_beside_weights_that_may_be_others(model_folders, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -260,3 +261,54 @@ def test_an_encoder_pickled_or_copied_encodes_alike(family):
 
 def test_no_pairs_give_no_encodings():
     assert make_encoder("bert", 16).encode([]) == []
+
+
+# ---- special tokens in texts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_cannot_bring_special_tokens_where_they_are_split(family):
+    encoder = replace(make_encoder(family, 256), split_special_tokens=True)
+    special = [token for token in encoder.tokenizer.all_special_tokens if token != encoder.tokenizer.unk_token]
+    texts = [f"a {token} b{token}{token[:2]}{token}c" for token in special] + [" ".join(special), *TEXTS]
+    allowed = len({*encoder.template.prefix, *encoder.template.middle, *encoder.template.suffix})
+    ids = set(encoder.tokenizer.convert_tokens_to_ids(special))
+    fixed = encoder.join([], [])
+    for pair in encoder.encode([(text, other) for text in texts for other in texts[:3]]):
+        inside = [token for token in pair.ids.tolist() if token in ids]
+        assert inside == [token for token in fixed.ids.tolist() if token in ids], allowed
+    plain = replace(encoder, split_special_tokens=False)
+    assert any(token in ids for token in plain.query_ids(texts[:1])[0].tolist()), "nothing to split"
+    for text in TEXTS:  # others are tokenized as before
+        assert np.array_equal(encoder.query_ids([text])[0], plain.query_ids([text])[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_document_with_offsets_has_the_ids_of_the_document_and_the_characters_of_each(family):
+    for split in (False, True):
+        encoder = replace(make_encoder(family, 256), split_special_tokens=split)
+        special = encoder.tokenizer.all_special_tokens[-1]
+        for document in (TEXTS[0], TEXTS[-1], f"water {special} boils{special}", ""):
+            ids, offsets = encoder.document_offsets(document)
+            assert ids == encoder.document_ids([document])[0].tolist()
+            assert len(offsets) == len(ids)
+            before = len(encoder.template.anchor + encoder.template.before_document)
+            inside = [(max(0, start - before), stop - before) for start, stop in offsets if stop > before]
+            assert all(0 <= start <= stop <= len(document) + 40 for start, stop in inside)
+            covered = {place for start, stop in inside for place in range(start, stop)}
+            assert {place for place, character in enumerate(document) if not character.isspace()} <= covered
+
+
+# ---- one truth for the vocabulary ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_added_to_the_tokenizer_are_those_of_the_next_pair(family):
+    encoder = make_encoder(family, 64)
+    shorter = encoder.with_max_length(32)
+    before = encoder.encode([("xyzzy", "xyzzy plugh")])[0]
+    encoder.tokenizer.add_tokens(["xyzzy"])
+    (new,) = encoder.tokenizer.convert_tokens_to_ids(["xyzzy"])
+    for one in (encoder, shorter, pickle.loads(pickle.dumps(encoder))):
+        pair = one.encode([("xyzzy", "xyzzy plugh")])[0]
+        assert pair.ids.tolist().count(new) == 2 and new not in before.ids

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from pair_samples import some_pairs
-from tiny_models import CHINESE, ENGLISH
+from tiny_models import CHINESE, ENGLISH, save_tiny, xlm_roberta_tokenizer
+from transformers import BartConfig, T5Config
 
+from rag_retrieval import CrossEncoder
+from rag_retrieval.models.packed_model import pairs_to_check
 from rag_retrieval.models.token_batch import make_batch
 
 FAMILIES = ["bert", "xlm_roberta", "qwen2", "llama"]
@@ -169,3 +172,73 @@ def test_scores_on_a_gpu_are_near_those_on_the_cpu_and_hardly_tie(load_tiny, fam
     assert scores.device.type == "cpu" and scores.dtype == torch.float32
     torch.testing.assert_close(scores, expected, atol=0.3, rtol=0.1)
     assert len(set(scores.tolist())) == len(set(expected.tolist()))
+
+
+# ---- odd tokens in texts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm_roberta"])
+def test_special_tokens_inside_a_text_score_as_in_transformers(load_tiny, family):
+    """RoBERTa's positions skip padding tokens, wherever they stand."""
+    scorer = load_tiny(family)
+    assert scorer.packs
+    special = scorer.tokenizer.all_special_tokens
+    pairs = [("water", f"rest {token} may {token} {token} help") for token in special]
+    pairs += [(f"a{scorer.tokenizer.pad_token} query", " ".join(special * 3))]
+    torch.testing.assert_close(scorer.compute_score(pairs), one_by_one(scorer, pairs), atol=1e-5, rtol=0)
+    texts = scorer.tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = scorer.model(**texts).logits[:, 0]
+    torch.testing.assert_close(scorer.compute_score(pairs), expected, atol=1e-5, rtol=0)
+
+
+def test_the_check_at_load_reads_every_special_token(load_tiny):
+    for family in FAMILIES:
+        scorer = load_tiny(family)
+        ids = {token for pair in pairs_to_check(scorer.model, scorer.pair_encoder) for token in pair.ids.tolist()}
+        assert {token for token in scorer.tokenizer.all_special_ids if token < scorer.config.vocab_size} <= ids
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_an_eos_token_inside_one_text_leaves_the_others_their_scores(tmp_path, family):
+    """Both pool at the last eos token of a row, and refuse rows with different numbers of them."""
+    tokenizer = xlm_roberta_tokenizer()
+    common = dict(vocab_size=len(tokenizer), d_model=32, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2)
+    if family == "bart":
+        heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64)
+        config = BartConfig(**common, **heads, encoder_layers=1, decoder_layers=1, init_std=0.2)
+    else:
+        config = T5Config(**common, num_layers=1, num_decoder_layers=1, num_heads=2, d_kv=16, d_ff=64)
+    scorer = CrossEncoder.from_pretrained(save_tiny(tmp_path, config, tokenizer, head_labels=1))
+    pairs = [("water", "boils"), ("water", "rest"), ("fever", "cough")]
+    expected = scorer.compute_score(pairs)
+    scores = scorer.compute_score([*pairs, ("water", "boils </s> and </s> rests")])
+    torch.testing.assert_close(scores[:3], expected, atol=1e-5, rtol=0)
+    assert torch.isfinite(scores).all()
+
+
+def test_tokens_added_to_the_tokenizer_score_as_after_saving(load_tiny, tmp_path):
+    scorer, pairs = load_tiny("bert"), [("xyzzy", "the water xyzzy"), ("water", "boils")]
+    before = scorer.compute_score(pairs)
+    scorer.tokenizer.add_tokens(["xyzzy"])
+    scorer.model.resize_token_embeddings(len(scorer.tokenizer))
+    after = scorer.compute_score(pairs)
+    assert before[0] != after[0] and before[1] == after[1]
+    scorer.save_pretrained(tmp_path)
+    torch.testing.assert_close(CrossEncoder.from_pretrained(tmp_path).compute_score(pairs), after, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
+def test_scores_do_not_depend_on_the_default_dtype(load_tiny, family):
+    scorer, pairs = load_tiny(family), some_pairs(20)
+    expected = scorer.compute_score(pairs)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            for devices in (None, ["cpu", "cpu"]):
+                scores = scorer.compute_score(pairs, devices=devices)
+                assert scores.dtype == torch.float32
+                torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+            assert scorer.compute_score([]).dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)

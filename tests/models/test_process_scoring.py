@@ -53,7 +53,22 @@ def test_pairs_or_options_that_differ_are_refused_on_every_process(found):
 
 @pytest.mark.slow
 def test_an_error_of_one_process_is_raised_on_every_one(found):
-    assert found[0]["failure"].endswith("the work failed on process 1: RuntimeError: the second process fails")
-    assert found[1]["failure"] == "RuntimeError: the second process fails"
+    assert found[0]["failure"].endswith("the work failed on process 1: RuntimeError: this process fails")
+    assert found[1]["failure"] == "RuntimeError: this process fails"
     assert "failed on process 1: ValueError: pairs[60]: the document must be a string" in found[0]["one bad"]
     assert found[1]["one bad"].startswith("ValueError: pairs[60]: the document must be a string")
+
+
+@pytest.mark.slow
+def test_an_error_while_planning_is_raised_on_every_process(found):
+    """Only the first plans; the others would wait for its plan."""
+    assert found[0]["planning"] == "RuntimeError: this process fails"
+    assert found[1]["planning"].endswith("process 0: RuntimeError: this process fails")
+
+
+@pytest.mark.slow
+def test_equal_pairs_tie_over_processes(found, load_tiny):
+    for process in found:
+        assert torch.equal(process["repeated"][::2], process["repeated"][1::2])
+        expected = load_tiny("bert").compute_score(some_pairs(60)[:20])
+        torch.testing.assert_close(process["repeated"][::2], expected, atol=1e-5, rtol=0)

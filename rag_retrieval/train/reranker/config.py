@@ -27,7 +27,7 @@ from rag_retrieval.metrics import PATTERNS, parse_metric
 from rag_retrieval.train.config import VALIDATED, TrainingConfig
 
 DatasetType = Literal["pointwise", "grouped"]
-WEIGHT = TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False)])
+WEIGHT = TypeAdapter(Annotated[float, Field(gt=0, le=1e6)])
 TEACHER_LOSSES = [
     loss.name for loss in LOSSES.values() if loss.dataset_type == "pointwise" or loss.reads == "teacher_score"
 ]
@@ -54,6 +54,11 @@ def _fitting_dataset_type(config: "RerankerKeys") -> str | None:
 
 
 DECODER = Only("model_type llm_decoder", lambda config: config.model_type == "llm_decoder")
+SCALAR = Only(
+    "model_type llm_decoder with head scalar",
+    lambda config: config.model_type == "llm_decoder" and config.head != "yes_no",
+)
+LAYERS = Only("runs with start_layer", lambda config: config.start_layer is not None)
 YES_NO = Only("head yes_no", lambda config: config.head == "yes_no")
 GROUPED = Only("train_dataset_type grouped", lambda config: config.train_dataset_type == "grouped")
 HUB_TRAINING = Only(
@@ -92,6 +97,12 @@ class RerankerKeys(TrainingConfig):
         "A new scalar head, or yes_no: logit of yes minus logit of no, as Qwen3-Reranker. Then what is not given here "
         "comes with the model, or is Qwen3-Reranker's question in the tokenizer's chat template. Default scalar.",
         only=DECODER, derive=lambda config: "scalar")
+    start_layer: int | None = key(
+        "A score head at every layer from this one on, counted from 1, so that scoring can stop early. Absent: a head "
+        "at the last layer alone.", only=SCALAR, ge=1)
+    layer_distillation: float | None = key(
+        "Weight of the loss by which the heads before the deepest learn its scores. Default 1.", only=LAYERS,
+        derive=lambda config: 1.0, ge=0)
     query_format: EscapedText | None = key(
         'Text around the query, with {} once. Default the model\'s own or "{}"; of a scalar decoder "query: {}".',
         derive=_decoder_format("query_format"))
@@ -282,7 +293,7 @@ def _entry_problems(entry: Mapping[str, Any]) -> Iterator[str]:
         _weight(entry)
     except ValidationError:
         found = shown_value(entry["weight"])
-        yield f"weight: expected a number above 0, the passes over the file in one epoch, found {found}"
+        yield f"weight: expected passes over the file in one epoch, above 0 and at most a million, found {found}"
 
 
 def _weight(entry: Mapping[str, Any]) -> float:

@@ -34,19 +34,24 @@ REMEDIES = (
 
 @dataclass(frozen=True)
 class WeightedLoss:
-    """weight: factor in [0, 1]. from_teacher: whether it learns from teacher scores rather than from labels."""
+    """weight: factor, at least 0. from_teacher: whether it learns from teacher scores rather than from labels.
+    from_deepest: whether it learns from the scores of the model's deepest head, in place of either."""
 
     loss: Loss
     weight: float
     from_teacher: bool
+    from_deepest: bool = False
 
     def targets(self, labels: Tensor, teacher_scores: Tensor | None) -> Tensor:
+        if self.from_deepest:
+            return torch.zeros_like(labels)  # what it learns from is not known before the forward, and changes no count
         return teacher_scores if self.from_teacher else labels
 
 
 @dataclass(frozen=True)
 class Objective:
-    """losses: one, or two of the same dataset_type of which the second learns from a teacher.
+    """losses: one, or two of the same dataset_type of which the second learns from a teacher; for a model with heads at
+    several layers, last, the one that learns from the deepest head.
 
     Tensors are laid out as the losses want them: [pairs] or [groups, documents]. teacher_scores may be None where no
     loss reads them.
@@ -62,6 +67,11 @@ class Objective:
     @property
     def grouped(self) -> bool:
         return self.losses[0].loss.dataset_type == "grouped"
+
+    @property
+    def layered(self) -> bool:
+        """Whether the model has heads at several layers."""
+        return self.losses[-1].from_deepest
 
     @property
     def one_positive(self) -> bool:
@@ -86,8 +96,20 @@ class Objective:
         """The summed losses times their weights: float32 [losses], with a graph."""
         return torch.stack([
             weighted.weight * weighted.loss(scores, weighted.targets(labels, teacher_scores), mask)[0]
-            for weighted in self.losses
+            for weighted in self.losses if not weighted.from_deepest
         ])  # fmt: skip
+
+    def layered_sums(
+        self, heads: Sequence[Tensor], labels: Tensor, teacher_scores: Tensor | None, mask: Tensor
+    ) -> Tensor:
+        """The same for the scores of several heads, the deepest last: each loss is the mean over the heads, and that of
+        the distillation the mean over the heads before the deepest, which learns nothing from it."""
+        sums = torch.stack([self.sums(scores, labels, teacher_scores, mask) for scores in heads]).mean(0)
+        *shallow, deepest = heads
+        distillation = self.losses[-1]
+        targets = deepest.detach() if self.grouped else deepest.detach().sigmoid()
+        learned = torch.stack([distillation.loss(scores, targets, mask)[0] for scores in shallow]).mean()
+        return torch.cat([sums, (distillation.weight * learned)[None]])
 
     def counts(self, labels: Tensor, teacher_scores: Tensor | None, mask: Tensor) -> tuple[int, ...]:
         """What each sum is to be divided by, for tensors on the CPU."""
@@ -98,7 +120,7 @@ class Objective:
         is right where every constant gives a loss the same, and a lower bound for pointwise ones."""
         return sum(
             weighted.weight * weighted.loss.constant_score_loss(weighted.targets(labels, teacher_scores), mask)
-            for weighted in self.losses
+            for weighted in self.losses if not weighted.from_deepest
         )
 
 
@@ -106,8 +128,14 @@ def configured_objective(config: RerankerConfig) -> Objective:
     """The losses of a run: `loss_type`, and `teacher_loss_type` where it is given. ValueError as of `loss_named`."""
     loss = loss_named(config.loss_type, config.train_dataset_type)
     loss = replace(loss, option_values={option.name: getattr(config, option.name) for option in loss.options})
-    if config.teacher_loss_type is None:
-        return Objective.of(loss)
+    own = Objective.of(loss) if config.teacher_loss_type is None else _with_teacher(config, loss)
+    if config.start_layer is None:
+        return own
+    distillation = LOSSES["kl_distillation" if own.grouped else "point_ce"]
+    return Objective((*own.losses, WeightedLoss(distillation, config.layer_distillation, False, from_deepest=True)))
+
+
+def _with_teacher(config: RerankerConfig, loss: Loss) -> Objective:
     teacher = LOSSES[config.teacher_loss_type]
     options = {option.name: getattr(config, f"teacher_{option.name}") for option in teacher.options}
     return Objective((

@@ -140,7 +140,7 @@ def load_scorer(config: RerankerConfig) -> PairScorer:
     }
     if config.model_type == "bert_encoder":
         return CrossEncoder.from_pretrained(config.model_name_or_path, **shared)
-    texts = {name: getattr(config, name) for name in (*FORMAT_NAMES, *YES_NO_NAMES, "head")}
+    texts = {name: getattr(config, name) for name in (*FORMAT_NAMES, *YES_NO_NAMES, "head", "start_layer")}
     return LLMDecoder.from_pretrained(config.model_name_or_path, **(shared | texts))
 
 

@@ -103,7 +103,8 @@ def check_teachable(file: TrainingFile) -> None:
     """Groups in which all labels are equal (one document, too) teach a loss on labels nothing, and groups of one
     document no grouped loss anything: they are reported, and data that hold nothing else are refused."""
     for weighted in file.objective.losses if file.objective.grouped else ():
-        check_groups(file, weighted)
+        if not weighted.from_deepest:
+            check_groups(file, weighted)
 
 
 def check_groups(file: TrainingFile, weighted: WeightedLoss) -> None:

@@ -142,9 +142,12 @@ class Validation:
             )
 
     def mean_loss(self, scores: np.ndarray) -> float:
-        """The training loss over the whole set, each loss divided once by its count; NaN where one of them has nothing
-        to count, or learns from teacher scores that some document has not."""
-        return sum(weighted.weight * self._mean(weighted, scores) for weighted in self.objective.losses)
+        """The training loss over the whole set, each loss of the model's own head divided once by its count; NaN
+        where one of them has nothing to count, or learns from teacher scores that some document has not."""
+        return sum(
+            weighted.weight * self._mean(weighted, scores)
+            for weighted in self.objective.losses if not weighted.from_deepest
+        )  # fmt: skip
 
     def _mean(self, weighted: WeightedLoss, scores: np.ndarray) -> float:
         targets = self._targets(weighted)

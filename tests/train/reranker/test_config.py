@@ -238,6 +238,12 @@ def test_none_in_an_entry_switches_off_what_the_run_has():
     assert (alone.teacher_loss_type, alone.teacher_weight, alone.teacher_score_key) == (None, None, None)
 
 
+def test_numbers_that_no_library_takes_are_refused():
+    for key, value in (("seed", 2**32), ("lora_r", 10**26), ("lora_r", 10**14), ("epochs", "9" * 5000)):
+        with pytest.raises(ValidationError, match=key):
+            RerankerConfig(**RUN, train_dataset="a.jsonl", **{key: value})
+
+
 def test_a_split_is_for_the_entries_of_the_hub_alone():
     file, hub = files(["a.jsonl", "owner/set"], train_split="test")
     assert (file.train_split, hub.train_split) == (None, "test")
@@ -252,6 +258,7 @@ def test_what_an_entry_says_wrong_is_reported_with_its_number_file_and_key():
         ({"path": 3}, "path"),
         ({"path": "b.jsonl", "weight": 0}, "weight"),
         ({"path": "b.jsonl", "weight": float("inf")}, "weight"),
+        ({"path": "b.jsonl", "weight": 1e308}, "weight"),
         ({"path": "b.jsonl", "type": "pairs"}, "type"),
         ({"path": "b.jsonl", "type": "pointwise", "loss_type": "listnet"}, "loss_type"),
         ({"path": "b.jsonl", "type": "grouped"}, "loss_type"),
