@@ -85,7 +85,7 @@ class StepChecks:
         first = next(iter(gather_object([self.describe_batch(batch) for batch in bad[:1]])), "none")
         raise TrainingError(
             f"the loss of step {step} is {mean}; no weight was changed by it. Records of the micro-batches whose loss "
-            f"is not finite: {where}. The first of these micro-batches: {first}. Look at the records and their labels; in "
+            f"is not finite: {where}. The first of these micro-batches: {first}. Look at these records and labels; in "
             "later steps also lower lr or max_grad_norm, lengthen the warmup, or train in mixed_precision bf16 or no "
             "instead of fp16"
         )

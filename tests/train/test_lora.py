@@ -90,7 +90,7 @@ def test_the_rehearsal_changes_no_weight(bert):
     ("keys", "named"),
     [
         ({"lora_target_modules": ["q_proj"]}, ["lora_target_modules", "q_proj", "query", "value", "all-linear"]),
-        ({"lora_r": 10**6}, ["lora_r", str(10**6), str(HIDDEN)]),
+        ({"lora_r": 65536}, ["lora_r", "65536", str(HIDDEN)]),
     ],
 )
 def test_what_the_model_has_not_is_refused_with_its_own_names(settings, keys, named):
