@@ -6,6 +6,7 @@ little of (none of its words in the query, say) can leave a query without a nega
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class Miner:
 
 def search_options(config: MiningConfig) -> SearchOptions:
     if config.candidates == "bm25":
-        return SearchOptions("bm25")
+        return SearchOptions("bm25", language=config.language)
     from rag_retrieval.retrieval.encoder import EncoderOptions
 
     encoder = EncoderOptions(
@@ -81,7 +82,8 @@ def search_options(config: MiningConfig) -> SearchOptions:
         config.dense_batch_size,
         config.similarity,
     )
-    return SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
+    options = SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
+    return options if config.candidates == "dense" else replace(options, language=config.language)
 
 
 def _rounded(scores: np.ndarray) -> list[float]:

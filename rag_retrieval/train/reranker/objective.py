@@ -69,6 +69,11 @@ class Objective:
         return self.losses[0].loss.dataset_type == "grouped"
 
     @property
+    def layered(self) -> bool:
+        """Whether the model has heads at several layers."""
+        return self.losses[-1].from_deepest
+
+    @property
     def one_positive(self) -> bool:
         return self.losses[0].loss.one_positive
 

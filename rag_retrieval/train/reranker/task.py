@@ -40,14 +40,14 @@ class RerankerTask(SavedModel):
         """The summed losses of a micro-batch: float32 [losses] with a graph, not finite if any score is not."""
         objective = self.objectives[micro_batch.part]
         targets = micro_batch.labels, micro_batch.teacher_scores, micro_batch.mask
-        if self.scorer.settings.start_layer is None:
-            pair_scores = model(micro_batch.pairs)
-            scores = micro_batch.place_scores(pair_scores)
-            sums = objective.sums(scores, *targets)
-        else:
+        if objective.layered:
             pair_scores = model(micro_batch.pairs, all_layers=True)
             heads = [micro_batch.place_scores(of_head) for of_head in pair_scores.unbind(1)]
             scores, sums = heads[-1], objective.layered_sums(heads, *targets)
+        else:
+            pair_scores = model(micro_batch.pairs)
+            scores = micro_batch.place_scores(pair_scores)
+            sums = objective.sums(scores, *targets)
         self.watches[micro_batch.part].add(sums.detach(), scores.detach(), micro_batch)
         # a loss may hide an infinite score (MSE: sigmoid(inf) is 1), and a filler's score has no weight in it
         return sums + 0.0 * pair_scores.sum()
