@@ -1,7 +1,7 @@
 """The README.md of a model: what it is, how to use it, the data, the configuration, and what was measured.
 
-What a reader would get wrong: a card that somebody has written or changed is theirs. Ours carries MARK in a line of
-its own, and is made anew only while that line is there.
+A card that somebody has written or changed is theirs: ours carries MARK in a line of its own, and is written anew only
+while that line is there.
 """
 
 import json
@@ -14,10 +14,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from rag_retrieval import __version__
+from rag_retrieval.data.readers import HUB_OPTIONS
 from rag_retrieval.data.summary import format_summary
 from rag_retrieval.models.calibration import CALIBRATION_FILE
-from rag_retrieval.models.run_record import RunRecord, is_local, read_run_record, shown, shown_configuration
 from rag_retrieval.models.settings import RerankerSettings, read_settings
+from rag_retrieval.train.run_record import RunRecord, is_local, read_run_record, shown, shown_configuration
 
 CARD = "README.md"
 MARK = "<!-- written by rag_retrieval; remove this line to keep what you change here -->"
@@ -80,7 +81,8 @@ def front_matter(run: RunRecord | None, about: About) -> str:
     configuration = run.configuration if run is not None else {}
     base = configuration.get("model_name_or_path")
     parts = run.data if run is not None else []
-    datasets = [part.source for part in parts if part.purpose == "training" and not is_local(part.source)]
+    sources = [part.source for part in parts if part.purpose == "training" and not is_local(part.source)]
+    datasets = [HUB_OPTIONS.split(source)[0] for source in sources]
     results = evaluation_results(run, about)
     return ModelCardData(
         base_model=base if base and not is_local(base) else None,
