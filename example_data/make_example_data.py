@@ -23,6 +23,7 @@ HELD_OUT = {"test": range(0, 20), "dev": range(20, 35)}  # percent of the top-le
 QUESTIONS = {"grouped": 1200, "pointwise": 600, "pos_neg": 300, "pos_neg_scores": 300}
 HELD_OUT_QUESTIONS = {"dev": 100, "test": 200}
 POINTWISE_DEV_QUESTIONS = 60
+TRIPLE_QUESTIONS = 60
 CANDIDATES = 20  # per held-out question
 NEGATIVES = 6  # per training question, BM25's best
 ZH_QUESTIONS = {"grouped": 200, "pointwise": 120, "dev": 60}
@@ -124,6 +125,15 @@ def pos_neg(rows) -> list[dict]:
     ]
 
 
+def triples(records: list[dict]) -> list[str]:
+    """The lines of pos/neg records with one positive, as MS MARCO writes them: each text on one line."""
+    return [
+        "\t".join(" ".join(text.split()) for text in (record["query"], *record["pos"], negative))
+        for record in records
+        for negative in record["neg"]
+    ]
+
+
 def pos_neg_scores(rows) -> list[dict]:
     """pos_neg with scores in [0, 1]: 0.6 * relevance / 2 + 0.4 * BM25 / (BM25 of the best in the list).
 
@@ -153,6 +163,7 @@ def english_files() -> dict[str, list[dict]]:
     rows = english_rows(asked["train"], parts["train"])
     for form in (grouped, pointwise, pos_neg, pos_neg_scores):
         files[f"stdlib_{form.__name__}.train.jsonl"] = form(rows[: QUESTIONS[form.__name__]])
+    files["stdlib_triples.train.tsv"] = triples(files["stdlib_pos_neg.train.jsonl"][:TRIPLE_QUESTIONS])
     rows = english_rows(asked["dev"][:POINTWISE_DEV_QUESTIONS], parts["dev"])
     files["stdlib_pointwise.dev.jsonl"] = pointwise(rows)
     return files | beir_files({split: files[f"stdlib_grouped.{split}.jsonl"] for split in parts}, passages)

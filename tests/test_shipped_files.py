@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from rag_retrieval.core.config_reader import load_config
 from rag_retrieval.data.beir import read_folder, read_qrels
+from rag_retrieval.data.readers import SUFFIXES
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.train.reranker.config import RerankerConfig
 
@@ -20,7 +21,7 @@ TRAINER = ROOT / "rag_retrieval" / "train" / "reranker"
 TRAINING_FILES = sorted((TRAINER / "config").glob("*.yaml"))
 ACCELERATE_FILES = sorted((ROOT / "config").rglob("*.yaml"))
 EXAMPLES = ROOT / "example_data"
-EXAMPLE_FILES = sorted(EXAMPLES.glob("*.jsonl*"))
+EXAMPLE_FILES = sorted(file for file in EXAMPLES.iterdir() if file.name.endswith(SUFFIXES))
 
 
 def name_of(path: Path) -> str:
@@ -85,6 +86,16 @@ def test_the_graded_dev_file_has_no_query_and_no_document_of_the_training_files(
     assert (dev.num_pairs, dev.num_groups, len(training)) == (341, 60, 5)
     for store in training:
         assert texts_of(dev).isdisjoint(texts_of(store))
+
+
+def test_the_example_triples_are_the_first_questions_of_the_pos_neg_file():
+    triples = open_store(EXAMPLES / "stdlib_triples.train.tsv", group_by_query=True)
+    records = open_store(EXAMPLES / "stdlib_pos_neg.train.jsonl")
+    assert triples.num_groups == 60
+    for index in range(60):
+        found, expected = triples.group(index), records.group(index)
+        assert (found.query, found.labels.tolist()) == (expected.query, expected.labels.tolist())
+        assert found.documents == [" ".join(document.split()) for document in expected.documents]
 
 
 def texts_of(store: RecordStore) -> set[str]:

@@ -14,14 +14,13 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
-    from rich.table import Table
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 60.0  # seconds between two lines of a job where stderr is a file
-BAR_WIDTH = 16  # columns
+BAR_WIDTH = 12  # columns
 
 
 def launched_rank() -> int:
@@ -94,7 +93,7 @@ class Progress:
         if self.shown and (sys.stderr.isatty() or _console().is_jupyter):
             from rich.live import Live
 
-            self.bar = Live(get_renderable=self._row, console=_console(), refresh_per_second=4, redirect_stdout=False)
+            self.bar = Live(console=_console(), get_renderable=self._display, redirect_stdout=False)
             self.bar.start()
         return self
 
@@ -113,13 +112,13 @@ class Progress:
             logger.info("%s: %s", self.description, self.describe())
 
     def describe(self, seconds: float | None = None) -> str:
-        """`1,500 of 4,000 pairs, 10.0 a second, 0:04:10 left`. seconds: since the beginning; absent: until now."""
+        """`1,500/4,000 pairs, 10.0/s, 0:04:10 left`. seconds: since the beginning; absent: until now."""
         rate, left = self._rate(seconds), self.time_left(seconds)
         if self.unit == "B":
             from rich.filesize import decimal
 
-            return f"{decimal(self.done)} of {decimal(self.total)}, {decimal(int(rate))} a second, {left} left"
-        return f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left"
+            return f"{decimal(self.done)}/{decimal(self.total)}, {decimal(int(rate))}/s, {left} left"
+        return f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, {left} left"
 
     def time_left(self, seconds: float | None = None) -> str:
         """0:04:10, or ? before anything is done."""
@@ -131,15 +130,18 @@ class Progress:
         seconds = time.monotonic() - self.started if seconds is None else seconds
         return (self.done - self.before) / seconds if seconds > 0 else 0.0
 
-    def _row(self) -> "Table":
+    def _display(self) -> "Group":
+        """A line for the bar and one for the note, each cut to the terminal; the numbers are whole."""
+        from rich.cells import cell_len
+        from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
+        from rich.text import Text
 
+        numbers = self.describe()
+        room = max(1, _console().width - BAR_WIDTH - len(numbers) - 2)
         row = Table.grid(padding=(0, 1))
-        for overflow in ("ellipsis", "crop", "ellipsis"):
-            row.add_column(no_wrap=True, overflow=overflow)
-        bar = ProgressBar(self.total, self.done, width=BAR_WIDTH)
-        row.add_row(self.description, bar, self.describe())
-        if self.note:
-            row.add_row("", "", self.note)
-        return row
+        for width in (min(room, cell_len(self.description)), BAR_WIDTH, len(numbers)):
+            row.add_column(no_wrap=True, overflow="ellipsis", width=width)
+        row.add_row(self.description, ProgressBar(self.total, self.done, width=BAR_WIDTH), numbers)
+        return Group(row, Text(self.note, no_wrap=True, overflow="ellipsis")) if self.note else Group(row)

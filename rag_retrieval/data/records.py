@@ -7,9 +7,9 @@ Four formats are told apart record by record, by their keys (other keys are igno
     {"query": "q", "pos": ["d", ...], "neg": [...], "pos_scores": [...], "neg_scores": [...]}    pos/neg
     {"query": "q", "positive": "d", "negative": "d"}                            triple
 
-A teacher's score stands beside the label, under `teacher_score` unless told otherwise, in pointwise records and in
-hits; it is read only where a loss learns from it. In pos/neg records pos_scores and neg_scores are the labels, but
-where teacher scores are read they are these, and the labels are 1 and 0:
+A teacher's score stands beside the label in pointwise records and in hits, under `teacher_score` or the key that
+`teacher_key` names; it is read only where a loss learns from it. In pos/neg records pos_scores and neg_scores are the
+labels, but where teacher scores are read they are these, and the labels are 1 and 0:
 
     {"query": "q", "hits": [{"content": "d", "label": 1, "teacher_score": 6.2}, ...]}
 

@@ -1,7 +1,7 @@
 """What a store holds, in numbers and as text: counts, sizes of the groups, and a histogram of the labels.
 
-The trap: the counts are taken when the store is built and kept in its `meta.json`; nothing here reads the
-pairs again. A single document counts as a group with all labels equal, so that of an ungrouped pointwise file
+The counts are taken when the store is built and kept in its `meta.json`; nothing here reads the pairs again. A single
+document counts as a group with all labels equal, so that of an ungrouped pointwise file
 every group does; `format_summary` leaves groups out there.
 """
 

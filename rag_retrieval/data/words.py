@@ -19,7 +19,7 @@ from itertools import pairwise
 
 import regex
 
-AUTO, NONE = "auto", "none"
+AUTO, PLAIN = "auto", "plain"
 SCRIPT_LANGUAGES = {  # script to the language whose stemmer its words get
     "Latin": "english",
     "Cyrillic": "russian",
@@ -44,7 +44,7 @@ def tokenize(texts: Sequence[str], language: str = AUTO) -> list[list[str]]:
     """The words of each text, in order, repeated ones too; none for a text without letters and digits.
 
     language: of words between spaces: a Snowball stemmer ("german"), "auto" (by the script of each word, Latin is
-    English) or "none" (words as they are). Raises ValueError for another name.
+    English) or "plain" (words as they are). Raises ValueError for another name.
     """
     check_language(language)
     found = []
@@ -57,8 +57,8 @@ def tokenize(texts: Sequence[str], language: str = AUTO) -> list[list[str]]:
 def check_language(language: str) -> None:
     import Stemmer
 
-    if language not in (AUTO, NONE, *Stemmer.algorithms()):
-        expected = ", ".join((AUTO, NONE, *Stemmer.algorithms()))
+    if language not in (AUTO, PLAIN, *Stemmer.algorithms()):
+        expected = ", ".join((AUTO, PLAIN, *Stemmer.algorithms()))
         raise ValueError(f"there is no stemmer for the language {language!r}; expected one of {expected}.")
 
 
@@ -90,7 +90,7 @@ def _parts(word: str, language: str) -> tuple[str, ...]:
         elif way == "bigrams":
             characters = regex.findall(r"\X", stretch)
             parts += list(map("".join, pairwise(characters))) or characters
-        elif way in ("other", NONE):
+        elif way in ("other", PLAIN):
             parts.append(stretch)
         elif stretch not in _stop_words(way):
             parts.append(_stemmer(way).stemWord(stretch))

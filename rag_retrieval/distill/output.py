@@ -90,7 +90,8 @@ class ScoreSummary:
 def right_order(groups: list[np.ndarray]) -> float:
     """The share of (lower, higher) pairs in which the higher has the larger score, ties counted half.
 
-    Pairs are of any two documents, whatever their query. groups: scores of each level, in rising order of labels; at least two, none empty.
+    Pairs are of any two documents, whatever their query. groups: scores of each level, in rising order of labels; at
+    least two, none empty.
     """
     right = total = 0.0
     for place, higher in enumerate(groups):

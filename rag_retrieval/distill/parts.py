@@ -88,7 +88,7 @@ class PartFolder:
                 raise ValueError(self._other_run(before, run))
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for temporary in (*self.path.glob("*.tmp"), *self.path.glob(".*.tmp")):
+        for temporary in self.path.glob("*.tmp"):
             temporary.unlink()
         write_json(self.path / RUN_FILE, run)
 

@@ -42,7 +42,7 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
         "are documents themselves (ArguAna, Quora).", True
     )
     language: str = key(
-        "Of BM25's words: auto (by the script of each word; Latin is English), none (words as they are), or a Snowball "
+        "Of BM25's words: auto (by the script of each word; Latin is English), plain (as they are), or a Snowball "
         "stemmer such as german.", AUTO, min_length=1
     )
     measures: Annotated[tuple[str, ...], NAMES] = key(

@@ -20,7 +20,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
-from rag_retrieval.models.settings import MODEL_TYPES, check_no_pointers, parsing
+from rag_retrieval.models.settings import MODEL_TYPES, check_no_pointers, parsing, read_json
 
 DESCRIPTION_FILE = "reranker_onnx.json"
 MODEL_FILE = "model.onnx"
@@ -102,7 +102,8 @@ def parsed(values: Any) -> OnnxDescription:
 
 
 def parsed_template(values: dict[str, Any]) -> PairTemplate:
-    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(PairTemplate)}:
+    names = {field.name for field in fields(PairTemplate)}
+    if not isinstance(values, dict) or not names - {"truncate_left"} <= values.keys() <= names:
         raise ValueError("template has other fields than those of this version")
     types = values["types"]
     ids = [values[name] for name in ("prefix", "middle", "suffix", "query_end", "document_end")]
@@ -135,5 +136,12 @@ def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | N
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{file}: no tokenizer that can be read ({error}); export the model anew") from error
+    rows = read_json(str(folder), "config.json").get("vocab_size")
+    beyond = [token for token, place in tokenizer.get_vocab().items() if isinstance(rows, int) and place >= rows]
+    if beyond:
+        raise ValueError(
+            f"{file}: has tokens beyond the {rows} rows of the model's embedding, such as {min(beyond)!r}; copy the "
+            "whole folder, or export the model anew"
+        )
     is_decoder = description.model_type == "llm_decoder"
     return PairEncoder(tokenizer, description.template, max_length or description.max_length, is_decoder)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import FileOrFolder, ModelName, Only, OutputPath, key
+from rag_retrieval.data.words import AUTO
 from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -15,6 +16,7 @@ MARGINS = ("absolute_margin", "relative_margin", "max_score")
 
 BEIR = Only("data in BEIR layout", lambda config: os.path.isdir(config.data))
 RECORDS = Only("data that are a file of records", lambda config: not os.path.isdir(config.data))
+WORDS = Only("candidates bm25 and fused", lambda config: config.candidates != "dense")
 DENSE = Only("candidates dense and fused", lambda config: config.candidates != "bm25")
 
 
@@ -60,6 +62,10 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
 
     candidates: Literal["bm25", "dense", "fused"] = key(
         "Where they come from: words, vectors, or both by reciprocal rank fusion.", "bm25"
+    )
+    language: str | None = key(
+        "Of the words: auto (by the script of each word; Latin is English), plain (words as they are), or a Snowball "
+        "stemmer such as german.", only=WORDS, derive=lambda config: AUTO, min_length=1
     )
     dense_model: ModelName | None = key(
         "A sentence-transformers folder, a plain encoder's, a hub name, or package:NAME.", only=DENSE, min_length=1

@@ -8,6 +8,7 @@ RankNet or listwise cross entropy, which needs a margin.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def rerank(
 
 def search_options(config: MiningConfig) -> SearchOptions:
     if config.candidates == "bm25":
-        return SearchOptions("bm25")
+        return SearchOptions("bm25", language=config.language)
     from rag_retrieval.retrieval.encoder import EncoderOptions
 
     encoder = EncoderOptions(
@@ -106,7 +107,8 @@ def search_options(config: MiningConfig) -> SearchOptions:
         config.dense_batch_size,
         config.similarity,
     )
-    return SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
+    options = SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
+    return options if config.candidates == "dense" else replace(options, language=config.language)
 
 
 def _rounded(scores: np.ndarray) -> list[float]:

@@ -87,6 +87,7 @@ class MiningSummary:
 
     short_queries: written with fewer negatives than asked for; empty_queries: not written, none was found.
     candidates: fetched; kept: negatives; dropped: the others by reason. lines: of the output.
+    words: how BM25's words were made, "" for vectors alone.
     """
 
     documents: int
@@ -100,6 +101,7 @@ class MiningSummary:
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
     lines: int = 0
+    words: str = ""
 
     def add(self, mined: Mined, wanted: int) -> None:
         found = len(mined.negatives)
@@ -127,7 +129,8 @@ class MiningSummary:
         ]
         shown = [(count, text) for place, (count, text) in enumerate(rows) if count or not place]
         width = max(len(f"{count:,}") for count, _ in shown)
-        return "\n".join(f"  {count:>{width},}  {text}" for count, text in shown)
+        lines = [f"  {count:>{width},}  {text}" for count, text in shown]
+        return "\n".join(lines + [f"  distinct words: {self.words}"] * bool(self.words))
 
 
 def _note(count: int, text: str) -> str:

@@ -20,11 +20,15 @@ from rag_retrieval.data.store import open_store
 
 @dataclass(frozen=True)
 class Query:
-    """positives: int64 rows of the corpus, at least one, each once; labels: their relevance, as many."""
+    """positives: int64 rows of the corpus, at least one, each once; labels: their relevance, as many.
+
+    identical: rows with the id of the query, no negatives of it: in some sets of BEIR a query is a document itself.
+    """
 
     text: str
     positives: np.ndarray
     labels: list[float]
+    identical: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class QuerySet:
         """Of all queries with their positives and labels, and of nothing else that the source holds."""
         content = hashlib.blake2b(digest_size=16)
         for query in self.queries:
-            content.update(json.dumps([query.text, query.positives.tolist(), query.labels]).encode())
+            content.update(json.dumps([query.text, query.positives.tolist(), query.labels, query.identical]).encode())
         return content.hexdigest()
 
 
@@ -61,6 +65,7 @@ class _Collector:
 
     def __init__(self) -> None:
         self.labels: dict[str, dict[int, float]] = {}  # query text to row to label
+        self.identical: dict[str, set[int]] = {}  # query text to rows
         self.bad = BadLines()
 
     def add(self, query: str, row: int, label: float) -> None:
@@ -72,7 +77,8 @@ class _Collector:
         queries = []
         for text in sorted(self.labels):
             rows = sorted(self.labels[text])
-            queries.append(Query(text, np.array(rows, np.int64), [self.labels[text][row] for row in rows]))
+            labels = [self.labels[text][row] for row in rows]
+            queries.append(Query(text, np.array(rows, np.int64), labels, tuple(sorted(self.identical.get(text, ())))))
         return QuerySet(queries, read, without_text)
 
 
@@ -98,6 +104,10 @@ def read_beir_queries(folder: Path, split: str, corpus: Corpus) -> QuerySet:
                 collector.bad.add(f"{place}: the corpus has no document {document!r}; add it, or remove this line.")
             else:
                 collector.add(texts[query], row, grade)
+    for query in answered:
+        row = corpus.row_of_id(query)
+        if row is not None:
+            collector.identical.setdefault(texts[query], set()).add(row)
     for query, place in judged.items():
         if query in texts and query not in answered | without_text:
             found = f"{place}: query {query!r} has no positive (grade above 0)"
@@ -115,13 +125,13 @@ def read_record_queries(source: str, corpus: Corpus) -> QuerySet:
     collector = _Collector()
     for index in range(store.num_groups):
         group = store.group(index)
-        place = f"{source}:{group.line}"
         if not group.positives.any():
-            collector.bad.add(f"{place}: the query has no positive; give it one, or remove it.")
+            collector.bad.add(f"{source}:{group.line}: the query has no positive; give it one, or remove it.")
         for position in np.flatnonzero(group.positives):
             row = corpus.row_of_text(group.documents[position])
             if row is None:
                 start = " ".join(group.documents[position].split())[:50]
+                place = f"{source}:{group.lines[position]}"
                 collector.bad.add(f"{place}: the corpus has no document with the text of this positive: {start!r}.")
             else:
                 collector.add(group.query, row, float(group.labels[position]))

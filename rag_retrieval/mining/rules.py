@@ -17,6 +17,7 @@ from rag_retrieval.retrieval.candidates import Candidates
 REASONS = {
     "before_window": "ranked before first_rank",
     "positive": "a positive of the query",
+    "identical_id": "the document with the id of the query",
     "positive_text": "the text of a positive",
     "query_text": "the text of the query",
     "no_text": "no text",
@@ -46,7 +47,8 @@ class Rules:
 
 
 def fit_places(query: Query, candidates: Candidates, corpus: Corpus, first_rank: int, dropped: Counter) -> list[int]:
-    """Places in the list of the candidates in the window that are neither positives nor text said before."""
+    """Places in the list of the candidates in the window that are neither positives, nor the query itself, nor text
+    that came before."""
     positives = set(query.positives.tolist())
     taken = {int(corpus.text_hashes[row]): "positive_text" for row in positives}
     taken.setdefault(text_hash(query.text), "query_text")
@@ -57,6 +59,8 @@ def fit_places(query: Query, candidates: Candidates, corpus: Corpus, first_rank:
         text = int(corpus.text_hashes[row])
         if row in positives:
             dropped["positive"] += 1
+        elif row in query.identical:
+            dropped["identical_id"] += 1
         elif text in taken:
             dropped[taken[text]] += 1
         else:

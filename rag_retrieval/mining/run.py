@@ -97,6 +97,7 @@ def mine_parts(config: MiningConfig, corpus: Corpus, queries: QuerySet, work: Wo
 
     def build(folder: Path) -> None:
         miner = Miner(config, corpus, work)
+        (folder / "words").write_text(miner.search.words)
         missing = [part for part in _parts(queries) if not (folder / part[0]).exists()]
         num_missing = sum(len(part) for _, part in missing)
         done = len(queries.queries) - num_missing
@@ -127,7 +128,8 @@ def _all_mined(queries: QuerySet, parts: Path) -> Iterator[tuple[Query, Mined]]:
 def write_results(config: MiningConfig, corpus: Corpus, queries: QuerySet, parts: Path) -> MiningSummary:
     """Both files, each under another name until it is whole; the summary first."""
     num_positives = sum(len(query.positives) for query in queries.queries)
-    summary = MiningSummary(len(corpus), queries.read, queries.without_text, len(queries.queries), num_positives)
+    counts = (len(corpus), queries.read, queries.without_text, len(queries.queries), num_positives)
+    summary = MiningSummary(*counts, words=(parts / "words").read_text())
     with atomic_write(Path(config.output)) as aside:
         with text_writer(aside, compressed=config.output.endswith(".gz")) as file:
             for query, mined in _all_mined(queries, parts):

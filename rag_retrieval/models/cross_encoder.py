@@ -25,6 +25,7 @@ from rag_retrieval.models.loading import (
     load_tokenizer,
     lower_case_like,
     set_encoder_pad_token,
+    truncates_left,
     warn_of_new_parameters,
 )
 from rag_retrieval.models.options import ModelOptions, model_options
@@ -123,7 +124,9 @@ class CrossEncoder(PairScorer):
         tokenizer.model_max_length = max_length  # other libraries truncate by it
         formats = choose_formats(files, options, saved)
         pools_at_eos = model.config.is_encoder_decoder
-        encoder = PairEncoder(tokenizer, template_for(model, tokenizer, formats), max_length, pools_at_eos)
+        template = template_for(model, tokenizer, formats)
+        template = replace(template, truncate_left=truncates_left(tokenizer, trained=not new_parameters))
+        encoder = PairEncoder(tokenizer, template, max_length, pools_at_eos)
         kept = {name: text for name, text in formats.items() if text != NO_FORMAT}
         settings = RerankerSettings(cls.model_type, max_length, **kept)
         scorer = cls(model, encoder, settings, new_parameters, options.attn_implementation)

@@ -12,6 +12,7 @@ eos.
 
 import logging
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from rag_retrieval.models.loading import (
     load_tokenizer,
     lower_case_like,
     set_decoder_pad_token,
+    truncates_left,
     warn_of_new_parameters,
 )
 from rag_retrieval.models.options import ModelOptions, model_options
@@ -182,6 +184,7 @@ class LLMDecoder(PairScorer):
         check_vocabulary(path, model, tokenizer)
         max_length = choose_max_length(options.max_length, saved, files, tokenizer, model, not new_parameters)
         settings = RerankerSettings(cls.model_type, max_length, **texts, start_layer=start_layer)
+        template = replace(template, truncate_left=truncates_left(tokenizer, trained=not new_parameters))
         encoder = PairEncoder(tokenizer, template, max_length, split_special_tokens=True)
         scorer = cls(model, encoder, settings, new_parameters, options.attn_implementation)
         scorer.calibration = read_calibration(path)

@@ -91,6 +91,13 @@ def check_sentencepiece(folder: Path) -> None:
         )
 
 
+def truncates_left(tokenizer: PreTrainedTokenizerBase, trained: bool) -> bool:
+    """Whether long documents lose their beginning: as the tokenizer of a trained model says; a new one reads it."""
+    if not trained:
+        tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "right"  # the latter is saved
+    return tokenizer.truncation_side == "left"
+
+
 def lower_case_like(files: ModelFiles, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the tokenizer lower its texts where sentence-transformers does (do_lower_case)."""
     own = tokenizer.backend_tokenizer.normalizer

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from rag_retrieval import __version__
+from rag_retrieval.data.readers import HUB_OPTIONS
 from rag_retrieval.data.summary import format_summary
 from rag_retrieval.models.calibration import CALIBRATION_FILE
 from rag_retrieval.models.run_record import RunRecord, is_local, read_run_record, shown, shown_configuration
@@ -80,7 +81,8 @@ def front_matter(run: RunRecord | None, about: About) -> str:
     configuration = run.configuration if run is not None else {}
     base = configuration.get("model_name_or_path")
     parts = run.data if run is not None else []
-    datasets = [part.source for part in parts if part.purpose == "training" and not is_local(part.source)]
+    sources = [part.source for part in parts if part.purpose == "training" and not is_local(part.source)]
+    datasets = [HUB_OPTIONS.split(source)[0] for source in sources]
     results = evaluation_results(run, about)
     return ModelCardData(
         base_model=base if base and not is_local(base) else None,

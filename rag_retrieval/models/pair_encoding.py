@@ -55,7 +55,8 @@ class PairTemplate:
     `following_query` and `following_document` are the character after that, where it decides how white space before
     it is tokenized; it is tokenized too and left out.
     `anchor` is put before each text while it is tokenized, where a family would otherwise mark it as the beginning of
-    a text. With `query_first` the query does begin the text.
+    a text. With `query_first` the query does begin the text. With `truncate_left` a document that is too long loses its
+    beginning.
     """
 
     prefix: list[int]
@@ -72,6 +73,7 @@ class PairTemplate:
     following_query: str = ""
     following_document: str = ""
     query_first: bool = False
+    truncate_left: bool = False
 
     @property
     def fixed_tokens(self) -> int:
@@ -280,7 +282,10 @@ class PairEncoder:
         template, (prefix, middle, suffix) = self.template, self._fixed
         query_keep, document_keep = fit_to_budget(len(query_ids), len(document_ids), self.budget)
         query = truncate(query_ids, query_keep, template.query_end)
-        document = truncate(document_ids, document_keep, template.document_end)
+        if template.truncate_left:
+            document = document_ids[len(document_ids) - document_keep :]
+        else:
+            document = truncate(document_ids, document_keep, template.document_end)
         truncated = query_keep < len(query_ids) or document_keep < len(document_ids)
         ids = np.concatenate((prefix, query, middle, document, suffix), dtype=np.int32, casting="unsafe")
         document_start = len(prefix) + query_keep + len(middle)

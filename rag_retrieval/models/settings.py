@@ -169,7 +169,6 @@ class RerankerSettings:
 
     query_format, document_format: of an encoder None stands for "{}". seq, special_token: of a decoder.
     head: "yes_no" for a decoder that answers yes or no, which then has the three after it; else None.
-    truncation_side: "left" for a model that reads the end of a long document; None is "right".
     start_layer: of a decoder with a head at several layers, the first that has one, counted from 1; else None.
     """
 
@@ -183,7 +182,6 @@ class RerankerSettings:
     instruction: str | None = None
     yes_token: str | None = None
     no_token: str | None = None
-    truncation_side: str | None = None
     start_layer: int | None = None
 
 
@@ -219,8 +217,6 @@ def check_settings(settings: RerankerSettings) -> None:
     for name in YES_NO_NAMES:
         if not isinstance(getattr(settings, name), required):
             raise ValueError(f"{name} of a {settings.head or 'scalar'} head cannot be {getattr(settings, name)!r}")
-    if settings.truncation_side not in (None, "left"):
-        raise ValueError(f"truncation_side cannot be {settings.truncation_side!r}")
 
 
 def write_settings(folder: Path, settings: RerankerSettings) -> None:

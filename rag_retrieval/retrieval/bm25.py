@@ -8,7 +8,6 @@ A document that shares no word with the query is not found, so a list may be sho
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.records import DataError
 from rag_retrieval.data.words import AUTO, describe_words, tokenize
 from rag_retrieval.retrieval.candidates import Candidates, best_rows
-
-logger = logging.getLogger(__name__)
 
 K1, B = 1.2, 0.75
 DOCUMENTS = 2000  # tokenized and counted at once
@@ -43,7 +40,7 @@ def build_bm25(corpus: Corpus, folder: Path, language: str = AUTO) -> None:
     settings |= {"int_dtype": "int32", "num_docs": len(corpus), "backend": "numpy"}
     (folder / "params.index.json").write_text(json.dumps(settings))
     (folder / "language").write_text(language)
-    logger.info("BM25 counts these words of the corpus: %s", describe_words(vocabulary, language))
+    (folder / "words").write_text(describe_words(vocabulary, language))
 
 
 def _count_words(corpus: Corpus, postings: Path, language: str) -> tuple[dict[str, int], np.ndarray]:
@@ -112,7 +109,7 @@ class Bm25Search:
         import bm25s
 
         self.index = bm25s.BM25.load(folder, mmap=True)
-        self.language = (folder / "language").read_text()
+        self.language, self.words = ((folder / name).read_text() for name in ("language", "words"))
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
         words = tokenize(queries, self.language)

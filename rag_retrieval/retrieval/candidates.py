@@ -54,7 +54,9 @@ def fuse(lists: Sequence[Candidates], judged: np.ndarray, depth: int) -> Candida
 
 
 class Search(Protocol):
-    """A search over a corpus."""
+    """A search over a corpus. words: how BM25's words were made (`describe_words`), "" where none were counted."""
+
+    words: str
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
         """The best `depth` documents of each query. judged: for each query int64 rows to score besides."""
@@ -65,6 +67,7 @@ class FusedSearch:
 
     def __init__(self, searches: Sequence[Search]):
         self.searches = searches
+        self.words = "".join(search.words for search in searches)
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
         lists = zip(*(search.search(queries, judged, depth) for search in self.searches), strict=True)

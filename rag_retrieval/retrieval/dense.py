@@ -58,6 +58,8 @@ def open_vectors(folder: Path) -> np.ndarray:
 class DenseSearch:
     """Candidates by inner product. index: of FAISS; None compares with every document."""
 
+    words = ""
+
     def __init__(self, vectors: np.ndarray, encode: Encode, device: str, index=None):
         self.vectors, self.encode, self.device, self.index = vectors, encode, device, index
 

@@ -120,7 +120,7 @@ def warm_up(model: RerankModel, batcher: Batcher, batch_tokens: int | None) -> N
 
 def check_vocabulary(model: RerankModel, batcher: Batcher, pair: EncodedPair) -> None:
     """Scores the last token of the tokenizer: else a text could ask for a row that the embedding does not have."""
-    vocabulary = model.backend.pair_encoder.own.get_vocab()
+    vocabulary = model.backend.pair_encoder.fast_tokenizer.get_vocab()
     token = max(vocabulary, key=vocabulary.get)
     ids = pair.ids.copy()
     ids[pair.document_start] = vocabulary[token]

@@ -1,5 +1,6 @@
 """What a person sees of a long job: numbers, lines in a file, a bar on a terminal."""
 
+import io
 import json
 import logging
 import os
@@ -27,12 +28,12 @@ with Progress(1000, "读取语料库读取语料库读取语料库读取语料�
 def test_speed_and_time_left_are_of_what_this_run_does():
     with Progress(4000, "scoring", "pairs", done=1000) as job:
         job.update(500)
-        assert job.describe(50.0) == "1,500 of 4,000 pairs, 10.0 a second, 0:04:10 left"
+        assert job.describe(50.0) == "1,500/4,000 pairs, 10.0/s, 0:04:10 left"
 
 
 def test_nothing_done_yet_has_no_time_left():
     with Progress(10, "mining", "queries", done=4) as job:
-        assert job.describe(60.0) == "4 of 10 queries, 0.0 a second, ? left"
+        assert job.describe(60.0) == "4/10 queries, 0.0/s, ? left"
 
 
 def test_without_a_terminal_a_line_is_logged_when_it_is_due_and_on_the_main_process_alone(monkeypatch, caplog, capsys):
@@ -43,7 +44,7 @@ def test_without_a_terminal_a_line_is_logged_when_it_is_due_and_on_the_main_proc
         monkeypatch.setattr(log, "LOG_EVERY", 0.0)
         job.update(2)
     (line,) = caplog.messages
-    assert line.startswith("mining: 3 of 10 queries, ")
+    assert line.startswith("mining: 3/10 queries, ")
     with Progress(10, "mining", "queries", shown=False) as job:
         job.update(2)
     assert caplog.messages == [line] and not capsys.readouterr().err
@@ -66,8 +67,8 @@ def test_on_a_terminal_a_bar_with_rate_and_time_left_fits_80_columns_below_the_l
         pass
     assert process.wait(60) == 0
     text = shown.decode()
-    assert "250 of 1,000 documents" in text and "1,000 of 1,000 documents" in text
-    assert "a second" in text and "loss 0.5" in text
+    assert "250/1,000 documents" in text and "1,000/1,000 documents" in text and "/s, 0:00:0" in text
+    assert " left" in text and "loss 0.5" in text
     assert "a line of [b]text[/b] " + "x" * 100 in text.replace("\r\n", "")
 
 
@@ -78,17 +79,18 @@ def test_in_a_file_there_are_plain_lines():
     assert "\x1b" not in lines[0]
 
 
-def test_a_row_is_cut_to_the_terminal_with_chinese_characters_two_columns_wide():
+def test_a_long_description_and_a_long_note_are_cut_and_the_numbers_are_not(monkeypatch):
+    """Chinese characters take two columns each."""
     from rich.console import Console
 
+    console = Console(width=80, file=io.StringIO())
+    monkeypatch.setattr(log, "_console", lambda: console)
     job = Progress(10**9, "读取语料库" * 9, "documents")
     job.note = "y" * 200
-    console = Console(width=80, file=open(os.devnull, "w"))  # noqa: SIM115
-    lines = console.render_lines(job._row(), pad=False)
-    assert len(lines) == 2
+    lines = ["".join(part.text for part in line) for line in console.render_lines(job._display(), pad=False)]
+    assert len(lines) == 2 and f"0/1,000,000,000 documents, {0.0}/s, ? left" in lines[0]
     for line in lines:
-        text = "".join(segment.text for segment in line)
-        assert sum(2 if character > "\u2e80" else 1 for character in text) <= 80
+        assert "…" in line and sum(2 if "\u2e80" < character < "\uff00" else 1 for character in line) <= 80
 
 
 def test_rank_counts_only_in_a_group(monkeypatch):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -10,7 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from record_samples import GOOD, error_of, read, write_lines
 
-from rag_retrieval.data.readers import SUFFIXES, entry_text, is_file, json_objects, read_records
+from rag_retrieval.core.config import Config
+from rag_retrieval.data.readers import (
+    DATASET_HELP,
+    SUFFIXES,
+    DatasetName,
+    entry_text,
+    is_file,
+    json_objects,
+    read_records,
+)
 from rag_retrieval.data.records import DataError, RecordRules
 
 # ---- accepted sources
@@ -310,6 +320,29 @@ def test_one_function_says_what_is_a_file(tmp_path, monkeypatch):
     files = [f"a{suffix}" for suffix in SUFFIXES] + ["A.JSONL", "x.csv", "a/b/c", "./a", "~/a", "/a", "here"]
     assert all(map(is_file, files))
     assert not any(map(is_file, ["name", "owner/name", "owner/name-v1.5", "owner/name@refs/pr/1#zh"]))
+
+
+def test_a_configuration_takes_a_hub_name_with_revision_and_configuration_and_no_file_that_is_missing(tmp_path):
+    class Sample(Config):
+        data: DatasetName
+
+    def find(name):
+        return Sample.model_validate({"data": name}, context={"folders": [tmp_path]}).data
+
+    for name in ("owner/name", "owner/name@refs/pr/1", "owner/name#zh", "o/n@v1.0#zh-en"):
+        assert find(name) == name
+    (tmp_path / "a.tsv").touch()
+    assert find("a.tsv") == str(tmp_path / "a.tsv")
+    for name in ("b.tsv", "b.jsonl.gz", "./b", "owner/na me"):
+        with pytest.raises(ValueError, match="found no file"):
+            find(name)
+
+
+def test_help_and_pages_name_every_format():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for suffix in SUFFIXES:
+        assert suffix in DATASET_HELP
+        assert suffix.removesuffix(".gz") in page
 
 
 # ---- triples

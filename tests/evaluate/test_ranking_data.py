@@ -128,7 +128,7 @@ def test_how_the_words_were_made_is_part_of_the_data_where_they_were_counted(toy
     assert read_ranking_data(toy, "test", "bm25", 3).words == "", "the folder's own run"
     (toy / "runs/bm25.test.tsv").unlink()
     assert read_ranking_data(toy, "test", "bm25", 3).words.startswith("english ")
-    assert read_ranking_data(toy, "test", "bm25", 3, language="none").words.startswith("none ")
+    assert read_ranking_data(toy, "test", "bm25", 3, language="plain").words.startswith("plain ")
 
 
 def test_a_chinese_query_finds_chinese_documents_in_an_english_corpus(tmp_path):

@@ -24,6 +24,18 @@ def test_a_yaml_file_and_options_mine_and_print_what_was_kept_and_dropped(tmp_pa
     assert len(read_output(output)) == 36
 
 
+def test_rank_of_a_cluster_without_a_group_changes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    animal_data(tmp_path / "data")
+    output = tmp_path / "out.jsonl"
+    options = ["--data", str(tmp_path / "data"), "--num_negatives", "3", "--last_rank", "10"]
+    assert main(["mine", *options, "--output", str(output)]) == 0
+    assert capsys.readouterr().out.startswith(f"{output}: 36 lines") and output.exists()
+    assert main(["mine", *options, "--output", str(output)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

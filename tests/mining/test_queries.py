@@ -69,6 +69,15 @@ def test_the_digest_hangs_on_queries_positives_and_labels_and_not_on_their_order
     assert len({first, *others}) == 5
 
 
+def test_the_documents_with_the_id_of_a_query_are_known_with_it(tmp_path, corpus):
+    queries = {"d0": "a", "1": "a", "d1": "b", "2": "c"}
+    qrels = [("d0", "d2", 1), ("1", "d1", 1), ("d1", "d2", 1), ("2", "d0", 1)]
+    found = read_beir(tmp_path, corpus, queries, qrels)
+    assert [(query.text, query.identical) for query in found.queries] == [("a", (0,)), ("b", (1,)), ("c", ())]
+    others = read_beir(tmp_path, corpus, queries | {"d1": "z"}, qrels)
+    assert found.digest() != others.digest()
+
+
 def test_queries_without_text_are_left_out_and_counted_where_the_split_judges_them(tmp_path, corpus):
     found = read_beir(tmp_path, corpus, {"1": "a", "2": " ", "3": ""}, [("1", "d0", 1), ("2", "d1", 1)])
     assert (len(found.queries), found.read, found.without_text) == (1, 2, 1)
@@ -134,6 +143,8 @@ def test_records_without_a_positive_and_with_an_unknown_one_are_told(tmp_path, c
     records = [
         {"query": "a", "pos": ["a very long text that no document of the corpus has at all"]},
         {"query": "b", "hits": [{"content": "panda", "label": 0}]},
+        {"query": "c", "content": "panda", "label": 1},
+        {"query": "c", "content": "no panda", "label": 1},
     ]
     with pytest.raises(DataError) as caught:
         read_records(tmp_path, corpus, records)
@@ -141,4 +152,5 @@ def test_records_without_a_positive_and_with_an_unknown_one_are_told(tmp_path, c
     assert str(caught.value).splitlines() == [
         f"{tmp_path}/r.jsonl:1: the corpus has no document with the text of this positive: {unknown}.",
         f"{tmp_path}/r.jsonl:2: the query has no positive; give it one, or remove it.",
+        f"{tmp_path}/r.jsonl:4: the corpus has no document with the text of this positive: 'no panda'.",
     ]

@@ -33,6 +33,11 @@ def test_positives_and_texts_said_before_are_left_out_with_their_reasons(tmp_pat
     assert dropped == reasons
 
 
+def test_the_document_that_is_the_query_itself_is_no_negative(tmp_path):
+    asked = Query("q", np.array([1], np.int64), [1.0], identical=(2, 1))
+    assert fit(tmp_path, ["a", "b", "c", "d"], asked) == ([0, 3], {"positive": 1, "identical_id": 1})
+
+
 def test_a_document_without_text_is_no_negative(tmp_path):
     assert fit(tmp_path, ["", "b", " "], query("q")) == ([1], {"no_text": 2})
 

@@ -258,3 +258,11 @@ def test_dense_scores_are_cosines(data, base, tmp_path):
         query, documents = encoder.queries([line["query"]])[0], encoder.documents(line["pos"] + line["neg"])
         scores = line["candidate_scores"]["pos"] + line["candidate_scores"]["neg"]
         np.testing.assert_allclose(documents @ query, scores, atol=1e-5)
+
+
+def test_the_summary_says_how_words_were_made_and_the_language_can_be_set(tmp_path):
+    pytest.importorskip("Stemmer")
+    for language, expected in (("auto", "english "), ("plain", "plain ")):
+        config = config_of(animal_data(tmp_path / language), tmp_path / language / "out.jsonl", language=language)
+        assert mine(config).words.startswith(expected)
+        assert json.loads((tmp_path / language / "out.summary.json").read_text())["words"].startswith(expected)

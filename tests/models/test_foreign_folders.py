@@ -101,6 +101,27 @@ def test_an_activation_changes_no_score_since_scores_are_logits(tmp_path):
     np.testing.assert_allclose(ours(tmp_path / "saved"), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [tiny_bert, tiny_xlm_roberta])
+def test_documents_lose_their_beginning_where_the_tokenizer_says_so(make, tmp_path):
+    folder = Path(make(tmp_path / "base", head_labels=1))
+    from_the_right = ours(folder, max_length=48)
+    change(folder / "tokenizer_config.json", truncation_side="left", model_max_length=48)
+    expected = theirs(folder)
+    np.testing.assert_allclose(ours(folder), expected, atol=1e-5)
+    assert np.abs(from_the_right - expected).max() > 0.01
+    load_reranker(folder, device="cpu").save_pretrained(tmp_path / "saved")
+    np.testing.assert_allclose(ours(tmp_path / "saved"), expected, atol=1e-5)
+
+
+def test_a_new_head_reads_the_beginning_whatever_the_base_said(tmp_path):
+    folder = Path(tiny_bert(tmp_path / "base"))
+    change(folder / "tokenizer_config.json", truncation_side="left", model_max_length=48)
+    scorer = CrossEncoder.from_pretrained(folder)
+    assert scorer.pair_encoder.max_length == 512 and not scorer.pair_encoder.template.truncate_left
+    scorer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").truncation_side == "right"
+
+
 def test_padding_at_the_left_changes_no_score(tmp_path):
     folder = Path(tiny_bert(tmp_path, head_labels=1))
     expected = ours(folder)

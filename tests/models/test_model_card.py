@@ -66,9 +66,9 @@ def card(run, about: About | None = None) -> str:
 def test_several_training_files_are_told_one_by_one_without_their_paths(run):
     entries = [{"path": PART["source"], "weight": 2.0, "split": None}, {"path": "org/data", "weight": 1.0}]
     (run / "training_config.yaml").write_text(yaml.safe_dump(CONFIGURATION | {"train_dataset": entries}))
-    (run / "data_summary.json").write_text(json.dumps([PART, PART | {"source": "org/data"}]))
+    (run / "data_summary.json").write_text(json.dumps([PART, PART | {"source": "org/data@v1#zh"}]))
     text = card(run)
-    assert "training: train.jsonl\n" in text and "training: org/data\n" in text and "private" not in text
+    assert "training: train.jsonl\n" in text and "training: org/data@v1#zh\n" in text and "private" not in text
     assert "train_dataset:\n- path: train.jsonl\n  weight: 2.0\n- path: org/data\n" in text
     assert ModelCard(text).data.datasets == ["org/data"]
 

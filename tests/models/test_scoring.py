@@ -243,7 +243,7 @@ def test_progress_counts_repeated_pairs_too(load_tiny, monkeypatch, caplog):
     monkeypatch.setattr(log, "LOG_EVERY", 0.0)
     caplog.set_level("INFO", "rag_retrieval")
     load_tiny("bert").compute_score(some_pairs(10) * 7, show_progress_bar=True)
-    assert "70 of 70 pairs" in caplog.messages[-1]
+    assert "70/70 pairs" in caplog.messages[-1]
     caplog.clear()
     load_tiny("bert").compute_score(some_pairs(10) * 7, show_progress_bar=False)
     assert not any("pairs, " in message for message in caplog.messages)

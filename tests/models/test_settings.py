@@ -67,7 +67,6 @@ DAMAGED = (
     '{"model_type": "bert_encoder", "max_len": 0}',
     '{"model_type": "bert_encoder", "max_len": 512, "seq": "\\n"}',
     '{"model_type": "bert_encoder", "max_len": 512, "query_format": 5}',
-    '{"model_type": "bert_encoder", "max_len": 512, "truncation_side": "middle"}',
     '{"model_type": "llm_decoder", "max_len": 512}',
     "[" * 100_000,
 )

@@ -156,7 +156,7 @@ def test_the_warm_up_holds_short_pairs_and_one_of_the_model_s_length(backend):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_found_before_the_server_listens(backend):
-    rows = len(backend.pair_encoder.own.get_vocab())
+    rows = len(backend.pair_encoder.fast_tokenizer.get_vocab())
 
     def embedded(pairs, batch_size):
         if any(token >= rows - 1 for pair in pairs for token in pair.ids):

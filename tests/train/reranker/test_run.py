@@ -1,5 +1,6 @@
 """Whole runs of the reranker trainer in this process, against plain loops written here."""
 
+import gzip
 import json
 import logging
 import re
@@ -169,6 +170,28 @@ def test_accumulation_changes_nothing(settings, loss_type, tmp_path):
         torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=0)
     logs = [read_metrics(Path(values["output_dir"]), "train") for values in (at_once, in_parts)]
     assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], abs=1e-5)
+
+
+def test_triples_train_and_validate_as_the_same_groups_of_pos_and_neg_do(settings, tmp_path):
+    records = [
+        {"query": one["query"], "pos": [hits[0]], "neg": hits[1:]}
+        for one in grouped_records(20, sizes=(3, 5))
+        for hits in [list(dict.fromkeys(hit["content"] for hit in one["hits"]))]
+    ]
+    lines = ["\t".join((one["query"], one["pos"][0], text)) + "\n" for one in records for text in one["neg"]]
+    (tmp_path / "train.tsv").write_text("".join(lines))
+    (tmp_path / "dev.tsv.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    for loss_type in ("listwise_ce", "point_ce"):
+        values = settings(loss_type, records, epochs=1, batch_size=4)
+        values |= {"val_dataset": values["train_dataset"], "output_dir": str(tmp_path / f"{loss_type}-records")}
+        triples = values | {"train_dataset": str(tmp_path / "train.tsv"), "val_dataset": str(tmp_path / "dev.tsv.gz")}
+        triples |= {"output_dir": str(tmp_path / f"{loss_type}-triples")}
+        train(values), train(triples)
+        first, second = (Path(run["output_dir"]) for run in (values, triples))
+        for name, weight in final_weights(first).items():
+            assert torch.equal(weight, final_weights(second)[name])
+        (expected,), (found,) = (read_metrics(folder, "eval") for folder in (first, second))
+        assert [found[name] for name in ("ndcg@10", "loss")] == [expected[name] for name in ("ndcg@10", "loss")]
 
 
 # --- resuming ---
