@@ -7,12 +7,14 @@ is one batch of all its records, padded, in one forward, however many processes 
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rag_retrieval.data.store import open_store
+from rag_retrieval.losses import LOSSES
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import configured_objective
 from rag_retrieval.train.reranker.run import load_scorer
@@ -131,16 +133,20 @@ def step_loss(config: RerankerConfig, scores: list[torch.Tensor], groups: list[G
     """The mean of each loss over the step, weighted."""
     labels, teacher_scores = [group[2] for group in groups], [group[3] for group in groups]
     from_teacher = config.loss_type in ("margin_mse", "kl_distillation")
-    loss = mean_loss(config.loss_type, scores, teacher_scores if from_teacher else labels)
+    options = {option.name: getattr(config, option.name) for option in LOSSES[config.loss_type].options}
+    loss = mean_loss(config.loss_type, scores, teacher_scores if from_teacher else labels, options)
     if config.teacher_loss_type is None:
         return loss
     weight = config.teacher_weight
-    return (1 - weight) * loss + weight * mean_loss(config.teacher_loss_type, scores, teacher_scores)
+    learned = LOSSES[config.teacher_loss_type]
+    options = {option.name: getattr(config, f"teacher_{option.name}") for option in learned.options}
+    return (1 - weight) * loss + weight * mean_loss(config.teacher_loss_type, scores, teacher_scores, options)
 
 
-def mean_loss(loss_type: str, scores: list[torch.Tensor], labels: list[list[float]]) -> torch.Tensor:
+def mean_loss(loss_type: str, scores: list[torch.Tensor], labels: list[list[float]], options: dict) -> torch.Tensor:
     """The mean of all terms of the step; 0 with a graph where there is none."""
-    terms = [term for group, of_group in zip(scores, labels, strict=True) for term in TERMS[loss_type](group, of_group)]
+    terms_of = partial(TERMS[loss_type], **options)
+    terms = [term for group, of_group in zip(scores, labels, strict=True) for term in terms_of(group, of_group)]
     return torch.stack(terms).mean() if terms else sum(group.sum() for group in scores) * 0.0
 
 
@@ -161,7 +167,8 @@ def ranknet_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.T
                 yield (other - label) * (1 + (lower - higher).exp()).log()
 
 
-def listwise_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+def listwise_terms(scores: torch.Tensor, labels: list[float], temperature: float) -> Iterator[torch.Tensor]:
+    scores = scores / temperature
     yield scores.exp().sum().log() - scores[labels.index(1.0)]
 
 
@@ -194,25 +201,30 @@ def position_listmle_terms(scores: torch.Tensor, labels: list[float]) -> Iterato
         yield sum(shares[labels[place]] * term for place, term in levels(scores, labels))
 
 
-def lambda_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
-    """NDCG-Loss2++ of the whole ranking."""
+def lambda_terms(
+    scores: torch.Tensor, labels: list[float], lambda_weights: str, lambda_top_k: int | None
+) -> Iterator[torch.Tensor]:
+    """LambdaRank, or NDCG-Loss2++, of the whole ranking or of its first lambda_top_k."""
     order = sorted(range(len(labels)), key=lambda place: (-scores[place].item(), labels[place]))
     rank = {place: position for position, place in enumerate(order, 1)}
-    ideal = sum((2**y - 1) / math.log2(1 + r) for r, y in enumerate(sorted(labels, reverse=True), 1))
+    best = sorted(labels, reverse=True)[:lambda_top_k]
+    ideal = sum((2**y - 1) / math.log2(1 + r) for r, y in enumerate(best, 1))
     terms = []
     for i, high in enumerate(labels):
         for j, low in enumerate(labels):
-            if high > low:
+            if high > low and min(rank[i], rank[j]) <= (lambda_top_k or len(labels)):
                 apart = abs(rank[i] - rank[j])
                 weight = abs(1 / math.log2(1 + rank[i]) - 1 / math.log2(1 + rank[j]))
-                weight += 10 * (1 / math.log2(1 + apart) - 1 / math.log2(2 + apart))
+                if lambda_weights == "ndcg_loss2pp":
+                    weight += 10 * (1 / math.log2(1 + apart) - 1 / math.log2(2 + apart))
                 error = (1 + (scores[j] - scores[i]).exp()).log() / math.log(2)
                 terms.append(weight * (2**high - 2**low) / ideal * error)
     if terms:
         yield sum(terms)
 
 
-def info_nce_terms(scores: torch.Tensor, labels: list[float]) -> Iterator[torch.Tensor]:
+def info_nce_terms(scores: torch.Tensor, labels: list[float], temperature: float) -> Iterator[torch.Tensor]:
+    scores = scores / temperature
     negatives = [s.exp() for s, label in zip(scores, labels, strict=True) if label == min(labels)]
     for score, label in zip(scores, labels, strict=True):
         if label > min(labels):
@@ -232,10 +244,10 @@ def margin_terms(scores: torch.Tensor, teacher_scores: list[float]) -> Iterator[
             yield ((scores[i] - scores[j]) - (teacher_scores[i] - teacher_scores[j])) ** 2
 
 
-def kl_terms(scores: torch.Tensor, teacher_scores: list[float]) -> Iterator[torch.Tensor]:
-    target = torch.tensor(teacher_scores).softmax(0)
+def kl_terms(scores: torch.Tensor, teacher_scores: list[float], temperature: float) -> Iterator[torch.Tensor]:
+    target, student = ((values / temperature).softmax(0) for values in (torch.tensor(teacher_scores), scores))
     if len(scores) > 1:
-        yield (target * (target.log() - scores.softmax(0).log())).sum()
+        yield temperature**2 * (target * (target.log() - student.log())).sum()
 
 
 TERMS = {

@@ -49,6 +49,19 @@ def test_steps_of_a_new_loss_equal_a_plain_loop(settings, loss_type):
     assert_plain_steps(exact(settings, loss_type, records))
 
 
+@pytest.mark.parametrize(("loss_type", "options"), [
+    ("listwise_ce", {"temperature": 0.5}),
+    ("info_nce", {"temperature": 2.0}),
+    ("kl_distillation", {"temperature": 2.0}),
+    ("lambda_loss", {"lambda_weights": "lambdarank", "lambda_top_k": 2}),
+    ("listwise_ce", {"teacher_loss_type": "kl_distillation", "teacher_temperature": 3.0, "teacher_weight": 0.7}),
+])  # fmt: skip
+def test_steps_with_options_that_are_no_defaults_equal_a_plain_loop(settings, loss_type, options):
+    binary = LOSSES[loss_type].reads == "positive"
+    records = with_teacher_scores(grouped_records(26, levels=(0, 1) if binary else (0, 1, 2)))
+    assert_plain_steps(exact(settings, loss_type, records, **options))
+
+
 @pytest.mark.parametrize(("loss_type", "teacher_loss_type"), MIXES)
 def test_steps_of_a_mix_equal_a_plain_loop(settings, loss_type, teacher_loss_type):
     records = with_teacher_scores(grouped_records(26))
