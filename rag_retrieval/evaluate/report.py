@@ -36,8 +36,8 @@ from rag_retrieval.evaluate.output import (
 from rag_retrieval.evaluate.rank_changes import QueryChange
 from rag_retrieval.metrics import means, parse_metric
 from rag_retrieval.models.calibration import Calibration, probabilities_of
+from rag_retrieval.train.run_folder import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 DPI = 150
 LONGEST_TEXT = 190  # characters of a document's text
 # Okabe and Ito's colours, which the colour-blind can tell apart

@@ -16,9 +16,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from rag_retrieval.models.model_card import CARD, MARK, About, model_card
-from rag_retrieval.models.run_record import read_run_record
 from rag_retrieval.models.settings import check_model_folder
+from rag_retrieval.train.card import CARD, MARK, About, model_card
+from rag_retrieval.train.run_record import read_run_record
 
 WEIGHTS = ("*.safetensors", "*.onnx", "*.xml")
 MEASURED = {"data", "candidates", "queries", "pairs", "model", "baseline", "comparison", "config"}

@@ -29,7 +29,8 @@ TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|Parent director
 CPU_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|bad_alloc")
 MEMORY_KEYS = ("max_tokens_per_batch", "batch_size", "gradient_checkpointing", "max_len", "mixed_precision")
 DEATH_SECONDS = 2.0  # between the end of a process's sockets and its own
-PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Socket Timeout")
+PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
+PEER_SILENT = re.compile(r"Timed out waiting|Socket Timeout|timed out|timeout of \d+ ?ms", re.IGNORECASE)
 
 
 @contextmanager
@@ -139,6 +140,15 @@ def worker_death(what: str) -> ProcessFailure:
     )
 
 
-def is_peer_gone(error: BaseException) -> bool:
-    """Whether another process of the run ended, so that this one could not talk to it."""
-    return isinstance(error, RuntimeError) and bool(PEER_GONE.search(str(error)))
+def peer_failure(error: BaseException, wait_minutes: float) -> str | None:
+    """What happened to another process of the run, so that this one could not talk to it; None for other errors."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if PEER_GONE.search(str(error)):
+        return "another process of this run has ended; look at what it printed. One that printed nothing was killed"
+    if PEER_SILENT.search(str(error)):
+        return (
+            f"another process of this run has not answered for {wait_minutes:g} minutes (wait_minutes) and is still "
+            "there; look at what it does, or raise wait_minutes where it has that much to read or to write"
+        )
+    return None

@@ -64,7 +64,7 @@ class Trainer:
         self.checkpoints = CheckpointStore(output_dir, state.run_id, settings.num_max_checkpoints)
         self.saver = Saver(accelerator, self.model, self.optimizer, task, self.checkpoints, provenance)
         self.saved_step = state.step
-        self.checks = StepChecks(accelerator, optimizer)
+        self.checks = StepChecks(accelerator, optimizer, task.describe_batch)
         # counts are exchanged between hosts: asking a device for them would stall it in every step
         several, wait = accelerator.num_processes > 1, timedelta(minutes=settings.wait_minutes)
         self.hosts = distributed.new_group(backend="gloo", timeout=wait) if several else None

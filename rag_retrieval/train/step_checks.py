@@ -1,13 +1,13 @@
-"""Was a step sound? Losses and gradients that are not finite stop the run before they spoil the weights.
+"""Losses and gradients that are not finite stop the run before they get into the weights.
 
-What a reader would get wrong: a step is looked at when the next one is under way. Reading its loss at once would
-let the device run dry in every step. The weights are safe all the same: the fused optimizer is told on the device
-to leave them alone. Engines that cannot be told so are looked at at once.
+A step is checked when the next one is under way: reading its loss at once would stall the device in every step. The
+weights are safe all the same, since the fused optimizer leaves them alone on the device. Engines whose optimizer cannot
+do so are checked at once, which under DeepSpeed is too late for the gradient: its backward updates the weights.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,14 @@ class StepChecks:
     skips_on_device: whether `guard` keeps the weights, so that a step may be looked at later.
     """
 
-    def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        optimizer: torch.optim.Optimizer,
+        describe_batch: Callable[[MicroBatch], str],
+    ):
+        self.describe_batch = describe_batch
+        self.updates_in_backward = accelerator.distributed_type == DistributedType.DEEPSPEED
         whole = accelerator.distributed_type in WHOLE and accelerator.scaler is None
         self.skips_on_device = bool(whole and optimizer.defaults.get("fused"))
         self.optimizer = optimizer
@@ -75,11 +82,12 @@ class StepChecks:
         bad = [batch for batch, sound in zip(micro_batches, finite, strict=False) if not sound]
         sources = gather_object([source for batch in bad for source in batch.sources])
         where = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
+        first = next(iter(gather_object([self.describe_batch(batch) for batch in bad[:1]])), "none")
         raise TrainingError(
-            f"the loss of step {step} is {mean}; no weight was changed by it. Records of the "
-            f"micro-batches at fault: {where}. Lower lr or max_grad_norm, lengthen the warmup, or train in "
-            "mixed_precision bf16 or no instead of fp16; if it happens in the first steps, look at these "
-            "records and at the model that you start from"
+            f"the loss of step {step} is {mean}; no weight was changed by it. Records of the micro-batches whose loss "
+            f"is not finite: {where}. The first of these micro-batches: {first}. Look at these records and labels; in "
+            "later steps also lower lr or max_grad_norm, lengthen the warmup, or train in mixed_precision bf16 or no "
+            "instead of fp16"
         )
 
     def check_norm(self, step: int, norm: float) -> None:
@@ -87,7 +95,12 @@ class StepChecks:
         its scale."""
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         if self.skipped_in_a_row > self.most_skipped:
+            changed = (
+                "the weights in memory were changed by it and are not saved; earlier checkpoints are intact"
+                if self.updates_in_backward
+                else "no weight was changed by it"
+            )
             raise TrainingError(
-                f"the gradient norm of step {step} is {norm} though the loss is finite; no "
-                "weight was changed by it. Lower lr, or train in mixed_precision bf16 or no"
+                f"the gradient norm of step {step} is {norm} though the loss is finite; {changed}. Lower lr, or train "
+                "in mixed_precision bf16 or no"
             )

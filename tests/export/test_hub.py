@@ -12,7 +12,7 @@ from fake_hub import fake_hub
 
 from rag_retrieval.cli import main
 from rag_retrieval.export.hub import push_to_hub, stage
-from rag_retrieval.models.model_card import MARK, About, write_card
+from rag_retrieval.train.card import MARK, About, write_card
 
 TOKEN = "hf_thisIsASecret"
 RESULT = dict(

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from rag_retrieval.train import failures
 from rag_retrieval.train.failures import (
     is_out_of_memory,
-    is_peer_gone,
+    peer_failure,
     steps_of,
     storage_cause,
     translate_storage_errors,
@@ -72,8 +72,11 @@ def test_memory_that_is_full_is_told_from_other_errors():
 
 
 def test_a_peer_that_is_gone_is_told_from_other_errors():
-    assert is_peer_gone(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:10917."))
-    assert not is_peer_gone(RuntimeError("shapes do not fit")) and not is_peer_gone(ConnectionResetError("wandb"))
+    assert "has ended" in peer_failure(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:10917."), 30)
+    silent = RuntimeError("[unbound_buffer.cc:81] Timed out waiting 6000ms for recv operation to complete")
+    assert "0.1 minutes (wait_minutes)" in peer_failure(silent, 0.1)
+    for error in (RuntimeError("shapes do not fit"), ConnectionResetError("wandb")):
+        assert peer_failure(error, 30) is None
 
 
 class BrokenLoader:

@@ -414,6 +414,18 @@ def test_an_error_that_is_not_of_the_disk_keeps_its_type(tmp_path):
         made.train()
 
 
+def test_a_full_disk_elsewhere_is_not_put_down_to_the_output_folder(tmp_path):
+    made = trainer(tmp_path)
+
+    def fail(model, micro_batches, factors):
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
+
+    made.task.losses = fail
+    with pytest.raises(OSError, match="No space left"):
+        made.train()
+
+
 @pytest.mark.parametrize("log_interval", [1, 100])  # found in writing the log, or the checkpoint
 def test_a_folder_that_vanishes_in_the_run_is_named_and_not_made_anew(tmp_path, log_interval):
     folder = tmp_path / "run"
@@ -560,6 +572,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path)
     with pytest.raises(TrainingError, match="the gradient norm of step 1 is"):
         made.train()
     assert equal(before, made.model.state_dict())
+
+
+def test_an_engine_that_updates_in_the_backward_does_not_say_that_no_weight_changed(tmp_path):
+    made = trainer(tmp_path)
+    made.checks.skips_on_device, made.checks.updates_in_backward = False, True
+    made.model[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="the weights in memory were changed by it and are not saved"):
+        made.train()
 
 
 def test_a_finished_run_is_marked(tmp_path):

@@ -12,12 +12,11 @@ from rag_retrieval.core.files import content_digest
 from rag_retrieval.metrics import LOGGED_METRICS
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
-from rag_retrieval.models.model_card import About, write_card
 from rag_retrieval.models.packed_model import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.run_record import parts_to_write
 from rag_retrieval.models.settings import FORMAT_NAMES, YES_NO_NAMES
 from rag_retrieval.train import run as any_run
+from rag_retrieval.train.card import About, write_card
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import configured_objective
@@ -32,6 +31,7 @@ from rag_retrieval.train.reranker.task import RerankerTask
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.resume import file_keys
+from rag_retrieval.train.run_record import parts_to_write
 from rag_retrieval.train.steps import MixedSteps, StepShape
 
 logger = logging.getLogger(__name__)

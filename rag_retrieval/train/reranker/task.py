@@ -55,7 +55,10 @@ class RerankerTask(SavedModel):
     def describe_batch(self, micro_batch: RerankerMicroBatch) -> str:
         lengths, sources = micro_batch.pairs.lengths, micro_batch.sources
         where = f", {sources[0]} to {sources[-1]}" if sources else ""
-        return f"{len(lengths)} pairs, the longest of {lengths.max()} tokens, {lengths.sum():,} tokens in all{where}"
+        labels = micro_batch.labels[micro_batch.mask]
+        values = f", labels {labels.min():g} to {labels.max():g}" if len(labels) else ""
+        size = f"{len(lengths)} pairs, the longest of {lengths.max()} tokens, {lengths.sum():,} tokens in all"
+        return f"{size}{where}{values}"
 
     def report(self, step: int, total_steps: int) -> dict[str, float]:
         reports = [watch.report(step, total_steps) for watch in self.watches.values()]

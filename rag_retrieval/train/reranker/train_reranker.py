@@ -22,10 +22,6 @@ from rag_retrieval.core.log import launched_rank
 from rag_retrieval.core.signals import Interrupted, TrainingStopped, exit_code, interrupt, on_signals
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parent / "config"
-PEER_GONE = (
-    "another process of this run has ended. What it printed tells why; one that printed nothing was killed, most often "
-    "because memory ran out"
-)
 
 
 TRAIN = Command(
@@ -47,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(config) -> int:
     """Run the training and turn its errors into one line and an exit code. An error of ours keeps its traceback."""
     from rag_retrieval.core.distributed import PeerError, RankLocalStartError, StartError
-    from rag_retrieval.train.failures import is_peer_gone
+    from rag_retrieval.train.failures import peer_failure
     from rag_retrieval.train.launch import LaunchError
     from rag_retrieval.train.reranker.run import run
     from rag_retrieval.train.task import ProcessFailure, TrainingError
@@ -69,8 +65,8 @@ def train(config) -> int:
         message = f"interrupted by {signal.Signals(number).name}; {go_on}"
         return report(InterruptedError(message), exit_code(number), on_all_processes=True)
     except Exception as error:
-        if is_peer_gone(error):
-            return report(ConnectionError(PEER_GONE), 1, on_all_processes=False)
+        if (reason := peer_failure(error, config.wait_minutes)) is not None:
+            return report(ConnectionError(reason), 1, on_all_processes=False)
         if isinstance(error, RuntimeError) and not has_home():
             raise
         return report_crash(error, go_on)

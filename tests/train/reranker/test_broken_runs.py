@@ -178,6 +178,14 @@ def test_an_exception_on_one_process_ends_all_within_a_minute_with_its_traceback
 
 
 @pytest.mark.slow
+def test_a_stopped_process_ends_the_others_after_wait_minutes(two):
+    fault = json.dumps({"do": "stop one", "phase": "step", "call": 3, "delay": 0.0, "ranks": [1]})
+    done = launch([*TORCHRUN, "benchmarks/fault_runs.py", str(two(wait_minutes=0.1)), fault], timeout=150, **CPU)
+    assert done.returncode != 0
+    assert "has not answered for 0.1 minutes (wait_minutes)" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
 def test_a_ctrl_c_that_reaches_launcher_and_processes_saves_one_checkpoint(two, tmp_path):
     """As from a terminal, where all of the group get it, and torchrun passes it on."""
     program = [sys.executable, "-m", *TORCHRUN, SCRIPT, "--config", str(two(epochs=400))]

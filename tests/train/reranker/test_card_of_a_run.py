@@ -5,7 +5,7 @@ import json
 from huggingface_hub import ModelCard
 from training_runs import grouped_records, read_metrics, train, write_jsonl
 
-from rag_retrieval.models.run_record import read_run_record
+from rag_retrieval.train.run_record import read_run_record
 
 
 def test_a_finished_run_has_a_card_with_the_figures_of_its_model(model_folders, tmp_path):

@@ -27,6 +27,7 @@ from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.train.reranker import run as run_module
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.run_folder import folder_lock
 from rag_retrieval.train.task import TrainingError
 
@@ -749,3 +750,17 @@ def test_weights_that_the_last_step_spoiled_are_not_saved(settings):
     with pytest.raises(TrainingError, match="after step 1 weights are not finite"):
         train(values)
     assert not (Path(values["output_dir"]) / "model").exists()
+
+
+def test_a_label_out_of_all_proportion_is_named_with_its_record(settings):
+    records = grouped_records(20, levels=(0, 1))
+    records[7]["hits"][0]["label"] = 1e38
+    with pytest.raises(TrainingError) as caught:
+        train(settings("pairwise_ranknet", records))
+    assert "labels 0 to 1e+38" in str(caught.value) and "train.jsonl:8" in str(caught.value)
+
+
+def test_a_second_run_in_one_process_may_have_another_precision(settings, tmp_path):
+    for precision in ("no", "bf16"):
+        values = settings(mixed_precision=precision, output_dir=str(tmp_path / precision))
+        assert run_module.run(RerankerConfig(**values)).step == 5

@@ -1,7 +1,7 @@
 """What a training run left beside its model: configuration, data, versions, measurements.
 
-What a reader would get wrong: a card goes to other people, so of a path on this machine only the last part is told;
-`shown` is for every value that may be one.
+A card goes to other people, so of a path on this machine only the last part is shown; `shown` is for every value that
+may be one.
 """
 
 import json
@@ -14,9 +14,8 @@ import yaml
 from rag_retrieval.data.readers import is_file
 from rag_retrieval.data.summary import StoreSummary
 from rag_retrieval.models.settings import PACKAGE_PREFIX
+from rag_retrieval.train.run_folder import CONFIGURATION_FILE, DATA_FILE, METRICS_FILE, PROVENANCE_FILE, RUN_FILE
 
-CONFIGURATION_FILE, METRICS_FILE = "training_config.yaml", "metrics.jsonl"
-RUN_FILE, PROVENANCE_FILE, DATA_FILE = "run.json", "provenance.json", "data_summary.json"
 LOCAL_ONLY_KEYS = {
     *("output_dir", "overwrite_output_dir", "resume", "resume_with_changes"),
     *("num_workers", "wait_minutes", "log_with"),

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from rag_retrieval.models.model_card import MARK, About, model_card, write_card
-from rag_retrieval.models.run_record import RunRecord, part_from, read_run_record, shown
 from rag_retrieval.models.settings import RerankerSettings, write_settings
+from rag_retrieval.train.card import MARK, About, model_card, write_card
+from rag_retrieval.train.run_record import RunRecord, part_from, read_run_record, shown
 
 SUMMARY = dict(records=2, groups=2, pairs=5, queries=2, repeated_pairs=0, empty_documents=1, equal_label_groups=0,
                smallest_group=2, largest_group=3, label_histogram=[[0.0, 0.0, 3], [1.0, 1.0, 2]])  # fmt: skip
@@ -177,3 +177,10 @@ def test_writing_gives_the_same_bytes_again(run):
     first = (run / "model" / "README.md").read_bytes()
     write_card(run / "model", run, About("a"))
     assert (run / "model" / "README.md").read_bytes() == first and first.decode().splitlines().count(MARK) == 1
+
+
+def test_an_encoder_s_formats_are_shown_to_users_of_other_programs(run):
+    assert "Texts are read within formats" not in card(run)
+    settings = RerankerSettings("bert_encoder", 128, query_format="how? {}")
+    write_settings(run / "model", settings)
+    assert "query: how? {}\ndocument: {}" in card(run)

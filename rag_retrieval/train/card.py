@@ -1,7 +1,7 @@
 """The README.md of a model: what it is, how to use it, the data, the configuration, and what was measured.
 
-What a reader would get wrong: a card that somebody has written or changed is theirs. Ours carries MARK in a line of
-its own, and is made anew only while that line is there.
+A card that somebody has written or changed is theirs: ours carries MARK in a line of its own, and is written anew only
+while that line is there.
 """
 
 import json
@@ -17,8 +17,8 @@ from rag_retrieval import __version__
 from rag_retrieval.data.readers import HUB_OPTIONS
 from rag_retrieval.data.summary import format_summary
 from rag_retrieval.models.calibration import CALIBRATION_FILE
-from rag_retrieval.models.run_record import RunRecord, is_local, read_run_record, shown, shown_configuration
 from rag_retrieval.models.settings import RerankerSettings, read_settings
+from rag_retrieval.train.run_record import RunRecord, is_local, read_run_record, shown, shown_configuration
 
 CARD = "README.md"
 MARK = "<!-- written by rag_retrieval; remove this line to keep what you change here -->"
@@ -123,6 +123,8 @@ def description(model: Path, run: RunRecord | None) -> str:
         lines[0] += f" Trained from `{shown(run.configuration['model_name_or_path'])}`."
     if settings is not None and settings.model_type == "llm_decoder":
         lines.append(text_of_a_pair(settings))
+    elif settings is not None and (settings.query_format or settings.document_format):
+        lines.append(formats_of_an_encoder(settings))
     return "\n\n".join(lines)
 
 
@@ -134,6 +136,14 @@ def text_of_a_pair(settings: RerankerSettings) -> str:
         what = f"the score is the logit of `{settings.yes_token}` minus that of `{settings.no_token}` after it"
         return f"{PAIR_TEXT}; {what}:\n\n```\n{text}\n```"
     return f"{PAIR_TEXT}; the score is read at its last token:\n\n```\n{text}\n```"
+
+
+def formats_of_an_encoder(settings: RerankerSettings) -> str:
+    query, document = settings.query_format or "{}", settings.document_format or "{}"
+    return (
+        "Texts are read within formats, `{}` standing for query and document. `rag_retrieval` puts them there; other "
+        f"programs need texts that stand in them already:\n\n```\nquery: {query}\ndocument: {document}\n```"
+    )
 
 
 def meaning(model: Path, run: RunRecord | None) -> str:
