@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --out speed.jsonl
     python benchmarks/speed.py --device cuda --out speed.jsonl
+    git worktree add /tmp/old fad153e && python benchmarks/speed.py --old /tmp/old --out speed.jsonl
 
 Sides take turns, in reversed order every other round, on the same model folder, pairs, precision and threads.
 The trap: the sides of a work are compared round by round. Figures of two works, or of two runs of this script, are
@@ -71,8 +72,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=10_000, help="of score_many")
     parser.add_argument("--repeats", type=int, default=10, help="calls of a round with one query's candidates")
     sizes = "pairs that sentence-transformers trains on at once, accumulated to 32; each is a side of its own"
-    parser.add_argument("--st-batch", type=int, nargs="+", default=[1, 8, 32], choices=BATCHES, help=sizes)
+    parser.add_argument("--st-batch", type=int, nargs="*", default=[1, 8, 32], choices=BATCHES, help=sizes)
     parser.add_argument("--workers", type=int, default=0, help="loading processes of each trainer")
+    parser.add_argument("--old", type=Path, help="checkout of an older commit as one more side (a git worktree)")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain loop out")
     parser.add_argument("--data", type=Path, help="folder in BEIR layout for train_medquad and onnx")
     parser.add_argument("--model", type=Path, help="folder of a trained model, for onnx")

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from speed_checkouts import score_checkout, train_checkout
 from speed_data import (
     LONGEST,
     Example,
@@ -28,7 +29,7 @@ from speed_data import (
     write_examples,
 )
 from speed_floor import gemm_rate, gemm_shapes, now
-from speed_report import FLAG, OURS, PLAIN, THEIRS, summarise
+from speed_report import FLAG, OLD, OURS, PLAIN, THEIRS, summarise
 from speed_training import (
     DTYPES,
     PAIRS_PER_STEP,
@@ -108,6 +109,8 @@ def train(job: Job, options: argparse.Namespace) -> dict:
     agreement = compare_losses(job)
     steps, stride = options.steps, WARMUP + options.steps
     turns: dict[str, Turn] = {OURS: lambda turn: train_ours(job, turn * stride, steps)}
+    for name, checkout in checkouts(options).items():
+        turns[name] = lambda turn, checkout=checkout: train_checkout(checkout, job, turn * stride, steps)
     for size in sorted({max(size, job.documents) for size in options.st_batch}):
         turns[f"{THEIRS} {size} x {PAIRS_PER_STEP // size}"] = lambda turn, size=size: train_sentence_transformers(
             job, turn * stride, steps, size
@@ -165,13 +168,29 @@ def score(work: str, job: Job, options: argparse.Namespace) -> dict:
         OURS: turn_of(OURS, lambda: our_scorer(job), plain),
         THEIRS: turn_of(THEIRS, lambda: their_scorer(job, batch), formatted),
     }
+
+    def turn_of_checkout(name: str, checkout: Path) -> Turn:
+        def turn(number: int) -> Took:
+            took, scores[name] = score_checkout(checkout, job, plain, repeats)
+            return took
+
+        return turn
+
+    turns |= {name: turn_of_checkout(name, checkout) for name, checkout in checkouts(options).items()}
     if flag_embedding_can(job):
         turns[FLAG] = turn_of(FLAG, lambda: flag_embedding_scorer(job, batch), formatted)
     took, gemm = take_turns(job, turns, options.rounds)
     largest = check_agreement("scores", scores[OURS].tolist(), scores[THEIRS].tolist(), job.dtype)
+    if OLD in scores:
+        say(f"  {OLD}: scores differ by at most {(scores[OURS] - scores[OLD]).abs().max():.2g}")
     result = summarise(job, took, gemm, [job.examples] * options.rounds, units=1, training=False)
     agreement = {"of": f"{len(plain):,} scores", "largest_difference": largest}
     return result | {"units": repeats, "agreement": agreement, "their_batch": batch, "their_trials": trials}
+
+
+def checkouts(options: argparse.Namespace) -> dict[str, Path]:
+    """Sides in processes of their own: where an older commit takes part, ours too."""
+    return {OURS: Path(__file__).resolve().parents[1], OLD: options.old} if options.old else {}
 
 
 def our_scorer(job: Job) -> Scorer:

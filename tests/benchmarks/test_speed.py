@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import speed
+import speed_checkouts
 import speed_data
 import speed_floor
 import speed_report
@@ -203,6 +204,30 @@ def test_the_steps_of_a_plan_are_those_of_our_trainer_but_not_sorted_by_length(f
     assert longest != sorted(longest, reverse=True)
     rows = speed_training.their_rows(job, 1, 1)
     assert [row["query"] for row in rows] == [example.query for example in job.steps[1]]
+
+
+@pytest.mark.slow
+def test_another_checkout_trains_and_scores_in_a_process_of_its_own(folders, tmp_path):
+    examples = speed_data.draw_examples(64, 1, ["a", "b"], 4, random.Random(4))
+    job = speed_training.Job(
+        model=folders["tiny_xlm_roberta"],
+        file=tmp_path / "examples.jsonl",
+        examples=examples,
+        formats=None,
+        max_len=512,
+        dtype="float32",
+        device="cpu",
+        workers=0,
+        scratch=tmp_path,
+    )
+    speed_data.write_examples(examples, job.file)
+    checkout = Path(speed.__file__).parents[1]
+    assert speed_checkouts.train_checkout(checkout, job, 0, 1).seconds > 0
+    pairs = speed_data.text_pairs(examples[:8], None)
+    took, scores = speed_checkouts.score_checkout(checkout, job, pairs, 1)
+    assert took.seconds > 0 and torch.equal(scores, speed_works.our_scorer(job)(pairs))
+    with pytest.raises(RuntimeError, match="No module named 'speed_works'"):
+        speed_checkouts.train_checkout(tmp_path, job, 0, 1)
 
 
 def test_sides_that_disagree_are_refused():

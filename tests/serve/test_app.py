@@ -110,7 +110,7 @@ def test_no_documents_give_no_results(service):
     assert ask(service, json={"query": QUERY, "texts": []}).json() == []
 
 
-def test_documents_that_were_cut_are_told(service):
+def test_documents_that_were_cut_are_named(service):
     response = ask(service, json={"query": QUERY, "documents": ["short", "Paris " * 200]})
     assert response.json()["meta"]["warnings"] == [
         "1 of 2 documents were too long and were cut, the first of them documents[1]"
@@ -178,10 +178,10 @@ def test_the_rest_of_a_refused_body_is_read_only_so_far(backend):
 
     with running_service(backend, token=b"secret", max_body_bytes=10_000) as service:
         endless = ask(service, content=chunks())
-        told = ask(service, content=b" " * 30_000)
+        declared = ask(service, content=b" " * 30_000)
         small = ask(service, content=b" " * 15_000)
-    assert [response.status_code for response in (endless, told, small)] == [401] * 3
-    assert endless.headers["Connection"] == told.headers["Connection"] == "close" and taken < 30_000
+    assert [response.status_code for response in (endless, declared, small)] == [401] * 3
+    assert endless.headers["Connection"] == declared.headers["Connection"] == "close" and taken < 30_000
     assert "Connection" not in small.headers, "it was read to its end"
 
 
@@ -205,7 +205,7 @@ def test_small_requests_are_not_stuck_behind_large_ones_that_are_tokenized(backe
                 tasks = [asyncio.create_task(client.post("/rerank", json=large)) for _ in range(2)]
                 while len(pieces) < 5:
                     await asyncio.sleep(0.001)
-                waiting = service.pieces.characters
+                waiting = sum(service.pieces.left.values())
                 answered = await client.post("/rerank", json=TWO_TEXTS)
                 done_before = len(pieces)
                 gate.set()
@@ -213,7 +213,7 @@ def test_small_requests_are_not_stuck_behind_large_ones_that_are_tokenized(backe
 
         answered, waiting, done_before, large = asyncio.run(ask_all())
         assert answered.status_code == 200 and done_before < 16
-        assert waiting > 100_000 and service.pieces.characters == 0
+        assert waiting > 100_000 and service.pieces.left == {}
         assert [response.status_code for response in large] == [200, 200] and sum(pieces) == 16
 
 
@@ -229,17 +229,29 @@ def test_a_request_that_is_over_is_not_tokenized_to_its_end(backend, monkeypatch
         monkeypatch.setattr(service.model, "encode", slow)
         response = ask(service, json={"query": QUERY, "texts": [f"{number}" + " a" * 30_000 for number in range(40)]})
         assert response.status_code == 504
-        wait_until(lambda: service.pieces.characters == 0)
+        wait_until(lambda: service.pieces.left == {})
         assert len(pieces) < 40
 
 
-def test_text_that_waits_to_be_tokenized_counts_towards_the_expected_wait(service):
-    service.pieces.characters, service.pieces._seconds_per_character = 1_000_000, 1e-3
+def test_text_that_waits_to_be_tokenized_counts_towards_the_wait_for_a_turn(service):
+    service.pieces._seconds_per_character = 1e-3
+    service.pieces.left["large"] = 10_000_000  # it gives way after a piece of 50,000
+    assert service.pieces.expected_seconds() == 50_000 * 1e-3 / 2
     response = ask(service, json=TWO_TEXTS)
-    assert response.status_code == 429 and response.headers["Retry-After"] == "60"
+    assert response.status_code == 429 and response.headers["Retry-After"] == "25"
+    service.pieces.left["large"] = 1000
+    assert ask(service, json=TWO_TEXTS).status_code == 200
 
 
-def test_a_body_that_is_too_large_is_refused_whether_or_not_it_tells_its_size(backend):
+def test_a_large_request_is_refused_where_a_small_one_would_be_served_in_time(service, monkeypatch):
+    """By its own tokens: what others have of them is computed while it takes its turns."""
+    monkeypatch.setattr(service.batcher, "expected_seconds", lambda tokens=1: tokens / 10)
+    assert ask(service, json={"query": QUERY, "texts": ["Paris"]}).status_code == 200
+    large = ask(service, json={"query": QUERY, "texts": [f"{number} Paris" for number in range(20)]})
+    assert large.status_code == 429 and int(large.headers["Retry-After"]) > 15
+
+
+def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_its_size(backend):
     async def chunks():
         for _ in range(3):
             yield b" " * 400
@@ -274,7 +286,7 @@ def test_a_token_is_asked_for_everywhere_but_for_health(backend):
         assert ask(service, "/health", "GET").json() == {"status": "ok", "model": "tiny"}
 
 
-def test_an_error_inside_is_told_by_its_id_alone(service, backend, monkeypatch, caplog):
+def test_an_error_inside_is_answered_with_its_id_alone(service, backend, monkeypatch, caplog):
     def broken(pairs, batch_size):
         raise RuntimeError("secret of the server")
 
@@ -382,7 +394,7 @@ def test_the_metrics_count_requests_pairs_and_tokens(service, backend):
     assert "rag_retrieval_queue_pairs 0.0" in lines
 
 
-def test_health_tells_when_the_scoring_thread_has_ended(service):
+def test_health_fails_when_the_scoring_thread_has_ended(service):
     service.batcher.close()
     wait_until(lambda: not service.batcher.is_alive)
     assert ask(service, "/health", "GET").status_code == 503

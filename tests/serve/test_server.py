@@ -99,7 +99,7 @@ def test_a_server_that_stops_answers_what_is_inside_and_refuses_what_is_new(back
             httpx.get(f"{address}/health")
 
 
-def test_a_port_in_use_is_told():
+def test_a_port_in_use_is_an_error():
     with bound_socket("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
@@ -107,7 +107,7 @@ def test_a_port_in_use_is_told():
             bound_socket("127.0.0.1", port)
 
 
-def test_an_address_of_another_machine_is_told():
+def test_an_address_of_another_machine_is_an_error():
     with pytest.raises(OSError, match="cannot listen on 192.0.2.1 port 0: "):
         bound_socket("192.0.2.1", 0)
 
