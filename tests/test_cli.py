@@ -52,7 +52,7 @@ def test_every_command_is_in_the_help_and_its_help_fits_a_screen(capsys):
     assert VALID.keys() == cli.COMMANDS.keys() and all(f"\n  {name} " in printed for name in cli.COMMANDS)
     for name, command in cli.COMMANDS.items():
         keys = load_object(command.config).model_fields
-        assert len(load_object(command.config).main_keys) in (2, 5)
+        assert len(load_object(command.config).main_keys) == min(5, len(keys))
         assert cli.main([name, "--help"]) == 0
         printed = capsys.readouterr().out
         assert len(printed.splitlines()) <= 45 and max(map(len, printed.splitlines())) <= 80
