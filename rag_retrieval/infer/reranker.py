@@ -33,8 +33,9 @@ class Reranker:
     and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is one, else the CPU.
     devices: several, such as ["cuda:0", "cuda:1"]: a process for each holds a copy of the model, until `close`, and a
     script that uses it keeps its work under `if __name__ == "__main__":`.
-    query_format and all after it: of a decoder, as for `LLMDecoder.from_pretrained`; needed where neither the folder
-    nor the list of known prompts has them.
+    attn_implementation: of transformers; default batches without padding. query_format, document_format: text around a
+    query and a document. seq and all after it: of a decoder, as for `LLMDecoder.from_pretrained`; needed, with the
+    formats, where neither the folder nor the list of known prompts has them.
 
     Raises ValueError for a path that is not there, a folder without weights, weights that are not numbers, a model
     without a trained head (an embedding model), a decoder whose prompt is not known, and options that do not fit.
