@@ -3,8 +3,8 @@
 Starts the server as a process of its own and sends made-up requests from this one. Every answer is compared with the
 scores of its texts computed alone before. Run: `python benchmarks/serve.py --model DIR`.
 
-The trap: client and server share the machine's cores, so on a small one the figures are a lower bound. And latency at
-a full concurrency is mostly queue: requests over capacity wait, whatever the server does.
+Client and server share the machine's cores, so on a small one the figures are a lower bound. Latency at a full
+concurrency is mostly queue: requests over capacity wait, whatever the server does.
 """
 
 import argparse

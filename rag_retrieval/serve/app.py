@@ -35,7 +35,7 @@ from rag_retrieval.serve.http import (
     read_to_the_end,
     while_connected,
 )
-from rag_retrieval.serve.reranking import EncodedTask, RerankModel
+from rag_retrieval.serve.reranking import PIECE_CHARACTERS, EncodedTask, RerankModel
 from rag_retrieval.serve.schemas import RerankTask, document_answer, limited_request, parse_request, text_answer
 
 RERANK_PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
@@ -49,11 +49,11 @@ log = logging.getLogger(__name__)
 
 class PieceThreads:
     """Threads for the work of many requests, cut into pieces. A request hands in one piece after another, so requests
-    take turns. characters: of all pieces that are not done, also of those that are not handed in yet."""
+    take turns. left: by request, the characters of all its pieces that are not done."""
 
     def __init__(self, threads: int):
         self.threads = threads
-        self.characters = 0
+        self.left: dict[str, int] = {}
         self._seconds_per_character = 0.0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="serve-pieces")
 
@@ -68,7 +68,9 @@ class PieceThreads:
         return result
 
     def expected_seconds(self) -> float:
-        return self.characters * self._seconds_per_character / self.threads
+        """How long a new request waits for its first turn."""
+        characters = sum(min(left, PIECE_CHARACTERS) for left in self.left.values())
+        return characters * self._seconds_per_character / self.threads
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -142,8 +144,9 @@ class RerankService:
     async def _answer(self, body: bytes, request_id: str) -> Response:
         task = await self.pieces.run(0, parse_request, body, self.request_schema, self.config.max_characters)
         with self.admission.admit_documents(len(task.documents)):
-            encoded = await self._encode(task)
+            encoded = await self._encode(task, request_id)
             pairs = encoded.pairs
+            self.admission.check_wait(self.batcher.expected_seconds(sum(map(len, pairs))))
             scores = await asyncio.wrap_future(self.batcher.submit(pairs))
         logits = self.model.logits(task, encoded, scores)
         shown, score_type = self.model.shown(logits, task.raw_scores)
@@ -156,17 +159,16 @@ class RerankService:
             answer = document_answer(task, logits, shown, score_type, tokens, truncated, self.model.name, request_id)
         return JSONResponse(answer, headers={"X-Score-Type": score_type})
 
-    async def _encode(self, task: RerankTask) -> EncodedTask:
-        encoded, left = EncodedTask(), sum(map(len, task.documents))
-        self.pieces.characters += left
+    async def _encode(self, task: RerankTask, request_id: str) -> EncodedTask:
+        encoded, left = EncodedTask(), self.pieces.left
+        left[request_id] = sum(map(len, task.documents))
         try:
             for piece in self.model.pieces(task):
                 characters = sum(map(len, piece))
                 await self.pieces.run(characters, self.model.encode, task, piece, encoded)
-                self.pieces.characters -= characters
-                left -= characters
+                left[request_id] -= characters
         finally:
-            self.pieces.characters -= left
+            del left[request_id]
         return encoded
 
     def _authorize(self, request: Request) -> None:

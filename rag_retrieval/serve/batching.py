@@ -116,10 +116,13 @@ class Batcher:
         with self._changed:
             return sum(len(job.items) - job.taken for job in self._waiting)
 
-    def expected_seconds(self) -> float:
-        """How long the waiting items will take at the speed of the last batches; 0 before the first."""
+    def expected_seconds(self, tokens: int | None = None) -> float:
+        """How long a request of so many tokens waits for others while it takes its turns; None: for its first turn.
+        At the speed of the last batches; 0 before the first."""
+        tokens = self.batch_tokens // TURNS if tokens is None else tokens
         with self._changed:
-            return sum(job.tokens for job in self._waiting) * self._busy_seconds / max(self._computed_tokens, 1)
+            before = sum(min(job.tokens, tokens) for job in self._waiting)
+            return before * self._busy_seconds / max(self._computed_tokens, 1)
 
     def __enter__(self) -> "Batcher":
         return self

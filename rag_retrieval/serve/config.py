@@ -59,7 +59,7 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
     )
     timeout: float = key(
         "Seconds from a request's first byte to its answer; later it is dropped with 504. New ones are refused with "
-        "429 while what waits will take more than half of it.",
+        "429 while they would wait for their turn for more than half of it.",
         30.0,
         gt=0,
         le=86_400,

@@ -176,7 +176,7 @@ class Admission:
     """Bounds on requests and documents, and on the wait; nobody comes in while the server stops.
 
     A request is counted before its body is read, so that the bodies in memory are bounded too. requests, documents:
-    inside at present. expected_seconds: how long what waits will take. timeout: seconds.
+    inside at present. expected_seconds: how long a new request waits for its turn. timeout: seconds.
     """
 
     def __init__(self, max_requests: int, max_documents: int, timeout: float, expected_seconds: Callable[[], float]):
@@ -193,8 +193,9 @@ class Admission:
         """Raises RequestError with 503 or 429."""
         if self.stopping:
             raise RequestError(503, "the server is stopping; ask another one", retry_after=1)
-        if self.requests >= self.max_requests or self.expected_seconds() > self.longest_wait:
-            raise self._full(f"{self.requests} requests")
+        self.check_wait(self.expected_seconds())
+        if self.requests >= self.max_requests:
+            raise self._full(self.expected_seconds())
         self.requests += 1
         try:
             yield
@@ -205,15 +206,21 @@ class Admission:
     def admit_documents(self, count: int) -> Iterator[None]:
         """Raises RequestError with 429."""
         if self.documents + count > self.max_documents:
-            raise self._full(f"{self.documents} documents")
+            raise self._full(self.expected_seconds())
         self.documents += count
         try:
             yield
         finally:
             self.documents -= count
 
-    def _full(self, inside: str) -> RequestError:
-        seconds = min(max(math.ceil(self.expected_seconds()), 1), LONGEST_RETRY)
+    def check_wait(self, seconds: float) -> None:
+        """Raises RequestError with 429 for a wait that a request would hardly survive."""
+        if seconds > self.longest_wait:
+            raise self._full(seconds)
+
+    def _full(self, wait: float) -> RequestError:
+        seconds = min(max(math.ceil(wait), 1), LONGEST_RETRY)
+        inside = f"{self.requests} requests with {self.documents} documents are inside"
         return RequestError(429, f"the queue is full ({inside}); try again after {seconds} s", retry_after=seconds)
 
 

@@ -123,6 +123,8 @@ def description(model: Path, run: RunRecord | None) -> str:
         lines[0] += f" Trained from `{shown(run.configuration['model_name_or_path'])}`."
     if settings is not None and settings.model_type == "llm_decoder":
         lines.append(text_of_a_pair(settings))
+    elif settings is not None and (settings.query_format or settings.document_format):
+        lines.append(formats_of_an_encoder(settings))
     return "\n\n".join(lines)
 
 
@@ -134,6 +136,14 @@ def text_of_a_pair(settings: RerankerSettings) -> str:
         what = f"the score is the logit of `{settings.yes_token}` minus that of `{settings.no_token}` after it"
         return f"{PAIR_TEXT}; {what}:\n\n```\n{text}\n```"
     return f"{PAIR_TEXT}; the score is read at its last token:\n\n```\n{text}\n```"
+
+
+def formats_of_an_encoder(settings: RerankerSettings) -> str:
+    query, document = settings.query_format or "{}", settings.document_format or "{}"
+    return (
+        "Texts are read within formats, `{}` standing for query and document. `rag_retrieval` puts them there; other "
+        f"programs need texts that stand in them already:\n\n```\nquery: {query}\ndocument: {document}\n```"
+    )
 
 
 def meaning(model: Path, run: RunRecord | None) -> str:

@@ -77,7 +77,7 @@ class TrainingConfig(Config):
 
     # Steps
     epochs: int = key("Passes over the training data. Also written epoch.", 1, ge=1)
-    batch_size: int = key("Records per process and micro-batch.", 32, ge=1)
+    batch_size: int = key("Per process and micro-batch: single pairs, or queries with their documents.", 32, ge=1)
     max_tokens_per_batch: int | None = key(
         "Most tokens of a forward pass, padding included: a batch is cut into several, with the same result. Absent: "
         "2048 on a CPU (1024 where batches are padded), no bound elsewhere.", ge=16)

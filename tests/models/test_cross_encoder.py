@@ -172,3 +172,41 @@ def test_gathered_weights_are_saved_in_the_place_of_the_models_own(load_tiny, tm
     scorer.save_pretrained(tmp_path, weights)
     expected = scorer.compute_score(PAIRS) + 2.0
     torch.testing.assert_close(CrossEncoder.from_pretrained(tmp_path).compute_score(PAIRS), expected)
+
+
+FORMATS = {"query_format": "how? {} !", "document_format": "a file: {} (end)"}
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm_roberta"])
+def test_formats_surround_the_texts_as_if_they_stood_in_them(load_tiny, tmp_path, family):
+    written = [(f"how? {query} !", f"a file: {document} (end)") for query, document in PAIRS]
+    scorer = load_tiny(family, **FORMATS)
+    expected = load_tiny(family).compute_score(written)
+    torch.testing.assert_close(scorer.compute_score(PAIRS), expected, atol=1e-6, rtol=0)
+    assert not torch.allclose(expected, load_tiny(family).compute_score(PAIRS), atol=1e-3)
+    scorer.save_pretrained(tmp_path)
+    again = CrossEncoder.from_pretrained(tmp_path)
+    assert torch.equal(again.compute_score(PAIRS), scorer.compute_score(PAIRS))
+    assert read_settings(str(tmp_path)) == RerankerSettings("bert_encoder", 512, **FORMATS)
+    plain = CrossEncoder.from_pretrained(tmp_path, query_format="{}", document_format="{}")
+    torch.testing.assert_close(plain.compute_score(PAIRS), load_tiny(family).compute_score(PAIRS), atol=1e-6, rtol=0)
+
+
+def test_what_stands_after_a_text_stays_where_the_text_is_truncated(load_tiny):
+    scorer = load_tiny("bert", max_length=60, **FORMATS)
+    long = " ".join(ENGLISH)
+    text = scorer.tokenizer.decode(scorer.pair_encoder.encode([(long, long)])[0].ids)
+    query, document = text.removeprefix("[CLS] ").removesuffix(" [SEP]").split(" [SEP] ")
+    assert query.startswith("how?") and query.endswith("!")
+    assert document.startswith("a file :") and document.endswith("( end )")
+
+
+def test_a_format_without_exactly_one_place_is_refused(load_tiny):
+    for text in ("query:", "{} {}"):
+        with pytest.raises(ValueError, match="document_format must contain {} exactly once"):
+            load_tiny("bert", document_format=text)
+
+
+def test_arguments_of_rag_retrieval_are_taken_in_its_order(model_folders):
+    scorer = CrossEncoder.from_pretrained(model_folders["bert"], "point_ce", 1, "how? {}", "{}")
+    assert scorer.settings.query_format == "how? {}" and scorer.settings.document_format is None

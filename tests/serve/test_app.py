@@ -205,7 +205,7 @@ def test_small_requests_are_not_stuck_behind_large_ones_that_are_tokenized(backe
                 tasks = [asyncio.create_task(client.post("/rerank", json=large)) for _ in range(2)]
                 while len(pieces) < 5:
                     await asyncio.sleep(0.001)
-                waiting = service.pieces.characters
+                waiting = sum(service.pieces.left.values())
                 answered = await client.post("/rerank", json=TWO_TEXTS)
                 done_before = len(pieces)
                 gate.set()
@@ -213,7 +213,7 @@ def test_small_requests_are_not_stuck_behind_large_ones_that_are_tokenized(backe
 
         answered, waiting, done_before, large = asyncio.run(ask_all())
         assert answered.status_code == 200 and done_before < 16
-        assert waiting > 100_000 and service.pieces.characters == 0
+        assert waiting > 100_000 and service.pieces.left == {}
         assert [response.status_code for response in large] == [200, 200] and sum(pieces) == 16
 
 
@@ -229,14 +229,26 @@ def test_a_request_that_is_over_is_not_tokenized_to_its_end(backend, monkeypatch
         monkeypatch.setattr(service.model, "encode", slow)
         response = ask(service, json={"query": QUERY, "texts": [f"{number}" + " a" * 30_000 for number in range(40)]})
         assert response.status_code == 504
-        wait_until(lambda: service.pieces.characters == 0)
+        wait_until(lambda: service.pieces.left == {})
         assert len(pieces) < 40
 
 
-def test_text_that_waits_to_be_tokenized_counts_towards_the_expected_wait(service):
-    service.pieces.characters, service.pieces._seconds_per_character = 1_000_000, 1e-3
+def test_text_that_waits_to_be_tokenized_counts_towards_the_wait_for_a_turn(service):
+    service.pieces._seconds_per_character = 1e-3
+    service.pieces.left["large"] = 10_000_000  # it gives way after a piece of 50,000
+    assert service.pieces.expected_seconds() == 50_000 * 1e-3 / 2
     response = ask(service, json=TWO_TEXTS)
-    assert response.status_code == 429 and response.headers["Retry-After"] == "60"
+    assert response.status_code == 429 and response.headers["Retry-After"] == "25"
+    service.pieces.left["large"] = 1000
+    assert ask(service, json=TWO_TEXTS).status_code == 200
+
+
+def test_a_large_request_is_refused_where_a_small_one_would_be_served_in_time(service, monkeypatch):
+    """By its own tokens: what others have of them is computed while it takes its turns."""
+    monkeypatch.setattr(service.batcher, "expected_seconds", lambda tokens=1: tokens / 10)
+    assert ask(service, json={"query": QUERY, "texts": ["Paris"]}).status_code == 200
+    large = ask(service, json={"query": QUERY, "texts": [f"{number} Paris" for number in range(20)]})
+    assert large.status_code == 429 and int(large.headers["Retry-After"]) > 15
 
 
 def test_a_body_that_is_too_large_is_refused_whether_or_not_it_tells_its_size(backend):

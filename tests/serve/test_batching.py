@@ -153,6 +153,24 @@ def test_the_expected_time_is_that_of_the_waiting_tokens_at_the_speed_so_far():
     batcher.close()
 
 
+def test_a_large_request_is_expected_to_give_way_after_its_turn():
+    batcher, scorer, counted = busy(batch_tokens=40)  # a turn is 10 tokens, one item
+    scorer.gate.set()
+    wait_until(lambda: counted)
+    scorer.gate.clear()
+    scorer.entered.clear()
+    batcher.submit(numbered_pairs(0, 1))
+    assert scorer.entered.wait(20)
+    for first in (100, 200, 300):
+        batcher.submit(numbered_pairs(first, 50))
+    seconds_of_a_turn = counted[0][2]
+    assert batcher.expected_seconds() == pytest.approx(3 * seconds_of_a_turn)
+    assert batcher.expected_seconds(200) == pytest.approx(3 * 20 * seconds_of_a_turn)
+    assert batcher.expected_seconds(9999) == pytest.approx(3 * 50 * seconds_of_a_turn)
+    scorer.gate.set()
+    batcher.close()
+
+
 def test_many_threads_get_their_own_scores():
     scorer = Scorer()
     scorer.gate.set()

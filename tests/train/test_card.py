@@ -177,3 +177,10 @@ def test_writing_gives_the_same_bytes_again(run):
     first = (run / "model" / "README.md").read_bytes()
     write_card(run / "model", run, About("a"))
     assert (run / "model" / "README.md").read_bytes() == first and first.decode().splitlines().count(MARK) == 1
+
+
+def test_an_encoder_s_formats_are_shown_to_users_of_other_programs(run):
+    assert "Texts are read within formats" not in card(run)
+    settings = RerankerSettings("bert_encoder", 128, query_format="how? {}")
+    write_settings(run / "model", settings)
+    assert "query: how? {}\ndocument: {}" in card(run)

@@ -10,15 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 
-from rag_retrieval.core.config import (
-    ABSENT,
-    NAME_OR_NAMES,
-    EscapedText,
-    Only,
-    failure,
-    key,
-    shown_value,
-)
+from rag_retrieval.core.config import ABSENT, NAME_OR_NAMES, EscapedText, Only, failure, key, shown_value
 from rag_retrieval.core.config_reader import error_message
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName, is_file
 from rag_retrieval.losses import ALIASES, LOSSES

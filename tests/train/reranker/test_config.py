@@ -1,5 +1,8 @@
 """The keys of a reranker's configuration: what fits, what follows from what, what does not apply; several files."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -319,3 +322,10 @@ def test_the_written_yaml_reads_back_as_an_equal_configuration(tmp_path):
     config = RerankerConfig(**(RUN | GROUPED_RUN), teacher_loss_type="margin_mse", train_dataset=entries)
     config.save(tmp_path / "saved.yaml")
     assert load_config(RerankerConfig, str(tmp_path / "saved.yaml")) == config
+
+
+def test_reading_a_configuration_imports_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'accelerate', 'datasets', 'pyarrow'}"
+    code = f"import sys, rag_retrieval.train.reranker.config; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()", done.stderr
