@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from rag_retrieval.core.command import Command, print_result, run_command
+from rag_retrieval.core.command import Command, prepare_streams, print_result, run_command
 from rag_retrieval.core.log import launched_rank, quiet_transformers
 from rag_retrieval.train.reranker.train_reranker import TRAIN
 
@@ -92,6 +92,7 @@ HELP = "\n".join(
 
 
 def main(arguments: list[str] | None = None) -> int:
+    prepare_streams()
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [None]
     if name in COMMANDS:
         return run_command(COMMANDS[name], rest)

@@ -47,7 +47,7 @@ def run(config: QuickstartConfig) -> str | int:
     """What to print, or the exit code of a training that failed."""
     output_dir = Path(config.output_dir)
     if output_dir.is_dir() and any(output_dir.iterdir()):
-        raise ValueError(f"output_dir: {output_dir} is not empty; remove it, or name another with --output_dir")
+        raise ValueError(f"output_dir: {output_dir} is not empty; name another --output_dir, or remove it")
     started = time.monotonic()
     train_dataset = [{"path": str(EXAMPLES / "stdlib_grouped.train.jsonl"), "weight": config.share}]
     options = ["--train_dataset", json.dumps(train_dataset), "--seed", str(config.seed)]

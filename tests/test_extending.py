@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from beir_samples import write_toy
 from tiny_models import tiny_bert
-from training_runs import ROOT, grouped_records, read_metrics, train, without_dropout, write_jsonl
+from training_runs import ROOT, grouped_records, read_metrics, train, without_dropout, write_jsonl, write_yaml
 
 from rag_retrieval import EvaluationConfig, evaluate_reranker
 from rag_retrieval.metrics import METRICS, metric_value, rank_group
+from rag_retrieval.train.reranker.train_reranker import main
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
@@ -82,6 +83,18 @@ def test_a_loss_and_a_metric_of_ones_own_train_and_evaluate(package, monkeypatch
     ranked_first = [max(scores, key=scores.get) for scores in result.after.run.values()]
     expected = [float(document.endswith("-0")) for document in ranked_first]
     assert list(result.after.per_query["success@1"].values()) == expected
+
+
+def test_a_loss_that_is_a_mean_ends_the_command_with_its_name_before_anything_is_trained(package, capsys):
+    (package / "my_ranking" / "losses.py").write_text(
+        "def mean(scores, labels, mask):\n"
+        "    return ((scores - labels).square() * mask).sum() / mask.sum().clamp(min=1), mask.sum()\n"
+    )
+    values = run_values(package, loss_type="my_ranking.losses:mean")
+    assert main(["--config", write_yaml(package / "run.yaml", values)]) == 2
+    message = capsys.readouterr().err
+    assert "error: " in message and "my_ranking.losses:mean" in message and "sum" in message
+    assert "Traceback" not in message and not (package / "run" / "metrics.jsonl").exists()
 
 
 def test_the_metric_of_the_page_counts_as_it_says(package, monkeypatch):

@@ -116,8 +116,8 @@ def of_evaluate(folder: Path, tmp_path: Path) -> list[float]:
 def of_mine(folder: Path, tmp_path: Path) -> list[float]:
     from mining_samples import corpus_of
 
+    from rag_retrieval.mining.miner import open_reranker, rerank
     from rag_retrieval.mining.queries import Query
-    from rag_retrieval.mining.reranking import open_reranker, rerank
 
     config = MiningConfig(data="d.jsonl", output="o.jsonl", reranker=str(folder), **OPTIONS)
     query = Query(QUERY, np.array([2]), [1.0])
@@ -127,7 +127,7 @@ def of_mine(folder: Path, tmp_path: Path) -> list[float]:
 
 def of_distill(folder: Path, tmp_path: Path) -> list[float]:
     from rag_retrieval.distill.config import DistillConfig
-    from rag_retrieval.distill.teachers import load_teachers, mean_logits
+    from rag_retrieval.distill.run import load_teachers, mean_logits
 
     config = DistillConfig(dataset="d.jsonl", output="o.jsonl", teachers=str(folder))
     teachers = load_teachers(config, torch.device("cpu"))

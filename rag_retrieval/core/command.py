@@ -8,6 +8,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -225,7 +226,8 @@ def describe_command(command: Command, config_class: "type[Config]", everything:
 
 
 def describe_key(key: str, config_class: "type[Config]", short: bool = False) -> tuple[str, str]:
-    """(`--lr`, meaning, what it takes and default). short: of the meaning the first sentence."""
+    """(`--lr`, meaning, what it takes and default). short: of the meaning the first sentence, and nothing in
+    parentheses."""
     from rag_retrieval.core.config import expected, shown_value
 
     key_field = config_class.model_fields[key]
@@ -235,5 +237,7 @@ def describe_key(key: str, config_class: "type[Config]", short: bool = False) ->
         notes.append("required")
     elif default not in (None, (), []):
         notes.append(f"default {','.join(default) if isinstance(default, tuple) else shown_value(default)}")
-    meaning = key_field.description.partition(". ")[0].removesuffix(".") if short else key_field.description
+    meaning = key_field.description
+    if short:
+        meaning = re.sub(r" \([^()]*\)", "", meaning).partition(". ")[0].removesuffix(".")
     return f"--{key}", f"{meaning} ({', '.join(notes)})" if notes else meaning

@@ -165,9 +165,9 @@ def read_pool(folder: BeirFolder, split: str) -> Pool | None:
 def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields in the order of `columns`) of a tab-separated file, without its header if it has one."""
     order = None
-    for line, text in text_lines(path):
+    for number, (line, text) in enumerate(text_lines(path)):
         fields = text.split("\t")
-        if line == 1 and (order := _header_order(fields, columns)):
+        if number == 0 and (order := _header_order(fields, columns)):
             continue
         if len(fields) != len(columns):
             found = f"found {len(fields)} column{'s' if len(fields) > 1 else ''} between tabs"
@@ -215,9 +215,9 @@ def read_run(
         raise DataError(f"{path}: {found}; expected a TREC run file.")
     run: Run = {}
     wanted, bad, order = None if queries is None else set(queries), BadLines(), None
-    for line, text in text_lines(path):
+    for number, (line, text) in enumerate(text_lines(path)):
         fields = text.split()
-        if line == 1 and (order := _header_order(fields, ("query", "document", "score"))):
+        if number == 0 and (order := _header_order(fields, ("query", "document", "score"))):
             continue
         query, document, score = _run_columns(fields, order, path, line)
         of_query = run.setdefault(query, {})

@@ -1,23 +1,24 @@
-"""Finished parts of a scoring run on disk, so that a killed run goes on, with any number of processes.
+"""Finished parts of a scoring run on disk, so that a killed run can continue with any number of processes.
 
-A part is a stretch of whole records. Which records it holds, and so which pairs share a forward pass, hangs on the
-data and `pairs_per_part` alone: parts that one run left and parts that the next one makes fit together byte by byte.
-
-The trap: a part under its own name is complete; it is written under another name and renamed.
+A part is a stretch of whole records. Which records it holds, and so which pairs share a forward pass, depends only on
+the data and `pairs_per_part`: parts of one run and of the next fit together byte by byte. A part under its own name
+is complete: it is written under another name and renamed.
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rag_retrieval.core.files import atomic_write, read_json, write_json
+from rag_retrieval.core.files import atomic_write, is_real_folder, read_json, write_json
 from rag_retrieval.data.records import Record
 
 RUN_FILE = "run.json"
 PART_NAMES = "from-*.jsonl"
+OWN_NAMES = re.compile(r"run\.json|from-\d{9}\.jsonl|output\.tmp|\..*\.tmp")
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ def records_of(parts: list[Part], records: Iterable[Record]) -> Iterator[tuple[P
     """The records of each of some parts, which are in order; the records of the others are passed over."""
     records = enumerate(records)
     for part in parts:
-        found = []
+        own = []
         for place, record in records:
             if place >= part.first:
-                found.append(record)
-            if len(found) == part.records:
+                own.append(record)
+            if len(own) == part.records:
                 break
-        yield part, found
+        yield part, own
 
 
 class PartFolder:
@@ -74,20 +75,34 @@ class PartFolder:
             raise ValueError(f"output: {self.output} exists; take another output, or overwrite: true to replace it")
 
     def begin(self, run: dict, overwrite: bool) -> None:
-        """Take the folder for a run that is described by `run` (plain JSON values).
+        """Use the folder for a run that is described by `run` (plain JSON values).
 
-        Raises ValueError for finished parts of another run, unless they may be overwritten. A run that ended before
-        its first part, over a wrong teacher for example, binds the next one to nothing.
+        Raises ValueError for a folder that holds anything but parts, and for finished parts of another run, unless
+        they may be overwritten. A run that ended before its first part, over a wrong teacher for example, does not
+        bind the next.
         """
+        self._check_is_ours()
         before = read_json(self.path / RUN_FILE)
         if self.path.exists() and before != run:
             if not overwrite and any(self.path.glob(PART_NAMES)):
                 raise ValueError(self._other_run(before, run))
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for aside in self.path.glob("*.tmp"):
-            aside.unlink()
+        for temporary in self.path.glob("*.tmp"):
+            temporary.unlink()
         write_json(self.path / RUN_FILE, run)
+
+    def _check_is_ours(self) -> None:
+        if not self.path.exists() and not self.path.is_symlink():
+            return
+        others = [self.path.name] if not is_real_folder(self.path) else [
+            path.name for path in self.path.iterdir() if not OWN_NAMES.fullmatch(path.name) or path.is_dir()
+        ]  # fmt: skip
+        if others:
+            raise ValueError(
+                f"output: {self.path} is where finished parts are kept, and it is not of this program "
+                f"({', '.join(sorted(others)[:3])}); move it, or take another output"
+            )
 
     def _other_run(self, before: dict, run: dict) -> str:
         lines = "".join(
@@ -96,8 +111,8 @@ class PartFolder:
             if before.get(key) != value
         )
         return (
-            f"output: {self.path} holds parts of a run that differs:{lines}\nRestore these to go on with it, or say "
-            "overwrite: true to begin anew, or take another output"
+            f"output: {self.path} holds parts of a run that differs:{lines}\nRestore these to continue it, or say "
+            "overwrite: true to start over, or take another output"
         )
 
     def is_finished(self, part: Part) -> bool:

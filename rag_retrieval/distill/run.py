@@ -1,7 +1,11 @@
-"""One distillation run: the data are read once to check and count them, then scored part by part.
+"""One distillation run: the data are read once to check and count them, then teachers score them part by part.
 
-What a reader would get wrong: every process reads all records and scores only its own parts; nothing but the plan is
-exchanged. So a run that is killed loses the parts in work, and may go on with another number of processes.
+Teachers are rerankers, and causal language models that are asked yes or no. The score of several is the mean of their
+logits: that of probabilities would lose what a sure teacher says about the order of documents, since sigmoid(9) and
+sigmoid(12) are both nearly 1. A teacher whose logits are larger counts for more.
+
+Every process reads all records and scores only its own parts; nothing but the plan is exchanged. A run that is killed
+loses the parts in work, and may continue with another number of processes.
 """
 
 import logging
@@ -10,25 +14,32 @@ from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from rag_retrieval.core.command import CommandFailure
 from rag_retrieval.core.distributed import on_all, on_main, own_device, process_count, process_group, process_index
 from rag_retrieval.core.files import content_digest, lock_file_of, locked
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, read_records
 from rag_retrieval.data.records import Record, RecordRules
 from rag_retrieval.distill.config import DistillConfig
+from rag_retrieval.distill.output import ScoreSummary, scored_line
 from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
-from rag_retrieval.distill.score_summary import ScoreSummary
-from rag_retrieval.distill.scored_lines import scored_line
-from rag_retrieval.distill.teachers import load_teachers, mean_logits
+from rag_retrieval.infer.open_backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.pair_encoding import PairEncoder
-from rag_retrieval.models.settings import resolve_model_path
+from rag_retrieval.models.settings import YES_NO_NAMES, resolve_model_path
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = 1000  # pairs whose tokens are counted
 WITHOUT_EFFECT = {"output", "overwrite", "trust_remote_code", "devices"}
 MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model", "*.onnx*", "README.md")
+
+
+class TeacherError(CommandFailure):
+    """A teacher gave a score that is not finite."""
 
 
 def distill(config: DistillConfig) -> ScoreSummary:
@@ -73,7 +84,7 @@ def records(config: DistillConfig) -> Iterator[Record]:
 
 
 def described(config: DistillConfig) -> dict:
-    """What the scores hang on, as JSON can keep it: the settings, with the content of files in place of their names."""
+    """What the scores depend on, as JSON values: the settings, with the content of files in place of their names."""
     run = config.model_dump(exclude=WITHOUT_EFFECT)
     run["device"] = config.device or own_device().type  # whose digits differ
     run["teachers"] = [model_digest(name) for name in config.teachers]
@@ -90,6 +101,38 @@ def model_digest(name: str) -> str:
     if not path.is_dir():
         return name
     return f"{path.name} {content_digest(sorted(file for pattern in MODEL_FILES for file in path.glob(pattern)))}"
+
+
+def load_teachers(config: DistillConfig, device: torch.device) -> list[Reranker]:
+    """Raises ValueError for a folder that is no teacher: damaged, without a trained head, without a chat template,
+    or with a tokenizer that has no single token for an answer."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return [load_teacher(name, config, device) for name in config.teachers]
+
+
+def load_teacher(name: str, config: DistillConfig, device: torch.device) -> Reranker:
+    """A reranker as its folder says it is asked; any other language model is asked the configuration's question."""
+    # what belongs to the question changes no teacher that has one of its own
+    options = config.model_options().model_copy(update=dict.fromkeys(YES_NO_NAMES))
+    if options.device is None and options.devices is None:
+        options = options.model_copy(update={"device": str(device)})
+    try:
+        return Reranker.from_backend(open_backend(name, options, config.question))
+    except ValueError as error:
+        raise ValueError(f"teachers: {error}") from error
+
+
+def mean_logits(teachers: list[Reranker], pairs: list[tuple[str, str]], batch_size: int) -> np.ndarray:
+    """[pairs], float32. Raises TeacherError where a score is not finite."""
+    scores = []
+    for teacher in teachers:
+        try:
+            scores.append(teacher.compute_score(pairs, batch_size).astype(np.float64))
+        except ValueError as error:
+            first = f"in the pairs from the query {pairs[0][0][:60]!r} on"
+            raise TeacherError(f"teacher {teacher.backend.name}, {first}: {error}") from error
+    return np.mean(scores, axis=0).astype(np.float32)
 
 
 def report_teachers(config: DistillConfig, teachers: list[Reranker]) -> None:
@@ -111,7 +154,7 @@ def cut_share(encoder: PairEncoder, pairs: list[tuple[str, str]]) -> float:
 
 
 def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], teachers: list[Reranker]) -> None:
-    """Score this process's share of the parts that are missing; each is dealt in turn."""
+    """Score this process's share of the parts that are missing, every n-th of them."""
     missing = on_main(lambda: [place for place, part in enumerate(parts) if not folder.is_finished(part)])
     own = [parts[place] for place in missing[process_index() :: process_count()]]
     main, waiting = process_index() == 0, list(parts)
@@ -121,7 +164,7 @@ def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], te
             pairs = [(record.query, document) for record in found for document in record.documents]
             scores = iter(mean_logits(teachers, pairs, config.batch_size).tolist())
             folder.write(part, [scored_line(record, [next(scores) for _ in record.documents]) for record in found])
-            if main:  # the processes do not talk: what the others have finished is read off the folder
+            if main:  # what the other processes have finished is seen in the folder
                 progress.update(folder.take_finished(waiting))
 
 

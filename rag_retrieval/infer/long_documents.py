@@ -156,7 +156,7 @@ def slice_starts(tokens: int, room: int, overlap: int) -> list[int]:
 
 
 def document_tokens(encoder: PairEncoder, document: str) -> DocumentTokens:
-    """The ids that `encoder.document_ids` gives, told apart by the characters that they stand for."""
+    """The ids that `encoder.document_ids` gives, split by the characters that they stand for."""
     ids, offsets = encoder.document_offsets(document)
     first = len(encoder.template.anchor + encoder.template.before_document)
     end = first + len(document)

@@ -1,6 +1,6 @@
 """The backend of ONNX Runtime: an exported folder on the CPU, or on an NVIDIA GPU where its package can.
 
-What a reader would get wrong: ONNX Runtime falls back to the CPU in silence where a provider cannot be loaded. A GPU
+ONNX Runtime falls back to the CPU in silence where a provider cannot be loaded. A GPU
 that was asked for and is not there is an error here. Nothing in this file imports torch.
 """
 

@@ -7,7 +7,7 @@
     reranker_onnx.json     the description read here
     calibration.json       where the model had one
 
-What a reader would get wrong: the fixed parts of a pair are token ids here, not formats. To find them again would need
+The fixed parts of a pair are token ids here, not formats. To find them again would need
 transformers, and a tokenizer of another version could cut them elsewhere. Nothing here imports torch.
 """
 

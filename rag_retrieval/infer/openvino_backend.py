@@ -1,7 +1,7 @@
 """The backend of OpenVINO: the same exported folder, read by Intel's runtime.
 
-What a reader would get wrong: OpenVINO's own default computes in bfloat16 on CPUs that have it, and a score then
-differs by hundredths. Here it is told to compute in float32. Nothing in this file imports torch.
+OpenVINO's own default computes in bfloat16 on CPUs that have it, and a score then differs by hundredths; here it
+computes in float32. Nothing in this file imports torch.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Scores of encoded pairs from a graph that takes padded batches: planned by tokens, given back in input order.
 
-What a reader would get wrong: which pairs share a forward never changes a score beyond float noise, in int8 neither:
+Which pairs share a forward never changes a score beyond float noise, in int8 neither:
 there every token has a scale of its own.
 """
 

@@ -51,10 +51,9 @@ def _parameters(path: str) -> list[str]:
         sys.path.append(os.getcwd())
     try:
         function = function_at(path)
-    except ImportError as error:
-        raise ValueError(f"loss_type {path}: cannot be imported from {os.getcwd()} or sys.path: {error}") from error
-    except AttributeError as error:
-        raise ValueError(f"loss_type {path}: {error}") from error
+    except Exception as error:  # whatever a user's module raises
+        where = f"cannot be imported from sys.path or {os.getcwd()}"
+        raise ValueError(f"loss_type {path}: {where}: {type(error).__name__}: {error}") from error
     try:
         signature = inspect.signature(function)
         signature.bind("scores", "labels", "mask")

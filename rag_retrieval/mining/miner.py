@@ -1,7 +1,9 @@
-"""From queries to their negatives: search, leave out, score anew, draw.
+"""From queries to their negatives: search, leave out, score with a reranker where one is given, draw.
 
-The trap: the lowest of a query's positives sets the limit of the margins. One positive that the scores think
-little of (none of its words in the query, say) can leave a query without a negative; the summary counts those.
+The lowest score of a query's positives sets the limit of the margins. One positive with a low score (none of its words
+in the query, say) can leave a query without a negative; the summary counts those. A reranker's scores are logits:
+`max_score: 0` is a probability of one half for a model trained with BCE or MSE, and means nothing for one trained with
+RankNet or listwise cross entropy, which needs a margin.
 """
 
 from collections import Counter
@@ -12,10 +14,13 @@ import numpy as np
 
 from rag_retrieval.core.work_folder import WorkFolder
 from rag_retrieval.data.corpus import Corpus
-from rag_retrieval.mining.choice import Rules, below_positives, draw, fit_places
+from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.output import Mined
 from rag_retrieval.mining.queries import Query
+from rag_retrieval.mining.rules import Rules, below_positives, draw, fit_places
+from rag_retrieval.models.options import LongDocumentOptions
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.index import SearchOptions, make_search
 
@@ -37,8 +42,6 @@ class Miner:
         device = device_of(config)
         self.reranker = None
         if config.reranker is not None:
-            from rag_retrieval.mining.reranking import open_reranker
-
             self.reranker = open_reranker(config, device)
         self.search = make_search(search_options(config), corpus, work, device)
 
@@ -54,8 +57,6 @@ class Miner:
         rows = candidates.rows[fit]
         scores, positive_scores = candidates.scores[fit], candidates.judged_scores
         if self.reranker is not None:
-            from rag_retrieval.mining.reranking import rerank
-
             scores, positive_scores = rerank(self.reranker, query, rows, self.corpus, self.config)
         kept = np.flatnonzero(below_positives(scores, positive_scores, self.rules, dropped))
         kept = draw(query, kept, self.rules, dropped)
@@ -66,6 +67,30 @@ class Miner:
             len(candidates.rows),
             {reason: count for reason, count in dropped.items() if count},
         )
+
+
+def open_reranker(config: MiningConfig, device: str) -> Reranker:
+    """`config.reranker` on `config.devices` or, without any, on `device`. Raises ValueError as `open_backend`."""
+    options = config.model_options()
+    if options.devices is None:
+        options = options.model_copy(update={"device": device})
+    return Reranker.from_backend(open_backend(config.reranker, options))
+
+
+def rerank(
+    reranker: Reranker, query: Query, rows: np.ndarray, corpus: Corpus, config: LongDocumentOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores of the documents `rows`, scores of the query's positives), float32 logits. ValueError for one not finite.
+
+    One call for each query: in a larger batch the last bits of a score would depend on the other queries.
+    """
+    documents = [corpus.text(row) for row in (*rows.tolist(), *query.positives.tolist())]
+    pairs = [(query.text, document) for document in documents]
+    try:
+        scores = reranker.compute_score(pairs, long_document=config.long_document, overlap=config.overlap)
+    except ValueError as error:
+        raise ValueError(f"reranker: {reranker.backend.name}, query {query.text[:60]!r}: {error}") from error
+    return scores[: len(rows)], scores[len(rows) :]
 
 
 def search_options(config: MiningConfig) -> SearchOptions:

@@ -1,10 +1,8 @@
 """Hard negatives for the queries of a data set: `mine(config)`, from the sources to the written file.
 
-The work is cut into parts of `PART` queries, each written whole or not at all, and so are index and vectors. A
-run that is started again after it was killed goes on there, and writes the same bytes.
-
-The trap: a part is a stretch of the queries sorted by text, so the order of the source changes nothing, not even
-the last bit of a score. Another set of queries may change such a bit: vectors of queries are computed in batches.
+The work is cut into parts of `PART` queries, sorted by their text, each written whole or not at all, and so are index
+and vectors. The same command after a kill continues there and writes the same bytes, whatever the order of the
+source. Another set of queries may change the last bit of a score: vectors of queries are computed in batches.
 """
 
 import json
@@ -20,7 +18,7 @@ from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.records import DataError
 from rag_retrieval.mining.config import MiningConfig, summary_file
 from rag_retrieval.mining.miner import Miner
-from rag_retrieval.mining.output import Mined, lines_of, text_writer
+from rag_retrieval.mining.output import Mined, MiningSummary, lines_of, text_writer
 from rag_retrieval.mining.queries import (
     Query,
     QuerySet,
@@ -28,7 +26,6 @@ from rag_retrieval.mining.queries import (
     read_beir_queries,
     read_record_queries,
 )
-from rag_retrieval.mining.summary import MiningSummary
 from rag_retrieval.retrieval.index import model_content
 
 PART = 256  # queries

@@ -5,7 +5,7 @@
                                         what reads the score, up to how many tokens, and that it stays raw
     1_LogitScore/config.json            of a yes/no head: the ids of its two tokens
 
-What a reader would get wrong: the chat template is the model's own too, so ours stands before it in one file and is
+The chat template is the model's own too, so ours stands before it in one file and is
 taken only where both roles are there. And that text is tokenized in one go; `decoder_template` says why its tokens are
 ours.
 """

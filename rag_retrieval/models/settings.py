@@ -23,7 +23,6 @@ MODEL_TYPES = ("bert_encoder", "llm_decoder")
 TEXT_FORMATS = ("query_format", "document_format")
 FORMAT_NAMES = (*TEXT_FORMATS, "seq", "special_token")
 YES_NO_NAMES = ("instruction", "yes_token", "no_token")
-HEADS = ("scalar", "yes_no")
 LARGEST_SIDE_FILE = 20_000_000  # bytes of a settings file or card
 CLASSIFIER, CAUSAL = "ForSequenceClassification", ("ForCausalLM", "LMHeadModel")
 

@@ -13,12 +13,12 @@ def test_other_processes_leave_the_message_to_the_first(monkeypatch, capsys):
     assert capsys.readouterr().err == "error in process 3: wrong\n"
 
 
-def test_what_the_system_says_of_a_file_is_told_with_the_file_first(tmp_path, capsys):
+def test_an_error_of_the_system_begins_with_its_file(tmp_path, capsys):
     try:
         (tmp_path / "gone" / "a").touch()
     except OSError as error:
         assert command.report(error, 2, on_all_processes=True) == 2
-    told = "No such file or directory; check the path, its rights and the room on the disk"
-    assert capsys.readouterr().err == f"error: {tmp_path}/gone/a: {told}\n"
+    advice = "No such file or directory; check the path, its rights and the room on the disk"
+    assert capsys.readouterr().err == f"error: {tmp_path}/gone/a: {advice}\n"
     command.report(OSError("the hub cannot be reached"), 2, on_all_processes=True)
     assert capsys.readouterr().err == "error: the hub cannot be reached\n"

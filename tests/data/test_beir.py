@@ -60,8 +60,8 @@ def test_a_header_may_have_other_names_and_another_order(tmp_path):
         file.write_text(f"{header}\n1\td0\t2\n")
         assert list(judgments(file)) == [(2, "1", "d0", 2)]
         assert read_run(file) == {"1": {"d0": 2}}
-    file.write_text("corpus-id\tscore\tquery-id\nd0\t2\t1\n")
-    assert list(judgments(file)) == [(2, "1", "d0", 2)] and read_run(file) == {"1": {"d0": 2}}
+    file.write_text("\n\ncorpus-id\tscore\tquery-id\nd0\t2\t1\n")
+    assert list(judgments(file)) == [(4, "1", "d0", 2)] and read_run(file) == {"1": {"d0": 2}}
 
 
 def test_an_unknown_header_is_one_error_with_its_line_and_what_to_do(tmp_path):

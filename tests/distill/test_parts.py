@@ -57,7 +57,7 @@ def test_the_same_run_keeps_its_finished_parts_and_drops_the_torn_one(folder):
     part = Part(0, 1, 1)
     folder.begin({"dataset": "a"}, overwrite=False)
     folder.write(part, ["a\n"])
-    (folder.path / "from-000000001.tmp").write_text("half")
+    (folder.path / ".from-000000001.jsonl.0a1b2c3d.tmp").write_text("half")
     folder.begin({"dataset": "a"}, overwrite=True)
     assert folder.is_finished(part) and not list(folder.path.glob("*.tmp"))
 
@@ -101,3 +101,24 @@ def test_a_part_that_lost_lines_is_named_and_nothing_is_written(folder):
     with pytest.raises(ValueError, match="from-000000000.jsonl: has 1 lines and was written with 2; delete it"):
         list(folder.lines([Part(0, 2, 2)]))
     assert not folder.output.exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, overwrite):
+    folder = PartFolder(tmp_path / "soft.jsonl")
+    folder.path.mkdir()
+    (folder.path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="soft.jsonl.parts .*notes.txt"):
+        folder.begin({"dataset": "a"}, overwrite)
+    assert (folder.path / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_in_place_of_the_folder_is_refused_and_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "from-000000000.jsonl").write_text("{}")
+    folder = PartFolder(tmp_path / "soft.jsonl")
+    folder.path.symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="soft.jsonl.parts"):
+        folder.begin({"dataset": "a"}, overwrite=True)
+    assert (elsewhere / "from-000000000.jsonl").exists()

@@ -9,7 +9,7 @@ from yes_no_samples import YES_NO, tiny_causal
 
 from rag_retrieval import CrossEncoder, LLMDecoder, Reranker
 from rag_retrieval.distill.config import DistillConfig
-from rag_retrieval.distill.teachers import TeacherError, load_teachers, mean_logits
+from rag_retrieval.distill.run import TeacherError, load_teachers, mean_logits
 from rag_retrieval.infer.torch_backend import TorchBackend
 
 PAIRS = [(query, document) for query in ENGLISH[:3] for document in ENGLISH[3:6]]

@@ -84,7 +84,7 @@ def test_options_reach_the_reranker(reranker):
     assert scores == pytest.approx(dict(expected(reranker, top_k=2, normalize=True)))
 
 
-def test_what_it_does_is_told_to_the_librarys_watchers(model_folders):
+def test_the_librarys_event_handlers_see_what_it_does(model_folders):
     events = []
 
     class Watcher(BaseEventHandler):

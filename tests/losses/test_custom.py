@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,8 +75,9 @@ def test_each_fault_of_an_own_function_is_refused_with_its_name(own):
 
 
 def test_what_is_no_loss_at_all_is_refused(own):
+    Path("broken_losses.py").write_text("def loss(:\n")
     of_module = [f"{own}:{name}" for name in ("no_such_function", "torch", "")]
-    for path in ("no_such_module:loss", *of_module, "a b:c", ":f", "listwise"):
+    for path in ("no_such_module:loss", "broken_losses:loss", *of_module, "a b:c", ":f", "listwise"):
         with pytest.raises(ValueError, match="loss_type"):
             loss_named(path, "grouped")
 

@@ -110,7 +110,7 @@ def test_no_documents_give_no_results(service):
     assert ask(service, json={"query": QUERY, "texts": []}).json() == []
 
 
-def test_documents_that_were_cut_are_told(service):
+def test_documents_that_were_cut_are_named(service):
     response = ask(service, json={"query": QUERY, "documents": ["short", "Paris " * 200]})
     assert response.json()["meta"]["warnings"] == [
         "1 of 2 documents were too long and were cut, the first of them documents[1]"
@@ -178,10 +178,10 @@ def test_the_rest_of_a_refused_body_is_read_only_so_far(backend):
 
     with running_service(backend, token=b"secret", max_body_bytes=10_000) as service:
         endless = ask(service, content=chunks())
-        told = ask(service, content=b" " * 30_000)
+        declared = ask(service, content=b" " * 30_000)
         small = ask(service, content=b" " * 15_000)
-    assert [response.status_code for response in (endless, told, small)] == [401] * 3
-    assert endless.headers["Connection"] == told.headers["Connection"] == "close" and taken < 30_000
+    assert [response.status_code for response in (endless, declared, small)] == [401] * 3
+    assert endless.headers["Connection"] == declared.headers["Connection"] == "close" and taken < 30_000
     assert "Connection" not in small.headers, "it was read to its end"
 
 
@@ -251,7 +251,7 @@ def test_a_large_request_is_refused_where_a_small_one_would_be_served_in_time(se
     assert large.status_code == 429 and int(large.headers["Retry-After"]) > 15
 
 
-def test_a_body_that_is_too_large_is_refused_whether_or_not_it_tells_its_size(backend):
+def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_its_size(backend):
     async def chunks():
         for _ in range(3):
             yield b" " * 400
@@ -286,7 +286,7 @@ def test_a_token_is_asked_for_everywhere_but_for_health(backend):
         assert ask(service, "/health", "GET").json() == {"status": "ok", "model": "tiny"}
 
 
-def test_an_error_inside_is_told_by_its_id_alone(service, backend, monkeypatch, caplog):
+def test_an_error_inside_is_answered_with_its_id_alone(service, backend, monkeypatch, caplog):
     def broken(pairs, batch_size):
         raise RuntimeError("secret of the server")
 
@@ -394,7 +394,7 @@ def test_the_metrics_count_requests_pairs_and_tokens(service, backend):
     assert "rag_retrieval_queue_pairs 0.0" in lines
 
 
-def test_health_tells_when_the_scoring_thread_has_ended(service):
+def test_health_fails_when_the_scoring_thread_has_ended(service):
     service.batcher.close()
     wait_until(lambda: not service.batcher.is_alive)
     assert ask(service, "/health", "GET").status_code == 503

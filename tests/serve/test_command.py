@@ -69,14 +69,14 @@ def test_wrong_options_are_one_error_and_exit_code_2(tmp_path, capsys):
     assert line.startswith("error: --port: ") and "65,535" in line and "x" in line
 
 
-def test_a_port_in_use_is_told_before_the_model_is_read(tmp_path, capsys):
+def test_a_port_in_use_is_an_error_before_the_model_is_read(tmp_path, capsys):
     with bound_socket("127.0.0.1", 0) as taken:
         taken.listen()
         assert main(["serve", "--model", str(tmp_path), "--port", str(taken.getsockname()[1])]) == 2
     assert "Address already in use" in capsys.readouterr().err
 
 
-def test_an_empty_token_is_told_and_does_not_open_the_server(tmp_path, capsys):
+def test_an_empty_token_is_an_error_and_does_not_open_the_server(tmp_path, capsys):
     (tmp_path / "token").write_text("\n")
     assert main(["serve", "--model", str(tmp_path), "--port", "0", "--token_file", str(tmp_path / "token")]) == 2
     assert "expected one token" in capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_a_folder_without_a_model_is_an_error_and_no_server(tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_a_missing_library_is_told_with_how_to_install_it(tmp_path, capsys, monkeypatch):
+def test_a_missing_library_is_reported_with_how_to_install_it(tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "rag_retrieval.serve.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2

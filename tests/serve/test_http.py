@@ -19,11 +19,11 @@ def test_places_are_given_back_even_after_an_error():
 
 
 def test_a_full_queue_says_when_to_try_again():
-    for expected, told in ((0.0, 1), (2.3, 3), (1000.0, 60)):
+    for expected, retry_after in ((0.0, 1), (2.3, 3), (1000.0, 60)):
         admission = Admission(0, 10, timeout=30, expected_seconds=lambda seconds=expected: seconds)
         with pytest.raises(RequestError) as caught, admission.admit_request():
             pass
-        assert (caught.value.status, caught.value.retry_after) == (429, told)
+        assert (caught.value.status, caught.value.retry_after) == (429, retry_after)
 
 
 def test_nobody_comes_in_while_what_waits_takes_more_than_half_of_the_time_out():

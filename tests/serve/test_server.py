@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -99,7 +100,7 @@ def test_a_server_that_stops_answers_what_is_inside_and_refuses_what_is_new(back
             httpx.get(f"{address}/health")
 
 
-def test_a_port_in_use_is_told():
+def test_a_port_in_use_is_an_error():
     with bound_socket("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
@@ -107,7 +108,7 @@ def test_a_port_in_use_is_told():
             bound_socket("127.0.0.1", port)
 
 
-def test_an_address_of_another_machine_is_told():
+def test_an_address_of_another_machine_is_an_error():
     with pytest.raises(OSError, match="cannot listen on 192.0.2.1 port 0: "):
         bound_socket("192.0.2.1", 0)
 
@@ -153,6 +154,8 @@ def test_a_client_that_has_closed_its_sending_half_gets_its_answer(backend):
 
 def test_silent_connections_give_way_to_those_that_ask(backend, monkeypatch, caplog):
     monkeypatch.setattr(server_module, "most_connections", lambda: 5)
+    monkeypatch.setattr(server_module, "LOG_SECONDS", 3600)
+    monkeypatch.setattr(server_module.Connection, "last_logged", -math.inf)
     with running_service(backend) as service, listening(service) as address:
         silent = [socket.create_connection(("127.0.0.1", port_of(address))) for _ in range(30)]
         assert httpx.post(f"{address}/rerank", json=TWO_TEXTS, timeout=20).status_code == 200

@@ -88,7 +88,7 @@ class TrainingSteps(Dataset):
 
     shape.records: what an epoch shows, fewer or more than the file has where its weight is not 1. Epochs cut the
     endless row of passes over the file into pieces of that length; in each pass every record stands once, in an order
-    of its own. What is drawn for a record (documents of a group, reordered texts) hangs on the pass, not on the epoch.
+    of its own. What is drawn for a record (documents of a group, reordered texts) depends on the pass.
     part: the file's name where there are several, "" otherwise.
     """
 

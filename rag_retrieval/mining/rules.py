@@ -1,7 +1,7 @@
 """Which candidates of a query become its negatives, and why each of the others does not.
 
-The trap: a candidate that nobody judged may be relevant. The rank window, the margin and `max_score` exist to
-leave such candidates out; each is a rule of thumb, and the summary counts what each one took.
+A candidate that nobody judged may be relevant. The rank window, the margins and `max_score` leave such candidates
+out; each is a rule of thumb, and the summary counts what each one took.
 """
 
 import hashlib

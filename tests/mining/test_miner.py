@@ -5,8 +5,8 @@ from tiny_models import TEXTS
 
 from rag_retrieval import Reranker
 from rag_retrieval.infer.torch_backend import TorchBackend
+from rag_retrieval.mining.miner import rerank
 from rag_retrieval.mining.queries import Query
-from rag_retrieval.mining.reranking import rerank
 from rag_retrieval.models.options import LongDocumentOptions
 
 TRUNCATE = LongDocumentOptions(long_document="truncate")

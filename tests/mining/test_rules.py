@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from mining_samples import corpus_of
 
-from rag_retrieval.mining.choice import Rules, below_positives, draw, fit_places
 from rag_retrieval.mining.queries import Query
+from rag_retrieval.mining.rules import Rules, below_positives, draw, fit_places
 from rag_retrieval.retrieval.candidates import Candidates
 
 

@@ -1,22 +1,53 @@
-"""What a teacher said, in a few lines: its scores by label, and how often it puts a higher label first.
+"""Records with a teacher's scores as lines of a training file, and a summary of the scores.
 
-What a reader would get wrong: the last figure is over all pairs of documents with different labels, whatever their
-query; nothing is ranked.
+Pointwise records stay so, all others become hits:
+
+    {"query": "q", "content": "d", "label": 1, "teacher_score": 6.25, "teacher_probability": 0.99807}
+    {"query": "q", "hits": [{"content": "d", "label": 1, "teacher_score": 6.25, "teacher_probability": 0.99807}, ...]}
+
+Numbers are written as the shortest text that gives the same float32, so that a file read back has the
+scores to the last bit and not a digit more.
 """
 
+import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from rag_retrieval.data.records import Record
 
 MOST_LEVELS = 8  # labels with more levels than that are shown as above and not above their middle
 PERCENTILES = (5, 25, 50, 75, 95)
 
 
+def scored_line(record: Record, scores: Sequence[float]) -> str:
+    """One JSON line, with its line break. scores: of the record's documents, float32."""
+    documents = [
+        {"content": document, "label": shortest(label)} | teacher_fields(score)
+        for document, label, score in zip(record.documents, record.labels, scores, strict=True)
+    ]
+    if record.format == "pointwise":
+        values = {"query": record.query} | documents[0]
+    else:
+        values = {"query": record.query, "hits": documents}
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def teacher_fields(score: float) -> dict[str, float]:
+    probability = 1 / (1 + np.exp(-np.float64(score)))
+    return {"teacher_score": float(str(np.float32(score))), "teacher_probability": float(str(np.float32(probability)))}
+
+
+def shortest(label: float) -> int | float:
+    """1 for 1.0, 0.3 for the float32 that is nearest to it."""
+    return int(label) if label.is_integer() else float(str(np.float32(label)))
+
+
 @dataclass
 class ScoreSummary:
-    """records: of the output. labels, scores: of each pair, in its order."""
+    """What a teacher said, by label. records: of the output. labels, scores: of each pair, in its order."""
 
     records: int = 0
     labels: array = field(default_factory=lambda: array("f"))
@@ -59,7 +90,8 @@ class ScoreSummary:
 def right_order(groups: list[np.ndarray]) -> float:
     """The share of (lower, higher) pairs in which the higher has the larger score, ties counted half.
 
-    groups: scores of each level, in rising order of labels; at least two, none empty.
+    Pairs are of any two documents, whatever their query. groups: scores of each level, in rising order of labels; at
+    least two, none empty.
     """
     right = total = 0.0
     for place, higher in enumerate(groups):
