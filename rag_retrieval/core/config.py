@@ -271,5 +271,5 @@ def expected(key_field: FieldInfo) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number"}
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = [limit for mark in metadata if isinstance(mark, BaseMetadata) for limit in asdict(mark).items()]
-    bounds = " and ".join(f"{words[name]} {bound:,g}" for name, bound in limits)
+    bounds = " and ".join(f"{words[name]} {bound:,.15g}" for name, bound in limits)
     return f"{names.get(kind, 'a value')} {'of ' if bounds.startswith('at ') else ''}{bounds}".strip()

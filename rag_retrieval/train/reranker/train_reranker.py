@@ -48,7 +48,6 @@ def train(config) -> int:
     from rag_retrieval.train.reranker.run import run
     from rag_retrieval.train.task import ProcessFailure, TrainingError
 
-    go_on = f"go on with --resume auto --output_dir {config.output_dir}"
     try:
         with on_signals(interrupt):
             run(config)
@@ -59,26 +58,36 @@ def train(config) -> int:
     except TrainingError as error:
         return report(error, 1, on_all_processes=not isinstance(error, ProcessFailure))
     except TrainingStopped as stop:
-        return report(InterruptedError(f"{stop}; {go_on}"), exit_code(stop.number), on_all_processes=True)
+        return report(InterruptedError(f"{stop}; {go_on(config)}"), exit_code(stop.number), on_all_processes=True)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        message = f"interrupted by {signal.Signals(number).name}; {go_on}"
+        message = f"interrupted by {signal.Signals(number).name}; {go_on(config)}"
         return report(InterruptedError(message), exit_code(number), on_all_processes=True)
     except Exception as error:
         if (reason := peer_failure(error, config.wait_minutes)) is not None:
             return report(ConnectionError(reason), 1, on_all_processes=False)
         if isinstance(error, RuntimeError) and not has_home():
             raise
-        return report_crash(error, go_on)
+        return report_crash(error, go_on(config))
     return 0
 
 
-def report_crash(error: Exception, go_on: str) -> int:
+def go_on(config) -> str:
+    """How to resume, whatever command or options began the run."""
+    from rag_retrieval.train.run_folder import CONFIGURATION_FILE
+
+    written = Path(config.output_dir) / CONFIGURATION_FILE
+    if written.is_file():
+        return f"go on with: rag-retrieval train --config {written} --resume auto"
+    return f"go on with --resume auto --output_dir {config.output_dir}"
+
+
+def report_crash(error: Exception, advice: str) -> int:
     """Print the traceback of an error that is no user's, whole and at once, with the process that it struck."""
     if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
         raise error
     text = "".join(traceback.format_exception(error))
-    sys.stderr.write(f"error in process {launched_rank()}:\n{text}Checkpoints written before are intact; {go_on}\n")
+    sys.stderr.write(f"error in process {launched_rank()}:\n{text}Checkpoints written before are intact; {advice}\n")
     sys.stderr.flush()
     return 1
 
