@@ -1,6 +1,6 @@
-"""The data of a run: opened, checked, and told of in the log.
+"""The data of a run: opened, checked, and summarised in the log.
 
-What a reader would get wrong: a training file has an objective of its own; that of the run is for validation.
+A training file has an objective of its own; that of the run is for validation.
 """
 
 import logging

@@ -10,6 +10,7 @@ from rag_retrieval.data.store import open_store
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.metrics import group_metrics
 from rag_retrieval.models.cross_encoder import CrossEncoder
+from rag_retrieval.train.reranker import validation as validation_module
 from rag_retrieval.train.reranker.objective import Objective
 from rag_retrieval.train.reranker.validation import Validation, relevance_threshold
 
@@ -149,3 +150,54 @@ def test_what_cannot_be_measured_is_left_out(validation):
 def test_relevance_begins_at_one_for_whole_labels_and_in_the_middle_for_others():
     assert relevance_threshold(np.array([0, 1, 3], np.float32)) == 1.0
     assert relevance_threshold(np.array([0.1, 0.9], np.float32)) == pytest.approx(0.5)
+
+
+# --- memory ---
+
+
+def bounded(scorer, tmp_path, records, **options) -> Validation:
+    store = open_store(write_jsonl(tmp_path / "bounded.jsonl", records), group_by_query=True)
+    objective = Objective.of(LOSSES["listwise_ce"])
+    return Validation(store, scorer.pair_encoder, objective, (0.0, 1.0), 500, Accelerator(cpu=True), **options)
+
+
+def test_no_forward_has_more_tokens_than_the_bound(scorer, tmp_path):
+    records = grouped_records(12)
+    for padded in (True, False):
+        made = bounded(scorer, tmp_path, records, max_tokens=100, padded=padded)
+        costs = [
+            len(batch) * batch.lengths.max() if padded else batch.lengths.sum() for _, batch in made.batches
+        ]
+        assert len(costs) > 5 and max(costs) <= 100
+    whole = evaluate(bounded(scorer, tmp_path, records), scorer)
+    assert evaluate(made, scorer) == pytest.approx(whole, abs=1e-5)
+
+
+def test_each_pair_is_tokenized_once(scorer, tmp_path, monkeypatch):
+    monkeypatch.setattr(validation_module, "ENCODING_CHUNK", 7)
+    texts, encode = [], type(scorer.pair_encoder).encode
+
+    def noted(self, pairs):
+        texts.extend(pairs)
+        return encode(self, pairs)
+
+    monkeypatch.setattr(type(scorer.pair_encoder), "encode", noted)
+    records = grouped_records(12)
+    evaluate(bounded(scorer, tmp_path, records), scorer)
+    assert len(texts) == sum(len(record["hits"]) for record in records)
+
+
+def test_a_forward_that_does_not_fit_in_memory_is_halved(scorer, tmp_path, caplog):
+    made = bounded(scorer, tmp_path, grouped_records(12))
+    expected, sizes = evaluate(made, scorer), []
+
+    def with_little_memory(batch):
+        if len(batch) > 3:
+            raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
+        sizes.append(len(batch))
+        return scorer(batch)
+
+    with torch.no_grad():
+        scorer.eval()
+        assert made(with_little_memory) == pytest.approx(expected, abs=1e-5)
+    assert max(sizes) <= 3 and "do not fit in memory" in caplog.text
