@@ -52,6 +52,19 @@ class KernelBounds(NamedTuple):
     key_index: torch.Tensor | None
 
 
+class AttentionRun(NamedTuple):
+    """Segments of equal length, one after another. query_start, start: their first query and key in the row.
+    query_length, length: tokens of each that attend, and that are attended to. prefix: the tokens of the shared prefix
+    before them, for a run of one segment; None without one."""
+
+    segments: int
+    query_start: int
+    query_length: int
+    start: int
+    length: int
+    prefix: slice | None
+
+
 class Packing:
     """The packed row of one batch: for a causal model, which shares prefixes and is pooled at a text's last token, or
     for a bidirectional one, which is pooled at its first.
@@ -107,10 +120,33 @@ class Packing:
     def pooled_layout(self) -> "Packing":
         """The same row, where only the token of each text that the head reads attends."""
         layout = copy(self)
-        layout.__dict__.pop("kernel_bounds", None)
+        for name in ("kernel_bounds", "attention_runs"):
+            layout.__dict__.pop(name, None)
         layout.query_segments = self._text_segments
         layout.query_lengths = np.ones_like(self._text_segments)
         return layout
+
+    @cached_property
+    def attention_runs(self) -> list[AttentionRun]:
+        """What attends in one call on a CPU: neighbours of equal length together, those with a prefix alone."""
+        starts, runs, query_start = (self._ends - self.lengths).tolist(), [], 0
+        lengths, prefixes = self.lengths.tolist(), self.prefix_segments.tolist()
+        for place, query_length in zip(self.query_segments.tolist(), self.query_lengths.tolist(), strict=True):
+            length, prefix = lengths[place], prefixes[place]
+            last = runs[-1] if runs else None
+            if prefix >= 0:
+                shared = slice(starts[prefix], starts[prefix] + lengths[prefix])
+                runs.append(AttentionRun(1, query_start, query_length, starts[place], length, shared))
+            elif (
+                last is not None
+                and (last.prefix, last.query_length, last.length) == (None, query_length, length)
+                and last.start + last.segments * length == starts[place]
+            ):
+                runs[-1] = last._replace(segments=last.segments + 1)
+            else:
+                runs.append(AttentionRun(1, query_start, query_length, starts[place], length, None))
+            query_start += query_length
+        return runs
 
     @cached_property
     def kernel_bounds(self) -> KernelBounds:

@@ -72,6 +72,19 @@ def test_the_pooled_layout_leaves_the_layout_it_comes_from_alone():
     assert packing.pooled_layout.kernel_bounds.key_index is None
 
 
+def test_neighbours_of_equal_length_attend_in_one_call_and_those_with_a_prefix_alone():
+    same = batch(list(range(12)), [3, 3, 2, 2, 2], [0] * 5)
+    assert [run[:5] for run in Packing(same, False, CPU).attention_runs] == [(2, 0, 3, 0, 3), (3, 6, 2, 6, 2)]
+    pooled = Packing(same, False, CPU).pooled_layout
+    assert [run[:5] for run in pooled.attention_runs] == [(2, 0, 1, 0, 3), (3, 2, 1, 6, 2)]
+    runs = Packing(BATCH, True, CPU).attention_runs  # segments 2 | 1, 3, 2 after it | 2
+    assert [run[1:5] for run in runs] == [(0, 2, 0, 2), (2, 1, 2, 1), (3, 3, 3, 3), (6, 2, 6, 2), (8, 2, 8, 2)]
+    assert [run.prefix for run in runs] == [None, slice(0, 2), slice(0, 2), slice(0, 2), None]
+    # two prefixes of equal length do not stand side by side where only the texts after them attend
+    pooled = Packing(batch(list(range(8)), [2, 2, 2, 2], [0, 1, 0, 1]), True, CPU).pooled_layout
+    assert [run.segments for run in pooled.attention_runs] == [1, 1, 1, 1]
+
+
 def test_one_pair_is_one_segment():
     for causal, pooled in ((True, 1), (False, 0)):
         packing = Packing(batch([5, 6], [2], [0]), causal, CPU)

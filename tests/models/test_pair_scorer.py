@@ -10,6 +10,8 @@ from tiny_models import CHINESE, ENGLISH, save_tiny, xlm_roberta_tokenizer
 from transformers import BartConfig, T5Config
 
 from rag_retrieval import CrossEncoder
+from rag_retrieval.core.log import Progress
+from rag_retrieval.models import scoring
 from rag_retrieval.models.packed_model import pairs_to_check
 from rag_retrieval.models.token_batch import make_batch
 
@@ -154,12 +156,20 @@ def test_the_inner_model_may_be_moved_and_the_wrapper_put_in_eval_mode_as_the_re
     assert bert.config is bert.model.config
 
 
-def test_the_progress_bar_shows_on_demand_alone(bert, capsys):
-    bert.compute_score(some_pairs(6), batch_size=2, show_progress_bar=True)
-    assert "6/6" in capsys.readouterr().err
-    for choice in (False, None):
-        bert.compute_score(some_pairs(30), batch_size=1, show_progress_bar=choice)
-        assert capsys.readouterr().err == ""
+def test_progress_counts_every_pair_and_shows_on_demand_alone(bert, monkeypatch):
+    made = []
+
+    class Noting(Progress):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(scoring, "Progress", Noting)
+    pairs = some_pairs(30) + some_pairs(30)  # repeated ones count too
+    for choice in (True, False, None):
+        bert.compute_score(pairs, batch_size=1, show_progress_bar=choice)
+    assert [progress.shown for progress in made] == [True, False, False], "None shows it on a terminal"
+    assert {(progress.done, progress.total) for progress in made} == {(60, 60)}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

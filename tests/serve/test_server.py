@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -153,6 +154,8 @@ def test_a_client_that_has_closed_its_sending_half_gets_its_answer(backend):
 
 def test_silent_connections_give_way_to_those_that_ask(backend, monkeypatch, caplog):
     monkeypatch.setattr(server_module, "most_connections", lambda: 5)
+    monkeypatch.setattr(server_module, "LOG_SECONDS", 3600)
+    monkeypatch.setattr(server_module.Connection, "last_logged", -math.inf)
     with running_service(backend) as service, listening(service) as address:
         silent = [socket.create_connection(("127.0.0.1", port_of(address))) for _ in range(30)]
         assert httpx.post(f"{address}/rerank", json=TWO_TEXTS, timeout=20).status_code == 200
