@@ -237,9 +237,9 @@ def test_two_processes_that_are_killed_go_on_to_the_bytes_of_one(keys, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_mistake_ends_both_processes_and_is_told_once(keys, tmp_path):
+def test_a_mistake_ends_both_processes_and_is_printed(keys, tmp_path):
     keys["teachers"] = [str(tmp_path)]
     (tmp_path / "config.json").write_text("{}")
     done = launch([*engine_command("config/ddp.yaml", 2, "-m"), *command(keys, tmp_path)])
     assert done.returncode != 0 and not Path(keys["output"]).exists()
-    assert done.stderr.count("error: ") >= 1 and "the model cannot be loaded" in done.stderr
+    assert f": teachers: {tmp_path}: " in done.stderr
