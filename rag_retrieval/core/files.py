@@ -91,12 +91,27 @@ def locked(lock_file: Path, busy: str) -> Iterator[None]:
     """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(lock_file, busy)
+    _held.add(descriptor)
     try:
         yield
     finally:
+        _held.discard(descriptor)
         if _is_at(descriptor, lock_file):
             lock_file.unlink()  # while it is held: whoever waits for this inode sees that it is gone
         os.close(descriptor)
+
+
+_held: set[int] = set()
+
+
+def _leave_locks_to_parent() -> None:
+    """A forked process, such as one that loads data, would keep the lock of a parent that was killed."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
 def _lock(lock_file: Path, busy: str) -> int:

@@ -8,9 +8,9 @@ from pydantic import Field, field_validator
 from rag_retrieval.core.config import NAMES, FileOrFolder, FolderPath, Location, ModelName, OutputPath, key
 from rag_retrieval.data.readers import FILE_SUFFIXES, is_file_name
 from rag_retrieval.data.words import AUTO
-from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.metrics import METRICS, PATTERNS, parse_metric
 from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
+from rag_retrieval.retrieval.bm25 import BM25
 
 GRADED = " and ".join(metric.name for metric in METRICS.values() if metric.reads == "grades")
 DEFAULT_MEASURES = ("ndcg@10", "mrr@10", "map", "recall@10", "recall@100", "p@10")

@@ -14,7 +14,6 @@ import numpy as np
 
 from rag_retrieval.core.distributed import on_main, own_device, process_group
 from rag_retrieval.data.beir import Run
-from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.calibration import ProbabilityErrors, fit_calibration, probability_errors, scored_pairs
 from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.rank_changes import QueryChange, largest_changes
@@ -27,6 +26,7 @@ from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metr
 from rag_retrieval.models.calibration import Calibration, write_calibration
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.settings import PACKAGE_PREFIX
+from rag_retrieval.retrieval.bm25 import BM25
 
 LIBRARIES = ("bm25s", "Stemmer", "scipy")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted

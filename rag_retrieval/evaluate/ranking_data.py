@@ -23,7 +23,7 @@ from rag_retrieval.data.beir import (
     read_record_file,
     read_run,
 )
-from rag_retrieval.evaluate.bm25 import BM25, bm25_run
+from rag_retrieval.retrieval.bm25 import BM25, bm25_run
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from scipy.stats import ConstantInputWarning, spearmanr
 
 from rag_retrieval.core.command import CommandFailure
 from rag_retrieval.data.beir import Qrels, Run
-from rag_retrieval.evaluate.bm25 import BM25
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.metrics import run_metrics
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
+from rag_retrieval.retrieval.bm25 import BM25
 
 FLOAT32_LIMIT = 1e-4  # largest difference of a score, relative where scores exceed 1
 LEAST_CORRELATION = 0.98  # of int8: Spearman's, over all pairs

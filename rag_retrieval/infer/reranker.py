@@ -31,8 +31,7 @@ class Reranker:
     the folder was saved with, else 512 or the model's limit. dtype: of the weights: "fp32" (the default), "bf16",
     "fp16". precision: of the computation with float32 weights: "fp32", "bf16", "fp16"; default half precision on CUDA
     and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is one, else the CPU.
-    devices: several, such as ["cuda:0", "cuda:1"]: a process for each holds a copy of the model, until `close`, and a
-    script that uses it keeps its work under `if __name__ == "__main__":`.
+    devices: several, such as ["cuda:0", "cuda:1"]: each holds a copy of the model, until `close`.
     attn_implementation: of transformers; default batches without padding. query_format, document_format: text around a
     query and a document. seq and all after it: of a decoder, as for `LLMDecoder.from_pretrained`; needed, with the
     formats, where neither the folder nor the list of known prompts has them.

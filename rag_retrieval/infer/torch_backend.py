@@ -59,8 +59,10 @@ class TorchBackend:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         kind = torch.device(self.device).type  # whose digits differ
-        about = [asdict(self.scorer.settings), self.pair_encoder.max_length, self.precision, kind]
+        encoder = self.pair_encoder
+        about = [asdict(self.scorer.settings), asdict(encoder.template), encoder.max_length, self.precision, kind]
         digest.update(json.dumps(about).encode())
+        digest.update(encoder.fast_tokenizer.to_str().encode())
         for name, values in sorted(self.scorer.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -40,17 +40,17 @@ def decoder_template(
     texts = before_query, after_query + seq + before_document, after_document + special_token
     if instruction is not None:
         texts = tuple(text.replace(INSTRUCTION, instruction) for text in texts)
-    own = bare(tokenizer)
-    split = split_texts(*texts, added_tokens(own))
-    anchor = context_prefix(own, tokenizer.all_special_tokens)
+    fast = bare(tokenizer)
+    split = split_texts(*texts, added_tokens(fast))
+    anchor = context_prefix(fast, tokenizer.all_special_tokens)
     parts = [split.prefix, split.middle, split.suffix, split.after_query, split.after_document]
     prefix, middle, suffix, query_end, document_end = (
-        tokenize_in_context(own, [part.text], anchor, part.following, first=part is split.prefix)[0] for part in parts
+        tokenize_in_context(fast, [part.text], anchor, part.following, first=part is split.prefix)[0] for part in parts
     )
     if not suffix:
         raise ValueError(f"special_token {special_token!r} gives no token; the score is read at its last token")
     return PairTemplate(
-        missing_bos(tokenizer, own, texts[0]) + prefix,
+        missing_bos(tokenizer, fast, texts[0]) + prefix,
         middle,
         suffix,
         before_query=split.before_query,
@@ -148,8 +148,8 @@ def context_prefix(tokenizer: Tokenizer, special_tokens: Sequence[str]) -> str:
     return ""
 
 
-def missing_bos(tokenizer: "PreTrainedTokenizerBase", own: Tokenizer, text: str) -> list[int]:
-    """The tokens that the tokenizer puts before a text, where the text does not bring them. own: its bare one."""
+def missing_bos(tokenizer: "PreTrainedTokenizerBase", fast: Tokenizer, text: str) -> list[int]:
+    """The tokens that the tokenizer puts before a text, where the text does not bring them. fast: its bare one."""
     encoded = tokenizer("a")
     bos = encoded["input_ids"][: encoded.sequence_ids().index(0)]
-    return [] if tokenize(own, [text + "a"])[0][: len(bos)] == bos else bos
+    return [] if tokenize(fast, [text + "a"])[0][: len(bos)] == bos else bos

@@ -274,7 +274,7 @@ def score_forwards(
             continue
         sizes = sizes_of(encoded[position] for position in part)
         tokens = computed_tokens(sizes, padded=not scorer.packs, shares_queries=scorer.shares_queries)
-        scorer.fitting_tokens = tokens // 2  # not of the budget: `batch_size` may have cut the part before it
+        scorer.fitting_tokens = tokens // 2  # not of the budget: `batch_size` may have bounded the part before it
         remaining = part
         while waiting:
             remaining = remaining + waiting.popleft()

@@ -11,6 +11,7 @@ torch.
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -130,12 +131,8 @@ def plan_by_tokens(
         group = lengths[position]
         pairs, tokens = pairs + len(group), tokens + sum(group)
         cost = pairs * longest if padded else tokens
-        if not parts or _exceeds(cost, max_tokens) or _exceeds(pairs, max_pairs):
+        if not parts or cost > (max_tokens or inf) or pairs > (max_pairs or inf):
             parts.append([])
             pairs, tokens, longest = len(group), sum(group), max(group)
         parts[-1].append(position)
     return parts
-
-
-def _exceeds(value: int, bound: int | None) -> bool:
-    return bound is not None and value > bound

@@ -2,6 +2,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -72,6 +73,27 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     process, _ = start_holding(tmp_path / "lock")
     process.kill()
     process.join(60)
+    with locked(tmp_path / "lock", "busy"):
+        pass
+
+
+def hold_with_child(lock_file: Path, held) -> None:
+    with locked(lock_file, "busy"):
+        if os.fork() == 0:
+            time.sleep(5)
+            os._exit(0)
+        held.set()
+        time.sleep(60)
+
+
+def test_a_child_that_outlives_a_killed_process_does_not_keep_its_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    process = context.Process(target=hold_with_child, args=(tmp_path / "lock", held))
+    process.start()
+    assert held.wait(60)
+    process.kill()
+    process.join()
     with locked(tmp_path / "lock", "busy"):
         pass
 

@@ -221,3 +221,19 @@ def test_load_reranker_tells_the_kind_of_a_plain_folder(model_folders, load_tiny
     load_tiny("llama", query_format="Q: {}").save_pretrained(tmp_path)
     scorer = load_reranker(tmp_path, device="cpu")
     assert type(scorer) is LLMDecoder and scorer.settings.query_format == "Q: {}"
+
+
+def test_a_fingerprint_changes_with_everything_that_decides_on_scores(model_folders, tmp_path):
+    folder = Path(shutil.copytree(model_folders["bert"], tmp_path / "model"))
+
+    def fingerprint(**options) -> str:
+        return Reranker(folder, device="cpu", **options).backend.fingerprint()
+
+    found = [fingerprint(), fingerprint(max_length=100), fingerprint(query_format="q: {}"), fingerprint(dtype="bf16")]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"truncation_side": "left"}))
+    found.append(fingerprint())
+    assert len(set(found)) == 5
+    assert fingerprint() == found[-1]
