@@ -22,7 +22,8 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
 
     main_keys: ClassVar = ("model", "data", "split", "baseline", "output_dir")
     groups: ClassVar = ModelOptions.groups | {
-        "long_document": "Long documents", "model": "Data", "measures": "Figures", "report": "Output", "batch_size": "Scoring"
+        "long_document": "Long documents", "model": "Data", "measures": "Figures", "report": "Output",
+        "batch_size": "Scoring",
     }  # fmt: skip
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
