@@ -179,9 +179,9 @@ def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, lis
 def _header_order(fields: list[str], columns: Sequence[str]) -> list[int] | None:
     """The place of each of `columns` in a header; None for a line that is no header."""
     plain = [re.sub(r"[-_ ]", "", field).lower() for field in fields]
-    found = [[place for place, name in enumerate(plain) if name in HEADER_NAMES[column]] for column in columns]
-    if len(fields) == len(columns) and all(len(places) == 1 for places in found):
-        return [place for (place,) in found]
+    columns_of = [[place for place, name in enumerate(plain) if name in HEADER_NAMES[column]] for column in columns]
+    if len(fields) == len(columns) and all(len(places) == 1 for places in columns_of):
+        return [place for (place,) in columns_of]
     return None
 
 

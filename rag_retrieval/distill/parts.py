@@ -140,7 +140,7 @@ class PartFolder:
                     yield line
             if count != part.records:
                 found = f"{path}: has {count} lines and was written with {part.records}"
-                raise ValueError(f"{found}; delete it, and the same command scores that part anew")
+                raise ValueError(f"{found}; delete it, and the same command scores that part again")
 
     def finish(self, parts: list[Part]) -> None:
         """All parts one after another as the output, whole or not at all; then the folder is removed."""

@@ -160,10 +160,11 @@ def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], te
     main, waiting = process_index() == 0, list(parts)
     total, done = sum(part.pairs for part in parts), folder.take_finished(waiting)
     with Progress(total, "scoring", "pairs", done, shown=main) as progress:
-        for part, found in records_of(own, records(config) if own else ()):
-            pairs = [(record.query, document) for record in found for document in record.documents]
+        for part, part_records in records_of(own, records(config) if own else ()):
+            pairs = [(record.query, document) for record in part_records for document in record.documents]
             scores = iter(mean_logits(teachers, pairs, config.batch_size).tolist())
-            folder.write(part, [scored_line(record, [next(scores) for _ in record.documents]) for record in found])
+            lines = [scored_line(record, [next(scores) for _ in record.documents]) for record in part_records]
+            folder.write(part, lines)
             if main:  # what the other processes have finished is seen in the folder
                 progress.update(folder.take_finished(waiting))
 

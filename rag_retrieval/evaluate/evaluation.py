@@ -79,7 +79,7 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
     """Score the candidates of `config.data` with `config.model`, measure, and compare with the baseline.
 
     Under `accelerate launch` every process calls it. Scores go to `config.output_dir` as they come; the same call
-    after a kill goes on. Raises ValueError for a model, data or files that cannot be used, and where
+    after a kill continues. Raises ValueError for a model, data or files that cannot be used, and where
     `config.output_dir` is in use or has the results of another model or other data.
     """
     with process_group():

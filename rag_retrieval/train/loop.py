@@ -41,7 +41,7 @@ from rag_retrieval.train.tracking import LogWindow, Tracking
 
 
 class Trainer:
-    """Trains `model` on the steps of `dataset`. `train()` starts or goes on where `state` stands."""
+    """Trains `model` on the steps of `dataset`. `train()` starts or continues at `state`."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Trainer:
         """Run until the last step or an early stop, and write the final model. Returns the final state.
 
         Raises TrainingStopped after SIGTERM or SIGINT, ProcessFailure for what strikes this process alone, and
-        TrainingError where training cannot go on.
+        TrainingError where training cannot continue.
         """
         with translate_worker_deaths(), on_signals(self.stop_request.note):
             self.tracking = Tracking(

@@ -1,6 +1,6 @@
 """What a checkpoint was made of: configuration, data, engine and library versions, beside its weights.
 
-Data are identified by their content, not by their path, so that a run may go on on another machine.
+Data are identified by their content, not by their path, so that a run can be resumed on another machine.
 """
 
 import platform

@@ -62,7 +62,7 @@ def run(training: Training) -> TrainState | None:
     """Train as configured. Returns the final state, or None when `resume: auto` found the run finished.
 
     Raises StartError for a mistake found before the first step, LaunchError for one of the launcher's settings,
-    TrainingError where training cannot go on, TrainingStopped where a signal ended it, PeerError where another process
+    TrainingError where training cannot continue, TrainingStopped where a signal ended it, PeerError where another process
     failed before the first step. The output folder belongs to one run at a time: a second one gets a StartError.
     """
     config, output_dir = training.config, Path(training.config.output_dir)
@@ -94,7 +94,7 @@ def run(training: Training) -> TrainState | None:
 
 
 def prepare(training: Training, accelerator: Accelerator, output_dir: Path) -> Trainer | None:
-    """The trainer, brought to where the run begins or goes on; None where it is finished."""
+    """The trainer, at the run's beginning or at its checkpoint; None where the run is finished."""
     config = training.config
     check_model_is_kept(config)
     start = on_main(lambda: plan_start(output_dir, config.resume, config.overwrite_output_dir))

@@ -40,7 +40,7 @@ def test_the_moments_follow_from_the_seed():
 )
 def test_an_end_counts_that_is_told_and_quick(code, log, hung, seconds, right):
     case = faults.Case("a row", 1, Fault("SIGTERM to one"), says="stopped by SIGTERM")
-    assert faults.told(case, Outcome(code, seconds, log, hung)) == right
+    assert faults.ended_as_expected(case, Outcome(code, seconds, log, hung)) == right
 
 
 @pytest.mark.parametrize(("how", "size"), [("truncate", 500), ("unlink", None)])
