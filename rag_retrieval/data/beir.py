@@ -254,7 +254,7 @@ def write_run(path: Path, run: Run, name: str) -> None:
     those of equal score as trec_eval takes them (`trec_order`), so that the ranks are those that are measured.
     """
     label = "_".join(name.split()) or "run"
-    with atomic_write(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for query, scores in run.items():
             for rank, document in enumerate(trec_order(scores), start=1):
                 file.write(f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n")

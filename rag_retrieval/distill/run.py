@@ -60,9 +60,11 @@ def distill(config: DistillConfig) -> ScoreSummary:
 
 def prepare(config: DistillConfig, folder: PartFolder, lock: ExitStack) -> list[Part]:
     """Check everything that can be checked without a teacher, and take the folder of the parts."""
-    check_paths(config, folder)
     busy = f"output: another process is writing {folder.output}; wait for it, or take another"
     lock.enter_context(locked(lock_file_of(folder.output), busy))
+    folder.check_output(config.overwrite)
+    if is_file(config.dataset) and checked_path(config.dataset).resolve() == folder.output.resolve():
+        raise ValueError(f"output: {folder.output} is the dataset, whose other keys would be lost; take another output")
     run = described(config)
     parts = plan_parts(records(config), config.pairs_per_part)
     folder.begin(run, config.overwrite)
@@ -70,13 +72,6 @@ def prepare(config: DistillConfig, folder: PartFolder, lock: ExitStack) -> list[
     logger.info("%s: %s pairs in %d parts, %s scored before",
                 config.dataset, f"{sum(part.pairs for part in parts):,}", len(parts), f"{done:,}")  # fmt: skip
     return parts
-
-
-def check_paths(config: DistillConfig, folder: PartFolder) -> None:
-    """Raises ValueError for data or an output that cannot be, and for an output that is the data."""
-    folder.check_output(config.overwrite)
-    if is_file(config.dataset) and checked_path(config.dataset).resolve() == folder.output.resolve():
-        raise ValueError(f"output: {folder.output} is the dataset, whose other keys would be lost; take another output")
 
 
 def records(config: DistillConfig) -> Iterator[Record]:

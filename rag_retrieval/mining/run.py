@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rag_retrieval.core.files import atomic_write
+from rag_retrieval.core.files import atomic_write, lock_file_of, locked
 from rag_retrieval.core.log import Progress
 from rag_retrieval.core.work_folder import WorkFolder, content_of
 from rag_retrieval.data.beir import find_file
@@ -39,18 +39,19 @@ def mine(config: MiningConfig) -> MiningSummary:
     in use, and when no query got a negative. The output is then not written, and the work folder stays.
     """
     output = Path(config.output)
-    check_output(config, output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     work = WorkFolder(Path(config.work_dir or f"{output}.work"))
-    with work.locked():
-        corpus = open_corpus(config, work)
-        queries = read_queries(config, corpus)
-        if config.output_format != "pos_neg" and config.labels == "relevance":
-            demand_labels_above_zero(queries)
-        parts = mine_parts(config, corpus, queries, work)
-        summary = write_results(config, corpus, queries, parts)
-    if config.work_dir is None:
-        work.remove()
+    busy = f"output: another run is writing {output}; wait for it, or choose another"
+    with locked(lock_file_of(output), busy):
+        check_output(config, output)
+        with work.locked():
+            corpus = open_corpus(config, work)
+            queries = read_queries(config, corpus)
+            if config.output_format != "pos_neg" and config.labels == "relevance":
+                demand_labels_above_zero(queries)
+            parts = mine_parts(config, corpus, queries, work)
+            summary = write_results(config, corpus, queries, parts)
+        if config.work_dir is None:
+            work.remove()
     return summary
 
 
@@ -107,8 +108,8 @@ def mine_parts(config: MiningConfig, corpus: Corpus, queries: QuerySet, work: Wo
                 for mined in miner.mine(part):
                     lines.append(json.dumps(asdict(mined)) + "\n")
                     progress.update()
-                with atomic_write(folder / name) as aside:
-                    aside.write_text("".join(lines))
+                with atomic_write(folder / name) as temporary:
+                    temporary.write_text("".join(lines))
 
     return work.stage("parts", made_from, build, resumes=True)
 
@@ -130,8 +131,8 @@ def write_results(config: MiningConfig, corpus: Corpus, queries: QuerySet, parts
     num_positives = sum(len(query.positives) for query in queries.queries)
     counts = (len(corpus), queries.read, queries.without_text, len(queries.queries), num_positives)
     summary = MiningSummary(*counts, words=(parts / "words").read_text())
-    with atomic_write(Path(config.output)) as aside:
-        with text_writer(aside, compressed=config.output.endswith(".gz")) as file:
+    with atomic_write(Path(config.output)) as temporary:
+        with text_writer(temporary, compressed=config.output.endswith(".gz")) as file:
             for query, mined in _all_mined(queries, parts):
                 summary.add(mined, config.num_negatives)
                 if mined.negatives:
@@ -141,6 +142,6 @@ def write_results(config: MiningConfig, corpus: Corpus, queries: QuerySet, parts
         if not summary.kept:
             counts = summary.describe(config.num_negatives)
             raise ValueError(f"no query got a negative; widen the window or the margins:\n{counts}")
-        with atomic_write(summary_file(config.output)) as aside_too:
-            aside_too.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+        with atomic_write(summary_file(config.output)) as summary_temporary:
+            summary_temporary.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
     return summary

@@ -308,10 +308,6 @@ class Trainer:
         self.saved_step = self.state.step
         self.window.pause(time.monotonic() - started)
 
-    def load_checkpoint(self, folder: Path) -> None:
-        """Bring model, optimizer, scaler and random states to where `folder` was written."""
-        self.saver.load(folder)
-
     def _finish(self) -> None:
         """Write the final model: the best checkpoint's weights where a metric chose one, else the last."""
         self._log()

@@ -3,8 +3,8 @@
 `plan_start` only reads. `claim` removes an earlier run and marks the folder, and is called when data and model are
 known to be good. Nothing is removed but what a run of this trainer wrote, by its exact name and never through a link.
 
-A run is resumed only as the same run: every key that is not in MAY_CHANGE, a new one too, is compared. Those of validation
-as well, since the best value so far and the patience of early stopping were measured with it.
+Every key that is not in MAY_CHANGE, a new one too, must be as it was. Those of validation as well, since the best value
+so far and the patience of early stopping were measured with it.
 """
 
 import logging

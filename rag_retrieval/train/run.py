@@ -62,8 +62,8 @@ def run(training: Training) -> TrainState | None:
     """Train as configured. Returns the final state, or None when `resume: auto` found the run finished.
 
     Raises StartError for a mistake found before the first step, LaunchError for one of the launcher's settings,
-    TrainingError where training cannot continue, TrainingStopped where a signal ended it, PeerError where another process
-    failed before the first step. The output folder belongs to one run at a time: a second one gets a StartError.
+    TrainingError where training cannot continue, TrainingStopped where a signal ended it, PeerError where another
+    process failed before the first step. The output folder is one run's at a time: a second one gets a StartError.
     """
     config, output_dir = training.config, Path(training.config.output_dir)
     try:
@@ -117,7 +117,7 @@ def prepare(training: Training, accelerator: Accelerator, output_dir: Path) -> T
     set_seed(config.seed, device_specific=True)  # other dropout masks on every process
     if checkpoint is not None:
         logger.info("resuming from %s, step %d", checkpoint, state.step)
-        trainer.load_checkpoint(checkpoint)
+        trainer.saver.load(checkpoint)
     return trainer
 
 

@@ -57,7 +57,8 @@ def read_run_record(folder: Path) -> RunRecord | None:
     step = parsed(folder / RUN_FILE).get("model_step")
     lines = parsed(folder / METRICS_FILE, lambda text: list(map(json.loads, text.splitlines())))
     evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] == step]
-    measured = {name: value for name, value in (evaluations[-1] if evaluations else {}).items() if name not in ("step", "kind")}
+    last = evaluations[-1] if evaluations else {}
+    measured = {name: value for name, value in last.items() if name not in ("step", "kind")}
     data = [part_from(values) for values in parsed(folder / DATA_FILE)]
     return RunRecord(configuration, data, parsed(folder / PROVENANCE_FILE), step, measured)
 

@@ -75,7 +75,7 @@ def test_a_run_that_a_signal_ends_goes_on_to_the_same_bytes(tmp_path, number, mo
     errors = run.communicate(timeout=60)[1].decode()
     assert run.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     if number != signal.SIGKILL:
-        assert "the same command goes on where this one stopped" in errors
+        assert "the same command continues where this one stopped" in errors
     assert not (tmp_path / "killed.jsonl").exists()
     kept = [path.stat().st_mtime_ns for path in sorted(work.glob("parts-*.partial/*.jsonl"))]
     assert 1 <= len(kept) < 18

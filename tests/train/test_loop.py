@@ -136,7 +136,7 @@ def trainer(
     )
     claim(folder, state)
     if checkpoint is not None:
-        made.load_checkpoint(checkpoint)
+        made.saver.load(checkpoint)
     return made
 
 
