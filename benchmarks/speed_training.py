@@ -1,8 +1,8 @@
 """The sides that `speed.py` compares, each driven through its own real training loop or scoring call.
 
 Every call builds its side afresh from the model's folder, takes `WARMUP` steps that are not timed, then those that
-are, and leaves nothing behind. All sides get the pairs that our own sampler drew for a step: its handling is compared, not the
-luck of its lengths.
+are, and leaves nothing behind. All sides get the pairs that our own sampler drew for a step, so that lengths are
+equal and its handling alone differs.
 """
 
 import gc

@@ -123,20 +123,20 @@ def test_both_trainers_get_the_same_pairs_and_labels(toy, tmp_path):
     assert sorted(flat) == sorted(our_pairs(records, tmp_path, grouped=True))
 
 
-@pytest.mark.parametrize(("negatives", "groups", "pairs"), [(3, 8, 32), (4, 6, 30), (40, 1, 41)])
-def test_a_step_has_whole_groups_of_at_most_32_pairs(negatives, groups, pairs):
-    one = recipe("point_ce", negatives=negatives)
-    assert (one.groups_per_step, one.pairs_per_step) == (groups, pairs)
+def test_a_step_has_whole_groups_of_at_most_32_pairs():
+    for negatives, groups, pairs in [(3, 8, 32), (4, 6, 30), (40, 1, 41)]:
+        one = recipe("point_ce", negatives=negatives)
+        assert (one.groups_per_step, one.pairs_per_step) == (groups, pairs)
 
 
-@pytest.mark.parametrize("loss", quality_tables.LOSSES)
-def test_our_configuration_asks_for_32_pairs_per_step_and_is_valid(loss, tmp_path):
+def test_our_configuration_asks_for_32_pairs_per_step_and_is_valid(tmp_path):
     from rag_retrieval.train.reranker.config import RerankerConfig
 
-    values = quality_trainers.our_config(recipe(loss), tmp_path / "train.jsonl", tmp_path / "out")
-    config = RerankerConfig(**values)
-    assert config.batch_size * (config.train_group_size or 1) == 32
-    assert (config.lr, config.head_lr, config.loss_type) == (1e-4, 1e-3, loss)
+    for loss in quality_tables.LOSSES:
+        values = quality_trainers.our_config(recipe(loss), tmp_path / "train.jsonl", tmp_path / "out")
+        config = RerankerConfig(**values)
+        assert config.batch_size * (config.train_group_size or 1) == 32
+        assert (config.lr, config.head_lr, config.loss_type) == (1e-4, 1e-3, loss)
 
 
 # --- tables ---
@@ -193,7 +193,7 @@ def test_losses_stand_in_their_order_with_ours_first():
     assert found == [("point_ce", "ours"), ("listwise_ce", "ours"), ("listwise_ce", "sentence-transformers")]
 
 
-def test_ours_is_compared_with_theirs_query_by_query_over_the_seeds_that_both_have():
+def test_ours_and_theirs_are_compared_by_query_over_common_seeds():
     theirs = [result(seed, 0.8, trainer="sentence-transformers") for seed in (0, 1)]
     text = quality_tables.markdown_tables([result(0, 0.8), result(1, 0.9), result(2, 0.1), *theirs])
     (line,) = [line for line in text.splitlines() if " - " in line]
@@ -259,7 +259,7 @@ def test_a_row_of_ours_end_to_end(toy, tmp_path, capsys, loss):
 
 
 @pytest.mark.usefixtures("settings_restored")
-def test_a_row_of_a_teacher_s_records_with_keys_of_its_own_and_a_run_file(toy, tmp_path):
+def test_a_row_with_teacher_records_extra_keys_and_a_run_file(toy, tmp_path):
     taught = {"content": "a b", "label": 1, "teacher_score": 2.0}, {"content": "c", "label": 0, "teacher_score": -1.0}
     write_lines(tmp_path / "soft.jsonl", [{"query": f"q {number}", "hits": taught} for number in range(8)])
     write(tmp_path / "run.trec", "".join(f"q{number} Q0 d{number}-0 1 1.0 x\n" for number in range(8, 12)))

@@ -97,7 +97,7 @@ def test_examples_are_written_as_hits(tmp_path):
 # --- models and the floor ---
 
 
-def test_attention_dropout_is_off_and_the_copy_has_no_dropout_but_the_same_weights(folders, tmp_path):
+def test_attention_dropout_is_off_and_the_copy_has_none_at_all(folders, tmp_path):
     folder = folders["tiny_xlm_roberta"]
     config = json.loads((folder / "config.json").read_text())
     assert (config["attention_probs_dropout_prob"], config["hidden_dropout_prob"]) == (0.0, 0.1)
@@ -183,7 +183,7 @@ def test_the_clock_times_the_steps_after_the_warmup(monkeypatch):
 
 
 @pytest.mark.parametrize("documents", [1, 8])
-def test_the_steps_of_a_plan_are_those_of_our_trainer_but_not_sorted_by_length(folders, tmp_path, documents):
+def test_planned_steps_are_our_trainers_but_not_sorted_by_length(folders, tmp_path, documents):
     examples = speed_data.draw_examples(80 // documents, documents, ["a", "b"], 4, random.Random(4))
     job = speed_training.Job(
         model=folders["tiny_xlm_roberta"],

@@ -13,7 +13,7 @@ import speed_onnx
 from speed_works import Disagreement
 
 
-def test_sides_take_turns_in_reversed_order_every_other_round_after_a_call_that_is_not_timed():
+def test_sides_alternate_in_reversed_order_after_an_untimed_call():
     order = []
 
     def side(name):

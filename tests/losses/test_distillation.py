@@ -69,7 +69,7 @@ def test_kl_distillation_is_the_mean_over_groups_of_several_documents(temperatur
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_the_gradient_of_kl_distillation_is_the_difference_of_the_distributions_times_the_temperature(temperature):
+def test_the_gradient_of_kl_is_temperature_times_the_distributions_difference(temperature):
     scores = SCORES.clone().requires_grad_()
     kl_distillation(scores, TEACHER, MASK, "sum", temperature).backward()
     student, target = softmax(ROWS[0][0], temperature), softmax(ROWS[0][1], temperature)

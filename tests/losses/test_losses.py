@@ -196,7 +196,7 @@ def test_integer_labels_give_the_same_loss_as_float_labels(loss):
 
 
 @every_loss
-def test_a_model_that_ranks_well_is_below_chance_and_one_that_ranks_badly_above(loss):
+def test_good_rankings_are_below_the_constant_score_loss_bad_ones_above(loss):
     _, labels, mask = batch(loss)
     # these three are at their best where the scores are the labels
     good = labels if loss.name in ("listnet", "margin_mse", "kl_distillation") else 8 * labels - 4

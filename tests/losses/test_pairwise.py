@@ -108,7 +108,7 @@ def test_padding_is_never_the_better_document_of_a_pair_with_negative_labels():
     assert count_ordered_pairs(labels, mask) == 1
 
 
-def test_ranknet_of_huge_scores_is_the_difference_where_it_is_wrong_and_zero_where_it_is_right():
+def test_ranknet_of_huge_scores_is_their_difference_if_wrong_else_zero():
     scores = torch.tensor([[1e4, -1e4], [1e4, -1e4]], requires_grad=True)
     loss = ranknet(scores, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), reduction="sum")
     loss.backward()

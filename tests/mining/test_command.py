@@ -58,7 +58,7 @@ def test_help_lists_the_keys_and_nothing_at_all_is_a_mistake(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_a_signal_ends_goes_on_to_the_same_bytes(tmp_path, number, model_folders):
+def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, number, model_folders):
     """Killed for real, wherever it stands when its first part is written."""
     animal_data(tmp_path / "data")
     options = ["--data", str(tmp_path / "data"), "--reranker", model_folders["bert"], "--last_rank", "30"]

@@ -286,7 +286,7 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_whole(settings):
     assert sorted(Path(values["output_dir"]).rglob("*")) == before
 
 
-def test_the_model_to_start_from_is_not_removed_with_the_run_that_wrote_it(settings):
+def test_overwriting_a_run_does_not_remove_the_model_to_start_from(settings):
     values = settings()
     train(values)
     model = str(Path(values["output_dir"]) / "model")
@@ -630,8 +630,8 @@ def test_a_run_leaves_model_configuration_and_metrics(settings):
     train(values)
     output_dir = Path(values["output_dir"])
     names = {path.name for path in output_dir.iterdir()}
-    told = {"metrics.jsonl", "run.json", "training_config.yaml", "provenance.json", "data_summary.json"}
-    assert names == {"model", "checkpoint-5"} | told
+    records = {"metrics.jsonl", "run.json", "training_config.yaml", "provenance.json", "data_summary.json"}
+    assert names == {"model", "checkpoint-5"} | records
     assert yaml.safe_load((output_dir / "training_config.yaml").read_text())["head_lr"] == 1e-2
     lines = read_metrics(output_dir, "train")
     assert [(line["step"], line["epoch"]) for line in lines] == [(2, 0.4), (4, 0.8), (5, 1.0)]
