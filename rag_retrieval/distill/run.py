@@ -28,7 +28,6 @@ from rag_retrieval.distill.output import ScoreSummary, scored_line
 from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
 from rag_retrieval.infer.open_backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.settings import YES_NO_NAMES, resolve_model_path
 
 logger = logging.getLogger(__name__)
@@ -109,9 +108,7 @@ def load_teachers(config: DistillConfig, device: torch.device) -> list[Reranker]
 def load_teacher(name: str, config: DistillConfig, device: torch.device) -> Reranker:
     """A reranker as its folder says it is asked; any other language model is asked the configuration's question."""
     # what belongs to the question changes no teacher that has one of its own
-    options = config.model_options().model_copy(update=dict.fromkeys(YES_NO_NAMES))
-    if options.device is None and options.devices is None:
-        options = options.model_copy(update={"device": str(device)})
+    options = config.model_options(device).model_copy(update=dict.fromkeys(YES_NO_NAMES))
     try:
         return Reranker.from_backend(open_backend(name, options, config.question))
     except ValueError as error:
@@ -136,16 +133,10 @@ def report_teachers(config: DistillConfig, teachers: list[Reranker]) -> None:
     pairs = list(islice(all_pairs, SAMPLE))
     for teacher in teachers:
         logger.info("teacher %s: %s", teacher.backend.name, teacher.backend.describe())
-        if cut := cut_share(teacher.backend.pair_encoder, pairs):
-            longer = f"{cut:.1%} of the first {len(pairs):,} pairs are longer than {teacher.max_length} tokens"
+        lengths = teacher.backend.pair_encoder.untruncated_lengths(pairs)
+        if truncated := float((lengths > teacher.max_length).mean()):
+            longer = f"{truncated:.1%} of the first {len(pairs):,} pairs are longer than {teacher.max_length} tokens"
             logger.warning("%s and are cut; max_len sets another limit", longer)
-
-
-def cut_share(encoder: PairEncoder, pairs: list[tuple[str, str]]) -> float:
-    """The share of pairs that do not fit whole, in [0, 1]."""
-    queries, documents = zip(*pairs, strict=True)
-    ids = zip(encoder.query_ids(list(queries)), encoder.document_ids(list(documents)), strict=True)
-    return sum(encoder.untruncated_length(*pair) > encoder.max_length for pair in ids) / len(pairs)
 
 
 def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], teachers: list[Reranker]) -> None:

@@ -101,10 +101,7 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
 
 
 def open_reranker(name: str, config: EvaluationConfig) -> Reranker:
-    options = config.model_options()
-    if options.device is None and options.devices is None:
-        options = options.model_copy(update={"device": str(own_device())})
-    return Reranker.from_backend(open_backend(name, options))
+    return Reranker.from_backend(open_backend(name, config.model_options(own_device())))
 
 
 def check(config: EvaluationConfig) -> None:
@@ -215,6 +212,4 @@ def token_lengths(encoder: PairEncoder, data: RankingData) -> np.ndarray:
     """Tokens of at most about `SAMPLE` pairs evenly from all, before they are truncated: int, [pairs]."""
     places = [(query, document) for query, documents in data.candidates.items() for document in documents]
     sample = places[:: max(1, len(places) // SAMPLE)]
-    queries = encoder.query_ids([data.queries[query] for query, _ in sample])
-    documents = encoder.document_ids([data.documents[document] for _, document in sample])
-    return np.array([encoder.untruncated_length(*pair) for pair in zip(queries, documents, strict=True)])
+    return encoder.untruncated_lengths([(data.queries[query], data.documents[document]) for query, document in sample])

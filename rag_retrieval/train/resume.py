@@ -35,7 +35,7 @@ MAY_CHANGE = {
     *("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation", "torch_compile"),
 }
 STEP_SIZE = ("batch_size", "gradient_accumulation_steps")  # times processes
-VALIDATION = {"val_dataset", "val_dataset_type", "val_label_key", "val_split", "metric_for_best_model"}
+VALIDATION = {"val_dataset", "val_label_key", "val_split", "metric_for_best_model"}
 
 
 class ResumeError(ValueError):
