@@ -107,7 +107,7 @@ def _check_no_orphans(output_dir: Path) -> None:
             continue
         raise OutputFolderError(
             f"resume: {output_dir / RUN_FILE} is missing or damaged, though there are checkpoints such as {folder}; "
-            f"name the one to go on from (--resume {folder}), or take another output_dir"
+            f"name the one to resume from (--resume {folder}), or take another output_dir"
         )
 
 
@@ -174,8 +174,8 @@ def checked_resume(
     if changes and not with_changes:
         lines = "".join(f"\n  {key}: {change}" for key, change in changes.items())
         raise ResumeError(
-            f"resume: {checkpoint} is of a run that was configured otherwise:{lines}\nRestore these to go on with "
-            "that run, or say --resume_with_changes true to go on with the new ones"
+            f"resume: {checkpoint} is of a run that was configured otherwise:{lines}\nRestore these to continue "
+            "that run, or say --resume_with_changes true to continue with the new ones"
         )
     for key, change in changes.items():
         logger.warning("resume_with_changes: %s: %s", key, change)

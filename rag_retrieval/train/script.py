@@ -26,7 +26,7 @@ def run_training(run: Callable[[Any], Any], config: Any) -> int:
     from rag_retrieval.train.launch import LaunchError
     from rag_retrieval.train.task import ProcessFailure, TrainingError
 
-    go_on = f"go on with --resume auto --output_dir {config.output_dir}"
+    advice = f"continue with --resume auto --output_dir {config.output_dir}"
     try:
         with on_signals(interrupt):
             run(config)
@@ -37,26 +37,26 @@ def run_training(run: Callable[[Any], Any], config: Any) -> int:
     except TrainingError as error:
         return report(error, 1, on_all_processes=not isinstance(error, ProcessFailure))
     except TrainingStopped as stop:
-        return report(InterruptedError(f"{stop}; {go_on}"), exit_code(stop.number), on_all_processes=True)
+        return report(InterruptedError(f"{stop}; {advice}"), exit_code(stop.number), on_all_processes=True)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        message = f"interrupted by {signal.Signals(number).name}; {go_on}"
+        message = f"interrupted by {signal.Signals(number).name}; {advice}"
         return report(InterruptedError(message), exit_code(number), on_all_processes=True)
     except Exception as error:
         if (reason := peer_failure(error, config.wait_minutes)) is not None:
             return report(ConnectionError(reason), 1, on_all_processes=False)
         if isinstance(error, RuntimeError) and not has_home():
             raise
-        return report_crash(error, go_on)
+        return report_crash(error, advice)
     return 0
 
 
-def report_crash(error: Exception, go_on: str) -> int:
+def report_crash(error: Exception, advice: str) -> int:
     """Print the traceback of an error that is no user's, whole and at once, with the process that it struck."""
     if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
         raise error
     text = "".join(traceback.format_exception(error))
-    sys.stderr.write(f"error in process {launched_rank()}:\n{text}Checkpoints written before are intact; {go_on}\n")
+    sys.stderr.write(f"error in process {launched_rank()}:\n{text}Checkpoints written before are intact; {advice}\n")
     sys.stderr.flush()
     return 1
 

@@ -1,4 +1,4 @@
-"""Whole runs that go on with another configuration or on other processes, or that something outside breaks."""
+"""Whole runs that are resumed with another configuration or on other processes, or that something outside breaks."""
 
 import json
 import os

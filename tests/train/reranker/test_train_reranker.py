@@ -77,7 +77,7 @@ def test_a_second_run_in_the_same_folder_is_an_error_line(config, capsys):
     path = config()
     assert main(["--config", path]) == 0
     assert main(["--config", path]) == 2
-    assert "already holds a run. Go on with it: --resume auto." in capsys.readouterr().err
+    assert "already holds a run. Continue it: --resume auto." in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_is_code_1_without_a_traceback(config, capsys):
@@ -103,7 +103,7 @@ def test_a_signal_in_training_ends_after_the_step_with_its_code(config, tmp_path
         patch.setattr(Trainer, "train_step", step_with_signal)
         assert main(["--config", path]) == code
     folder = tmp_path / "run" / "checkpoint-3"
-    stopped = f"error: stopped by {number.name} after step 3 of 5, saved in {folder}; go on with --resume auto"
+    stopped = f"error: stopped by {number.name} after step 3 of 5, saved in {folder}; continue with --resume auto"
     assert stopped in capsys.readouterr().err and folder.exists()
     assert main(["--config", path, "--resume", "auto"]) == 0
     assert signal.getsignal(number) == before, "handlers are given back"
@@ -119,7 +119,7 @@ def test_a_signal_before_the_first_step_is_one_line(config, capsys, monkeypatch,
 
     monkeypatch.setattr(run_module, "load_scorer", load)
     assert main(["--config", config()]) == code
-    assert errors(capsys)[-1].startswith(f"error: interrupted by {number.name}; go on with --resume auto")
+    assert errors(capsys)[-1].startswith(f"error: interrupted by {number.name}; continue with --resume auto")
 
 
 def test_an_interrupt_while_modules_are_imported_is_one_line(config, tmp_path):
