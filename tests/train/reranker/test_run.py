@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from tiny_models import tiny_qwen2
 from training_runs import (
     final_weights,
@@ -29,6 +30,7 @@ from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.train.reranker import run as run_module
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.run_folder import folder_lock
+from rag_retrieval.train.run_record import read_run_record
 from rag_retrieval.train.task import TrainingError
 
 EPSILON = 1e-3  # Adam divides rounding noise by itself where a gradient is zero, as that of key biases is
@@ -623,6 +625,22 @@ def test_a_checkpoint_of_a_lora_run_holds_the_adapter_alone(settings):
 
 
 # --- what a run leaves behind ---
+
+
+def test_a_finished_run_has_a_card_with_the_figures_of_its_model(settings, tmp_path):
+    validation = write_jsonl(tmp_path / "dev.jsonl", grouped_records(6, seed=1))
+    state = train(settings(records=grouped_records(8), val_dataset=validation, batch_size=2, epochs=2))
+    out = tmp_path / "run"
+    text = (out / "model" / "README.md").read_text()
+    best = next(line for line in read_metrics(out, "eval") if line["step"] == state.best_step)
+    data = ModelCard(text).data
+    assert data.model_name == "run" and data.base_model is None, "a folder's name is not one of the hub"
+    results = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert results["ndcg@10"] == round(best["ndcg@10"], 4) and results["loss"] == round(best["loss"], 4)
+    assert "training: train.jsonl\n  records          8\n" in text and "validation: dev.jsonl" in text
+    assert str(tmp_path) not in text and "lr: 0.001" in text
+    assert json.loads((out / "run.json").read_text())["model_step"] == state.best_step
+    assert read_run_record(out).provenance["processes"] == 1
 
 
 def test_a_run_leaves_model_configuration_and_metrics(settings):
