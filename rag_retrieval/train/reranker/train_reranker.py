@@ -3,8 +3,8 @@
     accelerate launch train_reranker.py --config training_bert.yaml [--any_key value ...]
 
 Run as a script, Python puts this file's folder, not the repository, on the import path; the first lines mend
-that, so that an uninstalled checkout works from any folder. Everything but the standard library is imported in
-`main`, where a Ctrl-C is already looked after.
+that, so that an uninstalled checkout works from any folder. Heavy libraries are imported in `main`, where
+Ctrl-C is already handled.
 """
 
 import sys
