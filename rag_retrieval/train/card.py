@@ -1,7 +1,6 @@
 """The README.md of a model: what it is, how to use it, the data, the configuration, and what was measured.
 
-A card that somebody has written or changed is theirs: ours carries MARK in a line of its own, and is rewritten only
-while that line is there.
+Our card has a line MARK and is rewritten only while that line is there; a card without it belongs to the user.
 """
 
 import json

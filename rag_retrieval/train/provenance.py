@@ -35,7 +35,7 @@ class Provenance:
 
     @classmethod
     def read(cls, folder: Path) -> "Provenance":
-        """Of a complete checkpoint: whoever checks that it is complete has checked this file too."""
+        """Of a checkpoint that `read_state` found complete, which covers this file."""
         return cls(**read_json(folder / PROVENANCE_FILE))
 
 

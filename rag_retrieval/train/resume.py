@@ -226,7 +226,7 @@ def differences(
 def file_differences(
     before: Provenance, now: Provenance, config_class: type[TrainingConfig]
 ) -> Iterator[tuple[str, str]]:
-    """Of the training files: how many, what is in each, the size of its steps, and what a list says of it."""
+    """Of the training files: their number, and each one's content, step size and keys of its entry."""
     was, becomes = before.configuration, now.configuration
     old, new = config_class.resolved_entries(was), config_class.resolved_entries(becomes)
     if len(old) != len(new):

@@ -122,7 +122,7 @@ def prepare(training: Training, accelerator: Accelerator, output_dir: Path) -> T
 
 
 def provenance(training: Training, accelerator: Accelerator) -> Provenance:
-    """What the checkpoints of this run will say of it."""
+    """What the run's checkpoints record of it."""
     configuration, digests = training.config.model_dump(), training.digests()
     return Provenance(configuration, digests, engine_of(accelerator), accelerator.num_processes, library_versions())
 
