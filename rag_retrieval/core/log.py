@@ -39,6 +39,8 @@ def set_up_logging() -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_about_the_run)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its own lines, which would come twice
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # read by huggingface_hub and transformers where a command imports them later
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     quiet_transformers()
 
 

@@ -83,16 +83,18 @@ def test_in_a_file_there_are_plain_lines():
     assert "\x1b" not in "".join(lines)
 
 
-def test_a_warning_of_the_hubs_library_is_printed_once():
+def test_in_a_file_other_libraries_print_no_bar_and_their_warnings_once():
     code = """if True:
         from rag_retrieval.core.log import set_up_logging
         set_up_logging()
         from huggingface_hub.utils import logging
         logging.get_logger("huggingface_hub.utils._http").warning("no connection")
+        from transformers.utils.logging import tqdm
+        list(tqdm(range(3), desc="Loading weights"))
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert printed.stderr.count("no connection") == 1
+    assert printed.stderr.count("no connection") == 1 and "Loading" not in printed.stderr
 
 
 def test_a_long_description_and_a_long_note_are_cut_and_the_numbers_are_not(monkeypatch):

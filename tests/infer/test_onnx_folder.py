@@ -60,7 +60,7 @@ def test_a_description_comes_back_as_it_was(folder):
         ({"surplus": 1}, "surplus"),
     ],
 )
-def test_a_damaged_description_is_told_with_its_file_and_the_reason(folder, change, reason):
+def test_a_damaged_description_is_reported_with_file_and_reason(folder, change, reason):
     file = folder / DESCRIPTION_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=f"{DESCRIPTION_FILE}: damaged .*{reason}.*export the model anew"):

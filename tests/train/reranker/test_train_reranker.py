@@ -103,7 +103,7 @@ def test_a_signal_in_training_ends_after_the_step_with_a_code_of_its_own(config,
         patch.setattr(Trainer, "train_step", step_with_signal)
         assert main(["--config", path]) == code
     folder = tmp_path / "run" / "checkpoint-3"
-    stopped, _, advice = capsys.readouterr().err.partition("; go on with: rag-retrieval train ")
+    stopped, _, advice = capsys.readouterr().err.partition("; continue with: rag-retrieval train ")
     assert stopped.endswith(f"error: stopped by {number.name} after step 3 of 5, saved in {folder}") and folder.exists()
     assert main(advice.split()) == 0 and (tmp_path / "run" / "model").exists()
     assert signal.getsignal(number) == before, "handlers are given back"
@@ -119,7 +119,7 @@ def test_a_signal_before_the_first_step_is_one_line(config, capsys, monkeypatch,
 
     monkeypatch.setattr(run_module, "load_scorer", load)
     assert main(["--config", config()]) == code
-    assert errors(capsys)[-1].startswith(f"error: interrupted by {number.name}; go on with --resume auto")
+    assert errors(capsys)[-1].startswith(f"error: interrupted by {number.name}; continue with --resume auto")
 
 
 def test_an_interrupt_while_modules_are_imported_is_one_line(config, tmp_path):
