@@ -143,7 +143,7 @@ def report_teachers(config: DistillConfig, teachers: list[Reranker]) -> None:
         logger.info("teacher %s: %s", teacher.backend.name, teacher.backend.describe())
         if cut := cut_share(teacher.backend.pair_encoder, pairs):
             longer = f"{cut:.1%} of the first {len(pairs):,} pairs are longer than {teacher.max_length} tokens"
-            logger.warning("%s and are cut; max_len sets another limit", longer)
+            logger.warning("%s and are cut; max_length sets another limit", longer)
 
 
 def cut_share(encoder: PairEncoder, pairs: list[tuple[str, str]]) -> float:
