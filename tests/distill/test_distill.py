@@ -79,7 +79,7 @@ def test_pairs_that_a_teacher_does_not_see_whole_are_told(keys, tmp_path, caplog
     data = write_jsonl(tmp_path / "long.jsonl", [{"query": "river", "hits": hits}] * 2)
     distill(DistillConfig(**keys | {"dataset": str(data), "max_len": max_len}))
     told = [line for line in caplog.messages if "are cut" in line]
-    expected = "33.3% of the first 6 pairs are longer than 16 tokens and are cut; max_len sets another limit"
+    expected = "33.3% of the first 6 pairs are longer than 16 tokens and are cut; max_length sets another limit"
     assert told == ([expected] if max_len else [])
 
 
