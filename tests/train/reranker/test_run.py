@@ -369,12 +369,14 @@ def test_scores_that_are_not_finite_stop_every_loss(settings, loss_type, value, 
     values = settings(loss_type, save_steps=2)
     with pytest.raises(TrainingError) as caught:
         train(values)
-    assert "the loss of step 3 is nan" in str(caught.value)
-    lines = [int(line) for line in re.findall(r"train\.jsonl:(\d+)", str(caught.value))]
+    at_fault, _, first_batch = str(caught.value).partition("The first of these micro-batches")
+    assert "the loss of step 3 is nan" in at_fault
+    lines, of_first = (list(map(int, re.findall(r"train\.jsonl:(\d+)", text))) for text in (at_fault, first_batch))
     per_step = values["batch_size"]
     records = [json.loads(line) for line in Path(values["train_dataset"]).read_text().splitlines()]
     order = drawn_order(records, 0)[2 * per_step : 3 * per_step]
     assert sorted(lines) == sorted(place + 1 for place in order)
+    assert of_first and set(of_first) <= set(lines)
 
 
 def test_a_validation_score_that_is_not_finite_is_named(validated, monkeypatch):

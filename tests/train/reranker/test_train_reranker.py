@@ -153,7 +153,7 @@ def test_a_process_whose_peer_has_ended_says_so_without_a_traceback(config, caps
 
     monkeypatch.setattr(Trainer, "train_step", fail)
     assert main(["--config", config()]) == 1
-    assert errors(capsys)[-1].startswith("error: another process of this run has ended.")
+    assert errors(capsys)[-1].startswith("error: another process of this run has ended")
 
 
 def test_a_full_disk_is_an_error_line_and_code_1(config, tmp_path, capsys):
