@@ -42,21 +42,18 @@ def check_text(name: str, text) -> str:
 
 
 def check_documents(name: str, documents) -> list[Document]:
-    """Raises ValueError naming the position, as `documents[3]`, of the first that is none."""
-    return [
-        check_document(f"{name}[{position}]", position, document)
-        for position, document in enumerate(check_list(name, documents))
-    ]
-
-
-def check_document(name: str, position: int, document) -> Document:
-    if isinstance(document, Mapping):
-        return check_mapping(name, position, document)
-    if document is None:
-        return Document(position, "", {})
-    if isinstance(document, str):
-        return Document(position, check_text(name, document), {})
-    raise ValueError(f'{name}: expected a string, a dict with "text" or None, found {type(document).__name__}')
+    """Raises ValueError naming the position, as `documents[3]`, of the first that is not one."""
+    checked = []
+    for position, document in enumerate(check_list(name, documents)):
+        place = f"{name}[{position}]"
+        if isinstance(document, Mapping):
+            checked.append(check_mapping(place, position, document))
+        elif document is None or isinstance(document, str):
+            checked.append(Document(position, check_text(place, document or ""), {}))
+        else:
+            kind = type(document).__name__
+            raise ValueError(f'{place}: expected a string, a dict with "text" or None, found {kind}')
+    return checked
 
 
 def check_mapping(name: str, position: int, document: Mapping) -> Document:

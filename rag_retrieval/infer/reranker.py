@@ -5,7 +5,7 @@ The documents are ordered by the model's logits, whatever is shown as their scor
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -186,7 +186,7 @@ class Reranker:
         long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ) -> RerankResults:
-        """`rerank` in a thread, so that the event loop goes on."""
+        """`rerank` in a thread, so that the event loop is not blocked."""
         arguments = (query, documents, top_k, batch_size, max_length, normalize, long_document, overlap)
         return await asyncio.to_thread(self.rerank, *arguments)
 
@@ -201,7 +201,7 @@ class Reranker:
         long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ) -> list[RerankResults]:
-        """`rerank_many` in a thread, so that the event loop goes on."""
+        """`rerank_many` in a thread, so that the event loop is not blocked."""
         arguments = (queries, documents, top_k, batch_size, max_length, normalize, long_document, overlap)
         return await asyncio.to_thread(self.rerank_many, *arguments)
 
@@ -241,30 +241,26 @@ class Reranker:
         check_number("batch_size", batch_size, 1, "pairs")
         if top_k is not None:
             check_number("top_k", top_k, 1, "documents")
-        pairs = [(query, document.text) for query, own in zip(queries, lists, strict=True)
-                 for document in own if not document.is_empty]  # fmt: skip
-        scored = iter(score_pairs(self.backend, encoder, pairs, batch_size))
-        return [self._ranked(query, own, scored, top_k, normalize) for query, own in zip(queries, lists, strict=True)]
-
-    def _ranked(
-        self, query: str, documents: list[Document], scored: Iterator[ScoredPair], top_k: int | None, normalize: bool
-    ) -> RerankResults:
-        """scored: takes one for each document with a text."""
-        empty = ScoredPair(-np.inf, None, False)
-        own = [empty if document.is_empty else next(scored) for document in documents]
-        logits = np.array([pair.score for pair in own], np.float32)
-        scores, score_type = shown_scores(logits, self.backend.calibration, normalize)
-        results = [
-            RerankResult(
-                doc_id=documents[place].doc_id,
-                text=documents[place].text,
-                score=float(scores[place]),
-                rank=rank,
-                metadata=documents[place].metadata,
-                document_index=int(place),
-                slice=own[place].span,
-                truncated=own[place].truncated,
-            )
-            for rank, place in enumerate(best_first(logits)[:top_k], start=1)
-        ]
-        return RerankResults(query, results, score_type)
+        pairs = [(query, document.text) for query, documents in zip(queries, lists, strict=True)
+                 for document in documents if not document.is_empty]  # fmt: skip
+        all_scored = iter(score_pairs(self.backend, encoder, pairs, batch_size))
+        empty, ranked = ScoredPair(-np.inf, None, False), []
+        for query, documents in zip(queries, lists, strict=True):
+            scored = [empty if document.is_empty else next(all_scored) for document in documents]
+            logits = np.array([pair.score for pair in scored], np.float32)
+            scores, score_type = shown_scores(logits, self.backend.calibration, normalize)
+            results = [
+                RerankResult(
+                    doc_id=documents[place].doc_id,
+                    text=documents[place].text,
+                    score=float(scores[place]),
+                    rank=rank,
+                    metadata=documents[place].metadata,
+                    document_index=int(place),
+                    slice=scored[place].span,
+                    truncated=scored[place].truncated,
+                )
+                for rank, place in enumerate(best_first(logits)[:top_k], start=1)
+            ]
+            ranked.append(RerankResults(query, results, score_type))
+        return ranked

@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -133,7 +134,7 @@ class CrossEncoder(PairScorer):
         scorer.calibration = read_calibration(path)
         return scorer
 
-    @property
+    @cached_property
     def packed_head(self) -> Head | None:
         return ENCODER_HEADS.get(self.config.model_type)
 

@@ -13,7 +13,7 @@ eos.
 import logging
 import os
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -198,7 +198,7 @@ class LLMDecoder(PairScorer):
     def half_tolerance(self) -> float:
         return YES_NO_HALF_TOLERANCE if self.answers_yes_or_no else HALF_TOLERANCE
 
-    @property
+    @cached_property
     def packed_head(self) -> Head:
         return yes_no_head if self.answers_yes_or_no else last_token_head
 

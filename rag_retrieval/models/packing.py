@@ -72,7 +72,8 @@ class Packing:
     lengths: [segments], tokens. prefix_segments: [segments], the segment of the shared prefix; -1 without one.
     query_lengths, query_segments: how many tokens attend, the last ones of which segment: all tokens of every segment,
     but for `pooled_layout`. token_index: [row], int64, which of the batch's tokens stand in the row; None for all.
-    positions: [row], int64, of each text from `first_position` on.
+    positions: [row], int64, of each text from `first_position` on. pooled_index: [texts], int64, place in the row of
+    the token whose state the head reads.
     """
 
     def __init__(self, batch: TokenBatch, causal: bool, device: torch.device, first_position: int = 0):
@@ -109,12 +110,7 @@ class Packing:
         self.positions = on_device(positions, device)
         self._ends = np.cumsum(self.lengths, dtype=np.int32)
         pooled = self._ends - 1 if causal else self._ends - self.lengths
-        self._pooled = pooled[self._text_segments]
-
-    @cached_property
-    def pooled_index(self) -> torch.Tensor:
-        """[texts], int64: place in the row of the token whose state the head reads."""
-        return on_device(self._pooled, self.device)
+        self.pooled_index = on_device(pooled[self._text_segments], device)
 
     @cached_property
     def pooled_layout(self) -> "Packing":

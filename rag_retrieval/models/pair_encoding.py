@@ -289,15 +289,13 @@ class PairEncoder:
         truncated = query_keep < len(query_ids) or document_keep < len(document_ids)
         ids = np.concatenate((prefix, query, middle, document, suffix), dtype=np.int32, casting="unsafe")
         document_start = len(prefix) + query_keep + len(middle)
-        return EncodedPair(ids, self._types(query_keep, document_keep), truncated, document_start)
-
-    def _types(self, query_tokens: int, document_tokens: int) -> np.ndarray | None:
-        if self.template.types is None:
-            return None
-        prefix, query, middle, document, suffix = self.template.types
-        kinds = np.array([*prefix, query, *middle, document, *suffix], np.int32)
-        counts = [*[1] * len(prefix), query_tokens, *[1] * len(middle), document_tokens, *[1] * len(suffix)]
-        return np.repeat(kinds, counts)
+        types = None
+        if template.types is not None:
+            before, query_type, between, document_type, after = template.types
+            kinds = np.array([*before, query_type, *between, document_type, *after], np.int32)
+            counts = [*[1] * len(prefix), query_keep, *[1] * len(middle), document_keep, *[1] * len(suffix)]
+            types = np.repeat(kinds, counts)
+        return EncodedPair(ids, types, truncated, document_start)
 
     def encode(self, pairs: Sequence[Sequence[str]]) -> list[EncodedPair]:
         """Encode (query, document) pairs in order; a query that repeats is tokenized once."""

@@ -19,7 +19,7 @@ from rag_retrieval.models.packed_model import (
     HALF_TOLERANCE,
     Head,
     kernel_problem,
-    packed_hidden_states,
+    packed_outputs,
     packing_problem,
     pairs_to_check,
     sliding_window,
@@ -103,7 +103,7 @@ class PairScorer(nn.Module):
         """Whether batches are computed without padding, on the present device and under the present autocast."""
         device = self.device
         autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.model.dtype
         return self.packing_problem is None and kernel_problem(device, dtype, *self._attention_kind) is None
 
     @cached_property
@@ -126,7 +126,8 @@ class PairScorer(nn.Module):
 
     def packed_scores(self, batch: TokenBatch) -> torch.Tensor:
         packing = Packing(batch, self.causal, self.device, self.first_position)
-        hidden = packed_hidden_states(self.model, batch, packing)
+        # [row, hidden], or [texts, hidden] where the last layer computes no more (`prune_last_layer`)
+        hidden = packed_outputs(self.model, batch, packing).last_hidden_state[0]
         return self.packed_head(self.model, hidden, packing).view(-1).float()
 
     def padded_scores(self, batch: TokenBatch) -> torch.Tensor:
@@ -145,7 +146,7 @@ class PairScorer(nn.Module):
         """
         raise NotImplementedError
 
-    @property
+    @cached_property
     def packed_head(self) -> Head | None:
         """What turns packed hidden states into scores; None for a family that has none here."""
         raise NotImplementedError

@@ -23,7 +23,6 @@ from rag_retrieval.models.scoring import (
     ScoringOptions,
     check_options,
     encoder_for,
-    joined,
     plan_forwards,
     score_forwards,
     score_pairs,
@@ -130,6 +129,4 @@ def score_share(scorer: Scorer, pairs: Pairs, plans: list[Plan], options: Scorin
         return plan, dict(zip(positions, encoded, strict=True))
 
     with scoring_mode(scorer, options.precision), closing(prefetch(encode, plans)) as encoded_plans:
-        return [
-            joined(score_forwards(scorer, encoded, deque(plan), options.batch_size)) for plan, encoded in encoded_plans
-        ]
+        return [score_forwards(scorer, encoded, deque(plan), options.batch_size) for plan, encoded in encoded_plans]

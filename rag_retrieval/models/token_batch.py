@@ -43,20 +43,15 @@ def make_batch(pairs: Sequence[EncodedPair]) -> TokenBatch:
     types = None if pairs[0].types is None else np.concatenate([pair.types for pair in pairs])
     lengths = np.array([len(pair.ids) for pair in pairs], np.int32)
     starts = np.array([pair.document_start for pair in pairs], np.int32)
-    return TokenBatch(ids, types, lengths, shared_prefix_lengths(ids, lengths, starts))
-
-
-def shared_prefix_lengths(ids: np.ndarray, lengths: np.ndarray, document_starts: np.ndarray) -> np.ndarray:
-    """See `TokenBatch.shared`. document_starts: [texts], int32, tokens before the document."""
     shared = np.zeros_like(lengths)
-    shared[1:] = np.where(document_starts[1:] == document_starts[:-1], document_starts[1:], 0)
+    shared[1:] = np.where(starts[1:] == starts[:-1], starts[1:], 0)
     first = np.cumsum(lengths, dtype=np.int32) - lengths  # token of each text
     places = concatenated_ranges(first, shared)
     distances = np.repeat(first - np.roll(first, 1), shared)  # to the same token of the text before
     differences = np.concatenate(([0], np.cumsum(ids[places] != ids[places - distances])))
     ends = np.cumsum(shared)
     shared[differences[ends] != differences[ends - shared]] = 0
-    return shared
+    return TokenBatch(ids, types, lengths, shared)
 
 
 def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend
-from rag_retrieval.infer.long_documents import EncodedDocument, PassageEncoder, combine_all, document_tokens
+from rag_retrieval.infer.long_documents import EncodedDocument, PassageEncoder, document_tokens
 from rag_retrieval.infer.results import ScoreType, shown_scores
 from rag_retrieval.models.options import OVERLAP
 from rag_retrieval.models.pair_encoding import EncodedPair
@@ -92,7 +92,7 @@ class RerankModel:
     def logits(self, task: RerankTask, encoded: EncodedTask, scores: list[np.float32]) -> np.ndarray:
         """[documents], float32, in the order of the request; -inf without text. scores: of `encoded.pairs`. Raises
         ValueError for scores that are no numbers."""
-        combined = combine_all(self.encoder, list(encoded.documents.values()), np.array(scores, np.float32))
+        combined = self.encoder.combine(list(encoded.documents.values()), np.array(scores, np.float32))
         logit_of = {text: scored.score for text, scored in zip(encoded.documents, combined, strict=True)}
         return np.array([logit_of.get(text, -np.inf) for text in task.documents], np.float32)
 
