@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rag_retrieval.infer.documents import check_documents, check_number, check_text
 from rag_retrieval.infer.results import RerankResult, RerankResults
 from rag_retrieval.models.devices import choose_device, choose_dtype
+from rag_retrieval.models.inputs import check_documents, check_number, check_text
 from rag_retrieval.models.loading import load_causal_model, load_tokenizer, position_limit
 from rag_retrieval.models.settings import resolve_model_path
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend
-from rag_retrieval.infer.documents import check_number
+from rag_retrieval.models.inputs import check_number
 from rag_retrieval.models.options import LONG_DOCUMENT, OVERLAP
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, truncate
 from rag_retrieval.models.text_scoring import Pairs, score_texts

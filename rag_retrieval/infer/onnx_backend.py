@@ -14,12 +14,13 @@ import numpy as np
 from rag_retrieval.infer.onnx_folder import (
     MODEL_FILE,
     OUTPUT,
+    Inputs,
     OnnxDescription,
     folder_digest,
     pair_encoder,
     read_description,
+    score_padded,
 )
-from rag_retrieval.infer.padded_scoring import Inputs, score_padded
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 

@@ -1,4 +1,4 @@
-"""What lies in an exported folder beside the graph, and how pairs are encoded from it.
+"""What lies in an exported folder beside the graph, how pairs are encoded from it and laid out for it.
 
     model.onnx             input_ids, attention_mask[, token_type_ids] to scores; model.onnx.data with large weights
     tokenizer.json         and the tokenizer's other files
@@ -13,14 +13,17 @@ transformers, and a tokenizer of another version could cut them elsewhere. Nothi
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
-from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, PairTemplate
 from rag_retrieval.models.settings import MODEL_TYPES, check_no_pointers, parsing, read_json
+from rag_retrieval.models.token_batch import make_batch, plan_by_tokens
 
 DESCRIPTION_FILE = "reranker_onnx.json"
 MODEL_FILE = "model.onnx"
@@ -29,6 +32,9 @@ FORMAT = 1  # of the description; another number is another meaning
 OUTPUT = "scores"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 PRECISIONS = ("float32", "int8")
+
+Inputs = dict[str, np.ndarray]
+Run = Callable[[Inputs], np.ndarray]  # padded inputs, each [pairs, longest] int64, to [pairs] float32
 
 
 @dataclass(frozen=True)
@@ -145,3 +151,38 @@ def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | N
         )
     is_decoder = description.model_type == "llm_decoder"
     return PairEncoder(tokenizer, description.template, max_length or description.max_length, is_decoder)
+
+
+def score_padded(
+    run: Run,
+    pairs: Sequence[EncodedPair],
+    names: Sequence[str],
+    pad_token_id: int,
+    batch_size: int,
+    max_tokens: int,
+) -> np.ndarray:
+    """Scores in input order: [pairs], float32. Which pairs share a forward changes no score beyond float noise, in int8
+    neither, where every token has its own scale.
+
+    names: of the inputs that the graph takes. batch_size: pairs of one forward at most. max_tokens: of one forward,
+    padding included; a longer pair is a forward by itself. Longest pairs come first, so that running
+    out of memory shows at once.
+    """
+    scores = np.empty(len(pairs), np.float32)
+    parts = plan_by_tokens([[len(pair)] for pair in pairs], max_tokens, padded=True, max_pairs=batch_size)
+    for part in parts if pairs else ():
+        scores[part] = run(padded_inputs([pairs[position] for position in part], names, pad_token_id))
+    return scores
+
+
+def padded_inputs(pairs: Sequence[EncodedPair], names: Sequence[str], pad_token_id: int) -> Inputs:
+    """Right-padded inputs of at least one pair."""
+    batch = make_batch(pairs)
+    real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
+    inputs = {name: np.zeros(real.shape, np.int64) for name in names}
+    inputs["input_ids"][~real] = pad_token_id
+    inputs["input_ids"][real] = batch.ids
+    inputs["attention_mask"][real] = 1
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"][real] = batch.types
+    return inputs

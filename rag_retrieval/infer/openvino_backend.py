@@ -11,8 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from rag_retrieval.infer.onnx_backend import CPU_TOKENS, default_threads
-from rag_retrieval.infer.onnx_folder import MODEL_FILE, folder_digest, pair_encoder, read_description
-from rag_retrieval.infer.padded_scoring import Inputs, score_padded
+from rag_retrieval.infer.onnx_folder import (
+    MODEL_FILE,
+    Inputs,
+    folder_digest,
+    pair_encoder,
+    read_description,
+    score_padded,
+)
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.pair_encoding import EncodedPair
 

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rag_retrieval.infer.backend import Backend
-from rag_retrieval.infer.documents import Document, check_documents, check_number, check_text
+from rag_retrieval.infer.backend import Backend, open_backend
 from rag_retrieval.infer.long_documents import PassageEncoder, ScoredPair, score_pairs
-from rag_retrieval.infer.open_backend import open_backend
 from rag_retrieval.infer.results import RerankResult, RerankResults, best_first, shown_scores
+from rag_retrieval.models.inputs import (
+    Document,
+    check_documents,
+    check_list,
+    check_number,
+    check_pairs,
+    check_text,
+)
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP, model_options
-from rag_retrieval.models.pair_checks import check_list, check_pairs
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rag_retrieval.infer.documents import check_number
 from rag_retrieval.models.calibration import Calibration, probabilities_of
+from rag_retrieval.models.inputs import check_number
 
 if TYPE_CHECKING:
     import pandas

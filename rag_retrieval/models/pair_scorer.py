@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rag_retrieval.models.calibration import CALIBRATION_FILE, Calibration, Probabilities, probabilities_of
+from rag_retrieval.models.inputs import check_pairs
 from rag_retrieval.models.loading import check_max_length, first_position, score_layer
 from rag_retrieval.models.packed_model import (
     HALF_TOLERANCE,
@@ -25,7 +26,6 @@ from rag_retrieval.models.packed_model import (
     sliding_window,
 )
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
-from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.scoring import Precision, ScoringOptions, score_pairs
 from rag_retrieval.models.settings import RerankerSettings, write_settings

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from rag_retrieval.core.distributed import gather, is_distributed, on_all, on_main
 from rag_retrieval.models.calibration import probabilities_of
-from rag_retrieval.models.pair_checks import check_pairs
+from rag_retrieval.models.inputs import check_pairs
 from rag_retrieval.models.scoring import (
     Precision,
     Scored,

@@ -23,8 +23,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rag_retrieval.infer.backend import Backend
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import Backend, open_backend
 from rag_retrieval.serve.app import RerankService
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import TOKEN_VARIABLE, ServeConfig

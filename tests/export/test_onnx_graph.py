@@ -33,7 +33,7 @@ from rag_retrieval import CrossEncoder, LLMDecoder  # noqa: E402
 from rag_retrieval.export import onnx_graph  # noqa: E402
 from rag_retrieval.export.onnx_graph import score_head, write_graph  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
-from rag_retrieval.infer.padded_scoring import padded_inputs  # noqa: E402
+from rag_retrieval.infer.onnx_folder import padded_inputs  # noqa: E402
 from rag_retrieval.models.pair_encoding import EncodedPair  # noqa: E402
 from rag_retrieval.models.token_batch import make_batch  # noqa: E402
 
