@@ -247,9 +247,6 @@ def shown_value(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 4] + " ..."
 
 
-# What a key takes
-
-
 def parts_of(key_field: FieldInfo) -> list[tuple[Any, tuple]]:
     """The types a key takes besides None, each with its annotations: [(str, (Location(...),))]."""
     annotation = key_field.annotation

@@ -112,14 +112,14 @@ def beside(file: Path) -> Path:
 def score_head(model: onnx.ModelProto) -> list[str]:
     """Names of the products that give the scores: of those before the output, the last on each way."""
     makers = {output: node for node in model.graph.node for output in node.output}
-    found, seen, waiting = [], set(), [OUTPUT]
+    heads, seen, waiting = [], set(), [OUTPUT]
     while waiting:
         node = makers.get(waiting.pop())
         if node is None or node.name in seen:
             continue
         seen.add(node.name)
         if node.op_type in ("MatMul", "Gemm"):
-            found.append(node.name)
+            heads.append(node.name)
         else:
             waiting.extend(node.input)
-    return found
+    return heads

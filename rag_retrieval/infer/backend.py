@@ -19,7 +19,7 @@ from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 if TYPE_CHECKING:
     from rag_retrieval.models.prompts import Prompt
 
-TAKEN = ("model_type", "max_length", "device")  # by an exported folder
+EXPORTED_OPTIONS = ("model_type", "max_length", "device")  # that an exported folder takes
 FLOAT32 = (None, "fp32")
 
 
@@ -88,5 +88,5 @@ def check_options(folder: Path, options: ModelOptions) -> None:
         raise ValueError(f'device: OpenVINO runs on "cpu" here, found {options.device!r}')
     for name in ModelOptions.model_fields:
         given = getattr(options, name)
-        if name not in (*TAKEN, "precision", "dtype") and given not in (None, False):
+        if name not in (*EXPORTED_OPTIONS, "precision", "dtype") and given not in (None, False):
             raise ValueError(f"{name}: {folder} is an ONNX folder, where it cannot be changed; leave it out")

@@ -79,13 +79,7 @@ class ListwiseReranker:
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         if not self.tokenizer.chat_template:
             raise ValueError(f"{path}: its tokenizer has no chat template; give a chat model")
-        model = load_causal_model(
-            path,
-            num_labels=1,
-            dtype=choose_dtype(dtype),
-            trust_remote_code=trust_remote_code,
-            attn_implementation=None,
-        )
+        model = load_causal_model(path, choose_dtype(dtype), trust_remote_code)
         self.model = model.eval().to(choose_device(device))
 
     def rerank(

@@ -1,7 +1,7 @@
 """From (query, document) texts to scores, also where a document is longer than the model reads.
 
-Slices are runs of the document's own tokens, not texts that are tokenized anew, so a word has the same tokens in
-every slice; the text that a format puts around a document stands around every slice. Nothing here imports torch.
+A document is tokenized once and its tokens are cut into slices, so a word has the same tokens in every slice; the text
+that a format puts around a document stands around every slice. Nothing here imports torch.
 """
 
 from collections.abc import Sequence

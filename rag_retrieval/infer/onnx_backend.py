@@ -1,7 +1,7 @@
 """The backend of ONNX Runtime: an exported folder on the CPU, or on an NVIDIA GPU where its package can.
 
-ONNX Runtime falls back to the CPU in silence where a provider cannot be loaded. A GPU
-that was asked for and is not there is an error here. Nothing in this file imports torch.
+ONNX Runtime falls back to the CPU in silence where a provider cannot be loaded; here a GPU that was asked for and is
+not there is an error. Nothing in this file imports torch.
 """
 
 import os
@@ -98,7 +98,7 @@ def open_session(file: Path, device: str, threads: int) -> "onnxruntime.Inferenc
     try:
         session = runtime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # its exceptions have no common class
-        raise ValueError(f"{file}: ONNX Runtime cannot open it ({error}); export the model anew") from error
+        raise ValueError(f"{file}: ONNX Runtime cannot open it ({error}); export the model again") from error
     if device != "cpu" and PROVIDERS["cuda"] not in session.get_providers():
         raise ValueError(f"device {device}: ONNX Runtime cannot use the GPU, it would compute on the CPU; install "
                          "CUDA and cuDNN of the versions that it was built for, or use device cpu")  # fmt: skip

@@ -70,11 +70,11 @@ def read_description(folder: Path) -> OnnxDescription:
     except OSError as error:
         raise ValueError(f"{folder}: no {DESCRIPTION_FILE} that can be read ({error.strerror}); give the folder that "
                          "rag-retrieval export wrote") from error  # fmt: skip
-    with parsing(path, "export the model anew"):
+    with parsing(path, "export the model again"):
         description = parsed(json.loads(text))
     for name in (MODEL_FILE, TOKENIZER_FILE):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no {name} in it; copy the whole folder, or export the model anew")
+            raise ValueError(f"{folder}: no {name} in it; copy the whole folder, or export the model again")
     check_no_pointers(str(folder))
     return description
 
@@ -130,8 +130,8 @@ def is_count(value: Any) -> bool:
 
 
 def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | None = None) -> PairEncoder:
-    """max_length: tokens per pair, None for what the folder says. ValueError for more, which nobody has verified, for
-    less than the fixed parts take, and for a damaged tokenizer.json."""
+    """max_length: tokens per pair, None for what the folder says. ValueError for more, which the export did not verify,
+    for less than the fixed parts take, and for a damaged tokenizer.json."""
     if max_length is not None and max_length > description.max_length:
         raise ValueError(
             f"max_length {max_length} is more than the {description.max_length} tokens that {folder} was exported "
@@ -141,13 +141,13 @@ def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | N
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{file}: no tokenizer that can be read ({error}); export the model anew") from error
+        raise ValueError(f"{file}: no tokenizer that can be read ({error}); export the model again") from error
     rows = read_json(str(folder), "config.json").get("vocab_size")
     beyond = [token for token, place in tokenizer.get_vocab().items() if isinstance(rows, int) and place >= rows]
     if beyond:
         raise ValueError(
             f"{file}: has tokens beyond the {rows} rows of the model's embedding, such as {min(beyond)!r}; copy the "
-            "whole folder, or export the model anew"
+            "whole folder, or export the model again"
         )
     is_decoder = description.model_type == "llm_decoder"
     return PairEncoder(tokenizer, description.template, max_length or description.max_length, is_decoder)
@@ -165,7 +165,7 @@ def score_padded(
     neither, where every token has its own scale.
 
     names: of the inputs that the graph takes. batch_size: pairs of one forward at most. max_tokens: of one forward,
-    padding included; a longer pair is a forward by itself. Longest pairs come first, so that running
+    padding included; a longer pair is computed alone. Longest pairs come first, so that running
     out of memory shows at once.
     """
     scores = np.empty(len(pairs), np.float32)

@@ -68,8 +68,8 @@ class Reranker:
         cutoff_layer: int | None = None,
     ):
         if not isinstance(model_name_or_path, (str, os.PathLike)):
-            found = type(model_name_or_path).__name__
-            raise ValueError(f"model_name_or_path: expected a folder or a name, found {found}")
+            kind = type(model_name_or_path).__name__
+            raise ValueError(f"model_name_or_path: expected a folder or a name, found {kind}")
         if max_length is not None:
             check_number("max_length", max_length, 1, "tokens")
         options = model_options(

@@ -72,7 +72,7 @@ def read_calibration(model_path: str) -> Calibration | None:
     path = find_file(model_path, CALIBRATION_FILE)
     if path is None:
         return None
-    with parsing(path, "delete it or calibrate anew"):
+    with parsing(path, "delete it or calibrate again"):
         calibration = Calibration(**json.loads(path.read_text(encoding="utf-8")))
         temperature, bias = calibration.temperature, calibration.bias
         if not (temperature > 0 and math.isfinite(temperature) and math.isfinite(bias)):

@@ -109,11 +109,7 @@ class CrossEncoder(PairScorer):
         for name in options.given("seq", "special_token", "head", "cutoff_layer", *YES_NO_NAMES):
             logger.warning("%s is for decoders, and %s is an encoder; ignored", name, path)
         model, new_parameters = load_classifier(
-            path,
-            num_labels=1,
-            dtype=choose_dtype(options.dtype),
-            trust_remote_code=options.trust_remote_code,
-            attn_implementation=options.attn_implementation,
+            path, choose_dtype(options.dtype), options.trust_remote_code, options.attn_implementation
         )
         check_is_encoder(path, model)
         (check_is_trained if trained_only else warn_of_new_parameters)(path, new_parameters)
@@ -161,7 +157,7 @@ def check_is_encoder(path: str, model: PreTrainedModel) -> None:
 def choose_formats(files: ModelFiles, options: ModelOptions, saved: RerankerSettings | None) -> dict[str, str]:
     """query_format and document_format: given, else saved, else sentence-transformers' default prompt before a query.
 
-    Both are "{}" where nobody says anything.
+    Both are "{}" where none of these has one.
     """
     prompt = files.default_prompt if saved is None else None
     defaults = {"query_format": (prompt or "").replace("{}", "") + NO_FORMAT, "document_format": NO_FORMAT}

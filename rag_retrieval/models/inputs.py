@@ -18,7 +18,7 @@ OWN_KEYS = ("text", "id", "metadata")  # of a document that is a dict
 def check_pairs(pairs) -> list[tuple[str, str]]:
     """The pairs as a list of tuples; a single [query, document] becomes a list of one.
 
-    Raises ValueError naming the position of the first pair that is none, and what was found there.
+    Raises ValueError naming the position of the first that is not a pair, and what stands there.
     """
     pairs = check_list("pairs", pairs)
     if len(pairs) == 2 and all(isinstance(text, str) for text in pairs):
@@ -30,8 +30,10 @@ def check_list(name: str, values) -> list:
     """The values as a list. ValueError for a single text, for a mapping or a set, which have no positions, for a table
     (pandas, polars, pyarrow), which gives its columns and not its rows, and for what is no list at all."""
     if hasattr(values, "columns"):
-        found = f"a {type(values).__name__}, whose columns these would be"
-        raise ValueError(f"{name}: found {found}; give a list of its rows, such as frame[COLUMNS].values.tolist()")
+        raise ValueError(
+            f"{name}: found a {type(values).__name__}, whose columns these would be; give a list of its rows, such as "
+            "frame[COLUMNS].values.tolist()"
+        )
     if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
         raise ValueError(f"{name}: expected a list, found {type(values).__name__}")
     return list(values)
@@ -73,7 +75,7 @@ class Document:
 
 
 def check_number(name: str, value, least: int, unit: str) -> None:
-    """ValueError for anything but a whole number of at least `least`; True and False are none."""
+    """ValueError for anything but a whole number of at least `least`, for True and False too."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of {unit}, at least {least}; found {value!r}")
 

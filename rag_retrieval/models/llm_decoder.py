@@ -343,18 +343,13 @@ def load_decoder(
     path: str, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], template: PairTemplate, options: ModelOptions
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model with the head that the texts are for, and the names of its new parameters."""
-    loading = dict(
-        num_labels=1,
-        dtype=choose_dtype(options.dtype),
-        trust_remote_code=options.trust_remote_code,
-        attn_implementation=options.attn_implementation,
-    )
+    loading = (choose_dtype(options.dtype), options.trust_remote_code, options.attn_implementation)
     if "yes_token" in texts:
         tokens = answer_tokens(tokenizer, texts["yes_token"], texts["no_token"])
-        model = load_causal_model(path, **loading)
+        model = load_causal_model(path, *loading)
         restrict_lm_head_to_tokens(model, tokens, template.prefix + template.suffix)
         return model, set()
-    model, new_parameters = load_classifier(path, **loading)
+    model, new_parameters = load_classifier(path, *loading)
     if not is_decoder(model):
         name = type(model).__name__
         raise ValueError(f"{path} is a {name}, an encoder; use CrossEncoder (model_type: bert_encoder)")

@@ -173,7 +173,7 @@ def kernel_problem(
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # of scores, relative where they exceed 1
 HALF_TOLERANCE = 0.03
-NOT_A_MASK = (1, 1, 1, 1)  # a 4-dimensional mask is passed on untouched: the family builds none of its own
+NOT_A_MASK = (1, 1, 1, 1)  # a 4-dimensional mask is used as it is: the family builds no other
 
 
 def packed_outputs(model: PreTrainedModel, batch: TokenBatch, packing: Packing, **options) -> ModelOutput:

@@ -2,8 +2,8 @@
 
 A packed row is made of segments. A segment is a text, or, where consecutive texts begin alike and a decoder reads them,
 their shared prefix (computed once) or the rest of a text after it. The rest sees its own tokens and those of its
-prefix, and its positions go on where the prefix ends: a tree of depth two. Sharing is exact for causal models alone: in
-a bidirectional encoder the query's tokens look at the document, so they differ from document to document.
+prefix, and its positions continue those of the prefix: a tree of depth two. Sharing is exact for causal models alone:
+in a bidirectional encoder the query's tokens look at the document, so they differ from document to document.
 
 Everything is worked out on the host, in numpy; numbers read from the device would make the host wait for it.
 """
@@ -78,7 +78,7 @@ class Packing:
 
     def __init__(self, batch: TokenBatch, causal: bool, device: torch.device, first_position: int = 0):
         """first_position: where it is above 0, as in RoBERTa's family, first_position - 1 is the id of the padding
-        token and its position: such a token inside a text takes no number of its own."""
+        token and its position: such a token inside a text is not counted."""
         shared = batch.shared if causal else np.zeros_like(batch.shared)
         first_tokens = np.cumsum(batch.lengths, dtype=np.int32) - batch.lengths  # of each text, in the batch
         # a run is a text that shares nothing with the one before it, and those after it that do

@@ -105,7 +105,7 @@ def split_format(name: str, text: str) -> tuple[str, str]:
 
 
 class TokenizerCopy:
-    """A private copy of a fast tokenizer, with padding and truncation off; made anew when tokens were added to the
+    """A private copy of a fast tokenizer, with padding and truncation off; made again when tokens were added to the
     original. It takes seconds for 150,000 tokens.
 
     The tokenizer that transformers holds is changed by every call that pads or truncates, and such a call in another

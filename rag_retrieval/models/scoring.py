@@ -138,7 +138,7 @@ def warn_of_slow_bf16() -> None:
 @contextmanager
 def scoring_mode(scorer: Scorer, precision: Precision | None) -> Iterator[None]:
     """Eval mode without gradients, and autocast. precision None: half precision for float32 weights on CUDA, none
-    elsewhere. All of it holds for the thread that enters it."""
+    elsewhere. Both hold for the thread that enters the block."""
     device = scorer.device
     if precision is None and device.type == "cuda" and scorer.dtype == torch.float32:
         precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"

@@ -111,5 +111,5 @@ def fixed_texts(encoder: PairEncoder, settings: RerankerSettings) -> tuple[str, 
     bos = "".join(tokenizer.convert_ids_to_tokens(missing_bos(tokenizer, fast, before)))
     wanted = encoder.encode([("a", "b")])[0].ids.tolist()
     starts = bos + before, f"{bos} {before}"
-    found = (start for start in starts if tokenize(fast, [f"{start}a{between}b{after}"])[0] == wanted)
-    return next(found, starts[0]), between, after
+    matching = (start for start in starts if tokenize(fast, [f"{start}a{between}b{after}"])[0] == wanted)
+    return next(matching, starts[0]), between, after

@@ -87,8 +87,8 @@ def computed_tokens(sizes: Sequence[TextSize], *, padded: bool, shares_queries: 
 def plan_sharing(sizes: Sequence[TextSize], max_tokens: int, max_pairs: int) -> list[list[int]]:
     """Parts, as positions, in which pairs of equal beginning stand side by side and count it once in each part.
 
-    A part holds at most `max_tokens` computed tokens and `max_pairs` pairs; a pair beyond the bound is a part of its
-    own. Beginnings come in the order of their first pair.
+    A part holds at most `max_tokens` computed tokens and `max_pairs` pairs; a pair beyond the bound is a part by
+    itself. Beginnings come in the order of their first pair.
     """
     first = {}
     for position, size in enumerate(sizes):
@@ -114,7 +114,7 @@ def plan_by_tokens(
 
     lengths: for each group (one pair, for pointwise data) the tokens of its pairs; the tokens that count, where
     pairs share some. A part holds at most `max_tokens` tokens (with `padded`, its pairs times its longest pair;
-    else their sum) and `max_pairs` pairs; groups are never split, so a group beyond a bound is a part of its own.
+    else their sum) and `max_pairs` pairs; groups are never split, so a group beyond a bound is a part by itself.
     Without any bound the whole batch is one part, in the order given.
     """
     if max_tokens is None and max_pairs is None:

@@ -79,7 +79,7 @@ class PieceThreads:
 class RerankService:
     """A model behind HTTP. app: the ASGI application. admission: what is inside, and whether the server stops.
 
-    token: what requests must bring, None for nothing. The batcher is closed by whoever made it.
+    token: what requests must bring, None for nothing. The caller closes the batcher.
     """
 
     def __init__(

@@ -67,5 +67,7 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.queue_pairs < self.max_documents:
-            found = f"which is {self.max_documents}, found {self.queue_pairs}"
-            yield "queue_pairs", f"expected at least max_documents, {found}"
+            yield (
+                "queue_pairs",
+                f"expected at least max_documents, which is {self.max_documents}, found {self.queue_pairs}",
+            )

@@ -74,8 +74,8 @@ class RerankModel:
             if document.truncated or len(beginning) < len(text):
                 if not task.truncate:
                     place, limit = task.place(task.documents.index(text)), self.backend.pair_encoder.max_length
-                    found = f"longer, with its query, than the {limit} tokens of this model"
-                    raise RequestError(422, f"{place}: {found}; shorten it, or leave truncate out")
+                    reason = f"longer, with its query, than the {limit} tokens of this model"
+                    raise RequestError(422, f"{place}: {reason}; shorten it, or leave truncate out")
                 encoded.truncated.add(text)
             encoded.documents[text] = document
 
@@ -127,8 +127,10 @@ def check_vocabulary(model: RerankModel, batcher: Batcher, pair: EncodedPair) ->
     try:
         batcher.submit([replace(pair, ids=ids)]).result()
     except Exception as error:
-        found = f"the last token of its tokenizer, {token!r} ({vocabulary[token]}), cannot be scored"
-        raise ValueError(f"{model.name}: {found}: {error}; the model's embedding may have fewer rows") from error
+        last = f"the last token of its tokenizer, {token!r} ({vocabulary[token]})"
+        raise ValueError(
+            f"{model.name}: {last}, cannot be scored: {error}; the model's embedding may have fewer rows"
+        ) from error
 
 
 def measured_tokens(batcher: Batcher, pairs: list[EncodedPair]) -> int:

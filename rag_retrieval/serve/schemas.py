@@ -104,8 +104,8 @@ def parse_request(body: bytes, schema: type[RerankRequest], max_characters: int)
     query, documents = text_of(request.query), [text_of(text) for text in getattr(request, name)]
     for place, text in (("query", query), *((f"{name}[{at}]", text) for at, text in enumerate(documents))):
         if len(text) > max_characters:
-            found = f"found {len(text)} characters, at most {max_characters} are taken"
-            raise RequestError(422, f"{place}: {found}; cut it")
+            count = f"found {len(text)} characters, at most {max_characters}"
+            raise RequestError(422, f"{place}: {count} are taken; cut it")
     return RerankTask(
         query,
         documents,

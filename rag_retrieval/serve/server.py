@@ -47,7 +47,7 @@ def serve(config: ServeConfig) -> int:
     model.
 
     A wrong token or port is an error before the model is loaded, and the port listens after the model has scored its
-    first pairs: whoever reaches the server finds it ready.
+    first pairs: a server that can be reached is ready.
     """
     token = read_token(config.token_file)
     with bound_socket(config.host, config.port) as opened:

@@ -160,7 +160,7 @@ def test_a_damaged_graph_is_told(folders, tmp_path):
     for file in folders["bert"][1].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(ValueError, match=r"model\.onnx: ONNX Runtime cannot open it .*export the model anew"):
+    with pytest.raises(ValueError, match=r"model\.onnx: ONNX Runtime cannot open it .*export the model again"):
         Reranker(tmp_path)
     values = json.loads((tmp_path / "reranker_onnx.json").read_text())
     (tmp_path / "reranker_onnx.json").write_text(json.dumps(values | {"precision": "half"}))

@@ -1,4 +1,4 @@
-"""`reranker_onnx.json`: what is written comes back, and damage is told with the file and what is wrong."""
+"""`reranker_onnx.json`: what is written comes back, and damage is reported with the file and what is wrong."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def test_a_description_comes_back_as_it_was(folder):
 def test_a_damaged_description_is_told_with_its_file_and_the_reason(folder, change, reason):
     file = folder / DESCRIPTION_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=f"{DESCRIPTION_FILE}: damaged .*{reason}.*export the model anew"):
+    with pytest.raises(ValueError, match=f"{DESCRIPTION_FILE}: damaged .*{reason}.*export the model again"):
         read_description(folder)
 
 

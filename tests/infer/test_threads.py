@@ -1,4 +1,4 @@
-"""One Reranker, several threads; one event loop that goes on; no torch where none is needed."""
+"""One Reranker, several threads; one event loop that is not blocked; no torch where none is needed."""
 
 import asyncio
 import copy
