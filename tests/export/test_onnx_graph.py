@@ -150,7 +150,7 @@ def test_weights_of_a_large_model_stand_beside_the_graph(load_tiny, tmp_path, mo
     assert np.abs(found - expected).max() < 1e-4
 
 
-def test_a_family_that_cannot_be_traced_is_told(load_tiny, tmp_path, monkeypatch):
+def test_a_family_that_cannot_be_traced_is_named(load_tiny, tmp_path, monkeypatch):
     scorer = load_tiny("bert")
 
     def fail(*arguments, **options):

@@ -63,7 +63,7 @@ def test_a_description_comes_back_as_it_was(folder):
         ({"surplus": 1}, "surplus"),
     ],
 )
-def test_a_damaged_description_is_told_with_its_file_and_the_reason(folder, change, reason):
+def test_a_damaged_description_is_reported_with_file_and_reason(folder, change, reason):
     file = folder / DESCRIPTION_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=f"{DESCRIPTION_FILE}: damaged .*{reason}.*export the model again"):
@@ -77,7 +77,7 @@ def test_a_file_that_is_no_description_is_damaged(folder, text):
         read_description(folder)
 
 
-def test_token_ids_that_are_none_are_damaged(folder):
+def test_lists_of_other_things_than_token_ids_are_damaged(folder):
     file = folder / DESCRIPTION_FILE
     values = json.loads(file.read_text())
     for name, part in (("prefix", ["[CLS]"]), ("suffix", 9), ("query_end", [-1]), ("types", [[0], 0, [0], "1", [1]])):
@@ -110,7 +110,7 @@ def test_more_tokens_than_were_exported_are_refused(folder):
         pair_encoder(folder, DESCRIPTION, 65)
 
 
-def test_a_damaged_tokenizer_is_told(folder):
+def test_a_damaged_tokenizer_is_reported(folder):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: no tokenizer that can be read"):
         pair_encoder(folder, DESCRIPTION)

@@ -56,7 +56,7 @@ def test_threads_that_tokenize_and_pad_with_the_same_tokenizer_disturb_nothing(l
     assert found == expected
 
 
-def test_the_event_loop_goes_on_while_documents_are_scored(load_tiny):
+def test_the_event_loop_runs_while_documents_are_scored(load_tiny):
     reranker = Reranker.from_backend(TorchBackend(load_tiny("bert")))
     score = reranker.backend.score
 
