@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
 def quick_cases() -> Iterator[Case]:
     yield Case("SIGKILL while saving", 1, Fault("kill one", "saving", 3, 0.005))
     yield Case("SIGTERM to one process", 2, Fault("SIGTERM to one", call=7, ranks=(1,)), says="stopped by SIGTERM")
-    yield Case("file truncated in the newest checkpoint", 1, Fault("kill one", call=11), spoils="truncate")
+    yield Case("bit flipped in the newest checkpoint", 1, Fault("kill one", call=11), spoils="flip")
     yield Case("exception on one process", 2, Fault("exception", call=9, ranks=(1,)), says="error in process 1")
     yield Case("output folder gone", 1, Fault("folder gone", "step", 8), says="the folder is gone")
 
@@ -99,8 +99,8 @@ def all_cases(numbers: random.Random) -> Iterator[Case]:
         yield Case("disk full while saving", processes, full, says="no space left to write")
         gone = Fault("folder gone", "step", 8)
         yield Case("output folder gone", processes, gone, says="the folder is gone")
-        for spoils in ("truncate", "unlink"):
-            name = {"truncate": "file truncated", "unlink": "file missing"}[spoils]
+        for spoils in ("truncate", "flip", "unlink"):
+            name = {"truncate": "file truncated", "flip": "bit flipped", "unlink": "file missing"}[spoils]
             yield Case(f"{name} in the newest checkpoint", processes, Fault("kill all", call=13), spoils=spoils)
         loader = Fault("kill a data loader", call=5, ranks=(last,))
         yield Case("data loading process killed", processes, loader, says="a data loading process ended")
@@ -136,8 +136,13 @@ def spoil(run: Path, how: str) -> None:
     file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     if how == "unlink":
         file.unlink()
+        return
+    content = bytearray(file.read_bytes())
+    if how == "truncate":
+        del content[len(content) // 2 :]
     else:
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        content[len(content) // 2] ^= 16
+    file.write_bytes(content)
 
 
 # --- the runs ---

@@ -60,9 +60,9 @@ def distill(config: DistillConfig) -> ScoreSummary:
 
 def prepare(config: DistillConfig, folder: PartFolder, lock: ExitStack) -> list[Part]:
     """Check everything that can be checked without a teacher, and take the folder of the parts."""
-    check_paths(config, folder)
     busy = f"output: another process is writing {folder.output}; wait for it, or take another"
     lock.enter_context(locked(lock_file_of(folder.output), busy))
+    check_paths(config, folder)
     run = described(config)
     parts = plan_parts(records(config), config.pairs_per_part)
     folder.begin(run, config.overwrite)

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from rag_retrieval.models.settings import check_model_folder
+from rag_retrieval.models.settings import check_model_folder, parsing
 from rag_retrieval.train.card import CARD, MARK, About, model_card
 from rag_retrieval.train.run_record import read_run_record
 
@@ -132,7 +132,8 @@ def read_evaluation(output: str | os.PathLike, model: Path) -> dict[str, Any]:
     missing = MEASURED - result.keys() if isinstance(result, dict) else MEASURED
     if missing:
         raise ValueError(f"evaluations: {path} is no result of `rag-retrieval evaluate`: it has no {min(missing)}")
-    measured = Path(result["config"]["model"]).expanduser()
+    with parsing(path, "evaluate the model anew"):
+        measured = Path(result["config"]["model"]).expanduser()
     if measured.exists() and not measured.samefile(model):  # where it is gone, the model may have been moved
         raise ValueError(f"evaluations: {path} is of {measured}, and not of {model}; evaluate this model")
     return result

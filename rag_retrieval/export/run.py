@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.core.log import Progress
 from rag_retrieval.evaluate.evaluation import name_of
 from rag_retrieval.export.config import ExportConfig
@@ -53,7 +54,12 @@ def export_reranker(config: ExportConfig) -> Exported:
     that does not compute what the model computes and for int8 beyond its limits without `force`.
     """
     output = Path(config.output)
-    check_output(output)
+    with locked(lock_file_of(output), f"output: another export is writing {output}; wait for it, or take another"):
+        check_output(output)
+        return write_folder(config, output)
+
+
+def write_folder(config: ExportConfig, output: Path) -> Exported:
     scorer = open_scorer(config.model, config.model_options().model_copy(update={"device": config.device or "cpu"}))
     check = read_check_data(config, scorer.pair_encoder)
     expected = own_scores(config.model, scorer, check)

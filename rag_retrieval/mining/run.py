@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rag_retrieval.core.files import atomic_write
+from rag_retrieval.core.files import atomic_write, lock_file_of, locked
 from rag_retrieval.core.log import Progress
 from rag_retrieval.core.work_folder import WorkFolder, content_of
 from rag_retrieval.data.beir import find_file
@@ -39,18 +39,19 @@ def mine(config: MiningConfig) -> MiningSummary:
     in use, and when no query got a negative. The output is then not written, and the work folder stays.
     """
     output = Path(config.output)
-    check_output(config, output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     work = WorkFolder(Path(config.work_dir or f"{output}.work"))
-    with work.locked():
-        corpus = open_corpus(config, work)
-        queries = read_queries(config, corpus)
-        if config.output_format != "pos_neg" and config.labels == "relevance":
-            demand_labels_above_zero(queries)
-        parts = mine_parts(config, corpus, queries, work)
-        summary = write_results(config, corpus, queries, parts)
-    if config.work_dir is None:
-        work.remove()
+    busy = f"output: another run is writing {output}; wait for it, or choose another"
+    with locked(lock_file_of(output), busy):
+        check_output(config, output)
+        with work.locked():
+            corpus = open_corpus(config, work)
+            queries = read_queries(config, corpus)
+            if config.output_format != "pos_neg" and config.labels == "relevance":
+                demand_labels_above_zero(queries)
+            parts = mine_parts(config, corpus, queries, work)
+            summary = write_results(config, corpus, queries, parts)
+        if config.work_dir is None:
+            work.remove()
     return summary
 
 

@@ -24,6 +24,8 @@ def check_devices(devices: Sequence[str | torch.device]) -> list[torch.device]:
 
 def check_device(name: str | torch.device, argument: str = "devices") -> torch.device:
     """argument: what the error calls it. Raises ValueError for a device that this machine lacks."""
+    if str(name).startswith("npu"):
+        import_npu(argument)
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
@@ -31,6 +33,10 @@ def check_device(name: str | torch.device, argument: str = "devices") -> torch.d
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"{argument}: {device} is not on this machine, which has {count} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"{argument}: {device} is not on this machine")
+    if device.type == "meta":
+        raise ValueError(f"{argument}: meta keeps no weights, so that it can compute nothing")
     return device
 
 
@@ -39,22 +45,15 @@ def choose_device(name: "str | torch.device | None") -> torch.device:
     if name is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator if accelerator and accelerator.type in ACCELERATORS else torch.device("cpu")
-    if str(name).startswith("npu"):
-        import_npu()
-    device = check_device(name, "device")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device: {name} is not on this machine")
-    if device.type == "meta":
-        raise ValueError("device: meta keeps no weights, so that it can compute nothing")
-    return device
+    return check_device(name, "device")
 
 
-def import_npu() -> None:
+def import_npu(argument: str) -> None:
     """torch knows Ascend's devices once their package is imported."""
     try:
         importlib.import_module("torch_npu")
     except ImportError as error:
-        raise ValueError(f"device: npu needs the package torch_npu, which cannot be imported ({error})") from error
+        raise ValueError(f"{argument}: npu needs the package torch_npu, which cannot be imported ({error})") from error
 
 
 def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -26,6 +26,7 @@ from training_runs import (
 
 from rag_retrieval import CrossEncoder
 from rag_retrieval.cli import main
+from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.data.records import DataError
 from rag_retrieval.distill import run as run_module
 from rag_retrieval.distill.config import DistillConfig
@@ -125,6 +126,12 @@ def test_other_data_or_teachers_do_not_go_on_with_the_parts_that_are_there(keys,
         distill(DistillConfig(**keys))
     distill(DistillConfig(**keys, overwrite=True))
     assert len(read(keys["output"])) == 61
+
+
+def test_a_second_run_on_one_output_is_refused(keys):
+    output = Path(keys["output"])
+    with locked(lock_file_of(output), "busy"), pytest.raises(ValueError, match=f"another.*{output}"):
+        distill(DistillConfig(**keys, overwrite=True))
 
 
 def test_an_existing_output_and_bad_lines_are_refused_before_a_teacher_is_loaded(keys, monkeypatch):

@@ -166,6 +166,10 @@ def test_what_is_no_evaluation_is_named(model, evaluation, tmp_path, text, expec
     (evaluation / "result.json").write_text(text)
     with pytest.raises(ValueError, match=f"evaluations: .*result.json is no .*{expected.removeprefix('no ')}"):
         stage(model, tmp_path / "staged", "org/name", evaluations=[evaluation])
+    for config in (5, [], {}, {"model": 5}):
+        (evaluation / "result.json").write_text(json.dumps(RESULT | {"config": config}))
+        with pytest.raises(ValueError, match="result.json: damaged"):
+            stage(model, tmp_path / "staged", "org/name", evaluations=[evaluation])
     (evaluation / "result.json").unlink()
     with pytest.raises(ValueError, match="evaluations: .*result.json cannot be read: No such file"):
         stage(model, tmp_path / "staged", "org/name", evaluations=[evaluation])

@@ -16,6 +16,7 @@ from tiny_models import tiny_bert  # noqa: E402
 
 from rag_retrieval import CrossEncoder, Reranker  # noqa: E402
 from rag_retrieval.cli import main  # noqa: E402
+from rag_retrieval.core.files import lock_file_of, locked  # noqa: E402
 from rag_retrieval.export import run, verify  # noqa: E402
 from rag_retrieval.export.onnx_graph import score_head  # noqa: E402
 from rag_retrieval.export.verify import DifferenceError  # noqa: E402
@@ -142,6 +143,14 @@ def test_what_a_killed_export_left_is_no_obstacle(model, tmp_path):
     (tmp_path / "out").mkdir()  # empty: nothing in it can be lost
     exported(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(list((tmp_path / "out").iterdir())) == 6
+
+
+def test_a_second_export_into_one_folder_is_refused(model, tmp_path):
+    unfinished = tmp_path / ".out.unfinished"
+    unfinished.mkdir()
+    with locked(lock_file_of(tmp_path / "out"), "busy"), pytest.raises(ValueError, match=f"another.*{tmp_path}/out"):
+        exported(model, tmp_path / "out")
+    assert unfinished.is_dir(), "what the first has written is kept"
 
 
 def error_of(capsys, *options: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from mining_samples import animal_data, config_of, read_output, write_beir, write_jsonl
 from tiny_models import tiny_bert
 
+from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.data.readers import read_records
 from rag_retrieval.data.records import DataError, RecordRules
 from rag_retrieval.data.store import open_store
@@ -212,6 +213,13 @@ def test_an_output_is_replaced_only_on_demand(data, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     mine(config_of(data, tmp_path / "out.jsonl", overwrite=True))
     assert len(read_output(tmp_path / "out.jsonl")) == 36
+
+
+def test_a_second_run_on_one_output_is_refused_whatever_its_work_folder(data, tmp_path):
+    output = tmp_path / "out.jsonl"
+    with locked(lock_file_of(output), "busy"), pytest.raises(ValueError, match=f"another.*{output}"):
+        mine(config_of(data, output, work_dir=str(tmp_path / "elsewhere")))
+    assert not list(tmp_path.glob("out*")), "nothing is written"
 
 
 def test_data_that_are_not_there_are_told(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rag_retrieval.models.devices import choose_device, choose_dtype, choose_precision
+from rag_retrieval.models.devices import check_devices, choose_device, choose_dtype, choose_precision
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,7 @@ from rag_retrieval.models.devices import choose_device, choose_dtype, choose_pre
         ("gpu", "device: 'gpu' is no device of torch"),
         ("cuda:99", "device: cuda:99 is not on this machine"),
         ("npu:0", "device: npu needs the package torch_npu"),
+        ("meta", "device: meta keeps no weights"),
         pytest.param("mps", "device: mps is not on this machine",
                      marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="it is here")),
     ],
@@ -19,6 +20,8 @@ from rag_retrieval.models.devices import choose_device, choose_dtype, choose_pre
 def test_a_device_that_is_not_here_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         choose_device(name)
+    with pytest.raises(ValueError, match=message.replace("device:", "devices:")):
+        check_devices(["cpu", name])
 
 
 def test_without_a_name_the_accelerator_is_taken_where_there_is_one(monkeypatch):
