@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import ConstantInputWarning, spearmanr
 
 from rag_retrieval.core.command import CommandFailure
-from rag_retrieval.data.beir import Qrels, Run
+from rag_retrieval.data.beir import Run
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.metrics import run_metrics
@@ -115,10 +115,6 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
         return float(spearmanr(first, second).statistic)
 
 
-def ndcg_of(qrels: Qrels, run: Run) -> float:
-    return run_metrics(qrels, run, (MEASURE,))[MEASURE]
-
-
 @dataclass(frozen=True)
 class CheckData:
     """encoded: the sample's pairs, then all candidates of the data in their order. data: None where none were given."""
@@ -133,21 +129,14 @@ class CheckData:
         The rank correlation is over the data's pairs alone, where there are any.
         """
         lengths = [len(pair) for pair in self.encoded]
-        largest = float(np.abs(expected - exported).max())
-        if self.data is None:
-            correlation = rank_correlation(expected, exported)
-            return Verification(len(lengths), min(lengths), max(lengths), largest, correlation)
-        expected, exported = expected[self.samples :], exported[self.samples :]
+        largest, on_data = float(np.abs(expected - exported).max()), {}
+        if self.data is not None:
+            expected, exported = expected[self.samples :], exported[self.samples :]
+            runs, qrels = map(self.run_of, (expected, exported)), self.data.qrels
+            before, after = (run_metrics(qrels, run, (MEASURE,))[MEASURE] for run in runs)
+            on_data = dict(data=self.data.name, queries=len(qrels), ndcg_before=before, ndcg_after=after)
         correlation = rank_correlation(expected, exported)
-        verification = Verification(len(lengths), min(lengths), max(lengths), largest, correlation)
-        before, after = (ndcg_of(self.data.qrels, self.run_of(scores)) for scores in (expected, exported))
-        return replace(
-            verification,
-            data=self.data.name,
-            queries=len(self.data.qrels),
-            ndcg_before=before,
-            ndcg_after=after,
-        )
+        return Verification(len(lengths), min(lengths), max(lengths), largest, correlation, **on_data)
 
     def run_of(self, scores: np.ndarray) -> Run:
         """scores: of the data's pairs, in order."""

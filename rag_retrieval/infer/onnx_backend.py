@@ -23,12 +23,11 @@ from rag_retrieval.infer.onnx_folder import (
 )
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
+from rag_retrieval.models.token_batch import CPU_TOKENS, CUDA_TOKENS
 
 if TYPE_CHECKING:
     import onnxruntime
 
-CPU_TOKENS = 2048  # of one forward, padding included
-CUDA_TOKENS = 65_536
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -90,7 +89,10 @@ def default_threads(threads: int | None) -> int:
 
 
 def open_session(file: Path, device: str, threads: int) -> "onnxruntime.InferenceSession":
-    runtime = import_onnxruntime()
+    try:
+        import onnxruntime as runtime
+    except ImportError as error:
+        raise ImportError("an ONNX folder needs onnxruntime; run: pip install -e '.[onnx]'") from error
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # warnings of its optimizer say nothing that a user could act on
@@ -103,14 +105,6 @@ def open_session(file: Path, device: str, threads: int) -> "onnxruntime.Inferenc
         raise ValueError(f"device {device}: ONNX Runtime cannot use the GPU, it would compute on the CPU; install "
                          "CUDA and cuDNN of the versions that it was built for, or use device cpu")  # fmt: skip
     return session
-
-
-def import_onnxruntime():
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError("an ONNX folder needs onnxruntime; run: pip install -e '.[onnx]'") from error
-    return onnxruntime
 
 
 def provider(runtime, device: str) -> str | tuple[str, dict[str, int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_retrieval.infer.onnx_backend import CPU_TOKENS, default_threads
+from rag_retrieval.infer.onnx_backend import default_threads
 from rag_retrieval.infer.onnx_folder import (
     MODEL_FILE,
     Inputs,
@@ -21,6 +21,7 @@ from rag_retrieval.infer.onnx_folder import (
 )
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.token_batch import CPU_TOKENS
 
 
 class OpenVinoBackend:

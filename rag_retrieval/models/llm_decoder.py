@@ -255,7 +255,8 @@ def choose_texts(
 
     trained_only, question: as of `LLMDecoder.load`.
     """
-    head = choose_head(files, options, saved, trained_only)
+    default_head = "yes_no" if trained_only and files.is_language_model else "scalar"
+    head = choose_setting("head", options.head, saved and (saved.head or "scalar"), default_head)
     answers, names = head == "yes_no", (*FORMAT_NAMES, *YES_NO_NAMES)
     given = options.given(*names)
     own = {}
@@ -276,13 +277,6 @@ def choose_texts(
     if options.instruction is not None:
         check_instruction(chosen)
     return chosen | {"head": head}
-
-
-def choose_head(
-    files: ModelFiles, options: ModelOptions, saved: RerankerSettings | None, trained_only: bool
-) -> str:
-    default = "yes_no" if trained_only and files.is_language_model else "scalar"
-    return choose_setting("head", options.head, saved and (saved.head or "scalar"), default)
 
 
 def default_texts(

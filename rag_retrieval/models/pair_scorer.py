@@ -212,16 +212,12 @@ class PairScorer(nn.Module):
             self.model.config.problem_type = "regression"
         if state_dict is not None:
             # engines give a tied output embedding a second time; what transformers saves has it once
-            tied = self.model.state_dict().keys() - own_names(self.model)
+            names = {name for name, _ in chain(self.model.named_parameters(), self.model.named_buffers())}
+            tied = self.model.state_dict().keys() - names
             state_dict = {name: value for name, value in state_dict.items() if name not in tied}
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
         write_settings(folder, self.settings)
-
-
-def own_names(model: nn.Module) -> set[str]:
-    """Names of the model's tensors, of those that it has under two names the first."""
-    return {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
 
 
 def score_in_float32(layer: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,8 @@ from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.text_scoring import CHUNK_PAIRS, Pairs, score_texts
 from rag_retrieval.models.token_batch import (
+    CPU_TOKENS,
+    CUDA_TOKENS,
     TextSize,
     TokenBatch,
     computed_tokens,
@@ -36,9 +38,6 @@ from rag_retrieval.models.token_batch import (
 )
 
 logger = logging.getLogger(__name__)
-
-CPU_TOKENS = 2048  # of one forward: they stay in the CPU's caches and keep its cores busy
-CUDA_TOKENS = 65_536  # of one forward, until one does not fit
 
 Precision = Literal["no", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

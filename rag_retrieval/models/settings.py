@@ -316,8 +316,9 @@ def check_is_reranker(files: ModelFiles) -> None:
 
     transformers opens all of these as rerankers with a random head.
     """
-    if Path(files.path).is_dir():
-        check_weights_are_there(Path(files.path))
+    folder, patterns = Path(files.path), ("*.safetensors", "pytorch_model*.bin")
+    if folder.is_dir() and not any(file for pattern in patterns for file in folder.glob(pattern)):
+        raise ValueError(f"{folder}: no weights in it; expected {', '.join(patterns)} beside config.json")
     if "Pooling" in files.modules and files.sentence_transformers.get("model_type") == "CrossEncoder":
         raise ValueError(
             f"{files.path}: a CrossEncoder of the modules {', '.join(files.modules)}, expected Transformer alone or "
@@ -334,13 +335,6 @@ def check_is_reranker(files: ModelFiles) -> None:
             f"{', '.join((CLASSIFIER, *CAUSAL))}; a base or embedding model has no trained head, and its scores would "
             "be random. Give a reranker, or train one from it: rag-retrieval train"
         )
-
-
-def check_weights_are_there(folder: Path) -> None:
-    patterns = ("*.safetensors", "pytorch_model*.bin")
-    weights = [file for pattern in patterns for file in folder.glob(pattern)]
-    if not weights:
-        raise ValueError(f"{folder}: no weights in it; expected {', '.join(patterns)} beside config.json")
 
 
 def check_no_pointers(model_path: str) -> None:

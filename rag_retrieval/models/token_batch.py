@@ -18,6 +18,9 @@ import numpy as np
 
 from rag_retrieval.models.pair_encoding import EncodedPair
 
+CPU_TOKENS = 2048  # of one forward: they stay in the CPU's caches and keep its cores busy
+CUDA_TOKENS = 65_536  # of one forward, until one does not fit
+
 
 @dataclass(eq=False)
 class TokenBatch:
