@@ -177,7 +177,7 @@ class Location:
         return self.find(name, info.context["folders"]) if info.context and name else name
 
     def find(self, name: str, folders: Sequence[Path]) -> str:
-        """An absolute path, or `name` where it is no path. Raises ValueError."""
+        """An absolute path, or `name` where it is not a path. Raises ValueError."""
         if name in self.words or (self.only_files and not self.is_file_name(name)):
             return name
         if self.package and name.startswith("package:"):

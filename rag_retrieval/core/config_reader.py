@@ -75,7 +75,7 @@ def _problems(
     worst: dict[Any, tuple] = {}
     for entry in error.errors(include_url=False):
         path = entry["loc"][:1]
-        for part in entry["loc"][1:]:  # types of a union stand in it too
+        for part in entry["loc"][1:]:  # it also holds the types of a union
             path = (*path, part) if (*path, part) in given.places else path
         rank = (entry["type"] in OUR_MESSAGES, len(path))
         if path[0] not in worst or rank > worst[path[0]][0]:

@@ -19,7 +19,7 @@ from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import evaluating
 
 OPSET = 18
-TRACED = (3, 17)  # pairs, tokens: sizes that stand for no other number of a model
+TRACED = (3, 17)  # pairs, tokens: numbers that no dimension of a model has
 EXTERNAL_FROM = 1_500_000_000  # bytes of weights; a file of ONNX itself ends at 2 GiB
 
 
@@ -35,7 +35,7 @@ class ScoreGraph(nn.Module):
     def forward(self, input_ids, attention_mask, token_type_ids=None) -> torch.Tensor:
         """Each [pairs, longest], int64. Returns [pairs], float32."""
         inputs = {"input_ids": input_ids}
-        if not self.scorer.causal:  # padding stands at the right, where no token of a causal model looks
+        if not self.scorer.causal:  # padding is at the right, which no token of a causal model attends to
             inputs["attention_mask"] = attention_mask
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids

@@ -89,7 +89,7 @@ def check_output(folder: Path) -> None:
 
 
 def own_scores(model: str, scorer: PairScorer, check: CheckData) -> np.ndarray:
-    """[pairs], float32. Raises ValueError for scores that are no numbers."""
+    """[pairs], float32. Raises ValueError for scores that are not finite."""
     with Progress(len(check.encoded), "scoring with the model", "pairs") as progress:
         scores = score_encoded([scorer], check.encoded, BATCH_SIZE, "no", progress).numpy()
     if not np.isfinite(scores).all():

@@ -133,7 +133,7 @@ class PassageEncoder:
 
 
 def score_pairs(backend: Backend, encoder: PassageEncoder, pairs: Pairs, batch_size: int) -> list[ScoredPair]:
-    """In the order given; equal pairs get the same result. Raises ValueError for a score that is no number."""
+    """In the order given; equal pairs get the same result. Raises ValueError for a score that is not finite."""
 
     def score(documents: Sequence[EncodedDocument]) -> list[ScoredPair]:
         scores = backend.score([pair for document in documents for pair in document.pairs], batch_size)

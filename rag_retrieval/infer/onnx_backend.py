@@ -1,6 +1,6 @@
 """The backend of ONNX Runtime: an exported folder on the CPU, or on an NVIDIA GPU where its package can.
 
-ONNX Runtime falls back to the CPU in silence where a provider cannot be loaded; here a GPU that was asked for and is
+ONNX Runtime silently falls back to the CPU where a provider cannot be loaded; here a GPU that was asked for and is
 not there is an error. Nothing in this file imports torch.
 """
 

@@ -89,7 +89,7 @@ def folder_digest(folder: Path, about: list) -> str:
 
 
 def parsed(values: Any) -> OnnxDescription:
-    """Raises KeyError, TypeError or ValueError for what is no description."""
+    """Raises KeyError, TypeError or ValueError for anything but a description."""
     if not isinstance(values, dict):
         raise TypeError(f"expected an object, found {type(values).__name__}")
     if values["format"] != FORMAT:

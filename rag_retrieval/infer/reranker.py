@@ -242,7 +242,7 @@ class Reranker:
         batch_size: int,
         normalize: bool,
     ) -> list[RerankResults]:
-        """All pairs with a text are scored in one go, then dealt back in the same order."""
+        """Scores all pairs with a text in one call and assigns the results in the same order."""
         check_number("batch_size", batch_size, 1, "pairs")
         if top_k is not None:
             check_number("top_k", top_k, 1, "documents")

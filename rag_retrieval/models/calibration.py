@@ -1,7 +1,7 @@
 """Scores as probabilities: by a temperature and a bias from a file beside the weights, or by the sigmoid.
 
-The file belongs to these very weights. It is no part of the settings that a model carries along, so a model that is
-trained further is saved without it, and `save_pretrained` removes the one that lay in the folder.
+The file belongs to these weights alone. It is not part of the model's settings, so a model that is trained further is
+saved without it, and `save_pretrained` removes an older one from the folder.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Queries, documents and pairs as callers give them, checked before anything is computed.
 
 One [query, document] is taken as a list of one pair: two strings in a list are a pair, never two pairs. A document
-without text (None, "", white space) is no mistake: it keeps its place and its id, is not read by the model, and gets
+without text (None, "", white space) is not an error: it keeps its place and its id, is not read by the model, and gets
 the lowest score.
 """
 
@@ -28,7 +28,7 @@ def check_pairs(pairs) -> list[tuple[str, str]]:
 
 def check_list(name: str, values) -> list:
     """The values as a list. ValueError for a single text, for a mapping or a set, which have no positions, for a table
-    (pandas, polars, pyarrow), which gives its columns and not its rows, and for what is no list at all."""
+    (pandas, polars, pyarrow), which gives its columns and not its rows, and for what cannot be iterated."""
     if hasattr(values, "columns"):
         raise ValueError(
             f"{name}: found a {type(values).__name__}, whose columns these would be; give a list of its rows, such as "

@@ -7,7 +7,7 @@ family can be packed is measured: `packing_problem` compares packed with padded 
 whatever differs, or has no head here, is computed padded.
 
 Attention dropout is not applied to packed batches: the variable-length kernels have none, and a CPU's fast one neither.
-Hidden dropout is applied as ever.
+Hidden dropout is applied as usual.
 """
 
 import inspect

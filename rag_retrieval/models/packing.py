@@ -5,7 +5,7 @@ their shared prefix (computed once) or the rest of a text after it. The rest see
 prefix, and its positions continue those of the prefix: a tree of depth two. Sharing is exact for causal models alone:
 in a bidirectional encoder the query's tokens look at the document, so they differ from document to document.
 
-Everything is worked out on the host, in numpy; numbers read from the device would make the host wait for it.
+Everything is computed on the host, in numpy; numbers read from the device would make the host wait for it.
 """
 
 from copy import copy
@@ -71,7 +71,7 @@ class Packing:
 
     lengths: [segments], tokens. prefix_segments: [segments], the segment of the shared prefix; -1 without one.
     query_lengths, query_segments: how many tokens attend, the last ones of which segment: all tokens of every segment,
-    but for `pooled_layout`. token_index: [row], int64, which of the batch's tokens stand in the row; None for all.
+    but for `pooled_layout`. token_index: [row], int64, which of the batch's tokens are in the row; None for all.
     positions: [row], int64, of each text from `first_position` on. pooled_index: [texts], int64, place in the row of
     the token whose state the head reads.
     """
@@ -168,7 +168,7 @@ class Packing:
 
 
 def positions_without_padding(batch: TokenBatch, padding: int) -> np.ndarray:
-    """As RoBERTa counts: padding + 1 is the position of a text's first token that is no padding, and `padding` that of
+    """As RoBERTa counts: padding + 1 is the position of a text's first token that is not padding, and `padding` that of
     all tokens that are. [tokens], int32."""
     real = (batch.ids != padding).astype(np.int32)
     counts = np.cumsum(real, dtype=np.int32)

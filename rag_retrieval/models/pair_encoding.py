@@ -2,7 +2,7 @@
 
 A pair is `prefix + query + middle + document + suffix`. Prefix, middle and suffix (bos, cls, sep, the
 separator, the special token that asks for the score) are never truncated; only the two texts are. The parts are
-tokenized one by one, so a query has the same tokens whatever document stands beside it; `decoder_template`
+tokenized one by one, so a query has the same tokens with every document; `decoder_template`
 says how they are still those of the whole text.
 
 Special tokens inside a text ("[SEP]", "<|im_end|>") are control tokens to a tokenizer: a document could close its own
@@ -153,8 +153,8 @@ def tokenize_in_context(
 ) -> list[list[int]]:
     """Token ids of each text as they are after `context` and before `next_char`, whose own are left out.
 
-    Each of the two may be empty; they are PairTemplate's `anchor` and `following_...`. first: nothing stands before the
-    texts after all.
+    Each of the two may be empty; they are PairTemplate's `anchor` and `following_...`. first: the texts begin
+    the whole text after all.
     """
     if not context and not next_char:
         return tokenize(tokenizer, texts)

@@ -1,6 +1,6 @@
 """One thread that owns the model and computes the items of all waiting requests together.
 
-There is no timer: whatever has gathered while the model was busy is the next batch, and an idle model begins at once.
+There is no timer: what has arrived while the model was busy is the next batch, and an idle model begins at once.
 Requests take turns. In one turn a request gives at most a quarter of a batch, and the rest of it goes to the end of the
 line. So a request of a thousand documents cannot hold up one of ten, and requests that fit into a quarter of a
 batch are served in the order in which they came.

@@ -91,7 +91,7 @@ class RerankModel:
 
     def logits(self, task: RerankTask, encoded: EncodedTask, scores: list[np.float32]) -> np.ndarray:
         """[documents], float32, in the order of the request; -inf without text. scores: of `encoded.pairs`. Raises
-        ValueError for scores that are no numbers."""
+        ValueError for scores that are not finite."""
         combined = self.encoder.combine(list(encoded.documents.values()), np.array(scores, np.float32))
         logit_of = {text: scored.score for text, scored in zip(encoded.documents, combined, strict=True)}
         return np.array([logit_of.get(text, -np.inf) for text in task.documents], np.float32)

@@ -1,8 +1,8 @@
 """The requests that clients send, and the answers that they wait for.
 
 `documents` asks as clients of Cohere, Jina and vLLM do, `texts` as those of text-embeddings-inference; each gets the
-answer of its kind. Every key is honoured in both or refused: one that is passed over would change the result in
-silence. docs/serve.md has the table.
+answer of its kind. Every key is honoured in both or refused: ignoring one would silently change the
+result. docs/serve.md has the table.
 """
 
 from collections.abc import Sequence
