@@ -65,12 +65,10 @@ def open_backend(
 def open_exported_backend(folder: Path, options: ModelOptions) -> Backend:
     """ONNX Runtime's, or OpenVINO's where `model_type` is "openvino"."""
     check_options(folder, options)
+    from rag_retrieval.infer.onnx_backend import OnnxBackend, OpenVinoBackend
+
     if options.model_type == "openvino":
-        from rag_retrieval.infer.openvino_backend import OpenVinoBackend
-
         return OpenVinoBackend(folder, options.max_length)
-    from rag_retrieval.infer.onnx_backend import OnnxBackend
-
     backend = OnnxBackend(folder, options.max_length, options.device or "cpu")
     if options.model_type not in (None, "onnx", backend.model_type):
         raise ValueError(

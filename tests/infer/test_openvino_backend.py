@@ -20,7 +20,7 @@ pytest.importorskip("onnxscript")
 from exported_samples import exported  # noqa: E402
 
 from rag_retrieval import Reranker  # noqa: E402
-from rag_retrieval.infer.openvino_backend import OpenVinoBackend  # noqa: E402
+from rag_retrieval.infer.onnx_backend import OpenVinoBackend  # noqa: E402
 
 
 @pytest.fixture(scope="module")
