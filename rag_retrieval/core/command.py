@@ -65,7 +65,7 @@ class Command:
 
 def run_command(command: Command, arguments: list[str]) -> int:
     """The exit code: 0; 1 where the work or the output failed; 2 for a mistake in options, data or models, or a missing
-    library; 130 and 143 for SIGINT and SIGTERM; 141 where nobody reads the output. With RAG_RETRIEVAL_TRACEBACK=1 in
+    library; 130 and 143 for SIGINT and SIGTERM; 141 for a closed pipe. With RAG_RETRIEVAL_TRACEBACK=1 in
     the environment, errors are raised instead."""
     prepare_streams()
     with on_signals(leave_at_once):

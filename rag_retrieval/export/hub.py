@@ -112,7 +112,7 @@ def chosen_card(folder: Path, about: About) -> str:
     if present is None or (MARK in present and run is not None):
         return model_card(folder, run, about)
     if about.language or about.license or about.evaluations:
-        reason = "its run is not beside it" if MARK in present else "somebody has changed it"
+        reason = "its run is not beside it" if MARK in present else "it was edited"
         raise ValueError(
             f"{folder / CARD}: {reason}, so it goes as it is; write language, license and figures into it, or remove it"
         )
@@ -132,7 +132,7 @@ def read_evaluation(output: str | os.PathLike, model: Path) -> dict[str, Any]:
     missing = MEASURED - result.keys() if isinstance(result, dict) else MEASURED
     if missing:
         raise ValueError(f"evaluations: {path} is no result of `rag-retrieval evaluate`: it has no {min(missing)}")
-    with parsing(path, "evaluate the model anew"):
+    with parsing(path, "evaluate the model again"):
         measured = Path(result["config"]["model"]).expanduser()
     if measured.exists() and not measured.samefile(model):  # where it is gone, the model may have been moved
         raise ValueError(f"evaluations: {path} is of {measured}, and not of {model}; evaluate this model")

@@ -127,7 +127,7 @@ def test_an_edited_card_is_uploaded_as_it_is_and_takes_no_options(model, evaluat
     stage(model, tmp_path / "staged", "org/name")
     assert (tmp_path / "staged" / "README.md").read_text() == changed
     for options in ({"license": "mit"}, {"language": ["en"]}, {"evaluations": [evaluation]}):
-        with pytest.raises(ValueError, match="README.md: somebody has changed it, so it goes as it is"):
+        with pytest.raises(ValueError, match="README.md: it was edited, so it goes as it is"):
             stage(model, tmp_path / "other", "org/name", **options)
 
 

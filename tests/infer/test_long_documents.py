@@ -38,7 +38,7 @@ def slow_slices(scorer, query: str, document: str) -> list[tuple[float, str, lis
 
 
 def whole_text(scorer, query: str, document: str) -> tuple[list[int], list[tuple[int, tuple[int, int]]], list[int]]:
-    """The tokens of the whole pair in one go: before the document's own, those with their offsets in it, after them."""
+    """The tokens of the whole pair: before the document's own, those with their offsets in it, after them."""
     if scorer.model_type == "bert_encoder":
         encoded = scorer.tokenizer(query, document, return_offsets_mapping=True)
         start, owned = 0, [owner == 1 for owner in encoded.sequence_ids()]

@@ -1,4 +1,4 @@
-"""The text around a pair in parts: always the tokens of the whole text in one go, and kept where a text is cut."""
+"""The text around a pair in parts: always the tokens of the whole text, and kept where a text is cut."""
 
 import itertools
 import json
