@@ -170,11 +170,11 @@ def choose_formats(files: ModelFiles, options: ModelOptions, saved: RerankerSett
 
 
 def template_for(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str] | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str]
 ) -> PairTemplate:
     """The tokenizer's pair layout with the formats around the texts, without segment ids where the model has no
     embedding for them."""
-    template = with_formats(encoder_template(tokenizer), tokenizer, formats or {})
+    template = with_formats(encoder_template(tokenizer), tokenizer, formats)
     if template.types is None:
         return template
     segments = getattr(model.config, "type_vocab_size", 0)
@@ -191,7 +191,7 @@ def with_formats(
 ) -> PairTemplate:
     """Text before and after a query or document is tokenized with it; what stands after it stays where it is cut."""
     for side in ("query", "document"):
-        before, after = split_format(f"{side}_format", formats.get(f"{side}_format", NO_FORMAT))
+        before, after = split_format(f"{side}_format", formats[f"{side}_format"])
         end = tuple(tokenize(bare(tokenizer), [after])[0]) if after else ()
         template = replace(
             template, **{f"before_{side}": before, f"after_{side}": after, f"{side}_end": end}
