@@ -71,10 +71,7 @@ class Miner:
 
 def open_reranker(config: MiningConfig, device: str) -> Reranker:
     """`config.reranker` on `config.devices` or, without any, on `device`. Raises ValueError as `open_backend`."""
-    options = config.model_options()
-    if options.devices is None:
-        options = options.model_copy(update={"device": device})
-    return Reranker.from_backend(open_backend(config.reranker, options))
+    return Reranker.from_backend(open_backend(config.reranker, config.model_options(device)))
 
 
 def rerank(

@@ -274,8 +274,12 @@ class PairEncoder:
             place += len(piece)
         return ids, offsets
 
-    def untruncated_length(self, query_ids: np.ndarray, document_ids: np.ndarray) -> int:
-        return self.template.fixed_tokens + len(query_ids) + len(document_ids)
+    def untruncated_lengths(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Tokens of each pair, special tokens included, before truncation: int [pairs]."""
+        queries = self.query_ids([query for query, _ in pairs])
+        documents = self.document_ids([document for _, document in pairs])
+        tokens = [len(query) + len(document) for query, document in zip(queries, documents, strict=True)]
+        return np.array(tokens, int) + self.template.fixed_tokens
 
     def join(self, query_ids: Sequence[int] | np.ndarray, document_ids: Sequence[int] | np.ndarray) -> EncodedPair:
         """One pair of at most `max_length` tokens from the ids of its two texts."""

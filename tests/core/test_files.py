@@ -24,7 +24,7 @@ def test_a_file_is_replaced_only_when_all_went_well(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_another_file_with_the_old_temporary_name_stays(tmp_path):
+def test_a_file_of_somebody_else_with_the_old_temporary_name_stays(tmp_path):
     (tmp_path / "a.tmp").write_text("precious")
     write_text(tmp_path / "a", "new")
     assert (tmp_path / "a.tmp").read_text() == "precious"
@@ -98,7 +98,7 @@ def test_a_child_that_outlives_a_killed_process_does_not_keep_its_lock(tmp_path)
         pass
 
 
-def test_a_lock_file_that_its_holder_removes_before_it_is_locked_is_created_again(tmp_path, monkeypatch):
+def test_a_lock_file_removed_before_it_is_locked_is_created_again(tmp_path, monkeypatch):
     lock_file, flock, calls = tmp_path / "lock", fcntl.flock, []
 
     def late(descriptor, operation):

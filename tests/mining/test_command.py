@@ -58,7 +58,7 @@ def test_help_lists_the_keys_and_nothing_at_all_is_a_mistake(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_a_signal_ends_goes_on_to_the_same_bytes(tmp_path, number, model_folders):
+def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, number, model_folders):
     """Killed for real, wherever it stands when its first part is written."""
     animal_data(tmp_path / "data")
     options = ["--data", str(tmp_path / "data"), "--reranker", model_folders["bert"], "--last_rank", "30"]
@@ -75,7 +75,7 @@ def test_a_run_that_a_signal_ends_goes_on_to_the_same_bytes(tmp_path, number, mo
     errors = run.communicate(timeout=60)[1].decode()
     assert run.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     if number != signal.SIGKILL:
-        assert "the same command goes on where this one stopped" in errors
+        assert "the same command continues where this one stopped" in errors
     assert not (tmp_path / "killed.jsonl").exists()
     kept = [path.stat().st_mtime_ns for path in sorted(work.glob("parts-*.partial/*.jsonl"))]
     assert 1 <= len(kept) < 18
