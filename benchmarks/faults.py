@@ -6,8 +6,7 @@ A tiny BERT with dropout, accumulation, validation, early rotation and a data lo
 processes under torchrun's launcher on the CPU. Prints a table; exits with 1 if any run hung, could not resume, or
 ended with other weights.
 
-What a reader would get wrong: "equal" is bitwise, of every tensor; and a run that was slowed down is not resumed,
-only compared.
+"Equal" is bitwise, of every tensor. A run that was only slowed down is compared without being resumed.
 """
 
 import argparse
@@ -49,7 +48,7 @@ class Case:
 @dataclass
 class Row:
     times: int = 0
-    as_told: int = 0
+    ended_right: int = 0
     resumed: int = 0
     equal: int = 0
     slowest: float = 0.0
@@ -63,7 +62,7 @@ def main() -> int:
         os.environ["RAG_RETRIEVAL_CACHE"] = f"{folder}/cache"
         rows = run_cases(cases, Path(folder))
     print_table(rows)
-    return int(any({row.as_told, row.resumed, row.equal} != {row.times} for row in rows.values()))
+    return int(any({row.ended_right, row.resumed, row.equal} != {row.times} for row in rows.values()))
 
 
 def parse() -> argparse.Namespace:
@@ -167,7 +166,7 @@ def run_case(case: Case, folder: Path, name: str, expected: dict[str, torch.Tens
     hurt = start(case.processes, config, folder / f"{name}.log", fault=case.fault)
     row.times += 1
     row.slowest = max(row.slowest, hurt.seconds)
-    row.as_told += told(case, hurt)
+    row.ended_right += ended_as_expected(case, hurt)
     gone = run.with_name(run.name + "-gone")
     if gone.exists():
         gone.rename(run)
@@ -181,11 +180,11 @@ def run_case(case: Case, folder: Path, name: str, expected: dict[str, torch.Tens
             print(hurt.log, again.log, sep="\n", file=sys.stderr)
     else:
         row.resumed += 1
-    found = weights(run)
-    row.equal += found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    final = weights(run)
+    row.equal += final.keys() == expected.keys() and all(torch.equal(final[key], expected[key]) for key in final)
 
 
-def told(case: Case, outcome: Outcome) -> bool:
+def ended_as_expected(case: Case, outcome: Outcome) -> bool:
     """Whether the run ended within a minute, and as the case says."""
     right_code = outcome.code != 0 if case.code is None else outcome.code == case.code
     right = right_code and case.says in outcome.log and not outcome.hung and outcome.seconds < ONE_MINUTE
@@ -232,7 +231,7 @@ def print_table(rows: dict[tuple[str, int], Row]) -> None:
     print("| fault | processes | times | ended as it should | resumed | weights equal | slowest end, s |")
     print("|---|---|---|---|---|---|---|")
     for (name, processes), row in rows.items():
-        cells = (name, processes, row.times, row.as_told, row.resumed, row.equal, f"{row.slowest:.1f}")
+        cells = (name, processes, row.times, row.ended_right, row.resumed, row.equal, f"{row.slowest:.1f}")
         print(f"| {' | '.join(map(str, cells))} |")
     total, equal = (sum(getattr(row, part) for row in rows.values()) for part in ("times", "equal"))
     print(f"\n{total} faults, {equal} of them ended with the weights of the run without them")

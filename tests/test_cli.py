@@ -126,7 +126,7 @@ def test_the_work_is_done_whatever_becomes_of_its_text(tmp_path):
         (tmp_path / "output").unlink()
 
 
-def test_a_signal_while_libraries_are_imported_is_one_line_and_the_exit_code_of_shells(tmp_path):
+def test_a_signal_during_imports_is_one_line_and_the_shells_exit_code(tmp_path):
     """Libraries that never finish their import stand in for slow ones."""
     for library in ("numpy", "torch", "huggingface_hub"):
         (tmp_path / f"{library}.py").write_text("import sys, time\nsys.stderr.write('waiting\\n')\ntime.sleep(300)\n")

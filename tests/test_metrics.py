@@ -150,7 +150,7 @@ def test_expected_reciprocal_rank_equals_a_loop_with_the_highest_grade_of_all_qu
 # ---- which queries count -----------------------------------------------------------------------------------------
 
 
-def test_queries_without_a_relevant_document_are_left_out_alike_in_runs_and_in_groups():
+def test_runs_and_groups_leave_out_queries_without_relevant_documents():
     qrels = {"b": {"u": 1}, "none": {"x": 0}, "a": {"x": 1}, "low": {"x": 1, "y": 0}}
     run = {"a": {"x": 1.0}, "none": {"x": 1.0}, "low": {"x": 1.0}, "unjudged": {"x": 1.0}}
     values = query_metrics(qrels, run, ["mrr@10"])["mrr@10"]
@@ -171,7 +171,7 @@ def test_means_over_no_query_are_nan():
         assert (values["queries"], values["queries_without_relevant"]) == (0.0, float(len(groups)))
 
 
-def test_a_query_without_a_relevant_or_without_any_document_has_zero_in_every_metric():
+def test_a_query_without_a_ranked_relevant_document_has_zero():
     for scores, labels in (([1.0, 2.0], [0, -1]), ([], [])):
         assert [value(name, scores, labels) for name in ALL] == [0.0] * len(ALL)
 

@@ -79,7 +79,7 @@ def _stretches(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def sample_in_turns(items: np.ndarray, count: int, epoch: int, key: list[int]) -> np.ndarray:
     """`count` of `items` without replacement, another window of a seeded shuffle in each epoch.
 
-    After ceil(len(items) / count) epochs every item was drawn at least once; then the shuffle is drawn anew.
+    After ceil(len(items) / count) epochs every item was drawn at least once; then there is a new shuffle.
     """
     if count >= len(items):
         return items

@@ -123,7 +123,7 @@ class CheckpointStore:
     def begin(self, step: int) -> None:
         """Make an empty folder to write into. Main process only, as is `commit`.
 
-        Raises FileNotFoundError where the output folder is gone: made anew, it would lack what was in it.
+        Raises FileNotFoundError where the output folder is gone: a new one would lack what was in it.
         """
         self.discard(step)
         self.temporary(step).mkdir()
@@ -143,8 +143,8 @@ class CheckpointStore:
         return final
 
     def update(self, state: TrainState) -> bool:
-        """Write the state again where the step's checkpoint is there and complete: a run that was stopped saves before
-        it evaluates, and evaluates when it is resumed. Returns False where there is no such checkpoint."""
+        """Rewrite the state of the step's checkpoint where that is complete: a run that was stopped saves before it
+        evaluates, and evaluates when it is resumed. Returns False where there is no such checkpoint."""
         folder = self.path(state.step)
         try:
             read_state(folder)
@@ -174,7 +174,7 @@ class CheckpointStore:
                 shutil.rmtree(folder)
 
     def remove_after(self, step: int) -> None:
-        """Remove what this run wrote beyond `step`, where it goes on from an earlier checkpoint."""
+        """Remove what this run wrote beyond `step`, where it resumes from an earlier checkpoint."""
         self.remove_incomplete()
         for later, folder in self.own():
             if later > step:
@@ -183,7 +183,7 @@ class CheckpointStore:
 
     def newest(self) -> tuple[TrainState, Path] | None:
         """The state and folder of the last complete checkpoint; None without one. Damaged ones are named, also those
-        of which nobody can say whose they are."""
+        that may be another run's."""
         named = [folder for folder in self.folder.glob("checkpoint-*") if NAME.fullmatch(folder.name)]
         for folder in sorted(named, key=_step_of, reverse=True):
             try:

@@ -118,7 +118,7 @@ class TrainingConfig(Config):
 
     @classmethod
     def resolved_entries(cls, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The training files of a finished configuration's values: of each its path, and what it says of itself."""
+        """For each training file of a finished configuration's values its path and its own keys."""
         return [{"path": values.get("train_dataset")}]
 
     def to_yaml(self) -> str:

@@ -41,7 +41,7 @@ from rag_retrieval.train.tracking import LogWindow, Tracking
 
 
 class Trainer:
-    """Trains `model` on the steps of `dataset`. `train()` starts or goes on where `state` stands."""
+    """Trains `model` on the steps of `dataset`. `train()` starts or continues at `state`."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Trainer:
         """Run until the last step or an early stop, and write the final model. Returns the final state.
 
         Raises TrainingStopped after SIGTERM or SIGINT, ProcessFailure for what strikes this process alone, and
-        TrainingError where training cannot go on.
+        TrainingError where training cannot continue.
         """
         with translate_worker_deaths(), on_signals(self.stop_request.note):
             self.tracking = Tracking(
@@ -307,10 +307,6 @@ class Trainer:
         self.tracking.say(f"checkpoint: {self.saver.save(self.state, again=self.saved_step == self.state.step)}")
         self.saved_step = self.state.step
         self.window.pause(time.monotonic() - started)
-
-    def load_checkpoint(self, folder: Path) -> None:
-        """Bring model, optimizer, scaler and random states to where `folder` was written."""
-        self.saver.load(folder)
 
     def _finish(self) -> None:
         """Write the final model: the best checkpoint's weights where a metric chose one, else the last."""

@@ -61,7 +61,7 @@ class StepChecks:
             self.optimizer.found_inf = (~torch.isfinite(mean + norm)).float()
 
     def passed(self, outcome: StepOutcome | None = None) -> Iterator[tuple[StepOutcome, float, float | None]]:
-        """Outcomes that were found sound, with loss and norm read: all but the given one, or all without one."""
+        """Outcomes that passed the checks, with their loss and norm: all but the given one, or all without one."""
         while self.waiting:
             earlier = self.waiting.popleft()
             loss, norm = earlier.mean.item(), None if earlier.norm is None else earlier.norm.item()

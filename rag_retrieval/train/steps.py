@@ -90,8 +90,8 @@ def interleave(steps: Sequence[int]) -> np.ndarray:
 class MixedSteps(Dataset):
     """The steps of a run over one data set or more. sets: by the name that their micro-batches have as `part`.
 
-    An epoch is not a pass over every set: one of weight 2 is passed over twice, one of weight 0.5 goes on in the next
-    epoch where it stopped.
+    An epoch is not a pass over every set: one of weight 2 is passed over twice, one of weight 0.5 continues in the
+    next epoch where it stopped.
     """
 
     def __init__(self, sets: Mapping[str, StepDataset]):

@@ -13,7 +13,7 @@ import first_step
 from rag_retrieval.data.store import open_store
 
 
-def test_the_pairs_are_the_same_again_and_five_of_a_query_with_one_relevant(tmp_path):
+def test_pairs_are_reproducible_five_for_a_query_with_one_relevant(tmp_path):
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for path in paths:
         first_step.write_pairs(path, 1000, np.random.default_rng(1))

@@ -209,7 +209,7 @@ def test_a_wrong_suffix_is_refused_with_the_right_ones(tmp_path):
     assert error_of(path) == f"{path}: found the suffix '.csv'; {expected}"
 
 
-def test_a_file_that_is_one_json_list_is_refused_with_the_way_to_convert_it(tmp_path):
+def test_a_json_list_is_refused_with_the_way_to_convert_it(tmp_path):
     path = write_lines(tmp_path / "a.json", ["", [GOOD, GOOD]])
     expected = "found a JSON list; expected one record per line: convert it (jq -c '.[]')."
     assert error_of(path) == f"{path}:2: {expected}"
@@ -249,7 +249,7 @@ def test_a_gzip_file_with_flipped_bytes_is_reported(tmp_path):
     assert "found broken gzip data (CRC check failed" in error_of(path)
 
 
-def test_a_fault_that_ends_the_file_is_shown_though_twenty_lines_were_bad_before(tmp_path):
+def test_the_fault_that_ends_a_file_is_shown_after_twenty_others(tmp_path):
     path = write_lines(tmp_path / "a.jsonl.gz", ["x"] * 30)
     path.write_bytes(path.read_bytes()[:-4])
     lines = error_of(path).splitlines()
@@ -322,7 +322,7 @@ def test_one_function_says_what_is_a_file(tmp_path, monkeypatch):
     assert not any(map(is_file, ["name", "owner/name", "owner/name-v1.5", "owner/name@refs/pr/1#zh"]))
 
 
-def test_a_configuration_takes_a_hub_name_with_revision_and_configuration_and_no_file_that_is_missing(tmp_path):
+def test_a_configuration_takes_hub_names_but_no_missing_files(tmp_path):
     class Sample(Config):
         data: DatasetName
 

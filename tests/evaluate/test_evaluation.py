@@ -63,7 +63,7 @@ def test_the_run_has_the_model_s_scores_of_the_candidates(config, toy):
     assert found.before.name == "BM25" and set(found.before.per_query["mrr@10"].values()) == {1 / 3}
 
 
-def test_a_run_that_is_cut_off_goes_on_where_it_stopped_and_gives_the_same(config, scored, monkeypatch, tmp_path):
+def test_an_interrupted_evaluation_continues_to_the_same_result(config, scored, monkeypatch, tmp_path):
     monkeypatch.setattr(scoring, "PART_PAIRS", {"cpu": 5})  # two queries of four documents
     whole = evaluate_reranker(config)
     assert scored == [8, 8]
@@ -100,7 +100,7 @@ def test_a_finished_run_is_taken_again_until_weights_or_candidates_change(config
 
 
 @pytest.mark.parametrize("damage", [lambda lines: lines[:5], lambda lines: [*lines[:5], "q8 Q0"]])
-def test_a_finished_run_that_was_cut_is_scored_anew(config, scored, damage):
+def test_a_truncated_run_file_is_scored_again(config, scored, damage):
     first = evaluate_reranker(config)
     file = first.output_dir / "run.trec"
     whole = file.read_text()
@@ -109,7 +109,7 @@ def test_a_finished_run_that_was_cut_is_scored_anew(config, scored, damage):
     assert scored == [16, 16] and file.read_text() == whole
 
 
-def test_a_missing_library_is_told_before_anything_is_scored(config, scored, monkeypatch):
+def test_a_missing_library_is_reported_before_anything_is_scored(config, scored, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else object())
     with pytest.raises(ValueError, match=r"evaluation needs matplotlib; run: pip install -e '.\[evaluate,report\]'"):
         evaluate_reranker(config.model_copy(update={"report": True}))
@@ -227,7 +227,7 @@ def test_queries_without_a_relevant_document_are_left_out_and_named(config, toy)
     assert result["model"]["ndcg@10"] == pytest.approx(sum(means) / 3)
 
 
-def test_a_document_with_the_id_of_the_query_is_left_out_unless_it_is_wanted(config, toy):
+def test_a_document_with_the_query_id_is_left_out_unless_wanted(config, toy):
     for name, id_ in (("queries.jsonl", "q8"), ("qrels/test.tsv", "q8"), ("runs/bm25.test.tsv", "q8")):
         (toy / name).write_text((toy / name).read_text().replace(id_, "d8-1"))
     found = evaluate_reranker(config)

@@ -107,7 +107,7 @@ def arguana(tmp_path):
     return tmp_path
 
 
-def test_a_document_with_the_id_of_its_query_is_no_candidate_as_in_beir(tmp_path):
+def test_a_document_with_its_querys_id_is_no_candidate(tmp_path):
     folder = arguana(tmp_path)
     data = read_ranking_data(folder, "test", "bm25", 2)
     assert list(data.candidates["a1"]) == ["b1", "c1"] and "a1" in data.candidates["q"]
@@ -124,7 +124,7 @@ def test_a_run_s_identical_ids_are_left_out_before_the_depth_counts(tmp_path):
     assert read_ranking_data(folder, "test", folder / "run", 1).candidates["q"] == {"c1": 1}
 
 
-def test_how_the_words_were_made_is_part_of_the_data_where_they_were_counted(toy):
+def test_how_words_were_made_is_kept_where_they_were_counted(toy):
     assert read_ranking_data(toy, "test", "bm25", 3).words == "", "the folder's own run"
     (toy / "runs/bm25.test.tsv").unlink()
     assert read_ranking_data(toy, "test", "bm25", 3).words.startswith("english ")

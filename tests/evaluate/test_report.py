@@ -113,7 +113,7 @@ def test_training_and_validation_are_separate_curves_without_a_cut_last_line(run
     }
 
 
-def test_every_metric_of_the_table_has_a_curve_and_a_colour_of_its_own(run):
+def test_every_metric_has_its_own_curve_and_colour(run):
     names = [metric.pattern.replace("@k", "@5") for metric in METRICS.values()]
     line = {"step": 1, "kind": "eval", "loss": 1.0, **dict.fromkeys(names, 0.5)}
     write(run / "metrics.jsonl", json.dumps(line) + "\n")

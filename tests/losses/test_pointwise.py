@@ -43,7 +43,7 @@ def test_mse_gradient_is_twice_the_error_times_the_slope_of_the_sigmoid():
     assert scores.grad.tolist() == pytest.approx([-0.09375, 0.25], rel=1e-6)
 
 
-def test_bce_of_huge_scores_is_the_score_itself_where_it_is_wrong_and_zero_where_it_is_right():
+def test_bce_of_a_huge_wrong_score_is_the_score_of_a_right_one_zero():
     scores = torch.tensor([1e4, 1e4, -1e4, -1e4], requires_grad=True)
     labels = torch.tensor([1.0, 0.0, 1.0, 0.0])
     loss = pointwise_bce(scores, labels, reduction="sum")
@@ -93,7 +93,7 @@ def test_chance_of_mse_is_the_variance_of_the_labels():
 
 
 @pytest.mark.parametrize(("loss", "chance"), [(pointwise_bce, constant_bce), (pointwise_mse, constant_mse)])
-def test_no_constant_score_is_better_than_chance_and_the_logit_of_the_mean_label_reaches_it(loss, chance):
+def test_the_best_constant_score_is_the_logit_of_the_mean_label(loss, chance):
     labels = torch.tensor([1.0, 0.0, 0.0, 0.7, 0.1, 9.0])
     mask = torch.tensor([True, True, True, True, True, False])
     level = chance(labels, mask)

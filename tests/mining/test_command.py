@@ -73,7 +73,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.slow
-def test_a_run_that_a_signal_ends_goes_on_to_the_same_bytes(tmp_path, model_folders):
+def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, model_folders):
     animal_data(tmp_path / "data")
     options = ["--data", str(tmp_path / "data"), "--reranker", model_folders["bert"], "--last_rank", "30"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -93,7 +93,7 @@ def test_a_run_that_a_signal_ends_goes_on_to_the_same_bytes(tmp_path, model_fold
         errors = run.communicate(timeout=60)[1].decode()
         assert run.returncode == (-9 if number == signal.SIGKILL else 128 + number)
         if number != signal.SIGKILL:
-            assert "the same command goes on where this one stopped" in errors
+            assert "the same command continues where this one stopped" in errors
         assert not output.exists()
         assert len(list(work.glob("parts-*.partial/*.jsonl"))) == 3
         assert subprocess.run(command("on", output), env=environment, timeout=240).returncode == 0

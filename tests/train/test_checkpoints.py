@@ -222,7 +222,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("after", range(12))
-def test_a_kill_at_any_removal_or_rename_leaves_nothing_that_is_taken_for_a_checkpoint(tmp_path, monkeypatch, after):
+def test_a_kill_at_any_removal_or_rename_leaves_no_false_checkpoint(tmp_path, monkeypatch, after):
     store = CheckpointStore(tmp_path, "this-run", keep=1)
     for step in (1, 3):
         save(store, step)
@@ -272,7 +272,7 @@ def test_files_and_folder_are_flushed_before_the_rename(store, monkeypatch):
     assert flushed[flushed.index("renamed") + 1] == store.folder.name
 
 
-def test_an_output_folder_that_is_gone_is_not_made_anew(store):
+def test_a_missing_output_folder_is_not_created_again(store):
     shutil.rmtree(store.folder)
     with pytest.raises(FileNotFoundError):
         store.begin(1)

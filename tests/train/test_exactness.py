@@ -1,6 +1,6 @@
 """Every engine, with two processes, takes the steps of a plain float32 loop (tests/plain_training.py).
 
-What a reader would get wrong: all cases of an engine run in one launch, made by the first test that asks for it.
+All cases of an engine run in one launch, made by the first test that asks for it.
 """
 
 import json
@@ -256,7 +256,7 @@ def test_bf16_trains_float32_weights_as_one_process_does(outputs, alone, request
 
 
 @pytest.mark.parametrize("case", ["again", "resumed"])
-def test_the_same_seed_gives_the_same_bits_with_other_workers_and_after_a_resume(outputs, case):
+def test_a_seed_gives_the_same_bits_with_other_workers_and_after_resume(outputs, case):
     assert_close(final_weights(outputs / case), final_weights(outputs / "whole"), atol=0)
 
 

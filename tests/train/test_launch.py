@@ -140,7 +140,7 @@ def test_without_an_accelerator_deepspeed_talks_over_gloo(monkeypatch):
     assert adapt_to_cpu() == "gloo"
 
 
-def test_deepspeed_is_told_to_clip_to_gather_and_to_keep_float32_weights():
+def test_deepspeed_is_set_to_clip_gather_and_keep_float32_weights():
     config = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto", "bf16": {"enabled": True}}
     set_up_deepspeed(config, batch_size=8, max_grad_norm=0.5)
     assert config["gradient_clipping"] == 0.5 and config["gradient_accumulation_steps"] == 1

@@ -185,7 +185,7 @@ def test_steps_larger_than_the_shared_memory_arrive(tmp_path):
     assert done.stdout == "[0, 1, 2]\n", done.stderr
 
 
-def test_no_shared_memory_for_queues_is_an_error_that_names_it_and_the_key_to_change(monkeypatch):
+def test_missing_shared_memory_is_an_error_that_names_the_key_to_change(monkeypatch):
     def refuse(loader):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -127,7 +127,7 @@ class Validation:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         middle = len(batch) // 2
-        logger.warning("validation: %d pairs do not fit in memory at once, going on with halves", len(batch))
+        logger.warning("validation: %d pairs do not fit in memory at once, continuing with halves", len(batch))
         halves = (texts_of(batch, 0, middle), texts_of(batch, middle, len(batch)))
         return torch.cat([self._forward(model, half) for half in halves])
 

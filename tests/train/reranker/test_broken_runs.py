@@ -1,4 +1,4 @@
-"""Whole runs that go on with another configuration or on other processes, or that something outside breaks."""
+"""Whole runs that are resumed with another configuration or on other processes, or that something outside breaks."""
 
 import json
 import os
@@ -26,7 +26,7 @@ CPU = {"ACCELERATE_USE_CPU": "true"}
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Train until a step is done, as a run that was told to stop."""
+    """Train until a step is done, as a run that was asked to stop."""
 
     def run(values: dict, step: int) -> None:
         take_step = Trainer.train_step
@@ -72,7 +72,7 @@ def test_a_resume_with_another_configuration_says_every_difference_and_changes_n
     assert {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()} == before
 
 
-def test_a_resume_that_is_told_so_goes_on_with_the_new_values(settings, stop_after, monkeypatch):
+def test_resume_with_changes_continues_with_the_new_values(settings, stop_after, monkeypatch):
     values = settings(warmup_proportion=0.0, stable_proportion=1.0)
     stop_after(values, 2)
     groups = []
@@ -197,6 +197,6 @@ def test_a_ctrl_c_that_reaches_launcher_and_processes_saves_one_checkpoint(two, 
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    told = process.communicate(timeout=240)[1]
-    assert process.returncode != 0 and "error: stopped by SIGINT after step" in told
+    errors = process.communicate(timeout=240)[1]
+    assert process.returncode != 0 and "error: stopped by SIGINT after step" in errors
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1

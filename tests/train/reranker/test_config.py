@@ -50,7 +50,7 @@ def test_a_decoder_gets_its_four_texts_and_a_given_one_stays():
     assert problems(DECODER, special_token="").keys() == {"special_token"}
 
 
-def test_a_yes_no_head_takes_its_texts_from_the_model_unless_they_are_given():
+def test_a_yes_no_head_takes_its_texts_from_the_model_by_default():
     config = RerankerConfig(**DECODER, head="yes_no", seq="\n", instruction="i")
     assert (config.head, config.query_format, config.seq, config.yes_token) == ("yes_no", None, "\n", None)
     assert config.instruction == "i" and config.ignored is None
@@ -225,7 +225,7 @@ def test_each_file_has_the_configuration_of_a_run_on_it_alone():
     assert (one, two) == (1.0, 2.0)
 
 
-def test_an_entry_takes_the_keys_that_go_with_a_loss_only_with_that_loss():
+def test_an_entry_inherits_the_options_of_a_loss_only_with_it():
     run = GROUPED_RUN | {"temperature": 0.5, "teacher_loss_type": "margin_mse", "teacher_weight": 0.7}
     same, other, own = files(
         ["a.jsonl", {"path": "b.jsonl", "loss_type": "info_nce"}, {"path": "c.jsonl", "temperature": 2}], **run

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from tiny_models import tiny_qwen2
 from training_runs import (
     final_weights,
@@ -29,6 +30,7 @@ from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.train.reranker import run as run_module
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.run_folder import folder_lock
+from rag_retrieval.train.run_record import read_run_record
 from rag_retrieval.train.task import TrainingError
 
 EPSILON = 1e-3  # Adam divides rounding noise by itself where a gradient is zero, as that of key biases is
@@ -286,7 +288,7 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_whole(settings):
     assert sorted(Path(values["output_dir"]).rglob("*")) == before
 
 
-def test_the_model_to_start_from_is_not_removed_with_the_run_that_wrote_it(settings):
+def test_overwriting_a_run_does_not_remove_the_model_to_start_from(settings):
     values = settings()
     train(values)
     model = str(Path(values["output_dir"]) / "model")
@@ -631,13 +633,29 @@ def test_a_checkpoint_of_a_lora_run_holds_the_adapter_alone(settings):
 # --- what a run leaves behind ---
 
 
+def test_a_finished_run_has_a_card_with_the_figures_of_its_model(settings, tmp_path):
+    validation = write_jsonl(tmp_path / "dev.jsonl", grouped_records(6, seed=1))
+    state = train(settings(records=grouped_records(8), val_dataset=validation, batch_size=2, epochs=2))
+    out = tmp_path / "run"
+    text = (out / "model" / "README.md").read_text()
+    best = next(line for line in read_metrics(out, "eval") if line["step"] == state.best_step)
+    data = ModelCard(text).data
+    assert data.model_name == "run" and data.base_model is None, "a folder's name is not one of the hub"
+    results = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert results["ndcg@10"] == round(best["ndcg@10"], 4) and results["loss"] == round(best["loss"], 4)
+    assert "training: train.jsonl\n  records          8\n" in text and "validation: dev.jsonl" in text
+    assert str(tmp_path) not in text and "lr: 0.001" in text
+    assert json.loads((out / "run.json").read_text())["model_step"] == state.best_step
+    assert read_run_record(out).provenance["processes"] == 1
+
+
 def test_a_run_leaves_model_configuration_and_metrics(settings):
     values = settings(log_interval=2, save_on_epoch_end=True)
     train(values)
     output_dir = Path(values["output_dir"])
     names = {path.name for path in output_dir.iterdir()}
-    told = {"metrics.jsonl", "run.json", "training_config.yaml", "provenance.json", "data_summary.json"}
-    assert names == {"model", "checkpoint-5"} | told
+    records = {"metrics.jsonl", "run.json", "training_config.yaml", "provenance.json", "data_summary.json"}
+    assert names == {"model", "checkpoint-5"} | records
     assert yaml.safe_load((output_dir / "training_config.yaml").read_text())["head_lr"] == 1e-2
     lines = read_metrics(output_dir, "train")
     assert [(line["step"], line["epoch"]) for line in lines] == [(2, 0.4), (4, 0.8), (5, 1.0)]

@@ -150,7 +150,7 @@ def test_listwise_groups_have_exactly_one_positive_also_from_several(steps):
     assert batch.items == (4,)
 
 
-def test_a_teacher_score_of_the_positive_does_not_change_the_one_hot_label_of_listwise_ce(steps):
+def test_teacher_scores_do_not_change_the_one_hot_label_of_listwise_ce(steps):
     records = [{"query": "q", "pos": ["a"], "neg": ["b"], "pos_scores": [7.5], "neg_scores": [-2.0]}]
     assert steps("listwise_ce", records)[0, 0][0].labels.tolist() == [[1.0, 0.0]]
     assert steps("pairwise_ranknet", records)[0, 0][0].labels.tolist() == [[7.5, -2.0]]
@@ -168,7 +168,7 @@ def test_a_process_with_nothing_to_do_gets_a_filler_without_loss_or_gradient(ste
         assert value.item() == 0 and scores.grad.tolist() == [0.0]
 
 
-def test_documents_are_reordered_anew_in_each_epoch(steps):
+def test_documents_are_reordered_differently_in_each_epoch(steps):
     long = {"query": "q", "content": " ".join(["river"] * 10 + ["paris"] * 10 + ["seine"] * 10), "label": 1}
     data = steps("point_ce", [long] * 8, shuffle_rate=0.5)
     shown = [pairs_of(data, batch) for epoch in range(2) for batch in data[epoch, 0]]
@@ -237,7 +237,7 @@ def lines_of(data: TrainingSteps, epoch: int) -> list[int]:
 
 
 @pytest.mark.parametrize("loss", ["point_ce", "pairwise_ranknet"])
-def test_a_weight_below_one_goes_on_in_the_next_epoch_where_it_stopped(steps, loss):
+def test_a_weight_below_one_continues_in_the_next_epoch(steps, loss):
     """19 records, weight 0.3: 6 an epoch, so that the 4th epoch begins the second pass after 1 of its 6."""
     records = pointwise_records(19) if loss == "point_ce" else grouped_records(19)
     whole, part = steps(loss, records), steps(loss, records, weight=0.3)

@@ -74,13 +74,13 @@ def test_the_data_are_never_written_over_and_a_folder_is_no_data(keys, tmp_path)
 
 
 @pytest.mark.parametrize("max_len", [16, None])
-def test_pairs_that_a_teacher_does_not_see_whole_are_told(keys, tmp_path, caplog, max_len):
+def test_truncated_pairs_of_a_teacher_are_reported(keys, tmp_path, caplog, max_len):
     hits = [{"content": "river " * 30, "label": 1}, {"content": "a", "label": 0}, {"content": "b", "label": 0}]
     data = write_jsonl(tmp_path / "long.jsonl", [{"query": "river", "hits": hits}] * 2)
     distill(DistillConfig(**keys | {"dataset": str(data), "max_len": max_len}))
-    told = [line for line in caplog.messages if "are cut" in line]
+    truncated = [line for line in caplog.messages if "are cut" in line]
     expected = "33.3% of the first 6 pairs are longer than 16 tokens and are cut; max_len sets another limit"
-    assert told == ([expected] if max_len else [])
+    assert truncated == ([expected] if max_len else [])
 
 
 def stop_after(monkeypatch, parts: int) -> list[int]:
@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_where_it_stopped_to_the_same_bytes(keys, tmp_path
     assert not list(tmp_path.glob("*.parts"))
 
 
-def test_other_data_or_teachers_do_not_go_on_with_the_parts_that_are_there(keys, monkeypatch, model_folders):
+def test_other_data_or_teachers_do_not_reuse_finished_parts(keys, monkeypatch, model_folders):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 2)
         distill(DistillConfig(**keys))
