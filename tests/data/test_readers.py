@@ -351,7 +351,7 @@ TRIPLES = ["what eats bamboo\tthe panda\tthe tiger", "什么吃鱼\t猫\t牛"]
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz", ".TSV"])
-def test_a_line_of_triples_is_a_query_with_a_positive_and_a_negative(tmp_path, suffix):
+def test_a_triple_is_a_query_a_positive_and_a_negative(tmp_path, suffix):
     path = write_lines(tmp_path / f"a{suffix}", ["\ufeff" + TRIPLES[0], "", TRIPLES[1] + "\r"])
     got = [(one.query, one.documents, one.labels, one.positive, one.line) for one in read(path)]
     assert got == [

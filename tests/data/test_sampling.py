@@ -35,7 +35,7 @@ def test_the_order_of_an_epoch_is_a_permutation():
     assert order.dtype == np.int32
 
 
-def test_the_order_differs_by_epoch_and_by_seed_and_is_the_same_again():
+def test_the_order_is_reproducible_and_differs_by_epoch_and_seed():
     first = epoch_order(1, 0, 100)
     assert (first == epoch_order(1, 0, 100)).all()
     assert (first != epoch_order(1, 1, 100)).any()

@@ -45,7 +45,7 @@ def keys(tmp_path, model_folders) -> dict:
     }
 
 
-def test_every_pair_of_every_format_has_the_teacher_s_score_in_input_order(keys, model_folders):
+def test_pairs_of_every_format_get_teacher_scores_in_input_order(keys, model_folders):
     summary = distill(DistillConfig(**keys))
     before = read(keys["dataset"])
     after = read(keys["output"], label_key="teacher_score")
@@ -97,7 +97,7 @@ def stop_after(monkeypatch, parts: int) -> list[int]:
     return scored
 
 
-def test_a_stopped_run_goes_on_where_it_stopped_to_the_same_bytes(keys, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_to_the_same_bytes(keys, tmp_path, monkeypatch):
     config = DistillConfig(**keys)
     distill(config)
     whole = Path(keys["output"]).read_bytes()
@@ -134,7 +134,7 @@ def test_a_second_run_on_one_output_is_refused(keys):
         distill(DistillConfig(**keys, overwrite=True))
 
 
-def test_an_existing_output_and_bad_lines_are_refused_before_a_teacher_is_loaded(keys, monkeypatch):
+def test_existing_output_and_bad_lines_are_refused_before_loading_a_teacher(keys, monkeypatch):
     monkeypatch.setattr(run_module, "load_teachers", None)
     Path(keys["output"]).write_text("precious")
     with pytest.raises(ValueError, match="out.jsonl exists; take another output, or overwrite: true"):
@@ -210,7 +210,7 @@ def command(keys: dict, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_go_on_to_the_bytes_of_one(keys, tmp_path):
+def test_two_killed_processes_continue_to_the_bytes_of_one(keys, tmp_path):
     keys |= {"dataset": write_jsonl(tmp_path / "many.jsonl", grouped_records(1500)), "pairs_per_part": 40}
     done = launch(command(keys, tmp_path))
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ def test_a_window_gives_the_mean_loss_and_the_last_rate_and_norm():
     }
 
 
-def test_steps_that_the_scaler_skipped_are_counted_and_their_norm_is_left_out():
+def test_steps_skipped_by_the_scaler_are_counted_without_their_norm():
     window = LogWindow(num_processes=1)
     window.add(1.0, 3.0, 1, 0.1)
     window.add(1.0, float("inf"), 1, 0.1)

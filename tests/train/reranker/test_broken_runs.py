@@ -168,7 +168,7 @@ def test_ddp_resumes_on_one_process_and_on_two_with_the_product_kept(two, settin
 
 
 @pytest.mark.slow
-def test_an_exception_on_one_process_ends_all_within_a_minute_with_its_traceback(two):
+def test_an_exception_on_one_process_ends_all_with_its_traceback(two):
     fault = json.dumps({"do": "exception", "phase": "step", "call": 3, "delay": 0.0, "ranks": [1]})
     started = time.monotonic()
     done = launch([*TORCHRUN, "benchmarks/fault_runs.py", str(two()), fault], timeout=100, **CPU)

@@ -175,7 +175,7 @@ def test_accumulation_changes_nothing(settings, loss_type, tmp_path):
     assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], abs=1e-5)
 
 
-def test_triples_train_and_validate_as_the_same_groups_of_pos_and_neg_do(settings, tmp_path):
+def test_triples_train_and_validate_as_equal_pos_neg_groups_do(settings, tmp_path):
     records = [
         {"query": one["query"], "pos": [hits[0]], "neg": hits[1:]}
         for one in grouped_records(20, sizes=(3, 5))
@@ -579,7 +579,7 @@ def pairs_to_score() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2"])
-def test_lora_trains_adapters_and_head_and_gives_a_merged_model_and_an_adapter(
+def test_lora_trains_adapters_and_head_and_writes_merged_and_adapter(
     settings, decoder, bert, qwen2, tmp_path, family
 ):
     from peft import PeftModel

@@ -153,7 +153,7 @@ def test_a_process_whose_peer_has_ended_says_so_without_a_traceback(config, caps
 
     monkeypatch.setattr(Trainer, "train_step", fail)
     assert main(["--config", config()]) == 1
-    assert errors(capsys)[-1].startswith("error: another process of this run has ended.")
+    assert errors(capsys)[-1].startswith("error: another process of this run has ended")
 
 
 def test_a_full_disk_is_an_error_line_and_code_1(config, tmp_path, capsys):
@@ -171,7 +171,7 @@ def test_a_full_disk_is_an_error_line_and_code_1(config, tmp_path, capsys):
     assert main(["--config", path, "--resume", "auto"]) == 0
 
 
-def test_a_folder_without_the_right_to_write_is_an_error_line_at_once(config, tmp_path, capsys, monkeypatch):
+def test_a_read_only_folder_is_an_error_line_at_once(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert main(["--config", config(model_name_or_path="a-hub/model-that-is-not-here")]) == 2
     assert f"error: output_dir: {tmp_path} is not writable; take another output_dir" in capsys.readouterr().err

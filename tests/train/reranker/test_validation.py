@@ -147,7 +147,7 @@ def test_what_cannot_be_measured_is_left_out(validation):
     assert "ndcg@10" in validation("pairwise_ranknet", grouped_records(2)).metrics
 
 
-def test_relevance_begins_at_one_for_whole_labels_and_in_the_middle_for_others():
+def test_relevance_begins_at_1_for_whole_labels_else_in_the_middle():
     assert relevance_threshold(np.array([0, 1, 3], np.float32)) == 1.0
     assert relevance_threshold(np.array([0.1, 0.9], np.float32)) == pytest.approx(0.5)
 
