@@ -57,9 +57,7 @@ def make_adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> to
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=devices <= FUSED_DEVICES)
 
 
-def warmup_stable_cosine(
-    step: int, total_steps: int, warmup_proportion: float, stable_proportion: float
-) -> float:
+def warmup_stable_cosine(step: int, total_steps: int, warmup_proportion: float, stable_proportion: float) -> float:
     """The factor in [0, 1] by which the peak learning rate is multiplied at `step`.
 
     With W = round(warmup_proportion * total_steps) and
