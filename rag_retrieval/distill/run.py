@@ -26,7 +26,7 @@ from rag_retrieval.data.records import Record, RecordRules
 from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.distill.output import ScoreSummary, scored_line
 from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.settings import YES_NO_NAMES, resolve_model_path
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from rag_retrieval.core.work_folder import WorkFolder
 from rag_retrieval.data.corpus import Corpus
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.output import Mined
