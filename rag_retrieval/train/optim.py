@@ -45,11 +45,7 @@ def parameter_groups(
                 if (name in new_parameters) == new and (name not in no_decay) == decay
             ]
             if members:
-                yield {
-                    "params": members,
-                    "lr": new_lr if new else lr,
-                    "weight_decay": weight_decay if decay else 0.0,
-                }
+                yield {"params": members, "lr": new_lr if new else lr, "weight_decay": weight_decay if decay else 0.0}
 
 
 def make_adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.AdamW:

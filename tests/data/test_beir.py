@@ -120,11 +120,7 @@ def test_a_folder_has_a_pool_only_where_it_lists_candidates(toy):
         ("corpus.jsonl", "", "corpus.jsonl: found no documents"),
         ("queries.jsonl", '{"_id": "q", "text": "\\ud83d"}\n', "queries.jsonl:1: text has half of a character"),
         ("queries.jsonl", '{"_id": "q 1", "text": ""}\n', "queries.jsonl:1: _id is 'q 1'; expected a text without"),
-        (
-            "corpus.jsonl",
-            '{"_id": "d 1", "text": ""}\n',
-            "corpus.jsonl:1: _id is 'd 1'; expected a text",
-        ),
+        ("corpus.jsonl", '{"_id": "d 1", "text": ""}\n', "corpus.jsonl:1: _id is 'd 1'; expected a text"),
         ("candidates.test.tsv", "q8\td99\n", "candidates.test.tsv:1: corpus.jsonl has no document 'd99'"),
     ],
 )

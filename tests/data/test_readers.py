@@ -122,9 +122,7 @@ def test_a_parquet_text_that_is_not_utf8_is_reported_with_its_row(tmp_path):
     )
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"query": ["q", "q"], "content": content, "label": [1, 1]}), path)
-    assert error_of(path) == (
-        f"{path}:2: found the byte 0xff at byte offset 1 of a text of this row; expected UTF-8."
-    )
+    assert error_of(path) == (f"{path}:2: found the byte 0xff at byte offset 1 of a text of this row; expected UTF-8.")
 
 
 # ---- many bad lines, bad sources
@@ -218,9 +216,7 @@ def test_a_json_list_is_refused_with_the_way_to_convert_it(tmp_path):
 def test_a_utf16_file_is_one_error_not_one_for_each_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n", encoding="utf-16")
-    assert error_of(path) == (
-        f"{path}:1: found a UTF-16 mark; expected UTF-8: save the file as UTF-8."
-    )
+    assert error_of(path) == (f"{path}:1: found a UTF-16 mark; expected UTF-8: save the file as UTF-8.")
 
 
 def test_a_file_with_a_gzip_name_that_is_not_gzip_is_refused(tmp_path):

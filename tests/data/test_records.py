@@ -181,8 +181,7 @@ def test_hits_without_exactly_one_positive_are_reported_where_that_is_demanded(t
     path = write_lines(tmp_path / "a.jsonl", [hits([0, 1]), hits(labels), {"query": "q", "pos": ["a", "b"]}])
     assert len(read(path)) == 3
     assert error_of(path, exactly_one_positive=True) == (
-        f"{path}:2: hits has the labels {shown}; "
-        "expected exactly one 1 and the rest 0 for listwise cross entropy."
+        f"{path}:2: hits has the labels {shown}; expected exactly one 1 and the rest 0 for listwise cross entropy."
     )
 
 

@@ -127,9 +127,7 @@ def test_missing_qrels_say_which_splits_are_there(tmp_path, corpus):
 
 @pytest.mark.parametrize(
     "queries, message",
-    [
-        ([{"_id": "1", "text": "a"}] * 2, "queries.jsonl:2: the _id '1' was given before; give each query its own."),
-    ],
+    [([{"_id": "1", "text": "a"}] * 2, "queries.jsonl:2: the _id '1' was given before; give each query its own.")],
 )
 def test_a_bad_query_is_reported_with_its_line(tmp_path, corpus, queries, message):
     folder = write_beir(tmp_path / "data", DOCUMENTS, {}, [("1", "d0", 1)])

@@ -83,9 +83,7 @@ def test_betas_and_epsilon_reach_the_optimizer_which_is_fused():
 # --- the schedule ---
 
 PROPORTIONS = [
-    pair
-    for pair in itertools.product([0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0], repeat=2)
-    if sum(pair) <= 1.0
+    pair for pair in itertools.product([0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0], repeat=2) if sum(pair) <= 1.0
 ] + [(0.7, 0.3), (0.3, 0.7), (2 / 3, 1 / 3), (0.1, 0.9), (0.05, 0.95), (0.55, 0.45)]
 
 

@@ -22,9 +22,7 @@ def config(settings, tmp_path):
 
 
 def errors(capsys) -> list[str]:
-    return [
-        line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))
-    ]
+    return [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))]
 
 
 def test_a_run_returns_zero_and_options_win_over_the_file(config, tmp_path):
@@ -88,8 +86,7 @@ def test_a_loss_that_is_not_finite_is_code_1_without_a_traceback(config, capsys)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_training_ends_after_the_step_with_its_code(config, tmp_path, capsys, monkeypatch, number,
-                                                                          code):
+def test_a_signal_in_training_ends_after_the_step_with_its_code(config, tmp_path, capsys, monkeypatch, number, code):
     from rag_retrieval.train.loop import Trainer
 
     take_step = Trainer.train_step
@@ -186,9 +183,7 @@ def test_a_traceback_can_be_asked_for(config, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command", [["rag_retrieval.cli", "train"], ["accelerate.commands.launch", "--cpu", SCRIPT]]
-)
+@pytest.mark.parametrize("command", [["rag_retrieval.cli", "train"], ["accelerate.commands.launch", "--cpu", SCRIPT]])
 def test_the_command_trains_from_the_repository_root(config, tmp_path, command):
     done = launch([*command, "--config", config()])
     assert done.returncode == 0, done.stderr

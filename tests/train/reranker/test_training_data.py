@@ -194,10 +194,7 @@ def test_workers_change_nothing(steps, loss):
     def contents(num_workers: int) -> list:
         loader = step_loader(data, epochs=2, done=0, num_workers=num_workers)
         return [
-            [
-                (b.pairs.ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources)
-                for b in step
-            ]
+            [(b.pairs.ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources) for b in step]
             for step in steps_of(loader)
         ]
 
