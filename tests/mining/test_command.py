@@ -13,7 +13,7 @@ from rag_retrieval.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_yaml_file_and_options_mine_and_print_what_was_kept_and_dropped(tmp_path, capsys):
+def test_mining_from_yaml_prints_what_was_kept_and_dropped(tmp_path, capsys):
     animal_data(tmp_path / "data")
     (tmp_path / "mine.yaml").write_text("data: data\noutput: nowhere.jsonl\nnum_negatives: 3\nlast_rank: 10\n")
     output = tmp_path / "out.jsonl"

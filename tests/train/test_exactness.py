@@ -218,7 +218,7 @@ def test_the_cases_hold_a_step_without_a_pair(plain, case):
     assert [loss == 0.0 for loss in losses] == [step == STEP_WITHOUT_PAIRS for step in range(5)]
 
 
-def test_five_steps_over_two_files_with_a_loss_each_equal_a_plain_loop(outputs, alone, cases):
+def test_five_steps_over_two_files_and_losses_equal_a_plain_loop(outputs, alone, cases):
     assert step_size("listwise_ce", 3) == MIXED_STEP
     expected = plain_training(cases["mixed"], MIXED_STEP, FACTORS)
     assert_plain_steps(outputs / "mixed", *expected)

@@ -168,7 +168,7 @@ def test_ddp_resumes_on_one_process_and_on_two_with_the_product_kept(two, settin
 
 
 @pytest.mark.slow
-def test_an_exception_on_one_process_ends_all_long_before_wait_minutes(two):
+def test_an_exception_on_one_process_ends_all_with_its_traceback(two):
     fault = json.dumps({"do": "exception", "phase": "step", "call": 3, "delay": 0.0, "ranks": [1]})
     done = launch([*TORCHRUN, "benchmarks/fault_runs.py", str(two(wait_minutes=30)), fault], **CPU)  # of 4 minutes
     assert done.returncode != 0

@@ -16,10 +16,7 @@ PAIRS = [("what?", "It is."), ("open a file", "in Python, line by line"), ("wate
 @pytest.fixture(scope="session")
 def causal(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("causal")
-    return {
-        "tied": tiny_causal(root / "tied", "qwen3", tied=True),
-        "untied": tiny_causal(root / "untied", "qwen2"),
-    }
+    return {"tied": tiny_causal(root / "tied", "qwen3", tied=True), "untied": tiny_causal(root / "untied", "qwen2")}
 
 
 @pytest.fixture
