@@ -3,8 +3,8 @@
 Makes pointwise files of short pairs in a temporary folder, builds their stores in a process of its own, then
 lets two processes at once read all pairs in scattered order. Run: `python benchmarks/data_memory.py`.
 
-The trap: RSS counts the mapped pages of the store, which all processes share and the system drops when memory
-is short; it does grow with the file. What a process has for itself is "private": RSS less file-backed pages.
+RSS counts the mapped pages of the store, which all processes share and the system drops when memory
+is short; it grows with the file. What a process has for itself is "private": RSS less file-backed pages.
 """
 
 import argparse

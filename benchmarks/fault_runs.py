@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 benchmarks/fault_runs.py CONFIG.yaml '{"phase": "saving", "do": "kill", ...}'
 
-What a reader would get wrong: the processes are those of the launcher and of `train_reranker`, started by fork from
-one that has imported everything. Imports take longer than a run of the tiny model, and there are a hundred runs.
+The processes are those of the launcher and of `train_reranker`, but forked from one that has imported everything:
+imports take longer than a run of the tiny model, and there are a hundred runs.
 """
 
 import json

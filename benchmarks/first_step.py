@@ -6,8 +6,8 @@ Makes pointwise files of 10,000 and of `--pairs` pairs in the work folder and st
 three times: "cold" builds the store, "warm" finds it, "dropped" finds it on the disk but no longer in memory,
 as after a restart of the machine. A run is stopped by an interrupt as soon as its first step is logged.
 
-The trap: the laps are those of the main process. Two workers prepare batches beside it, so that "batch" is how
-long the main process waited for the first one, start of the workers included, and not what it costs to make.
+The laps are those of the main process, beside which two workers prepare batches: "batch" is how long it waited for the
+first one, start of the workers included, not what a batch costs to make.
 """
 
 import argparse

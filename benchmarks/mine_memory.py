@@ -3,7 +3,7 @@
 Makes documents of words drawn by Zipf's law, queries that are some words of a document each, and a tiny encoder
 with random weights. Each row is a process of its own. Run: `python benchmarks/mine_memory.py --work FOLDER`.
 
-The trap: RSS counts mapped pages of index, vectors and corpus too, which the system drops when memory is short.
+RSS counts mapped pages of index, vectors and corpus too, which the system drops when memory is short.
 What the process has for itself is "private": RSS less file-backed pages.
 """
 

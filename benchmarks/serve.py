@@ -119,9 +119,9 @@ def address_in(log) -> str:
     printed = []
     for line in log:
         printed.append(line)
-        found = re.search(r"listening on (\S+)", line)
-        if found:
-            return found[1]
+        match = re.search(r"listening on (\S+)", line)
+        if match:
+            return match[1]
     raise SystemExit("the server did not start:\n" + "".join(printed))
 
 
@@ -192,10 +192,10 @@ async def ask(client: httpx.AsyncClient, question: Question, outcome: Outcome) -
 def is_right(answer: list[dict], scores: np.ndarray) -> bool:
     """Whether each text has the score that it has alone, each once and best first."""
     order = [entry["index"] for entry in answer]
-    found = np.array([entry["score"] for entry in answer])
-    if sorted(order) != list(range(len(scores))) or (np.diff(found) > 0).any():
+    answered = np.array([entry["score"] for entry in answer])
+    if sorted(order) != list(range(len(scores))) or (np.diff(answered) > 0).any():
         return False
-    return bool(np.allclose(found, scores[order], rtol=0, atol=TOLERANCE))
+    return bool(np.allclose(answered, scores[order], rtol=0, atol=TOLERANCE))
 
 
 async def overload(

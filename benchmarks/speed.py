@@ -5,8 +5,8 @@
     git worktree add /tmp/old fad153e && python benchmarks/speed.py --old /tmp/old --out speed.jsonl
 
 Sides take turns, in reversed order every other round, on the same model folder, pairs, precision and threads.
-The trap: the sides of a work are compared round by round. Figures of two works, or of two runs of this script, are
-of different moments of a machine that others may be using.
+Compare the sides of one work alone: figures of two works, or of two runs of this script, are of different moments of a
+machine that others may be using.
 """
 
 import argparse

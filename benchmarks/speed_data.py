@@ -1,7 +1,7 @@
 """What `speed.py` computes on: pairs of drawn token lengths, and model folders made on the spot.
 
-A drawn length counts every token that an encoder reads, special tokens included. The trap: for a decoder it
-counts the words of query and document alone; the formats around them (an 85-token prompt among them) come on top.
+A drawn length counts every token that an encoder reads, special tokens included. For a decoder it counts the words of
+query and document alone, without the formats around them (an 85-token prompt among them).
 """
 
 import json

@@ -1,7 +1,6 @@
 """The floor: the time that the matrix products of the real tokens take at the machine's measured GEMM rate.
 
-The trap: it counts every pair on its own. A side that computes a prompt once for several pairs does less, and
-may come below it.
+It counts every pair on its own: a side that computes a prompt once for several pairs may come below it.
 """
 
 import time

@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py --work onnx --model runs/my/model --data DIR --out speed.jsonl
 
-Every side is a `Reranker` that scores the same pairs, tokenization included; what it ranks is measured too. The trap:
-torch packs its pairs and the others pad them, so lengths matter. Pairs of equal lengths would flatter the others.
+Every side is a `Reranker` that scores the same pairs, tokenization included; what it ranks is measured too. Torch
+packs its pairs and the others pad them, so that pairs of equal lengths would flatter the others.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The figures of a work: rounds summed up, a table for a person, and what machine and versions they are of.
 
-The trap: ratios are taken round by round, of sides that ran one after the other, and only then is their median
-taken. The ratio of two medians is another number.
+Ratios are taken within each round, of sides that ran one after the other; what is reported is their median, not the
+ratio of two medians.
 """
 
 import os

@@ -1,8 +1,8 @@
 """The sides that `speed.py` compares, each driven through its own real training loop or scoring call.
 
 Every call builds its side afresh from the model's folder, takes `WARMUP` steps that are not timed, then those that
-are, and leaves nothing behind. The trap: a step's pairs are those that our own sampler drew; the others are given
-the same pairs for that step, so what is compared is the handling of a step and not the luck of its lengths.
+are, and leaves nothing behind. All sides get the pairs that our own sampler drew for a step, so that lengths are
+equal and its handling alone differs.
 """
 
 import gc
@@ -68,7 +68,7 @@ class EnoughSteps(Exception):
 
 
 class StepClock:
-    """Told of every finished optimizer step, it times `steps` of them after the first `WARMUP`.
+    """Times `steps` optimizer steps after the first `WARMUP`; the loop calls `step_done` after each.
 
     Between two of its marks lies all that a loop does: loading and tokenizing too. The GPU is waited for at the
     first and the last mark alone.
@@ -100,7 +100,7 @@ def peak_bytes(device: str) -> int | None:
 
 
 def empty_memory(device: str) -> None:
-    """Free what an earlier side left, and watch the peak anew."""
+    """Free what an earlier side left, and reset the peak."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -120,7 +120,7 @@ def train_ours(job: Job, first: int, steps: int) -> Took:
 def our_losses(job: Job, steps: int) -> list[float]:
     """The loss of each of the first steps, from the run's own metrics file."""
     folder = Path(tempfile.mkdtemp(dir=job.scratch))
-    # a step is logged after the clock was told of it, so the loop is left one step later
+    # a step is logged after the clock has counted it, so the loop is left one step later
     run_ours(our_trainer(job, 0, folder, log_interval=1), StepClock(steps + 1 - WARMUP, job.device))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]

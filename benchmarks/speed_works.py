@@ -1,7 +1,7 @@
 """The works that `speed.py` measures: training on steps of pairs or groups, and scoring calls.
 
-Each checks first that the sides compute the same: a side that skips work would win. The trap: a decoder's formats
-are put around a pair by our model itself, and for the others by whoever calls them (`text_pairs`).
+Each checks first that the sides compute the same: a side that skips work would win. A decoder's formats
+are put around a pair by our model itself; for the others `text_pairs` does it.
 """
 
 import argparse
@@ -210,11 +210,11 @@ def their_scorer(job: Job, batch: int) -> Scorer:
 
 def flag_embedding_can(job: Job) -> bool:
     """Whether FlagEmbedding's reranker takes part; says why it does not."""
-    found = importlib.util.find_spec("FlagEmbedding") is not None
+    installed = importlib.util.find_spec("FlagEmbedding") is not None
     suits = job.formats is None and job.dtype == "float32"
-    if not found or not suits:
-        say(f"  {FLAG} takes no part: " + ("only encoders in float32 are alike" if found else "not installed"))
-    return found and suits
+    if not installed or not suits:
+        say(f"  {FLAG} takes no part: " + ("only encoders in float32 are alike" if installed else "not installed"))
+    return installed and suits
 
 
 def flag_embedding_scorer(job: Job, batch: int) -> Scorer:

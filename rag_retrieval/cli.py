@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COLUMNS = 100  # of a report where stdout is no terminal
-GOES_ON = "the same command goes on where this one stopped"
+CONTINUES = "the same command continues where this one stopped"
 
 COMMANDS = {
     command.name: command
@@ -34,7 +34,7 @@ COMMANDS = {
             config="rag_retrieval.evaluate.config:EvaluationConfig",
             run="rag_retrieval.cli:evaluate",
             work=("rag_retrieval.evaluate.evaluation",),
-            interrupted=GOES_ON,
+            interrupted=CONTINUES,
         ),
         Command(
             "mine",
@@ -42,7 +42,7 @@ COMMANDS = {
             config="rag_retrieval.mining.config:MiningConfig",
             run="rag_retrieval.cli:mine",
             work=("rag_retrieval.mining.run",),
-            interrupted=GOES_ON,
+            interrupted=CONTINUES,
         ),
         Command(
             "distill",
@@ -50,7 +50,7 @@ COMMANDS = {
             config="rag_retrieval.distill.config:DistillConfig",
             run="rag_retrieval.cli:distill",
             work=("rag_retrieval.distill.run",),
-            interrupted=GOES_ON,
+            interrupted=CONTINUES,
         ),
         Command(
             "export",

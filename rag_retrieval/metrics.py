@@ -132,8 +132,7 @@ def parse_metric(name: str) -> tuple[Metric, int | None]:
     match = re.fullmatch(r"([a-z_]+)(?:@([1-9][0-9]{0,9}))?", name)
     metric = METRICS.get(match[1]) if match else None
     if metric is None or metric.has_cutoff != bool(match[2]) or int(match[2] or 1) > MOST_CUTOFF:
-        patterns = ", ".join(metric.pattern for metric in METRICS.values())
-        raise ValueError(f"found {name!r}; expected one of {patterns}, such as ndcg@10, with k up to {MOST_CUTOFF:,}")
+        raise ValueError(f"found {name!r}; expected one of {PATTERNS}, such as ndcg@10, with k up to {MOST_CUTOFF:,}")
     return metric, int(match[2]) if match[2] else None
 
 

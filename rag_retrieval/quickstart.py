@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
 from transformers import AutoModel, AutoTokenizer
 
 from rag_retrieval.core.config import Config, OutputPath, key
@@ -21,6 +20,7 @@ from rag_retrieval.data.store import Group, open_store
 from rag_retrieval.metrics import group_metrics, metric_value, rank_group
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.settings import resolve_model_path
+from rag_retrieval.retrieval.encoder import pooled_vectors
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.train_reranker import SHIPPED_CONFIGS
 from rag_retrieval.train.reranker.train_reranker import main as train
@@ -53,7 +53,8 @@ def run(config: QuickstartConfig) -> str | int:
     options = ["--train_dataset", json.dumps(train_dataset), "--seed", str(config.seed)]
     if code := train(["--config", str(CONFIG), "--output_dir", str(output_dir), *options]):
         return code
-    groups = read_groups(EXAMPLES / "stdlib_grouped.test.jsonl")
+    store = open_store(EXAMPLES / "stdlib_grouped.test.jsonl")
+    groups = [store.group(index) for index in range(store.num_groups)]
     base = load_config(RerankerConfig, str(CONFIG), options).model_name_or_path
     model_folder = output_dir / "model"
     rankings = {
@@ -71,11 +72,6 @@ def run(config: QuickstartConfig) -> str | int:
     return "\n".join(lines)
 
 
-def read_groups(file: Path) -> list[Group]:
-    store = open_store(file)
-    return [store.group(index) for index in range(store.num_groups)]
-
-
 def reranker_scores(folder: Path, groups: list[Group]) -> list[np.ndarray]:
     pairs = [(group.query, document) for group in groups for document in group.documents]
     scores = CrossEncoder.from_pretrained(str(folder)).compute_score(pairs, batch_size=32)
@@ -85,23 +81,13 @@ def reranker_scores(folder: Path, groups: list[Group]) -> list[np.ndarray]:
 def cosine_scores(base: str, groups: list[Group]) -> list[np.ndarray]:
     """Cosine of mean-pooled token vectors, as the base (a sentence embedding model) was made for."""
     texts = sorted({text for group in groups for text in (group.query, *group.documents)}, key=len)
-    vectors = embed(resolve_model_path(base), texts)
+    path = resolve_model_path(base)
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+    batches = [texts[start : start + 32] for start in range(0, len(texts), 32)]
+    vectors = np.concatenate([pooled_vectors(model, tokenizer, batch, 256, "mean") for batch in batches])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     row = {text: place for place, text in enumerate(texts)}
     return [vectors[[row[text] for text in group.documents]] @ vectors[row[group.query]] for group in groups]
-
-
-@torch.inference_mode()
-def embed(model_path: str, texts: list[str], batch_size: int = 32) -> np.ndarray:
-    """Unit vectors of the texts: [texts, width], float32."""
-    tokenizer, model = AutoTokenizer.from_pretrained(model_path), AutoModel.from_pretrained(model_path).eval()
-    parts = []
-    for start in range(0, len(texts), batch_size):
-        batch = texts[start : start + batch_size]
-        inputs = tokenizer(batch, padding=True, truncation=True, max_length=256, return_tensors="pt")
-        mask = inputs["attention_mask"][..., None].float()
-        pooled = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
-        parts.append(torch.nn.functional.normalize(pooled, dim=1))
-    return torch.cat(parts).float().numpy()
 
 
 def table(rankings: dict[str, list[np.ndarray]], groups: list[Group]) -> Iterator[str]:

@@ -3,8 +3,8 @@
     accelerate launch --config_file FILE tests/engine_runs.py cases.json
 
 cases.json: name of a case to the keys of its configuration. Starting processes takes longer than a tiny training,
-so they are started once. What a reader would get wrong: a run ends its process group, and one that was ended
-cannot be made anew, so here it is kept.
+so they are started once. A run ends its process group, and an ended one cannot be created
+again, so here it is kept.
 """
 
 import json

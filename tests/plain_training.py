@@ -1,6 +1,6 @@
 """Reranker training as a plain loop: one process, float32, no engine, every formula written out; for tests.
 
-Only the data are the trainer's own: token ids and labels of each step. What a reader would get wrong: a step here
+Only the data are the trainer's own: token ids and labels of each step. A step here
 is one batch of all its records, padded, in one forward, however many processes and micro-batches the trainer takes.
 """
 

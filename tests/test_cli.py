@@ -126,7 +126,7 @@ def test_the_work_is_done_whatever_becomes_of_its_text(tmp_path):
         (tmp_path / "output").unlink()
 
 
-def test_a_signal_while_libraries_are_imported_is_one_line_and_the_exit_code_of_shells(tmp_path):
+def test_a_signal_during_imports_is_one_line_and_the_shells_exit_code(tmp_path):
     """Libraries that never finish their import stand in for slow ones."""
     for library in ("numpy", "torch", "huggingface_hub"):
         (tmp_path / f"{library}.py").write_text("import sys, time\nsys.stderr.write('waiting\\n')\ntime.sleep(300)\n")
@@ -152,7 +152,7 @@ def test_a_deleted_current_folder_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_user_without_a_home_is_one_line_that_says_what_to_set(tmp_path):
+def test_a_user_without_a_home_gets_one_line_with_the_remedy(tmp_path):
     """As in a container that runs under a user id of its own: neither HOME nor an entry in the list of users."""
     (tmp_path / "sitecustomize.py").write_text(
         "import pwd\ndef getpwuid(number):\n    raise KeyError('uid not found')\npwd.getpwuid = getpwuid\n"

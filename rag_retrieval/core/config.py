@@ -178,7 +178,7 @@ class Location:
         return self.find(name, info.context["folders"]) if info.context and name else name
 
     def find(self, name: str, folders: Sequence[Path]) -> str:
-        """An absolute path, or `name` where it is no path. Raises ValueError."""
+        """An absolute path, or `name` where it is not a path. Raises ValueError."""
         if name in self.words or (self.only_files and not self.is_file_name(name)):
             return name
         if self.package and name.startswith("package:"):
@@ -246,9 +246,6 @@ def shown_value(value: Any) -> str:
     except ValueError:  # Python writes no number of over 4,300 digits
         text = f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 4] + " ..."
-
-
-# What a key takes
 
 
 def parts_of(key_field: FieldInfo) -> list[tuple[Any, tuple]]:

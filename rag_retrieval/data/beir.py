@@ -179,9 +179,9 @@ def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, lis
 def _header_order(fields: list[str], columns: Sequence[str]) -> list[int] | None:
     """The place of each of `columns` in a header; None for a line that is no header."""
     plain = [re.sub(r"[-_ ]", "", field).lower() for field in fields]
-    found = [[place for place, name in enumerate(plain) if name in HEADER_NAMES[column]] for column in columns]
-    if len(fields) == len(columns) and all(len(places) == 1 for places in found):
-        return [place for (place,) in found]
+    columns_of = [[place for place, name in enumerate(plain) if name in HEADER_NAMES[column]] for column in columns]
+    if len(fields) == len(columns) and all(len(places) == 1 for places in columns_of):
+        return [place for (place,) in columns_of]
     return None
 
 
@@ -200,9 +200,7 @@ def _is_grade(number: float) -> bool:
 # ---- runs
 
 
-def read_run(
-    path: str | Path, queries: Collection[str] | None = None, documents: Collection[str] | None = None
-) -> Run:
+def read_run(path: str | Path, queries: Collection[str] | None = None, documents: Collection[str] | None = None) -> Run:
     """Scores by query and document.
 
     queries, documents: the ids of the data, where the run must fit them. Raises DataError with file and line for a line
@@ -254,7 +252,7 @@ def write_run(path: Path, run: Run, name: str) -> None:
     those of equal score as trec_eval takes them (`trec_order`), so that the ranks are those that are measured.
     """
     label = "_".join(name.split()) or "run"
-    with atomic_write(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for query, scores in run.items():
             for rank, document in enumerate(trec_order(scores), start=1):
                 file.write(f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n")

@@ -1,4 +1,4 @@
-"""A corpus on disk, read in place: texts, ids, and hashes by which documents are found and told apart.
+"""A corpus on disk, read in place: texts, ids, and hashes by which documents are looked up.
 
 `build_corpus` streams a corpus file into a folder of columns (`columns`), `Corpus` maps them. A document is a row,
 counted from 0 in the file's order; its text is title, space and body, or the body alone without a title.

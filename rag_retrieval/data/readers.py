@@ -258,8 +258,8 @@ def source_name(source: str | Path, split: str) -> str:
 def read_records(source: str | Path, rules: RecordRules, *, split: str = "train") -> Iterator[Record]:
     """Yield every valid record of a file or hub data set, in order, with one small batch in memory at a time.
 
-    split: of a hub data set; files have none. Raises DataError after the last line with all bad lines, so whoever
-    stores records must throw the work away then; also when the source cannot be opened or has no records. Blank
+    split: of a hub data set; files have none. Raises DataError after the last line with all bad lines, so
+    a caller that stores records must discard them then; also when the source cannot be opened or has no records. Blank
     lines are skipped but counted.
     """
     name, bad, is_empty = source_name(source, split), BadLines(), True

@@ -1,6 +1,6 @@
 """One ranking record, a query with its documents and their labels: what is accepted, and what is refused how.
 
-Four formats are told apart record by record, by their keys (other keys are ignored):
+Each record has one of four formats, recognized by its keys (other keys are ignored):
 
     {"query": "q", "content": "d", "label": 1}                                  pointwise
     {"query": "q", "hits": [{"content": "d", "label": 1}, ...]}                 hits
@@ -218,15 +218,15 @@ def _teacher_scores(data: dict, format_: str, count: int, rules: RecordRules) ->
     """One score per document of a record that is valid otherwise, exact float32; NaN where one may be absent and is."""
     key = rules.teacher_key
     if format_ == "pointwise":
-        found = [(key, data.get(key))]
+        named = [(key, data.get(key))]
     elif format_ == "hits":
-        found = [(f"hits[{index}].{key}", hit.get(key)) for index, hit in enumerate(data["hits"])]
+        named = [(f"hits[{index}].{key}", hit.get(key)) for index, hit in enumerate(data["hits"])]
     elif format_ == "triple":
-        found = [("teacher score of a triple", None)] * count
+        named = [("teacher score of a triple", None)] * count
     else:
         num_pos = len(data["pos"])
-        found = _pos_neg_scores(data, num_pos, count - num_pos) or [("pos_scores", None)] * count
-    return array("f", [_teacher_score(score, name, rules) for name, score in found]).tolist()
+        named = _pos_neg_scores(data, num_pos, count - num_pos) or [("pos_scores", None)] * count
+    return array("f", [_teacher_score(score, name, rules) for name, score in named]).tolist()
 
 
 def _teacher_score(value: object, name: str, rules: RecordRules) -> float:

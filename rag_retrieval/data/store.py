@@ -185,7 +185,7 @@ def open_store(
     with FileLock(f"{folder}.lock"):
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            _build_aside(folder, source, split, rules, group_by_query)
+            _build_and_rename(folder, source, split, rules, group_by_query)
             if _identity(source, split) != identity:
                 shutil.rmtree(folder)
                 raise DataError(f"{source}: the source changed while it was read; start again.")
@@ -228,14 +228,14 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _build_aside(folder: Path, source: str | Path, split: str, rules: RecordRules, group_by_query: bool) -> None:
+def _build_and_rename(folder: Path, source: str | Path, split: str, rules: RecordRules, group_by_query: bool) -> None:
     """Build under a temporary name, then rename: a folder under its own name is always complete."""
-    aside = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
+    temporary = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     records = read_records(source, rules, split=split)
     try:
         with_teacher = rules.teacher_key is not None
         name = source_name(source, split)
-        build_store(aside, records, name, group_by_query, rules.exactly_one_positive, with_teacher)
-        aside.rename(folder)
+        build_store(temporary, records, name, group_by_query, rules.exactly_one_positive, with_teacher)
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,8 @@
 """What a store holds, in numbers and as text: counts, sizes of the groups, and a histogram of the labels.
 
 The counts are taken when the store is built and kept in its `meta.json`; nothing here reads the pairs again. A single
-document counts as a group with all labels equal, so that of an ungrouped pointwise file
-every group does; `format_summary` leaves groups out there.
+document counts as a group with all labels equal: every group of an ungrouped pointwise file does, and `format_summary`
+leaves groups out there.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ class StoreSummary:
 
 def summary(store) -> StoreSummary:
     """The counts of a `RecordStore` (not imported here: writing a store needs this file)."""
-    found = store.meta["summary"]
-    return StoreSummary(**found | {"label_histogram": [tuple(bar) for bar in found["label_histogram"]]})
+    values = store.meta["summary"]
+    return StoreSummary(**values | {"label_histogram": [tuple(bar) for bar in values["label_histogram"]]})
 
 
 def label_histogram(labels: np.ndarray) -> list[tuple[float, float, int]]:
@@ -58,7 +58,7 @@ def label_histogram(labels: np.ndarray) -> list[tuple[float, float, int]]:
 
 
 def format_summary(
-    found: StoreSummary,
+    counts: StoreSummary,
     name: str,
     *,
     token_lengths: np.ndarray | None = None,
@@ -71,18 +71,18 @@ def format_summary(
     token_lengths: int [pairs], tokens of each pair before truncation; sampled: of a sample of the pairs.
     max_len: tokens; pairs longer than that are counted as truncated.
     """
-    rows = [("records", f"{found.records:,}"), ("pairs", f"{found.pairs:,}")]
-    rows.append(("queries", f"{found.queries:,} distinct"))
-    if found.largest_group > 1:
-        sizes = f"{found.smallest_group:,} to {found.largest_group:,} documents"
-        rows.append(("groups", f"{found.groups:,} of {sizes}"))
-        rows.append(("", f"{found.equal_label_groups:,} of them with all labels equal"))
-    rows.append(("repeated pairs", f"{found.repeated_pairs:,} (same query and document)"))
-    rows.append(("empty documents", f"{found.empty_documents:,}"))
+    rows = [("records", f"{counts.records:,}"), ("pairs", f"{counts.pairs:,}")]
+    rows.append(("queries", f"{counts.queries:,} distinct"))
+    if counts.largest_group > 1:
+        sizes = f"{counts.smallest_group:,} to {counts.largest_group:,} documents"
+        rows.append(("groups", f"{counts.groups:,} of {sizes}"))
+        rows.append(("", f"{counts.equal_label_groups:,} of them with all labels equal"))
+    rows.append(("repeated pairs", f"{counts.repeated_pairs:,} (same query and document)"))
+    rows.append(("empty documents", f"{counts.empty_documents:,}"))
     if token_lengths is not None and len(token_lengths):
         rows += _token_rows(np.asarray(token_lengths), max_len, sampled)
     lines = [name, *(f"  {title:<17}{value}" for title, value in rows), "  labels"]
-    return "\n".join(lines + _bars(found.label_histogram))
+    return "\n".join(lines + _bars(counts.label_histogram))
 
 
 def _token_rows(lengths: np.ndarray, max_len: int | None, sampled: bool) -> list[tuple[str, str]]:

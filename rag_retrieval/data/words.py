@@ -47,11 +47,11 @@ def tokenize(texts: Sequence[str], language: str = AUTO) -> list[list[str]]:
     English) or "plain" (words as they are). Raises ValueError for another name.
     """
     check_language(language)
-    found = []
+    tokenized = []
     for text in texts:
         words = _WORD.findall(text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold())
-        found.append([part for word in words for part in _parts(word, language)])
-    return found
+        tokenized.append([part for word in words for part in _parts(word, language)])
+    return tokenized
 
 
 def check_language(language: str) -> None:

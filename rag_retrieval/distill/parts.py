@@ -125,7 +125,7 @@ class PartFolder:
         return sum(part.pairs for part in finished)
 
     def write(self, part: Part, lines: Iterable[str]) -> None:
-        with atomic_write(self.path / part.name) as aside, aside.open("w", encoding="utf-8") as file:
+        with atomic_write(self.path / part.name) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
@@ -140,18 +140,18 @@ class PartFolder:
                     yield line
             if count != part.records:
                 found = f"{path}: has {count} lines and was written with {part.records}"
-                raise ValueError(f"{found}; delete it, and the same command scores that part anew")
+                raise ValueError(f"{found}; delete it, and the same command scores that part again")
 
     def finish(self, parts: list[Part]) -> None:
         """All parts one after another as the output, whole or not at all; then the folder is removed."""
-        aside = self.path / "output.tmp"
-        with aside.open("wb") as file:
+        temporary = self.path / "output.tmp"
+        with temporary.open("wb") as file:
             for part in parts:
                 with (self.path / part.name).open("rb") as source:
                     shutil.copyfileobj(source, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, self.output)
+        os.replace(temporary, self.output)
         shutil.rmtree(self.path)
 
 

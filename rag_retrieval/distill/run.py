@@ -26,9 +26,8 @@ from rag_retrieval.data.records import Record, RecordRules
 from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.distill.output import ScoreSummary, scored_line
 from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.settings import YES_NO_NAMES, resolve_model_path
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,9 @@ def prepare(config: DistillConfig, folder: PartFolder, lock: ExitStack) -> list[
     """Check everything that can be checked without a teacher, and take the folder of the parts."""
     busy = f"output: another process is writing {folder.output}; wait for it, or take another"
     lock.enter_context(locked(lock_file_of(folder.output), busy))
-    check_paths(config, folder)
+    folder.check_output(config.overwrite)
+    if is_file(config.dataset) and checked_path(config.dataset).resolve() == folder.output.resolve():
+        raise ValueError(f"output: {folder.output} is the dataset, whose other keys would be lost; take another output")
     run = described(config)
     parts = plan_parts(records(config), config.pairs_per_part)
     folder.begin(run, config.overwrite)
@@ -70,13 +71,6 @@ def prepare(config: DistillConfig, folder: PartFolder, lock: ExitStack) -> list[
     logger.info("%s: %s pairs in %d parts, %s scored before",
                 config.dataset, f"{sum(part.pairs for part in parts):,}", len(parts), f"{done:,}")  # fmt: skip
     return parts
-
-
-def check_paths(config: DistillConfig, folder: PartFolder) -> None:
-    """Raises ValueError for data or an output that cannot be, and for an output that is the data."""
-    folder.check_output(config.overwrite)
-    if is_file(config.dataset) and checked_path(config.dataset).resolve() == folder.output.resolve():
-        raise ValueError(f"output: {folder.output} is the dataset, whose other keys would be lost; take another output")
 
 
 def records(config: DistillConfig) -> Iterator[Record]:
@@ -114,9 +108,7 @@ def load_teachers(config: DistillConfig, device: torch.device) -> list[Reranker]
 def load_teacher(name: str, config: DistillConfig, device: torch.device) -> Reranker:
     """A reranker as its folder says it is asked; any other language model is asked the configuration's question."""
     # what belongs to the question changes no teacher that has one of its own
-    options = config.model_options().model_copy(update=dict.fromkeys(YES_NO_NAMES))
-    if options.device is None and options.devices is None:
-        options = options.model_copy(update={"device": str(device)})
+    options = config.model_options(device).model_copy(update=dict.fromkeys(YES_NO_NAMES))
     try:
         return Reranker.from_backend(open_backend(name, options, config.question))
     except ValueError as error:
@@ -141,16 +133,10 @@ def report_teachers(config: DistillConfig, teachers: list[Reranker]) -> None:
     pairs = list(islice(all_pairs, SAMPLE))
     for teacher in teachers:
         logger.info("teacher %s: %s", teacher.backend.name, teacher.backend.describe())
-        if cut := cut_share(teacher.backend.pair_encoder, pairs):
-            longer = f"{cut:.1%} of the first {len(pairs):,} pairs are longer than {teacher.max_length} tokens"
+        lengths = teacher.backend.pair_encoder.untruncated_lengths(pairs)
+        if truncated := float((lengths > teacher.max_length).mean()):
+            longer = f"{truncated:.1%} of the first {len(pairs):,} pairs are longer than {teacher.max_length} tokens"
             logger.warning("%s and are cut; max_length sets another limit", longer)
-
-
-def cut_share(encoder: PairEncoder, pairs: list[tuple[str, str]]) -> float:
-    """The share of pairs that do not fit whole, in [0, 1]."""
-    queries, documents = zip(*pairs, strict=True)
-    ids = zip(encoder.query_ids(list(queries)), encoder.document_ids(list(documents)), strict=True)
-    return sum(encoder.untruncated_length(*pair) > encoder.max_length for pair in ids) / len(pairs)
 
 
 def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], teachers: list[Reranker]) -> None:
@@ -160,10 +146,11 @@ def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], te
     main, waiting = process_index() == 0, list(parts)
     total, done = sum(part.pairs for part in parts), folder.take_finished(waiting)
     with Progress(total, "scoring", "pairs", done, shown=main) as progress:
-        for part, found in records_of(own, records(config) if own else ()):
-            pairs = [(record.query, document) for record in found for document in record.documents]
+        for part, part_records in records_of(own, records(config) if own else ()):
+            pairs = [(record.query, document) for record in part_records for document in record.documents]
             scores = iter(mean_logits(teachers, pairs, config.batch_size).tolist())
-            folder.write(part, [scored_line(record, [next(scores) for _ in record.documents]) for record in found])
+            lines = [scored_line(record, [next(scores) for _ in record.documents]) for record in part_records]
+            folder.write(part, lines)
             if main:  # what the other processes have finished is seen in the folder
                 progress.update(folder.take_finished(waiting))
 

@@ -75,7 +75,7 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
     )
     output_dir: OutputPath | None = key(
         "Where run.trec, per_query.jsonl and result.json go, and unfinished scores, "
-        "from which the same command goes on. Absent: runs/evaluate/MODEL-DATA.",
+        "from which the same command continues. Absent: runs/evaluate/MODEL-DATA.",
         min_length=1,
     )
     batch_size: int = key("Pairs of one forward, at most.", 256, ge=1)

@@ -20,7 +20,7 @@ from rag_retrieval.evaluate.rank_changes import QueryChange, largest_changes
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.evaluate.scoring import locked_output_dir, score_candidates
 from rag_retrieval.evaluate.significance import Comparison, compare
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metrics
 from rag_retrieval.models.calibration import Calibration, write_calibration
@@ -79,7 +79,7 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
     """Score the candidates of `config.data` with `config.model`, measure, and compare with the baseline.
 
     Under `accelerate launch` every process calls it. Scores go to `config.output_dir` as they come; the same call
-    after a kill goes on. Raises ValueError for a model, data or files that cannot be used, and where
+    after a kill continues. Raises ValueError for a model, data or files that cannot be used, and where
     `config.output_dir` is in use or has the results of another model or other data.
     """
     with process_group():
@@ -101,10 +101,7 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
 
 
 def open_reranker(name: str, config: EvaluationConfig) -> Reranker:
-    options = config.model_options()
-    if options.device is None and options.devices is None:
-        options = options.model_copy(update={"device": str(own_device())})
-    return Reranker.from_backend(open_backend(name, options))
+    return Reranker.from_backend(open_backend(name, config.model_options(own_device())))
 
 
 def check(config: EvaluationConfig) -> None:
@@ -215,6 +212,4 @@ def token_lengths(encoder: PairEncoder, data: RankingData) -> np.ndarray:
     """Tokens of at most about `SAMPLE` pairs evenly from all, before they are truncated: int, [pairs]."""
     places = [(query, document) for query, documents in data.candidates.items() for document in documents]
     sample = places[:: max(1, len(places) // SAMPLE)]
-    queries = encoder.query_ids([data.queries[query] for query, _ in sample])
-    documents = encoder.document_ids([data.documents[document] for _, document in sample])
-    return np.array([encoder.untruncated_length(*pair) for pair in zip(queries, documents, strict=True)])
+    return encoder.untruncated_lengths([(data.queries[query], data.documents[document]) for query, document in sample])

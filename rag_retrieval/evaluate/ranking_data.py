@@ -86,10 +86,10 @@ def read_ranking_data(
         pool = {query: list(grades) for query, grades in qrels.items()}
         name = path.name
     options = {"ignore_identical_ids": ignore_identical_ids, "language": language}
-    found = first_stage(folder, split, list(qrels), pool, candidates, depth, **options)
-    if not any(found.run.values()):
-        raise ValueError(f"{name}: {found.source} has no candidate for any of the {len(qrels)} judged queries.")
-    return RankingData(name, folder.documents, folder.queries, qrels, *found)
+    stage = first_stage(folder, split, list(qrels), pool, candidates, depth, **options)
+    if not any(stage.run.values()):
+        raise ValueError(f"{name}: {stage.source} has no candidate for any of the {len(qrels)} judged queries.")
+    return RankingData(name, folder.documents, folder.queries, qrels, *stage)
 
 
 def first_stage(

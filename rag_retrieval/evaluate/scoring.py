@@ -5,8 +5,8 @@
     run.trec.parts/     while it is unfinished: a run file for each part, and the key
     .lock               held by the evaluation that writes here
 
-The key is a digest of weights and texts, not of names and times: a model trained anew in the same folder, or a changed
-corpus, is scored anew.
+The key is a digest of weights and texts, not of names and times: a model retrained in the same folder, or a changed
+corpus, is scored again.
 """
 
 import hashlib
@@ -121,7 +121,7 @@ def read_finished(file: Path, key: str, data: RankingData) -> Run | None:
     except DataError:
         run = {}
     if any(documents.keys() != run.get(query, {}).keys() for query, documents in data.candidates.items()):
-        logger.warning("%s: changed since it was written; scoring anew", file)
+        logger.warning("%s: changed since it was written; scoring again", file)
         return None
     logger.info("%s: scored before, taken from there", file)
     return run
@@ -136,7 +136,7 @@ def begin(folder: Path, key: str) -> set[int]:
         key_file.write_text(key)
     done = {int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.trec")}
     if done:
-        logger.info("%s: %d parts were scored before; going on", folder, len(done))
+        logger.info("%s: %d parts were scored before; continuing", folder, len(done))
     return done
 
 

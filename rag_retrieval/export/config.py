@@ -36,7 +36,7 @@ class ExportConfig(ModelOptions):
 
 
 class PushConfig(Config):
-    """One upload. There is no key for a token: a command line stands in the list of processes and in the history."""
+    """One upload. There is no key for a token: command lines are visible in the process list and in the history."""
 
     main_keys: ClassVar = ("model", "repo_id", "dry_run", "license", "evaluations")
 

@@ -5,7 +5,7 @@ mean: the trainer adds the sums of all micro-batches and processes of a step and
 whole step, so that accumulation, processes and padding change nothing.
 
 To add a loss, write its function and enter it in `LOSSES`; configuration, help, checks of a resume and tests read the
-table. A loss of one's own needs no entry: `losses/custom.py`. torch is imported when a function is asked for.
+table. A user's own loss needs no entry: `losses/custom.py`. torch is imported when a function is asked for.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,6 @@
 """Losses by name: those of the table, and a user's own function as `loss_type: my_package.losses:my_loss`.
 
-A function of one's own has the signature of the shipped ones,
+A user's function has the signature of the shipped ones,
 
     def my_loss(scores, labels, mask):  # float32, float32 and bool; [pairs] or [groups, documents]
         ...
@@ -25,7 +25,7 @@ OWN_LOSS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # module:functio
 
 
 def loss_named(name: str, dataset_type: Literal["pointwise", "grouped"]) -> Loss:
-    """The loss of the table with this name or alias, or a function of one's own at `module:function`.
+    """The loss of the table with this name or alias, or a user's function at `module:function`.
 
     dataset_type: what the run trains on, which says what an own function is given. Raises ValueError for a name that
     is neither, and for an own function that does not keep to the signature or fails a check. A module is looked for

@@ -14,7 +14,7 @@ import numpy as np
 
 from rag_retrieval.core.work_folder import WorkFolder
 from rag_retrieval.data.corpus import Corpus
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.output import Mined
@@ -71,10 +71,7 @@ class Miner:
 
 def open_reranker(config: MiningConfig, device: str) -> Reranker:
     """`config.reranker` on `config.devices` or, without any, on `device`. Raises ValueError as `open_backend`."""
-    options = config.model_options()
-    if options.devices is None:
-        options = options.model_copy(update={"device": device})
-    return Reranker.from_backend(open_backend(config.reranker, options))
+    return Reranker.from_backend(open_backend(config.reranker, config.model_options(device)))
 
 
 def rerank(

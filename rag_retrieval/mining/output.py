@@ -104,11 +104,11 @@ class MiningSummary:
     words: str = ""
 
     def add(self, mined: Mined, wanted: int) -> None:
-        found = len(mined.negatives)
-        self.short_queries += 0 < found < wanted
-        self.empty_queries += not found
+        count = len(mined.negatives)
+        self.short_queries += 0 < count < wanted
+        self.empty_queries += not count
         self.candidates += mined.candidates
-        self.kept += found
+        self.kept += count
         self.dropped.update(mined.dropped)
 
     def to_dict(self) -> dict:

@@ -108,8 +108,8 @@ def mine_parts(config: MiningConfig, corpus: Corpus, queries: QuerySet, work: Wo
                 for mined in miner.mine(part):
                     lines.append(json.dumps(asdict(mined)) + "\n")
                     progress.update()
-                with atomic_write(folder / name) as aside:
-                    aside.write_text("".join(lines))
+                with atomic_write(folder / name) as temporary:
+                    temporary.write_text("".join(lines))
 
     return work.stage("parts", made_from, build, resumes=True)
 
@@ -131,8 +131,8 @@ def write_results(config: MiningConfig, corpus: Corpus, queries: QuerySet, parts
     num_positives = sum(len(query.positives) for query in queries.queries)
     counts = (len(corpus), queries.read, queries.without_text, len(queries.queries), num_positives)
     summary = MiningSummary(*counts, words=(parts / "words").read_text())
-    with atomic_write(Path(config.output)) as aside:
-        with text_writer(aside, compressed=config.output.endswith(".gz")) as file:
+    with atomic_write(Path(config.output)) as temporary:
+        with text_writer(temporary, compressed=config.output.endswith(".gz")) as file:
             for query, mined in _all_mined(queries, parts):
                 summary.add(mined, config.num_negatives)
                 if mined.negatives:
@@ -142,6 +142,6 @@ def write_results(config: MiningConfig, corpus: Corpus, queries: QuerySet, parts
         if not summary.kept:
             counts = summary.describe(config.num_negatives)
             raise ValueError(f"no query got a negative; widen the window or the margins:\n{counts}")
-        with atomic_write(summary_file(config.output)) as aside_too:
-            aside_too.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+        with atomic_write(summary_file(config.output)) as summary_temporary:
+            summary_temporary.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
     return summary

@@ -173,37 +173,25 @@ def set_config_pad_token(model: PreTrainedModel, pad_token_id: int) -> None:
 
 
 def load_classifier(
-    model_path: str,
-    *,
-    num_labels: int,
-    dtype: torch.dtype | None,
-    trust_remote_code: bool,
-    attn_implementation: str | None,
+    model_path: str, dtype: torch.dtype | None, trust_remote_code: bool, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, set[str]]:
     """The sequence-classification model with one label, and the names of its newly initialised parameters.
 
     Weights come in float32 whatever the checkpoint's dtype, unless `dtype` says otherwise: training updates
-    float32 weights, and half precision is autocast's business. Raises ValueError for num_labels other than 1,
-    for files that cannot be loaded, and for a checkpoint whose weights do not fit.
+    float32 weights, and half precision is autocast's business. Raises ValueError for files that cannot be
+    loaded, and for a checkpoint whose weights do not fit.
     """
-    check_num_labels(num_labels)
     options = (dtype, trust_remote_code, attn_implementation)
     return load_model(AutoModelForSequenceClassification, model_path, *options, {"num_labels": 1})
 
 
 def load_causal_model(
-    model_path: str,
-    *,
-    num_labels: int,
-    dtype: torch.dtype | None,
-    trust_remote_code: bool,
-    attn_implementation: str | None,
+    model_path: str, dtype: torch.dtype | None, trust_remote_code: bool, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """The causal language model with its output embedding; weights, dtype and errors as in `load_classifier`.
 
     Raises ValueError for an encoder, and for a checkpoint without an output embedding.
     """
-    check_num_labels(num_labels)
     with reading(f"{model_path}: the model"):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     if getattr(config, "is_decoder", None) is False:  # such families are decoders on request
@@ -261,7 +249,7 @@ def check_weights(model_path: str, model: PreTrainedModel, new_parameters: set[s
     """ValueError when the checkpoint's weights are not this model's: another head, or other names."""
     if mismatched:
         shapes = [
-            f"{name} is {list(found)}, needed {list(needed)}" for name, found, needed in sorted(mismatched)
+            f"{name} is {list(saved)}, needed {list(needed)}" for name, saved, needed in sorted(mismatched)
         ]
         raise ValueError(
             f"{model_path}: weights do not fit a reranker with one label: {shorten(shapes)}. Use a base "
@@ -307,7 +295,7 @@ def without_numbers(name: str) -> str:
 
 
 def own_memory(model: PreTrainedModel) -> None:
-    """Give parameters on the CPU memory of their own, aligned alike after every load.
+    """Copy parameters on the CPU into newly allocated memory, which is aligned alike after every load.
 
     They come as views of the mapped safetensors file. Its offsets differ from file to file, other addresses
     make other kernels run, and a saved copy then scored up to 2e-7 differently (measured on tiny models).

@@ -80,9 +80,12 @@ class ModelOptions(Config):
     yes_token: str | None = Field(None, min_length=1, description="yes_no: the answer for a relevant document.")
     no_token: EscapedText | None = Field(None, description='yes_no: the other answer; "" reads yes alone.')
 
-    def model_options(self) -> "ModelOptions":
-        """These options alone, of a configuration that has other keys too."""
-        return ModelOptions(**{name: getattr(self, name) for name in ModelOptions.model_fields})
+    def model_options(self, device: Any = None) -> "ModelOptions":
+        """These options alone, of a configuration that has other keys too. device: where they name none."""
+        values = {name: getattr(self, name) for name in ModelOptions.model_fields}
+        if values["device"] is None and values["devices"] is None:
+            values["device"] = device
+        return ModelOptions(**values)
 
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the named options that are not None."""

@@ -66,7 +66,10 @@ class DenseSearch:
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
         encoded = self.encode(list(queries))
         depth = min(depth, len(self.vectors))
-        rows, scores = self._nearest_by_faiss(encoded, depth) if self.index else self._nearest(encoded, depth)
+        if self.index is None:
+            rows, scores = self._nearest(encoded, depth)
+        else:
+            scores, rows = self.index.search(np.ascontiguousarray(encoded, np.float32), depth)
         lists = []
         for place, of_query in enumerate(judged):
             judged_scores = self.vectors[of_query].astype(np.float32) @ encoded[place]
@@ -85,10 +88,6 @@ class DenseSearch:
             best = torch.cat([best, keys.topk(min(depth, len(block))).values], dim=1)
             best = best.topk(min(depth, best.shape[1])).values
         return (ROWS - (best & ROWS)).cpu().numpy(), _scores(best).cpu().numpy()
-
-    def _nearest_by_faiss(self, encoded: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, rows = self.index.search(np.ascontiguousarray(encoded, np.float32), depth)
-        return rows, scores
 
 
 def _keys(scores: torch.Tensor, first_row: int) -> torch.Tensor:

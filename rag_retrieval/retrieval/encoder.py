@@ -93,11 +93,12 @@ def _plain_encoder(path: str, options: EncoderOptions, device: str) -> DenseEnco
             places = order[start : start + options.batch_size]
             batch = [(prefix or "") + texts[place] for place in places]
             vectors[places] = pooled_vectors(model, tokenizer, batch, max_len, options.pooling or "mean")
-        return unit_vectors(vectors) if options.similarity == "cosine" else vectors
+        if options.similarity == "cosine":
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)  # one of zeros stays
+        return vectors
 
     return DenseEncoder(
-        lambda texts: encode(texts, options.query_prefix),
-        lambda texts: encode(texts, options.document_prefix),
+        lambda texts: encode(texts, options.query_prefix), lambda texts: encode(texts, options.document_prefix)
     )
 
 
@@ -129,8 +130,3 @@ def pooled_vectors(
     else:
         vectors = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
     return vectors.cpu().numpy()
-
-
-def unit_vectors(vectors: np.ndarray) -> np.ndarray:
-    """Of length 1; a vector of zeros stays one."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

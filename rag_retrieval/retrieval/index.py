@@ -78,7 +78,7 @@ def _vectors(options: SearchOptions, corpus: Corpus, work: WorkFolder, device: s
 
 
 def model_content(name: str) -> str:
-    """What a model is told apart by: the content of its folder, or a hub's name."""
+    """What identifies a model: the content of its folder, or its name on the hub."""
     from rag_retrieval.models.settings import resolve_model_path
 
     path = Path(resolve_model_path(name))

@@ -1,7 +1,6 @@
 """The README.md of a model: what it is, how to use it, the data, the configuration, and what was measured.
 
-A card that somebody has written or changed is theirs: ours carries MARK in a line of its own, and is written anew only
-while that line is there.
+Our card has a line MARK and is rewritten only while that line is there; a card without it belongs to the user.
 """
 
 import json
@@ -185,8 +184,8 @@ def evaluation_table(result: dict[str, Any]) -> str:
         if measure == "name":
             continue
         row = [measure, f"{result['baseline'][measure]:.4f}", f"{value:.4f}"]
-        found = compared.get(measure)
-        row.append(f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]" if found else "")
+        test = compared.get(measure)
+        row.append(f"{test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]" if test else "")
         rows.append(row)
     title = f"`{result['data']}`: {result['queries']:,} queries, {result['pairs']:,} pairs"
     heads = ["measure", shown(result["baseline"]["name"]), "this model", "difference, 95% interval"]

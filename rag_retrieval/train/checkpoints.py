@@ -1,17 +1,21 @@
 """Checkpoints of one run: written under a temporary name, flushed, renamed when complete, rotated afterwards.
 
-`trainer_state.json` is written last and names every other file with its size: a folder without it, or with other
-files, is not complete. Only real folders `checkpoint-N` or `checkpoint-N-ID` whose state file has this run's id and
-step N are ever counted, replaced or removed; where another run has the name `checkpoint-N`, ours is
-`checkpoint-N-ID`, ID being the first eight characters of the run's id.
+`trainer_state.json` is written last and names every other file with a digest, and has one of its own: a folder without
+it, with other files or with changed ones is not complete. A digest reads at most 256 MiB of a file, evenly spread, so
+that large checkpoints are not read again as a whole at every save. Only real folders `checkpoint-N` or
+`checkpoint-N-ID` whose state file has this run's id and step N are ever counted, replaced or removed; where another run
+has the name `checkpoint-N`, ours is `checkpoint-N-ID`, ID being the first eight characters of the run's id.
 """
 
+import json
 import logging
 import os
 import re
 import shutil
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +23,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from rag_retrieval.core.distributed import on_main
-from rag_retrieval.core.files import flush_one, flush_to_disk, is_real_folder, read_json, write_json
+from rag_retrieval.core.files import content_digest, flush_one, flush_to_disk, is_real_folder, read_json, write_json
 from rag_retrieval.train.failures import translate_storage_errors
 from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.task import Task, TrainingError
@@ -53,27 +57,38 @@ class TrainState:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The state in a complete checkpoint folder. Raises DamagedCheckpoint; reads the sizes of all its files."""
+    """The state in a complete checkpoint folder. Raises DamagedCheckpoint; reads the digests of all its files."""
     values = read_json(folder / STATE_FILE)
     if not values:
         raise DamagedCheckpoint(f"{folder}: {STATE_FILE} is missing or cannot be read")
     written = values.get("files")
     if not isinstance(written, dict) or any(field.name not in values for field in fields(TrainState)):
         raise DamagedCheckpoint(f"{folder}: {STATE_FILE} is not one of this trainer")
-    sizes = file_sizes(folder)
-    wrong = [name for name in sorted(sizes.keys() | written.keys()) if sizes.get(name) != written.get(name)]
+    if values.pop("digest", None) != digest_of(values):
+        raise DamagedCheckpoint(f"{folder}: {STATE_FILE} is not as it was written")
+    present = file_digests(folder)
+    wrong = [name for name in sorted(present.keys() | written.keys()) if present.get(name) != written.get(name)]
     if wrong:
-        what = "is missing" if wrong[0] not in sizes else "is not as it was written"
+        what = "is missing" if wrong[0] not in present else "is not as it was written"
         raise DamagedCheckpoint(f"{folder}: {wrong[0]} {what}")
     return TrainState(**{field.name: values[field.name] for field in fields(TrainState)})
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file under `folder` but the state file, by its relative name."""
+def write_state(folder: Path, state: TrainState) -> None:
+    values = asdict(state) | {"files": file_digests(folder)}
+    write_json(folder / STATE_FILE, values | {"digest": digest_of(values)})
+
+
+def digest_of(values: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """`content_digest` of every file under `folder` but the state file, by its relative name."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     # with a process killed in `update`, its temporary file may lie there
     others = {name: path for name, path in files.items() if not name.startswith((STATE_FILE, f".{STATE_FILE}."))}
-    return {name: path.stat().st_size for name, path in others.items()}
+    return {name: content_digest([path]) for name, path in others.items()}
 
 
 class CheckpointStore:
@@ -108,7 +123,7 @@ class CheckpointStore:
     def begin(self, step: int) -> None:
         """Make an empty folder to write into. Main process only, as is `commit`.
 
-        Raises FileNotFoundError where the output folder is gone: made anew, it would lack what was in it.
+        Raises FileNotFoundError where the output folder is gone: a new one would lack what was in it.
         """
         self.discard(step)
         self.temporary(step).mkdir()
@@ -120,7 +135,7 @@ class CheckpointStore:
     def commit(self, state: TrainState) -> Path:
         """Complete the folder, give it its name, and remove what is no longer kept."""
         temporary, final = self.temporary(state.step), self.path(state.step)
-        write_json(temporary / STATE_FILE, asdict(state) | {"files": file_sizes(temporary)})
+        write_state(temporary, state)
         flush_to_disk(temporary)
         os.replace(temporary, final)
         flush_one(self.folder)
@@ -128,14 +143,14 @@ class CheckpointStore:
         return final
 
     def update(self, state: TrainState) -> bool:
-        """Write the state anew where the step's checkpoint is there and complete: a run that was stopped saves before
-        it evaluates, and evaluates when it is resumed. Returns False where there is no such checkpoint."""
+        """Rewrite the state of the step's checkpoint where that is complete: a run that was stopped saves before it
+        evaluates, and evaluates when it is resumed. Returns False where there is no such checkpoint."""
         folder = self.path(state.step)
         try:
             read_state(folder)
         except DamagedCheckpoint:
             return False
-        write_json(folder / STATE_FILE, asdict(state) | {"files": file_sizes(folder)})
+        write_state(folder, state)
         self._rotate(state.best_step)
         return True
 
@@ -159,7 +174,7 @@ class CheckpointStore:
                 shutil.rmtree(folder)
 
     def remove_after(self, step: int) -> None:
-        """Remove what this run wrote beyond `step`, where it goes on from an earlier checkpoint."""
+        """Remove what this run wrote beyond `step`, where it resumes from an earlier checkpoint."""
         self.remove_incomplete()
         for later, folder in self.own():
             if later > step:
@@ -168,7 +183,7 @@ class CheckpointStore:
 
     def newest(self) -> tuple[TrainState, Path] | None:
         """The state and folder of the last complete checkpoint; None without one. Damaged ones are named, also those
-        of which nobody can say whose they are."""
+        that may be another run's."""
         named = [folder for folder in self.folder.glob("checkpoint-*") if NAME.fullmatch(folder.name)]
         for folder in sorted(named, key=_step_of, reverse=True):
             try:

@@ -46,7 +46,7 @@ def translate_storage_errors(output_dir: Path) -> Iterator[None]:
         if cause is None:
             raise
         raise ProcessFailure(
-            f"output_dir {output_dir}: {cause}. Checkpoints written before are intact; then go on with --resume auto"
+            f"output_dir {output_dir}: {cause}. Checkpoints written before are intact; then continue with --resume auto"
         ) from error
 
 
@@ -136,7 +136,7 @@ def steps_of(loader: DataLoader, pin_memory: bool = False) -> Iterator[list[Micr
 def worker_death(what: str) -> ProcessFailure:
     return ProcessFailure(
         f"a data loading process ended: {what}. If the system killed it because memory ran out (exit code -9), lower "
-        "num_workers or free memory; then go on with --resume auto"
+        "num_workers or free memory; then continue with --resume auto"
     )
 
 

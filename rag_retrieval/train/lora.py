@@ -67,13 +67,13 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def outermost_new_modules(model: nn.Module, new_parameters: set[str]) -> list[str]:
     """Names of the modules all of whose parameters are new, without those within another; of a module that has other
     parameters too, the module itself. peft saves a module under its own name, and one within another not at all."""
-    found: list[str] = []
+    modules: list[str] = []
     for name, module in model.named_modules():
         own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
         direct = {f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)}
-        if (own and own <= new_parameters or direct & new_parameters) and not is_within(name, found):
-            found.append(name)
-    return sorted(found)
+        if (own and own <= new_parameters or direct & new_parameters) and not is_within(name, modules):
+            modules.append(name)
+    return sorted(modules)
 
 
 def is_within(name: str, modules: list[str]) -> bool:

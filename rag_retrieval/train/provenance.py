@@ -1,6 +1,6 @@
 """What a checkpoint was made of: configuration, data, engine and library versions, beside its weights.
 
-Data are identified by their content, not by their path, so that a run may go on on another machine.
+Data are identified by their content, not by their path, so that a run can be resumed on another machine.
 """
 
 import platform
@@ -35,7 +35,7 @@ class Provenance:
 
     @classmethod
     def read(cls, folder: Path) -> "Provenance":
-        """Of a complete checkpoint: whoever checks that it is complete has checked this file too."""
+        """Of a checkpoint that `read_state` found complete, which covers this file."""
         return cls(**read_json(folder / PROVENANCE_FILE))
 
 

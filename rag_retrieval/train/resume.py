@@ -1,10 +1,10 @@
-"""Where a run starts or goes on in its output folder, and whether it may go on from a checkpoint.
+"""Where a run starts or resumes in its output folder, and whether a checkpoint fits it.
 
 `plan_start` only reads. `claim` removes an earlier run and marks the folder, and is called when data and model are
 known to be good. Nothing is removed but what a run of this trainer wrote, by its exact name and never through a link.
 
-A run goes on only as the same run: every key that is not in MAY_CHANGE, a new one too, is compared. Those of validation
-as well, since the best value so far and the patience of early stopping were measured with it.
+Every key that is not in MAY_CHANGE, a new one too, must be as it was. Those of validation as well, since the best value
+so far and the patience of early stopping were measured with it.
 """
 
 import logging
@@ -35,16 +35,14 @@ MAY_CHANGE = {
     *("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation", "torch_compile"),
 }
 STEP_SIZE = ("batch_size", "gradient_accumulation_steps")  # times processes
-VALIDATION = {"val_dataset", "val_dataset_type", "val_label_key", "val_split", "metric_for_best_model"}
+VALIDATION = {"val_dataset", "val_label_key", "val_split", "metric_for_best_model"}
 
 
 class ResumeError(ValueError):
     """The checkpoint and this run do not fit; the message has a line for each difference."""
 
 
-def plan_start(
-    output_dir: Path, resume: str | None, overwrite: bool
-) -> tuple[TrainState, Path | None] | None:
+def plan_start(output_dir: Path, resume: str | None, overwrite: bool) -> tuple[TrainState, Path | None] | None:
     """The state to start from and the checkpoint that it was saved in (None: from the beginning).
 
     resume: None, "auto" (the newest complete checkpoint in output_dir, if any) or a checkpoint folder, which
@@ -68,7 +66,7 @@ def plan_start(
     if resume not in (None, "auto"):
         state = _named_state(Path(resume))
         in_place = Path(resume).resolve().parent == output_dir.resolve()
-        if state.run_id == earlier.get("run_id") or (in_place and not earlier):  # a damaged run file is written anew
+        if state.run_id == earlier.get("run_id") or (in_place and not earlier):  # a damaged run file is written again
             return _without_lost_best(output_dir, state), Path(resume)
     check_free(output_dir, earlier, overwrite)
     if state is None:
@@ -92,14 +90,14 @@ def _check_nothing_lost(store: CheckpointStore) -> None:
     damaged = ", ".join(folder.name for _, folder in store.own())
     if damaged:
         raise OutputFolderError(
-            f"resume: no complete checkpoint is left in {store.folder}, {damaged} are damaged. Start anew with "
+            f"resume: no complete checkpoint is left in {store.folder}, {damaged} are damaged. Start over with "
             "--overwrite_output_dir true and without --resume, which removes them, or in another output_dir"
         )
 
 
 def _check_no_orphans(output_dir: Path) -> None:
-    """Raises OutputFolderError where there are complete checkpoints but no record of their run: starting anew beside
-    them would silently lose them."""
+    """Raises OutputFolderError where there are complete checkpoints but no record of their run: starting over
+    beside them would silently lose them."""
     for folder in output_dir.glob("checkpoint-*"):
         try:
             read_state(folder)
@@ -107,7 +105,7 @@ def _check_no_orphans(output_dir: Path) -> None:
             continue
         raise OutputFolderError(
             f"resume: {output_dir / RUN_FILE} is missing or damaged, though there are checkpoints such as {folder}; "
-            f"name the one to go on from (--resume {folder}), or take another output_dir"
+            f"name the one to resume from (--resume {folder}), or take another output_dir"
         )
 
 
@@ -124,7 +122,7 @@ def _without_lost_best(output_dir: Path, state: TrainState) -> TrainState:
         return state
     except DamagedCheckpoint as damage:
         logger.warning(
-            "the best checkpoint so far, step %d, is gone (%s): the best is decided anew", state.best_step, damage
+            "the best checkpoint so far, step %d, is gone (%s): the best is chosen again", state.best_step, damage
         )
         return _without_best(state)
 
@@ -166,7 +164,7 @@ def file_keys(files: int) -> list[str]:
 def checked_resume(
     state: TrainState, checkpoint: Path, now: Provenance, config_class: type[TrainingConfig], with_changes: bool
 ) -> TrainState:
-    """The state to go on with. Raises ResumeError where the engine does not allow it, or where something that
+    """The state to resume with. Raises ResumeError where the engine does not allow it, or where something that
     matters differs and `with_changes` is False; warns of other library versions."""
     before = completed(Provenance.read(checkpoint), config_class)
     check_engine(checkpoint, before, now)
@@ -174,8 +172,8 @@ def checked_resume(
     if changes and not with_changes:
         lines = "".join(f"\n  {key}: {change}" for key, change in changes.items())
         raise ResumeError(
-            f"resume: {checkpoint} is of a run that was configured otherwise:{lines}\nRestore these to go on with "
-            "that run, or say --resume_with_changes true to go on with the new ones"
+            f"resume: {checkpoint} is of a run that was configured otherwise:{lines}\nRestore these to continue "
+            "that run, or say --resume_with_changes true to continue with the new ones"
         )
     for key, change in changes.items():
         logger.warning("resume_with_changes: %s: %s", key, change)
@@ -209,9 +207,7 @@ def check_engine(checkpoint: Path, before: Provenance, now: Provenance) -> None:
         )
 
 
-def differences(
-    before: Provenance, now: Provenance, config_class: type[TrainingConfig]
-) -> Iterator[tuple[str, str]]:
+def differences(before: Provenance, now: Provenance, config_class: type[TrainingConfig]) -> Iterator[tuple[str, str]]:
     """(key, "was X, now Y") of everything that matters, in the order of the configuration."""
     was, becomes = before.configuration, now.configuration
     for key in becomes | was:
@@ -226,7 +222,7 @@ def differences(
 def file_differences(
     before: Provenance, now: Provenance, config_class: type[TrainingConfig]
 ) -> Iterator[tuple[str, str]]:
-    """Of the training files: how many, what is in each, the size of its steps, and what a list says of it."""
+    """Of the training files: their number, and each one's content, step size and keys of its entry."""
     was, becomes = before.configuration, now.configuration
     old, new = config_class.resolved_entries(was), config_class.resolved_entries(becomes)
     if len(old) != len(new):

@@ -62,8 +62,8 @@ def run(training: Training) -> TrainState | None:
     """Train as configured. Returns the final state, or None when `resume: auto` found the run finished.
 
     Raises StartError for a mistake found before the first step, LaunchError for one of the launcher's settings,
-    TrainingError where training cannot go on, TrainingStopped where a signal ended it, PeerError where another process
-    failed before the first step. The output folder belongs to one run at a time: a second one gets a StartError.
+    TrainingError where training cannot continue, TrainingStopped where a signal ended it, PeerError where another
+    process failed before the first step. The output folder is one run's at a time: a second one gets a StartError.
     """
     config, output_dir = training.config, Path(training.config.output_dir)
     try:
@@ -94,7 +94,7 @@ def run(training: Training) -> TrainState | None:
 
 
 def prepare(training: Training, accelerator: Accelerator, output_dir: Path) -> Trainer | None:
-    """The trainer, brought to where the run begins or goes on; None where it is finished."""
+    """The trainer, at the run's beginning or at its checkpoint; None where the run is finished."""
     config = training.config
     check_model_is_kept(config)
     start = on_main(lambda: plan_start(output_dir, config.resume, config.overwrite_output_dir))
@@ -117,12 +117,12 @@ def prepare(training: Training, accelerator: Accelerator, output_dir: Path) -> T
     set_seed(config.seed, device_specific=True)  # other dropout masks on every process
     if checkpoint is not None:
         logger.info("resuming from %s, step %d", checkpoint, state.step)
-        trainer.load_checkpoint(checkpoint)
+        trainer.saver.load(checkpoint)
     return trainer
 
 
 def provenance(training: Training, accelerator: Accelerator) -> Provenance:
-    """What the checkpoints of this run will say of it."""
+    """What the run's checkpoints record of it."""
     configuration, digests = training.config.model_dump(), training.digests()
     return Provenance(configuration, digests, engine_of(accelerator), accelerator.num_processes, library_versions())
 

@@ -40,7 +40,7 @@ def read_run(output_dir: Path) -> dict:
 def check_free(output_dir: Path, earlier: dict, overwrite: bool) -> None:
     if earlier and not overwrite:
         raise OutputFolderError(
-            f"{output_dir} already holds a run. Go on with it: --resume auto. Keep it: another --output_dir. "
+            f"{output_dir} already holds a run. Continue it: --resume auto. Keep it: another --output_dir. "
             "Replace it: --overwrite_output_dir true"
         )
     for name in WRITTEN:

@@ -56,8 +56,9 @@ def read_run_record(folder: Path) -> RunRecord | None:
     configuration = parsed(folder / CONFIGURATION_FILE, yaml.safe_load)
     step = parsed(folder / RUN_FILE).get("model_step")
     lines = parsed(folder / METRICS_FILE, lambda text: list(map(json.loads, text.splitlines())))
-    found = [line for line in lines if line["kind"] == "eval" and line["step"] == step]
-    measured = {name: value for name, value in (found[-1] if found else {}).items() if name not in ("step", "kind")}
+    evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] == step]
+    last = evaluations[-1] if evaluations else {}
+    measured = {name: value for name, value in last.items() if name not in ("step", "kind")}
     data = [part_from(values) for values in parsed(folder / DATA_FILE)]
     return RunRecord(configuration, data, parsed(folder / PROVENANCE_FILE), step, measured)
 

@@ -41,7 +41,7 @@ def prepare_for_training(model: Any, config: TrainingConfig) -> Any:
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile every transformer layer in place, once for all lengths; attention stays as it is.
 
-    Traced into our attention, the compiler would begin anew for every batch, whose segments are Python numbers.
+    Traced into our attention, it would be recompiled for every batch, whose segments are Python numbers.
     """
     AttentionInterface.register(ATTENTION, torch.compiler.disable(packed_attention))
     for layer in transformer_layers(model):

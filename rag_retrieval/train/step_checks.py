@@ -41,10 +41,7 @@ class StepChecks:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        optimizer: torch.optim.Optimizer,
-        describe_batch: Callable[[MicroBatch], str],
+        self, accelerator: Accelerator, optimizer: torch.optim.Optimizer, describe_batch: Callable[[MicroBatch], str]
     ):
         self.describe_batch = describe_batch
         self.updates_in_backward = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -61,7 +58,7 @@ class StepChecks:
             self.optimizer.found_inf = (~torch.isfinite(mean + norm)).float()
 
     def passed(self, outcome: StepOutcome | None = None) -> Iterator[tuple[StepOutcome, float, float | None]]:
-        """Outcomes that were found sound, with loss and norm read: all but the given one, or all without one."""
+        """Outcomes that passed the checks, with their loss and norm: all but the given one, or all without one."""
         while self.waiting:
             earlier = self.waiting.popleft()
             loss, norm = earlier.mean.item(), None if earlier.norm is None else earlier.norm.item()
@@ -72,9 +69,7 @@ class StepChecks:
         if outcome is not None:
             self.waiting.append(outcome)
 
-    def check_loss(
-        self, step: int, mean: float, losses: list[torch.Tensor], micro_batches: list[MicroBatch]
-    ) -> None:
+    def check_loss(self, step: int, mean: float, losses: list[torch.Tensor], micro_batches: list[MicroBatch]) -> None:
         if math.isfinite(mean):
             return
         # fillers beyond the micro-batches have a loss and no source

@@ -22,7 +22,7 @@ from rag_retrieval.train.optim import optimizer_steps_per_epoch
 
 class MicroBatch(Protocol):
     """One forward and backward. `items` is its part of each loss's divisor, `size` what throughput counts. `part` names
-    the data set it is of, "" where a run has but one; all micro-batches of a step are of the same."""
+    its data set, "" where a run has one alone; all micro-batches of a step are of the same."""
 
     items: tuple[int, ...]
     size: int
@@ -90,8 +90,8 @@ def interleave(steps: Sequence[int]) -> np.ndarray:
 class MixedSteps(Dataset):
     """The steps of a run over one data set or more. sets: by the name that their micro-batches have as `part`.
 
-    An epoch is not a pass over every set: one of weight 2 is passed over twice, one of weight 0.5 goes on in the next
-    epoch where it stopped.
+    An epoch is not a pass over every set: one of weight 2 is passed over twice, one of weight 0.5 continues in the
+    next epoch where it stopped.
     """
 
     def __init__(self, sets: Mapping[str, StepDataset]):

@@ -12,11 +12,11 @@ from rag_retrieval.train.steps import MicroBatch
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the weights of the last checkpoint are intact. Raised by all processes alike."""
+    """Training cannot continue; the weights of the last checkpoint are intact. Raised by all processes alike."""
 
 
 class ProcessFailure(TrainingError):
-    """The same, found by this process alone: the others know nothing of it."""
+    """A TrainingError of this process alone, of which the others do not know."""
 
 
 class StepLoss(NamedTuple):

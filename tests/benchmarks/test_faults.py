@@ -13,7 +13,7 @@ import faults  # noqa: E402
 from fault_runs import Fault, Outcome  # noqa: E402
 
 
-def test_at_least_thirty_kills_reach_every_phase_of_one_and_of_two_processes():
+def test_thirty_kills_or_more_reach_every_phase_of_both_launches():
     planned = list(faults.kills(random.Random(0)))
     assert len(planned) >= 30
     for processes in (1, 2):
@@ -21,26 +21,21 @@ def test_at_least_thirty_kills_reach_every_phase_of_one_and_of_two_processes():
         assert phases == {"step", "saving", "rotation", "evaluation", "the end"}
     assert {case.fault.ranks for case in planned if case.fault.do == "kill one"} == {(0,), (1,)}
     assert any(case.fault.do == "kill all" for case in planned)
-
-
-def test_the_moments_follow_from_the_seed():
     first, same, other = (list(faults.all_cases(random.Random(seed))) for seed in (1, 1, 2))
     assert first == same != other
 
 
-@pytest.mark.parametrize(
-    ("code", "log", "hung", "seconds", "right"),
-    [
+def test_an_expected_end_has_its_code_message_and_time():
+    cases = [
         (1, "stopped by SIGTERM", False, 3.0, True),
         (0, "stopped by SIGTERM", False, 3.0, False),
         (1, "Killed", False, 3.0, False),
         (1, "stopped by SIGTERM", True, 3.0, False),
         (1, "stopped by SIGTERM", False, 61.0, False),
-    ],
-)
-def test_an_end_counts_that_is_told_and_quick(code, log, hung, seconds, right):
+    ]
     case = faults.Case("a row", 1, Fault("SIGTERM to one"), says="stopped by SIGTERM")
-    assert faults.told(case, Outcome(code, seconds, log, hung)) == right
+    for code, log, hung, seconds, right in cases:
+        assert faults.ended_as_expected(case, Outcome(code, seconds, log, hung)) == right
 
 
 @pytest.mark.parametrize(("how", "size"), [("truncate", 500), ("unlink", None)])
@@ -57,7 +52,7 @@ def test_the_largest_file_of_the_newest_checkpoint_is_damaged(tmp_path, how, siz
 
 
 @pytest.mark.slow
-def test_a_few_real_faults_end_as_told_and_resume_to_the_same_weights():
+def test_a_few_real_faults_end_as_expected_and_resume_to_equal_weights():
     program = [sys.executable, "benchmarks/faults.py", "--quick"]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr

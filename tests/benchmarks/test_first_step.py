@@ -13,7 +13,7 @@ import first_step
 from rag_retrieval.data.store import open_store
 
 
-def test_the_pairs_are_the_same_again_and_five_of_a_query_with_one_relevant(tmp_path):
+def test_pairs_are_reproducible_five_for_a_query_with_one_relevant(tmp_path):
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for path in paths:
         first_step.write_pairs(path, 1000, np.random.default_rng(1))
@@ -26,7 +26,7 @@ def test_the_pairs_are_the_same_again_and_five_of_a_query_with_one_relevant(tmp_
 
 
 @pytest.mark.slow
-def test_a_start_ends_with_its_first_step_and_tells_all_laps_in_order(tmp_path):
+def test_a_start_ends_with_its_first_step_and_all_laps(tmp_path):
     source = tmp_path / "a.jsonl"
     first_step.write_pairs(source, 200, np.random.default_rng(1))
     model = tiny_bert(tmp_path / "base")

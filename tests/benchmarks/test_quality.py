@@ -37,40 +37,27 @@ def test_no_negative_is_judged_relevant_and_all_come_from_the_top(toy):
         assert sorted(record["neg"]) == [f"{topic} {topic} text {number}" for number in (1, 2, 3)]
 
 
-def test_records_are_drawn_with_the_seed_and_fewer_are_the_first_of_more(toy):
+def test_records_follow_the_seed_and_fewer_are_the_first_of_more(toy):
     folder = read_folder(toy)
     drawn = quality.training_records(folder, count=8, negatives=2, depth=5, seed=1)
     assert drawn == quality.training_records(folder, count=8, negatives=2, depth=5, seed=1)
     assert drawn[:3] == quality.training_records(folder, count=3, negatives=2, depth=5, seed=1)
-
-
-def test_another_seed_draws_other_queries_and_other_negatives(toy):
-    folder = read_folder(toy)
-    first, second = (quality.training_records(folder, 8, negatives=2, depth=5, seed=seed) for seed in (1, 2))
-    assert [record["query"] for record in first] != [record["query"] for record in second]
-    negatives = [{record["query"]: set(record["neg"]) for record in records} for records in (first, second)]
+    other = quality.training_records(folder, count=8, negatives=2, depth=5, seed=2)
+    assert [record["query"] for record in drawn] != [record["query"] for record in other]
+    negatives = [{record["query"]: set(record["neg"]) for record in records} for records in (drawn, other)]
     assert negatives[0].keys() == negatives[1].keys() and negatives[0] != negatives[1]
 
 
-def test_a_query_whose_candidates_are_all_relevant_gives_no_record(toy):
+def test_queries_without_text_or_without_a_negative_give_no_record(toy):
     relevant = "".join(f"q0\td0-{document}\t1\n" for document in range(5))
-    write(toy / "qrels/train.tsv", "query-id\tcorpus-id\tscore\n" + relevant + "q1\td1-0\t1\n")
-    records = quality.training_records(read_folder(toy), count=8, negatives=3, depth=5, seed=0)
-    assert [record["query"] for record in records] == ["where is river 1"]
-
-
-def test_a_query_without_text_gives_no_record(toy):
-    lines = (toy / "queries.jsonl").read_text().splitlines()
-    blank = [line.replace("where is apple 0", " ") for line in lines]
+    rest = "q1\td1-1\t0\nq1\td1-2\t2\nq2\td2-0\t1\n"
+    write(toy / "qrels/train.tsv", "query-id\tcorpus-id\tscore\n" + relevant + rest)
+    text = (toy / "queries.jsonl").read_text()
+    blank = [line if '"q2"' not in line else '{"_id": "q2", "text": " "}' for line in text.splitlines()]
     (toy / "queries.jsonl").write_text("\n".join(blank) + "\n")
-    records = quality.training_records(read_folder(toy), count=8, negatives=3, depth=4, seed=0)
-    assert len(records) == 7 and all(record["query"].strip() for record in records)
-
-
-def test_a_grade_of_zero_is_a_negative_and_not_a_positive(toy):
-    write(toy / "qrels/train.tsv", "query-id\tcorpus-id\tscore\nq0\td0-1\t0\nq0\td0-2\t2\n")
     (record,) = quality.training_records(read_folder(toy), count=8, negatives=1, depth=2, seed=0)
-    assert (record["pos"], record["neg"]) == (["apple apple text 2"], ["apple apple text 1"])
+    assert record["query"] == "where is river 1"
+    assert record["pos"] == ["river river text 2"] and record["neg"] == ["river river text 1"], "grade 0 is no positive"
 
 
 def test_the_test_queries_are_the_same_for_every_run():
@@ -123,20 +110,20 @@ def test_both_trainers_get_the_same_pairs_and_labels(toy, tmp_path):
     assert sorted(flat) == sorted(our_pairs(records, tmp_path, grouped=True))
 
 
-@pytest.mark.parametrize(("negatives", "groups", "pairs"), [(3, 8, 32), (4, 6, 30), (40, 1, 41)])
-def test_a_step_has_whole_groups_of_at_most_32_pairs(negatives, groups, pairs):
-    one = recipe("point_ce", negatives=negatives)
-    assert (one.groups_per_step, one.pairs_per_step) == (groups, pairs)
+def test_a_step_has_whole_groups_of_at_most_32_pairs():
+    for negatives, groups, pairs in [(3, 8, 32), (4, 6, 30), (40, 1, 41)]:
+        one = recipe("point_ce", negatives=negatives)
+        assert (one.groups_per_step, one.pairs_per_step) == (groups, pairs)
 
 
-@pytest.mark.parametrize("loss", quality_tables.LOSSES)
-def test_our_configuration_asks_for_32_pairs_per_step_and_is_valid(loss, tmp_path):
+def test_our_configuration_asks_for_32_pairs_per_step_and_is_valid(tmp_path):
     from rag_retrieval.train.reranker.config import RerankerConfig
 
-    values = quality_trainers.our_config(recipe(loss), tmp_path / "train.jsonl", tmp_path / "out")
-    config = RerankerConfig(**values)
-    assert config.batch_size * (config.train_group_size or 1) == 32
-    assert (config.lr, config.head_lr, config.loss_type) == (1e-4, 1e-3, loss)
+    for loss in quality_tables.LOSSES:
+        values = quality_trainers.our_config(recipe(loss), tmp_path / "train.jsonl", tmp_path / "out")
+        config = RerankerConfig(**values)
+        assert config.batch_size * (config.train_group_size or 1) == 32
+        assert (config.lr, config.head_lr, config.loss_type) == (1e-4, 1e-3, loss)
 
 
 # --- tables ---
@@ -173,7 +160,7 @@ def test_seeds_become_one_row_with_mean_and_range():
     assert "| | | BM25 | | 0.6000 | 0.5000 | 0.2500 | | |" in text.splitlines()
 
 
-def test_a_seed_that_was_run_again_counts_once_and_the_later_run_holds():
+def test_of_a_seed_that_ran_twice_the_later_run_counts():
     text = quality_tables.markdown_tables([result(0, 0.90), result(0, 0.91)])
     expected = "| listwise_ce | bm25 | ours | 1 | 0.9100 | 0.5000 | 0.2500 | 100 (200) | 10 (20) |"
     assert trained_lines(text) == [expected]
@@ -185,15 +172,7 @@ def test_rows_of_different_settings_never_share_a_table():
     assert len(trained_lines(first)) == len(trained_lines(second)) == 1
 
 
-def test_losses_stand_in_their_order_with_ours_first():
-    others = [("sentence-transformers", "listwise_ce"), ("ours", "point_ce"), ("ours", "listwise_ce")]
-    rows = [result(0, 0.9, trainer=trainer, loss=loss) for trainer, loss in others]
-    lines = [line.split("|")[1:4] for line in quality_tables.markdown_tables(rows).splitlines() if "_ce |" in line]
-    found = [(loss.strip(), trainer.strip()) for loss, _, trainer in lines]
-    assert found == [("point_ce", "ours"), ("listwise_ce", "ours"), ("listwise_ce", "sentence-transformers")]
-
-
-def test_ours_is_compared_with_theirs_query_by_query_over_the_seeds_that_both_have():
+def test_ours_and_theirs_are_compared_by_query_over_common_seeds():
     theirs = [result(seed, 0.8, trainer="sentence-transformers") for seed in (0, 1)]
     text = quality_tables.markdown_tables([result(0, 0.8), result(1, 0.9), result(2, 0.1), *theirs])
     (line,) = [line for line in text.splitlines() if " - " in line]
@@ -259,7 +238,7 @@ def test_a_row_of_ours_end_to_end(toy, tmp_path, capsys, loss):
 
 
 @pytest.mark.usefixtures("settings_restored")
-def test_a_row_of_a_teacher_s_records_with_keys_of_its_own_and_a_run_file(toy, tmp_path):
+def test_a_row_with_teacher_records_extra_keys_and_a_run_file(toy, tmp_path):
     taught = {"content": "a b", "label": 1, "teacher_score": 2.0}, {"content": "c", "label": 0, "teacher_score": -1.0}
     write_lines(tmp_path / "soft.jsonl", [{"query": f"q {number}", "hits": taught} for number in range(8)])
     write(tmp_path / "run.trec", "".join(f"q{number} Q0 d{number}-0 1 1.0 x\n" for number in range(8, 12)))

@@ -17,7 +17,7 @@ SCORES = np.array([0.5, 2.0, -1.0])
 RIGHT = [{"index": 1, "score": 2.0}, {"index": 0, "score": 0.5}, {"index": 2, "score": -1.0}]
 
 
-def test_an_answer_is_right_only_with_every_text_once_best_first_and_its_own_score():
+def test_a_right_answer_has_every_text_once_best_first_with_its_score():
     assert serve_benchmark.is_right(RIGHT, SCORES)
     assert not serve_benchmark.is_right(RIGHT, SCORES[[0, 2, 1]])
     assert not serve_benchmark.is_right(RIGHT[:2], SCORES)

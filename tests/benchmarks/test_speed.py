@@ -62,14 +62,7 @@ def test_a_pair_of_an_encoder_has_exactly_the_drawn_number_of_tokens(tokenizers)
     assert {example.labels[0] for example in examples} == {0.0, 1.0}
 
 
-def test_lengths_of_drawn_pairs_are_those_of_the_generator():
-    examples = speed_data.draw_examples(1, 200, ["word"], fixed_tokens=3, numbers=random.Random(2))
-    lengths = [3 + 12 + len(text.split()) for text in examples[0].documents]
-    assert lengths == speed_data.draw_lengths(200, 16, random.Random(2))
-    assert examples[0].labels == [1.0] + [0.0] * 199
-
-
-def test_a_decoder_reads_85_tokens_of_prompt_and_both_sides_the_same_ids(folders, tokenizers):
+def test_a_decoder_reads_85_prompt_tokens_and_equal_ids_on_both_sides(folders, tokenizers):
     from rag_retrieval import LLMDecoder
 
     formats = speed_data.prompt_formats()
@@ -87,17 +80,10 @@ def test_a_decoder_reads_85_tokens_of_prompt_and_both_sides_the_same_ids(folders
     assert speed_data.token_lengths(tokenizer, formatted, 1024) == words
 
 
-def test_examples_are_written_as_hits(tmp_path):
-    file = tmp_path / "examples.jsonl"
-    speed_data.write_examples([speed_data.Example("q", ["a", "b"], [1.0, 0.0])], file)
-    hits = [{"content": "a", "label": 1.0}, {"content": "b", "label": 0.0}]
-    assert json.loads(file.read_text()) == {"query": "q", "hits": hits}
-
-
 # --- models and the floor ---
 
 
-def test_attention_dropout_is_off_and_the_copy_has_no_dropout_but_the_same_weights(folders, tmp_path):
+def test_attention_dropout_is_off_and_the_copy_has_none_at_all(folders, tmp_path):
     folder = folders["tiny_xlm_roberta"]
     config = json.loads((folder / "config.json").read_text())
     assert (config["attention_probs_dropout_prob"], config["hidden_dropout_prob"]) == (0.0, 0.1)
@@ -122,12 +108,6 @@ def test_the_weights_of_products_are_counted_per_layer(folders):
     # one of two heads for k and v, and a gate in the feed-forward layer
     decoder = speed_floor.ModelCost(2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128), 2, 64, causal=True)
     assert speed_floor.model_cost(folders["tiny_qwen2"]) == decoder
-
-
-def test_the_best_product_is_kept_with_its_shape(monkeypatch):
-    rates = {(1, 1, 1): 5.0, (2, 2, 2): 7.0, (3, 3, 3): 6.0}
-    monkeypatch.setattr(speed_floor, "rate_of", lambda shape, *rest: rates[shape])
-    assert speed_floor.gemm_rate(list(rates), torch.float32, "cpu") == (7.0, (2, 2, 2))
 
 
 # --- rounds ---
@@ -183,7 +163,7 @@ def test_the_clock_times_the_steps_after_the_warmup(monkeypatch):
 
 
 @pytest.mark.parametrize("documents", [1, 8])
-def test_the_steps_of_a_plan_are_those_of_our_trainer_but_not_sorted_by_length(folders, tmp_path, documents):
+def test_planned_steps_are_our_trainers_but_not_sorted_by_length(folders, tmp_path, documents):
     examples = speed_data.draw_examples(80 // documents, documents, ["a", "b"], 4, random.Random(4))
     job = speed_training.Job(
         model=folders["tiny_xlm_roberta"],
@@ -237,13 +217,10 @@ def test_sides_that_disagree_are_refused():
             speed_works.check_agreement("losses", [0.5, 0.7], [0.5, wrong], "float32")
 
 
-def test_a_gpu_gets_large_models_in_bf16_and_no_work_that_needs_data():
+def test_a_gpu_gets_large_bf16_models_and_work_without_data(capsys):
     options = speed.parse(["--device", "cuda", "--out", "file"])
     assert (options.encoder, options.decoder, options.dtype) == ("xlm_roberta_large", "qwen2.5_1.5b", "bf16")
     assert options.work == ["train_lognormal", "train_decoder", "score_many", "score_query", "score_prompt"]
-
-
-def test_float32_on_a_gpu_is_refused(capsys):
     with pytest.raises(SystemExit):
         speed.parse(["--device", "cuda", "--dtype", "float32", "--out", "file"])
     assert "half precision" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a configuration does with values, whoever gives them."""
+"""What a configuration does with values, from a file, options or Python."""
 
 import subprocess
 import sys
@@ -61,7 +61,7 @@ def test_a_number_that_no_library_could_take_is_refused():
             Sample(model="m", lr=number)
 
 
-def test_what_a_key_takes_is_told_in_words():
+def test_what_a_key_takes_is_described_in_words():
     fields = Sample.model_fields
     assert expected(fields["epochs"]) == "a whole number of at least 1"
     assert expected(fields["max_norm"]) == "a number above 0 and below 10"

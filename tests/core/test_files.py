@@ -98,7 +98,7 @@ def test_a_child_that_outlives_a_killed_process_does_not_keep_its_lock(tmp_path)
         pass
 
 
-def test_a_lock_file_that_its_holder_removes_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+def test_a_lock_file_removed_before_it_is_locked_is_created_again(tmp_path, monkeypatch):
     lock_file, flock, calls = tmp_path / "lock", fcntl.flock, []
 
     def late(descriptor, operation):

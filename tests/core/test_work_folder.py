@@ -51,7 +51,7 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path):
         pass
 
 
-def test_content_is_told_by_bytes_and_by_the_names_in_a_folder(tmp_path):
+def test_content_is_bytes_and_the_names_in_a_folder(tmp_path):
     for name, content in (("a", "x"), ("b", "x"), ("c", "y")):
         (tmp_path / name).write_text(content)
     assert content_of(tmp_path / "a") == content_of(tmp_path / "b") != content_of(tmp_path / "c")

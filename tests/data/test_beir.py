@@ -18,7 +18,7 @@ from rag_retrieval.data.beir import (
 from rag_retrieval.data.records import DataError
 
 
-def test_a_plain_file_is_preferred_to_its_gzipped_form_and_one_must_be_there(tmp_path):
+def test_a_plain_file_is_preferred_to_its_gzipped_form(tmp_path):
     with pytest.raises(DataError, match=r"found neither a.jsonl nor a.jsonl.gz; expected a folder in BEIR layout"):
         find_file(tmp_path, "a.jsonl")
     (tmp_path / "a.jsonl.gz").touch()
@@ -27,12 +27,12 @@ def test_a_plain_file_is_preferred_to_its_gzipped_form_and_one_must_be_there(tmp
     assert find_file(tmp_path, "a.jsonl").name == "a.jsonl"
 
 
-def test_a_byte_order_mark_blank_lines_and_windows_line_ends_do_no_harm(tmp_path):
+def test_byte_order_marks_blank_lines_and_windows_line_ends_are_fine(tmp_path):
     (tmp_path / "train.tsv").write_bytes(b"\xef\xbb\xbfquery-id\tcorpus-id\tscore\r\n\r\n1\td0\t2.0\r\n")
     assert list(judgments(tmp_path / "train.tsv")) == [(3, "1", "d0", 2.0)]
 
 
-def test_a_judgment_that_is_said_twice_counts_and_one_that_is_contradicted_is_refused(tmp_path):
+def test_a_repeated_judgment_counts_once_a_contradicted_one_is_refused(tmp_path):
     file = tmp_path / "train.tsv"
     file.write_text("1\td0\t1\n1\td0\t1\n")
     assert len(list(judgments(file))) == 2
@@ -64,7 +64,7 @@ def test_a_header_may_have_other_names_and_another_order(tmp_path):
     assert list(judgments(file)) == [(4, "1", "d0", 2)] and read_run(file) == {"1": {"d0": 2}}
 
 
-def test_an_unknown_header_is_one_error_with_its_line_and_what_to_do(tmp_path):
+def test_an_unknown_header_is_one_error_with_line_and_remedy(tmp_path):
     (tmp_path / "test.tsv").write_text("frage\ttext\tnote\n1\td0\t2\n")
     for read in (read_run, lambda path: list(judgments(path))):
         with pytest.raises(DataError, match="test.tsv:1: the .* is 'note'.*header.*query-id, corpus-id, score"):
@@ -120,11 +120,7 @@ def test_a_folder_has_a_pool_only_where_it_lists_candidates(toy):
         ("corpus.jsonl", "", "corpus.jsonl: found no documents"),
         ("queries.jsonl", '{"_id": "q", "text": "\\ud83d"}\n', "queries.jsonl:1: text has half of a character"),
         ("queries.jsonl", '{"_id": "q 1", "text": ""}\n', "queries.jsonl:1: _id is 'q 1'; expected a text without"),
-        (
-            "corpus.jsonl",
-            '{"_id": "d 1", "text": ""}\n',
-            "corpus.jsonl:1: _id is 'd 1'; expected a text",
-        ),
+        ("corpus.jsonl", '{"_id": "d 1", "text": ""}\n', "corpus.jsonl:1: _id is 'd 1'; expected a text"),
         ("candidates.test.tsv", "q8\td99\n", "candidates.test.tsv:1: corpus.jsonl has no document 'd99'"),
     ],
 )
@@ -146,7 +142,7 @@ def test_every_unknown_query_is_named_with_its_line_and_what_to_do(toy):
     assert second.startswith(f"{toy}/qrels/test.tsv:3: ") and "'q99'" in second
 
 
-def test_a_run_that_does_not_fit_the_data_is_refused_with_its_lines(tmp_path):
+def test_a_run_that_does_not_fit_the_data_is_refused(tmp_path):
     (tmp_path / "run").write_text("q1 d1 2\nq1 d7 1\nq2 d8 1\n")
     assert read_run(tmp_path / "run", ["q1"], {"d1", "d7"}) == {"q1": {"d1": 2, "d7": 1}, "q2": {"d8": 1}}
     with pytest.raises(DataError) as caught:
@@ -156,7 +152,7 @@ def test_a_run_that_does_not_fit_the_data_is_refused_with_its_lines(tmp_path):
     assert second.startswith(f"{tmp_path}/run:3: ") and "'d8'" in second
 
 
-def test_a_split_that_is_missing_is_told_with_those_that_are_there(toy):
+def test_a_missing_split_is_reported_with_those_that_exist(toy):
     with pytest.raises(ValueError, match=r"neither qrels/dev.tsv nor .* \(the splits there: test, train\); set split"):
         read_qrels(read_folder(toy), "dev")
 
@@ -183,7 +179,7 @@ def test_a_written_run_is_read_back_to_the_last_digit(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.trec"]
 
 
-def test_ranks_go_by_score_and_then_by_the_greater_id_as_trec_eval_has_it(tmp_path):
+def test_ties_rank_by_the_greater_id_as_in_trec_eval(tmp_path):
     write_run(tmp_path / "run.trec", {"q": {"d1": 1.0, "d9": 1.0, "d10": 1.0, "d5": 2.0}}, "x")
     lines = (tmp_path / "run.trec").read_text().splitlines()
     assert [line.split()[2:4] for line in lines] == [["d5", "1"], ["d9", "2"], ["d10", "3"], ["d1", "4"]]
@@ -194,20 +190,18 @@ def test_three_columns_between_tabs_and_gzip_are_read_too(tmp_path):
     assert read_run(tmp_path / "bm25.tsv.gz") == {"7": {"20": 1.5, "56": 1.0}}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_a_line_that_is_no_ranking_is_named(tmp_path):
+    cases = [
         ("q Q0 d 1 0.5\n", r"run:1: found 5 columns; expected six"),
         ("q Q0 d 1 high x\n", "run:1: the score is 'high'; expected a finite number"),
         ("q d 1\nq d nan\n", "run:2: document 'd' stands twice|run:2: the score is 'nan'"),
         ("q d 1\nq d 2\n", "run:2: document 'd' stands twice for query 'q'"),
         ("\n", "run: found no line of a run"),
-    ],
-)
-def test_a_line_that_is_no_ranking_is_named(tmp_path, text, message):
-    (tmp_path / "run").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_run(tmp_path / "run")
+    ]
+    for text, message in cases:
+        (tmp_path / "run").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_run(tmp_path / "run")
 
 
 def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path):

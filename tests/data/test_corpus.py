@@ -41,7 +41,7 @@ def test_texts_are_the_same_whatever_their_case_and_white_space(tmp_path):
     assert corpus.text_hashes[1] == corpus.text_hashes[2] != corpus.text_hashes[0]
 
 
-def test_ids_are_told_apart_by_themselves_where_their_hashes_are_equal(tmp_path, monkeypatch):
+def test_ids_with_equal_hashes_are_compared_themselves(tmp_path, monkeypatch):
     monkeypatch.setattr("rag_retrieval.data.corpus._hash", lambda content: len(content))
     corpus = corpus_of(tmp_path, ["one", "two", "three"])
     assert [corpus.row_of_id(id_) for id_ in ("d0", "d1", "d2", "d3")] == [0, 1, 2, None]
@@ -60,7 +60,7 @@ def test_ids_are_told_apart_by_themselves_where_their_hashes_are_equal(tmp_path,
         ),
     ],
 )
-def test_a_corpus_that_cannot_be_used_is_told_with_its_line(tmp_path, entries, message):
+def test_an_unusable_corpus_is_refused_with_its_line(tmp_path, entries, message):
     with pytest.raises(DataError) as caught:
         build(tmp_path, entries)
     assert str(caught.value) == f"{tmp_path}/{message}"

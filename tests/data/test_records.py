@@ -8,7 +8,7 @@ from record_samples import GOOD, error_of, read, write_lines
 from rag_retrieval.data.records import positives
 
 
-def test_pointwise_hits_and_pos_neg_records_are_told_apart_in_one_file(tmp_path):
+def test_one_file_may_mix_pointwise_hits_and_pos_neg_records(tmp_path):
     path = write_lines(
         tmp_path / "mixed.jsonl",
         [
@@ -29,9 +29,8 @@ def test_pointwise_hits_and_pos_neg_records_are_told_apart_in_one_file(tmp_path)
     ]
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
+def test_positives_are_above_the_lowest_label_or_zero_if_all_equal():
+    cases = [
         ([1, 0, 0], [True, False, False]),
         ([3, 1, 2], [True, False, True]),
         ([0.9, 0.1], [True, False]),
@@ -40,10 +39,9 @@ def test_pointwise_hits_and_pos_neg_records_are_told_apart_in_one_file(tmp_path)
         ([2, 2], [True, True]),
         ([1], [True]),
         ([0], [False]),
-    ],
-)
-def test_positives_are_above_the_lowest_label_or_above_zero_where_all_are_equal(labels, expected):
-    assert positives(labels) == expected
+    ]
+    for labels, expected in cases:
+        assert positives(labels) == expected
 
 
 def test_labels_are_exact_float32_values(tmp_path):
@@ -146,28 +144,26 @@ BAD_RECORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("bad", "message"), BAD_RECORDS, ids=[message[:50] for _, message in BAD_RECORDS])
-def test_a_bad_record_is_reported_with_file_and_line(tmp_path, bad, message):
-    path = write_lines(tmp_path / "train.jsonl", [GOOD, "", bad, GOOD])
-    assert error_of(path) == f"{path}:3: {message}"
+def test_a_bad_record_is_reported_with_file_and_line(tmp_path):
+    for bad, message in BAD_RECORDS:
+        path = write_lines(tmp_path / "train.jsonl", [GOOD, "", bad, GOOD])
+        assert error_of(path) == f"{path}:3: {message}"
 
 
-@pytest.mark.parametrize(
-    ("record", "found"),
-    [
+def test_a_label_outside_the_range_is_reported_with_the_range(tmp_path):
+    cases = [
         (GOOD | {"label": 2.5}, "label is 2.5"),
         (GOOD | {"label": -1}, "label is -1"),
         ({"query": "q", "hits": [{"content": "d", "label": 3}]}, "hits[0].label is 3"),
         ({"query": "q", "pos": ["d"], "pos_scores": [2.0000001]}, "pos_scores[0] is 2.0000001"),
-    ],
-)
-def test_a_label_outside_the_range_is_reported_with_the_range(tmp_path, record, found):
-    path = write_lines(tmp_path / "a.jsonl", [GOOD | {"label": 0}, GOOD | {"label": 2}, record])
+    ]
     expected = "expected a value in [0, 2]: correct it, or change min_label and max_label."
-    assert error_of(path, min_label=0, max_label=2) == f"{path}:3: {found}; {expected}"
+    for record, found in cases:
+        path = write_lines(tmp_path / "a.jsonl", [GOOD | {"label": 0}, GOOD | {"label": 2}, record])
+        assert error_of(path, min_label=0, max_label=2) == f"{path}:3: {found}; {expected}"
 
 
-def test_pos_and_neg_without_scores_are_named_when_0_is_outside_the_range(tmp_path):
+def test_pos_and_neg_without_scores_need_0_within_the_label_range(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"query": "q", "pos": ["d"], "neg": ["e"]}])
     assert error_of(path, min_label=1) == (
         f"{path}:1: the label of a document is 0.0 (positives and negatives without scores count as 1 and 0); "
@@ -185,8 +181,7 @@ def test_hits_without_exactly_one_positive_are_reported_where_that_is_demanded(t
     path = write_lines(tmp_path / "a.jsonl", [hits([0, 1]), hits(labels), {"query": "q", "pos": ["a", "b"]}])
     assert len(read(path)) == 3
     assert error_of(path, exactly_one_positive=True) == (
-        f"{path}:2: hits has the labels {shown}; "
-        "expected exactly one 1 and the rest 0 for listwise cross entropy."
+        f"{path}:2: hits has the labels {shown}; expected exactly one 1 and the rest 0 for listwise cross entropy."
     )
 
 
@@ -211,7 +206,7 @@ def test_teacher_scores_are_not_read_unless_asked_for(tmp_path):
     assert record.teacher_scores is None
 
 
-def test_the_scores_of_pos_and_neg_are_the_teachers_where_these_are_read_and_labels_are_then_one_and_zero(tmp_path):
+def test_scores_of_pos_and_neg_may_be_the_teachers_instead_of_labels(tmp_path):
     line = {"query": "q", "pos": ["a"], "neg": ["b", "c"], "pos_scores": [7.5], "neg_scores": [-2, 3]}
     path = write_lines(tmp_path / "a.jsonl", [line])
     [record] = read(path, teacher_key="teacher_score", max_label=1.0)
@@ -232,9 +227,8 @@ MISSING = (
 )
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
+def test_a_needed_teacher_score_that_is_missing_or_invalid_is_refused(tmp_path):
+    cases = [
         (GOOD, MISSING.format("teacher_score")),
         (
             {"query": "q", "hits": [{"content": "d", "label": 1, "teacher_score": 1}, {"content": "e", "label": 0}]},
@@ -247,11 +241,10 @@ MISSING = (
             {"query": "q", "pos": ["d"], "neg": ["e"], "pos_scores": [1], "neg_scores": []},
             "neg has 1 document but neg_scores has 0; give one score per document.",
         ),
-    ],
-)
-def test_a_teacher_score_that_is_needed_and_missing_or_no_number_is_refused(tmp_path, line, message):
-    path = write_lines(tmp_path / "a.jsonl", [line])
-    assert error_of(path, teacher_key="teacher_score", needs_teacher=True) == f"{path}:1: {message}"
+    ]
+    for line, message in cases:
+        path = write_lines(tmp_path / "a.jsonl", [line])
+        assert error_of(path, teacher_key="teacher_score", needs_teacher=True) == f"{path}:1: {message}"
 
 
 @pytest.mark.parametrize("score", [1.5, -0.25])

@@ -3,7 +3,6 @@ from collections import Counter
 from itertools import groupby
 
 import numpy as np
-import pytest
 
 from rag_retrieval.data import sampling
 from rag_retrieval.data.sampling import (
@@ -36,7 +35,7 @@ def test_the_order_of_an_epoch_is_a_permutation():
     assert order.dtype == np.int32
 
 
-def test_the_order_differs_by_epoch_and_by_seed_and_is_the_same_again():
+def test_the_order_is_reproducible_and_differs_by_epoch_and_seed():
     first = epoch_order(1, 0, 100)
     assert (first == epoch_order(1, 0, 100)).all()
     assert (first != epoch_order(1, 1, 100)).any()
@@ -51,7 +50,7 @@ def test_turns_show_every_item_once_before_any_is_shown_again():
     assert max(Counter(np.concatenate(turns[:2])).values()) == 1
 
 
-def test_turns_are_shuffled_anew_when_all_items_were_shown():
+def test_a_new_shuffle_begins_when_all_items_were_shown():
     items = np.arange(50)
     assert list(sample_in_turns(items, 25, 0, [0])) != list(sample_in_turns(items, 25, 2, [0]))
 
@@ -62,23 +61,21 @@ def test_turns_give_all_items_where_there_are_no_more():
     assert len(sample_in_turns(items[:0], 0, 0, [0])) == 0
 
 
-@pytest.mark.parametrize("one_positive", [False, True])
-@pytest.mark.parametrize("size", [2, 3, 5, 8])
-@pytest.mark.parametrize(
-    ("positives", "negatives"), [(1, 1), (1, 12), (3, 9), (5, 5), (9, 1), (6, 0), (0, 6)]
-)
-def test_a_sampled_group_keeps_its_promises(positives, negatives, size, one_positive):
-    flags = group(positives, negatives)
-    for epoch in range(20):
-        chosen = draw(flags, size, epoch, one_positive)
-        assert list(chosen) == sorted(set(chosen)), "ascending, nothing twice"
-        shown, hidden = int(flags[chosen].sum()), int((~flags[chosen]).sum())
-        if one_positive:
-            assert shown == min(1, positives)
-            assert hidden == min(size - shown, negatives)
-        else:
-            assert len(chosen) == min(size, len(flags))
-            assert shown >= min(1, positives) and hidden >= min(1, negatives)
+def test_a_sampled_group_keeps_its_promises():
+    for one_positive in [False, True]:
+        for size in [2, 3, 5, 8]:
+            for positives, negatives in [(1, 1), (1, 12), (3, 9), (5, 5), (9, 1), (6, 0), (0, 6)]:
+                flags = group(positives, negatives)
+                for epoch in range(20):
+                    chosen = draw(flags, size, epoch, one_positive)
+                    assert list(chosen) == sorted(set(chosen)), "ascending, nothing twice"
+                    shown, hidden = int(flags[chosen].sum()), int((~flags[chosen]).sum())
+                    if one_positive:
+                        assert shown == min(1, positives)
+                        assert hidden == min(size - shown, negatives)
+                    else:
+                        assert len(chosen) == min(size, len(flags))
+                        assert shown >= min(1, positives) and hidden >= min(1, negatives)
 
 
 def test_a_small_group_is_used_whole():
@@ -88,18 +85,16 @@ def test_a_small_group_is_used_whole():
 
 def test_a_large_group_keeps_its_share_of_positives():
     assert group(4, 12)[draw(group(4, 12), 8, 0, one_positive=False)].sum() == 2  # 8 * 4 / 16
-    assert (
-        group(30, 2)[draw(group(30, 2), 8, 0, one_positive=False)].sum() == 7
-    )  # 8 * 30 / 32, one negative stays
+    assert group(30, 2)[draw(group(30, 2), 8, 0, one_positive=False)].sum() == 7  # 8 * 30 / 32, one negative stays
 
 
-@pytest.mark.parametrize("one_positive", [False, True])
-@pytest.mark.parametrize(("negatives", "size"), [(12, 5), (13, 4), (7, 2), (20, 8)])
-def test_all_negatives_are_seen_after_as_many_epochs_as_they_need(negatives, size, one_positive):
-    flags = group(1, negatives)
-    epochs = -(-negatives // (size - 1))
-    seen = np.concatenate([draw(flags, size, epoch, one_positive) for epoch in range(epochs)])
-    assert set(seen) == set(range(negatives + 1))
+def test_all_negatives_are_seen_after_as_many_epochs_as_they_need():
+    for one_positive in [False, True]:
+        for negatives, size in [(12, 5), (13, 4), (7, 2), (20, 8)]:
+            flags = group(1, negatives)
+            epochs = -(-negatives // (size - 1))
+            seen = np.concatenate([draw(flags, size, epoch, one_positive) for epoch in range(epochs)])
+            assert set(seen) == set(range(negatives + 1))
 
 
 def test_several_positives_take_turns():
@@ -131,7 +126,7 @@ def test_thirds_are_reordered_at_the_given_rate():
     assert abs(changed / 2000 - 0.3) < 0.03  # three standard deviations
 
 
-def test_thirds_are_drawn_anew_in_each_epoch_and_the_same_again():
+def test_thirds_differ_by_epoch_and_are_reproducible():
     def drawn(epoch: int) -> list[str]:
         return [reorder_thirds(LONG, 0.5, seed=0, epoch=epoch, pair=pair) for pair in range(50)]
 
@@ -169,13 +164,13 @@ def plain_pair_order(seed: int, epoch: int, group_sizes: list[int]) -> list[int]
     return [pair for _, run in ranked for pair in run]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 1000])
-@pytest.mark.parametrize("sizes", [[1], [8], [9], [3, 17, 1, 8, 2, 16, 30], [1] * 20, [5] * 11])
-def test_the_pair_order_is_that_of_a_plain_implementation_whatever_the_chunk(sizes, chunk, monkeypatch):
-    monkeypatch.setattr(sampling, "CHUNK", chunk)
-    order = pair_order(6, 2, np.array(sizes))
-    assert order.tolist() == plain_pair_order(6, 2, sizes)
-    assert order.dtype == np.int32
+def test_the_pair_order_is_that_of_a_plain_implementation_whatever_the_chunk(monkeypatch):
+    for chunk in [1, 3, 1000]:
+        for sizes in [[1], [8], [9], [3, 17, 1, 8, 2, 16, 30], [1] * 20, [5] * 11]:
+            monkeypatch.setattr(sampling, "CHUNK", chunk)
+            order = pair_order(6, 2, np.array(sizes))
+            assert order.tolist() == plain_pair_order(6, 2, sizes)
+            assert order.dtype == np.int32
 
 
 def test_the_pair_order_of_many_queries_takes_little_more_memory_than_itself():

@@ -98,7 +98,7 @@ def test_other_content_of_the_same_size_is_rebuilt(tmp_path):
     assert before.pair(0).document == "old"
 
 
-def test_a_change_in_the_middle_of_a_large_file_is_known_by_its_time_alone(tmp_path):
+def test_a_change_inside_a_large_file_is_noticed_by_its_time(tmp_path):
     def text(middle: str) -> str:
         return "".join(json.dumps(hits(word, 1)) + "\n" for word in ["a" * 2**20, middle, "b" * 2**20])
 
@@ -264,7 +264,7 @@ def test_teacher_scores_go_with_their_documents_wherever_grouping_brings_them(tm
     assert found == expected
 
 
-def test_teacher_scores_are_a_view_of_the_mapped_file_and_cost_nothing_where_they_are_not_read(tmp_path):
+def test_teacher_scores_are_mapped_and_absent_where_they_are_not_read(tmp_path):
     path = write(tmp_path / "a.jsonl", list(with_teacher([hits("a", 1, 0), hits("b", 1, 0, 0)])))
     without, store = open_store(path), open_store(path, teacher_key="teacher_score")
     assert without.teacher_scores is None and without.folder != store.folder

@@ -72,7 +72,7 @@ def test_pointwise_records_are_groups_of_one_unless_grouped(tmp_path):
     assert groups_of(open_store(path)) == [("q", ["d"], [1], [True], 1), ("q", ["e"], [0], [False], 2)]
 
 
-def test_pairs_of_a_query_that_are_not_adjacent_form_one_group_in_order_of_appearance(tmp_path):
+def test_scattered_pairs_of_a_query_form_one_group(tmp_path):
     first = pointwise(("b", "b1", 0.2), ("a", "a1", 0), ("b", "b2", 0.9))
     later = pointwise(("c", "c1", 1), ("a", "a2", 0), ("b", "b3", 0.2))
     store = open_store(write(tmp_path / "a.jsonl", first + later), group_by_query=True)
@@ -85,7 +85,7 @@ def test_pairs_of_a_query_that_are_not_adjacent_form_one_group_in_order_of_appea
     assert [pair[3] for pair in pairs_of(store)] == [1, 3, 6, 2, 5, 4]
 
 
-def test_hits_and_pos_neg_records_keep_their_own_group_when_pairs_are_grouped_by_query(tmp_path):
+def test_hits_and_pos_neg_records_keep_their_group_when_pairs_are_grouped(tmp_path):
     records = [
         *pointwise(("q", "d1", 1)),
         hits("q", 1, 0),
@@ -97,10 +97,7 @@ def test_hits_and_pos_neg_records_keep_their_own_group_when_pairs_are_grouped_by
 
 
 def test_grouped_records_give_one_pair_per_document(tmp_path):
-    records = [
-        hits("a", 2, 0),
-        {"query": "b", "pos": ["p"], "neg": ["n"], "pos_scores": [0.5], "neg_scores": [0.25]},
-    ]
+    records = [hits("a", 2, 0), {"query": "b", "pos": ["p"], "neg": ["n"], "pos_scores": [0.5], "neg_scores": [0.25]}]
     store = open_store(write(tmp_path / "a.jsonl", records))
     assert pairs_of(store) == [("a", "a0", 2, 1), ("a", "a1", 0, 1), ("b", "p", 0.5, 2), ("b", "n", 0.25, 2)]
 
@@ -112,7 +109,7 @@ def test_documents_that_are_all_empty_can_be_stored(tmp_path):
     assert pairs_of(grouped) == [("a", "", 1, 1), ("a", "", 0, 3), ("b", "", 0, 2)]
 
 
-def test_a_group_of_pairs_without_exactly_one_positive_is_reported_with_its_first_line(tmp_path):
+def test_a_group_without_exactly_one_positive_is_reported_with_its_line(tmp_path):
     triples = [("a", "1", 1), ("b", "1", 0), ("a", "2", 0), ("b", "2", 0), ("c", "1", 1), ("c", "2", 0.5)]
     triples += [("d", "1", 2), ("d", "2", 0)]
     path = write(tmp_path / "a.jsonl", pointwise(*triples))
@@ -160,7 +157,7 @@ def test_triples_of_a_query_form_one_group_with_each_document_once(tmp_path, mon
     assert (counts.records, counts.queries, counts.pairs, counts.repeated_pairs) == (5, 2, 7, 3)
 
 
-def test_a_document_that_is_a_positive_and_a_negative_of_a_query_counts_as_a_positive(tmp_path):
+def test_a_document_that_is_positive_and_negative_counts_as_positive(tmp_path):
     path = triples(tmp_path / "a.tsv", ("a", "p", "x"), ("b", "x", "y"), ("a", "x", "p"))
     groups = groups_of(open_store(path, group_by_query=True))
     assert groups == [("a", ["p", "x"], [1, 1], [True, True], 1), ("b", ["x", "y"], [1, 0], [True, False], 2)]

@@ -1,4 +1,4 @@
-"""The keys of `rag-retrieval distill`: defaults by language, and mistakes told with file, line and key."""
+"""The keys of `rag-retrieval distill`: defaults by language, and mistakes reported with file, line and key."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_file_and_options_are_read_and_teachers_are_looked_up_beside_the_file(folder):
+def test_teachers_in_a_file_are_looked_up_beside_it(folder):
     text = "dataset: ../train.jsonl\noutput: out.jsonl\nteachers: [one, package:some-model]\n"
     (folder / "far" / "distill.yaml").write_text(text)
     config = load_config(DistillConfig, "far/distill.yaml", ["--prompt", "{query}\\n{document}"])

@@ -68,7 +68,7 @@ def summary_of(*records: list[tuple[float, float]]) -> ScoreSummary:
     return summary
 
 
-def test_scores_are_told_by_label():
+def test_scores_are_summarized_by_label():
     summary = summary_of([(1, 4.0), (0, -2.0)], [(1, 2.0), (0, -4.0), (0, 3.0)])
     assert (summary.records, summary.pairs) == (2, 5)
     assert {name: scores.tolist() for name, scores in summary.by_label().items()} == {
@@ -82,7 +82,7 @@ def test_scores_are_told_by_label():
     assert lines[-1].endswith("the higher scores more in 83.3%")
 
 
-def test_many_levels_are_told_in_two_halves():
+def test_many_levels_are_summarized_as_two_halves():
     summary = summary_of([(place / 10, float(place)) for place in range(11)])
     assert {name: len(scores) for name, scores in summary.by_label().items()} == {
         "label up to 0.5": 6,

@@ -54,7 +54,7 @@ def test_a_baseline_is_a_run_file_or_a_model(folder):
     assert load("--baseline", "owner/other").baseline == "owner/other"
 
 
-def test_what_to_calibrate_on_is_a_split_unless_it_is_written_as_a_file(folder):
+def test_calibrate_is_a_split_unless_it_is_written_as_a_file(folder):
     assert load("--calibrate", "dev").calibrate == "dev"
     assert load("--calibrate", "dev.jsonl").calibrate == f"{folder}/dev.jsonl"
 

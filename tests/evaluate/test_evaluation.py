@@ -63,7 +63,7 @@ def test_the_run_has_the_model_s_scores_of_the_candidates(config, toy):
     assert found.before.name == "BM25" and set(found.before.per_query["mrr@10"].values()) == {1 / 3}
 
 
-def test_a_run_that_is_cut_off_goes_on_where_it_stopped_and_gives_the_same(config, scored, monkeypatch, tmp_path):
+def test_an_interrupted_evaluation_continues_to_the_same_result(config, scored, monkeypatch, tmp_path):
     monkeypatch.setattr(scoring, "PART_PAIRS", {"cpu": 5})  # two queries of four documents
     whole = evaluate_reranker(config)
     assert scored == [8, 8]
@@ -100,7 +100,7 @@ def test_a_finished_run_is_taken_again_until_weights_or_candidates_change(config
 
 
 @pytest.mark.parametrize("damage", [lambda lines: lines[:5], lambda lines: [*lines[:5], "q8 Q0"]])
-def test_a_finished_run_that_was_cut_is_scored_anew(config, scored, damage):
+def test_a_truncated_run_file_is_scored_again(config, scored, damage):
     first = evaluate_reranker(config)
     file = first.output_dir / "run.trec"
     whole = file.read_text()
@@ -109,7 +109,7 @@ def test_a_finished_run_that_was_cut_is_scored_anew(config, scored, damage):
     assert scored == [16, 16] and file.read_text() == whole
 
 
-def test_a_missing_library_is_told_before_anything_is_scored(config, scored, monkeypatch):
+def test_a_missing_library_is_reported_before_anything_is_scored(config, scored, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else object())
     with pytest.raises(ValueError, match=r"evaluation needs matplotlib; run: pip install -e '.\[evaluate,report\]'"):
         evaluate_reranker(config.model_copy(update={"report": True}))
@@ -142,7 +142,7 @@ def test_a_calibration_is_fitted_on_one_split_saved_and_used_on_another(config, 
     assert later == found and later.log_loss < later.sigmoid_log_loss
 
 
-def test_a_calibration_goes_elsewhere_where_the_folder_of_the_model_is_read_only(config, toy, tmp_path, monkeypatch):
+def test_a_calibration_goes_elsewhere_for_a_read_only_model_folder(config, toy, tmp_path, monkeypatch):
     (toy / "qrels/dev.tsv").write_text((toy / "qrels/train.tsv").read_text())
     (toy / "runs/bm25.dev.tsv").write_text((toy / "runs/bm25.train.tsv").read_text())
     readable = os.access
@@ -156,7 +156,7 @@ def test_a_calibration_goes_elsewhere_where_the_folder_of_the_model_is_read_only
     assert (found.score_type, found.calibration.data) == ("calibrated", "toy dev")
 
 
-def test_a_model_without_a_trained_head_is_refused_as_model_and_as_baseline(config, scored, load_tiny, tmp_path):
+def test_a_model_without_a_trained_head_is_refused_also_as_baseline(config, scored, load_tiny, tmp_path):
     load_tiny("bert").model.base_model.save_pretrained(tmp_path / "base")
     load_tiny("bert").tokenizer.save_pretrained(tmp_path / "base")
     for key in ("model", "baseline"):
@@ -198,7 +198,7 @@ def test_the_command_prints_the_table_and_writes_per_query_results(config, toy, 
     assert result["ceiling"]["ndcg@10"] == 1.0 and result["config"]["depth"] == 4
 
 
-def test_a_model_of_the_current_folder_is_called_by_its_path_from_there(toy, model, tmp_path, monkeypatch, capsys):
+def test_a_model_is_named_by_its_path_from_the_current_folder(toy, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "--model", "bert/model", "--data", "toy", "--depth", "4"]) == 0
     assert "\n  model     bert/model\n" in capsys.readouterr().out
@@ -227,7 +227,7 @@ def test_queries_without_a_relevant_document_are_left_out_and_named(config, toy)
     assert result["model"]["ndcg@10"] == pytest.approx(sum(means) / 3)
 
 
-def test_a_document_with_the_id_of_the_query_is_left_out_unless_it_is_wanted(config, toy):
+def test_a_document_with_the_query_id_is_left_out_unless_wanted(config, toy):
     for name, id_ in (("queries.jsonl", "q8"), ("qrels/test.tsv", "q8"), ("runs/bm25.test.tsv", "q8")):
         (toy / name).write_text((toy / name).read_text().replace(id_, "d8-1"))
     found = evaluate_reranker(config)
@@ -255,7 +255,7 @@ def test_a_mistake_ends_with_one_line_and_code_2(model, tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-def test_what_the_data_lack_is_said_in_the_terminal_and_in_the_result(config, toy, tmp_path, capsys):
+def test_gaps_in_the_data_are_in_the_terminal_and_the_result(config, toy, tmp_path, capsys):
     write(tmp_path / "part.trec", "q8 Q0 d8-0 1 2.5 x\n")
     with (toy / "qrels/test.tsv").open("a") as file:
         file.write("q9\tgone\t1\n")

@@ -8,7 +8,7 @@ def ranked(*documents):
     return {document: float(-place) for place, document in enumerate(documents)}
 
 
-def test_the_documents_that_moved_far_at_the_top_are_named_by_their_new_rank():
+def test_documents_that_moved_far_at_the_top_are_listed_by_rank():
     before, after = ranked("a", "b", "c", "d", "e", "f"), ranked("e", "b", "a", "d", "f", "new")
     moves = changed_documents({"e": 2, "b": 1, "f": 0}, before, after)
     # e 5 -> 1 and a 1 -> 3 moved most; then new and c, which one run lacks; f moved from 6 to 5 only

@@ -19,7 +19,7 @@ def test_the_folder_is_made_and_the_lock_stays_the_same_file(tmp_path):
         assert lock.stat().st_ino == inode
 
 
-def test_a_second_evaluation_in_the_same_folder_is_refused_until_the_first_has_ended(tmp_path):
+def test_a_second_evaluation_in_a_folder_waits_for_the_first(tmp_path):
     refused = pytest.raises(ValueError, match="another evaluation writes to .*; wait for it, or give another")
     with locked_output_dir(tmp_path, CONFIG), refused, locked_output_dir(tmp_path, CONFIG):
         pass
@@ -39,7 +39,7 @@ def test_results_of_another_model_or_other_data_are_not_written_over(tmp_path):
         pass
 
 
-def test_the_same_model_by_a_relative_and_by_an_absolute_path_is_one_model(tmp_path, monkeypatch):
+def test_relative_and_absolute_paths_name_the_same_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "result.json").write_text(json.dumps({"config": CONFIG | {"model": str(tmp_path / "a")}}))
     with locked_output_dir(tmp_path, CONFIG):

@@ -20,7 +20,7 @@ pytest.importorskip("onnxscript")
 from exported_samples import exported  # noqa: E402
 
 from rag_retrieval import Reranker  # noqa: E402
-from rag_retrieval.infer.openvino_backend import OpenVinoBackend  # noqa: E402
+from rag_retrieval.infer.onnx_backend import OpenVinoBackend  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_threads_that_share_a_backend_get_the_scores_of_one(folder_of):
             np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def test_a_missing_openvino_is_told_with_the_extra_and_a_gpu_refused(folder_of, monkeypatch):
+def test_a_missing_openvino_is_reported_with_the_extra_and_a_gpu_refused(folder_of, monkeypatch):
     with pytest.raises(ValueError, match='device: OpenVINO runs on "cpu" here, found .cuda'):
         Reranker(folder_of("bert"), model_type="openvino", device="cuda")
     monkeypatch.setitem(sys.modules, "openvino", None)

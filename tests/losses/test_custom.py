@@ -1,4 +1,4 @@
-"""A loss of one's own by its path: what is accepted, and what each check refuses."""
+"""A user's own loss by its path: what is accepted, and what each check refuses."""
 
 import sys
 import textwrap
@@ -52,7 +52,7 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own_losses", None)
 
 
-def test_a_function_of_ones_own_is_found_by_its_path_and_gives_sum_and_count(own):
+def test_a_user_function_is_imported_by_its_path(own):
     loss = loss_named(f"{own}:grouped_hinge", "grouped")
     assert (loss.name, loss.dataset_type, loss.reads) == (f"{own}:grouped_hinge", "grouped", "label")
     total, count = loss(torch.tensor([[0.0, 0.5, 9.0]]), torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[1, 1, 0]]) > 0)
@@ -82,7 +82,7 @@ def test_what_is_no_loss_at_all_is_refused(own):
             loss_named(path, "grouped")
 
 
-def test_the_shipped_losses_pass_the_same_checks_and_are_found_by_name_and_alias():
+def test_the_shipped_losses_pass_the_same_checks():
     for loss in LOSSES.values():
         assert loss_named(loss.path, loss.dataset_type).path == loss.path
         assert all(loss_named(name, loss.dataset_type) is loss for name in (loss.name, *loss.aliases))

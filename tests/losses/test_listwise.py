@@ -35,7 +35,7 @@ def test_listwise_ce_of_two_documents_by_hand():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-def test_listwise_ce_is_the_mean_over_groups_and_filler_rows_do_not_count(temperature):
+def test_listwise_ce_is_the_mean_over_groups_without_filler_rows(temperature):
     first = slow_term(2.0, [1.0, -0.5], temperature)
     second = slow_term(0.3, [-1.2], temperature)
     total = first + second  # the group of one document gives 0
@@ -56,20 +56,13 @@ def test_listwise_gradient_is_softmax_minus_label_over_the_temperature(temperatu
     assert scores.grad[2:].tolist() == [[0.0] * 3] * 2
 
 
-def test_the_positive_is_pushed_up_and_every_negative_down():
-    scores = torch.tensor([[0.2, -3.0, 5.0]], requires_grad=True)
-    listwise_ce(scores, torch.tensor([[0.0, 1.0, 0.0]])).backward()
-    assert (scores.grad[0] > 0).tolist() == [True, False, True]
-    assert scores.grad[0, 1] < 0
-
-
 def test_adding_a_number_to_the_scores_of_a_group_changes_nothing():
     shifted = SCORES + torch.tensor([[3.0], [-2.0], [0.5], [8.0]])
     loss = listwise_ce(SCORES, LABELS, MASK).item()
     assert listwise_ce(shifted, LABELS, MASK).item() == pytest.approx(loss, rel=1e-6)
 
 
-def test_listwise_ce_of_huge_scores_is_the_distance_where_it_is_wrong_and_zero_where_it_is_right():
+def test_listwise_ce_of_huge_scores_is_their_distance_if_wrong_else_zero():
     scores = torch.tensor([[-1e4, 1e4, 0.0], [1e4, -1e4, 0.0]], requires_grad=True)
     labels, mask = torch.tensor([[1.0, 0.0, 0.0]] * 2), torch.tensor([[True, True, False]] * 2)
     loss = listwise_ce(scores, labels, mask, "sum")
@@ -78,7 +71,7 @@ def test_listwise_ce_of_huge_scores_is_the_distance_where_it_is_wrong_and_zero_w
     assert scores.grad.tolist() == [[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
 
 
-def test_padding_takes_no_share_of_the_softmax_even_where_all_scores_are_very_low():
+def test_padding_takes_no_share_of_the_softmax_of_very_low_scores():
     scores, mask = torch.tensor([[-3e4, -3e4, 0.0]]), torch.tensor([[True, True, False]])
     loss = listwise_ce(scores, torch.tensor([[1.0, 0.0, 0.0]]), mask)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
@@ -104,16 +97,6 @@ def test_a_positive_that_is_padding_is_no_positive():
     assert count_groups(torch.tensor([[1.0, 0.0]]), torch.tensor([[False, True]])) == 0
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_a_temperature_that_is_not_positive_is_refused(temperature):
-    with pytest.raises(ValueError, match="temperature .* is not positive"):
-        listwise_ce(SCORES, LABELS, MASK, temperature=temperature)
-
-
-def test_the_count_is_a_plain_int():
-    assert type(count_groups(LABELS, MASK)) is int
-
-
 def test_chance_of_listwise_ce_is_the_mean_log_of_the_group_size():
     expected = (math.log(3) + math.log(2) + math.log(1)) / 3
     assert constant_listwise_ce(LABELS, MASK) == pytest.approx(expected, rel=1e-6)
@@ -132,7 +115,7 @@ def softmax(values: list[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def test_listnet_is_the_cross_entropy_of_two_softmaxes_over_groups_with_different_labels():
+def test_listnet_is_the_cross_entropy_of_label_and_score_softmax():
     total = 0.0
     for scores, labels in (([1.0, 2.0, -0.5], [0.0, 2.0, 1.0]), ([0.3, -1.2], [1.0, 0.0])):
         total -= sum(p * math.log(q) for p, q in zip(softmax(labels), softmax(scores), strict=True))
@@ -156,7 +139,7 @@ def test_listnet_is_least_where_the_scores_are_the_labels_plus_a_number():
     assert loss.item() == pytest.approx(-sum(p * math.log(p) for p in softmax([0.0, 2.0, 1.0])), rel=1e-6)
 
 
-def test_the_target_of_listnet_for_one_positive_of_four_is_as_flat_as_documented():
+def test_the_listnet_target_of_one_positive_is_as_flat_as_documented():
     assert softmax([1.0, 0.0, 0.0, 0.0]) == pytest.approx([0.48, 0.17, 0.17, 0.17], abs=0.006)
 
 
@@ -174,7 +157,7 @@ def test_positives_of_info_nce_do_not_push_each_other_down():
     assert scores.grad[0, 0] < 0 and scores.grad[0, 1] < 0 < scores.grad[0, 2]
 
 
-def test_info_nce_of_one_positive_is_the_listwise_cross_entropy_also_for_huge_scores():
+def test_info_nce_of_one_positive_is_listwise_ce():
     labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     for scores in (SCORES[:2], 1e4 * SCORES[:2].sign(), torch.full((2, 3), -3e4)):
         expected = listwise_ce(scores, labels, temperature=0.5).item()
@@ -189,9 +172,3 @@ def test_chance_of_listnet_and_info_nce_is_the_loss_of_any_constant():
         assert info_nce(flat, GRADES, MASK).item() == pytest.approx(math.log(2), rel=1e-6)
     assert constant_listnet(GRADES, MASK) == pytest.approx((math.log(3) + math.log(2)) / 2, rel=1e-6)
     assert constant_info_nce(GRADES, MASK) == pytest.approx(math.log(2), rel=1e-6)
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_info_nce_refuses_a_temperature_that_is_not_positive(temperature):
-    with pytest.raises(ValueError, match="temperature .* is not positive"):
-        info_nce(SCORES, GRADES, MASK, temperature=temperature)

@@ -63,6 +63,15 @@ def test_the_options_are_keyword_arguments_of_the_function_with_the_same_default
     assert defaults == {option.name: option.default for option in loss.options}
 
 
+def test_a_temperature_that_is_not_positive_is_refused():
+    with_temperature = [loss for loss in LOSSES.values() if "temperature" in [option.name for option in loss.options]]
+    assert [loss.name for loss in with_temperature] == ["listwise_ce", "info_nce", "kl_distillation"]
+    for loss in with_temperature:
+        for temperature in (0.0, -1.0, float("nan")):
+            with pytest.raises(ValueError, match="temperature .* is not positive"):
+                dataclasses.replace(loss, option_values={"temperature": temperature})(*batch(loss))
+
+
 def test_options_that_are_set_reach_the_loss_and_its_constant_score():
     scores, labels, mask = batch(LOSSES["lambda_loss"])
     at_one = dataclasses.replace(LOSSES["lambda_loss"], option_values={"lambda_top_k": 1})
@@ -196,7 +205,7 @@ def test_integer_labels_give_the_same_loss_as_float_labels(loss):
 
 
 @every_loss
-def test_a_model_that_ranks_well_is_below_chance_and_one_that_ranks_badly_above(loss):
+def test_good_rankings_are_below_the_constant_score_loss_bad_ones_above(loss):
     _, labels, mask = batch(loss)
     # these three are at their best where the scores are the labels
     good = labels if loss.name in ("listnet", "margin_mse", "kl_distillation") else 8 * labels - 4

@@ -74,14 +74,6 @@ def test_ranknet_gradient_agrees_with_finite_differences_of_the_loop():
             assert scores.grad[group, document].item() == pytest.approx(slope, rel=1e-5, abs=1e-6)
 
 
-def test_the_best_document_is_pushed_up_and_the_worst_down():
-    scores = torch.zeros(1, 3, requires_grad=True)
-    ranknet(scores, torch.tensor([[0.0, 2.0, 1.0]])).backward()
-    worst, best, middle = scores.grad[0].tolist()
-    assert best < 0 < worst
-    assert middle == pytest.approx(0.0, abs=1e-7)
-
-
 def test_adding_a_number_to_the_scores_of_a_group_changes_nothing():
     scores, labels, mask = ragged()
     shifted = scores + torch.tensor([[3.0], [-2.0], [0.5], [8.0]])
@@ -108,7 +100,7 @@ def test_padding_is_never_the_better_document_of_a_pair_with_negative_labels():
     assert count_ordered_pairs(labels, mask) == 1
 
 
-def test_ranknet_of_huge_scores_is_the_difference_where_it_is_wrong_and_zero_where_it_is_right():
+def test_ranknet_of_huge_scores_is_their_difference_if_wrong_else_zero():
     scores = torch.tensor([[1e4, -1e4], [1e4, -1e4]], requires_grad=True)
     loss = ranknet(scores, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), reduction="sum")
     loss.backward()
@@ -120,10 +112,6 @@ def test_the_count_compares_labels_in_float32_as_the_loss_does():
     labels = torch.tensor([[0.1, 0.1 + 1e-12]], dtype=torch.float64)
     assert count_ordered_pairs(labels, None) == 0
     assert ranknet(torch.zeros(1, 2), labels, reduction="sum").item() == 0.0
-
-
-def test_the_count_is_a_plain_int():
-    assert type(count_ordered_pairs(torch.tensor([[0.0, 1.0]]), None)) is int
 
 
 def test_chance_of_ranknet_is_log_two_times_the_mean_difference_of_labels():

@@ -78,7 +78,7 @@ def test_listnet_is_theirs():
     same(ours(listnet, GRADES), of_groups(theirs.ListNetLoss, GRADES))
 
 
-def test_listnet_of_a_group_with_equal_labels_is_left_out_here_and_counted_there():
+def test_listnet_leaves_out_groups_of_equal_labels_unlike_theirs():
     labels = GRADES.clone()
     labels[1] = 0.0
     value, grad = of_groups(theirs.ListNetLoss, labels)
@@ -93,7 +93,7 @@ def test_listmle_of_labels_that_all_differ_is_theirs(function, name):
     same(ours(function, DISTINCT), of_groups(loss, DISTINCT))
 
 
-def test_listmle_of_equal_labels_does_not_depend_on_the_order_of_the_file_as_theirs_does():
+def test_listmle_of_equal_labels_ignores_the_file_order_unlike_theirs():
     loss = partial(theirs.ListMLELoss, respect_input_order=False)
     labels = torch.tensor([[1.0, 0, 0, 0, 0, 0]] * 3)
     places = torch.tensor([0, 3, 1, 2, 4, 5])  # moves documents of the lowest label alone
@@ -147,7 +147,7 @@ def their_columns(loss, scores, labels=None, groups=range(3)):
     return loss(Looked(scores))([["q"] * len(groups), *columns], labels)
 
 
-def test_info_nce_of_one_positive_is_their_ranking_loss_without_in_batch_negatives():
+def test_info_nce_is_their_ranking_loss_without_in_batch_negatives():
     labels = torch.tensor([[1.0, 0, 0, 0, 0, 0]] * 3)
     loss = partial(theirs.MultipleNegativesRankingLoss, scale=2.0, activation_fn=torch.nn.Identity())
     same(
@@ -157,7 +157,7 @@ def test_info_nce_of_one_positive_is_their_ranking_loss_without_in_batch_negativ
     )
 
 
-def test_margin_mse_of_triples_is_theirs_and_of_whole_groups_takes_the_other_pairs_too():
+def test_margin_mse_of_triples_is_theirs_and_groups_add_their_other_pairs():
     teacher = 3 * torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
     expected = value_and_gradient(lambda scores: their_columns(theirs.MarginMSELoss, scores, teacher))
 

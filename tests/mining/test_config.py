@@ -1,4 +1,4 @@
-"""Which values mining takes, and what each mistake is told as."""
+"""Which values mining takes, and how each mistake is reported."""
 
 import pytest
 from pydantic import ValidationError

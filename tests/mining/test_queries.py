@@ -53,7 +53,7 @@ def test_records_of_all_formats_give_their_positives(tmp_path, corpus):
     assert found.read == 4
 
 
-def test_the_digest_hangs_on_queries_positives_and_labels_and_not_on_their_order(tmp_path, corpus):
+def test_the_digest_covers_queries_positives_and_labels_in_any_order(tmp_path, corpus):
     def digest(queries, *qrels):
         return read_beir(tmp_path, corpus, queries, qrels).digest()
 
@@ -78,12 +78,12 @@ def test_the_documents_with_the_id_of_a_query_are_known_with_it(tmp_path, corpus
     assert found.digest() != others.digest()
 
 
-def test_queries_without_text_are_left_out_and_counted_where_the_split_judges_them(tmp_path, corpus):
+def test_judged_queries_without_text_are_left_out_and_counted(tmp_path, corpus):
     found = read_beir(tmp_path, corpus, {"1": "a", "2": " ", "3": ""}, [("1", "d0", 1), ("2", "d1", 1)])
     assert (len(found.queries), found.read, found.without_text) == (1, 2, 1)
 
 
-def test_every_wrong_judgment_is_told_with_its_line(tmp_path, corpus):
+def test_every_wrong_judgment_is_reported_with_its_line(tmp_path, corpus):
     qrels = [("1", "d9", 1), ("2", "d0", 0), ("2", "d1", 0), ("3", "d0", 1)]
     with pytest.raises(DataError) as caught:
         read_beir(tmp_path, corpus, {"1": "a", "2": "b"}, qrels)
@@ -108,7 +108,7 @@ def test_many_wrong_judgments_are_counted(tmp_path, corpus):
         ("", "train.tsv: found no judgments; expected lines of query-id, corpus-id, score between tabs."),
     ],
 )
-def test_a_table_that_is_none_is_told(tmp_path, corpus, line, message):
+def test_a_malformed_table_is_refused(tmp_path, corpus, line, message):
     folder = write_beir(tmp_path / "data", DOCUMENTS, {"1": "a"}, [])
     (folder / "qrels/train.tsv").write_text(f"query-id\tcorpus-id\tscore\n{line}\n")
     with pytest.raises(DataError) as caught:
@@ -127,11 +127,9 @@ def test_missing_qrels_say_which_splits_are_there(tmp_path, corpus):
 
 @pytest.mark.parametrize(
     "queries, message",
-    [
-        ([{"_id": "1", "text": "a"}] * 2, "queries.jsonl:2: the _id '1' was given before; give each query its own."),
-    ],
+    [([{"_id": "1", "text": "a"}] * 2, "queries.jsonl:2: the _id '1' was given before; give each query its own.")],
 )
-def test_a_bad_query_is_told_with_its_line(tmp_path, corpus, queries, message):
+def test_a_bad_query_is_reported_with_its_line(tmp_path, corpus, queries, message):
     folder = write_beir(tmp_path / "data", DOCUMENTS, {}, [("1", "d0", 1)])
     write_jsonl(folder / "queries.jsonl", queries)
     with pytest.raises(DataError) as caught:
@@ -139,7 +137,7 @@ def test_a_bad_query_is_told_with_its_line(tmp_path, corpus, queries, message):
     assert str(caught.value).endswith(message)
 
 
-def test_records_without_a_positive_and_with_an_unknown_one_are_told(tmp_path, corpus):
+def test_records_without_a_known_positive_are_reported(tmp_path, corpus):
     records = [
         {"query": "a", "pos": ["a very long text that no document of the corpus has at all"]},
         {"query": "b", "hits": [{"content": "panda", "label": 0}]},

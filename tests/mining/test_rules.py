@@ -1,7 +1,6 @@
 from collections import Counter
 
 import numpy as np
-import pytest
 from mining_samples import corpus_of
 
 from rag_retrieval.mining.queries import Query
@@ -52,9 +51,8 @@ def test_a_window_behind_all_candidates_is_empty(tmp_path):
     assert fit(tmp_path, ["a", "b"], query("q"), first_rank=9) == ([], {"before_window": 2})
 
 
-@pytest.mark.parametrize(
-    "options, expected",
-    [
+def test_margins_are_measured_from_the_lowest_positive():
+    cases = [
         ({}, [1, 1, 1, 1]),
         ({"absolute_margin": 0.0}, [0, 1, 1, 1]),
         ({"absolute_margin": 0.5}, [0, 0, 1, 1]),
@@ -62,13 +60,12 @@ def test_a_window_behind_all_candidates_is_empty(tmp_path):
         ({"absolute_margin": 0.5, "relative_margin": 0.75}, [0, 0, 0, 1]),
         ({"max_score": 1.0}, [0, 0, 1, 1]),
         ({"absolute_margin": 1.5, "max_score": 0.0}, [0, 0, 0, 1]),
-    ],
-)
-def test_margins_hang_on_the_lowest_positive(options, expected):
-    scores, dropped = np.array([3, 2, 1, -1], np.float32), Counter()
-    kept = below_positives(scores, np.array([9, 2], np.float32), rules(**options), dropped)
-    assert kept.tolist() == [bool(value) for value in expected]
-    assert sum(dropped.values()) == 4 - sum(expected)
+    ]
+    for options, expected in cases:
+        scores, dropped = np.array([3, 2, 1, -1], np.float32), Counter()
+        kept = below_positives(scores, np.array([9, 2], np.float32), rules(**options), dropped)
+        assert kept.tolist() == [bool(value) for value in expected]
+        assert sum(dropped.values()) == 4 - sum(expected)
 
 
 def test_a_relative_margin_goes_down_from_a_score_below_zero():
@@ -82,7 +79,7 @@ def test_each_candidate_above_both_limits_is_counted_once():
     assert dropped == {"margin": 1, "max_score": 1}
 
 
-def test_a_draw_hangs_on_seed_and_query_and_comes_in_order():
+def test_a_draw_depends_on_seed_and_query_and_comes_in_order():
     places = np.arange(50)
     first = draw(query("a"), places, rules(), Counter()).tolist()
     assert first == sorted(set(first)) and len(first) == 3

@@ -1,4 +1,4 @@
-"""Whole runs over small data: what is written, that it is the same again, and what is told."""
+"""Whole runs over small data: what is written, that it is reproducible, and what is reported."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def ways(base):
 
 
 @pytest.mark.parametrize("way", ["bm25", "dense", "fused"])
-def test_negatives_are_other_documents_of_the_corpus_and_all_candidates_are_accounted_for(data, base, tmp_path, way):
+def test_negatives_are_other_documents_and_every_candidate_is_counted(data, base, tmp_path, way):
     summary = mine(config_of(data, tmp_path / "out.jsonl", **ways(base)[way]))
     lines = read_output(tmp_path / "out.jsonl")
     assert [line["query"] for line in lines] == sorted(line["query"] for line in lines)
@@ -101,7 +101,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("way", ["bm25", "dense"])
-def test_a_killed_run_keeps_its_parts_and_goes_on_to_the_same_bytes(data, base, tmp_path, monkeypatch, way):
+def test_a_killed_run_keeps_its_parts_and_continues_to_the_same_bytes(data, base, tmp_path, monkeypatch, way):
     monkeypatch.setattr(run, "PART", 10)
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     mine(config_of(data, whole, **ways(base)[way]))
@@ -171,7 +171,7 @@ def test_graded_labels_are_kept_in_hits(tmp_path):
     ]
 
 
-def test_a_reranker_drops_what_it_ranks_above_the_positive_and_its_scores_are_written(data, model_folders, tmp_path):
+def test_a_reranker_drops_what_it_scores_above_the_positive(data, model_folders, tmp_path):
     from rag_retrieval import CrossEncoder
 
     summary = mine(config_of(data, tmp_path / "out.jsonl", reranker=model_folders["bert"], labels="score"))
@@ -199,7 +199,7 @@ def test_a_query_with_fewer_negatives_is_written_and_one_without_is_not(tmp_path
     assert "1  have fewer, and are written all the same" in text and "2  have none, and are not written" in text
 
 
-def test_nothing_found_at_all_is_told_with_the_reasons_and_writes_nothing(tmp_path):
+def test_no_negative_at_all_is_an_error_with_the_reasons(tmp_path):
     folder = write_beir(tmp_path / "d", {"a": "panda", "b": "tiger"}, {"q": "panda"}, [("q", "a", 1)])
     with pytest.raises(ValueError, match=r"(?s)no query got a negative; .*1  dropped: a positive of the query"):
         mine(config_of(folder, tmp_path / "out.jsonl"))
@@ -222,7 +222,7 @@ def test_a_second_run_on_one_output_is_refused_whatever_its_work_folder(data, tm
     assert not list(tmp_path.glob("out*")), "nothing is written"
 
 
-def test_data_that_are_not_there_are_told(tmp_path):
+def test_missing_data_are_reported(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         mine(config_of(tmp_path / "nowhere", tmp_path / "out.jsonl"))
     source = write_jsonl(tmp_path / "r.jsonl", [{"query": "q", "pos": ["a"]}])
@@ -230,20 +230,20 @@ def test_data_that_are_not_there_are_told(tmp_path):
         mine(config_of(source, tmp_path / "out.jsonl", corpus=str(tmp_path / "nowhere.jsonl")))
 
 
-def test_missing_libraries_are_told_with_the_command_that_brings_them(data, tmp_path, monkeypatch):
+def test_missing_libraries_are_named_with_the_install_command(data, tmp_path, monkeypatch):
     monkeypatch.setattr("rag_retrieval.retrieval.index.BM25_LIBRARIES", ("bm25s", "no_such_library"))
     with pytest.raises(ValueError, match=r"need no_such_library; run: pip install -e '.\[mine\]'"):
         mine(config_of(data, tmp_path / "out.jsonl"))
 
 
-def test_a_device_that_is_not_there_is_told(data, base, tmp_path):
+def test_a_missing_device_is_reported(data, base, tmp_path):
     with pytest.raises(ValueError, match="'tpu9' is no device of torch"):
         mine(config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], device="tpu9"))
     with pytest.raises(ValueError, match="meta"):
         mine(config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], device="meta"))
 
 
-def test_a_teacher_s_score_below_zero_is_no_label_beside_negatives_with_0(data, tmp_path):
+def test_a_teacher_score_below_zero_is_refused_as_a_positives_label(data, tmp_path):
     mine(config_of(data, tmp_path / "a.jsonl", num_negatives=1))
     line = read_output(tmp_path / "a.jsonl")[0]
     record = {"query": line["query"], "pos": line["pos"], "pos_scores": [-0.5]}
@@ -253,7 +253,7 @@ def test_a_teacher_s_score_below_zero_is_no_label_beside_negatives_with_0(data, 
     assert mine(config_of(source, tmp_path / "b.jsonl", **options)).lines == 1
 
 
-def test_a_window_beyond_the_corpus_is_told(data, tmp_path):
+def test_a_window_beyond_the_corpus_is_refused(data, tmp_path):
     with pytest.raises(DataError, match="first_rank is 50, and there are 36 documents, so that no candidate can have"):
         mine(config_of(data, tmp_path / "out.jsonl", first_rank=50, last_rank=60))
 
@@ -268,7 +268,7 @@ def test_dense_scores_are_cosines(data, base, tmp_path):
         np.testing.assert_allclose(documents @ query, scores, atol=1e-5)
 
 
-def test_the_summary_says_how_words_were_made_and_the_language_can_be_set(tmp_path):
+def test_the_summary_says_how_words_were_made_in_a_chosen_language(tmp_path):
     pytest.importorskip("Stemmer")
     for language, expected in (("auto", "english "), ("plain", "plain ")):
         config = config_of(animal_data(tmp_path / language), tmp_path / language / "out.jsonl", language=language)

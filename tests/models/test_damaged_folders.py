@@ -226,7 +226,7 @@ def test_settings_in_the_cache_are_read_and_known_absence_is_absence(cached):
     assert read_settings("me/model") is None
 
 
-def test_a_cache_of_all_files_tells_what_is_not_there(cached):
+def test_a_cache_of_all_files_shows_which_are_absent(cached):
     cached("config.json", "reranker_config.json", ".gitattributes")
     assert read_settings("me/model").special_token == " score:"
     from rag_retrieval.models.calibration import read_calibration
@@ -234,6 +234,6 @@ def test_a_cache_of_all_files_tells_what_is_not_there(cached):
     assert read_calibration("me/model") is None
 
 
-def test_a_name_that_is_nowhere_is_no_folder():
+def test_a_name_that_is_neither_folder_nor_on_the_hub_is_refused():
     with pytest.raises(ValueError, match="no/such: no such folder"):
         read_settings("no/such")

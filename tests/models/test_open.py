@@ -28,7 +28,7 @@ def refuse(folder, message: str, **options):
 
 
 @pytest.mark.parametrize("family", ["bert", "xlm_roberta"])
-def test_a_folder_of_an_encoder_opens_whoever_saved_it(family, model_folders):
+def test_a_folder_of_an_encoder_opens_whatever_saved_it(family, model_folders):
     assert Reranker(model_folders[family], device="cpu").backend.model_type == "bert_encoder"
 
 
@@ -151,7 +151,7 @@ def test_a_format_without_a_place_for_the_text_or_with_an_unknown_field_is_refus
     assert Reranker(tmp_path / "model", device="cpu", seq='{"a": 1} {0}').backend.scorer.settings.seq == '{"a": 1} {0}'
 
 
-def test_what_is_no_path_is_refused():
+def test_other_types_than_paths_are_refused():
     refuse(None, "model_name_or_path: expected a folder or a name, found NoneType")
 
 

@@ -71,7 +71,7 @@ def test_chinese_documents_are_found_by_their_words(tmp_path):
     assert found_by(search, "熊猫和竹子").rows.tolist() == [1]
 
 
-def test_a_corpus_without_words_is_told(tmp_path):
+def test_a_corpus_without_words_is_refused(tmp_path):
     with pytest.raises(DataError, match="no document of the corpus has a word"):
         built(tmp_path, ["?", ""])
 
@@ -90,7 +90,7 @@ def test_scores_follow_the_formula_and_equal_ones_keep_the_corpus_order():
     assert list(bm25_run(documents, {"q": "apples"}, None, 1)[0]["q"]) == ["b"]
 
 
-def test_documents_without_a_word_are_found_by_nothing_and_a_pool_of_them_is_ranked_whole():
+def test_documents_without_words_are_never_found_but_ranked_in_a_pool():
     documents = {"a": "", "b": "b"}  # single letters are no words to bm25s
     assert bm25_run(documents, {"q": "apples"}, None, 10)[0] == {"q": {}}
     assert bm25_run(documents, {"q": "apples"}, {"q": ["b", "a"]}, 10)[0] == {"q": {"a": 0.0, "b": 0.0}}

@@ -9,11 +9,11 @@ def listed(*rows):
     return Candidates(np.array(rows, np.int64), scores, np.zeros(1, np.float32))
 
 
-@pytest.mark.parametrize("depth", [1, 3, 7, 50, 100])
-def test_the_best_rows_are_those_of_a_full_sort(depth):
-    scores = np.random.default_rng(depth).integers(0, 5, 60).astype(np.float32)
-    by_hand = sorted((row for row in range(60) if scores[row] > 0), key=lambda row: (-scores[row], row))
-    assert best_rows(scores, depth).tolist() == by_hand[:depth]
+def test_the_best_rows_are_those_of_a_full_sort():
+    for depth in [1, 3, 7, 50, 100]:
+        scores = np.random.default_rng(depth).integers(0, 5, 60).astype(np.float32)
+        by_hand = sorted((row for row in range(60) if scores[row] > 0), key=lambda row: (-scores[row], row))
+        assert best_rows(scores, depth).tolist() == by_hand[:depth]
 
 
 def test_nothing_scored_gives_nothing():

@@ -26,7 +26,7 @@ def test_vectors_are_mapped_and_rounded_to_their_type(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 59, 60, 61, 130])
-def test_a_stopped_encoding_goes_on_behind_its_last_whole_block(tmp_path, monkeypatch, kept):
+def test_a_stopped_encoding_continues_after_its_last_whole_block(tmp_path, monkeypatch, kept):
     monkeypatch.setattr(dense, "ENCODED", 3)  # 60 bytes
     corpus = corpus_of(tmp_path, [f"text {row}" for row in range(10)])
     whole, resumed, encoded = tmp_path / "whole", tmp_path / "resumed", []
@@ -48,21 +48,21 @@ def test_a_vector_that_is_not_finite_is_refused(tmp_path):
         build_vectors(corpus_of(tmp_path, ["a"]), lambda texts: np.array([[np.nan]]), tmp_path, "float32")
 
 
-@pytest.mark.parametrize("block", [3, 7, 1 << 14])
-@pytest.mark.parametrize("depth", [1, 4, 40, 100])
-def test_the_nearest_are_those_of_a_full_sort(monkeypatch, block, depth):
-    monkeypatch.setattr(dense, "SEARCHED", block)
-    # whole numbers: sums are exact, and many scores are equal
-    vectors = np.random.default_rng(0).integers(-2, 3, (40, WIDTH)).astype(np.float16)
-    queries, judged = ["a", "bb"], [np.array([3]), np.array([0, 39])]
-    search = DenseSearch(vectors, lambda texts: np.round(fake_encode(texts) * 2), "cpu")
-    encoded = search.encode(queries)
-    for found, vector, asked in zip(search.search(queries, judged, depth), encoded, judged, strict=True):
-        scores = vectors.astype(np.float32) @ vector
-        order = sorted(range(40), key=lambda row: (-scores[row], row))[:depth]
-        assert found.rows.tolist() == order
-        assert found.scores.tolist() == scores[order].tolist()
-        assert found.judged_scores.tolist() == scores[asked].tolist()
+def test_the_nearest_are_those_of_a_full_sort(monkeypatch):
+    for block in [3, 7, 1 << 14]:
+        for depth in [1, 4, 40, 100]:
+            monkeypatch.setattr(dense, "SEARCHED", block)
+            # whole numbers: sums are exact, and many scores are equal
+            vectors = np.random.default_rng(0).integers(-2, 3, (40, WIDTH)).astype(np.float16)
+            queries, judged = ["a", "bb"], [np.array([3]), np.array([0, 39])]
+            search = DenseSearch(vectors, lambda texts: np.round(fake_encode(texts) * 2), "cpu")
+            encoded = search.encode(queries)
+            for found, vector, asked in zip(search.search(queries, judged, depth), encoded, judged, strict=True):
+                scores = vectors.astype(np.float32) @ vector
+                order = sorted(range(40), key=lambda row: (-scores[row], row))[:depth]
+                assert found.rows.tolist() == order
+                assert found.scores.tolist() == scores[order].tolist()
+                assert found.judged_scores.tolist() == scores[asked].tolist()
 
 
 def test_scores_below_zero_are_in_order_and_keep_their_value():
@@ -101,7 +101,7 @@ def test_faiss_finds_what_the_exact_search_finds(tmp_path, factory):
         np.testing.assert_allclose(found.judged_scores, expected.judged_scores, rtol=1e-5)
 
 
-def test_an_index_that_faiss_cannot_make_is_told(tmp_path):
+def test_an_index_that_faiss_cannot_make_is_refused(tmp_path):
     pytest.importorskip("faiss")
     with pytest.raises(ValueError, match="faiss_index 'Flut': FAISS cannot make this index"):
         build_faiss(VECTORS, "Flut", 0, tmp_path)

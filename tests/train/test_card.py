@@ -63,7 +63,7 @@ def card(run, about: About | None = None) -> str:
     return model_card(run / "model", read_run_record(run), about or About("org/name"))
 
 
-def test_several_training_files_are_told_one_by_one_without_their_paths(run):
+def test_several_training_files_are_listed_without_their_paths(run):
     entries = [{"path": PART["source"], "weight": 2.0, "split": None}, {"path": "org/data", "weight": 1.0}]
     (run / "training_config.yaml").write_text(yaml.safe_dump(CONFIGURATION | {"train_dataset": entries}))
     (run / "data_summary.json").write_text(json.dumps([PART, PART | {"source": "org/data@v1#zh"}]))
@@ -73,7 +73,7 @@ def test_several_training_files_are_told_one_by_one_without_their_paths(run):
     assert ModelCard(text).data.datasets == ["org/data"]
 
 
-def test_a_run_is_read_with_the_figures_of_the_step_of_its_model(run):
+def test_a_run_is_read_with_the_figures_of_its_models_step(run):
     record = read_run_record(run)
     assert (record.step, record.measured) == (10, MEASURED)
     assert record.configuration == CONFIGURATION and record.data == [part_from(PART)]
@@ -137,11 +137,11 @@ def test_no_path_of_the_machine_is_in_it(run):
         ("train.parquet", "train.parquet"),
     ],
 )
-def test_of_a_path_only_the_last_part_is_told(name, expected):
+def test_only_the_last_part_of_a_path_is_shown(name, expected):
     assert shown(name) == expected
 
 
-def test_a_relative_folder_that_looks_like_a_name_of_the_hub_is_a_folder_where_it_is_there(tmp_path, monkeypatch):
+def test_an_existing_folder_named_like_a_hub_model_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shown("runs/secret") == "runs/secret"
     (tmp_path / "runs" / "secret").mkdir(parents=True)

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rag_retrieval.train.checkpoints import (
     CheckpointStore,
     DamagedCheckpoint,
     TrainState,
-    file_sizes,
+    file_digests,
     read_state,
 )
 
@@ -36,7 +37,8 @@ def names(folder: Path) -> list[str]:
 def test_a_state_comes_back_as_it_was_saved(store):
     folder = save(store, 5, best_step=3)
     assert read_state(folder) == TrainState("this-run", 5, best_step=3)
-    assert file_sizes(folder) == {"model/weights": 12}
+    digest = zlib.crc32(b"weights of 5", zlib.crc32(b"12"))
+    assert file_digests(folder) == {"model/weights": f"{digest:08x}"}
 
 
 def test_rotation_keeps_the_newest_and_the_best(store, tmp_path):
@@ -98,9 +100,25 @@ def damage_state(folder: Path) -> None:
     (folder / STATE_FILE).write_text('{"run_id": "this-run", "step"')
 
 
+def damage_step(folder: Path) -> None:
+    text = (folder / STATE_FILE).read_text()
+    (folder / STATE_FILE).write_text(text.replace('"step": 2', '"step": 3'))
+
+
 def damage_types(folder: Path) -> None:
     values = json.loads((folder / STATE_FILE).read_text())
     write_json(folder / STATE_FILE, values | {"step": "two", "files": []})
+
+
+def damage_owner(folder: Path) -> None:
+    text = (folder / STATE_FILE).read_text()
+    (folder / STATE_FILE).write_text(text.replace("this-run", "thjs-run"))
+
+
+def damage_bit(folder: Path) -> None:
+    content = bytearray((folder / "model" / "weights").read_bytes())
+    content[5] ^= 4
+    (folder / "model" / "weights").write_bytes(content)
 
 
 def damage_addition(folder: Path) -> None:
@@ -120,7 +138,8 @@ def damage_fields(folder: Path) -> None:
     write_json(folder / STATE_FILE, {name: values[name] for name in ("run_id", "step", "files")})
 
 
-DAMAGES = [damage_state, damage_types, damage_addition, damage_size, damage_missing, damage_fields]
+DAMAGES = [damage_state, damage_step, damage_types, damage_owner, damage_bit, damage_addition, damage_size,
+           damage_missing, damage_fields]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -145,7 +164,8 @@ def test_going_back_removes_what_lies_beyond(store, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
-        (damage_size, "model/weights is not as it was written"),
+        (damage_bit, "model/weights is not as it was written"),
+        (damage_step, "trainer_state.json is not as it was written"),
         (damage_missing, "model/weights is missing"),
         (damage_state, "trainer_state.json is missing or cannot be read"),
         (damage_types, "trainer_state.json is not one of this trainer"),
@@ -202,7 +222,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("after", range(12))
-def test_a_kill_at_any_removal_or_rename_leaves_nothing_that_is_taken_for_a_checkpoint(tmp_path, monkeypatch, after):
+def test_a_kill_at_any_removal_or_rename_leaves_no_false_checkpoint(tmp_path, monkeypatch, after):
     store = CheckpointStore(tmp_path, "this-run", keep=1)
     for step in (1, 3):
         save(store, step)
@@ -252,7 +272,7 @@ def test_files_and_folder_are_flushed_before_the_rename(store, monkeypatch):
     assert flushed[flushed.index("renamed") + 1] == store.folder.name
 
 
-def test_an_output_folder_that_is_gone_is_not_made_anew(store):
+def test_a_missing_output_folder_is_not_created_again(store):
     shutil.rmtree(store.folder)
     with pytest.raises(FileNotFoundError):
         store.begin(1)

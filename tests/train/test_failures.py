@@ -20,9 +20,8 @@ from rag_retrieval.train.task import ProcessFailure, TrainingError
 FOLDER = Path("/")  # there, with much space
 
 
-@pytest.mark.parametrize(
-    ("error", "cause"),
-    [
+def test_the_cause_of_a_storage_error_is_recognized_through_libraries():
+    cases = [
         (OSError(errno.ENOSPC, "full"), "no space left to write"),
         (OSError(errno.EFBIG, "File too large"), "no space left to write"),
         (SafetensorError("I/O error: File too large (os error 27)"), "no space left to write"),
@@ -30,10 +29,9 @@ FOLDER = Path("/")  # there, with much space
         (PermissionError(errno.EACCES, "denied", "/metrics.jsonl"), "cannot be written to"),
         (OSError(errno.EIO, "bad disk"), "writing failed"),
         (RuntimeError("PytorchStreamWriter failed writing file data/1"), "writing failed"),
-    ],
-)
-def test_the_cause_is_told_from_the_system_and_from_what_libraries_make_of_it(error, cause):
-    assert storage_cause(error, FOLDER).startswith(cause)
+    ]
+    for error, cause in cases:
+        assert storage_cause(error, FOLDER).startswith(cause)
 
 
 @pytest.mark.parametrize(
@@ -51,19 +49,19 @@ def test_other_errors_pass(error, tmp_path):
         raise error
 
 
-def test_a_folder_that_is_gone_is_told_whatever_the_error(tmp_path):
+def test_a_missing_folder_is_reported_whatever_the_error(tmp_path):
     assert "the folder is gone" in storage_cause(RuntimeError("Parent directory /x does not exist."), tmp_path / "gone")
     error = FileNotFoundError(errno.ENOENT, "no such file", str(tmp_path / "gone" / "metrics.jsonl"))
     assert "the folder is gone" in storage_cause(error, tmp_path / "gone")
 
 
-def test_an_error_that_is_told_already_is_not_told_again(tmp_path):
+def test_a_training_error_is_not_translated_again(tmp_path):
     with pytest.raises(TrainingError) as caught, translate_storage_errors(tmp_path):
         raise TrainingError("inline_container")
     assert not isinstance(caught.value, ProcessFailure)
 
 
-def test_memory_that_is_full_is_told_from_other_errors():
+def test_out_of_memory_is_distinguished_from_other_errors():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
@@ -71,7 +69,7 @@ def test_memory_that_is_full_is_told_from_other_errors():
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
 
 
-def test_a_peer_that_is_gone_is_told_from_other_errors():
+def test_a_lost_peer_is_distinguished_from_other_errors():
     assert "has ended" in peer_failure(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:10917."), 30)
     silent = RuntimeError("[unbound_buffer.cc:81] Timed out waiting 6000ms for recv operation to complete")
     assert "0.1 minutes (wait_minutes)" in peer_failure(silent, 0.1)

@@ -47,7 +47,7 @@ def test_separate_copies_are_refused(monkeypatch):
     check_one_group(2)
 
 
-def test_a_launcher_that_was_asked_for_several_processes_and_started_one_is_refused(monkeypatch):
+def test_a_launcher_that_started_one_of_several_processes_is_refused(monkeypatch):
     for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_DYNAMO_BACKEND"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -140,7 +140,7 @@ def test_without_an_accelerator_deepspeed_talks_over_gloo(monkeypatch):
     assert adapt_to_cpu() == "gloo"
 
 
-def test_deepspeed_is_told_to_clip_to_gather_and_to_keep_float32_weights():
+def test_deepspeed_is_set_to_clip_gather_and_keep_float32_weights():
     config = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto", "bf16": {"enabled": True}}
     set_up_deepspeed(config, batch_size=8, max_grad_norm=0.5)
     assert config["gradient_clipping"] == 0.5 and config["gradient_accumulation_steps"] == 1

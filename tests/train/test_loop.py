@@ -136,7 +136,7 @@ def trainer(
     )
     claim(folder, state)
     if checkpoint is not None:
-        made.load_checkpoint(checkpoint)
+        made.saver.load(checkpoint)
     return made
 
 
@@ -163,7 +163,7 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     ],
 )
 @pytest.mark.parametrize(("warmup", "stable"), [(0.2, 0.0), (0.0, 0.5), (0.5, 0.5)])
-def test_each_step_runs_at_the_rate_of_the_schedule_and_the_last_one_ends_it(
+def test_each_step_runs_at_the_rate_of_the_schedule(
     tmp_path, records, batch_size, accumulation, epochs, steps, warmup, stable
 ):
     proportions = {"warmup_proportion": warmup, "stable_proportion": stable}
@@ -217,11 +217,7 @@ def test_training_stops_when_patience_ends(tmp_path, caplog):
 
 def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path):
     made = trainer(
-        tmp_path,
-        metrics=[0.0, 0.1, 0.2, 0.3],
-        eval_steps=2,
-        eval_on_start=True,
-        metric_for_best_model="ndcg@10",
+        tmp_path, metrics=[0.0, 0.1, 0.2, 0.3], eval_steps=2, eval_on_start=True, metric_for_best_model="ndcg@10"
     )
     state = made.train()
     assert [line["step"] for line in read_metrics(tmp_path, "eval")] == [0, 2, 4, 5]
@@ -269,9 +265,7 @@ def without_speed(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("killed_after", [4, 6, 7, 9])
 @pytest.mark.parametrize(("accumulation", "num_workers"), [(1, 0), (2, 2)])
-def test_a_resumed_run_ends_with_the_bits_and_the_log_of_one_never_stopped(
-    tmp_path, killed_after, accumulation, num_workers
-):
+def test_a_resumed_run_has_the_bits_and_log_of_one_never_stopped(tmp_path, killed_after, accumulation, num_workers):
     run = dict(
         records=20 * accumulation - 3,
         accumulation=accumulation,
@@ -335,9 +329,7 @@ def send_in_step(made: Trainer, step: int, *numbers: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 5, 7])  # 5: the end of an epoch, where an evaluation is due
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_the_rest_gives_the_same_bits(
-    tmp_path, number, step
-):
+def test_a_run_stopped_by_a_signal_resumes_to_the_same_bits(tmp_path, number, step):
     run = dict(dropout=0.3, epochs=2, num_workers=2, metric_for_best_model="ndcg@10", early_stopping_patience=2)
     metrics = [0.2, 0.1]
     trainer(tmp_path / "whole", metrics=metrics, **run).train()
@@ -359,7 +351,7 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path):
     assert made.train().step == 5 and (tmp_path / "model").exists()
 
 
-def test_an_early_stop_holds_for_a_run_that_is_resumed_before_it_has_finished(tmp_path, monkeypatch):
+def test_an_early_stop_holds_after_a_resume(tmp_path, monkeypatch):
     run = dict(epochs=3, metric_for_best_model="ndcg@10", early_stopping_patience=1, save_on_epoch_end=True)
     made = trainer(tmp_path, metrics=[0.5, 0.4], **run)
 
@@ -398,7 +390,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
     ],
 )
-def test_a_full_disk_is_one_error_that_names_the_folder_and_leaves_the_earlier_checkpoint(tmp_path, error):
+def test_a_full_disk_names_the_folder_and_leaves_the_earlier_checkpoint(tmp_path, error):
     made = trainer(tmp_path, save_steps=2)
     fill_disk(made, 4, error)
     with pytest.raises(ProcessFailure, match=f"output_dir {tmp_path}: .*--resume auto"):
@@ -427,7 +419,7 @@ def test_a_full_disk_elsewhere_is_not_put_down_to_the_output_folder(tmp_path):
 
 
 @pytest.mark.parametrize("log_interval", [1, 100])  # found in writing the log, or the checkpoint
-def test_a_folder_that_vanishes_in_the_run_is_named_and_not_made_anew(tmp_path, log_interval):
+def test_a_folder_removed_during_the_run_is_named_and_not_recreated(tmp_path, log_interval):
     folder = tmp_path / "run"
     made = trainer(folder, save_steps=4, log_interval=log_interval)
     take_step = made.train_step
@@ -522,7 +514,7 @@ def test_no_limit_leaves_the_gradient_alone_and_still_tells_its_norm(tmp_path):
     assert all(torch.equal(p.grad, g) for p, g in zip(made.model.parameters(), before, strict=True))
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_step_and_records(tmp_path):
+def test_a_nonfinite_loss_changes_no_weight_and_names_step_and_records(tmp_path):
     made = trainer(tmp_path, records=24, batch_size=2, accumulation=2)
     made.dataset.sets[""].targets[9] = float("nan")  # step 3, second micro-batch
     before = {}
@@ -540,7 +532,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_ste
     assert equal(before, made.model.state_dict())
 
 
-def test_a_step_is_looked_at_when_the_next_is_under_way_and_has_changed_nothing(tmp_path):
+def test_a_bad_step_is_reported_during_the_next_and_changes_no_weight(tmp_path):
     made = trainer(tmp_path, records=24, batch_size=2, accumulation=2, log_interval=100)
     made.dataset.sets[""].targets[9] = float("nan")  # step 3
     seen = []
@@ -556,7 +548,7 @@ def test_a_step_is_looked_at_when_the_next_is_under_way_and_has_changed_nothing(
     assert len(seen) == 4 and not equal(seen[1], seen[2]) and equal(seen[2], seen[3])
 
 
-def test_an_optimizer_that_cannot_be_told_on_the_device_is_stopped_at_once(tmp_path):
+def test_an_optimizer_without_device_skipping_is_checked_at_once(tmp_path):
     made = trainer(tmp_path, records=24, batch_size=2, accumulation=2, log_interval=100)
     made.checks.skips_on_device = False
     made.dataset.sets[""].targets[9] = float("nan")  # step 3
@@ -574,7 +566,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path)
     assert equal(before, made.model.state_dict())
 
 
-def test_an_engine_that_updates_in_the_backward_does_not_say_that_no_weight_changed(tmp_path):
+def test_an_engine_updating_in_backward_does_not_claim_unchanged_weights(tmp_path):
     made = trainer(tmp_path)
     made.checks.skips_on_device, made.checks.updates_in_backward = False, True
     made.model[0].weight.register_hook(lambda gradient: gradient * float("inf"))

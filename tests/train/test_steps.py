@@ -110,7 +110,7 @@ def test_no_set_is_ever_more_than_a_step_off_its_share():
         assert Counter(owners) == dict(enumerate(steps))
 
 
-def test_a_weight_is_the_number_of_passes_and_shows_at_least_one_record():
+def test_a_weight_is_a_number_of_passes_of_one_record_or_more():
     assert [records_per_epoch(10, weight) for weight in (1, 0.5, 2, 0.25, 2.74, 0.001)] == [10, 5, 20, 2, 27, 1]
 
 
@@ -185,7 +185,7 @@ def test_steps_larger_than_the_shared_memory_arrive(tmp_path):
     assert done.stdout == "[0, 1, 2]\n", done.stderr
 
 
-def test_no_shared_memory_for_queues_is_an_error_that_names_it_and_the_key_to_change(monkeypatch):
+def test_missing_shared_memory_is_an_error_that_names_the_key_to_change(monkeypatch):
     def refuse(loader):
         raise OSError(errno.ENOSPC, "No space left on device")
 

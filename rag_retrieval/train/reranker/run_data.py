@@ -132,9 +132,7 @@ def sources(
     return training if validation is None else [*training, ("validation", config.val_dataset, validation)]
 
 
-def data_parts(
-    config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None
-) -> list[DataPart]:
+def data_parts(config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None) -> list[DataPart]:
     return [DataPart(purpose, name, summary(store)) for purpose, name, store in sources(config, files, validation)]
 
 
@@ -164,12 +162,9 @@ def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, b
     size = sum(store.meta["bytes"][name] for name in ("document", "document.offsets"))
     count = sample_size(store.num_pairs, size)
     places = np.linspace(0, store.num_pairs - 1, count).astype(int)
-    encoder = scorer.pair_encoder
     pairs = [store.pair(int(place)) for place in places]
-    queries = encoder.query_ids([pair.query for pair in pairs])
-    documents = encoder.document_ids([pair.document for pair in pairs])
-    lengths = [encoder.untruncated_length(*ids) for ids in zip(queries, documents, strict=True)]
-    return np.array(lengths), count < store.num_pairs
+    lengths = scorer.pair_encoder.untruncated_lengths([(pair.query, pair.document) for pair in pairs])
+    return lengths, count < store.num_pairs
 
 
 def sample_size(pairs: int, size: int) -> int:

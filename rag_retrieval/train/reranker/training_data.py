@@ -126,13 +126,13 @@ class TrainingSteps(Dataset):
 
     def _order_of(self, pass_number: int) -> np.ndarray:
         if self._order is None or self._order[0] != pass_number:
-            self._order = (pass_number, self._draw_order(pass_number))
+            seed, store = self.options.seed, self.store
+            if self.objective.grouped:
+                order = epoch_order(seed, pass_number, store.num_groups)
+            else:
+                order = pair_order(seed, pass_number, store.group_sizes)
+            self._order = (pass_number, order)
         return self._order[1]
-
-    def _draw_order(self, pass_number: int) -> np.ndarray:
-        if self.objective.grouped:
-            return epoch_order(self.options.seed, pass_number, self.store.num_groups)
-        return pair_order(self.options.seed, pass_number, self.store.group_sizes)
 
     def example(self, record: int, pass_number: int) -> Example:
         return self._group(record, pass_number) if self.objective.grouped else self._pair(record, pass_number)

@@ -53,8 +53,7 @@ class Validation:
         self.names = names
         self.store, self.objective, self.label_range, self.accelerator = store, objective, label_range, accelerator
         self.groups = [
-            np.arange(first, first + size)
-            for first, size in zip(store.group_offsets, store.group_sizes, strict=True)
+            np.arange(first, first + size) for first, size in zip(store.group_offsets, store.group_sizes, strict=True)
         ]
         self.labels = store.labels
         self.relevant_from = relevance_threshold(self.labels)
@@ -127,7 +126,7 @@ class Validation:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         middle = len(batch) // 2
-        logger.warning("validation: %d pairs do not fit in memory at once, going on with halves", len(batch))
+        logger.warning("validation: %d pairs do not fit in memory at once, continuing with halves", len(batch))
         halves = (texts_of(batch, 0, middle), texts_of(batch, middle, len(batch)))
         return torch.cat([self._forward(model, half) for half in halves])
 

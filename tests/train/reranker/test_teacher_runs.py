@@ -149,7 +149,7 @@ def test_logits_are_refused_where_probabilities_are_needed(settings):
         train(settings("point_ce", records, teacher_loss_type="point_ce"))
 
 
-def test_groups_of_one_document_teach_no_teacher_loss_and_equal_labels_do_not_matter(settings, caplog):
+def test_teacher_losses_need_two_documents_but_no_different_labels(settings, caplog):
     alone = with_teacher_scores(grouped_records(8, sizes=(1,)))
     with pytest.raises(StartError, match="8 of 8 groups have one document alone, so margin_mse has nothing to learn"):
         train(settings("margin_mse", alone))

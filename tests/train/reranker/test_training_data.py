@@ -104,7 +104,7 @@ def test_labels_stand_beside_their_documents(steps):
         assert text.count("capital") + text.count("boils") == 2
 
 
-def test_pointwise_pairs_of_a_query_stay_together_where_the_model_computes_it_once(steps):
+def test_pairs_of_a_query_stay_together_where_its_computation_is_shared(steps):
     long, short = "boils " * 12, "rest"
     records = [
         {"query": query, "content": content, "label": 0}
@@ -150,13 +150,13 @@ def test_listwise_groups_have_exactly_one_positive_also_from_several(steps):
     assert batch.items == (4,)
 
 
-def test_a_teacher_score_of_the_positive_does_not_change_the_one_hot_label_of_listwise_ce(steps):
+def test_teacher_scores_do_not_change_the_one_hot_label_of_listwise_ce(steps):
     records = [{"query": "q", "pos": ["a"], "neg": ["b"], "pos_scores": [7.5], "neg_scores": [-2.0]}]
     assert steps("listwise_ce", records)[0, 0][0].labels.tolist() == [[1.0, 0.0]]
     assert steps("pairwise_ranknet", records)[0, 0][0].labels.tolist() == [[7.5, -2.0]]
 
 
-def test_a_process_with_nothing_to_do_gets_a_filler_without_loss_or_gradient(steps):
+def test_an_idle_process_gets_a_filler_without_loss_or_gradient(steps):
     for loss in LOSSES.values():
         records = grouped_records(1) if loss.dataset_type == "grouped" else pointwise_records(1)
         filler = steps(loss.name, records, processes=2, index=1)[0, 0][0]
@@ -168,7 +168,7 @@ def test_a_process_with_nothing_to_do_gets_a_filler_without_loss_or_gradient(ste
         assert value.item() == 0 and scores.grad.tolist() == [0.0]
 
 
-def test_documents_are_reordered_anew_in_each_epoch(steps):
+def test_documents_are_reordered_differently_in_each_epoch(steps):
     long = {"query": "q", "content": " ".join(["river"] * 10 + ["paris"] * 10 + ["seine"] * 10), "label": 1}
     data = steps("point_ce", [long] * 8, shuffle_rate=0.5)
     shown = [pairs_of(data, batch) for epoch in range(2) for batch in data[epoch, 0]]
@@ -194,10 +194,7 @@ def test_workers_change_nothing(steps, loss):
     def contents(num_workers: int) -> list:
         loader = step_loader(data, epochs=2, done=0, num_workers=num_workers)
         return [
-            [
-                (b.pairs.ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources)
-                for b in step
-            ]
+            [(b.pairs.ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources) for b in step]
             for step in steps_of(loader)
         ]
 
@@ -237,7 +234,7 @@ def lines_of(data: TrainingSteps, epoch: int) -> list[int]:
 
 
 @pytest.mark.parametrize("loss", ["point_ce", "pairwise_ranknet"])
-def test_a_weight_below_one_goes_on_in_the_next_epoch_where_it_stopped(steps, loss):
+def test_a_weight_below_one_continues_in_the_next_epoch(steps, loss):
     """19 records, weight 0.3: 6 an epoch, so that the 4th epoch begins the second pass after 1 of its 6."""
     records = pointwise_records(19) if loss == "point_ce" else grouped_records(19)
     whole, part = steps(loss, records), steps(loss, records, weight=0.3)
@@ -254,7 +251,7 @@ def test_a_weight_above_one_shows_pass_after_pass_in_one_epoch(steps):
     assert lines_of(part, 0) + lines_of(part, 1) == passes[:44]
 
 
-def test_another_pass_in_the_same_epoch_shows_other_documents_of_a_large_group(steps):
+def test_another_pass_in_an_epoch_shows_other_documents_of_large_groups(steps):
     queries = ("capital", "boils", "river", "paris", "seine", "sugar", "oxygen", "france")
     records = [{"query": query, "pos": ["yes"], "neg": ["rest", "water", "light"]} for query in queries]
     whole = steps("listwise_ce", records, group_size=2)

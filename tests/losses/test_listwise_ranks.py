@@ -28,7 +28,7 @@ def slow(scores: list[float], ranks: list[float]) -> float:
     return total
 
 
-def test_adr_mse_is_the_mean_over_the_documents_of_groups_with_different_labels():
+def test_adr_mse_is_the_mean_over_documents_of_graded_groups():
     total = sum(slow(*row) for row in ROWS)
     assert adr_mse(SCORES, LABELS, MASK, "sum").item() == pytest.approx(total, rel=1e-5)
     assert adr_mse(SCORES, LABELS, MASK).item() == pytest.approx(total / 6, rel=1e-5)
@@ -42,7 +42,7 @@ def test_two_documents_by_hand():
     assert adr_mse(scores, labels).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_scores_far_apart_in_the_right_order_have_no_loss_and_ties_none_with_equal_scores():
+def test_adr_mse_is_zero_for_the_right_order_with_ties_tied():
     labels = torch.tensor([[3.0, 2.0, 2.0, 0.0]])
     assert adr_mse(torch.tensor([[90.0, 40.0, 40.0, -30.0]]), labels).item() == pytest.approx(0.0, abs=1e-9)
     assert adr_mse(torch.tensor([[90.0, 60.0, 40.0, -30.0]]), labels).item() > 0.05
@@ -55,13 +55,13 @@ def test_documents_ranked_too_low_are_pushed_up_and_those_too_high_down():
     assert scores.grad.sum().item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_an_error_at_the_best_rank_weighs_more_than_the_same_at_a_lower_one():
+def test_an_error_at_the_top_weighs_more_than_one_further_down():
     labels = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     top, bottom = torch.tensor([[20.0, 30.0, 10.0, 0.0]]), torch.tensor([[30.0, 20.0, 0.0, 10.0]])
     assert adr_mse(top, labels).item() > adr_mse(bottom, labels).item()
 
 
-def test_only_the_order_of_the_labels_and_the_differences_of_the_scores_matter():
+def test_only_label_order_and_score_differences_matter():
     value = adr_mse(SCORES, LABELS, MASK).item()
     assert adr_mse(SCORES, 10 * LABELS - 3, MASK).item() == pytest.approx(value, rel=1e-6)
     assert adr_mse(SCORES + 2.0, LABELS, MASK).item() == pytest.approx(value, rel=1e-5)

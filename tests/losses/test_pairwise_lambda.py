@@ -71,7 +71,7 @@ def test_pairs_beyond_the_top_k_get_no_gradient():
     assert scores.grad[0, 0] < 0 and scores.grad[0, 1] < 0 < scores.grad[0, 2]
 
 
-def test_of_equal_scores_the_lower_label_ranks_first_whatever_the_order_of_the_file():
+def test_equal_scores_rank_the_lower_label_first():
     labels = [0, 2, 1]
     expected = slow([0.0] * 3, labels, "lambdarank", None, order=[0, 2, 1])
     for places in permutations(range(3)):

@@ -47,13 +47,13 @@ def test_listmle_of_three_documents_by_hand():
     assert loss.item() == pytest.approx(math.log(6.0), rel=1e-6)
 
 
-def test_listmle_of_different_labels_is_the_plackett_luce_probability_and_all_of_them_sum_to_one():
+def test_listmle_of_different_labels_is_the_plackett_luce_log_probability():
     scores = torch.tensor([[0.4, -1.0, 2.0, 0.1]])
     losses = [listmle(scores, torch.tensor([order], dtype=torch.float32)).item() for order in permutations(range(4))]
     assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_with_the_lowest_level_tied_it_is_the_probability_of_the_top_alone():
+def test_with_a_tied_lowest_level_it_is_the_top_k_probability():
     """The sum over all orders of the tail: leaving its terms out is exact."""
     scores = torch.tensor([[0.4, -1.0, 2.0, 0.1]])
     orders = [(9, 8, *tail) for tail in permutations((1, 2))]
@@ -85,7 +85,7 @@ def test_position_weights_by_hand():
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_position_weights_of_two_hundred_documents_are_finite_and_halve_from_rank_to_rank():
+def test_position_weights_of_200_documents_are_finite_and_halve_each_rank():
     labels = torch.arange(200.0, 0.0, -1.0).unsqueeze(0)
     loss = position_listmle(torch.zeros(1, 200), labels).item()
     assert loss == pytest.approx(sum(2.0**-rank * math.log(201 - rank) for rank in range(1, 200)), rel=1e-5)
@@ -114,7 +114,7 @@ def test_documents_with_equal_labels_and_scores_have_equal_gradients(loss):
 
 
 @pytest.mark.parametrize("loss", [listmle, position_listmle])
-def test_only_the_order_of_the_labels_matters_and_a_shift_of_the_scores_does_not(loss):
+def test_only_label_order_and_score_differences_matter(loss):
     value = loss(SCORES, LABELS, MASK).item()
     assert loss(SCORES, 10 * LABELS - 3, MASK).item() == pytest.approx(value, rel=1e-6)
     shifted = SCORES + torch.tensor([[3.0], [-2.0], [0.5], [8.0]])

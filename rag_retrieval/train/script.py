@@ -1,0 +1,72 @@
+"""What the scripts of all trainers share: the exit code of a run, its errors in one line, and the end of the process.
+
+Heavy libraries are imported when a run begins: a script must answer `--help` and Ctrl-C at once.
+"""
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from rag_retrieval.core.command import has_home, report
+from rag_retrieval.core.log import launched_rank
+from rag_retrieval.core.signals import Interrupted, TrainingStopped, exit_code, interrupt, on_signals
+
+
+def run_training(run: Callable[[Any], Any], config: Any) -> int:
+    """Call `run(config)` and turn its errors into one line and an exit code. An error of ours keeps its traceback.
+
+    config: a `TrainingConfig`.
+    """
+    from rag_retrieval.core.distributed import PeerError, RankLocalStartError, StartError
+    from rag_retrieval.train.failures import peer_failure
+    from rag_retrieval.train.launch import LaunchError
+    from rag_retrieval.train.task import ProcessFailure, TrainingError
+
+    advice = f"continue with --resume auto --output_dir {config.output_dir}"
+    try:
+        with on_signals(interrupt):
+            run(config)
+    except (LaunchError, StartError) as error:
+        return report(error, 2, on_all_processes=not isinstance(error, RankLocalStartError))
+    except PeerError as error:
+        return report(error, 2, on_all_processes=True)
+    except TrainingError as error:
+        return report(error, 1, on_all_processes=not isinstance(error, ProcessFailure))
+    except TrainingStopped as stop:
+        return report(InterruptedError(f"{stop}; {advice}"), exit_code(stop.number), on_all_processes=True)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        message = f"interrupted by {signal.Signals(number).name}; {advice}"
+        return report(InterruptedError(message), exit_code(number), on_all_processes=True)
+    except Exception as error:
+        if (reason := peer_failure(error, config.wait_minutes)) is not None:
+            return report(ConnectionError(reason), 1, on_all_processes=False)
+        if isinstance(error, RuntimeError) and not has_home():
+            raise
+        return report_crash(error, advice)
+    return 0
+
+
+def report_crash(error: Exception, advice: str) -> int:
+    """Print the traceback of an error that is no user's, whole and at once, with the process that it struck."""
+    if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
+        raise error
+    text = "".join(traceback.format_exception(error))
+    sys.stderr.write(f"error in process {launched_rank()}:\n{text}Checkpoints written before are intact; {advice}\n")
+    sys.stderr.flush()
+    return 1
+
+
+def leave(code: int) -> None:
+    """End the process. One of several skips the interpreter's teardown: there, a thread of the exchange between
+    processes can abort a run whose work is done and saved (seen with DeepSpeed over gloo)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
