@@ -24,13 +24,15 @@ from rag_retrieval.infer.onnx_backend import OpenVinoBackend  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def folder_of(model_folders, tmp_path_factory):
+def folder_of(load_tiny, tmp_path_factory):
     root, made = tmp_path_factory.mktemp("openvino"), {}
 
     def folder(family: str, **options):
         key = (family, *options)
         if key not in made:
-            made[key] = exported(model_folders[family], root / "-".join(key), **options)
+            model = root / ("-".join(key) + "-model")
+            load_tiny(family).save_pretrained(model)  # a decoder's folder then says how it is asked
+            made[key] = exported(model, root / "-".join(key), **options)
         return made[key]
 
     return folder
