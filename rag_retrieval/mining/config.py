@@ -82,9 +82,7 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
     dense_max_len: int | None = key(
         "Tokens of a text that are encoded. Absent: the model's own maximum.", only=DENSE, ge=2
     )
-    dense_batch_size: int | None = key(
-        "Texts encoded at once. Default 32.", only=DENSE, derive=lambda config: 32, ge=1
-    )
+    dense_batch_size: int | None = key("Texts encoded at once. Default 32.", only=DENSE, derive=lambda config: 32, ge=1)
     similarity: Literal["cosine", "dot"] | None = key(
         "How vectors are compared: by angle, or by inner product. Default cosine.",
         only=DENSE, derive=lambda config: "cosine",

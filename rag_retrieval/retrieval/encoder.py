@@ -103,8 +103,7 @@ def _plain_encoder(path: str, options: EncoderOptions, device: str) -> DenseEnco
         return vectors
 
     return DenseEncoder(
-        lambda texts: encode(texts, options.query_prefix),
-        lambda texts: encode(texts, options.document_prefix),
+        lambda texts: encode(texts, options.query_prefix), lambda texts: encode(texts, options.document_prefix)
     )
 
 

@@ -103,7 +103,7 @@ def test_a_reranker_and_a_model_without_a_vocabulary_are_no_encoders(tmp_path):
         load(folder)
 
 
-def test_a_name_that_is_no_folder_and_not_on_the_hub_is_named(monkeypatch):
+def test_a_model_neither_local_nor_on_the_hub_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="^nobody/nothing: its tokenizer cannot be loaded"):
         load("nobody/nothing")
