@@ -56,11 +56,9 @@ def score(reranker: Reranker, pairs, max_length: int, long_document: str, known:
     new = {pair.ids.tobytes(): pair for document in documents for pair in document.pairs}
     new = {ids: pair for ids, pair in new.items() if ids not in known}
     known.update(zip(new, reranker.backend.score(list(new.values()), 256).tolist(), strict=True))
-    scores = [
-        encoder.combine(document, np.array([known[pair.ids.tobytes()] for pair in document.pairs], np.float32)).score
-        for document in documents
-    ]
-    return scores, sum(len(pair) for document in documents for pair in document.pairs)
+    all_pairs = [pair for document in documents for pair in document.pairs]
+    logits = np.array([known[pair.ids.tobytes()] for pair in all_pairs], np.float32)
+    return [scored.score for scored in encoder.combine(documents, logits)], sum(map(len, all_pairs))
 
 
 def shown(qrels, run) -> str:

@@ -108,11 +108,7 @@ def train_sentence_transformers(data: Path, recipe: Recipe, work: Path) -> Path:
 
     data: JSON lines {"query", "pos": [one text], "neg": [texts]}.
     """
-    from sentence_transformers.cross_encoder import (
-        CrossEncoder,
-        CrossEncoderTrainer,
-        CrossEncoderTrainingArguments,
-    )
+    from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
     from transformers import set_seed
 
     from rag_retrieval.models.settings import resolve_model_path
@@ -245,8 +241,6 @@ def score_cosine(model: str, pairs: Pairs, max_len: int) -> list[float]:
     embedder = SentenceTransformer(resolve_model_path(model))
     embedder.max_seq_length = max_len
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    vectors = embedder.encode(
-        texts, batch_size=SCORING_BATCH, normalize_embeddings=True, show_progress_bar=False
-    )
+    vectors = embedder.encode(texts, batch_size=SCORING_BATCH, normalize_embeddings=True, show_progress_bar=False)
     place = {text: position for position, text in enumerate(texts)}
     return [float(vectors[place[query]] @ vectors[place[document]]) for query, document in pairs]

@@ -37,7 +37,7 @@ class GatedBackend:
 
     def score(self, pairs, batch_size: int) -> np.ndarray:
         self.entered.set()
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         self.calls.append(len(pairs))
         return self.backend.score(pairs, batch_size)
 
@@ -69,7 +69,7 @@ def listening(service: RerankService) -> Iterator[str]:
         wait_until(lambda: answers(address))
         yield address
         service.admission.stopping = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -80,7 +80,7 @@ def answers(address: str) -> bool:
         return False
 
 
-def wait_until(condition, seconds: float = 20) -> None:
+def wait_until(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

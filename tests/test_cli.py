@@ -153,7 +153,7 @@ def test_a_deleted_current_folder_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_user_without_a_home_is_one_line_that_says_what_to_set(tmp_path):
+def test_a_user_without_a_home_gets_one_line_with_the_remedy(tmp_path):
     """As in a container that runs under a user id of its own: neither HOME nor an entry in the list of users."""
     (tmp_path / "sitecustomize.py").write_text(
         "import pwd\ndef getpwuid(number):\n    raise KeyError('uid not found')\npwd.getpwuid = getpwuid\n"

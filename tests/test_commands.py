@@ -127,7 +127,7 @@ DISTILLING = [
 ]
 
 
-def test_the_page_s_ways_to_distil_give_the_same_file_and_a_student_learns_from_it(tmp_path):
+def test_the_pages_ways_to_distil_give_one_file_that_teaches_a_student(tmp_path):
     page = (DOCS / "distillation.md").read_text(encoding="utf-8")
     (tmp_path / "distill.yaml").write_text(re.search(r"```yaml\n(dataset: .*?)```", page, flags=re.DOTALL).group(1))
     teacher = tiny_bert(tmp_path / "teacher", head_labels=1)
@@ -144,7 +144,7 @@ def test_the_page_s_ways_to_distil_give_the_same_file_and_a_student_learns_from_
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
-def test_the_page_s_mining_prints_what_it_says_and_the_trainer_reads_the_file(tmp_path):
+def test_the_pages_mining_prints_as_shown_and_the_trainer_reads_it(tmp_path):
     page = (DOCS / "mining.md").read_text(encoding="utf-8")
     (mine,) = commands_of(DOCS / "mining.md", "rag-retrieval mine")
     printed = run_command(mine, ROOT, f"--output {tmp_path / 'mined.jsonl'}")

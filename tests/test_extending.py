@@ -85,7 +85,7 @@ def test_a_loss_and_a_metric_of_ones_own_train_and_evaluate(package, monkeypatch
     assert list(result.after.per_query["success@1"].values()) == expected
 
 
-def test_a_loss_that_is_a_mean_ends_the_command_with_its_name_before_anything_is_trained(package, capsys):
+def test_a_user_loss_that_returns_a_mean_is_refused_before_training(package, capsys):
     (package / "my_ranking" / "losses.py").write_text(
         "def mean(scores, labels, mask):\n"
         "    return ((scores - labels).square() * mask).sum() / mask.sum().clamp(min=1), mask.sum()\n"

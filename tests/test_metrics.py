@@ -65,7 +65,7 @@ def test_expected_reciprocal_rank_by_hand():
     assert value("err@3", [1.0], [-2], highest=2) == 0.0
 
 
-def test_cutoffs_end_the_list_and_map_goes_on():
+def test_cutoffs_end_the_list_but_not_for_map():
     scores, labels = np.arange(12.0)[::-1], np.eye(12)[10]  # the relevant document at rank 11
     shallow = [value(name, scores, labels) for name in ("ndcg@10", "mrr@10", "map", "recall@10", "p@10", "err@10")]
     assert shallow == [0.0, 0.0, 1 / 11, 0.0, 0.0, 0.0]
@@ -73,7 +73,7 @@ def test_cutoffs_end_the_list_and_map_goes_on():
     assert deeper == pytest.approx([1 / math.log2(12), 1 / 11, 1.0, 1 / 11, 1 / 22])
 
 
-def test_the_ideal_ranking_uses_every_document_and_a_negative_label_has_no_gain():
+def test_the_ideal_ranking_has_every_document_and_negative_labels_no_gain():
     assert value("ndcg@1", [2.0, 1.0], [1, 3]) == pytest.approx(1 / 3)
     assert value("ndcg@10", [3.0, 2.0, 1.0], [-5, 1, -5]) == pytest.approx(1 / math.log2(3))
 
@@ -95,7 +95,7 @@ def test_of_equal_scores_the_greater_id_of_a_run_ranks_first():
     assert list(below.values()) == pytest.approx([1 / math.log2(3), 0.5, 0.5, 0, 0, 0.25])
 
 
-def test_a_run_and_a_group_with_the_same_documents_have_the_same_figures():
+def test_runs_and_groups_of_the_same_documents_have_equal_figures():
     scores, labels = random_groups(seed=3)
     run = {f"q{q}": {f"d{d:02}": float(s) for d, s in enumerate(group)} for q, group in enumerate(scores)}
     qrels = {f"q{q}": {f"d{d:02}": int(y) for d, y in enumerate(group)} for q, group in enumerate(labels)}
@@ -137,7 +137,7 @@ def slow_expected_reciprocal_rank(grades: list[int], highest: int, k: int) -> fl
     return total
 
 
-def test_expected_reciprocal_rank_equals_a_loop_with_the_highest_grade_of_all_queries():
+def test_expected_reciprocal_rank_equals_a_plain_loop():
     draw = random.Random(5)
     qrels = {query: {f"d{place}": draw.randrange(-1, 4) for place in range(15)} for query in "abc"} | {"d": {"x": 5}}
     run = {query: {document: draw.random() for document in judged} for query, judged in qrels.items()}
@@ -195,7 +195,7 @@ def test_a_label_that_equals_the_threshold_is_relevant_in_both_precisions():
 # ---- ceilings, pair accuracy, names, mistakes --------------------------------------------------------------------
 
 
-def test_a_relevant_document_that_the_list_lacks_lowers_the_figures_and_the_ceiling():
+def test_a_relevant_document_missing_from_the_candidates_lowers_the_ceiling():
     run = {"a": {"x": 2.0, "w": 1.0}}
     missed = {"a": {"x": 1, "elsewhere": 1}}
     assert run_metrics({"a": {"x": 1}}, run, ["ndcg@10"]) == {"ndcg@10": 1.0}
@@ -216,7 +216,7 @@ def test_pair_accuracy_by_hand_counts_ties_half_and_skips_equal_labels():
     assert values["pair_accuracy"] == pytest.approx(1.5 / 5)
 
 
-def test_pair_accuracy_weighs_every_pair_alike_and_counts_groups_without_a_relevant_document():
+def test_pair_accuracy_is_over_all_pairs_of_all_groups():
     # One right pair in the first group; in the second, three wrong ones.
     scores = [np.array([1.0, 0.0]), np.array([0.0, 1.0, 2.0, 3.0])]
     labels = [np.array([1, 0]), np.array([1, 0, 0, 0])]

@@ -135,7 +135,7 @@ def of_distill(folder: Path, tmp_path: Path) -> list[float]:
 
 
 def of_serve(folder: Path, tmp_path: Path) -> list[float]:
-    from rag_retrieval.infer.open_backend import open_backend
+    from rag_retrieval.infer.backend import open_backend
     from rag_retrieval.serve.config import ServeConfig
 
     config = ServeConfig(model=str(folder), **OPTIONS)

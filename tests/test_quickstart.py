@@ -18,12 +18,17 @@ SOURCES = ("rag_retrieval", "example_data", "pyproject.toml", "setup.py", "READM
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder that has the package as a wheel installs it, built from a copy of the sources."""
+    """A folder that has the package as a wheel installs it, built from a copy of the sources; a third of the test
+    queries are left in it, since scoring takes longer than training."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     for name in SOURCES:
         path = ROOT / name
         copy = shutil.copytree if path.is_dir() else shutil.copy
         copy(path, source / name)
+    held_out = source / "example_data" / "stdlib_grouped.test.jsonl"
+    with held_out.open(encoding="utf-8") as file:
+        kept = list(file)[::3]
+    held_out.write_text("".join(kept), encoding="utf-8")
     arguments = ["--quiet", "--no-deps", "--target", str(target), str(source)]
     if int(importlib.metadata.version("setuptools").split(".")[0]) >= 77:
         arguments.insert(0, "--no-build-isolation")  # nothing to download
@@ -45,6 +50,7 @@ def test_an_installed_wheel_runs_it_in_any_folder(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^  (\S.*?)\s{2,}(0\.\d{4})\s+0\.\d{4}$", done.stdout, flags=re.MULTILINE))
     assert list(rows) == ["BM25's order", "the base's embeddings, cosine", "the trained reranker"]
+    assert "67 held-out queries" in done.stdout
     assert float(rows["the trained reranker"]) >= float(rows["BM25's order"]) + 0.05
     assert done.stdout.count("query: ") == 3 and "runs/quickstart/model" in done.stdout
     assert (tmp_path / "runs" / "quickstart" / "model" / "config.json").is_file()

@@ -78,7 +78,7 @@ def test_options_that_switch_model_or_data_type_work_on_a_shipped_configuration(
                 assert "train_group_size" in switched.ignored
 
 
-def test_the_graded_dev_file_has_no_query_and_no_document_of_the_training_files():
+def test_the_graded_dev_file_shares_no_text_with_the_training_files():
     dev, *training = (
         open_store(file, group_by_query=True)
         for file in [EXAMPLES / "stdlib_pointwise.dev.jsonl", *EXAMPLES.glob("stdlib_*.train.jsonl")]
@@ -121,7 +121,7 @@ def test_accelerate_reads_a_shipped_launch_file(file):
         ("deepspeed/deepspeed_zero3", "deepspeed/deepspeed_zero3_two_nodes"),
     ],
 )
-def test_a_file_for_two_nodes_differs_from_that_for_one_in_the_nodes_alone(one, two):
+def test_a_two_node_file_differs_from_the_one_node_file_only_there(one, two):
     expected, found = (yaml.safe_load((ROOT / "config" / f"{name}.yaml").read_text()) for name in (one, two))
     nodes = {"num_machines", "main_process_ip", "main_process_port", "same_network", "rdzv_backend"}
     assert {key for key in found if found[key] != expected.get(key)} == nodes
@@ -134,7 +134,7 @@ def test_an_example_file_is_read_without_a_complaint(file):
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_the_example_folder_asks_the_questions_of_the_grouped_files_and_has_their_answers(split):
+def test_the_example_folder_has_the_grouped_files_questions_and_answers(split):
     folder = read_folder(EXAMPLES / "stdlib_beir")
     asked = {}
     for query, grades in read_qrels(folder, split).items():

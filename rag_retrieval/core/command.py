@@ -65,7 +65,7 @@ class Command:
 
 def run_command(command: Command, arguments: list[str]) -> int:
     """The exit code: 0; 1 where the work or the output failed; 2 for a mistake in options, data or models, or a missing
-    library; 130 and 143 for SIGINT and SIGTERM; 141 where nobody reads the output. With RAG_RETRIEVAL_TRACEBACK=1 in
+    library; 130 and 143 for SIGINT and SIGTERM; 141 for a closed pipe. With RAG_RETRIEVAL_TRACEBACK=1 in
     the environment, errors are raised instead."""
     prepare_streams()
     with on_signals(leave_at_once):
@@ -110,7 +110,9 @@ def run_interruptibly(command: Command, run: Callable[[Any], str | int], config:
     except RuntimeError as error:
         if has_home():
             raise
-        return report(no_home(error), 2, on_all_processes=True)
+        advice = "set HOME, or RAG_RETRIEVAL_CACHE and HF_HOME, to a folder that you may write to"
+        no_home = OSError(f"{error} This user has none, and libraries keep their caches there: {advice}")
+        return report(no_home, 2, on_all_processes=True)
 
 
 def has_home() -> bool:
@@ -119,11 +121,6 @@ def has_home() -> bool:
         return bool(Path.home())
     except RuntimeError:
         return False
-
-
-def no_home(error: Exception) -> OSError:
-    advice = "set HOME, or RAG_RETRIEVAL_CACHE and HF_HOME, to a folder that you may write to"
-    return OSError(f"{error} This user has none, and libraries keep their caches there: {advice}")
 
 
 def load_object(name: str) -> Any:

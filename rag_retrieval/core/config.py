@@ -66,7 +66,7 @@ class Config(BaseModel):
     do not fit each other.
 
     aliases: other names of keys. main_keys: those that `--help` explains; it only names the others. groups: first key
-    of a group of fields, and the group's title in the help.
+    of a group of fields, and the group's title in the help. only_for: to which runs inherited keys apply.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -74,6 +74,7 @@ class Config(BaseModel):
     aliases: ClassVar[Mapping[str, str]] = {}
     main_keys: ClassVar[Sequence[str]] = ()
     groups: ClassVar[Mapping[str, str]] = {}
+    only_for: ClassVar[Mapping[str, Only]] = {}
     _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # key that was given, and to what alone it applies
 
     @property
@@ -114,7 +115,7 @@ class Config(BaseModel):
         """Drop what does not apply, derive what was not given, in the order of the fields; then compare keys."""
         values = vars(self)  # a frozen model takes no assignment
         for name, key_field in type(self).model_fields.items():
-            only, derive = _rule(key_field, "only"), _rule(key_field, "derive")
+            only, derive = self.only_for.get(name) or _rule(key_field, "only"), _rule(key_field, "derive")
             if only and not only.applies(self):
                 if values[name] != key_field.default:  # `eval_on_start: false` asks for nothing
                     self._ignored[name] = only.words
@@ -177,7 +178,7 @@ class Location:
         return self.find(name, info.context["folders"]) if info.context and name else name
 
     def find(self, name: str, folders: Sequence[Path]) -> str:
-        """An absolute path, or `name` where it is no path. Raises ValueError."""
+        """An absolute path, or `name` where it is not a path. Raises ValueError."""
         if name in self.words or (self.only_files and not self.is_file_name(name)):
             return name
         if self.package and name.startswith("package:"):
@@ -245,9 +246,6 @@ def shown_value(value: Any) -> str:
     except ValueError:  # Python writes no number of over 4,300 digits
         text = f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 4] + " ..."
-
-
-# What a key takes
 
 
 def parts_of(key_field: FieldInfo) -> list[tuple[Any, tuple]]:

@@ -75,7 +75,7 @@ def _problems(
     worst: dict[Any, tuple] = {}
     for entry in error.errors(include_url=False):
         path = entry["loc"][:1]
-        for part in entry["loc"][1:]:  # types of a union stand in it too
+        for part in entry["loc"][1:]:  # it also holds the types of a union
             path = (*path, part) if (*path, part) in given.places else path
         rank = (entry["type"] in OUR_MESSAGES, len(path))
         if path[0] not in worst or rank > worst[path[0]][0]:
@@ -131,8 +131,9 @@ def _read_file(file: Path, config_class: type[Config]) -> _Given:
     text = _read_text(file, shown)
     values = _parse_yaml(text, given, shown, config_class.aliases)
     if not isinstance(values, dict):
-        found = "is empty" if values is None else f"found a {'list' if isinstance(values, list) else 'text'}"
-        raise ConfigError(f"{shown}: {found}; expected lines such as `{next(iter(config_class.model_fields))}: VALUE`")
+        content = "is empty" if values is None else f"found a {'list' if isinstance(values, list) else 'text'}"
+        example = f"`{next(iter(config_class.model_fields))}: VALUE`"
+        raise ConfigError(f"{shown}: {content}; expected lines such as {example}")
     given.values = values
     return given
 
@@ -149,8 +150,8 @@ def _read_text(file: Path, shown: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        found = f"found byte 0x{content[error.start]:02x}"
-        raise ConfigError(f"{shown}:{line}: expected UTF-8 text, {found}; save it as UTF-8") from error
+        byte = f"0x{content[error.start]:02x}"
+        raise ConfigError(f"{shown}:{line}: expected UTF-8 text, found byte {byte}; save it as UTF-8") from error
 
 
 class _Loader(yaml.BaseLoader):
@@ -172,8 +173,8 @@ def _parse_yaml(text: str, given: _Given, shown: str, aliases: Mapping[str, str]
         raise ConfigError(f"{shown}:{mark.line + 1}:{mark.column + 1}: broken YAML: {what}") from error
     except yaml.reader.ReaderError as error:
         before = text[: error.position].split("\n")
-        found = f"found character U+{error.character:04X}"
-        raise ConfigError(f"{shown}:{len(before)}:{len(before[-1]) + 1}: broken YAML: {found}") from error
+        place = f"{shown}:{len(before)}:{len(before[-1]) + 1}"
+        raise ConfigError(f"{place}: broken YAML: found character U+{error.character:04X}") from error
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"{shown}: broken YAML: a character beyond Unicode, such as \\U00110000") from error
     return None if root is None else _convert(root, (), given, shown, aliases or {})

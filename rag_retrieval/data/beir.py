@@ -200,9 +200,7 @@ def _is_grade(number: float) -> bool:
 # ---- runs
 
 
-def read_run(
-    path: str | Path, queries: Collection[str] | None = None, documents: Collection[str] | None = None
-) -> Run:
+def read_run(path: str | Path, queries: Collection[str] | None = None, documents: Collection[str] | None = None) -> Run:
     """Scores by query and document.
 
     queries, documents: the ids of the data, where the run must fit them. Raises DataError with file and line for a line

@@ -90,9 +90,7 @@ def sample_in_turns(items: np.ndarray, count: int, epoch: int, key: list[int]) -
     return np.roll(shuffled, -window * count)[:count]
 
 
-def sample_group(
-    positive: np.ndarray, size: int, epoch: int, seed: int, record: int, one_positive: bool
-) -> np.ndarray:
+def sample_group(positive: np.ndarray, size: int, epoch: int, seed: int, record: int, one_positive: bool) -> np.ndarray:
     """Positions of the documents that a group shows in this epoch, in ascending order.
 
     positive: [documents], bool. A group of at most `size` documents is used whole, unless `one_positive` asks

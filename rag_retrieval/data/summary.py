@@ -1,8 +1,8 @@
 """What a store holds, in numbers and as text: counts, sizes of the groups, and a histogram of the labels.
 
 The counts are taken when the store is built and kept in its `meta.json`; nothing here reads the pairs again. A single
-document counts as a group with all labels equal, so that of an ungrouped pointwise file
-every group does; `format_summary` leaves groups out there.
+document counts as a group with all labels equal: every group of an ungrouped pointwise file does, and `format_summary`
+leaves groups out there.
 """
 
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ from rag_retrieval.data.records import Record, RecordRules
 from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.distill.output import ScoreSummary, scored_line
 from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.settings import YES_NO_NAMES, resolve_model_path
 
@@ -136,7 +136,7 @@ def report_teachers(config: DistillConfig, teachers: list[Reranker]) -> None:
         lengths = teacher.backend.pair_encoder.untruncated_lengths(pairs)
         if truncated := float((lengths > teacher.max_length).mean()):
             longer = f"{truncated:.1%} of the first {len(pairs):,} pairs are longer than {teacher.max_length} tokens"
-            logger.warning("%s and are cut; max_len sets another limit", longer)
+            logger.warning("%s and are cut; max_length sets another limit", longer)
 
 
 def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], teachers: list[Reranker]) -> None:

@@ -20,7 +20,7 @@ from rag_retrieval.evaluate.rank_changes import QueryChange, largest_changes
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.evaluate.scoring import locked_output_dir, score_candidates
 from rag_retrieval.evaluate.significance import Comparison, compare
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metrics
 from rag_retrieval.models.calibration import Calibration, write_calibration

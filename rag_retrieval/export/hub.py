@@ -63,8 +63,8 @@ def stage(
 ) -> None:
     """What `push_to_hub` uploads, into the folder `target`, which must be empty or not there yet. name: the repo_id.
 
-    Hidden and temporary files stay behind. A card that somebody has changed (its line MARK is gone), or whose run is
-    not known, goes as it is. Raises ValueError for a name that no hub takes, for a link that leads out of the folder,
+    Hidden and temporary files are left out. A card that was edited (its line MARK is gone), or whose run is not known,
+    is uploaded as it is. Raises ValueError for a name that no hub takes, for a link that leads out of the folder,
     and where language, license or evaluations are given for a card that stays.
     """
     folder, target = checked_folder(folder), Path(target)
@@ -112,7 +112,7 @@ def chosen_card(folder: Path, about: About) -> str:
     if present is None or (MARK in present and run is not None):
         return model_card(folder, run, about)
     if about.language or about.license or about.evaluations:
-        reason = "its run is not beside it" if MARK in present else "somebody has changed it"
+        reason = "its run is not beside it" if MARK in present else "it was edited"
         raise ValueError(
             f"{folder / CARD}: {reason}, so it goes as it is; write language, license and figures into it, or remove it"
         )
@@ -120,7 +120,7 @@ def chosen_card(folder: Path, about: About) -> str:
 
 
 def read_evaluation(output: str | os.PathLike, model: Path) -> dict[str, Any]:
-    """result.json of an evaluation's output folder, or that file. ValueError where it is none, or of another model."""
+    """result.json of an evaluation's output folder, or that file. ValueError for another file, or another model's."""
     path = Path(output).expanduser()
     path = path / "result.json" if path.is_dir() else path
     try:
@@ -132,7 +132,7 @@ def read_evaluation(output: str | os.PathLike, model: Path) -> dict[str, Any]:
     missing = MEASURED - result.keys() if isinstance(result, dict) else MEASURED
     if missing:
         raise ValueError(f"evaluations: {path} is no result of `rag-retrieval evaluate`: it has no {min(missing)}")
-    with parsing(path, "evaluate the model anew"):
+    with parsing(path, "evaluate the model again"):
         measured = Path(result["config"]["model"]).expanduser()
     if measured.exists() and not measured.samefile(model):  # where it is gone, the model may have been moved
         raise ValueError(f"evaluations: {path} is of {measured}, and not of {model}; evaluate this model")

@@ -19,7 +19,7 @@ from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import evaluating
 
 OPSET = 18
-TRACED = (3, 17)  # pairs, tokens: sizes that stand for no other number of a model
+TRACED = (3, 17)  # pairs, tokens: numbers that no dimension of a model has
 EXTERNAL_FROM = 1_500_000_000  # bytes of weights; a file of ONNX itself ends at 2 GiB
 
 
@@ -35,7 +35,7 @@ class ScoreGraph(nn.Module):
     def forward(self, input_ids, attention_mask, token_type_ids=None) -> torch.Tensor:
         """Each [pairs, longest], int64. Returns [pairs], float32."""
         inputs = {"input_ids": input_ids}
-        if not self.scorer.causal:  # padding stands at the right, where no token of a causal model looks
+        if not self.scorer.causal:  # padding is at the right, which no token of a causal model attends to
             inputs["attention_mask"] = attention_mask
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
@@ -112,14 +112,14 @@ def beside(file: Path) -> Path:
 def score_head(model: onnx.ModelProto) -> list[str]:
     """Names of the products that give the scores: of those before the output, the last on each way."""
     makers = {output: node for node in model.graph.node for output in node.output}
-    found, seen, waiting = [], set(), [OUTPUT]
+    heads, seen, waiting = [], set(), [OUTPUT]
     while waiting:
         node = makers.get(waiting.pop())
         if node is None or node.name in seen:
             continue
         seen.add(node.name)
         if node.op_type in ("MatMul", "Gemm"):
-            found.append(node.name)
+            heads.append(node.name)
         else:
             waiting.extend(node.input)
-    return found
+    return heads

@@ -39,8 +39,10 @@ def quantize_int8(source: Path, target: Path) -> None:
 
     model = onnx.load(source)
     heads = score_head(model)
+    lookups = [node for node in model.graph.node if node.op_type == "Gather"]
+    other_lookups = [node.name for node in lookups if node.input[1] != "input_ids"]  # not of a token's embedding
     # a Gemm is first made a MatMul, under this new name
-    kept = [*heads, *(f"{name}_MatMul" for name in heads), *other_lookups(model)]
+    kept = [*heads, *(f"{name}_MatMul" for name in heads), *other_lookups]
     del model.graph.value_info[:]  # shapes of products that are about to be turned round
     with quiet():
         quantize_dynamic(
@@ -59,12 +61,6 @@ def quantize_int8(source: Path, target: Path) -> None:
     external = beside(target).is_file()
     beside(target).unlink(missing_ok=True)
     onnx.save(quantized, target, save_as_external_data=external, location=beside(target).name)
-
-
-def other_lookups(model: onnx.ModelProto) -> list[str]:
-    """Names of the Gather nodes that look up something else than the embedding of a token."""
-    lookups = [node for node in model.graph.node if node.op_type == "Gather"]
-    return [node.name for node in lookups if node.input[1] != "input_ids"]
 
 
 def weight_bytes(file: Path) -> int:

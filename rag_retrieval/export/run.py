@@ -1,5 +1,4 @@
-"""`export_reranker`: a trained reranker as ONNX, perhaps in int8, compared with the model before the folder gets its
-name.
+"""`export_reranker`: a trained reranker as ONNX, in float32 or int8, compared with the model before the folder is kept.
 
 Everything is written beside the output folder and renamed at the end. An export that fails, or that does not score as
 its model, leaves nothing behind.
@@ -68,12 +67,12 @@ def write_folder(config: ExportConfig, output: Path) -> Exported:
         description = write_float32(scorer, config, folder)
         # int8 is what is compared on all pairs; its float32 graph needs to be right, no more
         compared = check.samples if config.quantize else len(check.encoded)
-        found = exported_scores(folder, check.encoded[:compared])
-        check_float32(expected[:compared], found)
+        exported = exported_scores(folder, check.encoded[:compared])
+        check_float32(expected[:compared], exported)
         if config.quantize:
             description = quantize_folder(folder, description)
-            found = exported_scores(folder, check.encoded)
-        verification = check.compare(expected, found)
+            exported = exported_scores(folder, check.encoded)
+        verification = check.compare(expected, exported)
         problems = check_int8(verification, config.force) if config.quantize else []
         measured = asdict(verification) | {"kept_by_force": problems}
         write_description(folder, replace(description, verification=measured))
@@ -90,7 +89,7 @@ def check_output(folder: Path) -> None:
 
 
 def own_scores(model: str, scorer: PairScorer, check: CheckData) -> np.ndarray:
-    """[pairs], float32. Raises ValueError for scores that are no numbers."""
+    """[pairs], float32. Raises ValueError for scores that are not finite."""
     with Progress(len(check.encoded), "scoring with the model", "pairs") as progress:
         scores = score_encoded([scorer], check.encoded, BATCH_SIZE, "no", progress).numpy()
     if not np.isfinite(scores).all():

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import ConstantInputWarning, spearmanr
 
 from rag_retrieval.core.command import CommandFailure
-from rag_retrieval.data.beir import Qrels, Run
+from rag_retrieval.data.beir import Run
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.metrics import run_metrics
@@ -79,15 +79,15 @@ class Verification:
         return text
 
 
-def check_float32(expected: np.ndarray, found: np.ndarray) -> None:
+def check_float32(expected: np.ndarray, exported: np.ndarray) -> None:
     """Raises DifferenceError beyond FLOAT32_LIMIT, and for a score that is not finite."""
     allowed = FLOAT32_LIMIT * np.maximum(1.0, np.abs(expected))
-    wrong = np.flatnonzero(~(np.abs(expected - found) <= allowed))
+    wrong = np.flatnonzero(~(np.abs(expected - exported) <= allowed))
     if wrong.size:
-        place = wrong[np.argmax(np.abs(expected - found)[wrong])]
+        place = wrong[np.argmax(np.abs(expected - exported)[wrong])]
         raise DifferenceError(
             f"the ONNX graph does not compute what the model computes: {wrong.size} of {expected.size} scores differ "
-            f"by more than {FLOAT32_LIMIT}, such as {found[place]:.6f} where the model gives {expected[place]:.6f}; "
+            f"by more than {FLOAT32_LIMIT}, such as {exported[place]:.6f} where the model gives {expected[place]:.6f}; "
             "nothing was written. Exporting this family does not work with the installed torch"
         )
 
@@ -115,10 +115,6 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
         return float(spearmanr(first, second).statistic)
 
 
-def ndcg_of(qrels: Qrels, run: Run) -> float:
-    return run_metrics(qrels, run, (MEASURE,))[MEASURE]
-
-
 @dataclass(frozen=True)
 class CheckData:
     """encoded: the sample's pairs, then all candidates of the data in their order. data: None where none were given."""
@@ -127,27 +123,20 @@ class CheckData:
     samples: int
     data: RankingData | None
 
-    def compare(self, expected: np.ndarray, found: np.ndarray) -> Verification:
-        """expected, found: scores of all pairs, of the model and of its export. int, float: see Verification.
+    def compare(self, expected: np.ndarray, exported: np.ndarray) -> Verification:
+        """expected, exported: scores of all pairs, of the model and of its export.
 
         The rank correlation is over the data's pairs alone, where there are any.
         """
         lengths = [len(pair) for pair in self.encoded]
-        largest = float(np.abs(expected - found).max())
-        if self.data is None:
-            correlation = rank_correlation(expected, found)
-            return Verification(len(lengths), min(lengths), max(lengths), largest, correlation)
-        expected, found = expected[self.samples :], found[self.samples :]
-        correlation = rank_correlation(expected, found)
-        verification = Verification(len(lengths), min(lengths), max(lengths), largest, correlation)
-        before, after = (ndcg_of(self.data.qrels, self.run_of(scores)) for scores in (expected, found))
-        return replace(
-            verification,
-            data=self.data.name,
-            queries=len(self.data.qrels),
-            ndcg_before=before,
-            ndcg_after=after,
-        )
+        largest, on_data = float(np.abs(expected - exported).max()), {}
+        if self.data is not None:
+            expected, exported = expected[self.samples :], exported[self.samples :]
+            runs, qrels = map(self.run_of, (expected, exported)), self.data.qrels
+            before, after = (run_metrics(qrels, run, (MEASURE,))[MEASURE] for run in runs)
+            on_data = dict(data=self.data.name, queries=len(qrels), ndcg_before=before, ndcg_after=after)
+        correlation = rank_correlation(expected, exported)
+        return Verification(len(lengths), min(lengths), max(lengths), largest, correlation, **on_data)
 
     def run_of(self, scores: np.ndarray) -> Run:
         """scores: of the data's pairs, in order."""
@@ -201,7 +190,7 @@ def document_of(encoder: PairEncoder, tokens: int, start: int) -> str:
     text = ""
     for sentence in islice(cycle(SENTENCES), start, start + tokens + len(SENTENCES)):
         text += sentence
-        found = len(encoder.document_ids([text])[0])
-        if found >= tokens:
+        count = len(encoder.document_ids([text])[0])
+        if count >= tokens:
             break
-    return text[: max(1, round(len(text) * tokens / found))]
+    return text[: max(1, round(len(text) * tokens / count))]

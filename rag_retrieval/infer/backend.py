@@ -1,15 +1,26 @@
-"""What computes scores for the Reranker: the interface of torch, ONNX Runtime and OpenVINO.
+"""What computes scores for the Reranker: torch, ONNX Runtime or OpenVINO, and which of them a folder is opened with.
 
-Nothing here imports torch, transformers or onnxruntime: an ONNX folder runs where torch is not installed.
+Most options of a model are decided when it is exported. Nothing here imports torch, transformers or onnxruntime before
+a folder needs it: an ONNX folder runs where torch is not installed.
 """
 
+import os
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from rag_retrieval.infer.onnx_folder import DESCRIPTION_FILE
 from rag_retrieval.models.calibration import Calibration
+from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
+
+if TYPE_CHECKING:
+    from rag_retrieval.models.prompts import Prompt
+
+EXPORTED_OPTIONS = ("model_type", "max_length", "device")  # that an exported folder takes
+FLOAT32 = (None, "fp32")
 
 
 class Backend(Protocol):
@@ -32,3 +43,48 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give back what is held outside this process; a closed backend need not score again."""
+
+
+def open_backend(
+    model_name_or_path: str | os.PathLike, options: ModelOptions | None = None, question: "Prompt | None" = None
+) -> Backend:
+    """The backend that the folder's files ask for. question: see `open_scorer`.
+
+    Raises ValueError for a folder that is not there or holds no trained reranker, and for options that it cannot
+    take; ImportError for a missing runtime.
+    """
+    options = options or ModelOptions()
+    folder = Path(model_name_or_path).expanduser()
+    if (folder / DESCRIPTION_FILE).is_file():
+        return open_exported_backend(folder, options)
+    from rag_retrieval.infer.torch_backend import open_torch_backend
+
+    return open_torch_backend(model_name_or_path, options, question)
+
+
+def open_exported_backend(folder: Path, options: ModelOptions) -> Backend:
+    """ONNX Runtime's, or OpenVINO's where `model_type` is "openvino"."""
+    check_options(folder, options)
+    from rag_retrieval.infer.onnx_backend import OnnxBackend, OpenVinoBackend
+
+    if options.model_type == "openvino":
+        return OpenVinoBackend(folder, options.max_length)
+    backend = OnnxBackend(folder, options.max_length, options.device or "cpu")
+    if options.model_type not in (None, "onnx", backend.model_type):
+        raise ValueError(
+            f"{folder} was exported from a {backend.model_type}; expected model_type {backend.model_type}, onnx or "
+            f"openvino, found {options.model_type!r}"
+        )
+    return backend
+
+
+def check_options(folder: Path, options: ModelOptions) -> None:
+    for name in ("precision", "dtype"):
+        if getattr(options, name) not in FLOAT32:
+            raise ValueError(f"{name}: {folder} is an ONNX folder, whose precision was chosen when it was exported")
+    if options.model_type == "openvino" and options.device not in (None, "cpu"):
+        raise ValueError(f'device: OpenVINO runs on "cpu" here, found {options.device!r}')
+    for name in ModelOptions.model_fields:
+        given = getattr(options, name)
+        if name not in (*EXPORTED_OPTIONS, "precision", "dtype") and given not in (None, False):
+            raise ValueError(f"{name}: {folder} is an ONNX folder, where it cannot be changed; leave it out")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rag_retrieval.infer.documents import check_documents, check_number, check_text
 from rag_retrieval.infer.results import RerankResult, RerankResults
 from rag_retrieval.models.devices import choose_device, choose_dtype
+from rag_retrieval.models.inputs import check_documents, check_number, check_text
 from rag_retrieval.models.loading import load_causal_model, load_tokenizer, position_limit
 from rag_retrieval.models.settings import resolve_model_path
 
@@ -27,13 +27,13 @@ PROMPTS = {
 }
 FIELDS = ("{count}", "{passages}", "{query}")
 TOKENS_OF_A_NUMBER = 8  # that an answer may take for one passage, as in " > [12]"
-CONTENT = "content-of-the-message"  # stands for the message while the chat template is rendered
+CONTENT = "content-of-the-message"  # a placeholder while the chat template is rendered
 
 
 @dataclass(frozen=True)
 class ListwiseResults(RerankResults):
-    """windows: answers that the model gave. invalid_answers: those that were no permutation of their window, in which
-    what the answer left out kept its order behind what it named."""
+    """windows: answers that the model gave. invalid_answers: those that were not a permutation of their window; what
+    such an answer left out keeps its order behind what it named."""
 
     windows: int = 0
     invalid_answers: int = 0
@@ -46,8 +46,8 @@ class ListwiseReranker:
     window moves, at most window. passage_tokens: tokens of a document that are read. prompt: the user's message, with
     {passages}, {query} and, if wanted, {count}; default by language, "en" or "zh". device, dtype: as for `Reranker`.
 
-    Raises ValueError for a model that is no causal language model, without a chat template, and for options that do
-    not fit.
+    Raises ValueError for a model that is not a causal language model or has no chat template, and for options that
+    do not fit.
     """
 
     def __init__(
@@ -79,13 +79,7 @@ class ListwiseReranker:
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         if not self.tokenizer.chat_template:
             raise ValueError(f"{path}: its tokenizer has no chat template; give a chat model")
-        model = load_causal_model(
-            path,
-            num_labels=1,
-            dtype=choose_dtype(dtype),
-            trust_remote_code=trust_remote_code,
-            attn_implementation=None,
-        )
+        model = load_causal_model(path, choose_dtype(dtype), trust_remote_code)
         self.model = model.eval().to(choose_device(device))
 
     def rerank(
@@ -183,7 +177,7 @@ def slide(places: list[int], window: int, step: int, order_window: Callable[[lis
 def parse_order(answer: str, count: int) -> tuple[list[int], bool]:
     """The places (from 0) in the order that the answer names, and whether it names each exactly once.
 
-    Numbers in brackets are read, or all numbers where there are no brackets. Unknown and repeated ones are passed over;
+    Numbers in brackets are read, or all numbers where there are no brackets. Unknown and repeated ones are ignored;
     places that are not named follow in their order.
     """
     numbers = re.findall(r"\[(\d{1,9})\]", answer) or re.findall(r"\d{1,9}", answer)

@@ -1,7 +1,7 @@
 """From (query, document) texts to scores, also where a document is longer than the model reads.
 
-Slices are runs of the document's own tokens, not texts that are tokenized anew, so a word has the same tokens in
-every slice; the text that a format puts around a document stands around every slice. Nothing here imports torch.
+A document is tokenized once and its tokens are cut into slices, so a word has the same tokens in every slice; the text
+that a format puts around a document stands around every slice. Nothing here imports torch.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend
-from rag_retrieval.infer.documents import check_number
+from rag_retrieval.models.inputs import check_number
 from rag_retrieval.models.options import LONG_DOCUMENT, OVERLAP
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, truncate
 from rag_retrieval.models.text_scoring import Pairs, score_texts
@@ -92,11 +92,22 @@ class PassageEncoder:
                 encoded.append(EncodedDocument([pair], [None], pair.truncated))
         return encoded
 
-    def combine(self, document: EncodedDocument, scores: np.ndarray) -> ScoredPair:
-        """scores: of its pairs, [pairs]. The first of equal slices counts as the best."""
-        best = int(scores.argmax())
-        score = scores.mean(dtype=np.float64) if self.long_document == "mean_slice" else scores[best]
-        return ScoredPair(float(score), document.spans[best], document.truncated)
+    def combine(self, documents: Sequence[EncodedDocument], scores: np.ndarray) -> list[ScoredPair]:
+        """scores: of all pairs of the documents, [pairs]. The first of equal slices counts as the best. Raises
+        ValueError for a score that is not finite."""
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                f"the model gave the score {scores[~np.isfinite(scores)][0]}, which is no number; in fp16 a model may "
+                "overflow: use bf16 or fp32"
+            )
+        combined, start = [], 0
+        for document in documents:
+            values = scores[start : start + len(document.pairs)]
+            start += len(document.pairs)
+            best = int(values.argmax())
+            score = values.mean(dtype=np.float64) if self.long_document == "mean_slice" else values[best]
+            combined.append(ScoredPair(float(score), document.spans[best], document.truncated))
+        return combined
 
     def _slices(self, query_ids: np.ndarray, document: str) -> EncodedDocument:
         encoder = self.encoder
@@ -122,27 +133,13 @@ class PassageEncoder:
 
 
 def score_pairs(backend: Backend, encoder: PassageEncoder, pairs: Pairs, batch_size: int) -> list[ScoredPair]:
-    """In the order given; equal pairs get the same result. Raises ValueError for a score that is no number."""
+    """In the order given; equal pairs get the same result. Raises ValueError for a score that is not finite."""
 
     def score(documents: Sequence[EncodedDocument]) -> list[ScoredPair]:
         scores = backend.score([pair for document in documents for pair in document.pairs], batch_size)
-        return combine_all(encoder, documents, scores)
+        return encoder.combine(documents, scores)
 
     return score_texts(pairs, encoder.encode, score)
-
-
-def combine_all(
-    encoder: PassageEncoder, documents: Sequence[EncodedDocument], scores: np.ndarray
-) -> list[ScoredPair]:
-    """scores: of all pairs of the documents, [pairs]. Raises ValueError for one that is no number."""
-    if not np.isfinite(scores).all():
-        raise ValueError(
-            f"the model gave the score {scores[~np.isfinite(scores)][0]}, which is no number; in fp16 a model may "
-            "overflow: use bf16 or fp32"
-        )
-    ends = np.cumsum([len(document.pairs) for document in documents], dtype=int)
-    own = np.split(scores, ends[:-1])[: len(ends)]
-    return [encoder.combine(document, values) for document, values in zip(documents, own, strict=True)]
 
 
 def slice_starts(tokens: int, room: int, overlap: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""The backend of ONNX Runtime: an exported folder on the CPU, or on an NVIDIA GPU where its package can.
+"""The backends of exported folders: ONNX Runtime, on the CPU or an NVIDIA GPU, and OpenVINO, on the CPU.
 
-ONNX Runtime falls back to the CPU in silence where a provider cannot be loaded. A GPU
-that was asked for and is not there is an error here. Nothing in this file imports torch.
+ONNX Runtime silently falls back to the CPU where a provider cannot be loaded; here a GPU that was asked for and is
+not there is an error. Nothing in this file imports torch.
 """
 
 import os
@@ -15,24 +15,26 @@ from rag_retrieval.infer.onnx_folder import (
     MODEL_FILE,
     OUTPUT,
     OnnxDescription,
+    Run,
     folder_digest,
     pair_encoder,
     read_description,
+    score_padded,
 )
-from rag_retrieval.infer.padded_scoring import Inputs, score_padded
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
+from rag_retrieval.models.token_batch import CPU_TOKENS, CUDA_TOKENS
 
 if TYPE_CHECKING:
     import onnxruntime
 
-CPU_TOKENS = 2048  # of one forward, padding included
-CUDA_TOKENS = 65_536
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxBackend:
     """See `rag_retrieval.infer.backend.Backend`. Several threads may call `score` at once: a session allows it."""
+
+    runtime, package = "ONNX Runtime", "onnxruntime"
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class OnnxBackend:
         """max_length: tokens per pair, None for the folder's own. device: "cpu", "cuda" or "cuda:1". threads: that one
         forward uses on the CPU; None: OMP_NUM_THREADS, else the cores that this process may use.
 
-        Raises ValueError for a folder that is damaged and a device that is not there, ImportError without onnxruntime.
+        Raises ValueError for a folder that is damaged and a device that is not there, ImportError without the package.
         """
         self._arguments = (folder, max_length, device, threads)
         self.folder, self.name, self.device = Path(folder), str(folder), device
@@ -53,28 +55,59 @@ class OnnxBackend:
         self.model_type = self.description.model_type
         self.calibration = read_calibration(str(self.folder))
         self.max_tokens = CPU_TOKENS if device == "cpu" else CUDA_TOKENS
-        self._session = open_session(self.folder / MODEL_FILE, device, default_threads(threads))
+        self._session = self._open(self.folder / MODEL_FILE, default_threads(threads))
+
+    def _open(self, file: Path, threads: int):
+        return open_session(file, self.device, threads)
+
+    def _runner(self) -> Run:
+        """Computes padded inputs, for one call of `score`."""
+        return lambda inputs: self._session.run([OUTPUT], inputs)[0]
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
         names, pad = self.description.inputs, self.description.pad_token_id
-        return score_padded(self._run, pairs, names, pad, batch_size, self.max_tokens)
+        return score_padded(self._runner(), pairs, names, pad, batch_size, self.max_tokens)
 
     def describe(self) -> str:
-        return f"{self.model_type} in ONNX Runtime, {self.pair_encoder.max_length} tokens, {self.description.precision}"
+        tokens, precision = self.pair_encoder.max_length, self.description.precision
+        return f"{self.model_type} in {self.runtime}, {tokens} tokens, {precision}"
 
     def fingerprint(self) -> str:
         kind = self.device.partition(":")[0]
-        return folder_digest(self.folder, ["onnxruntime", kind, self.pair_encoder.max_length])
+        return folder_digest(self.folder, [self.package, kind, self.pair_encoder.max_length])
 
     def close(self) -> None:
         """Nothing is held outside this process."""
 
     def __reduce__(self):
         """For copies and pickles, which open the folder again: a session cannot be copied."""
-        return OnnxBackend, self._arguments
+        return type(self), self._arguments
 
-    def _run(self, inputs: Inputs) -> np.ndarray:
-        return self._session.run([OUTPUT], inputs)[0]
+
+class OpenVinoBackend(OnnxBackend):
+    """The same folder, read by Intel's runtime on the CPU.
+
+    OpenVINO's own default computes in bfloat16 on CPUs that have it, and a score then differs by hundredths; here it
+    computes in float32.
+    """
+
+    runtime, package = "OpenVINO", "openvino"
+
+    def _open(self, file: Path, threads: int):
+        try:
+            import openvino
+        except ImportError as error:
+            raise ImportError("OpenVINO is not installed; run: pip install -e '.[openvino]'") from error
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        try:
+            return openvino.Core().compile_model(str(file), "CPU", settings)
+        except Exception as error:  # RuntimeError with pages of its own sources
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{file}: OpenVINO cannot read it ({reason:.300}); use ONNX Runtime") from error
+
+    def _runner(self) -> Run:
+        request = self._session.create_infer_request()  # not shared, so that several threads may compute at once
+        return lambda inputs: request.infer(inputs)[0]
 
 
 def default_threads(threads: int | None) -> int:
@@ -89,7 +122,10 @@ def default_threads(threads: int | None) -> int:
 
 
 def open_session(file: Path, device: str, threads: int) -> "onnxruntime.InferenceSession":
-    runtime = import_onnxruntime()
+    try:
+        import onnxruntime as runtime
+    except ImportError as error:
+        raise ImportError("an ONNX folder needs onnxruntime; run: pip install -e '.[onnx]'") from error
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # warnings of its optimizer say nothing that a user could act on
@@ -97,19 +133,11 @@ def open_session(file: Path, device: str, threads: int) -> "onnxruntime.Inferenc
     try:
         session = runtime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # its exceptions have no common class
-        raise ValueError(f"{file}: ONNX Runtime cannot open it ({error}); export the model anew") from error
+        raise ValueError(f"{file}: ONNX Runtime cannot open it ({error}); export the model again") from error
     if device != "cpu" and PROVIDERS["cuda"] not in session.get_providers():
         raise ValueError(f"device {device}: ONNX Runtime cannot use the GPU, it would compute on the CPU; install "
                          "CUDA and cuDNN of the versions that it was built for, or use device cpu")  # fmt: skip
     return session
-
-
-def import_onnxruntime():
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError("an ONNX folder needs onnxruntime; run: pip install -e '.[onnx]'") from error
-    return onnxruntime
 
 
 def provider(runtime, device: str) -> str | tuple[str, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""What lies in an exported folder beside the graph, and how pairs are encoded from it.
+"""What lies in an exported folder beside the graph, how pairs are encoded from it and laid out for it.
 
     model.onnx             input_ids, attention_mask[, token_type_ids] to scores; model.onnx.data with large weights
     tokenizer.json         and the tokenizer's other files
@@ -13,14 +13,17 @@ transformers, and a tokenizer of another version could cut them elsewhere. Nothi
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
-from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, PairTemplate
 from rag_retrieval.models.settings import MODEL_TYPES, check_no_pointers, parsing, read_json
+from rag_retrieval.models.token_batch import make_batch, plan_by_tokens
 
 DESCRIPTION_FILE = "reranker_onnx.json"
 MODEL_FILE = "model.onnx"
@@ -29,6 +32,9 @@ FORMAT = 1  # of the description; another number is another meaning
 OUTPUT = "scores"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 PRECISIONS = ("float32", "int8")
+
+Inputs = dict[str, np.ndarray]
+Run = Callable[[Inputs], np.ndarray]  # padded inputs, each [pairs, longest] int64, to [pairs] float32
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,11 @@ def read_description(folder: Path) -> OnnxDescription:
     except OSError as error:
         raise ValueError(f"{folder}: no {DESCRIPTION_FILE} that can be read ({error.strerror}); give the folder that "
                          "rag-retrieval export wrote") from error  # fmt: skip
-    with parsing(path, "export the model anew"):
+    with parsing(path, "export the model again"):
         description = parsed(json.loads(text))
     for name in (MODEL_FILE, TOKENIZER_FILE):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no {name} in it; copy the whole folder, or export the model anew")
+            raise ValueError(f"{folder}: no {name} in it; copy the whole folder, or export the model again")
     check_no_pointers(str(folder))
     return description
 
@@ -83,7 +89,7 @@ def folder_digest(folder: Path, about: list) -> str:
 
 
 def parsed(values: Any) -> OnnxDescription:
-    """Raises KeyError, TypeError or ValueError for what is no description."""
+    """Raises KeyError, TypeError or ValueError for anything but a description."""
     if not isinstance(values, dict):
         raise TypeError(f"expected an object, found {type(values).__name__}")
     if values["format"] != FORMAT:
@@ -124,8 +130,8 @@ def is_count(value: Any) -> bool:
 
 
 def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | None = None) -> PairEncoder:
-    """max_length: tokens per pair, None for what the folder says. ValueError for more, which nobody has verified, for
-    less than the fixed parts take, and for a damaged tokenizer.json."""
+    """max_length: tokens per pair, None for what the folder says. ValueError for more, which the export did not verify,
+    for less than the fixed parts take, and for a damaged tokenizer.json."""
     if max_length is not None and max_length > description.max_length:
         raise ValueError(
             f"max_length {max_length} is more than the {description.max_length} tokens that {folder} was exported "
@@ -135,13 +141,48 @@ def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | N
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{file}: no tokenizer that can be read ({error}); export the model anew") from error
+        raise ValueError(f"{file}: no tokenizer that can be read ({error}); export the model again") from error
     rows = read_json(str(folder), "config.json").get("vocab_size")
     beyond = [token for token, place in tokenizer.get_vocab().items() if isinstance(rows, int) and place >= rows]
     if beyond:
         raise ValueError(
             f"{file}: has tokens beyond the {rows} rows of the model's embedding, such as {min(beyond)!r}; copy the "
-            "whole folder, or export the model anew"
+            "whole folder, or export the model again"
         )
     is_decoder = description.model_type == "llm_decoder"
     return PairEncoder(tokenizer, description.template, max_length or description.max_length, is_decoder)
+
+
+def score_padded(
+    run: Run,
+    pairs: Sequence[EncodedPair],
+    names: Sequence[str],
+    pad_token_id: int,
+    batch_size: int,
+    max_tokens: int,
+) -> np.ndarray:
+    """Scores in input order: [pairs], float32. Which pairs share a forward changes no score beyond float noise, in int8
+    neither, where every token has its own scale.
+
+    names: of the inputs that the graph takes. batch_size: pairs of one forward at most. max_tokens: of one forward,
+    padding included; a longer pair is computed alone. Longest pairs come first, so that running
+    out of memory shows at once.
+    """
+    scores = np.empty(len(pairs), np.float32)
+    parts = plan_by_tokens([[len(pair)] for pair in pairs], max_tokens, padded=True, max_pairs=batch_size)
+    for part in parts if pairs else ():
+        scores[part] = run(padded_inputs([pairs[position] for position in part], names, pad_token_id))
+    return scores
+
+
+def padded_inputs(pairs: Sequence[EncodedPair], names: Sequence[str], pad_token_id: int) -> Inputs:
+    """Right-padded inputs of at least one pair."""
+    batch = make_batch(pairs)
+    real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
+    inputs = {name: np.zeros(real.shape, np.int64) for name in names}
+    inputs["input_ids"][~real] = pad_token_id
+    inputs["input_ids"][real] = batch.ids
+    inputs["attention_mask"][real] = 1
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"][real] = batch.types
+    return inputs

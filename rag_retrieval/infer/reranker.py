@@ -5,18 +5,23 @@ The documents are ordered by the model's logits, whatever is shown as their scor
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rag_retrieval.infer.backend import Backend
-from rag_retrieval.infer.documents import Document, check_documents, check_number, check_text
+from rag_retrieval.infer.backend import Backend, open_backend
 from rag_retrieval.infer.long_documents import PassageEncoder, ScoredPair, score_pairs
-from rag_retrieval.infer.open_backend import open_backend
 from rag_retrieval.infer.results import RerankResult, RerankResults, best_first, shown_scores
+from rag_retrieval.models.inputs import (
+    Document,
+    check_documents,
+    check_list,
+    check_number,
+    check_pairs,
+    check_text,
+)
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP, model_options
-from rag_retrieval.models.pair_checks import check_list, check_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +68,8 @@ class Reranker:
         cutoff_layer: int | None = None,
     ):
         if not isinstance(model_name_or_path, (str, os.PathLike)):
-            found = type(model_name_or_path).__name__
-            raise ValueError(f"model_name_or_path: expected a folder or a name, found {found}")
+            kind = type(model_name_or_path).__name__
+            raise ValueError(f"model_name_or_path: expected a folder or a name, found {kind}")
         if max_length is not None:
             check_number("max_length", max_length, 1, "tokens")
         options = model_options(
@@ -186,7 +191,7 @@ class Reranker:
         long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ) -> RerankResults:
-        """`rerank` in a thread, so that the event loop goes on."""
+        """`rerank` in a thread, so that the event loop is not blocked."""
         arguments = (query, documents, top_k, batch_size, max_length, normalize, long_document, overlap)
         return await asyncio.to_thread(self.rerank, *arguments)
 
@@ -201,7 +206,7 @@ class Reranker:
         long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ) -> list[RerankResults]:
-        """`rerank_many` in a thread, so that the event loop goes on."""
+        """`rerank_many` in a thread, so that the event loop is not blocked."""
         arguments = (queries, documents, top_k, batch_size, max_length, normalize, long_document, overlap)
         return await asyncio.to_thread(self.rerank_many, *arguments)
 
@@ -237,34 +242,30 @@ class Reranker:
         batch_size: int,
         normalize: bool,
     ) -> list[RerankResults]:
-        """All pairs with a text are scored in one go, then dealt back in the same order."""
+        """Scores all pairs with a text in one call and assigns the results in the same order."""
         check_number("batch_size", batch_size, 1, "pairs")
         if top_k is not None:
             check_number("top_k", top_k, 1, "documents")
-        pairs = [(query, document.text) for query, own in zip(queries, lists, strict=True)
-                 for document in own if not document.is_empty]  # fmt: skip
-        scored = iter(score_pairs(self.backend, encoder, pairs, batch_size))
-        return [self._ranked(query, own, scored, top_k, normalize) for query, own in zip(queries, lists, strict=True)]
-
-    def _ranked(
-        self, query: str, documents: list[Document], scored: Iterator[ScoredPair], top_k: int | None, normalize: bool
-    ) -> RerankResults:
-        """scored: takes one for each document with a text."""
-        empty = ScoredPair(-np.inf, None, False)
-        own = [empty if document.is_empty else next(scored) for document in documents]
-        logits = np.array([pair.score for pair in own], np.float32)
-        scores, score_type = shown_scores(logits, self.backend.calibration, normalize)
-        results = [
-            RerankResult(
-                doc_id=documents[place].doc_id,
-                text=documents[place].text,
-                score=float(scores[place]),
-                rank=rank,
-                metadata=documents[place].metadata,
-                document_index=int(place),
-                slice=own[place].span,
-                truncated=own[place].truncated,
-            )
-            for rank, place in enumerate(best_first(logits)[:top_k], start=1)
-        ]
-        return RerankResults(query, results, score_type)
+        pairs = [(query, document.text) for query, documents in zip(queries, lists, strict=True)
+                 for document in documents if not document.is_empty]  # fmt: skip
+        all_scored = iter(score_pairs(self.backend, encoder, pairs, batch_size))
+        empty, ranked = ScoredPair(-np.inf, None, False), []
+        for query, documents in zip(queries, lists, strict=True):
+            scored = [empty if document.is_empty else next(all_scored) for document in documents]
+            logits = np.array([pair.score for pair in scored], np.float32)
+            scores, score_type = shown_scores(logits, self.backend.calibration, normalize)
+            results = [
+                RerankResult(
+                    doc_id=documents[place].doc_id,
+                    text=documents[place].text,
+                    score=float(scores[place]),
+                    rank=rank,
+                    metadata=documents[place].metadata,
+                    document_index=int(place),
+                    slice=scored[place].span,
+                    truncated=scored[place].truncated,
+                )
+                for rank, place in enumerate(best_first(logits)[:top_k], start=1)
+            ]
+            ranked.append(RerankResults(query, results, score_type))
+        return ranked

@@ -4,14 +4,14 @@ The order is always that of the logits: probabilities are equal where two high l
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rag_retrieval.infer.documents import check_number
 from rag_retrieval.models.calibration import Calibration, probabilities_of
+from rag_retrieval.models.inputs import check_number
 
 if TYPE_CHECKING:
     import pandas
@@ -59,9 +59,6 @@ class RerankResults(Sequence):
 
     def __getitem__(self, place):
         return self.results[place]
-
-    def __iter__(self) -> Iterator[RerankResult]:
-        return iter(self.results)
 
     def top_k(self, k: int) -> list[RerankResult]:
         """The k best, or all where there are fewer. ValueError for k below 1."""

@@ -55,13 +55,10 @@ class RerankerPostprocessor(BaseNodePostprocessor):
             raise ValueError("a reranker needs the query: give query_bundle or query_str")
         query = query_bundle.query_str
         top_n = self.top_n or len(nodes)
-        dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=top_n, model_name=self._name))
+        name = "Reranker" if isinstance(self.model, Reranker) else str(self.model)
+        dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=top_n, model_name=name))
         texts = [node.node.get_content(metadata_mode=self.metadata_mode) for node in nodes]
         results = self._reranker.rerank(query, texts, top_k=self.top_n, **rerank_options(self))
         best = [NodeWithScore(node=nodes[result.document_index].node, score=result.score) for result in results]
         dispatcher.event(ReRankEndEvent(nodes=best))
         return best
-
-    @property
-    def _name(self) -> str:
-        return "Reranker" if isinstance(self.model, Reranker) else str(self.model)

@@ -14,7 +14,7 @@ import numpy as np
 
 from rag_retrieval.core.work_folder import WorkFolder
 from rag_retrieval.data.corpus import Corpus
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.output import Mined
@@ -103,6 +103,7 @@ def search_options(config: MiningConfig) -> SearchOptions:
         config.dense_max_len,
         config.dense_batch_size,
         config.similarity,
+        config.trust_remote_code,
     )
     options = SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
     return options if config.candidates == "dense" else replace(options, language=config.language)

@@ -1,8 +1,8 @@
 """Queries with their positives as rows of the corpus, from a folder in BEIR layout or from a record file.
 
-The same query may be there twice, under two ids or in two records, each time with another
-positive. They are merged, else the positive of the one would be mined as a negative of the other. Queries come
-out sorted by their text, so that nothing later depends on the order of the source.
+A query may be there twice, under two ids or in two records, each time with another positive. They are merged, else the
+positive of one would be mined as a negative of the other. Queries are sorted by their text, so that nothing later
+depends on the order of the source.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Scores as probabilities: by a temperature and a bias from a file beside the weights, or by the sigmoid.
 
-The file belongs to these very weights. It is no part of the settings that a model carries along, so a model that is
-trained further is saved without it, and `save_pretrained` removes the one that lay in the folder.
+The file belongs to these weights alone. It is not part of the model's settings, so a model that is trained further is
+saved without it, and `save_pretrained` removes an older one from the folder.
 """
 
 import json
@@ -72,7 +72,7 @@ def read_calibration(model_path: str) -> Calibration | None:
     path = find_file(model_path, CALIBRATION_FILE)
     if path is None:
         return None
-    with parsing(path, "delete it or calibrate anew"):
+    with parsing(path, "delete it or calibrate again"):
         calibration = Calibration(**json.loads(path.read_text(encoding="utf-8")))
         temperature, bias = calibration.temperature, calibration.bias
         if not (temperature > 0 and math.isfinite(temperature) and math.isfinite(bias)):

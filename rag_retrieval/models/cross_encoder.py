@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -108,11 +109,7 @@ class CrossEncoder(PairScorer):
         for name in options.given("seq", "special_token", "head", "cutoff_layer", *YES_NO_NAMES):
             logger.warning("%s is for decoders, and %s is an encoder; ignored", name, path)
         model, new_parameters = load_classifier(
-            path,
-            num_labels=1,
-            dtype=choose_dtype(options.dtype),
-            trust_remote_code=options.trust_remote_code,
-            attn_implementation=options.attn_implementation,
+            path, choose_dtype(options.dtype), options.trust_remote_code, options.attn_implementation
         )
         check_is_encoder(path, model)
         (check_is_trained if trained_only else warn_of_new_parameters)(path, new_parameters)
@@ -133,7 +130,7 @@ class CrossEncoder(PairScorer):
         scorer.calibration = read_calibration(path)
         return scorer
 
-    @property
+    @cached_property
     def packed_head(self) -> Head | None:
         return ENCODER_HEADS.get(self.config.model_type)
 
@@ -160,7 +157,7 @@ def check_is_encoder(path: str, model: PreTrainedModel) -> None:
 def choose_formats(files: ModelFiles, options: ModelOptions, saved: RerankerSettings | None) -> dict[str, str]:
     """query_format and document_format: given, else saved, else sentence-transformers' default prompt before a query.
 
-    Both are "{}" where nobody says anything.
+    Both are "{}" where none of these has one.
     """
     prompt = files.default_prompt if saved is None else None
     defaults = {"query_format": (prompt or "").replace("{}", "") + NO_FORMAT, "document_format": NO_FORMAT}
@@ -173,11 +170,11 @@ def choose_formats(files: ModelFiles, options: ModelOptions, saved: RerankerSett
 
 
 def template_for(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str] | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str]
 ) -> PairTemplate:
     """The tokenizer's pair layout with the formats around the texts, without segment ids where the model has no
     embedding for them."""
-    template = with_formats(encoder_template(tokenizer), tokenizer, formats or {})
+    template = with_formats(encoder_template(tokenizer), tokenizer, formats)
     if template.types is None:
         return template
     segments = getattr(model.config, "type_vocab_size", 0)
@@ -194,7 +191,7 @@ def with_formats(
 ) -> PairTemplate:
     """Text before and after a query or document is tokenized with it; what stands after it stays where it is cut."""
     for side in ("query", "document"):
-        before, after = split_format(f"{side}_format", formats.get(f"{side}_format", NO_FORMAT))
+        before, after = split_format(f"{side}_format", formats[f"{side}_format"])
         end = tuple(tokenize(bare(tokenizer), [after])[0]) if after else ()
         template = replace(
             template, **{f"before_{side}": before, f"after_{side}": after, f"{side}_end": end}

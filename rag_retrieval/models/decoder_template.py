@@ -1,6 +1,6 @@
 """The text around a pair for a causal model, `query_format + seq + document_format + special_token`, as its parts.
 
-The tokens of a pair must be those of its whole text in one go, as other programs tokenize it, or scores drift. So the
+The tokens of a pair must be those of its whole text, as other programs tokenize it, or scores drift. So the
 text is split only where tokenizers split it anyway (see `safe_split_points`), and what stands between a query or
 document and such a place is tokenized with it: many families make one token of "?" and a line break after it. Formats
 that have no such place are split all the same, and then a token may differ.
@@ -31,9 +31,9 @@ def decoder_template(
     """The parts of `[bos] query_format + seq + document_format + special_token`.
 
     instruction: stands for `{instruction}` in the formats, which is plain text where it is None. bos is added where the
-    family has one and the text does not bring it. Where a pair is truncated, what stands right before query or
-    document goes last, and all else of the formats stays. Raises ValueError for a format without exactly one `{}`, and
-    for a special_token without tokens.
+    family has one and the text does not begin with it. Where a pair is truncated, what is right before query or
+    document is cut last, and all else of the formats stays. Raises ValueError for a format without exactly one `{}`,
+    and for a special_token without tokens.
     """
     before_query, after_query = split_format("query_format", query_format)
     before_document, after_document = split_format("document_format", document_format)
@@ -122,7 +122,7 @@ def safe_split_points(text: str, token: str) -> list[int]:
 
 
 def next_char(text: str, place: int, token: str) -> str:
-    """See Part; for a text split at this place. A letter stands for what is not known, the document's beginning."""
+    """See Part; for a text split at this place. A letter replaces what is not known, the document's beginning."""
     if not text[:place].endswith("\n") or re.match(rf"[\s/]|{token}", text[place:]):
         return ""
     return text[place : place + 1] or "a"
@@ -149,7 +149,7 @@ def context_prefix(tokenizer: Tokenizer, special_tokens: Sequence[str]) -> str:
 
 
 def missing_bos(tokenizer: "PreTrainedTokenizerBase", fast: Tokenizer, text: str) -> list[int]:
-    """The tokens that the tokenizer puts before a text, where the text does not bring them. fast: its bare one."""
+    """The tokens that the tokenizer puts before a text, unless the text begins with them. fast: its bare one."""
     encoded = tokenizer("a")
     bos = encoded["input_ids"][: encoded.sequence_ids().index(0)]
     return [] if tokenize(fast, [text + "a"])[0][: len(bos)] == bos else bos

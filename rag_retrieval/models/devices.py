@@ -1,7 +1,7 @@
 """Names of devices and number formats, as a caller writes them, made into torch's own.
 
-`dtype` is how weights are kept, `precision` how float32 weights are computed with. Half the memory takes the one, most
-of the speed either.
+`dtype` is the format of the weights, `precision` that of the computation with float32 weights. A half-precision dtype
+halves the memory; most of the speed comes with either.
 """
 
 import importlib
@@ -43,8 +43,8 @@ def check_device(name: str | torch.device, argument: str = "devices") -> torch.d
 def choose_device(name: "str | torch.device | None") -> torch.device:
     """The named device, or the accelerator that torch finds, or the CPU. ValueError for one that is not here."""
     if name is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None and found.type in ACCELERATORS else torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator and accelerator.type in ACCELERATORS else torch.device("cpu")
     return check_device(name, "device")
 
 

@@ -5,8 +5,6 @@ before it are the rows of one matrix, `layer_scores.weight`, and read the layer'
 norm, as bge-reranker-v2-minicpm-layerwise does.
 """
 
-from pathlib import Path
-
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -60,7 +58,7 @@ def read_tensor(path: str, name: str) -> torch.Tensor | None:
     file = None if file_name is None else find_file(path, file_name)
     if file is None:
         return None
-    with safe_open(Path(file), "pt") as tensors:
+    with safe_open(file, "pt") as tensors:
         return tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118
 
 

@@ -13,7 +13,7 @@ eos.
 import logging
 import os
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -198,7 +198,7 @@ class LLMDecoder(PairScorer):
     def half_tolerance(self) -> float:
         return YES_NO_HALF_TOLERANCE if self.answers_yes_or_no else HALF_TOLERANCE
 
-    @property
+    @cached_property
     def packed_head(self) -> Head:
         return yes_no_head if self.answers_yes_or_no else last_token_head
 
@@ -255,7 +255,8 @@ def choose_texts(
 
     trained_only, question: as of `LLMDecoder.load`.
     """
-    head = choose_head(files, options, saved, trained_only)
+    default_head = "yes_no" if trained_only and files.is_language_model else "scalar"
+    head = choose_setting("head", options.head, saved and (saved.head or "scalar"), default_head)
     answers, names = head == "yes_no", (*FORMAT_NAMES, *YES_NO_NAMES)
     given = options.given(*names)
     own = {}
@@ -276,13 +277,6 @@ def choose_texts(
     if options.instruction is not None:
         check_instruction(chosen)
     return chosen | {"head": head}
-
-
-def choose_head(
-    files: ModelFiles, options: ModelOptions, saved: RerankerSettings | None, trained_only: bool
-) -> str:
-    default = "yes_no" if trained_only and files.is_language_model else "scalar"
-    return choose_setting("head", options.head, saved and (saved.head or "scalar"), default)
 
 
 def default_texts(
@@ -343,18 +337,13 @@ def load_decoder(
     path: str, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], template: PairTemplate, options: ModelOptions
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model with the head that the texts are for, and the names of its new parameters."""
-    loading = dict(
-        num_labels=1,
-        dtype=choose_dtype(options.dtype),
-        trust_remote_code=options.trust_remote_code,
-        attn_implementation=options.attn_implementation,
-    )
+    loading = (choose_dtype(options.dtype), options.trust_remote_code, options.attn_implementation)
     if "yes_token" in texts:
         tokens = answer_tokens(tokenizer, texts["yes_token"], texts["no_token"])
-        model = load_causal_model(path, **loading)
+        model = load_causal_model(path, *loading)
         restrict_lm_head_to_tokens(model, tokens, template.prefix + template.suffix)
         return model, set()
-    model, new_parameters = load_classifier(path, **loading)
+    model, new_parameters = load_classifier(path, *loading)
     if not is_decoder(model):
         name = type(model).__name__
         raise ValueError(f"{path} is a {name}, an encoder; use CrossEncoder (model_type: bert_encoder)")

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from rag_retrieval.models.settings import ModelFiles, RerankerSettings, check_no_pointers, choose_setting
+from rag_retrieval.models.settings import ModelFiles, RerankerSettings, check_no_pointers, choose_setting, parsing
 
 logger = logging.getLogger(__name__)
 
@@ -173,37 +173,25 @@ def set_config_pad_token(model: PreTrainedModel, pad_token_id: int) -> None:
 
 
 def load_classifier(
-    model_path: str,
-    *,
-    num_labels: int,
-    dtype: torch.dtype | None,
-    trust_remote_code: bool,
-    attn_implementation: str | None,
+    model_path: str, dtype: torch.dtype | None, trust_remote_code: bool, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, set[str]]:
     """The sequence-classification model with one label, and the names of its newly initialised parameters.
 
     Weights come in float32 whatever the checkpoint's dtype, unless `dtype` says otherwise: training updates
-    float32 weights, and half precision is autocast's business. Raises ValueError for num_labels other than 1,
-    for files that cannot be loaded, and for a checkpoint whose weights do not fit.
+    float32 weights, and half precision is autocast's business. Raises ValueError for files that cannot be
+    loaded, and for a checkpoint whose weights do not fit.
     """
-    check_num_labels(num_labels)
     options = (dtype, trust_remote_code, attn_implementation)
     return load_model(AutoModelForSequenceClassification, model_path, *options, {"num_labels": 1})
 
 
 def load_causal_model(
-    model_path: str,
-    *,
-    num_labels: int,
-    dtype: torch.dtype | None,
-    trust_remote_code: bool,
-    attn_implementation: str | None,
+    model_path: str, dtype: torch.dtype | None, trust_remote_code: bool, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """The causal language model with its output embedding; weights, dtype and errors as in `load_classifier`.
 
     Raises ValueError for an encoder, and for a checkpoint without an output embedding.
     """
-    check_num_labels(num_labels)
     with reading(f"{model_path}: the model"):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     if getattr(config, "is_decoder", None) is False:  # such families are decoders on request
@@ -261,7 +249,7 @@ def check_weights(model_path: str, model: PreTrainedModel, new_parameters: set[s
     """ValueError when the checkpoint's weights are not this model's: another head, or other names."""
     if mismatched:
         shapes = [
-            f"{name} is {list(found)}, needed {list(needed)}" for name, found, needed in sorted(mismatched)
+            f"{name} is {list(saved)}, needed {list(needed)}" for name, saved, needed in sorted(mismatched)
         ]
         raise ValueError(
             f"{model_path}: weights do not fit a reranker with one label: {shorten(shapes)}. Use a base "
@@ -283,12 +271,13 @@ def check_unused_weights(model_path: str, model: PreTrainedModel, unused: Iterab
     Other unused weights are normal: heads of masked or causal language modelling, a pooler, position numbers.
     """
     own = {without_numbers(name) for name, _ in model.named_parameters()}
+    has_layers = any(is_of_layer(name) for name, _ in model.named_parameters())
     prefix = f"{model.base_model_prefix}."
     layers = [
         name
         for name in sorted(unused)
-        if re.search(r"\.\d+\.", f".{name}")
-        and (without_numbers(name) in own or without_numbers(prefix + name) in own)
+        if is_of_layer(name)
+        and (not has_layers or without_numbers(name) in own or without_numbers(prefix + name) in own)
     ]
     if layers:
         raise ValueError(
@@ -297,12 +286,16 @@ def check_unused_weights(model_path: str, model: PreTrainedModel, unused: Iterab
         )
 
 
+def is_of_layer(name: str) -> bool:
+    return re.search(r"\.\d+\.", f".{name}") is not None
+
+
 def without_numbers(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
 
 
 def own_memory(model: PreTrainedModel) -> None:
-    """Give parameters on the CPU memory of their own, aligned alike after every load.
+    """Copy parameters on the CPU into newly allocated memory, which is aligned alike after every load.
 
     They come as views of the mapped safetensors file. Its offsets differ from file to file, other addresses
     make other kernels run, and a saved copy then scored up to 2e-7 differently (measured on tiny models).
@@ -393,7 +386,8 @@ def choose_max_length(
         (files.max_seq_length, "max_seq_length of sentence_bert_config.json"),
         (tokenizer.model_max_length, "model_max_length of its tokenizer"),
     ]
-    known = [(value, source) for value, source in theirs if value is not None and 0 < value < NO_LIMIT]
+    with parsing(f"{files.path}: tokenizer_config.json"):
+        known = [(value, source) for value, source in theirs if value is not None and 0 < value < NO_LIMIT]
     default, source = DEFAULT_MAX_LENGTH, "the default"
     if known and trained:
         default, source = min(known[0][0], LONGEST_DEFAULT), known[0][1]

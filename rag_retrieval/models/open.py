@@ -4,7 +4,6 @@ Reranker, evaluate, mine, distill, serve, export and the adapters all come here,
 everywhere. Training alone calls `from_pretrained`, which takes untrained models too.
 """
 
-import logging
 import os
 import re
 
@@ -24,8 +23,6 @@ from rag_retrieval.models.settings import (
     read_settings,
     resolve_model_path,
 )
-
-logger = logging.getLogger(__name__)
 
 
 def load_reranker(model_name_or_path: str | os.PathLike, **options) -> PairScorer:

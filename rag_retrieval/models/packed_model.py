@@ -7,7 +7,7 @@ family can be packed is measured: `packing_problem` compares packed with padded 
 whatever differs, or has no head here, is computed padded.
 
 Attention dropout is not applied to packed batches: the variable-length kernels have none, and a CPU's fast one neither.
-Hidden dropout is applied as ever.
+Hidden dropout is applied as usual.
 """
 
 import inspect
@@ -173,13 +173,7 @@ def kernel_problem(
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # of scores, relative where they exceed 1
 HALF_TOLERANCE = 0.03
-NOT_A_MASK = (1, 1, 1, 1)  # a 4-dimensional mask is passed on untouched: the family builds none of its own
-
-
-def packed_hidden_states(model: PreTrainedModel, batch: TokenBatch, packing: Packing) -> torch.Tensor:
-    """The backbone's last hidden states: [row, hidden], or [texts, hidden] where the last layer computes no more
-    (`prune_last_layer`)."""
-    return packed_outputs(model, batch, packing).last_hidden_state[0]
+NOT_A_MASK = (1, 1, 1, 1)  # a 4-dimensional mask is used as it is: the family builds no other
 
 
 def packed_outputs(model: PreTrainedModel, batch: TokenBatch, packing: Packing, **options) -> ModelOutput:
@@ -344,7 +338,7 @@ def pruned_bert_layer(layer: nn.Module, hidden: torch.Tensor, *arguments, packin
     attention = layer.attention.self
     pooled = hidden[:, packing.pooled_index]
     query, key, value = (
-        by_head(project(states), attention.attention_head_size)
+        project(states).unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)  # [1, heads, tokens, size]
         for project, states in ((attention.query, pooled), (attention.key, hidden), (attention.value, hidden))
     )
     attended, _ = packed_attention(attention, query, key, value, None, packing.pooled_layout, scaling=attention.scaling)
@@ -358,7 +352,7 @@ def pruned_llama_layer(layer: nn.Module, hidden: torch.Tensor, *arguments, packi
     attention = layer.self_attn
     states, pooled = layer.input_layernorm(hidden), hidden[:, packing.pooled_index]
     query, key, value = (
-        by_head(project(states), attention.head_dim)
+        project(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [1, heads, tokens, size]
         for project, states in (
             (attention.q_proj, states[:, packing.pooled_index]),
             (attention.k_proj, states),
@@ -377,8 +371,3 @@ def pruned_llama_layer(layer: nn.Module, hidden: torch.Tensor, *arguments, packi
     )
     attended = pooled + attention.o_proj(attended.flatten(2))
     return attended + layer.mlp(layer.post_attention_layernorm(attended))
-
-
-def by_head(states: torch.Tensor, size: int) -> torch.Tensor:
-    """[1, tokens, heads * size] to [1, heads, tokens, size]."""
-    return states.unflatten(-1, (-1, size)).transpose(1, 2)

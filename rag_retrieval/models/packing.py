@@ -2,10 +2,10 @@
 
 A packed row is made of segments. A segment is a text, or, where consecutive texts begin alike and a decoder reads them,
 their shared prefix (computed once) or the rest of a text after it. The rest sees its own tokens and those of its
-prefix, and its positions go on where the prefix ends: a tree of depth two. Sharing is exact for causal models alone: in
-a bidirectional encoder the query's tokens look at the document, so they differ from document to document.
+prefix, and its positions continue those of the prefix: a tree of depth two. Sharing is exact for causal models alone:
+in a bidirectional encoder the query's tokens look at the document, so they differ from document to document.
 
-Everything is worked out on the host, in numpy; numbers read from the device would make the host wait for it.
+Everything is computed on the host, in numpy; numbers read from the device would make the host wait for it.
 """
 
 from copy import copy
@@ -71,13 +71,14 @@ class Packing:
 
     lengths: [segments], tokens. prefix_segments: [segments], the segment of the shared prefix; -1 without one.
     query_lengths, query_segments: how many tokens attend, the last ones of which segment: all tokens of every segment,
-    but for `pooled_layout`. token_index: [row], int64, which of the batch's tokens stand in the row; None for all.
-    positions: [row], int64, of each text from `first_position` on.
+    but for `pooled_layout`. token_index: [row], int64, which of the batch's tokens are in the row; None for all.
+    positions: [row], int64, of each text from `first_position` on. pooled_index: [texts], int64, place in the row of
+    the token whose state the head reads.
     """
 
     def __init__(self, batch: TokenBatch, causal: bool, device: torch.device, first_position: int = 0):
         """first_position: where it is above 0, as in RoBERTa's family, first_position - 1 is the id of the padding
-        token and its position: such a token inside a text takes no number of its own."""
+        token and its position: such a token inside a text is not counted."""
         shared = batch.shared if causal else np.zeros_like(batch.shared)
         first_tokens = np.cumsum(batch.lengths, dtype=np.int32) - batch.lengths  # of each text, in the batch
         # a run is a text that shares nothing with the one before it, and those after it that do
@@ -109,12 +110,7 @@ class Packing:
         self.positions = on_device(positions, device)
         self._ends = np.cumsum(self.lengths, dtype=np.int32)
         pooled = self._ends - 1 if causal else self._ends - self.lengths
-        self._pooled = pooled[self._text_segments]
-
-    @cached_property
-    def pooled_index(self) -> torch.Tensor:
-        """[texts], int64: place in the row of the token whose state the head reads."""
-        return on_device(self._pooled, self.device)
+        self.pooled_index = on_device(pooled[self._text_segments], device)
 
     @cached_property
     def pooled_layout(self) -> "Packing":
@@ -172,7 +168,7 @@ class Packing:
 
 
 def positions_without_padding(batch: TokenBatch, padding: int) -> np.ndarray:
-    """As RoBERTa counts: padding + 1 is the position of a text's first token that is no padding, and `padding` that of
+    """As RoBERTa counts: padding + 1 is the position of a text's first token that is not padding, and `padding` that of
     all tokens that are. [tokens], int32."""
     real = (batch.ids != padding).astype(np.int32)
     counts = np.cumsum(real, dtype=np.int32)

@@ -2,7 +2,7 @@
 
 A pair is `prefix + query + middle + document + suffix`. Prefix, middle and suffix (bos, cls, sep, the
 separator, the special token that asks for the score) are never truncated; only the two texts are. The parts are
-tokenized one by one, so a query has the same tokens whatever document stands beside it; `decoder_template`
+tokenized one by one, so a query has the same tokens with every document; `decoder_template`
 says how they are still those of the whole text.
 
 Special tokens inside a text ("[SEP]", "<|im_end|>") are control tokens to a tokenizer: a document could close its own
@@ -105,7 +105,7 @@ def split_format(name: str, text: str) -> tuple[str, str]:
 
 
 class TokenizerCopy:
-    """A private copy of a fast tokenizer, with padding and truncation off; made anew when tokens were added to the
+    """A private copy of a fast tokenizer, with padding and truncation off; made again when tokens were added to the
     original. It takes seconds for 150,000 tokens.
 
     The tokenizer that transformers holds is changed by every call that pads or truncates, and such a call in another
@@ -153,8 +153,8 @@ def tokenize_in_context(
 ) -> list[list[int]]:
     """Token ids of each text as they are after `context` and before `next_char`, whose own are left out.
 
-    Each of the two may be empty; they are PairTemplate's `anchor` and `following_...`. first: nothing stands before the
-    texts after all.
+    Each of the two may be empty; they are PairTemplate's `anchor` and `following_...`. first: the texts begin
+    the whole text after all.
     """
     if not context and not next_char:
         return tokenize(tokenizer, texts)
@@ -293,15 +293,13 @@ class PairEncoder:
         truncated = query_keep < len(query_ids) or document_keep < len(document_ids)
         ids = np.concatenate((prefix, query, middle, document, suffix), dtype=np.int32, casting="unsafe")
         document_start = len(prefix) + query_keep + len(middle)
-        return EncodedPair(ids, self._types(query_keep, document_keep), truncated, document_start)
-
-    def _types(self, query_tokens: int, document_tokens: int) -> np.ndarray | None:
-        if self.template.types is None:
-            return None
-        prefix, query, middle, document, suffix = self.template.types
-        kinds = np.array([*prefix, query, *middle, document, *suffix], np.int32)
-        counts = [*[1] * len(prefix), query_tokens, *[1] * len(middle), document_tokens, *[1] * len(suffix)]
-        return np.repeat(kinds, counts)
+        types = None
+        if template.types is not None:
+            before, query_type, between, document_type, after = template.types
+            kinds = np.array([*before, query_type, *between, document_type, *after], np.int32)
+            counts = [*[1] * len(prefix), query_keep, *[1] * len(middle), document_keep, *[1] * len(suffix)]
+            types = np.repeat(kinds, counts)
+        return EncodedPair(ids, types, truncated, document_start)
 
     def encode(self, pairs: Sequence[Sequence[str]]) -> list[EncodedPair]:
         """Encode (query, document) pairs in order; a query that repeats is tokenized once."""

@@ -14,18 +14,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rag_retrieval.models.calibration import CALIBRATION_FILE, Calibration, Probabilities, probabilities_of
+from rag_retrieval.models.inputs import check_pairs
 from rag_retrieval.models.loading import check_max_length, first_position, score_layer
 from rag_retrieval.models.packed_model import (
     HALF_TOLERANCE,
     Head,
     kernel_problem,
-    packed_hidden_states,
+    packed_outputs,
     packing_problem,
     pairs_to_check,
     sliding_window,
 )
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
-from rag_retrieval.models.pair_checks import check_pairs
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.scoring import Precision, ScoringOptions, score_pairs
 from rag_retrieval.models.settings import RerankerSettings, write_settings
@@ -103,7 +103,7 @@ class PairScorer(nn.Module):
         """Whether batches are computed without padding, on the present device and under the present autocast."""
         device = self.device
         autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.model.dtype
         return self.packing_problem is None and kernel_problem(device, dtype, *self._attention_kind) is None
 
     @cached_property
@@ -126,7 +126,8 @@ class PairScorer(nn.Module):
 
     def packed_scores(self, batch: TokenBatch) -> torch.Tensor:
         packing = Packing(batch, self.causal, self.device, self.first_position)
-        hidden = packed_hidden_states(self.model, batch, packing)
+        # [row, hidden], or [texts, hidden] where the last layer computes no more (`prune_last_layer`)
+        hidden = packed_outputs(self.model, batch, packing).last_hidden_state[0]
         return self.packed_head(self.model, hidden, packing).view(-1).float()
 
     def padded_scores(self, batch: TokenBatch) -> torch.Tensor:
@@ -145,7 +146,7 @@ class PairScorer(nn.Module):
         """
         raise NotImplementedError
 
-    @property
+    @cached_property
     def packed_head(self) -> Head | None:
         """What turns packed hidden states into scores; None for a family that has none here."""
         raise NotImplementedError
@@ -211,16 +212,12 @@ class PairScorer(nn.Module):
             self.model.config.problem_type = "regression"
         if state_dict is not None:
             # engines give a tied output embedding a second time; what transformers saves has it once
-            tied = self.model.state_dict().keys() - own_names(self.model)
+            names = {name for name, _ in chain(self.model.named_parameters(), self.model.named_buffers())}
+            tied = self.model.state_dict().keys() - names
             state_dict = {name: value for name, value in state_dict.items() if name not in tied}
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
         write_settings(folder, self.settings)
-
-
-def own_names(model: nn.Module) -> set[str]:
-    """Names of the model's tensors, of those that it has under two names the first."""
-    return {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
 
 
 def score_in_float32(layer: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:

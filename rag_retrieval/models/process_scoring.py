@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from rag_retrieval.core.distributed import gather, is_distributed, on_all, on_main
 from rag_retrieval.models.calibration import probabilities_of
-from rag_retrieval.models.pair_checks import check_pairs
+from rag_retrieval.models.inputs import check_pairs
 from rag_retrieval.models.scoring import (
     Precision,
     Scored,
@@ -23,7 +23,6 @@ from rag_retrieval.models.scoring import (
     ScoringOptions,
     check_options,
     encoder_for,
-    joined,
     plan_forwards,
     score_forwards,
     score_pairs,
@@ -47,7 +46,7 @@ def score_over_processes(
     """`compute_score` shared by all processes of the group: [pairs], float32, on the CPU, the same on every one.
 
     Each process passes the same pairs and options and a whole copy of the same model; FSDP and ZeRO-3, which shard
-    it, cannot be used. The forwards are those of one process, dealt out, so that scores equal compute_score's to the
+    it, cannot be used. The forwards are those of one process, distributed, so that scores equal compute_score's to the
     last digit where threads and devices are alike and no memory runs out. Without a group of several processes it
     is compute_score. Raises ValueError on every process when their pairs or options differ, and an error on every
     process when one of them fails.
@@ -113,7 +112,7 @@ def sizes_of_share(scorer: Scorer, pairs: Pairs, options: ScoringOptions) -> lis
 
 
 def share_of(plans: list[Plan]) -> list[Plan]:
-    """This process's forwards of every chunk, dealt in turn: neighbours in a plan are of like length."""
+    """This process's forwards of every chunk, one in turn: neighbours in a plan have similar lengths."""
     turn = count()
     rank, world = dist.get_rank(), dist.get_world_size()
     share = [[part for part in plan if next(turn) % world == rank] for plan in plans]
@@ -130,6 +129,4 @@ def score_share(scorer: Scorer, pairs: Pairs, plans: list[Plan], options: Scorin
         return plan, dict(zip(positions, encoded, strict=True))
 
     with scoring_mode(scorer, options.precision), closing(prefetch(encode, plans)) as encoded_plans:
-        return [
-            joined(score_forwards(scorer, encoded, deque(plan), options.batch_size)) for plan, encoded in encoded_plans
-        ]
+        return [score_forwards(scorer, encoded, deque(plan), options.batch_size) for plan, encoded in encoded_plans]

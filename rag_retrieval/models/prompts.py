@@ -1,8 +1,8 @@
 """What a language model is asked about a pair: the question by language, the prompts of known rerankers, the answers.
 
-A decoder that is asked in another way than it was trained on gives no error, only a worse ranking. So its prompt is the
+A decoder with another prompt than it was trained with gives no error, only a worse ranking. So its prompt is the
 caller's, the folder's own chat template for a query and a document, or that of a model which the folder's files name
-(`known_prompts.json`); the folder's name is no evidence. Nothing here imports torch.
+(`known_prompts.json`); the folder's name decides nothing. Nothing here imports torch.
 """
 
 import json
@@ -135,14 +135,14 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]])
                 messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
     except TemplateSyntaxError as error:
-        raise ValueError(f"{name} is damaged, line {error.lineno}: {error.message}; copy it anew") from error
+        raise ValueError(f"{name} is damaged, line {error.lineno}: {error.message}; copy it again") from error
     except TemplateError:  # raise_exception of a template that takes no such message
         return None
     except TimeoutError as error:
         raise ValueError(str(error)) from error
     except Exception as error:  # whatever its expressions raise: a template is a program
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name} fails ({type(error).__name__}: {reason:.200}); copy it anew") from error
+        raise ValueError(f"{name} fails ({type(error).__name__}: {reason:.200}); copy it again") from error
 
 
 @contextmanager
@@ -216,7 +216,7 @@ class KnownPrompt:
 
     models, source: for the reader. A folder has this prompt where config.json says `model_type` and, besides, one of
     `names` stands in its `_name_or_path` or in the card's base_model or a heading, or one of `words` in its chat
-    template or card (a mere mention in a card is none: cards compare themselves with other models).
+    template or card (a mere mention in a card does not count: cards compare models).
     instructed_query_format: for a model that is asked without an instruction unless the caller gives one. no_token:
     "" where yes is read alone.
     """
@@ -272,7 +272,7 @@ def names_in(files: ModelFiles) -> str:
     matter = files.card.split("---")[1] if files.card.startswith("---") else ""
     try:
         values = yaml.load(matter, Loader=FrontMatter)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or number that is none
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date or number
         values = None
     bases = values.get("base_model") if isinstance(values, dict) else None
     bases = bases if isinstance(bases, list) else [bases]

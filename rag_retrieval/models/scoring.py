@@ -26,6 +26,8 @@ from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.text_scoring import CHUNK_PAIRS, Pairs, score_texts
 from rag_retrieval.models.token_batch import (
+    CPU_TOKENS,
+    CUDA_TOKENS,
     TextSize,
     TokenBatch,
     computed_tokens,
@@ -36,9 +38,6 @@ from rag_retrieval.models.token_batch import (
 )
 
 logger = logging.getLogger(__name__)
-
-CPU_TOKENS = 2048  # of one forward: they stay in the CPU's caches and keep its cores busy
-CUDA_TOKENS = 65_536  # of one forward, until one does not fit
 
 Precision = Literal["no", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -138,7 +137,7 @@ def warn_of_slow_bf16() -> None:
 @contextmanager
 def scoring_mode(scorer: Scorer, precision: Precision | None) -> Iterator[None]:
     """Eval mode without gradients, and autocast. precision None: half precision for float32 weights on CUDA, none
-    elsewhere. All of it holds for the thread that enters it."""
+    elsewhere. Both hold for the thread that enters the block."""
     device = scorer.device
     if precision is None and device.type == "cuda" and scorer.dtype == torch.float32:
         precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -209,7 +208,7 @@ def score_encoded(
 
     def score(scorer: Scorer) -> Scored:
         with scoring_mode(scorer, precision):
-            return joined(score_forwards(scorer, encoded, waiting, batch_size, progress))
+            return score_forwards(scorer, encoded, waiting, batch_size, progress)
 
     if len(scorers) == 1:
         scored = [score(scorers[0])]
@@ -240,37 +239,30 @@ def token_budget(scorer: Scorer) -> int:
     return tokens if scorer.fitting_tokens is None else min(tokens, scorer.fitting_tokens)
 
 
-def joined(scored: Iterable[Scored]) -> Scored:
-    """The positions of several forwards and their scores, on the CPU."""
-    forwards = list(scored)
-    if not forwards:
-        return [], torch.empty(0, dtype=torch.float32)
-    positions, scores = zip(*forwards, strict=True)
-    return list(chain.from_iterable(positions)), torch.cat(scores).cpu()
-
-
 def score_forwards(
     scorer: Scorer,
     encoded: Sequence[EncodedPair] | Mapping[int, EncodedPair],
     waiting: deque[list[int]],
     batch_size: int,
     progress: Progress | None = None,
-) -> Iterator[Scored]:
-    """The forwards of `waiting`, positions in `encoded`, until none is left; several threads may share it.
+) -> Scored:
+    """Positions and scores, on the CPU, of the forwards of `waiting`, until none is left; several threads may share it.
 
-    Scores stay on the device: reading them would make the host wait for each forward. Where one does not fit in memory,
-    all that remain are planned again, smaller.
+    The device is read once, at the end: the host would wait for each forward. Where one does not fit in memory, all
+    that remain are planned again, smaller.
     """
+    scored_positions, all_scores = [], [torch.empty(0, dtype=torch.float32, device=scorer.device)]
     while waiting:
         try:
             part = waiting.popleft()
         except IndexError:  # another thread took the last one
-            return
+            break
         scores = forward_if_it_fits(scorer, [encoded[position] for position in part])
         if scores is not None:
             if progress is not None:
                 progress.update(len(part))
-            yield part, scores
+            scored_positions += part
+            all_scores.append(scores)
             continue
         sizes = sizes_of(encoded[position] for position in part)
         tokens = computed_tokens(sizes, padded=not scorer.packs, shares_queries=scorer.shares_queries)
@@ -281,6 +273,7 @@ def score_forwards(
         sizes = sizes_of(encoded[position] for position in remaining)
         replanned = plan_forwards(scorer, sizes, batch_size, scorer.fitting_tokens)
         waiting.extend([remaining[place] for place in part] for part in replanned)
+    return scored_positions, torch.cat(all_scores).cpu()
 
 
 def forward_if_it_fits(scorer: Scorer, pairs: list[EncodedPair]) -> torch.Tensor | None:

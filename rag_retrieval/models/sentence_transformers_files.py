@@ -5,9 +5,8 @@
                                         what reads the score, up to how many tokens, and that it stays raw
     1_LogitScore/config.json            of a yes/no head: the ids of its two tokens
 
-The chat template is the model's own too, so ours stands before it in one file and is
-taken only where both roles are there. And that text is tokenized in one go; `decoder_template` says why its tokens are
-ours.
+The file also holds the model's own chat template: ours comes before it and applies only where both roles are there.
+That text is tokenized as a whole; `decoder_template` says why its tokens are ours.
 """
 
 import json
@@ -50,7 +49,7 @@ def write_decoder_files(folder: Path, encoder: PairEncoder, settings: RerankerSe
 
 
 def write_encoder_files(folder: Path, settings: RerankerSettings) -> None:
-    """For servers alone, which cut pairs by it: sentence-transformers opens an encoder without files of its own."""
+    """For servers alone, which cut pairs by it: sentence-transformers opens an encoder without further files."""
     write(folder / "sentence_bert_config.json", {"max_seq_length": settings.max_len, "do_lower_case": False})
 
 
@@ -96,9 +95,9 @@ def quoted(text: str) -> str:
 
 
 def fixed_texts(encoder: PairEncoder, settings: RerankerSettings) -> tuple[str, str, str]:
-    """What stands before the query, between query and document, and after the document.
+    """The text before the query, between query and document, and after the document.
 
-    SentencePiece begins a text with the mark of a space, but not what follows bos in it: where bos stands in the text,
+    SentencePiece begins a text with the mark of a space, but not what follows bos in it: where bos is in the text,
     a space after it gives the mark.
     """
     before_query, after_query = split_format("query_format", settings.query_format)
@@ -111,5 +110,5 @@ def fixed_texts(encoder: PairEncoder, settings: RerankerSettings) -> tuple[str, 
     bos = "".join(tokenizer.convert_ids_to_tokens(missing_bos(tokenizer, fast, before)))
     wanted = encoder.encode([("a", "b")])[0].ids.tolist()
     starts = bos + before, f"{bos} {before}"
-    found = (start for start in starts if tokenize(fast, [f"{start}a{between}b{after}"])[0] == wanted)
-    return next(found, starts[0]), between, after
+    matching = (start for start in starts if tokenize(fast, [f"{start}a{between}b{after}"])[0] == wanted)
+    return next(matching, starts[0]), between, after

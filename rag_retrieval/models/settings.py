@@ -8,7 +8,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -119,7 +119,7 @@ def find_hub_file(repository: str, name: str) -> Path | None:
 
 
 @contextmanager
-def parsing(file: Path | str, advice: str = "copy the file anew") -> Iterator[None]:
+def parsing(file: Path | str, advice: str = "copy the file again") -> Iterator[None]:
     """ValueError that names the file for whatever is raised over contents that are not as expected."""
     try:
         yield
@@ -192,7 +192,7 @@ def read_settings(model_path: str) -> RerankerSettings | None:
     path = find_file(model_path, SETTINGS_FILE)
     if path is None:
         return None
-    with parsing(path, "delete it or save the model anew"):
+    with parsing(path, "delete it or save the model again"):
         settings = RerankerSettings(**json.loads(path.read_text(encoding="utf-8")))
         check_settings(settings)
     return settings
@@ -237,7 +237,7 @@ def choose_setting(name: str, given, saved, default):
 
 
 class ModelFiles:
-    """What the small files of a folder or a hub name say, whoever wrote them; each file is read when it is needed.
+    """What the small files of a folder or a hub name say, written here or by other programs; each is read when needed.
 
     Every property raises ValueError that names the file where it is damaged.
     """
@@ -316,12 +316,13 @@ def check_is_reranker(files: ModelFiles) -> None:
 
     transformers opens all of these as rerankers with a random head.
     """
-    if Path(files.path).is_dir():
-        check_weights_are_there(Path(files.path))
+    folder, patterns = Path(files.path), ("*.safetensors", "pytorch_model*.bin")
+    if folder.is_dir() and not any(file for pattern in patterns for file in folder.glob(pattern)):
+        raise ValueError(f"{folder}: no weights in it; expected {', '.join(patterns)} beside config.json")
     if "Pooling" in files.modules and files.sentence_transformers.get("model_type") == "CrossEncoder":
         raise ValueError(
-            f"{files.path}: a CrossEncoder of the modules {listed(files.modules)}, expected Transformer alone or with "
-            "LogitScore; open it with sentence_transformers"
+            f"{files.path}: a CrossEncoder of the modules {', '.join(files.modules)}, expected Transformer alone or "
+            "with LogitScore; open it with sentence_transformers"
         )
     if "Pooling" in files.modules:
         raise ValueError(
@@ -331,16 +332,9 @@ def check_is_reranker(files: ModelFiles) -> None:
     if files.architecture and not files.architecture.endswith((CLASSIFIER, *CAUSAL)):
         raise ValueError(
             f"{files.path}: its architecture is {files.architecture}, expected one that ends with "
-            f"{listed((CLASSIFIER, *CAUSAL))}; a base or embedding model has no trained head, and its scores would be "
-            "random. Give a reranker, or train one from it: rag-retrieval train"
+            f"{', '.join((CLASSIFIER, *CAUSAL))}; a base or embedding model has no trained head, and its scores would "
+            "be random. Give a reranker, or train one from it: rag-retrieval train"
         )
-
-
-def check_weights_are_there(folder: Path) -> None:
-    patterns = ("*.safetensors", "pytorch_model*.bin")
-    weights = [file for pattern in patterns for file in folder.glob(pattern)]
-    if not weights:
-        raise ValueError(f"{folder}: no weights in it; expected {listed(patterns)} beside config.json")
 
 
 def check_no_pointers(model_path: str) -> None:
@@ -351,7 +345,3 @@ def check_no_pointers(model_path: str) -> None:
                 f"{file}: a pointer of Git LFS, not the file itself; run git lfs pull where it was cloned, or fetch "
                 "the model with: hf download"
             )
-
-
-def listed(values: Sequence[str]) -> str:
-    return ", ".join(values)

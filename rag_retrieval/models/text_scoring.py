@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TypeVar
 
 CHUNK_PAIRS = 4096  # tokenized and planned together
-CHUNK_CHARACTERS = 8_000_000  # of documents, likewise: a document may be a book. A longer one is a chunk of its own
+CHUNK_CHARACTERS = 8_000_000  # of documents, likewise: a document may be a book. A longer one is a chunk by itself
 
 Pairs = Sequence[tuple[str, str]]
 Item, Result, Encoded = TypeVar("Item"), TypeVar("Result"), TypeVar("Encoded")

@@ -18,6 +18,9 @@ import numpy as np
 
 from rag_retrieval.models.pair_encoding import EncodedPair
 
+CPU_TOKENS = 2048  # of one forward: they stay in the CPU's caches and keep its cores busy
+CUDA_TOKENS = 65_536  # of one forward, until one does not fit
+
 
 @dataclass(eq=False)
 class TokenBatch:
@@ -43,20 +46,15 @@ def make_batch(pairs: Sequence[EncodedPair]) -> TokenBatch:
     types = None if pairs[0].types is None else np.concatenate([pair.types for pair in pairs])
     lengths = np.array([len(pair.ids) for pair in pairs], np.int32)
     starts = np.array([pair.document_start for pair in pairs], np.int32)
-    return TokenBatch(ids, types, lengths, shared_prefix_lengths(ids, lengths, starts))
-
-
-def shared_prefix_lengths(ids: np.ndarray, lengths: np.ndarray, document_starts: np.ndarray) -> np.ndarray:
-    """See `TokenBatch.shared`. document_starts: [texts], int32, tokens before the document."""
     shared = np.zeros_like(lengths)
-    shared[1:] = np.where(document_starts[1:] == document_starts[:-1], document_starts[1:], 0)
+    shared[1:] = np.where(starts[1:] == starts[:-1], starts[1:], 0)
     first = np.cumsum(lengths, dtype=np.int32) - lengths  # token of each text
     places = concatenated_ranges(first, shared)
     distances = np.repeat(first - np.roll(first, 1), shared)  # to the same token of the text before
     differences = np.concatenate(([0], np.cumsum(ids[places] != ids[places - distances])))
     ends = np.cumsum(shared)
     shared[differences[ends] != differences[ends - shared]] = 0
-    return shared
+    return TokenBatch(ids, types, lengths, shared)
 
 
 def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -92,8 +90,8 @@ def computed_tokens(sizes: Sequence[TextSize], *, padded: bool, shares_queries: 
 def plan_sharing(sizes: Sequence[TextSize], max_tokens: int, max_pairs: int) -> list[list[int]]:
     """Parts, as positions, in which pairs of equal beginning stand side by side and count it once in each part.
 
-    A part holds at most `max_tokens` computed tokens and `max_pairs` pairs; a pair beyond the bound is a part of its
-    own. Beginnings come in the order of their first pair.
+    A part holds at most `max_tokens` computed tokens and `max_pairs` pairs; a pair beyond the bound is a part by
+    itself. Beginnings come in the order of their first pair.
     """
     first = {}
     for position, size in enumerate(sizes):
@@ -119,7 +117,7 @@ def plan_by_tokens(
 
     lengths: for each group (one pair, for pointwise data) the tokens of its pairs; the tokens that count, where
     pairs share some. A part holds at most `max_tokens` tokens (with `padded`, its pairs times its longest pair;
-    else their sum) and `max_pairs` pairs; groups are never split, so a group beyond a bound is a part of its own.
+    else their sum) and `max_pairs` pairs; groups are never split, so a group beyond a bound is a part by itself.
     Without any bound the whole batch is one part, in the order given.
     """
     if max_tokens is None and max_pairs is None:

@@ -1,9 +1,9 @@
-"""The web application: routes, and the way of a request through them.
+"""The web application: routes, and the steps of a request.
 
 authorization -> admission -> body -> fields -> tokens, in pieces -> scores -> answer
 
-Fields and tokens are worked out in a few threads, scores in the batcher's. A request that ends early (its time is
-over, its client has gone) is cancelled where it stands: what of it waits is never computed.
+Parsing and tokenizing run in a few threads, scoring in the batcher's. A request that ends early (its time is over, its
+client has gone) is cancelled: what of it waits is never computed.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class PieceThreads:
 class RerankService:
     """A model behind HTTP. app: the ASGI application. admission: what is inside, and whether the server stops.
 
-    token: what requests must bring, None for nothing. The batcher is closed by whoever made it.
+    token: what requests must bring, None for nothing. The caller closes the batcher.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """One thread that owns the model and computes the items of all waiting requests together.
 
-There is no timer: whatever has gathered while the model was busy is the next batch, and an idle model begins at once.
-Requests take turns. In one turn a request gives at most a quarter of a batch, and what is left of it goes to the end of
-the line. So a request of a thousand documents cannot hold up one of ten, and requests that fit into a quarter of a
+There is no timer: what has arrived while the model was busy is the next batch, and an idle model begins at once.
+Requests take turns. In one turn a request gives at most a quarter of a batch, and the rest of it goes to the end of the
+line. So a request of a thousand documents cannot hold up one of ten, and requests that fit into a quarter of a
 batch are served in the order in which they came.
 
 An item is anything whose length is its tokens; what the model gives for it may be of any kind.
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TURNS = 4  # requests of one batch at least, where that many wait
-MEMORY = 0.9  # of the speed so far, kept at each batch: the first ones are slow and must be forgotten
+DECAY = 0.9  # of the weight of earlier batches in the measured speed: the first ones are slow
 
 Compute = Callable[[list[Any]], Sequence[Any]]
 
@@ -78,8 +78,8 @@ class _Part:
 
 class Batcher:
     """compute: items to their results, in their order; called from one thread, that of this object.
-    batch_tokens: tokens of one call of it at most, where one item has not more; may be changed at any time.
-    on_batch: called after each with its items, its tokens and its seconds."""
+    batch_tokens: the most tokens of one call, unless a single item has more; may be changed at any time.
+    on_batch: called after each batch with the number of its items, its tokens and its seconds."""
 
     def __init__(self, compute: Compute, batch_tokens: int, on_batch: Callable[[int, int, float], None]):
         self._compute = compute
@@ -148,7 +148,7 @@ class Batcher:
 
     def _forget(self, job: _Job) -> None:
         """Drop what waits of a job that is done: its client has gone, or another part of it failed."""
-        with self._changed, suppress(ValueError):  # nothing of it waits
+        with self._changed, suppress(ValueError):  # it is not in the line
             self._waiting.remove(job)
 
     def _take(self) -> list[_Part]:
@@ -162,7 +162,7 @@ class Batcher:
             room -= parts[-1].tokens
             if job.tokens and turn_was_whole:
                 self._waiting.append(job)
-            elif job.tokens:  # it goes on where it stands, else a small request could lose its place
+            elif job.tokens:  # it stays first in line, else a small request could lose its place
                 self._waiting.appendleft(job)
         return parts
 
@@ -181,8 +181,8 @@ class Batcher:
             return
         tokens, seconds = sum(part.tokens for part in parts), time.perf_counter() - started
         with self._changed:
-            self._computed_tokens = MEMORY * self._computed_tokens + tokens
-            self._busy_seconds = MEMORY * self._busy_seconds + seconds
+            self._computed_tokens = DECAY * self._computed_tokens + tokens
+            self._busy_seconds = DECAY * self._busy_seconds + seconds
         self._on_batch(len(items), tokens, seconds)
         start = 0
         for part in parts:

@@ -1,7 +1,7 @@
 """The keys of the server.
 
-The token is no key, since a command line is seen by every user of the machine. It comes from a file (`token_file`) or
-from the environment (`RAG_RETRIEVAL_SERVE_TOKEN`).
+There is no key for the token, since a command line is visible to every user of the machine. It comes
+from a file (`token_file`) or from the environment (`RAG_RETRIEVAL_SERVE_TOKEN`).
 """
 
 from collections.abc import Iterator
@@ -67,5 +67,7 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.queue_pairs < self.max_documents:
-            found = f"which is {self.max_documents}, found {self.queue_pairs}"
-            yield "queue_pairs", f"expected at least max_documents, {found}"
+            yield (
+                "queue_pairs",
+                f"expected at least max_documents, which is {self.max_documents}, found {self.queue_pairs}",
+            )

@@ -34,7 +34,7 @@ ERROR_TYPES = {
     503: "stopping",
     504: "timeout",
 }
-CLIENT_GONE = 499  # in the metrics alone: nobody is there to read it
+CLIENT_GONE = 499  # in the metrics alone: the client has left
 DRAIN_SECONDS = 5
 LONGEST_RETRY = 60  # seconds
 LONGEST_WAIT = 0.5  # of the time-out: a request that would end by it is better refused than computed in vain
@@ -173,7 +173,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result], d
 
 
 class Admission:
-    """Bounds on requests and documents, and on the wait; nobody comes in while the server stops.
+    """Bounds on requests, documents and the wait; nothing is admitted while the server stops.
 
     A request is counted before its body is read, so that the bodies in memory are bounded too. requests, documents:
     inside at present. expected_seconds: how long a new request waits for its turn. timeout: seconds.
@@ -214,7 +214,7 @@ class Admission:
             self.documents -= count
 
     def check_wait(self, seconds: float) -> None:
-        """Raises RequestError with 429 for a wait that a request would hardly survive."""
+        """Raises RequestError with 429 for a wait that would end close to the time-out."""
         if seconds > self.longest_wait:
             raise self._full(seconds)
 
@@ -228,9 +228,9 @@ class Admission:
 
 
 class ServerMetrics:
-    """The series of one server, for Prometheus, in a registry of their own.
+    """The series of one server, for Prometheus, in a separate registry.
 
-    A path that is none of ours is counted as `other`: else a client could make any number of series.
+    An unknown path is counted as `other`: else a client could make any number of series.
     """
 
     def __init__(self):

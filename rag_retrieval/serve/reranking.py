@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend
-from rag_retrieval.infer.long_documents import EncodedDocument, PassageEncoder, combine_all, document_tokens
+from rag_retrieval.infer.long_documents import EncodedDocument, PassageEncoder, document_tokens
 from rag_retrieval.infer.results import ScoreType, shown_scores
 from rag_retrieval.models.options import OVERLAP
 from rag_retrieval.models.pair_encoding import EncodedPair
@@ -74,8 +74,8 @@ class RerankModel:
             if document.truncated or len(beginning) < len(text):
                 if not task.truncate:
                     place, limit = task.place(task.documents.index(text)), self.backend.pair_encoder.max_length
-                    found = f"longer, with its query, than the {limit} tokens of this model"
-                    raise RequestError(422, f"{place}: {found}; shorten it, or leave truncate out")
+                    reason = f"longer, with its query, than the {limit} tokens of this model"
+                    raise RequestError(422, f"{place}: {reason}; shorten it, or leave truncate out")
                 encoded.truncated.add(text)
             encoded.documents[text] = document
 
@@ -91,8 +91,8 @@ class RerankModel:
 
     def logits(self, task: RerankTask, encoded: EncodedTask, scores: list[np.float32]) -> np.ndarray:
         """[documents], float32, in the order of the request; -inf without text. scores: of `encoded.pairs`. Raises
-        ValueError for scores that are no numbers."""
-        combined = combine_all(self.encoder, list(encoded.documents.values()), np.array(scores, np.float32))
+        ValueError for scores that are not finite."""
+        combined = self.encoder.combine(list(encoded.documents.values()), np.array(scores, np.float32))
         logit_of = {text: scored.score for text, scored in zip(encoded.documents, combined, strict=True)}
         return np.array([logit_of.get(text, -np.inf) for text in task.documents], np.float32)
 
@@ -127,8 +127,10 @@ def check_vocabulary(model: RerankModel, batcher: Batcher, pair: EncodedPair) ->
     try:
         batcher.submit([replace(pair, ids=ids)]).result()
     except Exception as error:
-        found = f"the last token of its tokenizer, {token!r} ({vocabulary[token]}), cannot be scored"
-        raise ValueError(f"{model.name}: {found}: {error}; the model's embedding may have fewer rows") from error
+        last = f"the last token of its tokenizer, {token!r} ({vocabulary[token]})"
+        raise ValueError(
+            f"{model.name}: {last}, cannot be scored: {error}; the model's embedding may have fewer rows"
+        ) from error
 
 
 def measured_tokens(batcher: Batcher, pairs: list[EncodedPair]) -> int:

@@ -1,8 +1,8 @@
 """The requests that clients send, and the answers that they wait for.
 
 `documents` asks as clients of Cohere, Jina and vLLM do, `texts` as those of text-embeddings-inference; each gets the
-answer of its kind. Every key is honoured in both or refused: one that is passed over would change the result in
-silence. docs/serve.md has the table.
+answer of its kind. Every key is honoured in both or refused: ignoring one would silently change the
+result. docs/serve.md has the table.
 """
 
 from collections.abc import Sequence
@@ -104,8 +104,8 @@ def parse_request(body: bytes, schema: type[RerankRequest], max_characters: int)
     query, documents = text_of(request.query), [text_of(text) for text in getattr(request, name)]
     for place, text in (("query", query), *((f"{name}[{at}]", text) for at, text in enumerate(documents))):
         if len(text) > max_characters:
-            found = f"found {len(text)} characters, at most {max_characters} are taken"
-            raise RequestError(422, f"{place}: {found}; cut it")
+            count = f"found {len(text)} characters, at most {max_characters}"
+            raise RequestError(422, f"{place}: {count} are taken; cut it")
     return RerankTask(
         query,
         documents,

@@ -23,8 +23,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rag_retrieval.infer.backend import Backend
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import Backend, open_backend
 from rag_retrieval.serve.app import RerankService
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import TOKEN_VARIABLE, ServeConfig
@@ -48,7 +47,7 @@ def serve(config: ServeConfig) -> int:
     model.
 
     A wrong token or port is an error before the model is loaded, and the port listens after the model has scored its
-    first pairs: whoever reaches the server finds it ready.
+    first pairs: a server that can be reached is ready.
     """
     token = read_token(config.token_file)
     with bound_socket(config.host, config.port) as opened:

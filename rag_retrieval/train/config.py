@@ -91,15 +91,13 @@ class TrainingConfig(Config):
     adam_beta1: float = key("AdamW decay of the gradient's mean.", 0.9, ge=0, lt=1)
     adam_beta2: float = key("AdamW decay of the squared gradient's mean.", 0.999, ge=0, lt=1)
     adam_epsilon: float = key("AdamW term against division by zero.", 1e-8, gt=0)
-    max_grad_norm: float | None = key(
-        "Clip the gradient to this L2 norm. Written out as None: no clipping.", 1.0, gt=0)
+    max_grad_norm: float | None = key("Clip the gradient to this L2 norm. Written out as None: no clipping.", 1.0, gt=0)
     warmup_proportion: float = key("Fraction of optimizer steps in which lr rises from 0.", 0.1, ge=0, le=1)
     stable_proportion: float = key(
         "Fraction of optimizer steps, after warmup, at full lr. Then cosine.", 0.0, ge=0, le=1)
 
     # Validation
-    val_dataset: DatasetName | None = key(
-        f"Validation data: {DATASET_HELP}. Absent: no validation.", min_length=1)
+    val_dataset: DatasetName | None = key(f"Validation data: {DATASET_HELP}. Absent: no validation.", min_length=1)
     val_split: str | None = key(
         "Split to validate on. Default validation.", only=HUB_VALIDATION, derive=lambda config: "validation",
         min_length=1)

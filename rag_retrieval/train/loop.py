@@ -131,11 +131,9 @@ class Trainer:
 
     def train_step(self, micro_batches: list[MicroBatch]) -> None:
         """One optimizer step over all micro-batches of all processes."""
+        settings = self.settings
         factor = warmup_stable_cosine(
-            self.state.step,
-            self.total_steps,
-            self.settings.warmup_proportion,
-            self.settings.stable_proportion,
+            self.state.step, self.total_steps, settings.warmup_proportion, settings.stable_proportion
         )
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * factor
@@ -158,9 +156,8 @@ class Trainer:
         accelerator = self.accelerator
         items, most = self._count(micro_batches)
         # all processes meet in every micro-batch, also those that planned fewer
-        micro_batches = micro_batches + [
-            self.dataset.filler(micro_batches[0].part) for _ in range(most - len(micro_batches))
-        ]
+        part, missing = micro_batches[0].part, most - len(micro_batches)
+        micro_batches = micro_batches + [self.dataset.filler(part) for _ in range(missing)]
         # a step without any item (no ordered pair at all) has loss 0 and gradient 0
         divisors = [max(count, 1) for count in items]
         factors = [accelerator.num_processes / count for count in divisors]
@@ -271,11 +268,8 @@ class Trainer:
         lower_is_better = self.settings.metric_for_best_model == "loss"
         improved = best is None or (value < best if lower_is_better else value > best)
         if improved:
-            self.state.best_metric, self.state.best_step, self.state.stale_evaluations = (
-                value,
-                self.state.step,
-                0,
-            )
+            self.state.best_metric, self.state.best_step = value, self.state.step
+            self.state.stale_evaluations = 0
         else:
             self.state.stale_evaluations += 1
         return improved
@@ -295,9 +289,8 @@ class Trainer:
     def _save_if_due(self) -> None:
         every = self.settings.save_steps
         due = every is not None and self.state.step % every == 0
-        if (
-            due or (self.settings.save_on_epoch_end and self._at_epoch_end())
-        ) and self.saved_step != self.state.step:
+        due = due or (self.settings.save_on_epoch_end and self._at_epoch_end())
+        if due and self.saved_step != self.state.step:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:

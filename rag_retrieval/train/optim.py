@@ -45,11 +45,7 @@ def parameter_groups(
                 if (name in new_parameters) == new and (name not in no_decay) == decay
             ]
             if members:
-                yield {
-                    "params": members,
-                    "lr": new_lr if new else lr,
-                    "weight_decay": weight_decay if decay else 0.0,
-                }
+                yield {"params": members, "lr": new_lr if new else lr, "weight_decay": weight_decay if decay else 0.0}
 
 
 def make_adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
@@ -57,9 +53,7 @@ def make_adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> to
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=devices <= FUSED_DEVICES)
 
 
-def warmup_stable_cosine(
-    step: int, total_steps: int, warmup_proportion: float, stable_proportion: float
-) -> float:
+def warmup_stable_cosine(step: int, total_steps: int, warmup_proportion: float, stable_proportion: float) -> float:
     """The factor in [0, 1] by which the peak learning rate is multiplied at `step`.
 
     With W = round(warmup_proportion * total_steps) and

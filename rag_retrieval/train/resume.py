@@ -42,9 +42,7 @@ class ResumeError(ValueError):
     """The checkpoint and this run do not fit; the message has a line for each difference."""
 
 
-def plan_start(
-    output_dir: Path, resume: str | None, overwrite: bool
-) -> tuple[TrainState, Path | None] | None:
+def plan_start(output_dir: Path, resume: str | None, overwrite: bool) -> tuple[TrainState, Path | None] | None:
     """The state to start from and the checkpoint that it was saved in (None: from the beginning).
 
     resume: None, "auto" (the newest complete checkpoint in output_dir, if any) or a checkpoint folder, which
@@ -209,9 +207,7 @@ def check_engine(checkpoint: Path, before: Provenance, now: Provenance) -> None:
         )
 
 
-def differences(
-    before: Provenance, now: Provenance, config_class: type[TrainingConfig]
-) -> Iterator[tuple[str, str]]:
+def differences(before: Provenance, now: Provenance, config_class: type[TrainingConfig]) -> Iterator[tuple[str, str]]:
     """(key, "was X, now Y") of everything that matters, in the order of the configuration."""
     was, becomes = before.configuration, now.configuration
     for key in becomes | was:

@@ -41,10 +41,7 @@ class StepChecks:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        optimizer: torch.optim.Optimizer,
-        describe_batch: Callable[[MicroBatch], str],
+        self, accelerator: Accelerator, optimizer: torch.optim.Optimizer, describe_batch: Callable[[MicroBatch], str]
     ):
         self.describe_batch = describe_batch
         self.updates_in_backward = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -72,9 +69,7 @@ class StepChecks:
         if outcome is not None:
             self.waiting.append(outcome)
 
-    def check_loss(
-        self, step: int, mean: float, losses: list[torch.Tensor], micro_batches: list[MicroBatch]
-    ) -> None:
+    def check_loss(self, step: int, mean: float, losses: list[torch.Tensor], micro_batches: list[MicroBatch]) -> None:
         if math.isfinite(mean):
             return
         # fillers beyond the micro-batches have a loss and no source

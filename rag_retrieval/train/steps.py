@@ -22,7 +22,7 @@ from rag_retrieval.train.optim import optimizer_steps_per_epoch
 
 class MicroBatch(Protocol):
     """One forward and backward. `items` is its part of each loss's divisor, `size` what throughput counts. `part` names
-    the data set it is of, "" where a run has but one; all micro-batches of a step are of the same."""
+    its data set, "" where a run has one alone; all micro-batches of a step are of the same."""
 
     items: tuple[int, ...]
     size: int

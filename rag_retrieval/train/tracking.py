@@ -88,9 +88,7 @@ def _step_of(line: str) -> float:
 class Tracking:
     """Everything a run reports, on the main process; the other processes write nothing."""
 
-    def __init__(
-        self, accelerator: Accelerator, output_dir: Path, total_steps: int, done: int, run_config: dict
-    ):
+    def __init__(self, accelerator: Accelerator, output_dir: Path, total_steps: int, done: int, run_config: dict):
         self.accelerator, self.output_dir, self.total_steps = accelerator, output_dir, total_steps
         self.shown = accelerator.is_main_process
         if not self.shown:
@@ -122,9 +120,7 @@ class Tracking:
         if not self.shown:
             return
         self._write(step, "eval", values)
-        shown = {
-            name: f"{value:.4f}" if isinstance(value, float) else value for name, value in values.items()
-        }
+        shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in values.items()}
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
         self.say(f"evaluation at step {step}: {text}{note}")
 
@@ -153,10 +149,7 @@ def _start_tracker(accelerator: Accelerator, output_dir: Path, run_config: dict)
     folder.mkdir(parents=True, exist_ok=True)
     _wandb_without_account()
     # tensorboard's hyperparameters are numbers and texts: neither None nor lists
-    plain = {
-        key: value if isinstance(value, (int, float, str)) else str(value)
-        for key, value in run_config.items()
-    }
+    plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in run_config.items()}
     accelerator.init_trackers(
         PROJECT, config=plain, init_kwargs={"wandb": {"dir": str(folder), "name": output_dir.resolve().name}}
     )

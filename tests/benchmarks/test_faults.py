@@ -13,7 +13,7 @@ import faults  # noqa: E402
 from fault_runs import Fault, Outcome  # noqa: E402
 
 
-def test_at_least_thirty_kills_reach_every_phase_of_one_and_of_two_processes():
+def test_thirty_kills_or_more_reach_every_phase_of_both_launches():
     planned = list(faults.kills(random.Random(0)))
     assert len(planned) >= 30
     for processes in (1, 2):

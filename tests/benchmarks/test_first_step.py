@@ -26,7 +26,7 @@ def test_pairs_are_reproducible_five_for_a_query_with_one_relevant(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_start_ends_with_its_first_step_and_tells_all_laps_in_order(tmp_path):
+def test_a_start_ends_with_its_first_step_and_all_laps(tmp_path):
     source = tmp_path / "a.jsonl"
     first_step.write_pairs(source, 200, np.random.default_rng(1))
     model = tiny_bert(tmp_path / "base")

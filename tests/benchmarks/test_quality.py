@@ -37,7 +37,7 @@ def test_no_negative_is_judged_relevant_and_all_come_from_the_top(toy):
         assert sorted(record["neg"]) == [f"{topic} {topic} text {number}" for number in (1, 2, 3)]
 
 
-def test_records_are_drawn_with_the_seed_and_fewer_are_the_first_of_more(toy):
+def test_records_follow_the_seed_and_fewer_are_the_first_of_more(toy):
     folder = read_folder(toy)
     drawn = quality.training_records(folder, count=8, negatives=2, depth=5, seed=1)
     assert drawn == quality.training_records(folder, count=8, negatives=2, depth=5, seed=1)
@@ -160,7 +160,7 @@ def test_seeds_become_one_row_with_mean_and_range():
     assert "| | | BM25 | | 0.6000 | 0.5000 | 0.2500 | | |" in text.splitlines()
 
 
-def test_a_seed_that_was_run_again_counts_once_and_the_later_run_holds():
+def test_of_a_seed_that_ran_twice_the_later_run_counts():
     text = quality_tables.markdown_tables([result(0, 0.90), result(0, 0.91)])
     expected = "| listwise_ce | bm25 | ours | 1 | 0.9100 | 0.5000 | 0.2500 | 100 (200) | 10 (20) |"
     assert trained_lines(text) == [expected]

@@ -62,7 +62,7 @@ def test_a_pair_of_an_encoder_has_exactly_the_drawn_number_of_tokens(tokenizers)
     assert {example.labels[0] for example in examples} == {0.0, 1.0}
 
 
-def test_a_decoder_reads_85_tokens_of_prompt_and_both_sides_the_same_ids(folders, tokenizers):
+def test_a_decoder_reads_85_prompt_tokens_and_equal_ids_on_both_sides(folders, tokenizers):
     from rag_retrieval import LLMDecoder
 
     formats = speed_data.prompt_formats()
@@ -217,7 +217,7 @@ def test_sides_that_disagree_are_refused():
             speed_works.check_agreement("losses", [0.5, 0.7], [0.5, wrong], "float32")
 
 
-def test_a_gpu_gets_large_models_in_bf16_and_no_work_that_needs_data(capsys):
+def test_a_gpu_gets_large_bf16_models_and_work_without_data(capsys):
     options = speed.parse(["--device", "cuda", "--out", "file"])
     assert (options.encoder, options.decoder, options.dtype) == ("xlm_roberta_large", "qwen2.5_1.5b", "bf16")
     assert options.work == ["train_lognormal", "train_decoder", "score_many", "score_query", "score_prompt"]

@@ -1,4 +1,4 @@
-"""What a configuration does with values, whoever gives them."""
+"""What a configuration does with values, from a file, options or Python."""
 
 import subprocess
 import sys

@@ -27,7 +27,7 @@ def test_a_plain_file_is_preferred_to_its_gzipped_form(tmp_path):
     assert find_file(tmp_path, "a.jsonl").name == "a.jsonl"
 
 
-def test_a_byte_order_mark_blank_lines_and_windows_line_ends_do_no_harm(tmp_path):
+def test_byte_order_marks_blank_lines_and_windows_line_ends_are_fine(tmp_path):
     (tmp_path / "train.tsv").write_bytes(b"\xef\xbb\xbfquery-id\tcorpus-id\tscore\r\n\r\n1\td0\t2.0\r\n")
     assert list(judgments(tmp_path / "train.tsv")) == [(3, "1", "d0", 2.0)]
 
@@ -64,7 +64,7 @@ def test_a_header_may_have_other_names_and_another_order(tmp_path):
     assert list(judgments(file)) == [(4, "1", "d0", 2)] and read_run(file) == {"1": {"d0": 2}}
 
 
-def test_an_unknown_header_is_one_error_with_its_line_and_what_to_do(tmp_path):
+def test_an_unknown_header_is_one_error_with_line_and_remedy(tmp_path):
     (tmp_path / "test.tsv").write_text("frage\ttext\tnote\n1\td0\t2\n")
     for read in (read_run, lambda path: list(judgments(path))):
         with pytest.raises(DataError, match="test.tsv:1: the .* is 'note'.*header.*query-id, corpus-id, score"):
@@ -120,11 +120,7 @@ def test_a_folder_has_a_pool_only_where_it_lists_candidates(toy):
         ("corpus.jsonl", "", "corpus.jsonl: found no documents"),
         ("queries.jsonl", '{"_id": "q", "text": "\\ud83d"}\n', "queries.jsonl:1: text has half of a character"),
         ("queries.jsonl", '{"_id": "q 1", "text": ""}\n', "queries.jsonl:1: _id is 'q 1'; expected a text without"),
-        (
-            "corpus.jsonl",
-            '{"_id": "d 1", "text": ""}\n',
-            "corpus.jsonl:1: _id is 'd 1'; expected a text",
-        ),
+        ("corpus.jsonl", '{"_id": "d 1", "text": ""}\n', "corpus.jsonl:1: _id is 'd 1'; expected a text"),
         ("candidates.test.tsv", "q8\td99\n", "candidates.test.tsv:1: corpus.jsonl has no document 'd99'"),
     ],
 )
@@ -146,7 +142,7 @@ def test_every_unknown_query_is_named_with_its_line_and_what_to_do(toy):
     assert second.startswith(f"{toy}/qrels/test.tsv:3: ") and "'q99'" in second
 
 
-def test_a_run_that_does_not_fit_the_data_is_refused_with_its_lines(tmp_path):
+def test_a_run_that_does_not_fit_the_data_is_refused(tmp_path):
     (tmp_path / "run").write_text("q1 d1 2\nq1 d7 1\nq2 d8 1\n")
     assert read_run(tmp_path / "run", ["q1"], {"d1", "d7"}) == {"q1": {"d1": 2, "d7": 1}, "q2": {"d8": 1}}
     with pytest.raises(DataError) as caught:

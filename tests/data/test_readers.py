@@ -122,9 +122,7 @@ def test_a_parquet_text_that_is_not_utf8_is_reported_with_its_row(tmp_path):
     )
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"query": ["q", "q"], "content": content, "label": [1, 1]}), path)
-    assert error_of(path) == (
-        f"{path}:2: found the byte 0xff at byte offset 1 of a text of this row; expected UTF-8."
-    )
+    assert error_of(path) == (f"{path}:2: found the byte 0xff at byte offset 1 of a text of this row; expected UTF-8.")
 
 
 # ---- many bad lines, bad sources
@@ -218,9 +216,7 @@ def test_a_json_list_is_refused_with_the_way_to_convert_it(tmp_path):
 def test_a_utf16_file_is_one_error_not_one_for_each_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n", encoding="utf-16")
-    assert error_of(path) == (
-        f"{path}:1: found a UTF-16 mark; expected UTF-8: save the file as UTF-8."
-    )
+    assert error_of(path) == (f"{path}:1: found a UTF-16 mark; expected UTF-8: save the file as UTF-8.")
 
 
 def test_a_file_with_a_gzip_name_that_is_not_gzip_is_refused(tmp_path):
@@ -351,7 +347,7 @@ TRIPLES = ["what eats bamboo\tthe panda\tthe tiger", "什么吃鱼\t猫\t牛"]
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz", ".TSV"])
-def test_a_line_of_triples_is_a_query_with_a_positive_and_a_negative(tmp_path, suffix):
+def test_a_triple_is_a_query_a_positive_and_a_negative(tmp_path, suffix):
     path = write_lines(tmp_path / f"a{suffix}", ["\ufeff" + TRIPLES[0], "", TRIPLES[1] + "\r"])
     got = [(one.query, one.documents, one.labels, one.positive, one.line) for one in read(path)]
     assert got == [

@@ -29,7 +29,7 @@ def test_one_file_may_mix_pointwise_hits_and_pos_neg_records(tmp_path):
     ]
 
 
-def test_positives_are_above_the_lowest_label_or_above_zero_where_all_are_equal():
+def test_positives_are_above_the_lowest_label_or_zero_if_all_equal():
     cases = [
         ([1, 0, 0], [True, False, False]),
         ([3, 1, 2], [True, False, True]),
@@ -163,7 +163,7 @@ def test_a_label_outside_the_range_is_reported_with_the_range(tmp_path):
         assert error_of(path, min_label=0, max_label=2) == f"{path}:3: {found}; {expected}"
 
 
-def test_pos_and_neg_without_scores_are_named_when_0_is_outside_the_range(tmp_path):
+def test_pos_and_neg_without_scores_need_0_within_the_label_range(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"query": "q", "pos": ["d"], "neg": ["e"]}])
     assert error_of(path, min_label=1) == (
         f"{path}:1: the label of a document is 0.0 (positives and negatives without scores count as 1 and 0); "
@@ -181,8 +181,7 @@ def test_hits_without_exactly_one_positive_are_reported_where_that_is_demanded(t
     path = write_lines(tmp_path / "a.jsonl", [hits([0, 1]), hits(labels), {"query": "q", "pos": ["a", "b"]}])
     assert len(read(path)) == 3
     assert error_of(path, exactly_one_positive=True) == (
-        f"{path}:2: hits has the labels {shown}; "
-        "expected exactly one 1 and the rest 0 for listwise cross entropy."
+        f"{path}:2: hits has the labels {shown}; expected exactly one 1 and the rest 0 for listwise cross entropy."
     )
 
 
@@ -207,7 +206,7 @@ def test_teacher_scores_are_not_read_unless_asked_for(tmp_path):
     assert record.teacher_scores is None
 
 
-def test_scores_of_pos_and_neg_may_be_the_teachers_with_labels_1_and_0(tmp_path):
+def test_scores_of_pos_and_neg_may_be_the_teachers_instead_of_labels(tmp_path):
     line = {"query": "q", "pos": ["a"], "neg": ["b", "c"], "pos_scores": [7.5], "neg_scores": [-2, 3]}
     path = write_lines(tmp_path / "a.jsonl", [line])
     [record] = read(path, teacher_key="teacher_score", max_label=1.0)
@@ -228,7 +227,7 @@ MISSING = (
 )
 
 
-def test_a_teacher_score_that_is_needed_and_missing_or_no_number_is_refused(tmp_path):
+def test_a_needed_teacher_score_that_is_missing_or_invalid_is_refused(tmp_path):
     cases = [
         (GOOD, MISSING.format("teacher_score")),
         (

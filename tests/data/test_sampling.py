@@ -35,7 +35,7 @@ def test_the_order_of_an_epoch_is_a_permutation():
     assert order.dtype == np.int32
 
 
-def test_the_order_differs_by_epoch_and_by_seed_and_is_the_same_again():
+def test_the_order_is_reproducible_and_differs_by_epoch_and_seed():
     first = epoch_order(1, 0, 100)
     assert (first == epoch_order(1, 0, 100)).all()
     assert (first != epoch_order(1, 1, 100)).any()
@@ -85,9 +85,7 @@ def test_a_small_group_is_used_whole():
 
 def test_a_large_group_keeps_its_share_of_positives():
     assert group(4, 12)[draw(group(4, 12), 8, 0, one_positive=False)].sum() == 2  # 8 * 4 / 16
-    assert (
-        group(30, 2)[draw(group(30, 2), 8, 0, one_positive=False)].sum() == 7
-    )  # 8 * 30 / 32, one negative stays
+    assert group(30, 2)[draw(group(30, 2), 8, 0, one_positive=False)].sum() == 7  # 8 * 30 / 32, one negative stays
 
 
 def test_all_negatives_are_seen_after_as_many_epochs_as_they_need():

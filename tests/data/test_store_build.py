@@ -97,10 +97,7 @@ def test_hits_and_pos_neg_records_keep_their_group_when_pairs_are_grouped(tmp_pa
 
 
 def test_grouped_records_give_one_pair_per_document(tmp_path):
-    records = [
-        hits("a", 2, 0),
-        {"query": "b", "pos": ["p"], "neg": ["n"], "pos_scores": [0.5], "neg_scores": [0.25]},
-    ]
+    records = [hits("a", 2, 0), {"query": "b", "pos": ["p"], "neg": ["n"], "pos_scores": [0.5], "neg_scores": [0.25]}]
     store = open_store(write(tmp_path / "a.jsonl", records))
     assert pairs_of(store) == [("a", "a0", 2, 1), ("a", "a1", 0, 1), ("b", "p", 0.5, 2), ("b", "n", 0.25, 2)]
 

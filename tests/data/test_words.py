@@ -38,7 +38,7 @@ def test_a_query_finds_a_document_in_its_own_script_whatever_it_is():
         assert shared(query, document), (query, words(query), words(document))
 
 
-def test_each_word_goes_by_its_own_letters_and_not_by_those_around_it():
+def test_each_word_is_tokenized_by_its_own_script():
     english = "a long English text about many things, with one quotation: "
     assert words(english + "大熊猫吃竹子")[-3:] == words("大熊猫吃竹子") == ["大熊猫", "吃", "竹子"]
     assert words("大熊猫 eating Pandas") == ["大熊猫", "eat", "panda"]

@@ -62,7 +62,7 @@ def test_the_same_run_keeps_its_finished_parts_and_drops_the_torn_one(folder):
     assert folder.is_finished(part) and not list(folder.path.glob("*.tmp"))
 
 
-def test_parts_of_another_run_are_refused_with_the_difference_unless_they_may_go(folder):
+def test_parts_of_another_run_are_refused_with_the_difference_unless_overwritten(folder):
     part = Part(0, 1, 1)
     folder.begin({"dataset": "a", "max_len": 64}, overwrite=False)
     folder.write(part, ["a\n"])

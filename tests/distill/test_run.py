@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from record_samples import random_records, read, write
+from tiny_models import ENGLISH, tiny_bert, tiny_qwen2
 from training_runs import (
     ROOT,
     engine_command,
@@ -23,14 +25,17 @@ from training_runs import (
     without_dropout,
     write_jsonl,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from yes_no_samples import YES_NO, tiny_causal
 
-from rag_retrieval import CrossEncoder
+from rag_retrieval import CrossEncoder, LLMDecoder, Reranker
 from rag_retrieval.cli import main
 from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.data.records import DataError
 from rag_retrieval.distill import run as run_module
 from rag_retrieval.distill.config import DistillConfig
-from rag_retrieval.distill.run import distill
+from rag_retrieval.distill.run import TeacherError, distill, load_teachers, mean_logits
+from rag_retrieval.infer.torch_backend import TorchBackend
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def keys(tmp_path, model_folders) -> dict:
     }
 
 
-def test_every_pair_of_every_format_has_the_teacher_s_score_in_input_order(keys, model_folders):
+def test_pairs_of_every_format_get_teacher_scores_in_input_order(keys, model_folders):
     summary = distill(DistillConfig(**keys))
     before = read(keys["dataset"])
     after = read(keys["output"], label_key="teacher_score")
@@ -79,7 +84,7 @@ def test_truncated_pairs_of_a_teacher_are_reported(keys, tmp_path, caplog, max_l
     data = write_jsonl(tmp_path / "long.jsonl", [{"query": "river", "hits": hits}] * 2)
     distill(DistillConfig(**keys | {"dataset": str(data), "max_len": max_len}))
     truncated = [line for line in caplog.messages if "are cut" in line]
-    expected = "33.3% of the first 6 pairs are longer than 16 tokens and are cut; max_len sets another limit"
+    expected = "33.3% of the first 6 pairs are longer than 16 tokens and are cut; max_length sets another limit"
     assert truncated == ([expected] if max_len else [])
 
 
@@ -97,7 +102,7 @@ def stop_after(monkeypatch, parts: int) -> list[int]:
     return scored
 
 
-def test_a_stopped_run_goes_on_where_it_stopped_to_the_same_bytes(keys, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_to_the_same_bytes(keys, tmp_path, monkeypatch):
     config = DistillConfig(**keys)
     distill(config)
     whole = Path(keys["output"]).read_bytes()
@@ -134,7 +139,7 @@ def test_a_second_run_on_one_output_is_refused(keys):
         distill(DistillConfig(**keys, overwrite=True))
 
 
-def test_an_existing_output_and_bad_lines_are_refused_before_a_teacher_is_loaded(keys, monkeypatch):
+def test_existing_output_and_bad_lines_are_refused_before_loading_a_teacher(keys, monkeypatch):
     monkeypatch.setattr(run_module, "load_teachers", None)
     Path(keys["output"]).write_text("precious")
     with pytest.raises(ValueError, match="out.jsonl exists; take another output, or overwrite: true"):
@@ -209,31 +214,47 @@ def command(keys: dict, tmp_path: Path) -> list[str]:
     return ["rag_retrieval.cli", "distill", "--config", str(file)]
 
 
+# a process that waits after its third part, to be killed
+HELD = """
+import sys, time
+from rag_retrieval.cli import main
+from rag_retrieval.distill.parts import PartFolder
+write, written = PartFolder.write, []
+def held_write(self, part, lines):
+    if len(written) == 3:
+        time.sleep(300)
+    write(self, part, lines)
+    written.append(part)
+PartFolder.write = held_write
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_that_are_killed_go_on_to_the_bytes_of_one(keys, tmp_path):
-    keys |= {"dataset": write_jsonl(tmp_path / "many.jsonl", grouped_records(1500)), "pairs_per_part": 40}
-    done = launch(command(keys, tmp_path))
-    assert done.returncode == 0, done.stderr
+def test_two_killed_processes_continue_to_the_bytes_of_one(keys, tmp_path):
+    keys |= {"dataset": write_jsonl(tmp_path / "many.jsonl", grouped_records(60)), "pairs_per_part": 20}
+    distill(DistillConfig(**keys))
     whole = Path(keys["output"]).read_bytes()
     keys["output"] = str(tmp_path / "two.jsonl")
-    launcher = engine_command("config/ddp.yaml", 2, "-m")
-    two = [sys.executable, "-m", *launcher, *command(keys, tmp_path)]
+    held = tmp_path / "held.py"
+    held.write_text(HELD)
+    _, *options = command(keys, tmp_path)
+    two = [sys.executable, "-m", *engine_command("config/ddp.yaml", 2, str(held)), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     process = subprocess.Popen(two, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
     parts = Path(keys["output"] + ".parts")
-    while process.poll() is None and len(list(parts.glob("*.jsonl"))) < 8:
+    while process.poll() is None and len(list(parts.glob("*.jsonl"))) < 6:
         time.sleep(0.02)
     launcher_and_workers = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in launcher_and_workers:  # workers have a session of their own
         one.kill()
     process.communicate()
-    before = len(list(parts.glob("*.jsonl")))
-    assert before >= 8 and not Path(keys["output"]).exists()
-    done = launch([*launcher, *command(keys, tmp_path)])
+    assert len(list(parts.glob("*.jsonl"))) == 6 and not Path(keys["output"]).exists()
+    done = launch([*engine_command("config/ddp.yaml", 2, "-m"), *command(keys, tmp_path)])
     assert done.returncode == 0, done.stderr
     assert Path(keys["output"]).read_bytes() == whole
-    assert done.stdout.count("1,500 records") == 1, "one process tells"
-    assert "0 scored before" not in done.stderr
+    assert done.stdout.count("60 records") == 1, "one process tells"
+    assert ", 0 scored before" not in done.stderr and "scored before" in done.stderr
 
 
 @pytest.mark.slow
@@ -243,3 +264,93 @@ def test_a_mistake_ends_both_processes_and_is_printed(keys, tmp_path):
     done = launch([*engine_command("config/ddp.yaml", 2, "-m"), *command(keys, tmp_path)])
     assert done.returncode != 0 and not Path(keys["output"]).exists()
     assert f": teachers: {tmp_path}: " in done.stderr
+
+
+# --- teachers: rerankers of ours and of others, and language models that are asked ---
+
+PAIRS = [(query, document) for query in ENGLISH[:3] for document in ENGLISH[3:6]]
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CPU = torch.device("cpu")
+
+
+def config(*teachers, **changes) -> DistillConfig:
+    keys = {"dataset": "d.jsonl", "output": "o.jsonl", "yes_token": "1", "no_token": "0"}
+    return DistillConfig(**keys | {"teachers": [str(name) for name in teachers]} | changes)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory) -> str:
+    folder = tiny_causal(tmp_path_factory.mktemp("chat"), "qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_language_model_is_asked_in_its_own_chat_template(chat_model):
+    prompt = "Is this right? {instruction}\nQ: {query}\nD: {document}\n1 or 0?"
+    asked = config(chat_model, system="Be strict.", instruction="find facts", prompt=prompt)
+    scores = mean_logits(load_teachers(asked, CPU), PAIRS, 4)
+    tokenizer, model = AutoTokenizer.from_pretrained(chat_model), AutoModelForCausalLM.from_pretrained(chat_model)
+    yes, no = tokenizer.convert_tokens_to_ids(["1", "0"])
+    for (query, document), score in zip(PAIRS, scores.tolist(), strict=True):
+        user = f"Is this right? find facts\nQ: {query}\nD: {document}\n1 or 0?"
+        messages = [{"role": "system", "content": "Be strict."}, {"role": "user", "content": user}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            probabilities = model.eval()(ids).logits[0, -1].double().softmax(dim=0)
+        expected = (probabilities[yes] / probabilities[no]).log().float()
+        torch.testing.assert_close(torch.tensor(score), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_language_changes_the_question(chat_model):
+    english, chinese = (
+        mean_logits(load_teachers(config(chat_model, language=language), CPU), PAIRS, 9) for language in ("en", "zh")
+    )
+    assert not np.allclose(english, chinese, atol=1e-3)
+
+
+def test_a_reranker_saved_here_brings_its_own_question(tmp_path, chat_model):
+    LLMDecoder.from_pretrained(chat_model, **YES_NO).save_pretrained(tmp_path)
+    (teacher,) = load_teachers(config(tmp_path, prompt="Other {query} {document}"), CPU)
+    settings = teacher.backend.scorer.settings
+    assert settings.query_format == YES_NO["query_format"] and settings.yes_token == "a"
+    expected = LLMDecoder.from_pretrained(tmp_path).compute_score(PAIRS).tolist()
+    assert mean_logits([teacher], PAIRS, 9).tolist() == expected
+
+
+def test_scores_of_several_teachers_are_the_mean_of_their_logits(model_folders, load_tiny, chat_model, tmp_path):
+    load_tiny("llama").save_pretrained(tmp_path)
+    teachers = load_teachers(config(model_folders["bert"], tmp_path, chat_model, max_len=200), CPU)
+    scorers = [teacher.backend.scorer for teacher in teachers]
+    assert [type(scorer) for scorer in scorers] == [CrossEncoder, LLMDecoder, LLMDecoder]
+    assert [scorer.settings.head for scorer in scorers] == [None, None, "yes_no"]
+    expected = sum(scorer.compute_score(PAIRS).double() for scorer in scorers) / 3
+    np.testing.assert_allclose(mean_logits(teachers, PAIRS, 256), expected.numpy(), rtol=1e-6)
+    assert {teacher.max_length for teacher in teachers} == {200}
+
+
+def test_what_cannot_teach_is_refused(tmp_path, chat_model):
+    with pytest.raises(ValueError, match="teachers: .*BertModel.*Give a reranker"):
+        load_teachers(config(tiny_bert(tmp_path / "base")), CPU)
+    with pytest.raises(ValueError, match="yes_token 'yes' must be one token.*'1' and '0', 'A' and 'B'"):
+        load_teachers(config(chat_model, yes_token="yes"), CPU)
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        load_teachers(config(tiny_qwen2(tmp_path / "no-chat")), CPU)
+
+
+def test_half_precision_weights_are_loaded_on_request(model_folders):
+    (teacher,) = load_teachers(config(model_folders["bert"], dtype="bfloat16"), CPU)
+    assert teacher.backend.scorer.model.dtype == torch.bfloat16
+
+
+def test_a_score_that_is_not_finite_stops_the_run(load_tiny):
+    teacher = load_tiny("bert")
+    with torch.no_grad():
+        teacher.model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(TeacherError, match="query 'A reranker reads.*nan"):
+        mean_logits([Reranker.from_backend(TorchBackend(teacher))], PAIRS, 9)

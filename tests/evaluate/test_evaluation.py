@@ -142,7 +142,7 @@ def test_a_calibration_is_fitted_on_one_split_saved_and_used_on_another(config, 
     assert later == found and later.log_loss < later.sigmoid_log_loss
 
 
-def test_a_calibration_goes_elsewhere_where_the_folder_of_the_model_is_read_only(config, toy, tmp_path, monkeypatch):
+def test_a_calibration_goes_elsewhere_for_a_read_only_model_folder(config, toy, tmp_path, monkeypatch):
     (toy / "qrels/dev.tsv").write_text((toy / "qrels/train.tsv").read_text())
     (toy / "runs/bm25.dev.tsv").write_text((toy / "runs/bm25.train.tsv").read_text())
     readable = os.access
@@ -156,7 +156,7 @@ def test_a_calibration_goes_elsewhere_where_the_folder_of_the_model_is_read_only
     assert (found.score_type, found.calibration.data) == ("calibrated", "toy dev")
 
 
-def test_a_model_without_a_trained_head_is_refused_as_model_and_as_baseline(config, scored, load_tiny, tmp_path):
+def test_a_model_without_a_trained_head_is_refused_also_as_baseline(config, scored, load_tiny, tmp_path):
     load_tiny("bert").model.base_model.save_pretrained(tmp_path / "base")
     load_tiny("bert").tokenizer.save_pretrained(tmp_path / "base")
     for key in ("model", "baseline"):
@@ -198,7 +198,7 @@ def test_the_command_prints_the_table_and_writes_per_query_results(config, toy, 
     assert result["ceiling"]["ndcg@10"] == 1.0 and result["config"]["depth"] == 4
 
 
-def test_a_model_of_the_current_folder_is_called_by_its_path_from_there(toy, model, tmp_path, monkeypatch, capsys):
+def test_a_model_is_named_by_its_path_from_the_current_folder(toy, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "--model", "bert/model", "--data", "toy", "--depth", "4"]) == 0
     assert "\n  model     bert/model\n" in capsys.readouterr().out
@@ -255,7 +255,7 @@ def test_a_mistake_ends_with_one_line_and_code_2(model, tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-def test_what_the_data_lack_is_said_in_the_terminal_and_in_the_result(config, toy, tmp_path, capsys):
+def test_gaps_in_the_data_are_in_the_terminal_and_the_result(config, toy, tmp_path, capsys):
     write(tmp_path / "part.trec", "q8 Q0 d8-0 1 2.5 x\n")
     with (toy / "qrels/test.tsv").open("a") as file:
         file.write("q9\tgone\t1\n")

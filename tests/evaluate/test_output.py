@@ -10,7 +10,7 @@ from rag_retrieval.evaluate.rank_changes import QueryChange, RankChange
 from rag_retrieval.models.calibration import Calibration
 
 
-def test_texts_are_cut_to_the_terminal_where_a_chinese_character_takes_two_columns():
+def test_texts_are_cut_to_the_terminal_with_two_column_characters():
     data = SimpleNamespace(
         queries={"q": "中国的首都\n在哪里？" * 9},
         documents={"a": "北京是中国的首都，" * 9, "b": "[red]water[/red] :smile:", "c": "short"},

@@ -19,7 +19,7 @@ def ranked(path, depth=20, candidates="bm25", split="test"):
     return {query: list(documents) for query, documents in data.candidates.items()}
 
 
-def test_the_folder_s_own_bm25_run_is_taken_to_the_depth_asked_for(toy):
+def test_the_folders_own_bm25_run_is_used_to_the_given_depth(toy):
     assert ranked(toy, depth=3)["q8"] == ["d8-1", "d8-2", "d8-0"]
 
 
@@ -61,7 +61,7 @@ def test_a_run_of_other_queries_or_documents_is_refused(toy, tmp_path):
         ranked(toy, candidates=tmp_path / "alien.trec")
 
 
-def test_a_file_of_records_is_its_own_candidates_with_its_labels_as_grades(tmp_path):
+def test_records_are_their_own_candidates_with_labels_as_grades(tmp_path):
     hits = [{"content": "a cat sleeps", "label": 0}, {"content": "the dog barks", "label": 2}]
     pairs = [{"query": "bird", "content": text, "label": label} for text, label in (("a bird sings", 1), ("a fish", 0))]
     write_lines(tmp_path / "dev.jsonl", [pairs[0], {"query": "dog", "hits": hits}, pairs[1]])

@@ -49,10 +49,7 @@ def out(tmp_path_factory, model_folders):
     queries = [json.loads(line) for line in (toy / "queries.jsonl").read_text().splitlines()]
     queries[8]["text"], queries[9]["text"] = "<b>window & 8</b>", "北京在哪里"
     write(toy / "queries.jsonl", "".join(json.dumps(query) + "\n" for query in queries))
-    lines = [
-        {"step": 1, "kind": "train", "loss": 2.0, "lr": 0.1},
-        {"step": 1, "kind": "eval", "loss": 1.0, "map": 0.5},
-    ]
+    lines = [{"step": 1, "kind": "train", "loss": 2.0, "lr": 0.1}, {"step": 1, "kind": "eval", "loss": 1.0, "map": 0.5}]
     write(root / "run" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     options = ["--data", str(toy), "--training_run", str(root / "run"), "--output_dir", str(root / "out")]
     assert main(["evaluate", "--model", model_folders["bert"], *options, "--report", "true"]) == 0

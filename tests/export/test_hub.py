@@ -97,14 +97,14 @@ def test_a_dry_run_fills_a_folder_and_needs_no_network(model, tmp_path, capsys, 
     assert "is not empty; give a new folder" in capsys.readouterr().err
 
 
-def test_a_dry_run_that_is_switched_on_is_told_that_it_wants_a_folder(model, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_without_a_folder_is_refused(model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["push", "--model", str(model), "--repo_id", "org/name", "--dry_run", "true"]) == 2
     assert "--dry_run: expected a folder to write to, found true" in capsys.readouterr().err
     assert not list(tmp_path.glob("true"))
 
 
-def test_hidden_and_temporary_files_stay_behind(model, tmp_path):
+def test_hidden_and_temporary_files_are_left_out(model, tmp_path):
     expected = contents(model).keys()
     for name in (".env", ".git/config", "config.json.tmp", ".cache/x.json"):
         (model / name).parent.mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ def test_hidden_and_temporary_files_stay_behind(model, tmp_path):
     assert contents(tmp_path / "staged").keys() == expected
 
 
-def test_a_card_of_ours_is_made_anew_with_the_new_name_and_the_models_own_stays(model, tmp_path):
+def test_a_card_of_ours_is_rewritten_for_the_upload_and_kept_beside_the_model(model, tmp_path):
     own = (model / "README.md").read_text()
     stage(model, tmp_path / "staged", "org/name", license="mit")
     staged = (tmp_path / "staged" / "README.md").read_text()
@@ -121,13 +121,13 @@ def test_a_card_of_ours_is_made_anew_with_the_new_name_and_the_models_own_stays(
     assert (model / "README.md").read_text() == own and "# run\n" in own
 
 
-def test_a_card_that_somebody_changed_goes_as_it_is_and_takes_no_options(model, evaluation, tmp_path):
+def test_an_edited_card_is_uploaded_as_it_is_and_takes_no_options(model, evaluation, tmp_path):
     changed = (model / "README.md").read_text().replace(MARK, "") + "\nMy own words.\n"
     (model / "README.md").write_text(changed)
     stage(model, tmp_path / "staged", "org/name")
     assert (tmp_path / "staged" / "README.md").read_text() == changed
     for options in ({"license": "mit"}, {"language": ["en"]}, {"evaluations": [evaluation]}):
-        with pytest.raises(ValueError, match="README.md: somebody has changed it, so it goes as it is"):
+        with pytest.raises(ValueError, match="README.md: it was edited, so it goes as it is"):
             stage(model, tmp_path / "other", "org/name", **options)
 
 

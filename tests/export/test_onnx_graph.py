@@ -33,7 +33,7 @@ from rag_retrieval import CrossEncoder, LLMDecoder  # noqa: E402
 from rag_retrieval.export import onnx_graph  # noqa: E402
 from rag_retrieval.export.onnx_graph import score_head, write_graph  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
-from rag_retrieval.infer.padded_scoring import padded_inputs  # noqa: E402
+from rag_retrieval.infer.onnx_folder import padded_inputs  # noqa: E402
 from rag_retrieval.models.pair_encoding import EncodedPair  # noqa: E402
 from rag_retrieval.models.token_batch import make_batch  # noqa: E402
 
@@ -150,7 +150,7 @@ def test_weights_of_a_large_model_stand_beside_the_graph(load_tiny, tmp_path, mo
     assert np.abs(found - expected).max() < 1e-4
 
 
-def test_a_family_that_cannot_be_traced_is_told(load_tiny, tmp_path, monkeypatch):
+def test_a_family_that_cannot_be_traced_is_named(load_tiny, tmp_path, monkeypatch):
     scorer = load_tiny("bert")
 
     def fail(*arguments, **options):

@@ -158,7 +158,7 @@ def error_of(capsys, *options: str) -> str:
     return capsys.readouterr().err
 
 
-def test_bad_input_is_told_before_anything_is_written(model, tmp_path, capsys):
+def test_bad_input_is_reported_before_anything_is_written(model, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     error = error_of(capsys, "--model", model, "--output", str(tmp_path / "full"))

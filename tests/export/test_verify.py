@@ -54,7 +54,7 @@ def test_int8_beyond_its_limits_is_refused_unless_forced():
         check_int8(int8(math.nan), force=False)
 
 
-def test_a_verification_is_told_in_one_line():
+def test_a_verification_is_described_in_one_line():
     assert int8(0.991, 0.8, 0.795).describe() == (
         "9 pairs of 3 to 8 tokens: largest difference 2.0e-01, rank correlation 0.9910; "
         "nDCG@10 on toy test (4 queries) 0.8000 before, 0.7950 after (-0.0050)"

@@ -1,5 +1,7 @@
 """Long documents: against an implementation that cuts by hand and scores one slice at a time."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_models import CHINESE, ENGLISH, tiny_joining_qwen2
@@ -36,7 +38,7 @@ def slow_slices(scorer, query: str, document: str) -> list[tuple[float, str, lis
 
 
 def whole_text(scorer, query: str, document: str) -> tuple[list[int], list[tuple[int, tuple[int, int]]], list[int]]:
-    """The tokens of the whole pair in one go: before the document's own, those with their offsets in it, after them."""
+    """The tokens of the whole pair: before the document's own, those with their offsets in it, after them."""
     if scorer.model_type == "bert_encoder":
         encoded = scorer.tokenizer(query, document, return_offsets_mapping=True)
         start, owned = 0, [owner == 1 for owner in encoded.sequence_ids()]
@@ -127,10 +129,8 @@ def test_the_best_slice_is_where_the_answer_stands(rerankers):
     assert "Paris Paris Paris" in document[start:end] and end - start < len(document) / 3
 
 
-@pytest.mark.parametrize("room", [1, 2, 3, 8, 13])
-@pytest.mark.parametrize("overlap", [0, 1, 5, 100])
-def test_slices_cover_every_token_and_overlap_by_what_was_asked(room, overlap):
-    for tokens in range(1, 40):
+def test_slices_cover_every_token_and_overlap_by_what_was_asked():
+    for room, overlap, tokens in itertools.product((1, 2, 3, 8, 13), (0, 1, 5, 100), range(1, 40)):
         starts = slice_starts(tokens, room, overlap)
         covered = {place for start in starts for place in range(start, min(start + room, tokens))}
         assert covered == set(range(tokens))
@@ -141,19 +141,19 @@ def test_slices_cover_every_token_and_overlap_by_what_was_asked(room, overlap):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("text", [LONG["english"], LONG["chinese"], "", " ", "😀", "naïve 北京 😀x", "\n\na"])
-def test_the_parts_of_a_document_are_its_tokens_and_spans_lie_in_its_text(family, text, rerankers):
+def test_the_parts_of_a_document_are_its_tokens_and_spans_lie_in_its_text(family, rerankers):
     encoder = rerankers[family].backend.pair_encoder
-    tokens = document_tokens(encoder, text)
-    assert [*tokens.head, *tokens.content, *tokens.tail] == encoder.document_ids([text])[0].tolist()
-    spans = [tokens.span(place, place + 1) for place in range(len(tokens.content))]
-    assert all(0 <= start < end <= len(text) for start, end in spans)
-    assert not spans or tokens.span(0, len(spans) + 5) == (spans[0][0], spans[-1][1])
-    end = list(encoder.template.document_end)
-    assert tokens.tail == end or not tokens.tail and end, "the line break after it joins a sign or white space"
-    before = encoder.template.before_document
-    if before and text.strip():
-        assert encoder.fast_tokenizer.decode(tokens.head).strip() == before.strip()
+    for text in (LONG["english"], LONG["chinese"], "", " ", "😀", "naïve 北京 😀x", "\n\na"):
+        tokens = document_tokens(encoder, text)
+        assert [*tokens.head, *tokens.content, *tokens.tail] == encoder.document_ids([text])[0].tolist()
+        spans = [tokens.span(place, place + 1) for place in range(len(tokens.content))]
+        assert all(0 <= start < end <= len(text) for start, end in spans)
+        assert not spans or tokens.span(0, len(spans) + 5) == (spans[0][0], spans[-1][1])
+        end = list(encoder.template.document_end)
+        assert tokens.tail == end or not tokens.tail and end, "the line break after it joins a sign or white space"
+        before = encoder.template.before_document
+        if before and text.strip():
+            assert encoder.fast_tokenizer.decode(tokens.head).strip() == before.strip()
 
 
 def test_what_follows_the_text_in_a_format_ends_every_slice(load_tiny):

@@ -156,11 +156,11 @@ def test_options_that_an_exported_folder_cannot_take_are_refused(folders):
         Reranker(folder, max_length=65)
 
 
-def test_a_damaged_graph_is_told(folders, tmp_path):
+def test_a_damaged_graph_is_reported(folders, tmp_path):
     for file in folders["bert"][1].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(ValueError, match=r"model\.onnx: ONNX Runtime cannot open it .*export the model anew"):
+    with pytest.raises(ValueError, match=r"model\.onnx: ONNX Runtime cannot open it .*export the model again"):
         Reranker(tmp_path)
     values = json.loads((tmp_path / "reranker_onnx.json").read_text())
     (tmp_path / "reranker_onnx.json").write_text(json.dumps(values | {"precision": "half"}))
@@ -168,7 +168,7 @@ def test_a_damaged_graph_is_told(folders, tmp_path):
         Reranker(tmp_path)
 
 
-def test_a_missing_onnxruntime_is_told_with_the_extra(folders, monkeypatch):
+def test_a_missing_onnxruntime_is_reported_with_the_extra(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"needs onnxruntime; run: pip install -e '\.\[onnx\]'"):
         Reranker(folders["bert"][1])

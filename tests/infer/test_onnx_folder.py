@@ -1,20 +1,23 @@
-"""`reranker_onnx.json`: what is written comes back, and damage is told with the file and what is wrong."""
+"""`reranker_onnx.json`: what is written comes back, and damage is reported with the file and what is wrong."""
 
 import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tiny_models import bert_tokenizer
 
 from rag_retrieval.infer.onnx_folder import (
     DESCRIPTION_FILE,
     OnnxDescription,
+    padded_inputs,
     pair_encoder,
     read_description,
+    score_padded,
     write_description,
 )
-from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate, encoder_template
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, PairTemplate, encoder_template
 
 DECODER = PairTemplate([1], [7, 8], [9], None, "query: ", "document: ", "?", " ", (4,), (5, 6), "<s>")
 DESCRIPTION = OnnxDescription(
@@ -63,7 +66,7 @@ def test_a_description_comes_back_as_it_was(folder):
 def test_a_damaged_description_is_reported_with_file_and_reason(folder, change, reason):
     file = folder / DESCRIPTION_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=f"{DESCRIPTION_FILE}: damaged .*{reason}.*export the model anew"):
+    with pytest.raises(ValueError, match=f"{DESCRIPTION_FILE}: damaged .*{reason}.*export the model again"):
         read_description(folder)
 
 
@@ -74,7 +77,7 @@ def test_a_file_that_is_no_description_is_damaged(folder, text):
         read_description(folder)
 
 
-def test_token_ids_that_are_none_are_damaged(folder):
+def test_lists_of_other_things_than_token_ids_are_damaged(folder):
     file = folder / DESCRIPTION_FILE
     values = json.loads(file.read_text())
     for name, part in (("prefix", ["[CLS]"]), ("suffix", 9), ("query_end", [-1]), ("types", [[0], 0, [0], "1", [1]])):
@@ -107,7 +110,47 @@ def test_more_tokens_than_were_exported_are_refused(folder):
         pair_encoder(folder, DESCRIPTION, 65)
 
 
-def test_a_damaged_tokenizer_is_told(folder):
+def test_a_damaged_tokenizer_is_reported(folder):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: no tokenizer that can be read"):
         pair_encoder(folder, DESCRIPTION)
+
+
+# ---- padded batches -----------------------------------------------------------------------------------
+
+NAMES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def pair(*ids: int) -> EncodedPair:
+    return EncodedPair(np.array(ids, np.int32), np.ones(len(ids), np.int32), truncated=False, document_start=1)
+
+
+def test_pairs_are_padded_at_the_right():
+    inputs = padded_inputs([pair(5, 6, 7), pair(8)], NAMES, pad_token_id=9)
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert inputs["token_type_ids"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert {values.dtype for values in inputs.values()} == {np.dtype(np.int64)}
+    assert list(padded_inputs([pair(1)], NAMES[:2], 0)) == list(NAMES[:2])
+
+
+def test_scores_come_in_input_order_and_no_forward_is_beyond_its_bounds():
+    pairs = [pair(*range(100 * place, 100 * place + length)) for place, length in enumerate((3, 1, 6, 2, 6, 1, 4))]
+    shapes = []
+
+    def run(inputs):
+        shapes.append(inputs["input_ids"].shape)
+        return inputs["input_ids"][:, 0].astype(np.float32)
+
+    for batch_size, max_tokens in ((1, 100), (3, 100), (256, 12), (256, 1), (2, 7)):
+        shapes.clear()
+        scores = score_padded(run, pairs, NAMES, 0, batch_size, max_tokens)
+        assert scores.tolist() == [0, 100, 200, 300, 400, 500, 600] and scores.dtype == np.float32
+        assert sum(rows for rows, _ in shapes) == 7
+        assert all(rows <= batch_size and (rows * longest <= max_tokens or rows == 1) for rows, longest in shapes)
+        assert [longest for _, longest in shapes] == sorted((longest for _, longest in shapes), reverse=True)
+
+
+def test_no_pairs_give_no_scores_and_no_forward():
+    scores = score_padded(lambda inputs: pytest.fail("a forward of nothing"), [], NAMES, 0, 8, 100)
+    assert scores.shape == (0,) and scores.dtype == np.float32

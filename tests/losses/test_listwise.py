@@ -35,7 +35,7 @@ def test_listwise_ce_of_two_documents_by_hand():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-def test_listwise_ce_is_the_mean_over_groups_and_filler_rows_do_not_count(temperature):
+def test_listwise_ce_is_the_mean_over_groups_without_filler_rows(temperature):
     first = slow_term(2.0, [1.0, -0.5], temperature)
     second = slow_term(0.3, [-1.2], temperature)
     total = first + second  # the group of one document gives 0
@@ -115,7 +115,7 @@ def softmax(values: list[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def test_listnet_is_the_cross_entropy_of_two_softmaxes_over_groups_with_different_labels():
+def test_listnet_is_the_cross_entropy_of_label_and_score_softmax():
     total = 0.0
     for scores, labels in (([1.0, 2.0, -0.5], [0.0, 2.0, 1.0]), ([0.3, -1.2], [1.0, 0.0])):
         total -= sum(p * math.log(q) for p, q in zip(softmax(labels), softmax(scores), strict=True))

@@ -53,7 +53,7 @@ def test_listmle_of_different_labels_is_the_plackett_luce_log_probability():
     assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_with_the_lowest_level_tied_it_is_the_probability_of_the_top_alone():
+def test_with_a_tied_lowest_level_it_is_the_top_k_probability():
     """The sum over all orders of the tail: leaving its terms out is exact."""
     scores = torch.tensor([[0.4, -1.0, 2.0, 0.1]])
     orders = [(9, 8, *tail) for tail in permutations((1, 2))]

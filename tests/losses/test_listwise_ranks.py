@@ -28,7 +28,7 @@ def slow(scores: list[float], ranks: list[float]) -> float:
     return total
 
 
-def test_adr_mse_is_the_mean_over_the_documents_of_groups_with_different_labels():
+def test_adr_mse_is_the_mean_over_documents_of_graded_groups():
     total = sum(slow(*row) for row in ROWS)
     assert adr_mse(SCORES, LABELS, MASK, "sum").item() == pytest.approx(total, rel=1e-5)
     assert adr_mse(SCORES, LABELS, MASK).item() == pytest.approx(total / 6, rel=1e-5)
@@ -61,7 +61,7 @@ def test_an_error_at_the_top_weighs_more_than_one_further_down():
     assert adr_mse(top, labels).item() > adr_mse(bottom, labels).item()
 
 
-def test_only_the_order_of_the_labels_and_the_differences_of_the_scores_matter():
+def test_only_label_order_and_score_differences_matter():
     value = adr_mse(SCORES, LABELS, MASK).item()
     assert adr_mse(SCORES, 10 * LABELS - 3, MASK).item() == pytest.approx(value, rel=1e-6)
     assert adr_mse(SCORES + 2.0, LABELS, MASK).item() == pytest.approx(value, rel=1e-5)

@@ -43,7 +43,7 @@ def test_mse_gradient_is_twice_the_error_times_the_slope_of_the_sigmoid():
     assert scores.grad.tolist() == pytest.approx([-0.09375, 0.25], rel=1e-6)
 
 
-def test_bce_of_a_huge_wrong_score_is_the_score_of_a_right_one_zero():
+def test_bce_of_huge_scores_is_their_size_if_wrong_else_zero():
     scores = torch.tensor([1e4, 1e4, -1e4, -1e4], requires_grad=True)
     labels = torch.tensor([1.0, 0.0, 1.0, 0.0])
     loss = pointwise_bce(scores, labels, reduction="sum")
@@ -52,7 +52,7 @@ def test_bce_of_a_huge_wrong_score_is_the_score_of_a_right_one_zero():
     assert scores.grad.tolist() == [0.0, 1.0, -1.0, 0.0]
 
 
-def test_a_label_just_below_one_is_kept_when_the_scores_are_half_precision():
+def test_a_label_just_below_one_survives_half_precision_scores():
     # log(1 + e^-9) + 9 (1 - y); in float16 the label would be 1 and the second, larger term would vanish.
     loss = pointwise_bce(torch.tensor([9.0], dtype=torch.float16), torch.tensor([0.99988]))
     assert loss.item() == pytest.approx(math.log1p(math.exp(-9.0)) + 9.0 * (1 - 0.99988), rel=1e-3)

@@ -147,7 +147,7 @@ def their_columns(loss, scores, labels=None, groups=range(3)):
     return loss(Looked(scores))([["q"] * len(groups), *columns], labels)
 
 
-def test_info_nce_of_one_positive_is_their_ranking_loss_without_in_batch_negatives():
+def test_info_nce_is_their_ranking_loss_without_in_batch_negatives():
     labels = torch.tensor([[1.0, 0, 0, 0, 0, 0]] * 3)
     loss = partial(theirs.MultipleNegativesRankingLoss, scale=2.0, activation_fn=torch.nn.Identity())
     same(

@@ -13,7 +13,7 @@ from rag_retrieval.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_yaml_file_and_options_mine_and_print_what_was_kept_and_dropped(tmp_path, capsys):
+def test_mining_from_yaml_prints_what_was_kept_and_dropped(tmp_path, capsys):
     animal_data(tmp_path / "data")
     (tmp_path / "mine.yaml").write_text("data: data\noutput: nowhere.jsonl\nnum_negatives: 3\nlast_rank: 10\n")
     output = tmp_path / "out.jsonl"
@@ -56,28 +56,45 @@ def test_help_lists_the_keys_and_nothing_at_all_is_a_mistake(capsys):
     assert main(["mine"]) == 2
 
 
+# a run in parts of two queries; told to, it waits in its fourth part, to be killed
+HELD = """
+import sys, time
+from rag_retrieval.cli import main
+from rag_retrieval.mining import run
+run.PART, parts, mine = 2, [], run.Miner.mine
+def held_mine(self, part):
+    if sys.argv[1] == "hold" and len(parts) == 3:
+        time.sleep(300)
+    parts.append(part)
+    return mine(self, part)
+run.Miner.mine = held_mine
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, number, model_folders):
-    """Killed for real, wherever it stands when its first part is written."""
+def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, model_folders):
     animal_data(tmp_path / "data")
     options = ["--data", str(tmp_path / "data"), "--reranker", model_folders["bert"], "--last_rank", "30"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = "import sys; from rag_retrieval.mining import run; run.PART = 2; from rag_retrieval.cli import main; "
-    command = [sys.executable, "-c", script + "sys.exit(main(sys.argv[1:]))", "mine", *options, "--output"]
-    assert subprocess.run([*command, tmp_path / "whole.jsonl"], env=environment, timeout=120).returncode == 0
-    run = subprocess.Popen([*command, tmp_path / "killed.jsonl"], env=environment, stderr=subprocess.PIPE)
-    work = tmp_path / "killed.jsonl.work"
-    while not list(work.glob("parts-*.partial/*.jsonl")):
-        assert run.poll() is None, run.stderr.read()
-        time.sleep(0.01)
-    run.send_signal(number)
-    errors = run.communicate(timeout=60)[1].decode()
-    assert run.returncode == (-9 if number == signal.SIGKILL else 128 + number)
-    if number != signal.SIGKILL:
-        assert "the same command continues where this one stopped" in errors
-    assert not (tmp_path / "killed.jsonl").exists()
-    kept = [path.stat().st_mtime_ns for path in sorted(work.glob("parts-*.partial/*.jsonl"))]
-    assert 1 <= len(kept) < 18
-    assert subprocess.run([*command, tmp_path / "killed.jsonl"], env=environment, timeout=120).returncode == 0
-    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+    def command(hold: str, output: Path) -> list[str]:
+        return [sys.executable, "-c", HELD, hold, "mine", *options, "--output", str(output)]
+
+    assert subprocess.run(command("on", tmp_path / "whole.jsonl"), env=environment, timeout=240).returncode == 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        output = tmp_path / f"{number.name}.jsonl"
+        run = subprocess.Popen(command("hold", output), env=environment, stderr=subprocess.PIPE)
+        work = output.with_name(output.name + ".work")
+        while len(list(work.glob("parts-*.partial/*.jsonl"))) < 3:
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.01)
+        run.send_signal(number)
+        errors = run.communicate(timeout=60)[1].decode()
+        assert run.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+        if number != signal.SIGKILL:
+            assert "the same command continues where this one stopped" in errors
+        assert not output.exists()
+        assert len(list(work.glob("parts-*.partial/*.jsonl"))) == 3
+        assert subprocess.run(command("on", output), env=environment, timeout=240).returncode == 0
+        assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

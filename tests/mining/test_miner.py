@@ -42,7 +42,7 @@ def test_no_candidates_are_no_scores(model_folders, tmp_path):
     assert len(scores) == 0 and len(of_positives) == 1
 
 
-def test_scores_that_are_not_finite_are_refused_and_not_taken_for_a_margin(load_tiny, tmp_path):
+def test_nonfinite_scores_are_refused_and_not_compared_with_margins(load_tiny, tmp_path):
     scorer = load_tiny("bert")
     scorer.model.classifier.bias.data += float("nan")
     query = Query("panda", np.array([0]), [1.0])

@@ -78,7 +78,7 @@ def test_the_documents_with_the_id_of_a_query_are_known_with_it(tmp_path, corpus
     assert found.digest() != others.digest()
 
 
-def test_queries_without_text_are_left_out_and_counted_where_the_split_judges_them(tmp_path, corpus):
+def test_judged_queries_without_text_are_left_out_and_counted(tmp_path, corpus):
     found = read_beir(tmp_path, corpus, {"1": "a", "2": " ", "3": ""}, [("1", "d0", 1), ("2", "d1", 1)])
     assert (len(found.queries), found.read, found.without_text) == (1, 2, 1)
 
@@ -127,9 +127,7 @@ def test_missing_qrels_say_which_splits_are_there(tmp_path, corpus):
 
 @pytest.mark.parametrize(
     "queries, message",
-    [
-        ([{"_id": "1", "text": "a"}] * 2, "queries.jsonl:2: the _id '1' was given before; give each query its own."),
-    ],
+    [([{"_id": "1", "text": "a"}] * 2, "queries.jsonl:2: the _id '1' was given before; give each query its own.")],
 )
 def test_a_bad_query_is_reported_with_its_line(tmp_path, corpus, queries, message):
     folder = write_beir(tmp_path / "data", DOCUMENTS, {}, [("1", "d0", 1)])

@@ -34,7 +34,7 @@ def ways(base):
 
 
 @pytest.mark.parametrize("way", ["bm25", "dense", "fused"])
-def test_negatives_are_other_documents_of_the_corpus_and_all_candidates_are_accounted_for(data, base, tmp_path, way):
+def test_negatives_are_other_documents_and_every_candidate_is_counted(data, base, tmp_path, way):
     summary = mine(config_of(data, tmp_path / "out.jsonl", **ways(base)[way]))
     lines = read_output(tmp_path / "out.jsonl")
     assert [line["query"] for line in lines] == sorted(line["query"] for line in lines)
@@ -243,7 +243,7 @@ def test_a_missing_device_is_reported(data, base, tmp_path):
         mine(config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], device="meta"))
 
 
-def test_a_teacher_s_score_below_zero_is_no_label_beside_negatives_with_0(data, tmp_path):
+def test_a_teacher_score_below_zero_is_refused_as_a_positives_label(data, tmp_path):
     mine(config_of(data, tmp_path / "a.jsonl", num_negatives=1))
     line = read_output(tmp_path / "a.jsonl")[0]
     record = {"query": line["query"], "pos": line["pos"], "pos_scores": [-0.5]}
@@ -268,7 +268,7 @@ def test_dense_scores_are_cosines(data, base, tmp_path):
         np.testing.assert_allclose(documents @ query, scores, atol=1e-5)
 
 
-def test_the_summary_says_how_words_were_made_and_the_language_can_be_set(tmp_path):
+def test_the_summary_says_how_words_were_made_in_a_chosen_language(tmp_path):
     pytest.importorskip("Stemmer")
     for language, expected in (("auto", "english "), ("plain", "plain ")):
         config = config_of(animal_data(tmp_path / language), tmp_path / language / "out.jsonl", language=language)

@@ -41,7 +41,7 @@ def test_saving_a_model_leaves_no_calibration_beside_weights_that_may_be_others(
 def test_a_damaged_calibration_is_refused_with_its_file(text, model_folders, tmp_path):
     folder = shutil.copytree(model_folders["bert"], tmp_path / "model")
     (folder / CALIBRATION_FILE).write_text(text)
-    with pytest.raises(ValueError, match=r"calibration\.json: .*calibrate anew"):
+    with pytest.raises(ValueError, match=r"calibration\.json: .*calibrate again"):
         CrossEncoder.from_pretrained(folder)
 
 

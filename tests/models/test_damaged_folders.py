@@ -45,6 +45,7 @@ SIDE_FILES = {
                          '{"temperature": 1e999, "bias": 0, "data": "d", "pairs": 1}',
                          '{"temperature": 1%s, "bias": 0, "data": "d", "pairs": 1}' % ("0" * 400)),
     "reranker_config.json": ("{", "[]", "{}", "null"),
+    "tokenizer_config.json": ('{"model_max_length": "x"}', '{"model_max_length": [5]}'),
 }  # fmt: skip
 
 
@@ -134,6 +135,9 @@ def test_weights_of_layers_that_the_configuration_leaves_out_are_refused(bert, t
     change(base / "config.json", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"fewer layers.*layer\.1\."):
         CrossEncoder.from_pretrained(base)
+    change(Path(base) / "config.json", num_hidden_layers=0)
+    with pytest.raises(ValueError, match=r"fewer layers.*layer\.0\."):
+        CrossEncoder.from_pretrained(base)
     decoder = Path(tiny_qwen2(tmp_path / "decoder", head_labels=1))
     change(decoder / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
     with pytest.raises(ValueError, match=r"fewer layers.*layers\.1\."):
@@ -222,7 +226,7 @@ def test_settings_in_the_cache_are_read_and_known_absence_is_absence(cached):
     assert read_settings("me/model") is None
 
 
-def test_a_cache_of_all_files_tells_what_is_not_there(cached):
+def test_a_cache_of_all_files_shows_which_are_absent(cached):
     cached("config.json", "reranker_config.json", ".gitattributes")
     assert read_settings("me/model").special_token == " score:"
     from rag_retrieval.models.calibration import read_calibration
@@ -230,6 +234,6 @@ def test_a_cache_of_all_files_tells_what_is_not_there(cached):
     assert read_calibration("me/model") is None
 
 
-def test_a_name_that_is_nowhere_is_no_folder():
+def test_a_name_that_is_neither_folder_nor_on_the_hub_is_refused():
     with pytest.raises(ValueError, match="no/such: no such folder"):
         read_settings("no/such")

@@ -1,5 +1,6 @@
-"""The text around a pair in parts: always the tokens of the whole text in one go, and kept where a text is cut."""
+"""The text around a pair in parts: always the tokens of the whole text, and kept where a text is cut."""
 
+import itertools
 import json
 import random
 
@@ -105,17 +106,17 @@ def test_texts_are_cut_before_added_tokens_after_line_breaks_and_before_single_s
     assert safe_split_points("a <s>b<s>\n", "<s>") == [2, 6], "the space before an added token is no part of it"
 
 
-@pytest.mark.parametrize("special_token", ["\n", "\n\n", " ", "\t"])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_special_token_of_white_space_alone_stays_whole_at_the_end(name, special_token):
-    tokenizer = TOKENIZERS[name]()
-    encoder = encoder_of(tokenizer, DEFAULTS | {"special_token": special_token})
-    template = encoder.template
-    alone = tokenizer("<|im_end|>" + special_token if name in ("qwen", "gpt2") else "x\n" + special_token)["input_ids"]
-    assert template.document_end == () and template.suffix == alone[-len(template.suffix) :]
-    assert tokenizer.decode(template.suffix) in (special_token, special_token[1:]), "llama's drops the first space"
-    for pair in encoder.encode([("what?", "it."), ("what?", "")]):
-        assert pair.ids[-len(template.suffix) :].tolist() == template.suffix
+def test_a_special_token_of_white_space_alone_stays_whole_at_the_end(name):
+    tokenizer, before = TOKENIZERS[name](), "<|im_end|>" if name in ("qwen", "gpt2") else "x\n"
+    for special_token in ("\n", "\n\n", " ", "\t"):
+        encoder = encoder_of(tokenizer, DEFAULTS | {"special_token": special_token})
+        template = encoder.template
+        alone = tokenizer(before + special_token)["input_ids"]
+        assert template.document_end == () and template.suffix == alone[-len(template.suffix) :]
+        assert tokenizer.decode(template.suffix) in (special_token, special_token[1:]), "llama's drops the first space"
+        for pair in encoder.encode([("what?", "it."), ("what?", "")]):
+            assert pair.ids[-len(template.suffix) :].tolist() == template.suffix
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -137,15 +138,14 @@ def test_the_pairs_of_a_query_begin_alike_up_to_the_document_though_its_end_join
     assert make_batch(pairs).shared.tolist() == [0, length, length]
 
 
-@pytest.mark.parametrize("query_format", ["system\n{}", "<s>system\n{}", "{}", "<s>{}"])
-@pytest.mark.parametrize("document", ["", "a"])
-def test_bos_comes_once_whether_the_text_brings_it_or_not(query_format, document):
+def test_bos_comes_once_whether_the_text_brings_it_or_not():
     tokenizer = llama_tokenizer()
-    formats = DEFAULTS | {"query_format": query_format}
-    pair = encoder_of(tokenizer, formats).encode([("a", document)])[0]
-    text = whole_text(formats, "a", document)
-    assert pair.ids.tolist() == tokenizer(text, add_special_tokens=not text.startswith("<s>"))["input_ids"]
-    assert pair.ids.tolist().count(tokenizer.bos_token_id) == 1 and pair.ids[0] == tokenizer.bos_token_id
+    for query_format, document in itertools.product(("system\n{}", "<s>system\n{}", "{}", "<s>{}"), ("", "a")):
+        formats = DEFAULTS | {"query_format": query_format}
+        ids = encoder_of(tokenizer, formats).encode([("a", document)])[0].ids.tolist()
+        text = whole_text(formats, "a", document)
+        assert ids == tokenizer(text, add_special_tokens=not text.startswith("<s>"))["input_ids"]
+        assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
 def test_an_instruction_is_filled_in_where_there_is_one_and_plain_text_elsewhere():
@@ -168,11 +168,10 @@ def test_a_tokenizer_that_ends_single_texts_with_eos_adds_none_here():
     assert pair.ids.tolist().count(tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("text", ["query:", "", "{} and {}", "{0}"])
-@pytest.mark.parametrize("name", ["query_format", "document_format"])
-def test_a_format_without_exactly_one_pair_of_braces_is_refused(name, text):
-    with pytest.raises(ValueError, match=f"{name} must contain {{}} exactly once.*found {text!r}"):
-        decoder_template(qwen2_tokenizer(), **(DEFAULTS | {name: text}))
+def test_a_format_without_exactly_one_pair_of_braces_is_refused():
+    for name, text in itertools.product(("query_format", "document_format"), ("query:", "", "{} and {}", "{0}")):
+        with pytest.raises(ValueError, match=f"{name} must contain {{}} exactly once.*found {text!r}"):
+            decoder_template(qwen2_tokenizer(), **(DEFAULTS | {name: text}))
 
 
 def test_a_special_token_without_tokens_is_refused():

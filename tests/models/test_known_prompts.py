@@ -77,7 +77,7 @@ def with_card(folder: Path, text: str) -> Path:
 
 @torch.no_grad()
 def slow_scores(folder: Path, texts: list[str], yes: str, no: str | None) -> list[float]:
-    """The logit of yes, less that of no, after each text in one go, by transformers alone."""
+    """The logit of yes, less that of no, after each whole text, by transformers alone."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     scores = []
     for text in texts:

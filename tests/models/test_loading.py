@@ -1,6 +1,7 @@
 """Loading: float32 weights, a head of one label, missing weights, and how many tokens a model takes."""
 
 import importlib.util
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -55,13 +56,10 @@ def test_an_explicit_dtype_is_taken_and_scores_stay_float32(load_tiny, family):
     )
 
 
-@pytest.mark.parametrize("family", BASES)
-@pytest.mark.parametrize("num_labels", [0, 2, 3])
-def test_num_labels_other_than_one_is_refused(load_tiny, family, num_labels):
-    with pytest.raises(
-        ValueError, match=f"num_labels must be 1, found {num_labels}: a reranker gives one score"
-    ):
-        load_tiny(family, num_labels=num_labels)
+def test_num_labels_other_than_one_is_refused(load_tiny):
+    for family, num_labels in itertools.product(BASES, (0, 2, 3)):
+        with pytest.raises(ValueError, match=f"num_labels must be 1, found {num_labels}"):
+            load_tiny(family, num_labels=num_labels)
 
 
 @pytest.mark.parametrize("family,weight", [("bert", "classifier.weight"), ("llama", "score.weight")])
@@ -284,7 +282,7 @@ def test_an_encoder_config_without_a_real_pad_token_follows_the_tokenizer(tmp_pa
     assert model.config.pad_token_id == 0
 
 
-def test_an_encoder_where_nobody_knows_a_pad_token_gets_a_new_one(tmp_path):
+def test_an_encoder_without_any_pad_token_gets_a_new_one(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert(tmp_path))
     tokenizer = bert_tokenizer()
     model.config.pad_token_id = tokenizer.pad_token = None

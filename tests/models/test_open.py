@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder as TheirCrossEncoder
-from tiny_models import ENGLISH, tiny_bert
+from tiny_models import ENGLISH, bring_code, tiny_bert
 from yes_no_samples import YES_NO, tiny_causal
 
 from rag_retrieval import CrossEncoder, LLMDecoder, Reranker, load_reranker
@@ -28,7 +28,7 @@ def refuse(folder, message: str, **options):
 
 
 @pytest.mark.parametrize("family", ["bert", "xlm_roberta"])
-def test_a_folder_of_an_encoder_opens_whoever_saved_it(family, model_folders):
+def test_a_folder_of_an_encoder_opens_whatever_saved_it(family, model_folders):
     assert Reranker(model_folders[family], device="cpu").backend.model_type == "bert_encoder"
 
 
@@ -151,7 +151,7 @@ def test_a_format_without_a_place_for_the_text_or_with_an_unknown_field_is_refus
     assert Reranker(tmp_path / "model", device="cpu", seq='{"a": 1} {0}').backend.scorer.settings.seq == '{"a": 1} {0}'
 
 
-def test_what_is_no_path_is_refused():
+def test_other_types_than_paths_are_refused():
     refuse(None, "model_name_or_path: expected a folder or a name, found NoneType")
 
 
@@ -237,3 +237,12 @@ def test_a_fingerprint_changes_with_everything_that_decides_on_scores(model_fold
     found.append(fingerprint())
     assert len(set(found)) == 5
     assert fingerprint() == found[-1]
+
+
+def test_code_of_a_model_runs_only_where_it_is_trusted(model_folders, tmp_path):
+    own = bring_code(model_folders["bert"], tmp_path / "own")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_reranker(own, device="cpu")
+    expected = load_reranker(model_folders["bert"], device="cpu").compute_score(PAIRS)
+    found = load_reranker(own, device="cpu", trust_remote_code=True).compute_score(PAIRS)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -111,7 +111,7 @@ def test_a_cpu_packs_in_every_dtype_and_other_devices_only_where_a_kernel_was_se
 
 
 def test_the_kernel_gets_rows_of_tokens_with_their_bounds_and_repeated_keys(monkeypatch):
-    """On a machine without a GPU: torch's kernel is stood in for by SDPA over what it is told, segment by segment."""
+    """On a machine without a GPU: torch's kernel is stood in for by SDPA over the same segments, one by one."""
     packing, query, key, value = row(True, dtype=torch.float32)
 
     def kernel(query, key, value, cu_q, cu_k, longest_q, longest_k, *, scale, window_size):

@@ -251,13 +251,13 @@ def test_the_check_at_load_notices_wrong_scores(models, family, break_packing, m
     """A pair that sees a token of its neighbour; positions off by one; positions that do not restart (they are
     relative, but a shared query stays where it is)."""
     scorer = models(family)
-    real = packed_model.packed_hidden_states
+    real = packed_model.packed_outputs
 
     def wrong(model, batch, packing):
         break_packing(packing)
         return real(model, batch, packing)
 
-    monkeypatch.setattr("rag_retrieval.models.pair_scorer.packed_hidden_states", wrong)
+    monkeypatch.setattr("rag_retrieval.models.pair_scorer.packed_outputs", wrong)
     assert "differ from padded ones" in scorer._packing_problem(None)
     monkeypatch.undo()
     assert scorer._packing_problem(None) is None  # and it is packed again

@@ -38,7 +38,7 @@ def test_a_shared_prefix_stands_in_the_row_once():
     assert packing.pooled_index.tolist() == [2, 5, 7, 9], "a decoder is pooled at the last token"
 
 
-def test_a_kernel_is_told_the_keys_of_every_segment_with_the_shared_ones_repeated():
+def test_a_kernel_gets_the_keys_of_every_segment_with_the_shared_ones_repeated():
     bounds = Packing(BATCH, True, CPU).kernel_bounds
     assert bounds.queries.tolist() == [0, 2, 3, 6, 8, 10]
     assert bounds.keys.tolist() == [0, 2, 5, 10, 14, 16]

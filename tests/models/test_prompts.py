@@ -1,4 +1,4 @@
-"""The question around a pair: Qwen3-Reranker's own text, chat templates of other families, tokens as in one go."""
+"""The question around a pair: Qwen3-Reranker's own text, chat templates of other families, tokens of the whole text."""
 
 import random
 

@@ -75,7 +75,7 @@ DAMAGED = (
 def test_a_damaged_settings_file_is_named_with_what_to_do(tmp_path):
     for text in DAMAGED:
         (tmp_path / SETTINGS_FILE).write_text(text)
-        with pytest.raises(ValueError, match=rf"{SETTINGS_FILE}: damaged .*delete it or save the model anew"):
+        with pytest.raises(ValueError, match=rf"{SETTINGS_FILE}: damaged .*delete it or save the model again"):
             read_settings(str(tmp_path))
 
 

@@ -49,7 +49,7 @@ def test_shared_prefixes_are_those_of_a_plain_comparison():
     assert make_batch(pairs).shared.tolist() == expected and max(expected) == 3
 
 
-def test_an_empty_batch_is_our_own_mistake():
+def test_an_empty_batch_fails_an_assertion():
     with pytest.raises(AssertionError):
         make_batch([])
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rag_retrieval.infer.open_backend import open_backend
+from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.models.options import ModelOptions
 
 

@@ -26,7 +26,7 @@ def test_a_full_queue_says_when_to_try_again():
         assert (caught.value.status, caught.value.retry_after) == (429, retry_after)
 
 
-def test_nobody_comes_in_while_what_waits_takes_more_than_half_of_the_time_out():
+def test_a_request_is_refused_while_the_wait_is_over_half_of_the_time_out():
     waits = [15.0, 15.1]
     admission = Admission(5, 10, timeout=30, expected_seconds=lambda: waits[0])
     with admission.admit_request():

@@ -73,7 +73,7 @@ def test_several_training_files_are_listed_without_their_paths(run):
     assert ModelCard(text).data.datasets == ["org/data"]
 
 
-def test_a_run_is_read_with_the_figures_of_the_step_of_its_model(run):
+def test_a_run_is_read_with_the_figures_of_its_models_step(run):
     record = read_run_record(run)
     assert (record.step, record.measured) == (10, MEASURED)
     assert record.configuration == CONFIGURATION and record.data == [part_from(PART)]

@@ -41,9 +41,8 @@ def test_accumulation_changes_nothing(tmp_path, plain, batch_size, accumulation)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2)])
-def test_two_processes_change_nothing(tmp_path, plain, batch_size, accumulation):
-    arguments = [str(tmp_path / "run"), str(batch_size), str(accumulation)]
+def test_two_processes_that_accumulate_change_nothing(tmp_path, plain):
+    arguments = [str(tmp_path / "run"), "2", "2"]
     done = launch(
         ["torch.distributed.run", "--nproc_per_node", "2", "tests/contrastive_runs.py", *arguments],
         ACCELERATE_USE_CPU="true",

@@ -21,6 +21,7 @@ from training_runs import (
     with_teacher_scores,
     write_jsonl,
 )
+from yes_no_samples import YES_NO, tiny_causal
 
 from rag_retrieval.data.sampling import epoch_order
 
@@ -29,9 +30,9 @@ pytestmark = pytest.mark.slow
 LAUNCH_FILES = ["ddp", "default_fsdp", *(f"deepspeed/deepspeed_zero{stage}" for stage in range(4))]
 # the last is a mix of two losses whose divisors differ, one of which has nothing to count in some steps
 LOSSES = ["point_ce", "point_mse", "pairwise_ranknet", "listwise_ce", "pairwise_ranknet+margin_mse"]
-CASES = [
-    f"{loss}-{accumulation}-{family}" for loss in LOSSES for accumulation in (1, 3) for family in ("bert", "qwen2")
-]
+# the decoder takes each loss once: neither the loss nor the accumulation knows which model gave the scores
+CASES = [f"{loss}-{accumulation}-bert" for loss in LOSSES for accumulation in (1, 3)]
+CASES += [f"{loss}-{(1, 3)[place % 2]}-qwen2" for place, loss in enumerate(LOSSES)]
 PROCESSES = 2
 # 5 steps: warmup of round(0.4 * 5) = 2, constant to round(0.6 * 5) = 3, then half a cosine over 2
 SCHEDULE = {"warmup_proportion": 0.4, "stable_proportion": 0.2}
@@ -98,13 +99,17 @@ def mixed_keys(base: dict, folder: Path) -> dict:
     return base | {"train_dataset": entries}
 
 
-def further_keys(cases: dict[str, dict], validation: dict[int, str], with_dropout: str) -> dict[str, dict]:
+def further_keys(
+    cases: dict[str, dict], validation: dict[int, str], with_dropout: str, causal: dict[str, str]
+) -> dict[str, dict]:
     """Cases beside those of the plain loop, by name."""
     base = cases["listwise_ce-3-bert"]
     lora = {"lora_r": 4, "lora_target_modules": "all-linear", "gradient_checkpointing": True}
     whole = base | {"model_name_or_path": with_dropout, "epochs": 2, "save_steps": 3, "num_max_checkpoints": 9}
     still = base | {"lr": 1e-30, "head_lr": 1e-30, "eval_on_start": True}
+    answering = cases["listwise_ce-1-bert"] | YES_NO | {"model_type": "llm_decoder", "max_len": 200}
     return {
+        **{f"yes_no-{kind}": answering | {"model_name_or_path": model} for kind, model in causal.items()},
         "checkpointing-bert": base | {"gradient_checkpointing": True},
         "lora-bert": base | lora,
         "lora-qwen2": cases["listwise_ce-3-qwen2"] | lora,
@@ -132,7 +137,11 @@ def cases(tmp_path_factory, bert, qwen2, bert_with_dropout) -> dict[str, dict]:
     validation = {
         queries: write_jsonl(folder / f"val-{queries}.jsonl", grouped_records(queries, seed=4)) for queries in (9, 1)
     }
-    found |= further_keys(found, validation, bert_with_dropout)
+    causal = {
+        "tied": tiny_causal(folder / "tied", "qwen3", tied=True),
+        "untied": tiny_causal(folder / "untied", "qwen2"),
+    }
+    found |= further_keys(found, validation, bert_with_dropout, causal)
     return {case: keys | {"output_dir": str(folder / case)} for case, keys in found.items()}
 
 
@@ -209,7 +218,7 @@ def test_the_cases_hold_a_step_without_a_pair(plain, case):
     assert [loss == 0.0 for loss in losses] == [step == STEP_WITHOUT_PAIRS for step in range(5)]
 
 
-def test_five_steps_over_two_files_with_a_loss_each_equal_a_plain_loop(outputs, alone, cases):
+def test_five_steps_over_two_files_and_losses_equal_a_plain_loop(outputs, alone, cases):
     assert step_size("listwise_ce", 3) == MIXED_STEP
     expected = plain_training(cases["mixed"], MIXED_STEP, FACTORS)
     assert_plain_steps(outputs / "mixed", *expected)
@@ -225,6 +234,11 @@ def test_lora_with_gradient_checkpointing_takes_the_steps_of_one_process_without
     one, two = alone(f"lora-{family}", gradient_checkpointing=False), outputs / f"lora-{family}"
     assert_close(final_weights(two), final_weights(one), atol=1e-5)
     assert list((two / "adapter").glob("*.safetensors"))
+
+
+def test_a_yes_no_head_takes_the_steps_of_one_process(outputs, alone):
+    for case in ("yes_no-tied", "yes_no-untied"):
+        assert_close(final_weights(outputs / case), final_weights(alone(case)), atol=1e-5)
 
 
 def test_bf16_trains_float32_weights_as_one_process_does(outputs, alone, request):

@@ -47,7 +47,7 @@ def test_separate_copies_are_refused(monkeypatch):
     check_one_group(2)
 
 
-def test_a_launcher_that_was_asked_for_several_processes_and_started_one_is_refused(monkeypatch):
+def test_a_launcher_that_started_one_of_several_processes_is_refused(monkeypatch):
     for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_DYNAMO_BACKEND"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

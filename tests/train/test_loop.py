@@ -217,11 +217,7 @@ def test_training_stops_when_patience_ends(tmp_path, caplog):
 
 def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path):
     made = trainer(
-        tmp_path,
-        metrics=[0.0, 0.1, 0.2, 0.3],
-        eval_steps=2,
-        eval_on_start=True,
-        metric_for_best_model="ndcg@10",
+        tmp_path, metrics=[0.0, 0.1, 0.2, 0.3], eval_steps=2, eval_on_start=True, metric_for_best_model="ndcg@10"
     )
     state = made.train()
     assert [line["step"] for line in read_metrics(tmp_path, "eval")] == [0, 2, 4, 5]
@@ -269,9 +265,7 @@ def without_speed(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("killed_after", [4, 6, 7, 9])
 @pytest.mark.parametrize(("accumulation", "num_workers"), [(1, 0), (2, 2)])
-def test_a_resumed_run_has_the_bits_and_log_of_one_never_stopped(
-    tmp_path, killed_after, accumulation, num_workers
-):
+def test_a_resumed_run_has_the_bits_and_log_of_one_never_stopped(tmp_path, killed_after, accumulation, num_workers):
     run = dict(
         records=20 * accumulation - 3,
         accumulation=accumulation,
@@ -335,9 +329,7 @@ def send_in_step(made: Trainer, step: int, *numbers: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 5, 7])  # 5: the end of an epoch, where an evaluation is due
-def test_a_run_stopped_by_a_signal_resumes_to_the_same_bits(
-    tmp_path, number, step
-):
+def test_a_run_stopped_by_a_signal_resumes_to_the_same_bits(tmp_path, number, step):
     run = dict(dropout=0.3, epochs=2, num_workers=2, metric_for_best_model="ndcg@10", early_stopping_patience=2)
     metrics = [0.2, 0.1]
     trainer(tmp_path / "whole", metrics=metrics, **run).train()

@@ -99,7 +99,7 @@ def test_what_the_model_has_not_is_refused_with_its_own_names(settings, keys, na
     assert all(word in str(caught.value) for word in named)
 
 
-def test_a_family_that_peft_does_not_know_lists_the_names_of_its_modules(settings, monkeypatch):
+def test_a_family_unknown_to_peft_lists_its_module_names(settings, monkeypatch):
     import peft.utils
 
     monkeypatch.setattr(peft.utils, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})

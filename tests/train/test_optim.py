@@ -83,9 +83,7 @@ def test_betas_and_epsilon_reach_the_optimizer_which_is_fused():
 # --- the schedule ---
 
 PROPORTIONS = [
-    pair
-    for pair in itertools.product([0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0], repeat=2)
-    if sum(pair) <= 1.0
+    pair for pair in itertools.product([0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0], repeat=2) if sum(pair) <= 1.0
 ] + [(0.7, 0.3), (0.3, 0.7), (2 / 3, 1 / 3), (0.1, 0.9), (0.05, 0.95), (0.55, 0.45)]
 
 
@@ -105,7 +103,7 @@ def test_without_warmup_and_stable_phase_the_first_update_has_the_full_rate():
     assert factors(2, 0.0, 0.0) == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
 
 
-def test_warmup_over_the_whole_run_reaches_the_full_rate_at_the_last_update():
+def test_warmup_over_the_whole_run_peaks_at_the_last_update():
     assert factors(4, 1.0, 0.0) == [0.25, 0.5, 0.75, 1.0, 0.0]
 
 
@@ -131,7 +129,7 @@ def test_a_sum_that_exceeds_one_by_float_error_alone_is_accepted():
     assert factors(10, 0.7, just_above)[6:] == [1.0, 1.0, 1.0, 1.0, 0.0]
 
 
-def test_the_factor_rises_in_warmup_never_climbs_again_and_ends_at_exactly_zero():
+def test_the_factor_rises_in_warmup_then_falls_to_exactly_zero():
     for warmup, stable in PROPORTIONS:
         for total_steps in range(1, 61):
             found = factors(total_steps, warmup, stable)

@@ -120,9 +120,7 @@ def test_auto_does_not_start_over_beside_checkpoints_without_a_run_file(tmp_path
     assert state.step == 2
 
 
-def test_going_back_removes_later_checkpoints_and_forgets_a_lost_best(
-    tmp_path, earlier, caplog
-):
+def test_going_back_removes_later_checkpoints_and_forgets_a_lost_best(tmp_path, earlier, caplog):
     save(tmp_path, TrainState("earlier", 3, best_metric=0.4, best_step=1))
     state, checkpoint = plan_start(tmp_path, str(tmp_path / "checkpoint-3"), overwrite=False)
     claim(tmp_path, state)

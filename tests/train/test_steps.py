@@ -110,7 +110,7 @@ def test_no_set_is_ever_more_than_a_step_off_its_share():
         assert Counter(owners) == dict(enumerate(steps))
 
 
-def test_a_weight_is_the_number_of_passes_and_shows_at_least_one_record():
+def test_a_weight_is_a_number_of_passes_of_one_record_or_more():
     assert [records_per_epoch(10, weight) for weight in (1, 0.5, 2, 0.25, 2.74, 0.001)] == [10, 5, 20, 2, 27, 1]
 
 

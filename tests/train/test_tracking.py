@@ -31,7 +31,7 @@ def test_a_window_gives_the_mean_loss_and_the_last_rate_and_norm():
     }
 
 
-def test_steps_that_the_scaler_skipped_are_counted_and_their_norm_is_left_out():
+def test_steps_skipped_by_the_scaler_are_counted_without_their_norm():
     window = LogWindow(num_processes=1)
     window.add(1.0, 3.0, 1, 0.1)
     window.add(1.0, float("inf"), 1, 0.1)
@@ -83,8 +83,7 @@ def test_without_a_terminal_there_are_log_lines(tmp_path, caplog):
     assert caplog.messages[-1].startswith("step 10/100  loss 0.2500  loss/a 0.5000  lr 1.00e-04")
     made.evaluation(10, {"loss": 0.5, "ndcg@10": 0.75, "queries": 10}, "  (best ndcg@10 so far)")
     assert (
-        caplog.messages[-1]
-        == "evaluation at step 10: loss 0.5000  ndcg@10 0.7500  queries 10  (best ndcg@10 so far)"
+        caplog.messages[-1] == "evaluation at step 10: loss 0.5000  ndcg@10 0.7500  queries 10  (best ndcg@10 so far)"
     )
     made.close()
     assert [line["kind"] for line in lines(tmp_path)] == ["train", "train", "eval"]

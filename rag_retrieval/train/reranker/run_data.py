@@ -132,9 +132,7 @@ def sources(
     return training if validation is None else [*training, ("validation", config.val_dataset, validation)]
 
 
-def data_parts(
-    config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None
-) -> list[DataPart]:
+def data_parts(config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None) -> list[DataPart]:
     return [DataPart(purpose, name, summary(store)) for purpose, name, store in sources(config, files, validation)]
 
 

@@ -53,8 +53,7 @@ class Validation:
         self.names = names
         self.store, self.objective, self.label_range, self.accelerator = store, objective, label_range, accelerator
         self.groups = [
-            np.arange(first, first + size)
-            for first, size in zip(store.group_offsets, store.group_sizes, strict=True)
+            np.arange(first, first + size) for first, size in zip(store.group_offsets, store.group_sizes, strict=True)
         ]
         self.labels = store.labels
         self.relevant_from = relevance_threshold(self.labels)

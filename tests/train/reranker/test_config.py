@@ -153,7 +153,7 @@ def test_unknown_losses_are_refused_with_those_that_there_are():
     assert all(name in problems(GROUPED, teacher_loss_type="listnet")["teacher_loss_type"] for name in TEACHER_LOSSES)
 
 
-def test_a_loss_of_the_users_own_is_named_and_needs_a_data_type():
+def test_a_user_loss_is_named_and_needs_a_data_type():
     config = RerankerConfig(**GROUPED | {"loss_type": "my_package.losses:mine"})
     assert (config.loss_type, config.train_dataset_type) == ("my_package.losses:mine", "grouped")
     assert (config.temperature, config.teacher_score_key) == (None, "teacher_score")
@@ -172,7 +172,7 @@ def test_a_loss_gets_the_defaults_of_its_options_and_no_others():
     assert RerankerConfig(**GROUPED, teacher_loss_type="kl_distillation").teacher_temperature == 1.0
 
 
-def test_options_have_the_ranges_of_the_table_and_are_ignored_beside_other_losses():
+def test_loss_options_have_the_tables_ranges_and_apply_to_their_loss():
     assert problems(GROUPED, temperature=0).keys() == {"temperature"}
     assert problems(GROUPED, loss_type="lambda_loss", lambda_weights="x", lambda_top_k=0).keys() == {
         "lambda_weights", "lambda_top_k"
@@ -253,7 +253,7 @@ def test_a_split_is_for_the_entries_of_the_hub_alone():
     assert files(["a.jsonl", "owner/set"])[1].train_split == "train"
 
 
-def test_what_an_entry_says_wrong_is_reported_with_its_number_file_and_key():
+def test_a_mistake_in_an_entry_names_its_number_file_and_key():
     wrong = [
         ({"path": "b.jsonl", "wieght": 2}, "wieght"),
         ({"weight": 2}, "path"),
@@ -273,7 +273,7 @@ def test_what_an_entry_says_wrong_is_reported_with_its_number_file_and_key():
         assert message.startswith("entry 2 (") and f"{name}" in message, entry
 
 
-def test_a_key_of_an_entry_that_does_not_apply_is_ignored_by_name():
+def test_an_entrys_key_that_does_not_apply_is_ignored_by_name():
     config = RerankerConfig(**RUN, train_dataset=["a.jsonl", {"path": "b.jsonl", "group_size": 4, "split": "test"}])
     assert config.ignored.count("entry 2 (b.jsonl)") == 2 and "group_size" in config.ignored
     assert config.train_dataset[1]["group_size"] is None
@@ -300,7 +300,7 @@ def test_paths_of_entries_are_looked_up_from_the_file_s_folder_too(tmp_path):
         load_config(RerankerConfig, write(tmp_path, train_dataset=["a.jsonl", {"path": "c.jsonl"}]))
 
 
-def test_the_command_line_takes_one_file_several_or_a_list_as_in_yaml(tmp_path):
+def test_the_command_line_takes_one_file_several_or_a_yaml_list(tmp_path):
     for text, names, weights in (
         ("owner/a", ["owner/a"], [1.0]),
         ("owner/a,owner/b", ["owner/a", "owner/b"], [1.0, 1.0]),

@@ -78,7 +78,7 @@ def test_files_take_turns_and_the_log_tells_them_apart(mixed, caplog):
 
 
 @pytest.mark.parametrize(("num_workers", "after"), [(0, 6), (2, 13)])
-def test_a_run_over_two_files_resumes_within_an_epoch_to_the_same_bits(
+def test_a_mixed_run_resumes_within_an_epoch_to_the_same_bits(
     mixed, tmp_path, bert_with_dropout, monkeypatch, num_workers, after
 ):
     values = mixed(
@@ -119,7 +119,7 @@ def test_a_file_may_have_steps_of_a_size_of_its_own(mixed):
     assert train(values).step == 3 + 2, "20 groups and 11 pairs"
 
 
-def test_another_weight_or_content_of_a_file_is_another_run_for_a_resume(mixed, tmp_path):
+def test_another_weight_or_content_of_a_file_stops_a_resume(mixed, tmp_path):
     train(mixed(save_steps=4))
     from_there = {"resume": str(tmp_path / "run" / "checkpoint-4"), "output_dir": str(tmp_path / "elsewhere")}
     with pytest.raises(StartError, match=r"\n  train_dataset entry 2, weight: was 0.5, now 0.25\n"):

@@ -104,7 +104,7 @@ def test_labels_stand_beside_their_documents(steps):
         assert text.count("capital") + text.count("boils") == 2
 
 
-def test_pointwise_pairs_of_a_query_stay_together_where_the_model_computes_it_once(steps):
+def test_pairs_of_a_query_stay_together_where_its_computation_is_shared(steps):
     long, short = "boils " * 12, "rest"
     records = [
         {"query": query, "content": content, "label": 0}
@@ -156,7 +156,7 @@ def test_teacher_scores_do_not_change_the_one_hot_label_of_listwise_ce(steps):
     assert steps("pairwise_ranknet", records)[0, 0][0].labels.tolist() == [[7.5, -2.0]]
 
 
-def test_a_process_with_nothing_to_do_gets_a_filler_without_loss_or_gradient(steps):
+def test_an_idle_process_gets_a_filler_without_loss_or_gradient(steps):
     for loss in LOSSES.values():
         records = grouped_records(1) if loss.dataset_type == "grouped" else pointwise_records(1)
         filler = steps(loss.name, records, processes=2, index=1)[0, 0][0]
@@ -194,10 +194,7 @@ def test_workers_change_nothing(steps, loss):
     def contents(num_workers: int) -> list:
         loader = step_loader(data, epochs=2, done=0, num_workers=num_workers)
         return [
-            [
-                (b.pairs.ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources)
-                for b in step
-            ]
+            [(b.pairs.ids.tolist(), b.labels.tolist(), b.mask.tolist(), b.items, b.sources) for b in step]
             for step in steps_of(loader)
         ]
 
@@ -254,7 +251,7 @@ def test_a_weight_above_one_shows_pass_after_pass_in_one_epoch(steps):
     assert lines_of(part, 0) + lines_of(part, 1) == passes[:44]
 
 
-def test_another_pass_in_the_same_epoch_shows_other_documents_of_a_large_group(steps):
+def test_another_pass_in_an_epoch_shows_other_documents_of_large_groups(steps):
     queries = ("capital", "boils", "river", "paris", "seine", "sugar", "oxygen", "france")
     records = [{"query": query, "pos": ["yes"], "neg": ["rest", "water", "light"]} for query in queries]
     whole = steps("listwise_ce", records, group_size=2)

@@ -70,8 +70,7 @@ def test_pointwise_loss_is_the_plain_mean_over_all_pairs(validation, scorer):
     values = evaluate(validation("point_mse", records, levels=(0.0, 2.0)), scorer)
     scores = scorer.compute_score([(record["query"], record["content"]) for record in records]).tolist()
     errors = [
-        (1 / (1 + math.exp(-score)) - record["label"] / 2) ** 2
-        for score, record in zip(scores, records, strict=True)
+        (1 / (1 + math.exp(-score)) - record["label"] / 2) ** 2 for score, record in zip(scores, records, strict=True)
     ]
     assert values["loss"] == pytest.approx(sum(errors) / 13, abs=1e-6)
 
@@ -100,8 +99,7 @@ def test_listwise_loss_takes_several_positives_one_at_a_time(validation, scorer)
     terms = []
     for record in records:
         scores = [
-            scorer.compute_score([(record["query"], text) for text in record[side]]).tolist()
-            for side in ("pos", "neg")
+            scorer.compute_score([(record["query"], text) for text in record[side]]).tolist() for side in ("pos", "neg")
         ]
         rest = sum(math.exp(score) for score in scores[1])
         terms += [-math.log(math.exp(score) / (math.exp(score) + rest)) for score in scores[0]]
@@ -147,7 +145,7 @@ def test_what_cannot_be_measured_is_left_out(validation):
     assert "ndcg@10" in validation("pairwise_ranknet", grouped_records(2)).metrics
 
 
-def test_relevance_begins_at_one_for_whole_labels_and_in_the_middle_for_others():
+def test_relevance_begins_at_1_for_whole_labels_else_in_the_middle():
     assert relevance_threshold(np.array([0, 1, 3], np.float32)) == 1.0
     assert relevance_threshold(np.array([0.1, 0.9], np.float32)) == pytest.approx(0.5)
 
@@ -165,9 +163,7 @@ def test_no_forward_has_more_tokens_than_the_bound(scorer, tmp_path):
     records = grouped_records(12)
     for padded in (True, False):
         made = bounded(scorer, tmp_path, records, max_tokens=100, padded=padded)
-        costs = [
-            len(batch) * batch.lengths.max() if padded else batch.lengths.sum() for _, batch in made.batches
-        ]
+        costs = [len(batch) * batch.lengths.max() if padded else batch.lengths.sum() for _, batch in made.batches]
         assert len(costs) > 5 and max(costs) <= 100
     whole = evaluate(bounded(scorer, tmp_path, records), scorer)
     assert evaluate(made, scorer) == pytest.approx(whole, abs=1e-5)

@@ -1,11 +1,10 @@
-"""A yes/no head is trained like any other, by every engine, and stays a causal model."""
+"""A yes/no head is trained like any other and stays a causal model. By every engine: tests/train/test_exactness.py."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import engine_command, final_weights, grouped_records, launch, read_metrics, train
+from training_runs import final_weights, read_metrics, train
 from transformers import AutoModelForCausalLM
 from yes_no_samples import YES_NO, tiny_causal, transformers_scores
 
@@ -17,10 +16,7 @@ PAIRS = [("what?", "It is."), ("open a file", "in Python, line by line"), ("wate
 @pytest.fixture(scope="session")
 def causal(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("causal")
-    return {
-        "tied": tiny_causal(root / "tied", "qwen3", tied=True),
-        "untied": tiny_causal(root / "untied", "qwen2"),
-    }
+    return {"tied": tiny_causal(root / "tied", "qwen3", tied=True), "untied": tiny_causal(root / "untied", "qwen2")}
 
 
 @pytest.fixture
@@ -79,28 +75,3 @@ def test_lora_is_merged_into_a_causal_model(answering):
     torch.testing.assert_close(scores, transformers_scores(folder, PAIRS), atol=1e-5, rtol=1e-5)
     base = LLMDecoder.from_pretrained(values["model_name_or_path"], **YES_NO).compute_score(PAIRS)
     assert (scores - base).abs().min() > 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "launch_file", ["ddp", "default_fsdp", "deepspeed/deepspeed_zero2", "deepspeed/deepspeed_zero3"]
-)
-def test_two_processes_of_every_engine_take_the_steps_of_one(answering, tmp_path, launch_file):
-    if "deepspeed" in launch_file:
-        pytest.importorskip("deepspeed")
-    records = grouped_records(20)
-    cases = {
-        kind: answering(kind, records=records, batch_size=2) | {"output_dir": str(tmp_path / kind)}
-        for kind in ("tied", "untied")
-    }
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = engine_command(f"config/{launch_file}.yaml", 2, "tests/engine_runs.py")
-    done = launch([*command, str(tmp_path / "cases.json")])
-    assert done.returncode == 0, done.stderr
-    for kind, values in cases.items():
-        one = values | {"output_dir": str(tmp_path / f"{kind}-one"), "batch_size": 4}
-        train(one)
-        expected, found = final_weights(one["output_dir"]), final_weights(values["output_dir"])
-        assert found.keys() == expected.keys()
-        for name, value in found.items():
-            torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rag_retrieval.models.pair_checks import check_pairs
+from rag_retrieval.models.inputs import check_pairs
 
 
 @pytest.mark.parametrize(
