@@ -110,7 +110,7 @@ def test_a_model_neither_local_nor_on_the_hub_is_named(monkeypatch):
         load("nobody/nothing")
 
 
-def test_a_hub_that_cannot_say_how_a_model_pools_is_an_error_and_no_default(monkeypatch, tmp_path):
+def test_a_hub_that_cannot_say_how_a_model_pools_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     commit = "0" * 40
     snapshot = tmp_path / "models--me--model" / "snapshots" / commit
