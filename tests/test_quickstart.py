@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rag_retrieval.cli import main
+from rag_retrieval.data.store import Group
+from rag_retrieval.quickstart import examples
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("rag_retrieval", "example_data", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -64,3 +67,10 @@ def test_a_folder_that_holds_anything_is_left_as_it_is(tmp_path, capsys):
     message = capsys.readouterr().err
     assert str(tmp_path) in message and "--output_dir" in message
     assert list(tmp_path.rglob("*")) == [kept.parent, kept] and kept.read_text() == "of another run"
+
+
+def test_its_rankings_fit_80_columns():
+    labels = np.array([1.0, 0.0])
+    group = Group("q", ["word " * 40, "a"], labels, labels > 0, np.array([1, 2]))
+    lines = list(examples([labels] * 2, [labels] * 2, [group] * 2))
+    assert max(map(len, lines)) in range(70, 81)
