@@ -30,7 +30,7 @@ PACKAGE = Path(__file__).resolve().parent
 IN_WHEEL, IN_CHECKOUT = PACKAGE / "example_data", PACKAGE.parent / "example_data"
 EXAMPLES = IN_WHEEL if IN_WHEEL.is_dir() else IN_CHECKOUT
 SHOWN = 3  # documents shown per ranking
-WIDTH = 96  # columns
+WIDTH = 74  # columns of a document
 
 
 class QuickstartConfig(Config):
@@ -67,7 +67,8 @@ def run(config: QuickstartConfig) -> str | int:
         *examples(rankings["BM25's order"], rankings["the trained reranker"], groups),
         f"\nThe model: {model_folder} ({time.monotonic() - started:.0f} s in all). Use it:\n",
         "    from rag_retrieval import CrossEncoder",
-        f'    CrossEncoder.from_pretrained("{model_folder}").compute_score([["query", "document"], ...])',
+        f'    reranker = CrossEncoder.from_pretrained("{model_folder}")',
+        '    reranker.compute_score([["query", "document"], ...])',
     ]
     return "\n".join(lines)
 
@@ -92,7 +93,7 @@ def cosine_scores(base: str, groups: list[Group]) -> list[np.ndarray]:
 
 def table(rankings: dict[str, list[np.ndarray]], groups: list[Group]) -> Iterator[str]:
     labels = [group.labels for group in groups]
-    yield f"\n{len(groups)} held-out queries, {sum(map(len, labels))} candidates, none of them seen in training:\n"
+    yield f"\n{len(groups)} held-out queries, {sum(map(len, labels)):,} candidates, none of them seen in training:\n"
     yield f"  {'':<30} nDCG@10   MRR@10"
     for name, scores in rankings.items():
         values = group_metrics(scores, labels)

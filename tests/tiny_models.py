@@ -6,6 +6,7 @@ special tokens, byte fallback and word boundaries behave as in the real model. W
 """
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -120,6 +121,24 @@ def save_tiny(
         model = auto.from_config(config)
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def bring_code(bert: Path | str, folder: Path) -> str:
+    """A copy of a BERT folder whose classes are Python code beside its weights, as of models that are not in
+    transformers."""
+    shutil.copytree(bert, folder)
+    (folder / "own_bert.py").write_text(
+        "from transformers import BertConfig, BertForSequenceClassification, BertModel\n"
+        "class OwnConfig(BertConfig):\n    model_type = 'own_bert'\n"
+        "class OwnModel(BertModel):\n    config_class = OwnConfig\n"
+        "class OwnForSequenceClassification(BertForSequenceClassification):\n    config_class = OwnConfig\n"
+    )
+    classes = {"AutoConfig": "OwnConfig", "AutoModel": "OwnModel"}
+    classes["AutoModelForSequenceClassification"] = "OwnForSequenceClassification"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own_bert", "auto_map": {name: f"own_bert.{own}" for name, own in classes.items()}}
+    (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
 

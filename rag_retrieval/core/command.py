@@ -210,10 +210,10 @@ def describe_command(command: Command, config_class: "type[Config]", everything:
             main_keys = [describe_key(key, config_class, short=True) for key in config_class.main_keys]
             formatter.write_dl(main_keys, col_max=26)
         others = [(title, [key for key in keys if key not in config_class.main_keys]) for title, keys in groups.items()]
-        with formatter.section("All others (--help_all explains them)"):
-            for title, keys in others:
-                if keys:
-                    formatter.write_text(f"{title}: {', '.join(keys)}")
+        if lines := [f"{title}: {', '.join(keys)}" for title, keys in others if keys]:
+            with formatter.section("All others (--help_all explains them)"):
+                for line in lines:
+                    formatter.write_text(line)
     formatter.write_paragraph()
     formatter.write_text(
         "Each is a key of the YAML file (--config) and an option, which wins: --key value, --key=value; --key alone "

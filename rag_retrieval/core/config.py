@@ -66,7 +66,7 @@ class Config(BaseModel):
     do not fit each other.
 
     aliases: other names of keys. main_keys: those that `--help` explains; it only names the others. groups: first key
-    of a group of fields, and the group's title in the help.
+    of a group of fields, and the group's title in the help. only_for: to which runs inherited keys apply.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -74,6 +74,7 @@ class Config(BaseModel):
     aliases: ClassVar[Mapping[str, str]] = {}
     main_keys: ClassVar[Sequence[str]] = ()
     groups: ClassVar[Mapping[str, str]] = {}
+    only_for: ClassVar[Mapping[str, Only]] = {}
     _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # key that was given, and to what alone it applies
 
     @property
@@ -114,7 +115,7 @@ class Config(BaseModel):
         """Drop what does not apply, derive what was not given, in the order of the fields; then compare keys."""
         values = vars(self)  # a frozen model takes no assignment
         for name, key_field in type(self).model_fields.items():
-            only, derive = _rule(key_field, "only"), _rule(key_field, "derive")
+            only, derive = self.only_for.get(name) or _rule(key_field, "only"), _rule(key_field, "derive")
             if only and not only.applies(self):
                 if values[name] != key_field.default:  # `eval_on_start: false` asks for nothing
                     self._ignored[name] = only.words
@@ -268,5 +269,5 @@ def expected(key_field: FieldInfo) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number"}
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = [limit for mark in metadata if isinstance(mark, BaseMetadata) for limit in asdict(mark).items()]
-    bounds = " and ".join(f"{words[name]} {bound:,g}" for name, bound in limits)
+    bounds = " and ".join(f"{words[name]} {bound:,.15g}" for name, bound in limits)
     return f"{names.get(kind, 'a value')} {'of ' if bounds.startswith('at ') else ''}{bounds}".strip()

@@ -37,7 +37,10 @@ def set_up_logging() -> None:
     logging.getLogger("rag_retrieval").setLevel(logging.INFO if launched_rank() == 0 else logging.ERROR)
     # an installed DeepSpeed warns of a missing GPU when accelerate imports it, in a run without DeepSpeed too
     logging.getLogger("DeepSpeed").addFilter(_is_about_the_run)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its own lines, which would come twice
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # read by huggingface_hub and transformers where a command imports them later
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     quiet_transformers()
 
 
@@ -63,7 +66,9 @@ def _console() -> "Console":
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):  # stderr is full, and there is no other place to say so
-            _console().print(self.format(record), markup=False, highlight=False, emoji=False, soft_wrap=True)
+            # a terminal would break the line inside a word; a line of a file stays whole
+            whole = not _console().is_terminal
+            _console().print(self.format(record), markup=False, highlight=False, emoji=False, soft_wrap=whole)
 
 
 class Progress:

@@ -136,7 +136,7 @@ def report_teachers(config: DistillConfig, teachers: list[Reranker]) -> None:
         lengths = teacher.backend.pair_encoder.untruncated_lengths(pairs)
         if truncated := float((lengths > teacher.max_length).mean()):
             longer = f"{truncated:.1%} of the first {len(pairs):,} pairs are longer than {teacher.max_length} tokens"
-            logger.warning("%s and are cut; max_len sets another limit", longer)
+            logger.warning("%s and are cut; max_length sets another limit", longer)
 
 
 def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], teachers: list[Reranker]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import NAMES, FileOrFolder, FolderPath, Location, ModelName, OutputPath, key
+from rag_retrieval.core.config import NAMES, FileOrFolder, FolderPath, Location, ModelName, Only, OutputPath, key
 from rag_retrieval.data.readers import FILE_SUFFIXES, is_file_name
 from rag_retrieval.data.words import AUTO
 from rag_retrieval.metrics import METRICS, PATTERNS, parse_metric
@@ -22,7 +22,8 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
 
     main_keys: ClassVar = ("model", "data", "split", "baseline", "output_dir")
     groups: ClassVar = ModelOptions.groups | {
-        "model": "Data", "measures": "Figures", "report": "Output", "batch_size": "Scoring"
+        "long_document": "Long documents", "model": "Data", "measures": "Figures", "report": "Output",
+        "batch_size": "Scoring",
     }  # fmt: skip
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
@@ -63,7 +64,9 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
         min_length=1,
     )
     calibration_dir: OutputPath | None = key(
-        "Where calibration.json goes instead, for a model's folder that is read-only.", min_length=1
+        "Where calibration.json goes instead, for a model's folder that is read-only.",
+        only=Only("runs that calibrate", lambda config: config.calibrate is not None),
+        min_length=1,
     )
     report: bool = key("Write report.html and its figures into output_dir (needs matplotlib).", False)
     training_run: FolderPath | None = key(

@@ -4,8 +4,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, ModelName, OutputPath, key
+from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, ModelName, Only, OutputPath, key
 from rag_retrieval.models.options import ModelOptions
+
+SCORING = Only("commands that score; export is in float32 on one device", lambda config: False)
+CHECKED = Only("exports with data", lambda config: config.data is not None)
 
 
 class ExportConfig(ModelOptions):
@@ -14,6 +17,7 @@ class ExportConfig(ModelOptions):
 
     main_keys: ClassVar = ("model", "output", "quantize", "data", "force")
     groups: ClassVar = ModelOptions.groups | {"model": "Export"}
+    only_for: ClassVar = dict.fromkeys(("devices", "dtype", "precision"), SCORING)
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the trained reranker.")
     output: OutputPath = Field(min_length=1, description="Folder to write; one that holds files is refused.")
@@ -25,9 +29,9 @@ class ExportConfig(ModelOptions):
         "with the program, and no nDCG.",
         min_length=1,
     )
-    split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv.", "test", min_length=1)
-    queries: int = key("Judged queries of the data that are checked, at most.", 100, ge=1)
-    depth: int = key("BM25's candidates of each query that are scored, in documents.", 50, ge=1)
+    split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv.", "test", only=CHECKED, min_length=1)
+    queries: int = key("Judged queries of the data that are checked, at most.", 100, only=CHECKED, ge=1)
+    depth: int = key("BM25's candidates of each query that are scored, in documents.", 50, only=CHECKED, ge=1)
     force: bool = key("Keep an int8 model that differs by more than the limits.", False)
 
 

@@ -17,13 +17,15 @@ MARGINS = ("absolute_margin", "relative_margin", "max_score")
 BEIR = Only("data in BEIR layout", lambda config: os.path.isdir(config.data))
 RECORDS = Only("data that are a file of records", lambda config: not os.path.isdir(config.data))
 WORDS = Only("candidates bm25 and fused", lambda config: config.candidates != "dense")
+RERANKER = Only("runs with a reranker", lambda config: config.reranker is not None)
+MODELS = Only("runs with a model", lambda config: config.reranker is not None or config.candidates != "bm25")
 DENSE = Only("candidates dense and fused", lambda config: config.candidates != "bm25")
 
 
 class MiningConfig(ModelOptions, LongDocumentOptions):
     """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply".
 
-    The options for opening a model are the reranker's; device is that of dense_model too.
+    The options for opening a model are the reranker's; device and trust_remote_code are those of dense_model too.
     """
 
     main_keys: ClassVar = ("data", "output", "candidates", "num_negatives", "reranker")
@@ -31,6 +33,10 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
         "long_document": "Long documents", "model_type": "Opening the reranker", "data": "Data",
         "candidates": "Candidates", "num_negatives": "Negatives",
     }  # fmt: skip
+    only_for: ClassVar = (
+        dict.fromkeys([*ModelOptions.model_fields, *LongDocumentOptions.model_fields], RERANKER)
+        | dict.fromkeys(("device", "trust_remote_code"), MODELS)
+    )
 
     data: FileOrFolder = Field(
         min_length=1, description="A folder in BEIR layout, or a file of ranking records (its positives are used)."

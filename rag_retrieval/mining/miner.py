@@ -103,6 +103,7 @@ def search_options(config: MiningConfig) -> SearchOptions:
         config.dense_max_len,
         config.dense_batch_size,
         config.similarity,
+        config.trust_remote_code,
     )
     options = SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
     return options if config.candidates == "dense" else replace(options, language=config.language)

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from rag_retrieval.models.settings import ModelFiles, RerankerSettings, check_no_pointers, choose_setting
+from rag_retrieval.models.settings import ModelFiles, RerankerSettings, check_no_pointers, choose_setting, parsing
 
 logger = logging.getLogger(__name__)
 
@@ -271,18 +271,23 @@ def check_unused_weights(model_path: str, model: PreTrainedModel, unused: Iterab
     Other unused weights are normal: heads of masked or causal language modelling, a pooler, position numbers.
     """
     own = {without_numbers(name) for name, _ in model.named_parameters()}
+    has_layers = any(is_of_layer(name) for name, _ in model.named_parameters())
     prefix = f"{model.base_model_prefix}."
     layers = [
         name
         for name in sorted(unused)
-        if re.search(r"\.\d+\.", f".{name}")
-        and (without_numbers(name) in own or without_numbers(prefix + name) in own)
+        if is_of_layer(name)
+        and (not has_layers or without_numbers(name) in own or without_numbers(prefix + name) in own)
     ]
     if layers:
         raise ValueError(
             f"{model_path}: config.json describes fewer layers than the weights have, and these would not be used: "
             f"{shorten(layers)}; correct num_hidden_layers, or save the smaller model with its own weights"
         )
+
+
+def is_of_layer(name: str) -> bool:
+    return re.search(r"\.\d+\.", f".{name}") is not None
 
 
 def without_numbers(name: str) -> str:
@@ -381,7 +386,8 @@ def choose_max_length(
         (files.max_seq_length, "max_seq_length of sentence_bert_config.json"),
         (tokenizer.model_max_length, "model_max_length of its tokenizer"),
     ]
-    known = [(value, source) for value, source in theirs if value is not None and 0 < value < NO_LIMIT]
+    with parsing(f"{files.path}: tokenizer_config.json"):
+        known = [(value, source) for value, source in theirs if value is not None and 0 < value < NO_LIMIT]
     default, source = DEFAULT_MAX_LENGTH, "the default"
     if known and trained:
         default, source = min(known[0][0], LONGEST_DEFAULT), known[0][1]

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, check_max_length, load_tokenizer, position_limit, reading
-from rag_retrieval.models.settings import resolve_model_path
+from rag_retrieval.models.settings import find_file, resolve_model_path
 
 Encode = Callable[[list[str]], np.ndarray]  # texts to float32 [texts, width]
 
@@ -26,6 +25,7 @@ class EncoderOptions:
     """model: a sentence-transformers folder, a plain encoder's, a hub name, or package:NAME. pooling: of a plain
     encoder (None: mean). query_prefix, document_prefix: None leaves the model its own prompts. max_len: tokens of a
     text (None: the model's own). batch_size: texts in a forward. similarity: cosine makes vectors of length 1.
+    trust_remote_code: whether Python code that comes with the model is run.
     """
 
     model: str
@@ -35,6 +35,7 @@ class EncoderOptions:
     max_len: int | None = None
     batch_size: int = 32
     similarity: Literal["cosine", "dot"] = "cosine"
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,10 @@ class DenseEncoder:
 
 
 def load_encoder(options: EncoderOptions, device: str) -> DenseEncoder:
-    """Raises ValueError where the folder is no model, or a reranker's, or pooling is given for one that has its own."""
+    """Raises ValueError where the folder is no model, or a reranker's, where pooling is given for one that has its own,
+    and where the hub cannot be asked whether the model has its own."""
     path = resolve_model_path(options.model)
-    modules = cached_file(
-        path,
-        "modules.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    if modules is None:
+    if find_file(path, "modules.json") is None:
         return _plain_encoder(path, options, device)
     if options.pooling is not None:
         raise ValueError(f"{path}: pooling is given, but this sentence-transformers folder has its own; remove it")
@@ -66,7 +61,7 @@ def _sentence_transformer(path: str, options: EncoderOptions, device: str) -> De
     except ImportError:
         raise ValueError(f"{path} is a sentence-transformers folder; run: pip install sentence-transformers") from None
     with reading(f"{path}: the dense model"):
-        model = SentenceTransformer(path, device=device)
+        model = SentenceTransformer(path, device=device, trust_remote_code=options.trust_remote_code)
     if options.max_len is not None:
         model.max_seq_length = options.max_len
     arguments = {
@@ -81,12 +76,12 @@ def _sentence_transformer(path: str, options: EncoderOptions, device: str) -> De
 
 
 def _plain_encoder(path: str, options: EncoderOptions, device: str) -> DenseEncoder:
-    tokenizer = load_tokenizer(path, trust_remote_code=False)
+    tokenizer = load_tokenizer(path, options.trust_remote_code)
     with reading(f"{path}: the dense model"):
-        saved = AutoConfig.from_pretrained(path)
+        saved = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     refuse_reranker(path, saved)
     with reading(f"{path}: the dense model"):
-        model = AutoModel.from_pretrained(path).eval().to(device)
+        model = AutoModel.from_pretrained(path, trust_remote_code=options.trust_remote_code).eval().to(device)
     limit = position_limit(model) or DEFAULT_MAX_LENGTH
     max_len = min(DEFAULT_MAX_LENGTH, limit) if options.max_len is None else options.max_len
     check_max_length(max_len, model)

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rag_retrieval.core.command import has_home, report
@@ -26,7 +27,6 @@ def run_training(run: Callable[[Any], Any], config: Any) -> int:
     from rag_retrieval.train.launch import LaunchError
     from rag_retrieval.train.task import ProcessFailure, TrainingError
 
-    advice = f"continue with --resume auto --output_dir {config.output_dir}"
     try:
         with on_signals(interrupt):
             run(config)
@@ -37,18 +37,29 @@ def run_training(run: Callable[[Any], Any], config: Any) -> int:
     except TrainingError as error:
         return report(error, 1, on_all_processes=not isinstance(error, ProcessFailure))
     except TrainingStopped as stop:
-        return report(InterruptedError(f"{stop}; {advice}"), exit_code(stop.number), on_all_processes=True)
+        message = f"{stop}; {how_to_continue(config)}"
+        return report(InterruptedError(message), exit_code(stop.number), on_all_processes=True)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        message = f"interrupted by {signal.Signals(number).name}; {advice}"
+        message = f"interrupted by {signal.Signals(number).name}; {how_to_continue(config)}"
         return report(InterruptedError(message), exit_code(number), on_all_processes=True)
     except Exception as error:
         if (reason := peer_failure(error, config.wait_minutes)) is not None:
             return report(ConnectionError(reason), 1, on_all_processes=False)
         if isinstance(error, RuntimeError) and not has_home():
             raise
-        return report_crash(error, advice)
+        return report_crash(error, how_to_continue(config))
     return 0
+
+
+def how_to_continue(config: Any) -> str:
+    """Whatever command or options began the run: what they came to stands in its folder from the first step on."""
+    from rag_retrieval.train.run_folder import CONFIGURATION_FILE
+
+    written = Path(config.output_dir) / CONFIGURATION_FILE
+    if written.is_file():
+        return f"continue with: rag-retrieval train --config {written} --resume auto"
+    return f"continue with --resume auto --output_dir {config.output_dir}"
 
 
 def report_crash(error: Exception, advice: str) -> int:

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from typing import Annotated
 
 import pytest
+from annotated_types import Lt
 from core.config_samples import Sample
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from rag_retrieval.core.config import expected, shown_value
 
@@ -67,6 +70,7 @@ def test_what_a_key_takes_is_described_in_words():
     assert expected(fields["max_norm"]) == "a number above 0 and below 10"
     assert expected(fields["kind"]) == "one of encoder, decoder, no"
     assert expected(fields["save"]) == "true or false"
+    assert expected(FieldInfo.from_annotation(Annotated[int, Lt(2**32)])) == "a whole number below 4,294,967,296"
     assert expected(fields["model"]) == "non-empty text" and expected(fields["seq"]) == "text"
     assert expected(fields["teachers"]) == expected(fields["train"]) == "a name or names between commas"
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ with Progress(1000, "读取语料库读取语料库读取语料库读取语料�
     if progress.bar:
         progress.bar.refresh()
     logging.getLogger("rag_retrieval").info("a line of [b]text[/b] " + "x" * 100)
+    logging.getLogger("rag_retrieval").info(("word" * 5 + " ") * 10)
     progress.update(750)
 """
 
@@ -70,13 +72,29 @@ def test_on_a_terminal_a_bar_with_rate_and_time_left_fits_80_columns_below_the_l
     assert "250/1,000 documents" in text and "1,000/1,000 documents" in text and "/s, 0:00:0" in text
     assert " left" in text and "loss 0.5" in text
     assert "a line of [b]text[/b] " + "x" * 100 in text.replace("\r\n", "")
+    assert text.count("word" * 5) == 10, "lines break between words"
+    assert max(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line)) for line in text.split("\n")) <= 80
 
 
 def test_in_a_file_there_are_plain_lines():
     process = run_job(stderr=subprocess.PIPE)
     lines = process.communicate(timeout=60)[1].decode().splitlines()
-    assert len(lines) == 1 and lines[0].endswith("a line of [b]text[/b] " + "x" * 100)
-    assert "\x1b" not in lines[0]
+    assert len(lines) == 2 and lines[0].endswith("a line of [b]text[/b] " + "x" * 100)
+    assert "\x1b" not in "".join(lines)
+
+
+def test_in_a_file_other_libraries_print_no_bar_and_their_warnings_once():
+    code = """if True:
+        from rag_retrieval.core.log import set_up_logging
+        set_up_logging()
+        from huggingface_hub.utils import logging
+        logging.get_logger("huggingface_hub.utils._http").warning("no connection")
+        from transformers.utils.logging import tqdm
+        list(tqdm(range(3), desc="Loading weights"))
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert printed.stderr.count("no connection") == 1 and "Loading" not in printed.stderr
 
 
 def test_a_long_description_and_a_long_note_are_cut_and_the_numbers_are_not(monkeypatch):

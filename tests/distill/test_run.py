@@ -84,7 +84,7 @@ def test_truncated_pairs_of_a_teacher_are_reported(keys, tmp_path, caplog, max_l
     data = write_jsonl(tmp_path / "long.jsonl", [{"query": "river", "hits": hits}] * 2)
     distill(DistillConfig(**keys | {"dataset": str(data), "max_len": max_len}))
     truncated = [line for line in caplog.messages if "are cut" in line]
-    expected = "33.3% of the first 6 pairs are longer than 16 tokens and are cut; max_len sets another limit"
+    expected = "33.3% of the first 6 pairs are longer than 16 tokens and are cut; max_length sets another limit"
     assert truncated == ([expected] if max_len else [])
 
 

@@ -28,3 +28,10 @@ def test_all_mistakes_come_at_once(tmp_path, monkeypatch):
     assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
         "--model", "--quantize", "--data", "--opset", "--output"
     ]  # fmt: skip
+
+
+def test_what_changes_no_export_is_ignored_by_name():
+    config = ExportConfig(model="m", output="o", precision="bf16", dtype="fp16", devices=["cpu"], depth=5)
+    assert all(name in config.ignored for name in ("precision", "dtype", "devices", "depth"))
+    assert (config.precision, config.dtype, config.devices, config.depth) == (None, None, None, 50)
+    assert ExportConfig(model="m", output="o", data="d", depth=5, split="dev", device="cpu").ignored is None

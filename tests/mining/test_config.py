@@ -103,3 +103,13 @@ def test_all_mistakes_of_a_file_come_together():
 def test_the_function_takes_the_same_values_and_says_the_same():
     with pytest.raises(ValidationError, match="which cannot give 7 negatives"):
         MiningConfig(data="beir", output="o.jsonl", last_rank=5)
+
+
+def test_options_of_a_model_are_ignored_by_name_without_one():
+    values = {"max_length": 128, "long_document": "max_slice", "device": "cpu"}
+    config = MiningConfig(data="beir", output="o.jsonl", **values)
+    assert "long_document, max_length (only for runs with a reranker)" in config.ignored and "device" in config.ignored
+    assert (config.max_length, config.long_document, config.device) == (None, "truncate", None)
+    assert MiningConfig(data="beir", output="o.jsonl", reranker="m", **values).ignored is None
+    dense = MiningConfig(data="beir", output="o.jsonl", candidates="dense", dense_model="m", device="cpu")
+    assert dense.ignored is None and dense.device == "cpu"

@@ -45,6 +45,7 @@ SIDE_FILES = {
                          '{"temperature": 1e999, "bias": 0, "data": "d", "pairs": 1}',
                          '{"temperature": 1%s, "bias": 0, "data": "d", "pairs": 1}' % ("0" * 400)),
     "reranker_config.json": ("{", "[]", "{}", "null"),
+    "tokenizer_config.json": ('{"model_max_length": "x"}', '{"model_max_length": [5]}'),
 }  # fmt: skip
 
 
@@ -133,6 +134,9 @@ def test_weights_of_layers_that_the_configuration_leaves_out_are_refused(bert, t
     base = Path(tiny_bert(tmp_path / "base"))  # whose names lack the prefix
     change(base / "config.json", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"fewer layers.*layer\.1\."):
+        CrossEncoder.from_pretrained(base)
+    change(Path(base) / "config.json", num_hidden_layers=0)
+    with pytest.raises(ValueError, match=r"fewer layers.*layer\.0\."):
         CrossEncoder.from_pretrained(base)
     decoder = Path(tiny_qwen2(tmp_path / "decoder", head_labels=1))
     change(decoder / "config.json", num_hidden_layers=1, layer_types=["full_attention"])

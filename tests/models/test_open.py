@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder as TheirCrossEncoder
-from tiny_models import ENGLISH, tiny_bert
+from tiny_models import ENGLISH, bring_code, tiny_bert
 from yes_no_samples import YES_NO, tiny_causal
 
 from rag_retrieval import CrossEncoder, LLMDecoder, Reranker, load_reranker
@@ -237,3 +237,12 @@ def test_a_fingerprint_changes_with_everything_that_decides_on_scores(model_fold
     found.append(fingerprint())
     assert len(set(found)) == 5
     assert fingerprint() == found[-1]
+
+
+def test_code_of_a_model_runs_only_where_it_is_trusted(model_folders, tmp_path):
+    own = bring_code(model_folders["bert"], tmp_path / "own")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_reranker(own, device="cpu")
+    expected = load_reranker(model_folders["bert"], device="cpu").compute_score(PAIRS)
+    found = load_reranker(own, device="cpu", trust_remote_code=True).compute_score(PAIRS)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import bert_tokenizer, tiny_bert, tiny_qwen2
+from huggingface_hub import constants
+from tiny_models import bert_tokenizer, bring_code, tiny_bert, tiny_qwen2
 from transformers import AutoModel, AutoTokenizer
 
 from rag_retrieval.retrieval.encoder import EncoderOptions, load_encoder
@@ -105,8 +106,26 @@ def test_a_reranker_and_a_model_without_a_vocabulary_are_no_encoders(tmp_path):
 
 def test_a_model_neither_local_nor_on_the_hub_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="^nobody/nothing: its tokenizer cannot be loaded"):
+    with pytest.raises(ValueError, match="^nobody/nothing: no such folder.*on the hub"):
         load("nobody/nothing")
+
+
+def test_a_hub_that_cannot_say_how_a_model_pools_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    snapshot = tmp_path / "models--me--model" / "snapshots" / commit
+    tiny_bert(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    with pytest.raises(ValueError, match="me/model: the hub cannot be reached.*modules.json"):
+        load("me/model")
+
+
+def test_code_of_a_model_runs_only_where_it_is_trusted(folder, tmp_path):
+    own = bring_code(folder, tmp_path / "own")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(own)
+    np.testing.assert_array_equal(load(own, trust_remote_code=True).documents(TEXTS), load(folder).documents(TEXTS))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

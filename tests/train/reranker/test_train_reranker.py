@@ -44,7 +44,7 @@ def test_help_names_the_keys_and_no_argument_says_what_is_missing(capsys):
         assert "error: --model_name_or_path: is missing" in shown.err and not shown.out
 
 
-def test_bad_data_are_named_by_file_and_line_before_model_loading(config, tmp_path, capsys):
+def test_a_mistake_in_the_data_names_file_and_line_before_a_model_is_loaded(config, tmp_path, capsys):
     path = config(model_name_or_path="a-hub/model-that-is-not-here")
     (tmp_path / "train.jsonl").write_text('{"query": "q", "hits": []}\n')
     assert main(["--config", path]) == 2
@@ -75,7 +75,7 @@ def test_a_second_run_in_the_same_folder_is_an_error_line(config, capsys):
     path = config()
     assert main(["--config", path]) == 0
     assert main(["--config", path]) == 2
-    assert "already holds a run. Continue it: --resume auto." in capsys.readouterr().err
+    assert "already holds a run. Go on with it: --resume auto." in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_is_code_1_without_a_traceback(config, capsys):
@@ -100,9 +100,9 @@ def test_a_signal_in_training_ends_after_the_step_with_its_code(config, tmp_path
         patch.setattr(Trainer, "train_step", step_with_signal)
         assert main(["--config", path]) == code
     folder = tmp_path / "run" / "checkpoint-3"
-    stopped = f"error: stopped by {number.name} after step 3 of 5, saved in {folder}; continue with --resume auto"
-    assert stopped in capsys.readouterr().err and folder.exists()
-    assert main(["--config", path, "--resume", "auto"]) == 0
+    stopped, _, advice = capsys.readouterr().err.partition("; continue with: rag-retrieval train ")
+    assert stopped.endswith(f"error: stopped by {number.name} after step 3 of 5, saved in {folder}") and folder.exists()
+    assert main(advice.split()) == 0 and (tmp_path / "run" / "model").exists()
     assert signal.getsignal(number) == before, "handlers are given back"
 
 
@@ -138,8 +138,8 @@ def test_an_error_of_ours_keeps_its_traceback(config, capsys, monkeypatch):
 
     monkeypatch.setattr(Trainer, "train_step", fail)
     assert main(["--config", config()]) == 1
-    printed = capsys.readouterr().err
-    assert "error in process 0:\nTraceback" in printed and "in fail" in printed and "--resume auto" in printed
+    told = capsys.readouterr().err
+    assert "error in process 0:\nTraceback" in told and "in fail" in told and "--resume auto" in told
 
 
 def test_a_process_whose_peer_has_ended_says_so_without_a_traceback(config, capsys, monkeypatch):
@@ -162,8 +162,8 @@ def test_a_full_disk_is_an_error_line_and_code_1(config, tmp_path, capsys):
         assert main(["--config", path]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    printed = errors(capsys)[-1]
-    assert printed.startswith(f"error: output_dir {tmp_path / 'run'}: ") and "--resume auto" in printed
+    told = errors(capsys)[-1]
+    assert told.startswith(f"error: output_dir {tmp_path / 'run'}: ") and "--resume auto" in told
     assert not list((tmp_path / "run").glob("*checkpoint*"))
     assert main(["--config", path, "--resume", "auto"]) == 0
 
