@@ -188,5 +188,5 @@ def test_the_page_s_evaluation_runs_and_writes_its_report(tmp_path):
     command = commands_of(DOCS / "evaluation.md", "rag-retrieval evaluate")[0]
     options = f"--model {tiny_bert(tmp_path / 'base', head_labels=1)} --output_dir {tmp_path / 'out'}"
     text = run_command(command, ROOT, options)
-    assert "200 queries, 3,977 pairs" in text and "probabilities, calibrated on stdlib_grouped.dev.jsonl" in text
+    assert "200 queries, 3,977 pairs" in text and "(calibrated on stdlib_grouped.dev.jsonl: temperature " in text
     assert (tmp_path / "out" / "report.html").is_file() and (tmp_path / "base" / "calibration.json").is_file()
