@@ -1,5 +1,6 @@
 """Settings of the whole test session, made before torch or transformers are imported by a test module."""
 
+import logging
 import os
 import tempfile
 
@@ -19,6 +20,12 @@ def record_cache_of_this_session():
     with tempfile.TemporaryDirectory(prefix="rag-retrieval-tests-") as folder:
         os.environ["RAG_RETRIEVAL_CACHE"] = folder
         yield
+
+
+@pytest.fixture(autouse=True)
+def default_log_level():
+    """A command sets the level for its process, which must not reach the next test."""
+    logging.getLogger("rag_retrieval").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
