@@ -59,6 +59,15 @@ def test_an_installed_wheel_runs_it_in_any_folder(installed, tmp_path):
     assert (tmp_path / "runs" / "quickstart" / "model" / "config.json").is_file()
 
 
+@pytest.mark.slow
+def test_a_wheel_has_every_file_that_the_package_reads(installed):
+    package = ROOT / "rag_retrieval"
+    files = [path for pattern in ("*.py", "*.json", "*.yaml") for path in package.rglob(pattern)]
+    shipped = [path.relative_to(package) for path in files if not {"runs", "output", "logs"} & set(path.parts)]
+    assert Path("models/known_prompts.json") in shipped
+    assert [name for name in shipped if not (installed / "rag_retrieval" / name).is_file()] == []
+
+
 def test_a_folder_that_holds_anything_is_left_as_it_is(tmp_path, capsys):
     kept = tmp_path / "model" / "config.json"
     kept.parent.mkdir()
