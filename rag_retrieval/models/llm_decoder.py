@@ -204,11 +204,8 @@ class LLMDecoder(PairScorer):
 
     def scores_of(self, inputs: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
         backbone = getattr(self.model, self.model.base_model_prefix)
-        hidden = backbone(**inputs, use_cache=False).last_hidden_state
-        # len(lengths) would be a constant in a traced graph
-        rows = torch.arange(lengths.shape[0], device=hidden.device)
         # the head reads one position per pair, so it is applied to that position alone
-        read = hidden[rows, lengths - 1]
+        read = last_states(backbone(**inputs, use_cache=False).last_hidden_state, lengths)
         if self.answers_yes_or_no:
             return yes_no_scores(self.model, read)
         return self.model.score(read).squeeze(-1).float()
@@ -228,9 +225,9 @@ class LLMDecoder(PairScorer):
         else:
             inputs = padded_inputs(batch, self.tokenizer.pad_token_id, self.device)
             outputs = backbone(**inputs, use_cache=False, output_hidden_states=True)
-            rows, last = torch.arange(len(batch), device=self.device), on_device(batch.lengths, self.device) - 1
-            states = [hidden[rows, last] for hidden in outputs.hidden_states[start:-1]]
-            deepest = outputs.last_hidden_state[rows, last]
+            lengths = on_device(batch.lengths, self.device)
+            states = [last_states(hidden, lengths) for hidden in outputs.hidden_states[start:-1]]
+            deepest = last_states(outputs.last_hidden_state, lengths)
         shallow = self.model.layer_scores(torch.stack([backbone.norm(layer) for layer in states]))
         return torch.cat([shallow, self.model.score(deepest).float()], dim=1)
 
@@ -238,6 +235,13 @@ class LLMDecoder(PairScorer):
         """As of every scorer, and the files by which sentence-transformers lays out a pair as here."""
         super().save_pretrained(folder, state_dict)
         write_decoder_files(Path(folder), self.pair_encoder, self.settings)
+
+
+def last_states(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The state of each text's last token: [texts, hidden]. hidden: [texts, longest, hidden], padded at the right."""
+    # len(lengths) would be a constant in a traced graph
+    rows = torch.arange(lengths.shape[0], device=hidden.device)
+    return hidden[rows, lengths - 1]
 
 
 # ---- what it is asked -----------------------------------------------------------------------------------
