@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py --out speed.jsonl
     python benchmarks/speed.py --device cuda --out speed.jsonl
-    git worktree add /tmp/old fad153e && python benchmarks/speed.py --old /tmp/old --out speed.jsonl
+    git worktree add ../old fad153e && python benchmarks/speed.py --old ../old --out speed.jsonl
 
 Sides take turns, in reversed order every other round, on the same model folder, pairs, precision and threads.
 Compare the sides of one work alone: figures of two works, or of two runs of this script, are of different moments of a
