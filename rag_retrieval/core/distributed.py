@@ -4,6 +4,7 @@ A process that raises alone leaves the others waiting for it. What one does for 
 does for itself through `on_all`: both end in the same way on every process.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,11 +51,14 @@ def user_errors_to_start_error() -> Iterator[None]:
 def process_group() -> Iterator[None]:
     """The group of the processes that a launcher started, for the time of the block; nothing without a launcher.
 
-    gloo on every device: only settings, counts, texts and scores on the CPU are exchanged.
+    gloo on every device: only settings, counts, texts and scores on the CPU are exchanged. Its threads end with the
+    block: one that still releases a Python tensor while the interpreter exits aborts the process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
+    # its functions take the default group of the time of import as a default argument, and would keep it alive
+    importlib.import_module("torch.distributed.nn")
     dist.init_process_group("gloo", timeout=SLOWEST)
     try:
         yield
