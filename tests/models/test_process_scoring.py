@@ -27,7 +27,7 @@ def found(tmp_path_factory, model_folders) -> list[dict]:
 def test_every_process_gets_the_scores_of_one_process_to_the_last_digit(found, load_tiny, monkeypatch):
     scorer, pairs = load_tiny("bert"), some_pairs(60)
     whole = scorer.compute_score(pairs)
-    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 25)
+    monkeypatch.setattr(scoring, "CHUNK_TEXTS", 25)
     cut = scorer.compute_score(pairs, batch_size=7, max_length=40, normalize=True)
     for process in found:
         assert torch.equal(process["one chunk"], whole)
