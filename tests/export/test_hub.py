@@ -13,6 +13,7 @@ from fake_hub import fake_hub
 from rag_retrieval.cli import main
 from rag_retrieval.export.hub import push_to_hub, stage
 from rag_retrieval.train.card import MARK, About, write_card
+from rag_retrieval.train.reranker.card import RERANKER
 
 TOKEN = "hf_thisIsASecret"
 RESULT = dict(
@@ -29,7 +30,7 @@ def model(load_tiny, tmp_path) -> Path:
     load_tiny("bert").save_pretrained(folder)
     configuration = {"model_name_or_path": "org/base", "train_dataset": "org/data", "loss_type": "listwise_ce"}
     (tmp_path / "run" / "training_config.yaml").write_text(yaml.safe_dump(configuration))
-    write_card(folder, tmp_path / "run", About("run"))
+    write_card(folder, tmp_path / "run", About("run"), RERANKER)
     return folder
 
 
