@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_retrieval"
 LEVELS = [
     {"core"},
     {"metrics"},
-    {"data"},
+    {"data", "significance"},
     {"models", "losses"},
     {"train", "infer", "retrieval"},
     {"evaluate"},
