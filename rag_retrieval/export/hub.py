@@ -20,6 +20,7 @@ from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.models.inputs import check_flag
 from rag_retrieval.models.settings import check_model_folder, parsing
 from rag_retrieval.train.card import CARD, MARK, About, model_card, read_run_record
+from rag_retrieval.train.reranker.card import RERANKER
 
 WEIGHTS = ("*.safetensors", "*.onnx", "*.xml")
 MEASURED = {"data", "candidates", "queries", "pairs", "model", "baseline", "comparison", "config"}
@@ -114,7 +115,7 @@ def chosen_card(folder: Path, about: About) -> str:
     run = read_run_record(folder.parent)
     present = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
     if present is None or (MARK in present and run is not None):
-        return model_card(folder, run, about)
+        return model_card(folder, run, about, RERANKER)
     if about.language or about.license or about.evaluations:
         reason = "its run is not beside it" if MARK in present else "it was edited"
         raise ValueError(

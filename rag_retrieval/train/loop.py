@@ -87,7 +87,12 @@ class Trainer:
         """
         with translate_worker_deaths(), on_signals(self.stop_request.note):
             self.tracking = Tracking(
-                self.accelerator, self.output_dir, self.total_steps, self.state.step, self.provenance.configuration
+                self.accelerator,
+                self.output_dir,
+                self.total_steps,
+                self.state.step,
+                self.provenance.configuration,
+                self.task.unit,
             )
             try:
                 self._run_steps()
@@ -98,7 +103,7 @@ class Trainer:
 
     def _run_steps(self) -> None:
         settings, done = self.settings, self.state.step
-        self.window = LogWindow(self.accelerator.num_processes)
+        self.window = LogWindow(self.accelerator.num_processes, self.task.unit)
         if settings.eval_on_start and done == 0:
             self.evaluate()
         on_gpu = self.accelerator.device.type == "cuda"
@@ -197,7 +202,8 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             where = f"at a micro-batch of {self.task.describe_batch(batch)}" if batch else "in the optimizer's update"
-            raise memory_failure(error, self.state.step + 1, where, self.provenance.configuration) from error
+            values, advice = self.provenance.configuration, self.task.memory_advice
+            raise memory_failure(error, self.state.step + 1, where, values, advice) from error
 
     def _clip_gradients(self) -> torch.Tensor | None:
         """Clip to max_grad_norm and return the norm before, a scalar; None where the engine does not tell."""
@@ -215,8 +221,8 @@ class Trainer:
     def _count_steps(self, latest: StepOutcome | None = None) -> None:
         """Enter into the log window what is known to be sound; the latest step not before the next one."""
         for outcome, loss, norm in self.checks.passed(latest):
-            pairs = sum(batch.size for batch in outcome.micro_batches)
-            self.window.add(loss, norm, pairs, outcome.lr, outcome.micro_batches[0].part)
+            size = sum(batch.size for batch in outcome.micro_batches)
+            self.window.add(loss, norm, size, outcome.lr, outcome.micro_batches[0].part)
 
     def _log_if_due(self) -> None:
         step = self.state.step
@@ -233,7 +239,7 @@ class Trainer:
         further = self.task.report(step, self.total_steps)
         epoch = round(step / self.dataset.steps_per_epoch, 4)
         self.tracking.train(step, {"epoch": epoch, **self.window.values(), **further})
-        self.window = LogWindow(self.accelerator.num_processes)
+        self.window = LogWindow(self.accelerator.num_processes, self.task.unit)
 
     def _at_epoch_end(self) -> bool:
         return self.state.step % self.dataset.steps_per_epoch == 0
@@ -252,7 +258,7 @@ class Trainer:
         started = time.monotonic()
         self.model.eval()
         with torch.no_grad():
-            values = self.task.evaluate(self.model)
+            values = self.task.evaluate(self.model, self.state.step)
         self.model.train()
         self.window.pause(time.monotonic() - started)
         self.state.evaluated_step = self.state.step

@@ -14,6 +14,7 @@ from rag_retrieval.cli import main
 from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.export.hub import push_to_hub, stage
 from rag_retrieval.train.card import MARK, About, write_card
+from rag_retrieval.train.reranker.card import RERANKER
 
 TOKEN = "hf_thisIsASecret"
 RESULT = dict(
@@ -30,7 +31,7 @@ def model(load_tiny, tmp_path) -> Path:
     load_tiny("bert").save_pretrained(folder)
     configuration = {"model_name_or_path": "org/base", "train_dataset": "org/data", "loss_type": "listwise_ce"}
     (tmp_path / "run" / "training_config.yaml").write_text(yaml.safe_dump(configuration))
-    write_card(folder, tmp_path / "run", About("run"))
+    write_card(folder, tmp_path / "run", About("run"), RERANKER)
     return folder
 
 
