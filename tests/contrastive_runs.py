@@ -69,6 +69,8 @@ class ContrastiveSteps(Dataset):
 
 
 class ContrastiveTask:
+    unit, memory_advice = "pairs", ""
+
     def losses(self, model, micro_batches, factors):
         with torch.no_grad():
             embedded = [model(torch.cat([batch.queries, batch.documents])) for batch in micro_batches]

@@ -19,7 +19,6 @@ from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.rank_changes import QueryChange, largest_changes
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.evaluate.scoring import locked_output_dir, score_candidates
-from rag_retrieval.evaluate.significance import Comparison, compare
 from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metrics
@@ -27,6 +26,7 @@ from rag_retrieval.models.calibration import Calibration, write_calibration
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.settings import PACKAGE_PREFIX
 from rag_retrieval.retrieval.bm25 import BM25
+from rag_retrieval.significance import Comparison, compare
 
 LIBRARIES = ("bm25s", "Stemmer", "scipy")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted

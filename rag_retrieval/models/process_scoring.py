@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from rag_retrieval.core.distributed import gather, is_distributed, on_all, on_main
 from rag_retrieval.models.calibration import probabilities_of
-from rag_retrieval.models.inputs import check_pairs
+from rag_retrieval.models.inputs import check_flag, check_pairs
 from rag_retrieval.models.scoring import (
     Precision,
     Scored,
@@ -51,6 +51,7 @@ def score_over_processes(
     is compute_score. Raises ValueError on every process when their pairs or options differ, and an error on every
     process when one of them fails.
     """
+    check_flag("normalize", normalize)
     options = ScoringOptions(batch_size, max_length, precision)
     if not is_distributed():
         scores = score_pairs(scorer, check_pairs(pairs), options)

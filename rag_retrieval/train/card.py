@@ -3,8 +3,7 @@
 Our card has a line MARK and is rewritten only while that line is there; a card without it belongs to the user.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,22 @@ from huggingface_hub import EvalResult, ModelCardData
 from rag_retrieval import __version__
 from rag_retrieval.data.readers import HUB_OPTIONS
 from rag_retrieval.data.summary import format_summary
-from rag_retrieval.models.calibration import CALIBRATION_FILE
-from rag_retrieval.models.settings import RerankerSettings, read_settings
 from rag_retrieval.train.run_record import RunRecord, is_local, read_run_record, shown, shown_configuration
 
 CARD = "README.md"
 MARK = "<!-- written by rag_retrieval; remove this line to keep what you change here -->"
-TASK = ("text-ranking", "Reranking")
+@dataclass(frozen=True)
+class Kind:
+    """What a trainer says of the models that it makes. tag, title: of the hub's kind of task, as an id and in words.
+    tags: further ones. use: code, with {name} for the model's. description, meaning: of a model's folder and its run:
+    what it is, and what its output says."""
 
-PAIR_TEXT = "The text of a pair, `{}` standing for query and document"
-USE = """```python
-from rag_retrieval import Reranker
-
-reranker = Reranker("{name}")
-results = reranker.rerank("what is a panda?", ["The giant panda is a bear.", "Paris is a city."], top_k=1)
-```
-
-```python
-from sentence_transformers import CrossEncoder
-
-scores = CrossEncoder("{name}").predict([["what is a panda?", "The giant panda is a bear."]])
-```"""
+    tag: str
+    title: str
+    tags: Sequence[str]
+    use: str
+    description: Callable[[Path, RunRecord | None], str]
+    meaning: Callable[[Path, RunRecord | None], str]
 
 
 @dataclass(frozen=True)
@@ -51,21 +45,21 @@ class About:
     evaluations: Sequence[dict[str, Any]] = ()
 
 
-def write_card(model: Path, run: Path, about: About) -> None:
+def write_card(model: Path, run: Path, about: About, kind: Kind) -> None:
     """README.md into a model's folder, from its files and those of its run. ValueError for damaged ones."""
-    (model / CARD).write_text(model_card(model, read_run_record(run), about), encoding="utf-8")
+    (model / CARD).write_text(model_card(model, read_run_record(run), about, kind), encoding="utf-8")
 
 
-def model_card(model: Path, run: RunRecord | None, about: About) -> str:
+def model_card(model: Path, run: RunRecord | None, about: About, kind: Kind) -> str:
     """The text of the card. run: what made the model, where that is known."""
     sections = [
-        f"---\n{front_matter(run, about)}\n---",
+        f"---\n{front_matter(run, about, kind)}\n---",
         MARK,
         f"# {about.name}",
-        description(model, run),
+        kind.description(model, run),
         "## Use",
-        USE.format(name=about.name),
-        meaning(model, run),
+        kind.use.format(name=about.name),
+        kind.meaning(model, run),
     ]
     if run is not None:
         sections += training_sections(run)
@@ -76,13 +70,13 @@ def model_card(model: Path, run: RunRecord | None, about: About) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def front_matter(run: RunRecord | None, about: About) -> str:
+def front_matter(run: RunRecord | None, about: About, kind: Kind) -> str:
     configuration = run.configuration if run is not None else {}
     base = configuration.get("model_name_or_path")
     parts = run.data if run is not None else []
     sources = [part.source for part in parts if part.purpose == "training" and not is_local(part.source)]
     datasets = [HUB_OPTIONS.split(source)[0] for source in sources]
-    results = evaluation_results(run, about)
+    results = evaluation_results(run, about, kind)
     return ModelCardData(
         base_model=base if base and not is_local(base) else None,
         datasets=datasets or None,
@@ -91,68 +85,23 @@ def front_matter(run: RunRecord | None, about: About) -> str:
         language=list(about.language) or None,
         license=about.license,
         library_name="sentence-transformers",
-        pipeline_tag=TASK[0],
-        tags=["reranker", "cross-encoder", "rag_retrieval"],
+        pipeline_tag=kind.tag,
+        tags=[*kind.tags, "rag_retrieval"],
     ).to_yaml()
 
 
-def evaluation_results(run: RunRecord | None, about: About) -> list[EvalResult]:
+def evaluation_results(run: RunRecord | None, about: About, kind: Kind) -> list[EvalResult]:
     """For the hub's model-index: validation metrics of the final step, and those of each evaluation."""
     measured = []
     if run is not None and run.measured:
         measured.append((shown(run.configuration["val_dataset"]), "validation", run.measured))
     measured += [(result["data"], result["config"]["split"], result["model"]) for result in about.evaluations]
     return [
-        EvalResult(TASK[0], dataset, dataset, name, round(value, 4), task_name=TASK[1], dataset_split=split)
+        EvalResult(kind.tag, dataset, dataset, name, round(value, 4), task_name=kind.title, dataset_split=split)
         for dataset, split, values in measured
         for name, value in values.items()
         if isinstance(value, float)
     ]
-
-
-def description(model: Path, run: RunRecord | None) -> str:
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    settings = read_settings(str(model))
-    kind = "/".join(config.get("architectures") or [config.get("model_type", "unknown")])
-    lines = [f"A reranker: it scores how well a document answers a query. {kind}"]
-    if settings is not None:
-        lines[0] += f", at most {settings.max_len} tokens per pair"
-    lines[0] += "."
-    if run is not None:
-        lines[0] += f" Trained from `{shown(run.configuration['model_name_or_path'])}`."
-    if settings is not None and settings.model_type == "llm_decoder":
-        lines.append(text_of_a_pair(settings))
-    elif settings is not None and (settings.query_format or settings.document_format):
-        lines.append(formats_of_an_encoder(settings))
-    return "\n\n".join(lines)
-
-
-def text_of_a_pair(settings: RerankerSettings) -> str:
-    text = settings.query_format + settings.seq + settings.document_format + settings.special_token
-    if settings.instruction is not None:
-        text = text.replace("{instruction}", settings.instruction)
-    if settings.head == "yes_no":
-        what = f"the score is the logit of `{settings.yes_token}` minus that of `{settings.no_token}` after it"
-        return f"{PAIR_TEXT}; {what}:\n\n```\n{text}\n```"
-    return f"{PAIR_TEXT}; the score is read at its last token:\n\n```\n{text}\n```"
-
-
-def formats_of_an_encoder(settings: RerankerSettings) -> str:
-    query, document = settings.query_format or "{}", settings.document_format or "{}"
-    return (
-        "Texts are read within formats, `{}` standing for query and document. `rag_retrieval` puts them there; other "
-        f"programs need texts that stand in them already:\n\n```\nquery: {query}\ndocument: {document}\n```"
-    )
-
-
-def meaning(model: Path, run: RunRecord | None) -> str:
-    """What a score says."""
-    text = "A score is a logit: it orders the documents of one query."
-    if (model / CALIBRATION_FILE).is_file():
-        return text + f" `{CALIBRATION_FILE}` makes probabilities of scores: `rerank(..., normalize=True)`."
-    if run is not None and str(run.configuration.get("loss_type")).startswith("point_"):
-        return text + " It was trained pair by pair, so its sigmoid is a probability, as good as the labels were."
-    return text + " Its sigmoid is no probability unless the training taught one."
 
 
 def training_sections(run: RunRecord) -> list[str]:

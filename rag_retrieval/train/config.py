@@ -30,8 +30,12 @@ HUB_VALIDATION = Only(
 
 
 class TrainingConfig(Config):
-    """The validated configuration of one run."""
+    """The validated configuration of one run. Each trainer's own has a key `task` with its name.
 
+    validation_keys: what an evaluation depends on; figures before and after a change of one are not compared.
+    """
+
+    validation_keys: ClassVar = {"val_dataset", "val_split", "metric_for_best_model"}
     aliases: ClassVar = {"epoch": "epochs"}
     groups: ClassVar = {
         "model_name_or_path": "Model",

@@ -88,7 +88,12 @@ class Trainer:
         """
         with translate_worker_deaths(), on_signals(self.stop_request.note):
             self.tracking = Tracking(
-                self.accelerator, self.output_dir, self.total_steps, self.state.step, self.provenance.configuration
+                self.accelerator,
+                self.output_dir,
+                self.total_steps,
+                self.state.step,
+                self.provenance.configuration,
+                self.task.unit,
             )
             try:
                 self._run_steps()
@@ -99,7 +104,7 @@ class Trainer:
 
     def _run_steps(self) -> None:
         settings, done = self.settings, self.state.step
-        self.window = LogWindow(self.accelerator.num_processes)
+        self.window = LogWindow(self.accelerator.num_processes, self.task.unit)
         if settings.eval_on_start and done == 0:
             self.evaluate()
         on_gpu = self.accelerator.device.type == "cuda"
@@ -198,7 +203,8 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             where = f"at a micro-batch of {self.task.describe_batch(batch)}" if batch else "in the optimizer's update"
-            raise memory_failure(error, self.state.step + 1, where, self.provenance.configuration) from error
+            values, advice = self.provenance.configuration, self.task.memory_advice
+            raise memory_failure(error, self.state.step + 1, where, values, advice) from error
 
     def _clip_gradients(self) -> torch.Tensor | None:
         """Clip to max_grad_norm and return the norm before, a scalar; None where the engine does not tell."""
@@ -216,8 +222,8 @@ class Trainer:
     def _count_steps(self, latest: StepOutcome | None = None) -> None:
         """Enter into the log window what is known to be sound; the latest step not before the next one."""
         for outcome, loss, norm in self.checks.passed(latest):
-            pairs = sum(batch.size for batch in outcome.micro_batches)
-            self.window.add(loss, norm, pairs, outcome.lr, outcome.micro_batches[0].part)
+            size = sum(batch.size for batch in outcome.micro_batches)
+            self.window.add(loss, norm, size, outcome.lr, outcome.micro_batches[0].part)
 
     def _log_if_due(self) -> None:
         step = self.state.step
@@ -234,7 +240,7 @@ class Trainer:
         further = self.task.report(step, self.total_steps)
         epoch = round(step / float(self.dataset.steps_per_epoch), 4)
         self.tracking.train(step, {"epoch": epoch, **self.window.values(), **further})
-        self.window = LogWindow(self.accelerator.num_processes)
+        self.window = LogWindow(self.accelerator.num_processes, self.task.unit)
 
     def _at_epoch_end(self) -> bool:
         step, length = self.state.step, self.dataset.steps_per_epoch  # a fraction where epochs end within steps

@@ -32,10 +32,10 @@ MAY_CHANGE = {
     *("save_on_epoch_end", "save_steps", "num_max_checkpoints"),
     *("eval_steps", "eval_on_start", "early_stopping_patience"),
     # the same step in other arithmetic
-    *("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation", "torch_compile"),
+    *("max_tokens_per_batch", "max_tokens_with_graph", "gradient_checkpointing"),
+    *("attn_implementation", "torch_compile"),
 }
 STEP_SIZE = ("batch_size", "gradient_accumulation_steps")  # times processes
-VALIDATION = {"val_dataset", "val_label_key", "val_split", "metric_for_best_model"}
 
 
 class ResumeError(ValueError):
@@ -181,7 +181,7 @@ def checked_resume(
         if now.versions[library] != version:
             logger.warning("resume: written with %s %s, now %s: the last digits of weights may differ from those of a "
                            "run never stopped", library, version, now.versions[library])
-    if changes.keys() & VALIDATION:  # what was measured otherwise is not compared with
+    if changes.keys() & config_class.validation_keys:  # what was measured otherwise is not compared with
         return replace(state, best_metric=None, best_step=None, stale_evaluations=0)
     return state
 

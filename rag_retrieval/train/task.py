@@ -29,7 +29,11 @@ class StepLoss(NamedTuple):
 
 
 class Task(Protocol):
-    """What is trained."""
+    """What is trained. unit: what `MicroBatch.size` counts, in the log. memory_advice: a sentence or two on what to do
+    where memory ends, which names keys of the configuration."""
+
+    unit: str
+    memory_advice: str
 
     def losses(
         self, model: nn.Module, micro_batches: Sequence[MicroBatch], factors: Sequence[float]

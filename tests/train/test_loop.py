@@ -77,6 +77,8 @@ class ToySteps(Dataset):
 class ToyTask:
     """`metrics` are handed out one by one, evaluation by evaluation."""
 
+    unit, memory_advice = "pairs", "Lower max_tokens_per_batch or batch_size, or set gradient_checkpointing true."
+
     def __init__(self, model: nn.Module, metrics: list[float] = ()):
         self.model, self.metrics = model, list(metrics)
         self.modes = []

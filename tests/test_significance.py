@@ -3,7 +3,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from rag_retrieval.evaluate.significance import compare
+from rag_retrieval.significance import compare
 
 pytest.importorskip("scipy")
 
