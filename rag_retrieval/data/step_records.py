@@ -50,7 +50,8 @@ class KnownPositives:
         """Ids of documents, uint64, each once. query_id: as in the stores, without the mark."""
         found = []
         for store, order, ids in zip(self.stores, self._orders, self._sorted, strict=True):
-            for group in order[slice(*np.searchsorted(ids, query_id, side) for side in ("left", "right"))]:
+            first, stop = np.searchsorted(ids, query_id), np.searchsorted(ids, query_id, "right")
+            for group in order[first:stop]:
                 pairs = slice(store.group_offsets[group], store.group_offsets[group] + store.group_sizes[group])
                 found.append(store.document_ids[pairs][store.positives[pairs]])
         return np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)

@@ -105,10 +105,10 @@ class EmbeddingSteps(Dataset):
     def example(self, pass_number: int, place: int) -> Example:
         """The record at a place of the order of one pass over the file."""
         record = int(self._order_of(pass_number)[place])
-        store, group = self.store, int(self.groups[record])
+        store, options, group = self.store, self.options, int(self.groups[record])
         first, size = int(store.group_offsets[group]), int(store.group_sizes[group])
         positive = store.positives[first : first + size]
-        kept = sample_group(positive, self.options.group_size, pass_number, self.options.seed, record, one_positive=True)
+        kept = sample_group(positive, options.group_size, pass_number, options.seed, record, one_positive=True)
         return Example(group, first + int(kept[positive[kept]][0]), first + kept[~positive[kept]])
 
     def _order_of(self, pass_number: int) -> np.ndarray:
