@@ -28,7 +28,7 @@ from rag_retrieval.models.settings import PACKAGE_PREFIX
 from rag_retrieval.retrieval.bm25 import BM25
 from rag_retrieval.significance import Comparison, compare
 
-LIBRARIES = ("bm25s", "Stemmer", "scipy")  # the modules of the extra `evaluate`, but for jieba
+LIBRARIES = ("bm25s", "Stemmer")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted
 
 

@@ -260,7 +260,7 @@ class Trainer:
         started = time.monotonic()
         self.model.eval()
         with torch.no_grad():
-            values = self.task.evaluate(self.model)
+            values = self.task.evaluate(self.model, self.state.step)
         self.model.train()
         self.window.pause(time.monotonic() - started)
         self.state.evaluated_step = self.state.step

@@ -53,8 +53,9 @@ class Task(Protocol):
     def report(self, step: int, total_steps: int) -> dict[str, float]:
         """Further values over the steps since the last report, for the log."""
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Finite metrics on validation data, equal on all processes; in eval mode without gradients."""
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Finite metrics on validation data, equal on all processes; in eval mode without gradients. step: optimizer
+        steps done, 0 before the first."""
 
     def save_model(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
         """Write the weights so that `load_model` and `export` can read them (main process only)."""

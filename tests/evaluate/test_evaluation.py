@@ -19,7 +19,6 @@ from rag_retrieval.metrics import LOGGED_METRICS, run_metrics
 from rag_retrieval.models.calibration import read_calibration
 
 pytest.importorskip("bm25s")
-pytest.importorskip("scipy")
 
 
 @pytest.fixture

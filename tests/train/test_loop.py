@@ -94,7 +94,7 @@ class ToyTask:
     def report(self, step, total_steps):
         return {}
 
-    def evaluate(self, model):
+    def evaluate(self, model, step):
         self.modes.append((model.training, torch.is_grad_enabled()))
         return {"loss": self.metrics[0], "ndcg@10": self.metrics.pop(0)}
 

@@ -70,5 +70,5 @@ class RerankerTask(SavedModel):
         reports = [watch.report(step, total_steps) for watch in self.watches.values()]
         return {name: value for report in reports for name, value in report.items()}
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         return self.validation(model)
