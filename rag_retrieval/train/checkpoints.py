@@ -49,7 +49,7 @@ class TrainState:
 
     run_id: str
     step: int = 0
-    steps_per_epoch: int = 0
+    steps_per_epoch: float = 0
     best_metric: float | None = None
     best_step: int | None = None
     stale_evaluations: int = 0

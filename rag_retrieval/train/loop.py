@@ -58,7 +58,7 @@ class Trainer:
         self.output_dir, self.state, self.provenance = output_dir, state, provenance
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.total_steps = dataset.steps_per_epoch * settings.epochs
+        self.total_steps = int(dataset.steps_per_epoch * settings.epochs)
         self._check_resumable()
         self.checkpoints = CheckpointStore(output_dir, state.run_id, settings.num_max_checkpoints)
         self.saver = Saver(accelerator, self.model, self.optimizer, task, self.checkpoints, provenance)
@@ -70,11 +70,11 @@ class Trainer:
         self.stop_request, self.agreed_stop = StopRequest(), 0
 
     def _check_resumable(self) -> None:
-        before, now = self.state.steps_per_epoch, self.dataset.steps_per_epoch
+        before, now = self.state.steps_per_epoch, float(self.dataset.steps_per_epoch)
         if before not in (0, now):
             raise StartError(
-                f"resume: the checkpoint is of a run with {before} optimizer steps per epoch, and this run "
-                f"has {now}. Keep the training data and the product of batch_size, "
+                f"resume: the checkpoint is of a run with {before:.9g} optimizer steps per epoch, and this run "
+                f"has {now:.9g}. Keep the training data and the product of batch_size, "
                 "gradient_accumulation_steps and processes"
             )
         self.state.steps_per_epoch = now
@@ -237,12 +237,13 @@ class Trainer:
             return
         step = self.state.step
         further = self.task.report(step, self.total_steps)
-        epoch = round(step / self.dataset.steps_per_epoch, 4)
+        epoch = round(step / float(self.dataset.steps_per_epoch), 4)
         self.tracking.train(step, {"epoch": epoch, **self.window.values(), **further})
         self.window = LogWindow(self.accelerator.num_processes, self.task.unit)
 
     def _at_epoch_end(self) -> bool:
-        return self.state.step % self.dataset.steps_per_epoch == 0
+        step, length = self.state.step, self.dataset.steps_per_epoch  # a fraction where epochs end within steps
+        return step // length > (step - 1) // length
 
     def _evaluate_if_due(self) -> None:
         every, step = self.settings.eval_steps, self.state.step
