@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rag_retrieval import losses
 from rag_retrieval.evaluate.output import comparison_cells
-from rag_retrieval.evaluate.significance import compare
+from rag_retrieval.significance import compare
 
 TRAINERS = ("ours", "sentence-transformers")
 LOSSES = list(losses.LOSSES)

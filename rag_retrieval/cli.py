@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rag_retrieval.core.command import Command, prepare_streams, print_result, run_command
 from rag_retrieval.core.log import launched_rank, quiet_transformers
-from rag_retrieval.train.reranker.train_reranker import TRAIN
+from rag_retrieval.train.script import TRAINERS, train_any
 
 if TYPE_CHECKING:
     from rag_retrieval.distill.config import DistillConfig
@@ -27,7 +27,7 @@ CONTINUES = "the same command continues where this one stopped"
 COMMANDS = {
     command.name: command
     for command in (
-        TRAIN,
+        TRAINERS["reranker"],
         Command(
             "evaluate",
             "measure a reranker on judged queries",
@@ -94,6 +94,8 @@ HELP = "\n".join(
 def main(arguments: list[str] | None = None) -> int:
     prepare_streams()
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [None]
+    if name == "train":
+        return train_any(rest)
     if name in COMMANDS:
         return run_command(COMMANDS[name], rest)
     if name in ("-h", "--help"):

@@ -146,6 +146,14 @@ def is_relevant(grades: ArrayLike, relevant_from: float) -> np.ndarray:
     return np.asarray(grades, dtype=np.float32) >= np.float32(relevant_from)
 
 
+def relevance_threshold(labels: np.ndarray) -> float:
+    """From which label on a document counts as relevant in MRR and MAP: 1 for whole-numbered labels
+    (trec_eval's default), else the middle of their range (soft labels in [0, 1] would never reach 1)."""
+    if not len(labels) or np.all(labels == np.round(labels)):
+        return 1.0
+    return float(labels.min() + labels.max()) / 2
+
+
 def trec_order(scores: Mapping[str, float]) -> list[str]:
     """Documents in the order in which they are ranked: score in float32 falling, then id falling, as bytes."""
     documents = list(scores)

@@ -22,10 +22,9 @@ from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.settings import resolve_model_path
 from rag_retrieval.retrieval.encoder import pooled_vectors
 from rag_retrieval.train.reranker.config import RerankerConfig
-from rag_retrieval.train.reranker.train_reranker import SHIPPED_CONFIGS
-from rag_retrieval.train.reranker.train_reranker import main as train
+from rag_retrieval.train.script import TRAINERS, main_of
 
-CONFIG = SHIPPED_CONFIGS / "quickstart.yaml"
+CONFIG = TRAINERS["reranker"].config_folder / "quickstart.yaml"
 PACKAGE = Path(__file__).resolve().parent
 IN_WHEEL, IN_CHECKOUT = PACKAGE / "example_data", PACKAGE.parent / "example_data"
 EXAMPLES = IN_WHEEL if IN_WHEEL.is_dir() else IN_CHECKOUT
@@ -51,7 +50,7 @@ def run(config: QuickstartConfig) -> str | int:
     started = time.monotonic()
     train_dataset = [{"path": str(EXAMPLES / "stdlib_grouped.train.jsonl"), "weight": config.share}]
     options = ["--train_dataset", json.dumps(train_dataset), "--seed", str(config.seed)]
-    if code := train(["--config", str(CONFIG), "--output_dir", str(output_dir), *options]):
+    if code := main_of("reranker", ["--config", str(CONFIG), "--output_dir", str(output_dir), *options]):
         return code
     store = open_store(EXAMPLES / "stdlib_grouped.test.jsonl")
     groups = [store.group(index) for index in range(store.num_groups)]

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rag_retrieval"
 LEVELS = [
     {"core"},
     {"metrics"},
-    {"data"},
+    {"data", "significance"},
     {"models", "losses"},
     {"train", "infer", "retrieval"},
     {"evaluate"},
@@ -57,14 +57,14 @@ LOOP = ("loop", "task", "steps", "step_checks", "optim", "checkpoints", "resume"
         "launch", "failures", "provenance", "run_folder")  # fmt: skip
 
 
-def test_the_training_loop_knows_nothing_of_rerankers():
+def test_what_trainers_share_knows_none_of_them():
     for file in (PACKAGE / "train").glob("*.py"):
         models = ("rag_retrieval.models", "rag_retrieval.losses") if file.stem in LOOP else ()
-        of_rerankers = ("rag_retrieval.train.reranker", *models)
-        assert not [module for module in imported_modules(file) if module.startswith(of_rerankers)], file
+        unknown = ("rag_retrieval.train.reranker", "rag_retrieval.train.embedding", *models)
+        assert not [module for module in imported_modules(file) if module.startswith(unknown)], file
 
 
 def test_a_script_folder_shadows_no_library():
-    scripts = PACKAGE / "train" / "reranker"
     libraries = {"torch", "datasets", "transformers", "evaluate", "logging", "types", "accelerate", "yaml"}
-    assert not {file.stem for file in scripts.glob("*.py")} & libraries
+    for trainer in ("reranker", "embedding"):
+        assert not {file.stem for file in (PACKAGE / "train" / trainer).glob("*.py")} & libraries

@@ -15,6 +15,7 @@ from rag_retrieval.metrics import (
     perfect_run,
     query_metrics,
     rank_group,
+    relevance_threshold,
     run_metrics,
     trec_order,
 )
@@ -258,3 +259,8 @@ def test_lengths_that_differ_are_refused():
         group_metrics([np.zeros(1), np.zeros(1)], [np.zeros(1)])
     with pytest.raises(ValueError, match=r"group 0 has scores of shape \[3\] but labels of shape \[2\]"):
         group_metrics([np.zeros(3)], [np.zeros(2)])
+
+
+def test_relevance_begins_at_1_for_whole_labels_else_in_the_middle():
+    assert relevance_threshold(np.array([0, 1, 3], np.float32)) == 1.0
+    assert relevance_threshold(np.array([0.1, 0.9], np.float32)) == pytest.approx(0.5)

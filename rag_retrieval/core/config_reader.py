@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -66,6 +67,21 @@ def load_config(
         lines = sorted(given.problems, key=lambda problem: order.get(problem[0], len(order)))
         raise ConfigError("\n".join(line for _, line in lines))
     return config
+
+
+def asked_value(key: str, arguments: Sequence[str], config_folders: Sequence[Path]) -> Any:
+    """What the last option `--key` says or, without one, the file of `--config`, before it is known which configuration
+    they are for. None where neither says anything, and for a file that `load_config` will refuse. Raises ConfigError
+    for `--config` without a name."""
+    path, options = split_arguments(arguments)
+    given = _Given()
+    _read_options(options, Config, given)
+    for folder in config_folders if path is not None and key not in given.values else ():
+        with suppress(ConfigError):
+            file = find_config(path, folder)
+            values = _parse_yaml(_read_text(file, str(file)), _Given(), str(file))
+            return values.get(key) if isinstance(values, dict) else None
+    return given.values.get(key)
 
 
 def _problems(

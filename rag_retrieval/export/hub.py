@@ -16,9 +16,11 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from rag_retrieval.core.files import lock_file_of, locked
+from rag_retrieval.models.inputs import check_flag
 from rag_retrieval.models.settings import check_model_folder, parsing
-from rag_retrieval.train.card import CARD, MARK, About, model_card
-from rag_retrieval.train.run_record import read_run_record
+from rag_retrieval.train.card import CARD, MARK, About, model_card, read_run_record
+from rag_retrieval.train.reranker.card import RERANKER
 
 WEIGHTS = ("*.safetensors", "*.onnx", "*.xml")
 MEASURED = {"data", "candidates", "queries", "pairs", "model", "baseline", "comparison", "config"}
@@ -43,6 +45,7 @@ def push_to_hub(
     Raises ValueError for a folder without a model, and as `stage`; OSError (huggingface_hub's) where the hub cannot be
     reached or refuses.
     """
+    check_flag("private", private)
     folder = checked_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".push-", dir=folder.parent) as staged:
         stage(folder, staged, repo_id, language=language, license=license, evaluations=evaluations)
@@ -65,19 +68,21 @@ def stage(
 
     Hidden and temporary files are left out. A card that was edited (its line MARK is gone), or whose run is not known,
     is uploaded as it is. Raises ValueError for a name that no hub takes, for a link that leads out of the folder,
-    and where language, license or evaluations are given for a card that stays.
+    for a target that is not empty or that another command writes to, and where language, license or evaluations are
+    given for a card that stays.
     """
     folder, target = checked_folder(folder), Path(target)
     validate_repo_id(name)
     files = files_to_upload(folder)
     about = About(name, tuple(language), license, tuple(read_evaluation(path, folder) for path in evaluations))
     card = chosen_card(folder, about)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty; give a new folder")
-    for source in files:
-        link_or_copy(source, target / source.relative_to(folder))
-    (target / CARD).unlink(missing_ok=True)  # it may be a link to the model's own
-    (target / CARD).write_text(card, encoding="utf-8")
+    with locked(lock_file_of(target), f"{target}: another command writes to it; give another folder"):
+        if target.exists() and any(target.iterdir()):
+            raise ValueError(f"{target} is not empty; give a new folder")
+        for source in files:
+            link_or_copy(source, target / source.relative_to(folder))
+        (target / CARD).unlink(missing_ok=True)  # it may be a link to the model's own
+        (target / CARD).write_text(card, encoding="utf-8")
 
 
 def files_to_upload(folder: Path) -> list[Path]:
@@ -110,7 +115,7 @@ def chosen_card(folder: Path, about: About) -> str:
     run = read_run_record(folder.parent)
     present = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
     if present is None or (MARK in present and run is not None):
-        return model_card(folder, run, about)
+        return model_card(folder, run, about, RERANKER)
     if about.language or about.license or about.evaluations:
         reason = "its run is not beside it" if MARK in present else "it was edited"
         raise ValueError(

@@ -14,8 +14,9 @@ import torch
 
 from rag_retrieval.infer.results import RerankResult, RerankResults
 from rag_retrieval.models.devices import choose_device, choose_dtype
-from rag_retrieval.models.inputs import check_documents, check_number, check_text
+from rag_retrieval.models.inputs import check_documents, check_flag, check_number, check_text
 from rag_retrieval.models.loading import load_causal_model, load_tokenizer, position_limit
+from rag_retrieval.models.prompts import render
 from rag_retrieval.models.settings import resolve_model_path
 
 PROMPTS = {
@@ -66,6 +67,7 @@ class ListwiseReranker:
         check_number("window", window, 2, "documents")
         check_number("step", step, 1, "documents")
         check_number("passage_tokens", passage_tokens, 1, "tokens")
+        check_flag("trust_remote_code", trust_remote_code)
         if step > window:
             raise ValueError(f"step {step} is more than the window of {window}: documents between would not be read")
         if language not in PROMPTS:
@@ -150,10 +152,8 @@ class ListwiseReranker:
         numbered = "\n".join(f"[{number}] {passage}" for number, passage in enumerate(passages, start=1))
         values = dict(zip(FIELDS, (str(len(passages)), numbered, query), strict=True))
         content = re.sub("|".join(map(re.escape, FIELDS)), lambda field: values[field[0]], self.prompt)
-        chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": CONTENT}], tokenize=False, add_generation_prompt=True
-        )
-        before, marker, after = chat.partition(CONTENT)
+        chat = render(self.tokenizer, [{"role": "user", "content": CONTENT}])
+        before, marker, after = (chat or "").partition(CONTENT)
         if not marker:
             raise ValueError("the chat template of the model leaves out the user's message; give another chat model")
         ids = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]

@@ -16,6 +16,7 @@ from rag_retrieval.infer.results import RerankResult, RerankResults, best_first,
 from rag_retrieval.models.inputs import (
     Document,
     check_documents,
+    check_flag,
     check_list,
     check_number,
     check_pairs,
@@ -120,6 +121,7 @@ class Reranker:
         position of a bad pair.
         """
         check_number("batch_size", batch_size, 1, "pairs")
+        check_flag("normalize", normalize)
         encoder = self.passage_encoder(max_length, long_document, overlap)
         scored = score_pairs(self.backend, encoder, check_pairs(pairs), batch_size)
         logits = np.array([pair.score for pair in scored], np.float32)
@@ -244,6 +246,7 @@ class Reranker:
     ) -> list[RerankResults]:
         """Scores all pairs with a text in one call and assigns the results in the same order."""
         check_number("batch_size", batch_size, 1, "pairs")
+        check_flag("normalize", normalize)
         if top_k is not None:
             check_number("top_k", top_k, 1, "documents")
         pairs = [(query, document.text) for query, documents in zip(queries, lists, strict=True)

@@ -80,6 +80,12 @@ def check_number(name: str, value, least: int, unit: str) -> None:
         raise ValueError(f"{name} must be a whole number of {unit}, at least {least}; found {value!r}")
 
 
+def check_flag(name: str, value) -> None:
+    """ValueError for anything but True and False: every text that is not empty, "false" too, would count as true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, found {value!r:.100}")
+
+
 def check_text(name: str, text) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{name}: expected a string, found {type(text).__name__}")

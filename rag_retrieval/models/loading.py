@@ -19,12 +19,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from rag_retrieval.models.settings import ModelFiles, RerankerSettings, check_no_pointers, choose_setting, parsing
+from rag_retrieval.models.settings import (
+    ModelFiles,
+    RerankerSettings,
+    check_no_pointers,
+    choose_setting,
+    parsing,
+    read_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +87,20 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
         raise ValueError(
             f"{model_path}: its tokenizer knows only special tokens; copy the model's tokenizer files there"
         )
+    warn_of_other_class(model_path, tokenizer)
     return tokenizer
+
+
+def warn_of_other_class(model_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers reads the files with another class, without a word, where it does not know the one they name."""
+    settings = read_json(model_path, "tokenizer_config.json")
+    named = settings.get("tokenizer_class")
+    if named and "auto_map" not in settings and tokenizer_class_from_name(named.removesuffix("Fast")) is None:
+        logger.warning(
+            "%s: tokenizer_class %s of tokenizer_config.json is not in transformers; its files are read as a %s, "
+            "which may give other tokens. Correct the name, or update transformers",
+            model_path, named, type(tokenizer).__name__,
+        )  # fmt: skip
 
 
 def check_sentencepiece(folder: Path) -> None:
@@ -229,6 +251,7 @@ def load_model(
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         for name, value in configuration.items():
             setattr(config, name, value)
+        check_chunks(config)
         model, loading = auto_class.from_pretrained(
             model_path,
             config=config,
@@ -243,6 +266,16 @@ def load_model(
     check_unused_weights(model_path, model, loading["unexpected_keys"])
     own_memory(model)
     return model, new_parameters
+
+
+def check_chunks(config: PreTrainedConfig) -> None:
+    """Raises ValueError for feed-forward layers in chunks: of a length that the chunks do not divide, no score."""
+    chunk = getattr(config, "chunk_size_feed_forward", 0)
+    if chunk > 1:
+        raise ValueError(
+            f"chunk_size_feed_forward is {chunk}, which saves memory but takes only lengths that are its multiples; "
+            "set it to 0 in config.json, which changes no score"
+        )
 
 
 def check_weights(model_path: str, model: PreTrainedModel, new_parameters: set[str], mismatched) -> None:

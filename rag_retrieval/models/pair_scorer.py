@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rag_retrieval.models.calibration import CALIBRATION_FILE, Calibration, Probabilities, probabilities_of
-from rag_retrieval.models.inputs import check_pairs
+from rag_retrieval.models.inputs import check_flag, check_pairs
 from rag_retrieval.models.loading import check_max_length, first_position, score_layer
 from rag_retrieval.models.packed_model import (
     HALF_TOLERANCE,
@@ -178,6 +178,9 @@ class PairScorer(nn.Module):
         Scoring runs in eval mode without gradients; the mode the model was in is restored. Raises ValueError
         naming the position of a bad pair, and what a forward raises.
         """
+        check_flag("normalize", normalize)
+        if show_progress_bar is not None:
+            check_flag("show_progress_bar", show_progress_bar)
         options = ScoringOptions(batch_size, max_length, precision)
         scores = score_pairs(self, check_pairs(pairs), options, devices, show_progress_bar)
         return probabilities_of(scores, self.calibration).values if normalize else scores

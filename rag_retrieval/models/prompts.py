@@ -130,6 +130,7 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]])
         return None
     name = f"{tokenizer.name_or_path}: its chat template"
     try:
+        check_no_powers(tokenizer.get_chat_template())
         with time_limit(name, TEMPLATE_SECONDS):
             return tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -143,6 +144,18 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]])
     except Exception as error:  # whatever its expressions raise: a template is a program
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} fails ({type(error).__name__}: {reason:.200}); copy it again") from error
+
+
+def check_no_powers(template: str) -> None:
+    """Raises ValueError for an expression with a power: 9**9**9 takes forever in one step of Python, which nothing in
+    this process can end. Every other one takes time in proportion to the memory that it fills."""
+    from jinja2 import Environment
+
+    before = ""
+    for line, kind, text in Environment().lex(template):
+        if text == "**" and kind == "operator" and before not in ("(", ","):  # after these it is `f(**options)`
+            raise ValueError(f"line {line} computes a power, which no chat template needs")
+        before = before if kind == "whitespace" else text
 
 
 @contextmanager

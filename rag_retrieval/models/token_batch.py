@@ -57,6 +57,15 @@ def make_batch(pairs: Sequence[EncodedPair]) -> TokenBatch:
     return TokenBatch(ids, types, lengths, shared)
 
 
+def texts_of(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
+    """The texts `start` to `stop` of a batch."""
+    first, last = batch.lengths[:start].sum(), batch.lengths[:stop].sum()
+    types = None if batch.types is None else batch.types[first:last]
+    shared = batch.shared[start:stop].copy()
+    shared[0] = 0
+    return TokenBatch(batch.ids[first:last], types, batch.lengths[start:stop], shared)
+
+
 def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """start, start + 1, ... of each range, one after another: [sum of lengths], int32."""
     ends = np.cumsum(lengths, dtype=np.int32)

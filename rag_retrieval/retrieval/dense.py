@@ -13,18 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.corpus import Corpus
+from rag_retrieval.models.nearest import nearest
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.encoder import Encode
 
 ENCODED = 4096  # documents encoded and written at once; what a killed run loses at most
-SEARCHED = 1 << 14  # documents compared with the queries at once
 FAISS_SAMPLE = 1 << 18  # vectors that an index such as IVF is trained on
 FAISS_ADDED = 1 << 14  # vectors added at once
-ROWS = 0xFFFFFFFF  # the lower half of a key
 
 
 def build_vectors(corpus: Corpus, encode: Encode, folder: Path, dtype: str) -> None:
@@ -67,7 +65,7 @@ class DenseSearch:
         encoded = self.encode(list(queries))
         depth = min(depth, len(self.vectors))
         if self.index is None:
-            rows, scores = self._nearest(encoded, depth)
+            rows, scores = nearest(encoded, self.vectors, depth, self.device)
         else:
             scores, rows = self.index.search(np.ascontiguousarray(encoded, np.float32), depth)
         lists = []
@@ -76,34 +74,6 @@ class DenseSearch:
             filled = rows[place] >= 0  # FAISS fills up with -1 where it finds fewer
             lists.append(Candidates(rows[place][filled], scores[place][filled], judged_scores))
         return lists
-
-    @torch.inference_mode()
-    def _nearest(self, encoded: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows int64, scores float32), both [queries, depth], best first, equal scores by row."""
-        queries = torch.from_numpy(encoded).to(self.device)
-        best = torch.empty((len(encoded), 0), dtype=torch.int64, device=self.device)
-        for start in range(0, len(self.vectors), SEARCHED):
-            block = torch.from_numpy(self.vectors[start : start + SEARCHED].astype(np.float32)).to(self.device)
-            keys = _keys(queries @ block.T, start)
-            best = torch.cat([best, keys.topk(min(depth, len(block))).values], dim=1)
-            best = best.topk(min(depth, best.shape[1])).values
-        return (ROWS - (best & ROWS)).cpu().numpy(), _scores(best).cpu().numpy()
-
-
-def _keys(scores: torch.Tensor, first_row: int) -> torch.Tensor:
-    """int64 numbers in the order of (score, -row), so that equal scores leave no choice: [queries, documents].
-
-    The upper half is the score's bits, turned so that they compare as the numbers do; the lower half the row.
-    """
-    bits = scores.contiguous().view(torch.int32).long()
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    rows = torch.arange(first_row, first_row + scores.shape[1], device=scores.device)
-    return (bits << 32) | (ROWS - rows)
-
-
-def _scores(keys: torch.Tensor) -> torch.Tensor:
-    bits = keys >> 32
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
 
 
 def build_faiss(vectors: np.ndarray, factory: str, seed: int, folder: Path) -> None:

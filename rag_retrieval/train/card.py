@@ -1,10 +1,12 @@
 """The README.md of a model: what it is, how to use it, the data, the configuration, and what was measured.
 
 Our card has a line MARK and is rewritten only while that line is there; a card without it belongs to the user.
+A card goes to other people, so of a path on this machine only the last part is shown; `shown` is for every value that
+may be one.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,29 +15,55 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from rag_retrieval import __version__
-from rag_retrieval.data.readers import HUB_OPTIONS
-from rag_retrieval.data.summary import format_summary
-from rag_retrieval.models.calibration import CALIBRATION_FILE
-from rag_retrieval.models.settings import RerankerSettings, read_settings
-from rag_retrieval.train.run_record import RunRecord, is_local, read_run_record, shown, shown_configuration
+from rag_retrieval.data.readers import HUB_OPTIONS, is_file
+from rag_retrieval.data.summary import StoreSummary, format_summary
+from rag_retrieval.models.settings import PACKAGE_PREFIX
+from rag_retrieval.train.run_folder import CONFIGURATION_FILE, DATA_FILE, METRICS_FILE, PROVENANCE_FILE, RUN_FILE
 
 CARD = "README.md"
 MARK = "<!-- written by rag_retrieval; remove this line to keep what you change here -->"
-TASK = ("text-ranking", "Reranking")
+LOCAL_ONLY_KEYS = {
+    *("output_dir", "overwrite_output_dir", "resume", "resume_with_changes"),
+    *("num_workers", "wait_minutes", "log_with"),
+}
 
-PAIR_TEXT = "The text of a pair, `{}` standing for query and document"
-USE = """```python
-from rag_retrieval import Reranker
 
-reranker = Reranker("{name}")
-results = reranker.rerank("what is a panda?", ["The giant panda is a bear.", "Paris is a city."], top_k=1)
-```
+@dataclass(frozen=True)
+class DataPart:
+    """One file of a run's data. purpose: "training" or "validation". source: its path or its name on the hub."""
 
-```python
-from sentence_transformers import CrossEncoder
+    purpose: str
+    source: str
+    summary: StoreSummary
 
-scores = CrossEncoder("{name}").predict([["what is a panda?", "The giant panda is a bear."]])
-```"""
+
+@dataclass(frozen=True)
+class RunRecord:
+    """configuration: keys of the YAML. data: in the order of the configuration, validation last.
+
+    provenance: engine, processes, versions. step: the optimizer step of the final model, None where no run says it.
+    measured: validation metrics of that step; empty where nothing was measured then.
+    """
+
+    configuration: dict[str, Any]
+    data: list[DataPart]
+    provenance: dict[str, Any]
+    step: int | None
+    measured: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a trainer says of the models that it makes. tag, title: of the hub's kind of task, as an id and in words.
+    tags: further ones. use: code, with {name} for the model's. description, meaning: of a model's folder and its run:
+    what it is, and what its output says."""
+
+    tag: str
+    title: str
+    tags: Sequence[str]
+    use: str
+    description: Callable[[Path, RunRecord | None], str]
+    meaning: Callable[[Path, RunRecord | None], str]
 
 
 @dataclass(frozen=True)
@@ -51,21 +79,21 @@ class About:
     evaluations: Sequence[dict[str, Any]] = ()
 
 
-def write_card(model: Path, run: Path, about: About) -> None:
+def write_card(model: Path, run: Path, about: About, kind: Kind) -> None:
     """README.md into a model's folder, from its files and those of its run. ValueError for damaged ones."""
-    (model / CARD).write_text(model_card(model, read_run_record(run), about), encoding="utf-8")
+    (model / CARD).write_text(model_card(model, read_run_record(run), about, kind), encoding="utf-8")
 
 
-def model_card(model: Path, run: RunRecord | None, about: About) -> str:
+def model_card(model: Path, run: RunRecord | None, about: About, kind: Kind) -> str:
     """The text of the card. run: what made the model, where that is known."""
     sections = [
-        f"---\n{front_matter(run, about)}\n---",
+        f"---\n{front_matter(run, about, kind)}\n---",
         MARK,
         f"# {about.name}",
-        description(model, run),
+        kind.description(model, run),
         "## Use",
-        USE.format(name=about.name),
-        meaning(model, run),
+        kind.use.format(name=about.name),
+        kind.meaning(model, run),
     ]
     if run is not None:
         sections += training_sections(run)
@@ -76,13 +104,13 @@ def model_card(model: Path, run: RunRecord | None, about: About) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def front_matter(run: RunRecord | None, about: About) -> str:
+def front_matter(run: RunRecord | None, about: About, kind: Kind) -> str:
     configuration = run.configuration if run is not None else {}
     base = configuration.get("model_name_or_path")
     parts = run.data if run is not None else []
     sources = [part.source for part in parts if part.purpose == "training" and not is_local(part.source)]
     datasets = [HUB_OPTIONS.split(source)[0] for source in sources]
-    results = evaluation_results(run, about)
+    results = evaluation_results(run, about, kind)
     return ModelCardData(
         base_model=base if base and not is_local(base) else None,
         datasets=datasets or None,
@@ -91,68 +119,23 @@ def front_matter(run: RunRecord | None, about: About) -> str:
         language=list(about.language) or None,
         license=about.license,
         library_name="sentence-transformers",
-        pipeline_tag=TASK[0],
-        tags=["reranker", "cross-encoder", "rag_retrieval"],
+        pipeline_tag=kind.tag,
+        tags=[*kind.tags, "rag_retrieval"],
     ).to_yaml()
 
 
-def evaluation_results(run: RunRecord | None, about: About) -> list[EvalResult]:
+def evaluation_results(run: RunRecord | None, about: About, kind: Kind) -> list[EvalResult]:
     """For the hub's model-index: validation metrics of the final step, and those of each evaluation."""
     measured = []
     if run is not None and run.measured:
         measured.append((shown(run.configuration["val_dataset"]), "validation", run.measured))
     measured += [(result["data"], result["config"]["split"], result["model"]) for result in about.evaluations]
     return [
-        EvalResult(TASK[0], dataset, dataset, name, round(value, 4), task_name=TASK[1], dataset_split=split)
+        EvalResult(kind.tag, dataset, dataset, name, round(value, 4), task_name=kind.title, dataset_split=split)
         for dataset, split, values in measured
         for name, value in values.items()
         if isinstance(value, float)
     ]
-
-
-def description(model: Path, run: RunRecord | None) -> str:
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    settings = read_settings(str(model))
-    kind = "/".join(config.get("architectures") or [config.get("model_type", "unknown")])
-    lines = [f"A reranker: it scores how well a document answers a query. {kind}"]
-    if settings is not None:
-        lines[0] += f", at most {settings.max_len} tokens per pair"
-    lines[0] += "."
-    if run is not None:
-        lines[0] += f" Trained from `{shown(run.configuration['model_name_or_path'])}`."
-    if settings is not None and settings.model_type == "llm_decoder":
-        lines.append(text_of_a_pair(settings))
-    elif settings is not None and (settings.query_format or settings.document_format):
-        lines.append(formats_of_an_encoder(settings))
-    return "\n\n".join(lines)
-
-
-def text_of_a_pair(settings: RerankerSettings) -> str:
-    text = settings.query_format + settings.seq + settings.document_format + settings.special_token
-    if settings.instruction is not None:
-        text = text.replace("{instruction}", settings.instruction)
-    if settings.head == "yes_no":
-        what = f"the score is the logit of `{settings.yes_token}` minus that of `{settings.no_token}` after it"
-        return f"{PAIR_TEXT}; {what}:\n\n```\n{text}\n```"
-    return f"{PAIR_TEXT}; the score is read at its last token:\n\n```\n{text}\n```"
-
-
-def formats_of_an_encoder(settings: RerankerSettings) -> str:
-    query, document = settings.query_format or "{}", settings.document_format or "{}"
-    return (
-        "Texts are read within formats, `{}` standing for query and document. `rag_retrieval` puts them there; other "
-        f"programs need texts that stand in them already:\n\n```\nquery: {query}\ndocument: {document}\n```"
-    )
-
-
-def meaning(model: Path, run: RunRecord | None) -> str:
-    """What a score says."""
-    text = "A score is a logit: it orders the documents of one query."
-    if (model / CALIBRATION_FILE).is_file():
-        return text + f" `{CALIBRATION_FILE}` makes probabilities of scores: `rerank(..., normalize=True)`."
-    if run is not None and str(run.configuration.get("loss_type")).startswith("point_"):
-        return text + " It was trained pair by pair, so its sigmoid is a probability, as good as the labels were."
-    return text + " Its sigmoid is no probability unless the training taught one."
 
 
 def training_sections(run: RunRecord) -> list[str]:
@@ -195,3 +178,67 @@ def evaluation_table(result: dict[str, Any]) -> str:
 def table(heads: list[str], rows: list[list[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ---- what a training run left beside its model --------------------------------------------------------------
+
+
+def read_run_record(folder: Path) -> RunRecord | None:
+    """Of a run's output folder; None where no run wrote one. Whatever else is missing is left out.
+
+    Raises ValueError for a file that is damaged.
+    """
+    if not (folder / CONFIGURATION_FILE).is_file():
+        return None
+    configuration = parsed(folder / CONFIGURATION_FILE, yaml.safe_load)
+    step = parsed(folder / RUN_FILE).get("model_step")
+    lines = parsed(folder / METRICS_FILE, lambda text: list(map(json.loads, text.splitlines())))
+    evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] == step]
+    last = evaluations[-1] if evaluations else {}
+    measured = {name: value for name, value in last.items() if name not in ("step", "kind")}
+    data = [part_from(values) for values in parsed(folder / DATA_FILE)]
+    return RunRecord(configuration, data, parsed(folder / PROVENANCE_FILE), step, measured)
+
+
+def parsed(path: Path, parse=json.loads):
+    """What the file holds; {} where it is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it, and the card goes without it") from error
+
+
+def part_from(values: dict[str, Any]) -> DataPart:
+    summary = values["summary"]
+    histogram = [tuple(bar) for bar in summary["label_histogram"]]
+    return DataPart(values["purpose"], values["source"], StoreSummary(**summary | {"label_histogram": histogram}))
+
+
+def is_local(name: str) -> bool:
+    """Whether a model's or data set's name is of this machine, and not of the hub."""
+    return name.startswith(PACKAGE_PREFIX) or is_file(name)
+
+
+def shown(name: str) -> str:
+    """A name for other people: of a path its last part, of the model of a run the run's."""
+    if not is_local(name) or name.startswith(PACKAGE_PREFIX):
+        return name
+    path = Path(name)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def shown_configuration(configuration: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what is absent, what only says where and how it ran, and paths."""
+    values = {key: value for key, value in configuration.items() if key not in LOCAL_ONLY_KEYS}
+    return without_paths(values)
+
+
+def without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what is absent, each path as `shown`; the entries of a `train_dataset` that is a list likewise."""
+    values = {key: value for key, value in values.items() if value is not None}
+    if isinstance(values.get("train_dataset"), list):
+        values["train_dataset"] = [without_paths(entry) for entry in values["train_dataset"]]
+    paths = ("model_name_or_path", "train_dataset", "val_dataset", "path")
+    return values | {key: shown(values[key]) for key in paths if isinstance(values.get(key), str)}

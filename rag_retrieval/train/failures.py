@@ -27,7 +27,6 @@ MIN_FREE_BYTES = 1 << 22  # a disk with less is called full: the last write may 
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|Parent directory .* does not exist")
 CPU_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|bad_alloc")
-MEMORY_KEYS = ("max_tokens_per_batch", "batch_size", "gradient_checkpointing", "max_len", "mixed_precision")
 DEATH_SECONDS = 2.0  # between the end of a process's sockets and its own
 PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 PEER_SILENT = re.compile(r"Timed out waiting|Socket Timeout|timed out|timeout of \d+ ?ms", re.IGNORECASE)
@@ -81,14 +80,15 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or bool(CPU_MEMORY.search(str(error)))
 
 
-def memory_failure(error: RuntimeError, step: int, where: str, configuration: Mapping[str, Any]) -> ProcessFailure:
-    """where: what the step was at. configuration: of the run."""
-    keys = ", ".join(f"{key} {configuration[key]}" for key in MEMORY_KEYS if key in configuration)
+def memory_failure(
+    error: RuntimeError, step: int, where: str, configuration: Mapping[str, Any], advice: str
+) -> ProcessFailure:
+    """where: what the step was at. configuration: of the run. advice: the keys that it names are shown as they are."""
+    named = [key for key in re.findall(r"\w+", advice) if key in configuration]
+    keys = ", ".join(f"{key} {configuration[key]}" for key in dict.fromkeys(named))
     first = str(error).strip().partition("\n")[0]
     return ProcessFailure(
-        f"out of memory in step {step}, {where}; settings: {keys}. Lower max_tokens_per_batch, or batch_size with "
-        "gradient_accumulation_steps raised as much: the step stays the same. Or set gradient_checkpointing true, "
-        f"mixed_precision bf16, or a smaller max_len. The allocator says: {first}"
+        f"out of memory in step {step}, {where}; settings: {keys}. {advice} The allocator says: {first}"
     )
 
 

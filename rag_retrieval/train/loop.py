@@ -32,8 +32,7 @@ from rag_retrieval.train.failures import (
     translate_worker_deaths,
 )
 from rag_retrieval.train.optim import warmup_stable_cosine
-from rag_retrieval.train.provenance import Provenance
-from rag_retrieval.train.run_folder import finish, publish
+from rag_retrieval.train.run_folder import Provenance, finish, publish
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
 from rag_retrieval.train.steps import MicroBatch, MixedSteps, step_loader
 from rag_retrieval.train.task import LoopSettings, Task, weighted_sum
@@ -59,7 +58,7 @@ class Trainer:
         self.output_dir, self.state, self.provenance = output_dir, state, provenance
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.total_steps = dataset.steps_per_epoch * settings.epochs
+        self.total_steps = int(dataset.steps_per_epoch * settings.epochs)
         self._check_resumable()
         self.checkpoints = CheckpointStore(output_dir, state.run_id, settings.num_max_checkpoints)
         self.saver = Saver(accelerator, self.model, self.optimizer, task, self.checkpoints, provenance)
@@ -71,11 +70,11 @@ class Trainer:
         self.stop_request, self.agreed_stop = StopRequest(), 0
 
     def _check_resumable(self) -> None:
-        before, now = self.state.steps_per_epoch, self.dataset.steps_per_epoch
+        before, now = self.state.steps_per_epoch, float(self.dataset.steps_per_epoch)
         if before not in (0, now):
             raise StartError(
-                f"resume: the checkpoint is of a run with {before} optimizer steps per epoch, and this run "
-                f"has {now}. Keep the training data and the product of batch_size, "
+                f"resume: the checkpoint is of a run with {before:.9g} optimizer steps per epoch, and this run "
+                f"has {now:.9g}. Keep the training data and the product of batch_size, "
                 "gradient_accumulation_steps and processes"
             )
         self.state.steps_per_epoch = now
@@ -88,7 +87,12 @@ class Trainer:
         """
         with translate_worker_deaths(), on_signals(self.stop_request.note):
             self.tracking = Tracking(
-                self.accelerator, self.output_dir, self.total_steps, self.state.step, self.provenance.configuration
+                self.accelerator,
+                self.output_dir,
+                self.total_steps,
+                self.state.step,
+                self.provenance.configuration,
+                self.task.unit,
             )
             try:
                 self._run_steps()
@@ -99,7 +103,7 @@ class Trainer:
 
     def _run_steps(self) -> None:
         settings, done = self.settings, self.state.step
-        self.window = LogWindow(self.accelerator.num_processes)
+        self.window = LogWindow(self.accelerator.num_processes, self.task.unit)
         if settings.eval_on_start and done == 0:
             self.evaluate()
         on_gpu = self.accelerator.device.type == "cuda"
@@ -198,7 +202,8 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             where = f"at a micro-batch of {self.task.describe_batch(batch)}" if batch else "in the optimizer's update"
-            raise memory_failure(error, self.state.step + 1, where, self.provenance.configuration) from error
+            values, advice = self.provenance.configuration, self.task.memory_advice
+            raise memory_failure(error, self.state.step + 1, where, values, advice) from error
 
     def _clip_gradients(self) -> torch.Tensor | None:
         """Clip to max_grad_norm and return the norm before, a scalar; None where the engine does not tell."""
@@ -216,8 +221,8 @@ class Trainer:
     def _count_steps(self, latest: StepOutcome | None = None) -> None:
         """Enter into the log window what is known to be sound; the latest step not before the next one."""
         for outcome, loss, norm in self.checks.passed(latest):
-            pairs = sum(batch.size for batch in outcome.micro_batches)
-            self.window.add(loss, norm, pairs, outcome.lr, outcome.micro_batches[0].part)
+            size = sum(batch.size for batch in outcome.micro_batches)
+            self.window.add(loss, norm, size, outcome.lr, outcome.micro_batches[0].part)
 
     def _log_if_due(self) -> None:
         step = self.state.step
@@ -232,12 +237,13 @@ class Trainer:
             return
         step = self.state.step
         further = self.task.report(step, self.total_steps)
-        epoch = round(step / self.dataset.steps_per_epoch, 4)
+        epoch = round(step / float(self.dataset.steps_per_epoch), 4)
         self.tracking.train(step, {"epoch": epoch, **self.window.values(), **further})
-        self.window = LogWindow(self.accelerator.num_processes)
+        self.window = LogWindow(self.accelerator.num_processes, self.task.unit)
 
     def _at_epoch_end(self) -> bool:
-        return self.state.step % self.dataset.steps_per_epoch == 0
+        step, length = self.state.step, self.dataset.steps_per_epoch  # a fraction where epochs end within steps
+        return step // length > (step - 1) // length
 
     def _evaluate_if_due(self) -> None:
         every, step = self.settings.eval_steps, self.state.step
@@ -253,7 +259,7 @@ class Trainer:
         started = time.monotonic()
         self.model.eval()
         with torch.no_grad():
-            values = self.task.evaluate(self.model)
+            values = self.task.evaluate(self.model, self.state.step)
         self.model.train()
         self.window.pause(time.monotonic() - started)
         self.state.evaluated_step = self.state.step

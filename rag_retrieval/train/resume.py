@@ -21,8 +21,7 @@ from pydantic import ValidationError
 from rag_retrieval.core.files import is_real_folder, write_json
 from rag_retrieval.train.checkpoints import CheckpointStore, DamagedCheckpoint, TrainState, read_state
 from rag_retrieval.train.config import TrainingConfig
-from rag_retrieval.train.provenance import Provenance
-from rag_retrieval.train.run_folder import RUN_FILE, WRITTEN, OutputFolderError, check_free, read_run
+from rag_retrieval.train.run_folder import RUN_FILE, WRITTEN, OutputFolderError, Provenance, check_free, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +31,10 @@ MAY_CHANGE = {
     *("save_on_epoch_end", "save_steps", "num_max_checkpoints"),
     *("eval_steps", "eval_on_start", "early_stopping_patience"),
     # the same step in other arithmetic
-    *("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation", "torch_compile"),
+    *("max_tokens_per_batch", "max_tokens_with_graph", "gradient_checkpointing"),
+    *("attn_implementation", "torch_compile"),
 }
 STEP_SIZE = ("batch_size", "gradient_accumulation_steps")  # times processes
-VALIDATION = {"val_dataset", "val_label_key", "val_split", "metric_for_best_model"}
 
 
 class ResumeError(ValueError):
@@ -181,7 +180,7 @@ def checked_resume(
         if now.versions[library] != version:
             logger.warning("resume: written with %s %s, now %s: the last digits of weights may differ from those of a "
                            "run never stopped", library, version, now.versions[library])
-    if changes.keys() & VALIDATION:  # what was measured otherwise is not compared with
+    if changes.keys() & config_class.validation_keys:  # what was measured otherwise is not compared with
         return replace(state, best_metric=None, best_step=None, stale_evaluations=0)
     return state
 

@@ -1,4 +1,5 @@
-"""What the scripts of all trainers share: the exit code of a run, its errors in one line, and the end of the process.
+"""What the scripts of all trainers share: the table of trainers, the exit code of a run, its errors in one line, and
+the end of the process.
 
 Heavy libraries are imported when a run begins: a script must answer `--help` and Ctrl-C at once.
 """
@@ -8,20 +9,54 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rag_retrieval.core.command import has_home, report
+from rag_retrieval.core.command import Command, has_home, load_object, report, run_command
 from rag_retrieval.core.log import launched_rank
-from rag_retrieval.core.signals import Interrupted, TrainingStopped, exit_code, interrupt, on_signals
+from rag_retrieval.core.signals import Interrupted, TrainingStopped, exit_code, interrupt, leave_at_once, on_signals
+
+TRAINERS = {  # by the `task` of a configuration
+    task: Command(
+        "train",
+        f"train {what} from a YAML file; --task {other} trains {the_other}",
+        config=f"rag_retrieval.train.{task}.config:{config}",
+        run="rag_retrieval.train.script:train",
+        work=(f"rag_retrieval.train.{task}.run",),
+        config_folder=Path(__file__).resolve().parent / task / "config",
+    )
+    for task, config, what, other, the_other in (
+        ("reranker", "RerankerConfig", "a reranker", "embedding", "an embedder"),
+        ("embedding", "EmbeddingConfig", "an embedder", "reranker", "a reranker"),
+    )
+}
 
 
-def run_training(run: Callable[[Any], Any], config: Any) -> int:
-    """Call `run(config)` and turn its errors into one line and an exit code. An error of ours keeps its traceback.
+def main_of(task: str, arguments: list[str] | None) -> int:
+    """What a trainer's script does. Returns the exit code: 0 trained; 1 training failed; 2 a mistake in configuration,
+    data or launch; 130 and 143 ended by SIGINT and SIGTERM (in training: after the step, with a checkpoint)."""
+    return run_command(TRAINERS[task], sys.argv[1:] if arguments is None else arguments)
 
-    config: a `TrainingConfig`.
-    """
+
+def train_any(arguments: list[str]) -> int:
+    """`rag-retrieval train`: the trainer that --task or `task` in the file names; the reranker's where none does."""
+    with on_signals(leave_at_once):
+        from rag_retrieval.core.config_reader import ConfigError, asked_value
+
+        try:
+            folders = [trainer.config_folder for trainer in TRAINERS.values()]
+            task = asked_value("task", arguments, folders) or "reranker"
+            if task not in TRAINERS:
+                raise ConfigError(f"task: expected one of {', '.join(TRAINERS)}, found {task}")
+        except ConfigError as error:
+            return report(error, 2, on_all_processes=True)
+    return main_of(task, arguments)
+
+
+def train(config: Any) -> int:
+    """Run the trainer of a `TrainingConfig` and turn its errors into one line and an exit code. An error of ours keeps
+    its traceback."""
+    run = load_object(f"rag_retrieval.train.{config.task}.run:run")
     from rag_retrieval.core.distributed import PeerError, RankLocalStartError, StartError
     from rag_retrieval.train.failures import peer_failure
     from rag_retrieval.train.launch import LaunchError

@@ -1,4 +1,5 @@
-"""The model of a run as the configuration asks for it: partly frozen, with LoRA, compiled; its optimizer.
+"""The model of a run as the configuration asks for it: partly frozen, with LoRA, compiled; its optimizer, and how its
+batches are laid out.
 
 `model` here is the module that is trained: its `model` is a Hugging Face model, and its `new_parameters` name, as that
 has them, the parameters that no checkpoint gave.
@@ -8,15 +9,19 @@ import logging
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from rag_retrieval.models.packed_model import ATTENTION, packed_attention
+from rag_retrieval.models.packed_model import ATTENTION, attention_dropout, packed_attention
 from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.lora import add_lora
 from rag_retrieval.train.optim import make_adamw, parameter_groups
 
 logger = logging.getLogger(__name__)
+
+# of a forward pass on a CPU: enough to keep its cores busy; padded, little enough to waste no padding
+CPU_PACKED_TOKENS, CPU_PADDED_TOKENS = 2048, 1024
 
 
 def prepare_for_training(model: Any, config: TrainingConfig) -> Any:
@@ -49,7 +54,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
-    return getattr(model, model.base_model_prefix)
+    return getattr(model, model.base_model_prefix, model)  # a model without a head is one itself
 
 
 def embeddings_of(model: PreTrainedModel) -> nn.Module:
@@ -93,7 +98,7 @@ def make_optimizer(model: Any, config: TrainingConfig) -> torch.optim.Optimizer:
     if new:
         logger.info("newly initialised, trained with head_lr %.1e: %s", config.head_lr, ", ".join(sorted(new)))
     else:
-        logger.info("the model brings its own head: head_lr is not used")
+        logger.info("no newly initialised weights: head_lr is not used")
     return make_adamw(groups, (config.adam_beta1, config.adam_beta2), config.adam_epsilon)
 
 
@@ -101,3 +106,23 @@ def describe_parameters(model: Any) -> str:
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"{type(model.model).__name__}, {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained"
+
+
+def layout_of(config: TrainingConfig, model: Any, accelerator: Accelerator) -> tuple[bool, int | None]:
+    """Whether batches are packed, and the most tokens of a forward pass (None: any)."""
+    with accelerator.autocast():  # on a GPU, packing takes half precision
+        packs = model.packs
+    max_tokens = config.max_tokens_per_batch
+    if max_tokens is None and accelerator.device.type == "cpu":
+        max_tokens = CPU_PACKED_TOKENS if packs else CPU_PADDED_TOKENS
+    return packs, max_tokens
+
+
+def report_layout(model: Any, packs: bool) -> None:
+    if not packs:
+        reason = model.packing_problem or "no kernel for variable lengths in this precision on this device"
+        logger.info("batches are padded: %s", reason)
+        return
+    rate = attention_dropout(model.model)
+    note = f"; the attention dropout of {rate} in its config is not applied" if rate else ""
+    logger.info("batches are packed, without padding%s", note)

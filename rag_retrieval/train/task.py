@@ -29,7 +29,11 @@ class StepLoss(NamedTuple):
 
 
 class Task(Protocol):
-    """What is trained."""
+    """What is trained. unit: what `MicroBatch.size` counts, in the log. memory_advice: a sentence or two on what to do
+    where memory ends, which names keys of the configuration."""
+
+    unit: str
+    memory_advice: str
 
     def losses(
         self, model: nn.Module, micro_batches: Sequence[MicroBatch], factors: Sequence[float]
@@ -49,8 +53,9 @@ class Task(Protocol):
     def report(self, step: int, total_steps: int) -> dict[str, float]:
         """Further values over the steps since the last report, for the log."""
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Finite metrics on validation data, equal on all processes; in eval mode without gradients."""
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Finite metrics on validation data, equal on all processes; in eval mode without gradients. step: optimizer
+        steps done, 0 before the first."""
 
     def save_model(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
         """Write the weights so that `load_model` and `export` can read them (main process only)."""

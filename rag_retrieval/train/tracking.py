@@ -26,20 +26,20 @@ PROJECT = "rag_retrieval"
 class LogWindow:
     """Means over the steps since the last log line."""
 
-    def __init__(self, num_processes: int):
-        self.num_processes = num_processes
+    def __init__(self, num_processes: int, unit: str):
+        self.num_processes, self.unit = num_processes, unit
         self.started = time.monotonic()
-        self.steps = self.pairs = self.skipped = 0
+        self.steps = self.size = self.skipped = 0
         self.lr = 0.0
         self.losses: dict[str, list[float]] = {}  # by part of the data
         self.norm: float | None = None
 
-    def add(self, loss: float, norm: float | None, pairs: int, lr: float, part: str = "") -> None:
-        """One step. norm: not finite where the fp16 scaler skipped the step. pairs: of this process. part: the data
-        set that the step was of, "" where there is but one."""
+    def add(self, loss: float, norm: float | None, size: int, lr: float, part: str = "") -> None:
+        """One step. norm: not finite where the fp16 scaler skipped the step. size: of this process, in `unit`. part:
+        the data set that the step was of, "" where there is but one."""
         self.steps += 1
         self.losses.setdefault(part, []).append(loss)
-        self.pairs += pairs
+        self.size += size
         self.norm, self.lr = norm, lr
         self.skipped += norm is not None and not math.isfinite(norm)
 
@@ -49,12 +49,12 @@ class LogWindow:
 
     def values(self) -> dict[str, float]:
         """loss: mean over steps, and as loss/PART over those of each data set, where there are several; lr and
-        grad_norm: of the last step; pairs_per_second: over all processes."""
+        grad_norm: of the last step; UNIT_per_second: over all processes."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         values = {
             "loss": sum(map(sum, self.losses.values())) / self.steps,
             "lr": self.lr,
-            "pairs_per_second": self.pairs * self.num_processes / seconds,
+            f"{self.unit}_per_second": self.size * self.num_processes / seconds,
         }
         if self.norm is not None and math.isfinite(self.norm):
             values["grad_norm"] = self.norm
@@ -88,8 +88,10 @@ def _step_of(line: str) -> float:
 class Tracking:
     """Everything a run reports, on the main process; the other processes write nothing."""
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, total_steps: int, done: int, run_config: dict):
-        self.accelerator, self.output_dir, self.total_steps = accelerator, output_dir, total_steps
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, total_steps: int, done: int, run_config: dict, unit: str
+    ):
+        self.accelerator, self.output_dir, self.total_steps, self.unit = accelerator, output_dir, total_steps, unit
         self.shown = accelerator.is_main_process
         if not self.shown:
             return
@@ -110,7 +112,7 @@ class Tracking:
             return
         self._write(step, "train", values)
         losses = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.split("/")[0] == "loss")
-        brief = f"{losses}  lr {values['lr']:.2e}  {values['pairs_per_second']:.0f} pairs/s"
+        brief = f"{losses}  lr {values['lr']:.2e}  {values[f'{self.unit}_per_second']:.0f} {self.unit}/s"
         if self.progress.bar:
             self.progress.note = brief
         else:

@@ -11,8 +11,10 @@ import yaml
 from fake_hub import fake_hub
 
 from rag_retrieval.cli import main
+from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.export.hub import push_to_hub, stage
 from rag_retrieval.train.card import MARK, About, write_card
+from rag_retrieval.train.reranker.card import RERANKER
 
 TOKEN = "hf_thisIsASecret"
 RESULT = dict(
@@ -29,7 +31,7 @@ def model(load_tiny, tmp_path) -> Path:
     load_tiny("bert").save_pretrained(folder)
     configuration = {"model_name_or_path": "org/base", "train_dataset": "org/data", "loss_type": "listwise_ce"}
     (tmp_path / "run" / "training_config.yaml").write_text(yaml.safe_dump(configuration))
-    write_card(folder, tmp_path / "run", About("run"))
+    write_card(folder, tmp_path / "run", About("run"), RERANKER)
     return folder
 
 
@@ -50,6 +52,15 @@ def push(hub, *arguments: str) -> subprocess.CompletedProcess:
     environment["HF_HUB_DISABLE_XET"] = "1"  # more than a test should imitate; LFS carries the same files
     command = [sys.executable, "-m", "rag_retrieval.cli", "push", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_folder_that_another_command_writes_to_is_refused(model, tmp_path, capsys):
+    arguments = ["push", "--model", str(model), "--repo_id", "org/name", "--dry_run", str(tmp_path / "look")]
+    with locked(lock_file_of(tmp_path / "look"), "busy"):
+        assert main(arguments) == 2
+    assert str(tmp_path / "look") in capsys.readouterr().err and not (tmp_path / "look").exists()
+    assert main(arguments) == 0
+    assert not lock_file_of(tmp_path / "look").exists()
 
 
 def test_the_command_sends_the_staged_files_and_shows_no_token(model, evaluation, tmp_path):
@@ -213,3 +224,8 @@ def test_a_link_out_of_the_folder_is_refused_and_one_into_the_hub_s_cache_is_not
 def test_a_dry_run_refuses_a_name_that_no_hub_takes(model, tmp_path):
     with pytest.raises(ValueError, match="a//b"):
         stage(model, tmp_path / "staged", "a//b")
+
+
+def test_a_text_for_private_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match="private must be True or False, found 'false'"):
+        push_to_hub(tmp_path / "nowhere", "org/name", private="false")

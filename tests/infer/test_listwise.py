@@ -120,6 +120,7 @@ def test_options_that_do_not_fit_are_refused(chat_model, tmp_path):
         ({"window": 3, "step": 4}, "step 4"),
         ({"passage_tokens": 0}, "passage_tokens"),
         ({"language": "de"}, "'de'"),
+        ({"trust_remote_code": "no"}, "trust_remote_code must be True or False"),
         ({"prompt": "{query}"}, "{passages}"),
     ):
         with pytest.raises(ValueError, match=named):

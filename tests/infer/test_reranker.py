@@ -200,6 +200,10 @@ def bad_calls():
     yield lambda r: r.rerank("a", ["b"], overlap=-1), "overlap must be .* at least 0; found -1"
     yield lambda r: r.rerank("a", ["b"], max_length=2), "max_length 2 is too small"
     yield lambda r: r.rerank("a", ["b"], long_document="cut"), "long_document must be one of .*'max_slice', .*'cut'"
+    for wrong in ("x", 1, None):
+        yield lambda r, wrong=wrong: r.rerank("a", ["b"], normalize=wrong), f"normalize must be .* found {wrong!r}"
+        yield lambda r, wrong=wrong: r.compute_score(["a", "b"], normalize=wrong), "normalize must be True or False"
+        yield lambda r, wrong=wrong: r.rerank_many(["a"], [["b"]], normalize=wrong), "normalize must be True or False"
     yield lambda r: r.rerank_many("a", [["b"]]), "queries: expected a list, found str"
     yield lambda r: r.rerank_many(["a", 5], [[], []]), r"queries\[1\]: expected a string, found int"
     yield lambda r: r.rerank_many(["a", "b"], [["c"]]), "documents: expected a list for each of the 2 queries, found 1"

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Qwen2MoeConfig
 from yes_no_samples import tiny_causal
 
 from rag_retrieval import CrossEncoder, LLMDecoder, load_reranker
-from rag_retrieval.models.prompts import names_in
+from rag_retrieval.models.prompts import names_in, render
 from rag_retrieval.models.settings import ModelFiles, read_settings
 
 PAIR = ["where is Paris?", "Paris is in France"]
@@ -73,12 +73,38 @@ def test_damaged_settings_of_an_answer_are_named(decoder):
 def test_a_chat_template_that_is_broken_fails_or_never_ends_is_named(tmp_path):
     folder = Path(tiny_qwen2(tmp_path / "decoder", head_labels=1))
     endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
-    for template in ("{% for", "{{ 1 / 0 }}", endless):
+    for template in ("{% for", "{{ 1 / 0 }}", endless, "{{ 9 ** 9 ** 9 }}", "{{ [9**(9**9)] }}"):
         (folder / "chat_template.jinja").write_text(template)
         start = time.monotonic()
         with pytest.raises(ValueError, match="chat template"):
             load_reranker(folder, device="cpu")
         assert time.monotonic() - start < 60
+
+
+def test_options_of_a_call_in_a_chat_template_are_no_power(tmp_path):
+    tokenizer = qwen2_tokenizer()
+    tokenizer.chat_template = "{% set options = {'sep': ''} %}{{ dict(a=1, **options) | length }}{{ dict(**options) }}"
+    assert render(tokenizer, [{"role": "user", "content": "a"}]) == "2{'sep': ''}"
+
+
+def test_a_tokenizer_class_that_does_not_exist_is_named(bert, caplog):
+    change(bert / "tokenizer_config.json", tokenizer_class="NoSuchTokenizerFast")
+    load_reranker(bert, device="cpu")
+    (line,) = [line for line in caplog.messages if "tokenizer_class" in line]
+    assert "NoSuchTokenizerFast" in line and str(bert) in line
+    caplog.clear()
+    for known in ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", None):
+        change(bert / "tokenizer_config.json", tokenizer_class=known)
+        load_reranker(bert, device="cpu")
+    assert "tokenizer_class" not in caplog.text
+
+
+def test_feed_forward_layers_in_chunks_are_refused_when_the_folder_is_opened(bert):
+    change(bert / "config.json", chunk_size_feed_forward=7)
+    with pytest.raises(ValueError, match=f"{bert}.*chunk_size_feed_forward is 7"):
+        load_reranker(bert, device="cpu")
+    change(bert / "config.json", chunk_size_feed_forward=1)
+    assert len(load_reranker(bert, device="cpu").compute_score([PAIR])) == 1
 
 
 def test_an_alias_bomb_in_a_card_takes_no_time_and_names_nothing(bert):

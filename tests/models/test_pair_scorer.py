@@ -9,7 +9,7 @@ from pair_samples import some_pairs
 from tiny_models import CHINESE, ENGLISH, save_tiny, xlm_roberta_tokenizer
 from transformers import BartConfig, T5Config
 
-from rag_retrieval import CrossEncoder
+from rag_retrieval import CrossEncoder, score_over_processes
 from rag_retrieval.core.log import Progress
 from rag_retrieval.models import scoring
 from rag_retrieval.models.packed_model import pairs_to_check
@@ -101,6 +101,14 @@ def test_normalize_is_the_sigmoid_and_the_first_score_can_be_taken_alone(bert):
     scores = bert.compute_score(pairs)
     assert torch.equal(bert.compute_score(pairs, normalize=True), torch.sigmoid(scores))
     assert torch.sigmoid(scores[0]).dim() == 0
+
+
+def test_texts_for_booleans_are_refused(bert):
+    for name in ("normalize", "show_progress_bar"):
+        with pytest.raises(ValueError, match=f"{name} must be True or False, found 'false'"):
+            bert.compute_score([["a", "b"]], **{name: "false"})
+    with pytest.raises(ValueError, match="normalize must be True or False, found 1"):
+        score_over_processes(bert, [["a", "b"]], normalize=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,8 +7,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from rag_retrieval.models.settings import RerankerSettings, write_settings
-from rag_retrieval.train.card import MARK, About, model_card, write_card
-from rag_retrieval.train.run_record import RunRecord, part_from, read_run_record, shown
+from rag_retrieval.train.card import MARK, About, RunRecord, model_card, part_from, read_run_record, shown, write_card
+from rag_retrieval.train.reranker.card import RERANKER
 
 SUMMARY = dict(records=2, groups=2, pairs=5, queries=2, repeated_pairs=0, empty_documents=1, equal_label_groups=0,
                smallest_group=2, largest_group=3, label_histogram=[[0.0, 0.0, 3], [1.0, 1.0, 2]])  # fmt: skip
@@ -60,7 +60,7 @@ def run(tmp_path):
 
 
 def card(run, about: About | None = None) -> str:
-    return model_card(run / "model", read_run_record(run), about or About("org/name"))
+    return model_card(run / "model", read_run_record(run), about or About("org/name"), RERANKER)
 
 
 def test_several_training_files_are_listed_without_their_paths(run):
@@ -173,9 +173,9 @@ def test_a_decoders_card_shows_the_text_of_a_pair(run):
 
 
 def test_writing_gives_the_same_bytes_again(run):
-    write_card(run / "model", run, About("a"))
+    write_card(run / "model", run, About("a"), RERANKER)
     first = (run / "model" / "README.md").read_bytes()
-    write_card(run / "model", run, About("a"))
+    write_card(run / "model", run, About("a"), RERANKER)
     assert (run / "model" / "README.md").read_bytes() == first and first.decode().splitlines().count(MARK) == 1
 
 

@@ -16,11 +16,11 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_a_window_gives_the_mean_loss_and_the_last_rate_and_norm():
-    window = LogWindow(num_processes=2)
+    window = LogWindow(2, "pairs")
     window.started -= 10
     window.pause(5)
-    window.add(loss=1.0, norm=3.0, pairs=40, lr=0.1)
-    window.add(loss=2.0, norm=4.0, pairs=60, lr=0.2)
+    window.add(loss=1.0, norm=3.0, size=40, lr=0.1)
+    window.add(loss=2.0, norm=4.0, size=60, lr=0.2)
     values = window.values()
     assert values["pairs_per_second"] == pytest.approx(100 * 2 / 5, rel=0.01)
     assert {**values, "pairs_per_second": 0} == {
@@ -32,20 +32,20 @@ def test_a_window_gives_the_mean_loss_and_the_last_rate_and_norm():
 
 
 def test_steps_skipped_by_the_scaler_are_counted_without_their_norm():
-    window = LogWindow(num_processes=1)
+    window = LogWindow(1, "pairs")
     window.add(1.0, 3.0, 1, 0.1)
     window.add(1.0, float("inf"), 1, 0.1)
     assert window.values()["skipped_steps"] == 1 and "grad_norm" not in window.values()
 
 
 def test_an_engine_that_tells_no_norm_has_none_in_the_log():
-    window = LogWindow(num_processes=1)
+    window = LogWindow(1, "pairs")
     window.add(1.0, None, 1, 0.1)
     assert "grad_norm" not in window.values() and "skipped_steps" not in window.values()
 
 
 def test_several_data_sets_have_a_mean_loss_each_beside_that_of_all():
-    window = LogWindow(num_processes=1)
+    window = LogWindow(1, "pairs")
     for loss, part in ((1.0, "a"), (2.0, "b"), (4.0, "a")):
         window.add(loss, None, 1, 0.1, part)
     values = {name: value for name, value in window.values().items() if name.startswith("loss")}
@@ -68,7 +68,7 @@ def test_a_new_run_begins_an_empty_file(tmp_path):
 def tracking(folder: Path, log_with=None, run_config=None) -> Tracking:
     project = ProjectConfiguration(str(folder), str(folder / "tracking"))
     accelerator = Accelerator(cpu=True, log_with=log_with, project_config=project)
-    return Tracking(accelerator, folder, total_steps=100, done=0, run_config=run_config or {})
+    return Tracking(accelerator, folder, total_steps=100, done=0, run_config=run_config or {}, unit="pairs")
 
 
 def test_without_a_terminal_there_are_log_lines(tmp_path, caplog):

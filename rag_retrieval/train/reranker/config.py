@@ -80,11 +80,14 @@ def _label_bound(end: int):
 class RerankerKeys(TrainingConfig):
     """All keys but the options of losses; `RerankerConfig` has these too."""
 
+    validation_keys: ClassVar = TrainingConfig.validation_keys | {"val_label_key"}
     main_keys: ClassVar = ("model_name_or_path", "model_type", "train_dataset", "loss_type", "output_dir")
     groups: ClassVar = TrainingConfig.groups | {"model_type": "Reranker", "train_dataset": "Data", "loss_type": "Loss"}
 
     # Model
     model_type: Literal["bert_encoder", "llm_decoder"] = Field(description="Family of the model.")
+    task: Literal["reranker"] = key("Which trainer it is for.", "reranker")
+    max_len: int = key("Longest pair, in tokens, special tokens included.", 512, ge=16)
     head: Literal["scalar", "yes_no"] | None = key(
         "A new scalar head, or yes_no: logit of yes minus logit of no, as Qwen3-Reranker. Then what is not given here "
         "comes with the model, or is Qwen3-Reranker's question in the tokenizer's chat template. Default scalar.",

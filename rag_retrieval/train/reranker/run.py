@@ -1,6 +1,7 @@
 """What the training of a reranker brings to a run: see `train.run.Training`."""
 
 import logging
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from rag_retrieval.core.files import content_digest
 from rag_retrieval.metrics import LOGGED_METRICS
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
-from rag_retrieval.models.packed_model import attention_dropout
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.settings import FORMAT_NAMES, YES_NO_NAMES
 from rag_retrieval.train import run as any_run
 from rag_retrieval.train.card import About, write_card
 from rag_retrieval.train.checkpoints import TrainState
+from rag_retrieval.train.reranker.card import RERANKER
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import configured_objective
 from rag_retrieval.train.reranker.run_data import (
@@ -31,13 +32,10 @@ from rag_retrieval.train.reranker.task import RerankerTask
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.resume import file_keys
-from rag_retrieval.train.run_record import parts_to_write
+from rag_retrieval.train.setup import layout_of, report_layout
 from rag_retrieval.train.steps import MixedSteps, StepShape
 
 logger = logging.getLogger(__name__)
-
-# of a forward pass on a CPU: enough to keep its cores busy; padded, little enough to waste no padding
-CPU_PACKED_TOKENS, CPU_PADDED_TOKENS = 2048, 1024
 
 
 def run(config: RerankerConfig) -> TrainState | None:
@@ -60,7 +58,7 @@ class RerankerTraining:
         return {name: content_digest(store.files) for name, store in stores.items()}
 
     def summaries(self) -> list[dict[str, Any]]:
-        return parts_to_write(data_parts(self.config, self.files, self.validation_store))
+        return [asdict(part) for part in data_parts(self.config, self.files, self.validation_store)]
 
     def load_model(self) -> PairScorer:
         return load_scorer(self.config)
@@ -71,7 +69,7 @@ class RerankerTraining:
     def steps(self, model: PairScorer, accelerator: Accelerator) -> MixedSteps:
         """The steps of all files, which take turns. Each file draws random numbers of its own, the first those of the
         seed."""
-        packs, shares_queries, max_tokens = layout_of(self.config, model, accelerator)
+        packs, max_tokens = layout_of(self.config, model, accelerator)
         report_layout(model, packs)
         sets = {}
         for position, file in enumerate(self.files):
@@ -91,7 +89,7 @@ class RerankerTraining:
                 self.config.shuffle_rate,
                 max_tokens,
                 padded=not packs,
-                shares_queries=shares_queries,
+                shares_queries=packs and model.causal,
             )
             source, encoder = alone.train_dataset, model.pair_encoder
             sets[file.name] = TrainingSteps(file.store, source, encoder, file.objective, shape, options, file.name)
@@ -112,7 +110,7 @@ class RerankerTraining:
         chosen = config.metric_for_best_model
         names = [*LOGGED_METRICS, *([chosen] if chosen not in ("loss", "pair_accuracy", *LOGGED_METRICS) else [])]
         pairs_per_batch = config.batch_size * (config.train_group_size or 1)
-        packs, _, max_tokens = layout_of(config, model, accelerator)
+        packs, max_tokens = layout_of(config, model, accelerator)
         return Validation(
             self.validation_store,
             model.pair_encoder,
@@ -126,7 +124,7 @@ class RerankerTraining:
         )
 
     def write_card(self, output_dir: Path) -> None:
-        write_card(output_dir / "model", output_dir, About(output_dir.resolve().name))
+        write_card(output_dir / "model", output_dir, About(output_dir.resolve().name), RERANKER)
 
 
 def load_scorer(config: RerankerConfig) -> PairScorer:
@@ -142,26 +140,6 @@ def load_scorer(config: RerankerConfig) -> PairScorer:
         return CrossEncoder.from_pretrained(config.model_name_or_path, **shared)
     texts = {name: getattr(config, name) for name in (*FORMAT_NAMES, *YES_NO_NAMES, "head", "start_layer")}
     return LLMDecoder.from_pretrained(config.model_name_or_path, **(shared | texts))
-
-
-def layout_of(config: RerankerConfig, model: PairScorer, accelerator: Accelerator) -> tuple[bool, bool, int | None]:
-    """Whether batches are packed, whether pairs share their query, and the most tokens of a forward (None: any)."""
-    with accelerator.autocast():  # on a GPU, packing takes half precision
-        packs, shares_queries = model.packs, model.shares_queries
-    max_tokens = config.max_tokens_per_batch
-    if max_tokens is None and accelerator.device.type == "cpu":
-        max_tokens = CPU_PACKED_TOKENS if packs else CPU_PADDED_TOKENS
-    return packs, shares_queries, max_tokens
-
-
-def report_layout(scorer: PairScorer, packs: bool) -> None:
-    if not packs:
-        reason = scorer.packing_problem or "no kernel for variable lengths in this precision on this device"
-        logger.info("batches are padded: %s", reason)
-        return
-    rate = attention_dropout(scorer.model)
-    note = f"; the attention dropout of {rate} in its config is not applied" if rate else ""
-    logger.info("batches are packed, without padding%s", note)
 
 
 def best_metric(config: RerankerConfig, validation: Validation | None) -> str | None:

@@ -17,6 +17,12 @@ from rag_retrieval.train.task import StepLoss, weighted_sum
 class RerankerTask(SavedModel):
     """objectives: by the `part` of the micro-batches that they are for. The rest: see `SavedModel`."""
 
+    unit = "pairs"
+    memory_advice = (
+        "Lower max_tokens_per_batch, or batch_size with gradient_accumulation_steps raised as much: the step stays the "
+        "same. Or set gradient_checkpointing true, mixed_precision bf16, or a smaller max_len."
+    )
+
     def __init__(
         self,
         scorer: PairScorer,
@@ -64,5 +70,5 @@ class RerankerTask(SavedModel):
         reports = [watch.report(step, total_steps) for watch in self.watches.values()]
         return {name: value for report in reports for name, value in report.items()}
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         return self.validation(model)

@@ -4,7 +4,6 @@ Which pairs share a batch is planned over the whole set before it is dealt to th
 number of processes changes no digit of a metric. Groups are used whole: sampling is for training.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -15,16 +14,13 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from rag_retrieval.data.store import RecordStore
-from rag_retrieval.metrics import LOGGED_METRICS, group_metrics
+from rag_retrieval.metrics import LOGGED_METRICS, group_metrics, relevance_threshold
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
-from rag_retrieval.train.failures import is_out_of_memory
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss
 from rag_retrieval.train.reranker.training_data import layout, rescale
-from rag_retrieval.train.step_checks import WHOLE
 from rag_retrieval.train.task import TrainingError
-
-logger = logging.getLogger(__name__)
+from rag_retrieval.train.validation import forward_in_memory
 
 ENCODING_CHUNK = 4096  # pairs tokenized at a time
 LOSS_CHUNK = 1024  # groups in one evaluation of the loss
@@ -105,7 +101,7 @@ class Validation:
         """
         scored = []
         for positions, batch in self.batches:
-            batch_scores = self._forward(model, batch).float().cpu().numpy()
+            batch_scores = forward_in_memory(model, batch, self.accelerator).float().cpu().numpy()
             if positions:
                 scored.append((positions, batch_scores))
         scores = np.full(len(self.labels), np.nan, dtype=np.float32)
@@ -113,22 +109,6 @@ class Validation:
             scores[positions] = batch_scores
         self._check_finite(scores)
         return scores
-
-    def _forward(self, model: nn.Module, batch: TokenBatch) -> torch.Tensor:
-        """Scores: [pairs]. A batch that does not fit in memory is halved, unless the forwards of all processes belong
-        together, or it has one pair."""
-        try:
-            return model(batch)
-        except RuntimeError as error:
-            whole = self.accelerator.distributed_type in WHOLE
-            if not (is_out_of_memory(error) and whole and len(batch) > 1):
-                raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        middle = len(batch) // 2
-        logger.warning("validation: %d pairs do not fit in memory at once, continuing with halves", len(batch))
-        halves = (texts_of(batch, 0, middle), texts_of(batch, middle, len(batch)))
-        return torch.cat([self._forward(model, half) for half in halves])
 
     def _check_finite(self, scores: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(scores))
@@ -192,20 +172,3 @@ class Validation:
         one_hot = np.zeros(len(negatives) + 1, dtype=np.float32)
         one_hot[0] = 1.0
         return [(np.concatenate([[place], negatives]), one_hot) for place in group[positive]]
-
-
-def relevance_threshold(labels: np.ndarray) -> float:
-    """From which label on a document counts as relevant in MRR and MAP: 1 for whole-numbered labels
-    (trec_eval's default), else the middle of their range (soft labels in [0, 1] would never reach 1)."""
-    if not len(labels) or np.all(labels == np.round(labels)):
-        return 1.0
-    return float(labels.min() + labels.max()) / 2
-
-
-def texts_of(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
-    """The texts `start` to `stop` of a batch."""
-    first, last = batch.lengths[:start].sum(), batch.lengths[:stop].sum()
-    types = None if batch.types is None else batch.types[first:last]
-    shared = batch.shared[start:stop].copy()
-    shared[0] = 0
-    return TokenBatch(batch.ids[first:last], types, batch.lengths[start:stop], shared)

@@ -12,7 +12,7 @@ from rag_retrieval.metrics import group_metrics
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.train.reranker import validation as validation_module
 from rag_retrieval.train.reranker.objective import Objective
-from rag_retrieval.train.reranker.validation import Validation, relevance_threshold
+from rag_retrieval.train.reranker.validation import Validation
 
 
 @pytest.fixture
@@ -143,11 +143,6 @@ def test_what_cannot_be_measured_is_left_out(validation):
     measured = set(validation("pairwise_ranknet", irrelevant).metrics)
     assert measured == {"queries", "queries_without_relevant"}, "no ordered pair: no loss either"
     assert "ndcg@10" in validation("pairwise_ranknet", grouped_records(2)).metrics
-
-
-def test_relevance_begins_at_1_for_whole_labels_else_in_the_middle():
-    assert relevance_threshold(np.array([0, 1, 3], np.float32)) == 1.0
-    assert relevance_threshold(np.array([0.1, 0.9], np.float32)) == pytest.approx(0.5)
 
 
 # --- memory ---

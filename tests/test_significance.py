@@ -3,9 +3,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from rag_retrieval.evaluate.significance import compare
-
-pytest.importorskip("scipy")
+from rag_retrieval.significance import compare
 
 BEFORE = [0.2, 0.5, 0.5, 0.1, 0.9, 0.3, 0.4, 0.0]
 AFTER = [0.6, 0.4, 0.5, 0.3, 1.0, 0.7, 0.5, 0.3]

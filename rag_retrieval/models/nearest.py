@@ -1,0 +1,52 @@
+"""The nearest vectors of queries, exactly, in blocks: no matrix of all queries and all vectors exists."""
+
+import numpy as np
+import torch
+
+ASKED = 512  # queries that are compared at once
+SEARCHED = 1 << 14  # with so many vectors
+ROWS = 0xFFFFFFFF  # the lower half of a key
+
+
+@torch.inference_mode()
+def nearest(
+    queries: np.ndarray, vectors: np.ndarray, depth: int, device: str | torch.device = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows int64, inner products float32), both [queries, min(depth, vectors)], best first; of equal ones the lower
+    row first.
+
+    queries: float32 [queries, width]. vectors: [vectors, width] of any float type, in memory or mapped from a file.
+    At most `ASKED` x `SEARCHED` products exist at once, on the device: some 300 MB.
+    """
+    depth = min(depth, len(vectors))
+    starts = range(0, max(len(queries), 1), ASKED)
+    best = torch.cat([_nearest(queries[start : start + ASKED], vectors, depth, device) for start in starts])
+    return (ROWS - (best & ROWS)).numpy(), _scores(best).numpy()
+
+
+def _nearest(queries: np.ndarray, vectors: np.ndarray, depth: int, device: str | torch.device) -> torch.Tensor:
+    """The keys of the best, falling: int64 [queries, depth], on the CPU."""
+    queries = torch.from_numpy(queries).to(device)
+    best = torch.empty((len(queries), 0), dtype=torch.int64, device=device)
+    for start in range(0, len(vectors), SEARCHED):
+        block = torch.from_numpy(vectors[start : start + SEARCHED].astype(np.float32)).to(device)
+        keys = _keys(queries @ block.T, start)
+        best = torch.cat([best, keys.topk(min(depth, len(block))).values], dim=1)
+        best = best.topk(min(depth, best.shape[1])).values
+    return best.cpu()
+
+
+def _keys(scores: torch.Tensor, first_row: int) -> torch.Tensor:
+    """int64 numbers in the order of (score, -row), so that equal scores leave no choice: [queries, vectors].
+
+    The upper half is the score's bits, turned so that they compare as the numbers do; the lower half the row.
+    """
+    bits = scores.contiguous().view(torch.int32).long()
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    rows = torch.arange(first_row, first_row + scores.shape[1], device=scores.device)
+    return (bits << 32) | (ROWS - rows)
+
+
+def _scores(keys: torch.Tensor) -> torch.Tensor:
+    bits = keys >> 32
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
