@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rag_retrieval.data.step_records import StepRecords, ragged
 from rag_retrieval.losses.embedding import Objective
-from rag_retrieval.losses.step_targets import StepRecords, distinct, targets_of
+from rag_retrieval.losses.step_targets import distinct, targets_of
 from rag_retrieval.losses.step_vectors import StepGradients, vector_gradients
 
 DIM = 12
@@ -29,28 +30,28 @@ class Step:
         return [records_between(self.records, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
+def step_records(query_ids, positive_ids, negatives=None, known=None, **optional) -> StepRecords:
+    """negatives, known: one list of ids for each record; None: no negatives, and each positive is the one known."""
+    negatives = [[]] * len(query_ids) if negatives is None else negatives
+    known = [[positive] for positive in positive_ids] if known is None else known
+    arrays = [np.array(ids, np.uint64) for ids in (query_ids, positive_ids)]
+    rows = [ragged([np.array(row, np.uint64) for row in each], "uint64") for each in (negatives, known)]
+    floats = {name: np.array(values, np.float32) for name, values in optional.items()}
+    return StepRecords(*arrays, *rows[0], *rows[1], **floats)
+
+
 def records_between(records: StepRecords, start: int, end: int) -> StepRecords:
-    def rows(name):
-        values = getattr(records, name)
-        return None if values is None else values[start:end]
-
-    def ragged(name, offsets_name):
-        offsets = getattr(records, offsets_name)
-        values = getattr(records, name)
-        return values if values is None or offsets is None else values[offsets[start] : offsets[end]]
-
-    def offsets(name):
-        values = getattr(records, name)
-        return None if values is None else values[start : end + 1] - values[start]
-
+    negatives = slice(*records.negative_offsets[[start, end]])
+    known = slice(*records.known_positive_offsets[[start, end]])
+    rows = slice(start, end)
+    of = {"query_ids": rows, "positive_ids": rows, "negative_ids": negatives, "known_positive_ids": known,
+          "positive_scores": rows, "negative_scores": negatives, "labels": rows, "teacher_vectors": rows}  # fmt: skip
+    values = {name: getattr(records, name) for name in of}
     return StepRecords(
-        query_ids=rows("query_ids"), positive_ids=rows("positive_ids"),
-        negative_ids=ragged("negative_ids", "negative_offsets"), negative_offsets=offsets("negative_offsets"),
-        known_positive_ids=ragged("known_positive_ids", "known_positive_offsets"),
-        known_positive_offsets=offsets("known_positive_offsets"), positive_scores=rows("positive_scores"),
-        negative_scores=ragged("negative_scores", "negative_offsets"), labels=rows("labels"),
-        teacher_vectors=rows("teacher_vectors"),
-    )  # fmt: skip
+        **{name: None if value is None else value[of[name]] for name, value in values.items()},
+        negative_offsets=records.negative_offsets[start : end + 1] - negatives.start,
+        known_positive_offsets=records.known_positive_offsets[start : end + 1] - known.start,
+    )
 
 
 def random_step(records: int = 7, seed: int = 0) -> Step:
@@ -76,7 +77,7 @@ def random_step(records: int = 7, seed: int = 0) -> Step:
 
 def gradients(step: Step, objective: Objective, sizes: list[int] | None = None, **options) -> StepGradients:
     """Of all records of the step, added up over processes with these numbers of records."""
-    parts = step.parts(sizes or [len(step.records)])
+    parts = step.parts(sizes or [len(step.records.query_ids)])
     done = [
         vector_gradients(
             objective, step.queries, step.documents, targets_of(step.query_ids, step.document_ids, parts, process),

@@ -29,7 +29,7 @@ class EmbeddingLoss:
 
     name: str
     path: str
-    reads: Literal["positives", "labels", "teacher_scores", "teacher_vectors"] = "positives"
+    reads: Literal["positives", "label", "teacher_score", "teacher_vectors"] = "positives"
     options: tuple[LossOption, ...] = ()
     option_values: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()

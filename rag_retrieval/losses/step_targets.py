@@ -5,41 +5,13 @@ position, so that neither the number of processes nor equal texts can misalign t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-def _no_ids() -> np.ndarray:
-    return np.empty(0, np.uint64)
-
-
-@dataclass(frozen=True)
-class StepRecords:
-    """The records of one process in a step, as numpy arrays; n records. Equal texts of one kind have equal ids.
-
-    query_ids: uint64 [n]. positive_ids: uint64 [n]; None where the texts stand alone, with `teacher_vectors`.
-    negative_ids: uint64, those of record i at negative_offsets[i] to negative_offsets[i + 1]; int64 [n + 1].
-    known_positive_ids, known_positive_offsets: likewise, every document that the data name as positive of the query.
-    positive_scores [n], negative_scores (as negative_ids): float32, a teacher's scores; both or None.
-    labels: float32 [n], the grade of the pair of query and positive. teacher_vectors: float32 [n, teacher's width].
-    """
-
-    query_ids: np.ndarray
-    positive_ids: np.ndarray | None = None
-    negative_ids: np.ndarray = field(default_factory=_no_ids)
-    negative_offsets: np.ndarray | None = None
-    known_positive_ids: np.ndarray = field(default_factory=_no_ids)
-    known_positive_offsets: np.ndarray | None = None
-    positive_scores: np.ndarray | None = None
-    negative_scores: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    teacher_vectors: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.query_ids)
+from rag_retrieval.data.step_records import StepRecords
 
 
 @dataclass(frozen=True)
@@ -84,15 +56,16 @@ def targets_of(
     query_ids: uint64 [Q], distinct. document_ids: uint64 [D], distinct. records: of all processes, in their order; each
     has a field that another has, or has no records. process: which of them are this process's own.
     """
-    own_records = records[process]
-    every = _joined(records)
+    own_records, every = records[process], _joined(records)
     query_of, document_of = _Lookup(query_ids), _Lookup(document_ids)
-    queries = query_of.places(every["query_ids"])
-    has_positives = "positive_ids" in every
-    positives = document_of.places(every["positive_ids"]) if has_positives else np.full(len(queries), -1)
-    assert (queries >= 0).all() and (positives >= (0 if has_positives else -1)).all(), "a text of the step is missing"
-    start = sum(len(each) for each in records[:process])
-    own = slice(start, start + len(own_records))
+    queries, positives = query_of.places(every["query_ids"]), document_of.places(every["positive_ids"])
+    if every["teacher_vectors"] is not None:
+        positives[:] = -1
+    assert (queries >= 0).all() and (every["teacher_vectors"] is not None or (positives >= 0).all()), (
+        "a text is missing"
+    )
+    start = sum(len(each.query_ids) for each in records[:process])
+    own = slice(start, start + len(own_records.query_ids))
     negatives, scores = _negatives(own_records, positives[own], document_of)
     known_queries, known_documents = _known_pairs(records, document_of, queries, positives)
     record, pair = _matches(known_queries, queries[own])
@@ -103,8 +76,8 @@ def targets_of(
     excluded_queries = np.stack([record[others], known_queries[pair][others]])
     arrays = {
         "queries": queries, "positives": positives, "negatives": negatives, "excluded": excluded,
-        "excluded_queries": excluded_queries, "teacher_scores": scores, "labels": every.get("labels"),
-        "teacher_vectors": every.get("teacher_vectors"),
+        "excluded_queries": excluded_queries, "teacher_scores": scores, "labels": every["labels"],
+        "teacher_vectors": every["teacher_vectors"],
     }  # fmt: skip
     return StepTargets(own=own, **{name: None if a is None else torch.from_numpy(a) for name, a in arrays.items()})
 
@@ -125,35 +98,27 @@ class _Lookup:
         return np.where(self.sorted[nearest] == ids, self.order[nearest], -1)
 
 
-def _joined(records: Sequence[StepRecords]) -> dict[str, np.ndarray]:
+def _joined(records: Sequence[StepRecords]) -> dict[str, np.ndarray | None]:
     """The fields with one value for each record, those of all processes one after another."""
+    filled = [each for each in records if len(each.query_ids)] or list(records[:1])
     names = ("query_ids", "positive_ids", "labels", "teacher_vectors")
-    filled = [each for each in records if len(each)]
-    return {
-        name: np.concatenate([getattr(each, name) for each in filled])
-        for name in names
-        if filled and getattr(filled[0], name) is not None
-    } or {"query_ids": _no_ids()}
-
-
-def _offsets(records: StepRecords, name: str) -> np.ndarray:
-    offsets = getattr(records, name)
-    return np.zeros(len(records) + 1, np.int64) if offsets is None else offsets
+    parts = {name: [getattr(each, name) for each in filled] for name in names}
+    return {name: None if values[0] is None else np.concatenate(values) for name, values in parts.items()}
 
 
 def _negatives(
     records: StepRecords, positives: np.ndarray, document_of: _Lookup
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Columns of negatives [own, k] with -1 at padding, and teacher scores [own, 1 + k], 0 at padding."""
-    counts = np.diff(_offsets(records, "negative_offsets"))
+    counts = np.diff(records.negative_offsets)
     held = np.arange(counts.max(initial=0)) < counts[:, None]
     negatives = np.full(held.shape, -1)
     negatives[held] = document_of.places(records.negative_ids)
-    assert (negatives[held] >= 0).all(), "a negative of the step is missing"
+    assert (negatives[held] >= 0).all(), "a negative is missing"
     negatives[negatives == positives[:, None]] = -1
     if records.positive_scores is None:
         return negatives, None
-    scores = np.zeros((len(records), 1 + held.shape[1]), np.float32)
+    scores = np.zeros((len(positives), 1 + held.shape[1]), np.float32)
     scores[:, 0] = records.positive_scores
     scores[:, 1:][held] = records.negative_scores
     return negatives, scores
@@ -164,7 +129,7 @@ def _known_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of all (query, document) of the step that the data name as positive, each once."""
     ids = np.concatenate([each.known_positive_ids for each in records])
-    counts = np.concatenate([np.diff(_offsets(each, "known_positive_offsets")) for each in records])
+    counts = np.concatenate([np.diff(each.known_positive_offsets) for each in records])
     rows = np.concatenate([np.repeat(queries, counts), queries])
     columns = np.concatenate([document_of.places(ids), positives])
     pairs = np.unique(np.stack([rows, columns])[:, columns >= 0], axis=1)

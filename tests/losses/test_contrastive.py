@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
-from step_samples import DIM, gradients, random_step
+from step_samples import DIM, gradients, random_step, step_records
 
 from rag_retrieval.losses.embedding import objective_of
-from rag_retrieval.losses.step_targets import StepRecords, targets_of
+from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.losses.step_vectors import vector_gradients
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -26,12 +26,12 @@ def plain_info_nce(queries, documents, step, temperature=0.02, directions=("quer
     query_of = {int(key): row for row, key in enumerate(step.query_ids)}
     document_of = {int(key): column for column, key in enumerate(step.document_ids)}
     known = {}
-    for i in range(len(records)):
+    for i in range(len(records.query_ids)):
         mine = known.setdefault(int(records.query_ids[i]), {int(records.positive_ids[i])})
         mine |= set(map(int, records.known_positive_ids[2 * i : 2 * i + 2]))
     cosine = lambda a, b: F.cosine_similarity(a, b, dim=0)  # noqa: E731
     losses = []
-    for i in range(len(records)):
+    for i in range(len(records.query_ids)):
         query_id, positive_id = int(records.query_ids[i]), int(records.positive_ids[i])
         start, end = records.negative_offsets[i : i + 2]
         hard = set(map(int, records.negative_ids[start:end])) - {positive_id}
@@ -80,7 +80,7 @@ def one_pair_step(*cosines: float):
     """A record whose positive has the first cosine, and one negative for each of the others."""
     documents = torch.tensor([[c, math.sqrt(1 - c * c)] for c in cosines]) * 3.0
     ids = np.arange(len(cosines), dtype=np.uint64)
-    records = StepRecords(ids[:1], ids[:1], ids[1:], np.array([0, len(cosines) - 1]))
+    records = step_records(ids[:1], ids[:1], [ids[1:]])
     return torch.tensor([[2.0, 0.0]]), documents, targets_of(ids[:1], ids, [records])
 
 
@@ -156,8 +156,7 @@ def tuples(records: int, negatives: int, seed=3):
     generator = torch.Generator().manual_seed(seed)
     columns = [torch.randn(records, DIM, generator=generator) for _ in range(2 + negatives)]
     ids = np.arange(records * (1 + negatives), dtype=np.uint64)
-    negative_ids = ids[records:].reshape(negatives, records).T.reshape(-1)
-    own = StepRecords(ids[:records], ids[:records], negative_ids, np.arange(records + 1) * negatives)
+    own = step_records(ids[:records], ids[:records], ids[records:].reshape(negatives, records).T)
     return columns, targets_of(ids[:records], ids, [own])
 
 
@@ -224,7 +223,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 def test_no_matrix_of_all_queries_and_documents_exists():
     records, documents = 512, 2048
     ids = np.arange(documents, dtype=np.uint64)
-    targets = targets_of(ids[:records], ids, [StepRecords(ids[:records], ids[:records])])
+    targets = targets_of(ids[:records], ids, [step_records(ids[:records], ids[:records])])
     vectors = torch.randn(documents, DIM)
     with LargestTensor() as largest:
         vector_gradients(objective(), vectors[:records], vectors, targets, factor=1.0, block_elements=1 << 15)

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from step_samples import step_records
 
-from rag_retrieval.losses.step_targets import StepRecords, distinct, targets_of
+from rag_retrieval.losses.step_targets import distinct, targets_of
 
 
 def ids(*values: int) -> np.ndarray:
@@ -12,7 +13,7 @@ def ids(*values: int) -> np.ndarray:
 
 
 def test_texts_are_found_by_id_whatever_their_order():
-    records = StepRecords(ids(7, 3), ids(20, 10), ids(30, 40, 20), np.array([0, 1, 3]))
+    records = step_records(ids(7, 3), ids(20, 10), [ids(30), ids(40, 20)])
     targets = targets_of(ids(3, 7), ids(40, 10, 30, 20), [records])
     assert targets.queries.tolist() == [1, 0]
     assert targets.positives.tolist() == [3, 1]
@@ -21,13 +22,13 @@ def test_texts_are_found_by_id_whatever_their_order():
 
 
 def test_a_negative_that_is_the_positive_is_padding():
-    records = StepRecords(ids(1), ids(10), ids(20, 10), np.array([0, 2]))
+    records = step_records(ids(1), ids(10), [ids(20, 10)])
     assert targets_of(ids(1), ids(10, 20), [records]).negatives.tolist() == [[1, -1]]
 
 
 def test_known_positives_of_any_process_are_excluded_for_documents_and_queries():
-    first = StepRecords(ids(1), ids(10), known_positive_ids=ids(10, 20, 99), known_positive_offsets=np.array([0, 3]))
-    second = StepRecords(ids(2, 3), ids(20, 30))
+    first = step_records(ids(1), ids(10), known=[ids(10, 20, 99)])
+    second = step_records(ids(2, 3), ids(20, 30))
     every = [ids(1, 2, 3), ids(10, 20, 30), [first, second]]
     targets = targets_of(*every, process=0)
     assert targets.own == slice(0, 1)
@@ -40,33 +41,30 @@ def test_known_positives_of_any_process_are_excluded_for_documents_and_queries()
 
 
 def test_two_records_of_one_query_do_not_have_each_others_positive_as_negative():
-    records = StepRecords(ids(1, 1), ids(10, 20))
+    records = step_records(ids(1, 1), ids(10, 20))
     targets = targets_of(ids(1), ids(10, 20), [records])
     assert targets.queries.tolist() == [0, 0]
     assert targets.excluded.tolist() == [[0, 1], [1, 0]]
 
 
 def test_teacher_scores_stand_beside_positive_and_negatives():
-    records = StepRecords(
-        ids(1, 2), ids(10, 20), ids(30), np.array([0, 0, 1]),
-        positive_scores=np.array([5, 6], np.float32), negative_scores=np.array([-1], np.float32),
-    )  # fmt: skip
+    records = step_records(ids(1, 2), ids(10, 20), [ids(), ids(30)], positive_scores=[5, 6], negative_scores=[-1])
     targets = targets_of(ids(1, 2), ids(10, 20, 30), [records])
     assert targets.teacher_scores.tolist() == [[5, 0], [6, -1]]
     assert targets.negatives.tolist() == [[-1], [2]]
 
 
 def test_labels_and_vectors_are_those_of_all_processes():
-    parts = [StepRecords(ids(n), ids(10 + n), labels=np.array([n / 2], np.float32)) for n in (1, 2)]
+    parts = [step_records(ids(n), ids(10 + n), labels=[n / 2]) for n in (1, 2)]
     assert targets_of(ids(1, 2), ids(11, 12), parts, process=1).labels.tolist() == [0.5, 1.0]
-    alone = [StepRecords(ids(n), teacher_vectors=np.full((1, 3), n, np.float32)) for n in (1, 2)]
+    alone = [step_records(ids(n), ids(n), teacher_vectors=[[n, n, n]]) for n in (1, 2)]
     targets = targets_of(ids(1, 2), ids(), alone, process=1)
     assert targets.teacher_vectors.tolist() == [[1, 1, 1], [2, 2, 2]]
     assert targets.positives.tolist() == [-1, -1]
 
 
 def test_a_process_without_records_has_targets_without_rows():
-    full, empty = StepRecords(ids(1), ids(10), ids(20), np.array([0, 1])), StepRecords(ids(), ids())
+    full, empty = step_records(ids(1), ids(10), [ids(20)]), step_records(ids(), ids())
     targets = targets_of(ids(1), ids(10, 20), [full, empty], process=1)
     assert targets.negatives.shape == (0, 0)
     assert targets.queries.tolist() == [0]
@@ -79,6 +77,6 @@ def test_distinct_takes_the_first_copy_in_order():
 
 def test_a_text_that_the_step_does_not_have_is_an_error_of_ours():
     with pytest.raises(AssertionError, match="missing"):
-        targets_of(ids(1), ids(11), [StepRecords(ids(1), ids(10))])
+        targets_of(ids(1), ids(11), [step_records(ids(1), ids(10))])
     with pytest.raises(AssertionError, match="distinct"):
-        targets_of(ids(1, 1), ids(10), [StepRecords(ids(1), ids(10))])
+        targets_of(ids(1, 1), ids(10), [step_records(ids(1), ids(10))])
