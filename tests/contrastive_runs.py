@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 from rag_retrieval.core.distributed import gather
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.resume import claim
+from rag_retrieval.train.run_folder import Provenance
 from rag_retrieval.train.steps import MixedSteps, StepShape
 from rag_retrieval.train.task import LoopSettings, StepLoss
 

@@ -25,7 +25,7 @@ from torch import nn
 from rag_retrieval.core.distributed import on_main
 from rag_retrieval.core.files import content_digest, flush_one, flush_to_disk, is_real_folder, read_json, write_json
 from rag_retrieval.train.failures import translate_storage_errors
-from rag_retrieval.train.provenance import Provenance
+from rag_retrieval.train.run_folder import Provenance
 from rag_retrieval.train.task import Task, TrainingError
 
 logger = logging.getLogger(__name__)

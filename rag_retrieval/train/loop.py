@@ -32,8 +32,7 @@ from rag_retrieval.train.failures import (
     translate_worker_deaths,
 )
 from rag_retrieval.train.optim import warmup_stable_cosine
-from rag_retrieval.train.provenance import Provenance
-from rag_retrieval.train.run_folder import finish, publish
+from rag_retrieval.train.run_folder import Provenance, finish, publish
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
 from rag_retrieval.train.steps import MicroBatch, MixedSteps, step_loader
 from rag_retrieval.train.task import LoopSettings, Task, weighted_sum

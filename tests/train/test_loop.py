@@ -25,8 +25,8 @@ from rag_retrieval.core.signals import TrainingStopped
 from rag_retrieval.train.checkpoints import TrainState, read_state
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.optim import warmup_stable_cosine
-from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.resume import claim, plan_start
+from rag_retrieval.train.run_folder import Provenance
 from rag_retrieval.train.steps import CarriedSteps, MixedSteps, StepShape
 from rag_retrieval.train.task import LoopSettings, ProcessFailure, StepLoss, TrainingError, weighted_sum
 
