@@ -18,6 +18,7 @@ from rag_retrieval.core.files import read_json, write_json
 from rag_retrieval.data.collection import Collection
 from rag_retrieval.metrics import PerQuery, Run, means, parse_metric, query_metrics
 from rag_retrieval.models.nearest import nearest
+from rag_retrieval.models.vectors import finish
 from rag_retrieval.significance import Comparison, compare
 from rag_retrieval.train.embedding.shared_encoding import SharedEncoding
 from rag_retrieval.train.task import TrainingError
@@ -85,7 +86,7 @@ class EmbeddingValidation:
         queries, documents = self.encoding(model)
         self._check_finite(queries, documents)
         if self.cosine:
-            queries, documents = normalized(queries), normalized(documents)
+            queries, documents = finish(queries), finish(documents)
         return on_main(lambda: self._values(queries, documents, step))
 
     def _values(self, queries: Vectors, documents: Vectors, step: int) -> dict[str, float]:
@@ -117,14 +118,14 @@ class EmbeddingValidation:
     def _check_spread(self, cosine: float, step: int) -> None:
         if cosine > ONE_DIRECTION:
             logger.warning(
-                "validation at step %d: all vectors point the same way, with a mean cosine of %.4f between documents. A "
-                "model that was never trained as an embedder may begin so. If it stays so, lower lr, raise temperature, "
-                "give more negatives, and look whether pooling is the model's own",
+                "validation at step %d: all vectors point the same way, the mean cosine of documents is %.4f. A model "
+                "that was never trained as an embedder may begin so. If it stays so, lower lr, raise temperature, give "
+                "more negatives, and look whether pooling is the model's own",
                 step, cosine,
             )  # fmt: skip
 
     def _check_change(self, queries: Vectors, documents: Vectors, step: int) -> None:
-        probes = normalized(np.concatenate([queries[:PROBES], documents[:PROBES]]))
+        probes = finish(np.concatenate([queries[:PROBES], documents[:PROBES]]))
         if self.first is None:
             self.first = step, probes
             return
@@ -204,11 +205,6 @@ def in_pool(collection: Collection, queries: Vectors, documents: Vectors) -> Run
         scores = documents[[rows[document] for document in candidates]] @ vector
         run[query] = dict(zip(candidates, scores.tolist(), strict=True))
     return run
-
-
-def normalized(vectors: Vectors) -> Vectors:
-    """Each of length 1; one of zeros stays."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def mean_cosine(vectors: Vectors) -> float:
