@@ -71,7 +71,7 @@ class ContrastiveSteps(Dataset):
 class ContrastiveTask:
     unit, memory_advice = "pairs", ""
 
-    def losses(self, model, micro_batches, factors):
+    def losses(self, model, micro_batches, factors, step):
         with torch.no_grad():
             embedded = [model(torch.cat([batch.queries, batch.documents])) for batch in micro_batches]
         sizes = [batch.size for batch in micro_batches]

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rag_retrieval.core.distributed import StartError
+from rag_retrieval.core.distributed import StartError, host_group
 from rag_retrieval.core.signals import StopRequest, TrainingStopped, on_signals
 from rag_retrieval.train.checkpoints import CheckpointStore, Saver, TrainState
 from rag_retrieval.train.failures import (
@@ -64,9 +63,7 @@ class Trainer:
         self.saver = Saver(accelerator, self.model, self.optimizer, task, self.checkpoints, provenance)
         self.saved_step = state.step
         self.checks = StepChecks(accelerator, optimizer, task.describe_batch)
-        # counts are exchanged between hosts: asking a device for them would stall it in every step
-        several, wait = accelerator.num_processes > 1, timedelta(minutes=settings.wait_minutes)
-        self.hosts = distributed.new_group(backend="gloo", timeout=wait) if several else None
+        self.hosts = host_group(settings.wait_minutes)
         self.stop_request, self.agreed_stop = StopRequest(), 0
 
     def _check_resumable(self) -> None:
@@ -165,7 +162,8 @@ class Trainer:
         # a step without any item (no ordered pair at all) has loss 0 and gradient 0
         divisors = [max(count, 1) for count in items]
         factors = [accelerator.num_processes / count for count in divisors]
-        losses = self.task.losses(self.model, [batch.to(accelerator.device) for batch in micro_batches], factors)
+        on_device = [batch.to(accelerator.device) for batch in micro_batches]
+        losses = self.task.losses(self.model, on_device, factors, self.state.step)
         all_sums = []
         for position, batch in enumerate(micro_batches):
             last = position == len(micro_batches) - 1

@@ -83,7 +83,7 @@ class ToyTask:
         self.model, self.metrics = model, list(metrics)
         self.modes = []
 
-    def losses(self, model, micro_batches, factors):
+    def losses(self, model, micro_batches, factors, step):
         for batch in micro_batches:
             sums = (model(batch.inputs) - batch.targets).square().sum()[None]
             yield StepLoss(weighted_sum(sums, factors), sums.detach())
@@ -437,7 +437,7 @@ def test_an_error_that_is_not_of_the_disk_keeps_its_type(tmp_path):
 def test_a_full_disk_elsewhere_is_not_put_down_to_the_output_folder(tmp_path):
     made = trainer(tmp_path)
 
-    def fail(model, micro_batches, factors):
+    def fail(model, micro_batches, factors, step):
         raise OSError(errno.ENOSPC, "No space left on device")
         yield
 
@@ -469,7 +469,7 @@ def test_a_folder_removed_during_the_run_is_named_and_not_recreated(tmp_path, lo
 def test_memory_that_is_full_names_the_batch_the_settings_and_the_keys(tmp_path, error):
     made = trainer(tmp_path)
 
-    def fail(model, micro_batches, factors):
+    def fail(model, micro_batches, factors, step):
         raise error
         yield
 

@@ -4,11 +4,12 @@ A training file has an objective of its own; that of the run is for validation.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.data.summary import format_summary, summary
 from rag_retrieval.models.pair_scorer import PairScorer
@@ -65,38 +66,33 @@ def distinct_names(paths: list[str]) -> list[str]:
 
 def open_training_file(config: RerankerConfig, weight: float, name: str) -> TrainingFile:
     objective = configured_objective(config)
-    store = open_store(
-        config.train_dataset,
-        split=config.train_split or "train",
+    rules = replace(
+        validation_rules(config, objective),
         label_key=config.train_label_key,
-        group_by_query=True,  # pointwise steps keep the pairs of a query together too
         exactly_one_positive=objective.one_positive,
         needs_teacher=objective.needs_teacher,
-        **shared_rules(config, objective),
     )
+    # pointwise steps keep the pairs of a query together too
+    store = open_store(config.train_dataset, rules, split=config.train_split or "train", group_by_query=True)
     return TrainingFile(config, weight, name, objective, store)
 
 
 def open_validation(config: RerankerConfig) -> RecordStore | None:
     if config.val_dataset is None:
         return None
-    return open_store(
-        config.val_dataset,
-        split=config.val_split or "validation",
-        label_key=config.val_label_key,
-        group_by_query=True,  # ranking metrics need the pairs of a query together
-        **shared_rules(config, configured_objective(config)),
+    rules = validation_rules(config, configured_objective(config))
+    # ranking metrics need the pairs of a query together
+    return open_store(config.val_dataset, rules, split=config.val_split or "validation", group_by_query=True)
+
+
+def validation_rules(config: RerankerConfig, objective: Objective) -> RecordRules:
+    return RecordRules(
+        config.val_label_key or "label",
+        config.min_label,
+        config.max_label,
+        teacher_key=config.teacher_score_key,
+        teacher_range=objective.teacher_range,
     )
-
-
-def shared_rules(config: RerankerConfig, objective: Objective) -> dict:
-    """What training and validation data must both satisfy, as arguments of `open_store`."""
-    return {
-        "min_label": config.min_label,
-        "max_label": config.max_label,
-        "teacher_key": config.teacher_score_key,
-        "teacher_range": objective.teacher_range,
-    }
 
 
 def check_teachable(file: TrainingFile) -> None:
