@@ -74,7 +74,8 @@ class OnnxBackend:
 
     def fingerprint(self) -> str:
         kind = self.device.partition(":")[0]
-        return folder_digest(self.folder, [self.package, kind, self.pair_encoder.max_length])
+        encoder = self.pair_encoder
+        return folder_digest(self.folder, [self.package, kind, encoder.max_length, encoder.split_special_tokens])
 
     def close(self) -> None:
         """Nothing is held outside this process."""

@@ -162,6 +162,8 @@ class LLMDecoder(PairScorer):
         saved = read_settings(path)
         if saved is not None and saved.model_type != cls.model_type:
             raise ValueError(f"{path} was saved as {saved.model_type}; load it with CrossEncoder.from_pretrained")
+        if options.split_special_tokens is not None:
+            logger.warning("split_special_tokens is for encoders, and %s is a decoder, which always does", path)
         tokenizer = load_tokenizer(path, options.trust_remote_code)
         lower_case_like(files, tokenizer)
         texts = choose_texts(files, tokenizer, options, saved, trained_only, question)

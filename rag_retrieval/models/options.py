@@ -70,6 +70,11 @@ class ModelOptions(Config):
     )
     query_format: EscapedText | None = Field(None, description="Text around a query, which stands for {}.")
     document_format: EscapedText | None = Field(None, description="Text around a document, which stands for {}.")
+    split_special_tokens: bool | None = Field(
+        None,
+        description="Encoders: read special tokens inside texts, such as [SEP], as plain text; decoders always do. "
+        "Absent: what the model's folder says, else false.",
+    )
     seq: EscapedText | None = Field(None, description="Decoders: text between query and document.")
     special_token: EscapedText | None = Field(
         None, description="Decoders: text after the document; the score is read at its last token."
