@@ -30,14 +30,13 @@ from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.infer.torch_backend import TorchBackend
 from rag_retrieval.models.prompts import Prompt
-from rag_retrieval.models.settings import YES_NO_NAMES, RerankerSettings, resolve_model_path
+from rag_retrieval.models.settings import YES_NO_NAMES, RerankerSettings, model_content
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = 1000  # pairs whose tokens are counted
 WITHOUT_EFFECT = {"output", "overwrite", "trust_remote_code", "devices"}
 QUESTION_KEYS = ("language", "system", "instruction", "prompt", "yes_token", "no_token")
-MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model", "*.onnx*", "README.md")
 
 
 class TeacherError(CommandFailure):
@@ -84,20 +83,12 @@ def described(config: DistillConfig) -> dict:
     """What the scores depend on, as JSON values: the settings, with the content of files in place of their names."""
     run = config.model_dump(exclude=WITHOUT_EFFECT)
     run["device"] = config.device or own_device().type  # whose digits differ
-    run["teachers"] = [model_digest(name) for name in config.teachers]
+    run["teachers"] = [f"{Path(name).name} {model_content(name)}" for name in config.teachers]
     if is_file(config.dataset):
         run["dataset"] = content_digest([Path(config.dataset)])
     else:
         run["dataset"] = f"{config.dataset} {load_hub_dataset(config.dataset, config.split)._fingerprint}"
     return run
-
-
-def model_digest(name: str) -> str:
-    """The name of a model, for a folder with a digest of the files in it."""
-    path = Path(resolve_model_path(name))
-    if not path.is_dir():
-        return name
-    return f"{path.name} {content_digest(sorted(file for pattern in MODEL_FILES for file in path.glob(pattern)))}"
 
 
 def load_teachers(config: DistillConfig, device: torch.device) -> list[Reranker]:

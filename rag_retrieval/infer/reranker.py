@@ -22,7 +22,7 @@ from rag_retrieval.models.inputs import (
     check_pairs,
     check_text,
 )
-from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP, model_options
+from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP, options_among
 
 if TYPE_CHECKING:
     import torch
@@ -70,32 +70,13 @@ class Reranker:
         no_token: str | None = None,
         cutoff_layer: int | None = None,
     ):
+        arguments = locals()
         if not isinstance(model_name_or_path, (str, os.PathLike)):
             kind = type(model_name_or_path).__name__
             raise ValueError(f"model_name_or_path: expected a folder or a name, found {kind}")
         if max_length is not None:
             check_number("max_length", max_length, 1, "tokens")
-        options = model_options(
-            model_type=model_type,
-            max_length=max_length,
-            precision=precision,
-            dtype=dtype,
-            device=device,
-            devices=devices,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-            query_format=query_format,
-            document_format=document_format,
-            split_special_tokens=split_special_tokens,
-            seq=seq,
-            special_token=special_token,
-            head=head,
-            instruction=instruction,
-            yes_token=yes_token,
-            no_token=no_token,
-            cutoff_layer=cutoff_layer,
-        )
-        self.backend: Backend = open_backend(model_name_or_path, options)
+        self.backend: Backend = open_backend(model_name_or_path, options_among(arguments))
 
     @classmethod
     def from_backend(cls, backend: Backend) -> "Reranker":

@@ -29,7 +29,7 @@ from rag_retrieval.models.loading import (
     truncates_left,
     warn_of_new_parameters,
 )
-from rag_retrieval.models.options import ModelOptions, model_options
+from rag_retrieval.models.options import ModelOptions, options_among
 from rag_retrieval.models.packed_model import ENCODER_HEADS, Head
 from rag_retrieval.models.pair_encoding import (
     PairEncoder,
@@ -89,16 +89,8 @@ class CrossEncoder(PairScorer):
         Raises ValueError for num_labels other than 1, a causal model, a format without exactly one `{}`, and a
         max_length beyond the model's positions.
         """
+        options = options_among(locals())
         check_num_labels(num_labels)
-        options = model_options(
-            query_format=query_format,
-            document_format=document_format,
-            split_special_tokens=split_special_tokens,
-            max_length=max_length,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
         return cls.load(ModelFiles(resolve_model_path(model_name_or_path)), options)
 
     @classmethod

@@ -122,3 +122,8 @@ def model_options(**values: Any) -> ModelOptions:
         wrong = error.errors(include_url=False)[0]
         name = wrong["loc"][0]
         raise ValueError(f"{name}: {error_message(name, wrong, ModelOptions, nested=False)}") from error
+
+
+def options_among(arguments: Mapping[str, Any]) -> ModelOptions:
+    """Of the arguments of a call, as `locals()` gives them at its beginning, those that are options."""
+    return model_options(**{name: value for name, value in arguments.items() if name in ModelOptions.model_fields})

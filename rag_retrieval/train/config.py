@@ -49,7 +49,6 @@ class TrainingConfig(Config):
     # Model
     model_name_or_path: ModelName = Field(
         min_length=1, description="Folder, hub name, or package:NAME (the model in an installed package).")
-    max_len: int = key("Longest input, in tokens, special tokens included.", 512, ge=16)
     attn_implementation: str | None = key(
         "Attention code, such as eager or sdpa; batches are then padded. Absent: ours, without padding, where the "
         "model passes a check at load, else the model's own.", min_length=1)

@@ -123,7 +123,7 @@ def test_other_data_or_teachers_do_not_reuse_finished_parts(keys, monkeypatch, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 2)
         distill(DistillConfig(**keys))
-    with pytest.raises(ValueError, match=r"parts of a run that differs:\n  teachers: was \['bert [0-9a-f]{8}'\]"):
+    with pytest.raises(ValueError, match=r"parts of a run that differs:\n  teachers: was \['bert [0-9a-f]{32}'\]"):
         distill(DistillConfig(**keys | {"teachers": [model_folders["xlm_roberta"]]}))
     with open(keys["dataset"], "a") as file:
         file.write(json.dumps({"query": "q", "content": "d", "label": 1}) + "\n")

@@ -76,7 +76,6 @@ def test_wrong_types_and_values_outside_the_range_are_refused():
         "batch_size": ["many", 2.5, 0, -1, [3]],
         "epochs": [1.5, 0],
         "gradient_accumulation_steps": [0],
-        "max_len": [15],
         "seed": [-1],
         "num_workers": [-1],
         "freeze_layers": [-1],
