@@ -18,7 +18,7 @@ def run(rank: int, world: int, model: str, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=60), world_size=world, rank=rank)
     scorer, pairs, found = CrossEncoder.from_pretrained(model), some_pairs(60), {}
     found["one chunk"] = score_over_processes(scorer, pairs)
-    scoring.CHUNK_PAIRS = process_scoring.CHUNK_PAIRS = 25
+    scoring.CHUNK_TEXTS = process_scoring.CHUNK_TEXTS = 25
     forwards = []
     hook = scorer.register_forward_pre_hook(lambda module, arguments: forwards.append(len(arguments[0])))
     found["chunks"] = score_over_processes(scorer, pairs, batch_size=7, max_length=40, normalize=True)

@@ -5,8 +5,6 @@ import pytest
 
 from rag_retrieval.significance import compare
 
-pytest.importorskip("scipy")
-
 BEFORE = [0.2, 0.5, 0.5, 0.1, 0.9, 0.3, 0.4, 0.0]
 AFTER = [0.6, 0.4, 0.5, 0.3, 1.0, 0.7, 0.5, 0.3]
 

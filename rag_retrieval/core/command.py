@@ -32,7 +32,6 @@ EXTRAS = {  # library: the extra of this package that installs it
     **dict.fromkeys(("bm25s", "jieba", "Stemmer", "sentence_transformers"), "mine"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
     **dict.fromkeys(("prometheus_client", "starlette", "uvicorn"), "serve"),
-    **dict.fromkeys(("ir_measures", "scipy"), "evaluate"),
     **{"faiss": "faiss", "matplotlib": "report", "openvino": "openvino", "peft": "lora"},
 }
 

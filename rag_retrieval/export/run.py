@@ -27,7 +27,7 @@ from rag_retrieval.models.calibration import write_calibration
 from rag_retrieval.models.open import open_scorer
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.scoring import score_encoded
+from rag_retrieval.models.scoring import run_encoded
 from rag_retrieval.models.settings import write_settings
 
 BATCH_SIZE = 256  # pairs of one forward at most, while comparing
@@ -91,7 +91,7 @@ def check_output(folder: Path) -> None:
 def own_scores(model: str, scorer: PairScorer, check: CheckData) -> np.ndarray:
     """[pairs], float32. Raises ValueError for scores that are not finite."""
     with Progress(len(check.encoded), "scoring with the model", "pairs") as progress:
-        scores = score_encoded([scorer], check.encoded, BATCH_SIZE, "no", progress).numpy()
+        scores = run_encoded([scorer], check.encoded, BATCH_SIZE, "no", progress).numpy()
     if not np.isfinite(scores).all():
         raise ValueError(f"{model}: gives the score {scores[~np.isfinite(scores)][0]}; are there NaN in its weights?")
     return scores

@@ -11,7 +11,6 @@ The fixed parts of a pair are token ids here, not formats. To find them again wo
 transformers, and a tokenizer of another version could cut them elsewhere. Nothing here imports torch.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -79,15 +78,6 @@ def read_description(folder: Path) -> OnnxDescription:
     return description
 
 
-def folder_digest(folder: Path, about: list) -> str:
-    """A digest of the files that decide on scores, and of what else does."""
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for file in sorted([*folder.glob(f"{MODEL_FILE}*"), folder / TOKENIZER_FILE, folder / DESCRIPTION_FILE]):
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
 def parsed(values: Any) -> OnnxDescription:
     """Raises KeyError, TypeError or ValueError for anything but a description."""
     if not isinstance(values, dict):
@@ -149,8 +139,9 @@ def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | N
             f"{file}: has tokens beyond the {rows} rows of the model's embedding, such as {min(beyond)!r}; copy the "
             "whole folder, or export the model again"
         )
-    is_decoder = description.model_type == "llm_decoder"
-    return PairEncoder(tokenizer, description.template, max_length or description.max_length, is_decoder)
+    split = read_json(str(folder), "tokenizer_config.json").get("split_special_tokens") is True
+    split = split or description.model_type == "llm_decoder"
+    return PairEncoder(tokenizer, description.template, max_length or description.max_length, split)
 
 
 def score_padded(

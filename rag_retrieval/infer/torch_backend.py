@@ -20,7 +20,7 @@ from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.prompts import Prompt
-from rag_retrieval.models.scoring import Precision, check_precision, replicas, score_encoded
+from rag_retrieval.models.scoring import Precision, check_precision, replicas, run_encoded
 
 
 class TorchBackend:
@@ -49,7 +49,7 @@ class TorchBackend:
         if not pairs:
             return np.empty(0, np.float32)
         with self._lock:
-            return score_encoded(self.scorers, pairs, batch_size, self.precision).numpy()
+            return run_encoded(self.scorers, pairs, batch_size, self.precision).numpy()
 
     def describe(self) -> str:
         layout = "packed" if self.scorer.packs else f"padded: {self.scorer.packing_problem}"
@@ -61,7 +61,7 @@ class TorchBackend:
         kind = torch.device(self.device).type  # whose digits differ
         encoder = self.pair_encoder
         about = [asdict(self.scorer.settings), asdict(encoder.template), encoder.max_length, self.precision, kind]
-        digest.update(json.dumps(about).encode())
+        digest.update(json.dumps([*about, encoder.split_special_tokens]).encode())
         digest.update(encoder.fast_tokenizer.to_str().encode())
         for name, values in sorted(self.scorer.model.state_dict().items()):
             digest.update(name.encode())

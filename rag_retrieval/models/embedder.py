@@ -42,7 +42,7 @@ from rag_retrieval.models.loading import (
     truncates_left,
     warn_of_new_parameters,
 )
-from rag_retrieval.models.options import EmbedderOptions, embedder_options
+from rag_retrieval.models.options import EmbedderOptions, options_among
 from rag_retrieval.models.packed_model import packed_outputs, packing_problem, pairs_to_check, pooled_states
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pooling import token_weights, weighted_sum_of_tokens
@@ -184,18 +184,7 @@ class EmbeddingModel(TransformerModule):
         Raises ValueError for a reranker, an encoder-decoder, a folder whose modules are not known here, and a
         max_length beyond the model's positions.
         """
-        options = embedder_options(
-            pooling=pooling,
-            prompts=None if prompts is None else dict(prompts),
-            max_length=max_length,
-            query_max_length=query_max_length,
-            include_prompt=include_prompt,
-            normalize=normalize,
-            bidirectional=bidirectional,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
+        options = options_among(locals(), EmbedderOptions)
         return cls.load(ModelFiles(resolve_model_path(model_name_or_path)), options, dims)
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from rag_retrieval.core.config import NAMES, Config, EscapedText
+from rag_retrieval.core.config import NAMES, Config, EscapedText, Only, key
 from rag_retrieval.core.config_reader import error_message
 
 LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
@@ -19,6 +19,10 @@ POOLINGS = ("cls", "mean", "weighted_mean", "last")  # see `models.pooling`
 NUMBER_FORMATS = {
     "float32": "fp32", "no": "fp32", "False": "fp32", "bfloat16": "bf16", "float16": "fp16"
 }  # fmt: skip
+
+SLICED = Only(
+    "long_document max_slice and mean_slice", lambda config: config.long_document in ("max_slice", "mean_slice")
+)
 
 
 def number_format(value: Any) -> Any:
@@ -99,6 +103,11 @@ class ModelOptions(OpeningOptions):
     )
     query_format: EscapedText | None = Field(None, description="Text around a query, which stands for {}.")
     document_format: EscapedText | None = Field(None, description="Text around a document, which stands for {}.")
+    split_special_tokens: bool | None = Field(
+        None,
+        description="Encoders: read special tokens inside texts, such as [SEP], as plain text; decoders always do. "
+        "Absent: what the model's folder says, else false.",
+    )
     seq: EscapedText | None = Field(None, description="Decoders: text between query and document.")
     special_token: EscapedText | None = Field(
         None, description="Decoders: text after the document; the score is read at its last token."
@@ -129,25 +138,30 @@ class LongDocumentOptions(Config):
         description="How a document that does not fit beside the query is read: truncate, its beginning; max_slice, in "
         "slices, and the best one's score counts; mean_slice, their mean; first_slice, the first alone.",
     )
-    overlap: int = Field(
-        OVERLAP, ge=0, description="Tokens that neighbouring slices of a long document share, at most half a slice."
+    overlap: int = key(
+        "Tokens that neighbouring slices of a long document share, at most half a slice.", OVERLAP, only=SLICED, ge=0
     )
 
 
 def model_options(**values: Any) -> ModelOptions:
     """For Python callers: raises ValueError in one line that names the option."""
-    return checked(ModelOptions, values)
+    return _checked(ModelOptions, values)
 
 
 def embedder_options(**values: Any) -> EmbedderOptions:
     """As `model_options`, of an embedding model."""
-    return checked(EmbedderOptions, values)
+    return _checked(EmbedderOptions, values)
 
 
-def checked(kind: type[Options], values: Mapping[str, Any]) -> Options:
+def _checked(kind: type[Options], values: Mapping[str, Any]) -> Options:
     try:
         return kind(**values)
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
         name = wrong["loc"][0]
         raise ValueError(f"{name}: {error_message(name, wrong, kind, nested=False)}") from error
+
+
+def options_among(arguments: Mapping[str, Any], kind: type[Options] = ModelOptions) -> Options:
+    """Of the arguments of a call, as `locals()` gives them at its beginning, those that are options."""
+    return _checked(kind, {name: value for name, value in arguments.items() if name in kind.model_fields})

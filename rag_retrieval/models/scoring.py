@@ -1,8 +1,8 @@
-"""Scores on one device or several: forwards planned by tokens, in eval mode, in the precision that was asked for.
+"""Scores and vectors on one device or several: forwards planned by tokens, in eval mode, in the precision asked for.
 
-How pairs share a forward never changes a score beyond float noise, so the plan may change while it runs: a forward that
-does not fit in the memory of the GPU is made smaller and repeated. Precision is autocast: weights keep their dtype, and
-the head gives its score in float32 whatever the precision.
+How texts share a forward never changes a result beyond float noise, so the plan may change while it runs: a forward
+that does not fit in the memory of the GPU is made smaller and repeated. Precision is autocast: weights keep their
+dtype, and a head gives its score in float32 whatever the precision.
 """
 
 import copy
@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from rag_retrieval.core.log import Progress
 from rag_retrieval.models.calibration import Calibration
 from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
-from rag_retrieval.models.text_scoring import CHUNK_PAIRS, Pairs, score_texts
+from rag_retrieval.models.text_scoring import CHUNK_TEXTS, Pairs, score_texts
 from rag_retrieval.models.token_batch import (
     CPU_TOKENS,
     CUDA_TOKENS,
@@ -41,26 +41,33 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["no", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OF_TORCH = vars(nn.Module()).keys()  # attributes of every module
 FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # x86, x86, ARM, ARM
 
-Scored = tuple[list[int], torch.Tensor]  # positions of the pairs of some forwards, and their scores: [pairs]
+Model = TypeVar("Model", bound="BatchModel")
+NOTHING = torch.empty(0)
+Results = tuple[list[int], torch.Tensor]  # positions of the texts of some forwards, and their results, on the CPU
 
 
-class Scorer(Protocol):
-    """What scoring needs of a model, which is an nn.Module. fitting_tokens: the most that a forward may hold since one
-    ran out of memory, None where none did. dtype: of the weights."""
+class BatchModel(Protocol):
+    """What a forward needs of a model, an nn.Module that gives one result for each text of a batch, in float32: the
+    score of a pair, [texts], or a vector, [texts, dim]. fitting_tokens: the most that a forward may hold since one ran
+    out of memory, None where none did. dtype: of the weights."""
 
-    pair_encoder: PairEncoder
     fitting_tokens: int | None
     device: torch.device
     dtype: torch.dtype
     packs: bool
     shares_queries: bool
-    calibration: Calibration | None
 
     def check_max_length(self, max_length: int) -> None: ...
 
     def __call__(self, batch: TokenBatch) -> torch.Tensor: ...
+
+
+class Scorer(BatchModel, Protocol):
+    pair_encoder: PairEncoder
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -92,19 +99,19 @@ def encoder_for(scorer: Scorer, max_length: int | None) -> PairEncoder:
 # ---- devices ---------------------------------------------------------------------------------------------
 
 
-def replicas(scorer: Scorer, devices: Sequence[torch.device]) -> list[Scorer]:
-    """The scorer on each device: itself where it is, else a copy; copies on the scorer's own device share weights."""
-    own = list(devices).index(scorer.device) if scorer.device in devices else None
-    return [scorer if place == own else replica(scorer, device) for place, device in enumerate(devices)]
+def replicas(model: Model, devices: Sequence[torch.device]) -> list[Model]:
+    """The model on each device: itself where it is, else a copy; copies on the model's own device share weights."""
+    own = list(devices).index(model.device) if model.device in devices else None
+    return [model if place == own else replica(model, device) for place, device in enumerate(devices)]
 
 
-def replica(scorer: Scorer, device: torch.device) -> Scorer:
-    shared = (scorer.pair_encoder, scorer.settings, scorer.calibration)
-    memo = {id(value): value for value in shared}
-    for tensor in chain(scorer.parameters(), scorer.buffers()):
+def replica(model: Model, device: torch.device) -> Model:
+    """What is no module and no tensor, such as the encoder of its texts and its settings, is shared."""
+    memo = {id(value): value for name, value in vars(model).items() if name not in OF_TORCH}
+    for tensor in chain(model.parameters(), model.buffers()):
         moved = tensor.detach().to(device)
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
-    return copy.deepcopy(scorer, memo)
+    return copy.deepcopy(model, memo)
 
 
 # ---- precision and mode ----------------------------------------------------------------------------------
@@ -135,15 +142,15 @@ def warn_of_slow_bf16() -> None:
 
 
 @contextmanager
-def scoring_mode(scorer: Scorer, precision: Precision | None) -> Iterator[None]:
+def inference(model: BatchModel, precision: Precision | None) -> Iterator[None]:
     """Eval mode without gradients, and autocast. precision None: half precision for float32 weights on CUDA, none
     elsewhere. Both hold for the thread that enters the block."""
-    device = scorer.device
-    if precision is None and device.type == "cuda" and scorer.dtype == torch.float32:
+    device = model.device
+    if precision is None and device.type == "cuda" and model.dtype == torch.float32:
         precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     plain = precision in (None, "no")
     with (
-        evaluating(scorer),
+        evaluating(model),
         nullcontext() if plain else torch.autocast(device.type, dtype=DTYPES[precision]),
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
     ):
@@ -184,112 +191,120 @@ def score_pairs(
     with Progress(len(pairs), "scoring", "pairs", shown=show_progress_bar) as progress:
 
         def score(encoded: Sequence[EncodedPair]) -> list[float]:
-            return score_encoded(scorers, encoded, options.batch_size, options.precision, progress).tolist()
+            return run_encoded(scorers, encoded, options.batch_size, options.precision, progress).tolist()
 
-        scores = score_texts(pairs, encode, score, CHUNK_PAIRS * len(scorers))
+        scores = score_texts(pairs, encode, score, CHUNK_TEXTS * len(scorers))
         progress.update(len(pairs) - progress.done)  # those that repeat others
     return torch.tensor(scores, dtype=torch.float32)
 
 
-def score_encoded(
-    scorers: Sequence[Scorer],
+def run_encoded(
+    models: Sequence[BatchModel],
     encoded: Sequence[EncodedPair],
     batch_size: int,
     precision: Precision | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Scores in the order of `encoded`: [pairs], float32, on the CPU. A device is waited for once.
+    """Results in the order of `encoded`, float32, on the CPU. A device is waited for once.
 
-    scorers: replicas of one model; a thread for each takes one forward after another.
+    models: replicas of one model; a thread for each takes one forward after another.
     """
-    with scoring_mode(scorers[0], precision):
-        budget = min(map(token_budget, scorers))
-        waiting = deque(plan_forwards(scorers[0], sizes_of(encoded), batch_size, budget))
+    with inference(models[0], precision):
+        budget = min(map(token_budget, models))
+        waiting = deque(plan_forwards(models[0], sizes_of(encoded), batch_size, budget))
 
-    def score(scorer: Scorer) -> Scored:
-        with scoring_mode(scorer, precision):
-            return score_forwards(scorer, encoded, waiting, batch_size, progress)
+    def run(model: BatchModel) -> Results:
+        with inference(model, precision):
+            return run_forwards(model, encoded, waiting, batch_size, progress)
 
-    if len(scorers) == 1:
-        scored = [score(scorers[0])]
+    if len(models) == 1:
+        results = [run(models[0])]
     else:
-        with ThreadPoolExecutor(len(scorers), thread_name_prefix="scoring") as threads:
+        with ThreadPoolExecutor(len(models), thread_name_prefix="scoring") as threads:
             try:
-                scored = list(threads.map(score, scorers))
+                results = list(threads.map(run, models))
             finally:
                 waiting.clear()  # after an error or an interrupt the other threads end with their present forward
-    scores = torch.empty(len(encoded), dtype=torch.float32)
-    for positions, values in scored:
-        scores[positions] = values
-    return scores
+    return in_order(results, len(encoded))
 
 
-def plan_forwards(scorer: Scorer, sizes: Sequence[TextSize], batch_size: int, max_tokens: int) -> list[list[int]]:
-    """Positions in forwards: pairs of one query together where it is computed once, else pairs of similar length,
-    longest first so that running out of memory shows at once."""
-    if scorer.shares_queries:
+def in_order(results: Iterable[Results], texts: int) -> torch.Tensor:
+    """The results by their positions, [texts] or [texts, dim], zeros for texts that no forward held: those without a
+    token. Where all are such, [texts]."""
+    parts = list(results)
+    values = torch.cat([NOTHING, *(values for _, values in parts)])
+    ordered = values.new_zeros(texts, *values.shape[1:])
+    ordered[list(chain.from_iterable(positions for positions, _ in parts))] = values
+    return ordered
+
+
+def plan_forwards(model: BatchModel, sizes: Sequence[TextSize], batch_size: int, max_tokens: int) -> list[list[int]]:
+    """Positions in forwards: pairs of one query together where it is computed once, else texts of similar length,
+    longest first so that running out of memory shows at once. A text without a token is in none."""
+    if model.shares_queries:
         return plan_sharing(sizes, max_tokens, batch_size)
-    lengths = [[size.tokens] for size in sizes]
-    return plan_by_tokens(lengths, max_tokens, padded=not scorer.packs, max_pairs=batch_size)
+    parts = plan_by_tokens([[size.tokens] for size in sizes], max_tokens, padded=not model.packs, max_pairs=batch_size)
+    with_tokens = ([position for position in part if sizes[position].tokens] for part in parts)
+    return [part for part in with_tokens if part]
 
 
-def token_budget(scorer: Scorer) -> int:
-    """Tokens of one forward at most, on the scorer's device and after what did not fit there."""
-    tokens = CUDA_TOKENS if scorer.device.type == "cuda" else CPU_TOKENS
-    return tokens if scorer.fitting_tokens is None else min(tokens, scorer.fitting_tokens)
+def token_budget(model: BatchModel) -> int:
+    """Tokens of one forward at most, on the model's device and after what did not fit there."""
+    tokens = CUDA_TOKENS if model.device.type == "cuda" else CPU_TOKENS
+    return tokens if model.fitting_tokens is None else min(tokens, model.fitting_tokens)
 
 
-def score_forwards(
-    scorer: Scorer,
+def run_forwards(
+    model: BatchModel,
     encoded: Sequence[EncodedPair] | Mapping[int, EncodedPair],
     waiting: deque[list[int]],
     batch_size: int,
     progress: Progress | None = None,
-) -> Scored:
-    """Positions and scores, on the CPU, of the forwards of `waiting`, until none is left; several threads may share it.
+) -> Results:
+    """Results of the forwards of `waiting`, until none is left; several threads may share it.
 
     The device is read once, at the end: the host would wait for each forward. Where one does not fit in memory, all
     that remain are planned again, smaller.
     """
-    scored_positions, all_scores = [], [torch.empty(0, dtype=torch.float32, device=scorer.device)]
+    all_positions, all_results = [], [NOTHING.to(model.device)]
     while waiting:
         try:
             part = waiting.popleft()
         except IndexError:  # another thread took the last one
             break
-        scores = forward_if_it_fits(scorer, [encoded[position] for position in part])
-        if scores is not None:
+        results = forward_if_it_fits(model, [encoded[position] for position in part])
+        if results is not None:
             if progress is not None:
                 progress.update(len(part))
-            scored_positions += part
-            all_scores.append(scores)
+            all_positions += part
+            all_results.append(results)
             continue
         sizes = sizes_of(encoded[position] for position in part)
-        tokens = computed_tokens(sizes, padded=not scorer.packs, shares_queries=scorer.shares_queries)
-        scorer.fitting_tokens = tokens // 2  # not of the budget: `batch_size` may have bounded the part before it
+        tokens = computed_tokens(sizes, padded=not model.packs, shares_queries=model.shares_queries)
+        model.fitting_tokens = tokens // 2  # not of the budget: `batch_size` may have bounded the part before it
         remaining = part
         while waiting:
             remaining = remaining + waiting.popleft()
         sizes = sizes_of(encoded[position] for position in remaining)
-        replanned = plan_forwards(scorer, sizes, batch_size, scorer.fitting_tokens)
+        replanned = plan_forwards(model, sizes, batch_size, model.fitting_tokens)
         waiting.extend([remaining[place] for place in part] for part in replanned)
-    return scored_positions, torch.cat(all_scores).cpu()
+    return all_positions, torch.cat(all_results).cpu()
 
 
-def forward_if_it_fits(scorer: Scorer, pairs: list[EncodedPair]) -> torch.Tensor | None:
-    """Scores of the pairs on the scorer's device, or None where several do not fit in its memory together.
+def forward_if_it_fits(model: BatchModel, texts: list[EncodedPair]) -> torch.Tensor | None:
+    """Results of the texts on the model's device, or None where several do not fit in its memory together.
 
-    Raises torch.cuda.OutOfMemoryError for a single pair that does not fit.
+    Raises torch.cuda.OutOfMemoryError for a single text that does not fit.
     """
     try:
-        return scorer(make_batch(pairs))
+        return model(make_batch(texts))
     except torch.cuda.OutOfMemoryError as error:
-        if len(pairs) == 1:
+        if len(texts) == 1:
             raise torch.cuda.OutOfMemoryError(
-                f"one pair of {len(pairs[0])} tokens does not fit in the memory of {scorer.device}: {error}; "
-                "score with a smaller max_length or in half precision"
+                f"one text of {len(texts[0])} tokens does not fit in the memory of {model.device}: {error}; "
+                "use a smaller max_length or half precision"
             ) from error
     # not in the handler, where the traceback still holds the activations
-    if scorer.device.type == "cuda":
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()
     return None

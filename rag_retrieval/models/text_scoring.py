@@ -1,6 +1,6 @@
-"""From texts to scores, whatever computes them: each distinct text once, in chunks, tokenized one chunk ahead.
+"""From texts to results, whatever computes them: each distinct text once, in chunks, tokenized one chunk ahead.
 
-Equal texts are scored once because the same text in another forward may round differently, by which duplicates would
+Equal texts are computed once because the same text in another forward may round differently, by which duplicates would
 not tie. Nothing here imports torch.
 """
 
@@ -10,27 +10,28 @@ from contextlib import closing
 from itertools import islice
 from typing import TypeVar
 
-CHUNK_PAIRS = 4096  # tokenized and planned together
+CHUNK_TEXTS = 4096  # tokenized and planned together
 CHUNK_CHARACTERS = 8_000_000  # of documents, likewise: a document may be a book. A longer one is a chunk by itself
 
 Pairs = Sequence[tuple[str, str]]
+Texts = Sequence[str] | Pairs  # single texts, or (query, document) pairs
 Item, Result, Encoded = TypeVar("Item"), TypeVar("Result"), TypeVar("Encoded")
 
 
 def score_texts(
-    pairs: Pairs,
-    encode: Callable[[Pairs], Encoded],
+    texts: Texts,
+    encode: Callable[[Texts], Encoded],
     score: Callable[[Encoded], Sequence[Result]],
-    chunk_pairs: int | None = None,
+    chunk_texts: int | None = None,
 ) -> list[Result]:
-    """The result of each (query, document) pair, in order; equal pairs get the same one.
+    """The result of each text or pair, in order; equal ones get the same.
 
-    encode: tokenizes a chunk, in a thread while the chunk before is scored. score: one result for each pair of a chunk.
-    chunk_pairs: at most, default CHUNK_PAIRS.
+    encode: tokenizes a chunk, in a thread while the chunk before is scored. score: one result for each text of a chunk.
+    chunk_texts: at most, default CHUNK_TEXTS.
     """
-    unique, places = distinct(pairs)
+    unique, places = distinct(texts)
     results: list[Result] = []
-    with closing(prefetch(encode, chunks_of(unique, chunk_pairs or CHUNK_PAIRS))) as encoded_chunks:
+    with closing(prefetch(encode, chunks_of(unique, chunk_texts or CHUNK_TEXTS))) as encoded_chunks:
         for encoded in encoded_chunks:
             results.extend(score(encoded))
     return [results[place] for place in places]
@@ -43,15 +44,16 @@ def distinct(items: Iterable[Hashable]) -> tuple[list, list[int]]:
     return list(places), of_items
 
 
-def chunks_of(pairs: Pairs, chunk_pairs: int) -> Iterator[Pairs]:
+def chunks_of(texts: Texts, chunk_texts: int) -> Iterator[Texts]:
     start = characters = 0
-    for place, (_, document) in enumerate(pairs):
-        characters += len(document)
-        if place > start and (place - start == chunk_pairs or characters > CHUNK_CHARACTERS):
-            yield pairs[start:place]
-            start, characters = place, len(document)
-    if start < len(pairs):
-        yield pairs[start:]
+    for place, text in enumerate(texts):
+        length = len(text if isinstance(text, str) else text[1])
+        characters += length
+        if place > start and (place - start == chunk_texts or characters > CHUNK_CHARACTERS):
+            yield texts[start:place]
+            start, characters = place, length
+    if start < len(texts):
+        yield texts[start:]
 
 
 def prefetch(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

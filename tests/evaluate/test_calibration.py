@@ -14,8 +14,6 @@ from rag_retrieval.evaluate.calibration import (
 )
 from rag_retrieval.models.calibration import Calibration, probabilities_of
 
-pytest.importorskip("scipy")
-
 
 def pairs_with(temperature, bias, number=40_000):
     """Scores whose relevance is drawn with the probabilities of a known temperature and bias."""

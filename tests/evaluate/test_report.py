@@ -10,7 +10,6 @@ from rag_retrieval.metrics import METRICS
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("bm25s")
-pytest.importorskip("scipy")
 
 from rag_retrieval.evaluate.report import find_run, read_curves, training_figure  # noqa: E402
 

@@ -27,7 +27,7 @@ def found(tmp_path_factory, model_folders) -> list[dict]:
 def test_every_process_gets_the_scores_of_one_process_to_the_last_digit(found, load_tiny, monkeypatch):
     scorer, pairs = load_tiny("bert"), some_pairs(60)
     whole = scorer.compute_score(pairs)
-    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 25)
+    monkeypatch.setattr(scoring, "CHUNK_TEXTS", 25)
     cut = scorer.compute_score(pairs, batch_size=7, max_length=40, normalize=True)
     for process in found:
         assert torch.equal(process["one chunk"], whole)
@@ -45,8 +45,8 @@ def test_each_pair_is_scored_on_one_process_and_both_have_work(found):
 @pytest.mark.slow
 def test_pairs_or_options_that_differ_are_refused_on_every_process(found):
     for process in found:
-        assert process["lengths"].startswith("ValueError: score_over_processes needs the same pairs")
-        assert "process 0 has 9 pairs" in process["lengths"] and "process 1 has 10 pairs" in process["lengths"]
+        assert process["lengths"].startswith("ValueError: every process must pass the same")
+        assert "process 0 has 9 texts" in process["lengths"] and "process 1 has 10 texts" in process["lengths"]
         assert process["texts"].startswith("ValueError") and process["texts"].endswith("other texts")
         assert process["options"].startswith("ValueError") and "batch_size=6" in process["options"]
 

@@ -45,7 +45,7 @@ def out_of_memory_beyond(scorer, tokens: int) -> None:
 def test_more_pairs_than_one_chunk_score_alike(load_tiny, family, monkeypatch):
     scorer, pairs = load_tiny(family), some_pairs(23)
     expected = scorer.compute_score(pairs)
-    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 5)
+    monkeypatch.setattr(scoring, "CHUNK_TEXTS", 5)
     torch.testing.assert_close(scorer.compute_score(pairs, batch_size=2), expected, atol=1e-5, rtol=0)
 
 
@@ -122,7 +122,7 @@ def test_one_pair_that_does_not_fit_is_an_error_that_names_its_tokens(load_tiny)
     pairs = [("water", "boils"), ("water", " ".join(ENGLISH))]
     length = len(scorer.pair_encoder.encode(pairs)[1])
     out_of_memory_beyond(scorer, length - 1)
-    with pytest.raises(torch.cuda.OutOfMemoryError, match=f"one pair of {length} tokens does not fit .* max_length"):
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=f"one text of {length} tokens does not fit .* max_length"):
         scorer.compute_score(pairs)
     assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
 
@@ -176,7 +176,7 @@ def test_tokenization_runs_in_another_thread_one_chunk_ahead_and_in_none_for_one
     scorer.compute_score(pairs)
     assert events == [("encode", True)]
     events.clear()
-    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 5)
+    monkeypatch.setattr(scoring, "CHUNK_TEXTS", 5)
     scorer.compute_score(pairs)
     assert events == [("encode", True)] + [("encode", False)] * 3
 
@@ -202,7 +202,7 @@ def test_an_error_of_the_tokenizing_thread_goes_up_and_leaves_no_thread_and_no_m
         return encode(encoder, chunk)
 
     monkeypatch.setattr(PairEncoder, "encode", broken)
-    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 5)
+    monkeypatch.setattr(scoring, "CHUNK_TEXTS", 5)
     with pytest.raises(KeyError, match="a token"):
         scorer.compute_score(pairs)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
@@ -211,7 +211,7 @@ def test_an_error_of_the_tokenizing_thread_goes_up_and_leaves_no_thread_and_no_m
 
 def test_an_interrupt_while_scoring_goes_up_and_leaves_no_thread(load_tiny, monkeypatch):
     scorer = load_tiny("bert")
-    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 5)
+    monkeypatch.setattr(scoring, "CHUNK_TEXTS", 5)
 
     def interrupt(module, arguments):
         raise KeyboardInterrupt
@@ -228,7 +228,7 @@ def test_an_interrupt_while_scoring_goes_up_and_leaves_no_thread(load_tiny, monk
 def test_equal_pairs_are_scored_once_and_tie(load_tiny, monkeypatch):
     """In another forward the same pair may round differently: only what is computed once ties on every CPU."""
     scorer, pairs = load_tiny("bert"), some_pairs(20)
-    monkeypatch.setattr(scoring, "CHUNK_PAIRS", 7)  # its repetitions would come in other chunks
+    monkeypatch.setattr(scoring, "CHUNK_TEXTS", 7)  # its repetitions would come in other chunks
     forwards = forwards_of(scorer)
     expected = scorer.compute_score(pairs)
     assert sum(map(len, forwards)) == len(set(pairs))

@@ -14,7 +14,7 @@ def test_every_distinct_pair_is_scored_once_in_the_order_of_its_first_place():
         return [query + document for query, document in chunk]
 
     pairs = [("a", "1"), ("b", "1"), ("a", "1"), ("c", "2"), ("b", "1"), ("d", "3")]
-    assert score_texts(pairs, list, score, chunk_pairs=3) == ["a1", "b1", "a1", "c2", "b1", "d3"]
+    assert score_texts(pairs, list, score, chunk_texts=3) == ["a1", "b1", "a1", "c2", "b1", "d3"]
     assert seen == [[("a", "1"), ("b", "1"), ("c", "2")], [("d", "3")]]
     assert score_texts([], list, score) == []
 

@@ -45,6 +45,7 @@ def _fitting_dataset_type(config: "RerankerKeys") -> str | None:
     return loss and loss.dataset_type
 
 
+ENCODER = Only("model_type bert_encoder", lambda config: config.model_type == "bert_encoder")
 DECODER = Only("model_type llm_decoder", lambda config: config.model_type == "llm_decoder")
 SCALAR = Only(
     "model_type llm_decoder with head scalar",
@@ -87,6 +88,7 @@ class RerankerKeys(TrainingConfig):
     # Model
     model_type: Literal["bert_encoder", "llm_decoder"] = Field(description="Family of the model.")
     task: Literal["reranker"] = key("Which trainer it is for.", "reranker")
+    max_len: int = key("Longest pair, in tokens, special tokens included.", 512, ge=16)
     head: Literal["scalar", "yes_no"] | None = key(
         "A new scalar head, or yes_no: logit of yes minus logit of no, as Qwen3-Reranker. Then what is not given here "
         "comes with the model, or is Qwen3-Reranker's question in the tokenizer's chat template. Default scalar.",
@@ -103,6 +105,9 @@ class RerankerKeys(TrainingConfig):
     document_format: EscapedText | None = key(
         'Text around the document, with {} once. Default the model\'s own or "{}"; of a scalar decoder "document: {}".',
         derive=_decoder_format("document_format"))
+    split_special_tokens: bool | None = key(
+        "Read special tokens inside texts, such as [SEP], as plain text, as decoders always do. Absent: what the "
+        "model's tokenizer says, else false.", only=ENCODER)
     seq: EscapedText | None = key(
         "Text between the two. Default a newline.", only=DECODER, derive=_decoder_format("seq"))
     special_token: EscapedText | None = key(

@@ -36,7 +36,7 @@ class RerankerTask(SavedModel):
         self.watches = {part: ConstantScoreWatch(objective, part) for part, objective in objectives.items()}
 
     def losses(
-        self, model: nn.Module, micro_batches: Sequence[RerankerMicroBatch], factors: Sequence[float]
+        self, model: nn.Module, micro_batches: Sequence[RerankerMicroBatch], factors: Sequence[float], step: int
     ) -> Iterator[StepLoss]:
         for micro_batch in micro_batches:
             sums = self.loss_sums(model, micro_batch)
@@ -70,5 +70,5 @@ class RerankerTask(SavedModel):
         reports = [watch.report(step, total_steps) for watch in self.watches.values()]
         return {name: value for report in reports for name, value in report.items()}
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         return self.validation(model)
