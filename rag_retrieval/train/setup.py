@@ -46,14 +46,15 @@ def prepare_for_training(model: Any, config: TrainingConfig) -> Any:
 
 
 def train_biases_alone(model: Any) -> None:
-    """BitFit: Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning" (2022). New parameters are trained too.
-    Raises ValueError for a model without biases."""
+    """BitFit: Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning" (2022). New parameters are trained as
+    well. Raises ValueError for a model without biases."""
     new = new_parameter_names(model)
     biases = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
     if not biases - new:
         raise ValueError(f"fine_tune_type bitfit: a {type(model.model).__name__} has no biases; give lora or sft")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in biases | new)
+        if name not in biases | new:
+            parameter.requires_grad_(False)
 
 
 def compile_layers(model: PreTrainedModel) -> None:
