@@ -8,6 +8,7 @@ import pytest
 from training_runs import write_jsonl
 
 from rag_retrieval.data.step_records import QUERY_MARK
+from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.store import open_store
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions
@@ -36,7 +37,7 @@ def texts_of(batch) -> list[str]:
 def steps(tmp_path):
     def make(records, *other_files, batch_size=4, epochs=1, processes=1, index=0, **options) -> EmbeddingSteps:
         stores = [
-            open_store(write_jsonl(tmp_path / f"{place}.jsonl", part), group_by_query=True, text_ids=True)
+            open_store(write_jsonl(tmp_path / f"{place}.jsonl", part), RecordRules(for_embedder=True), group_by_query=True)
             for place, part in enumerate([records, *other_files])
         ]
         shape = StepShape(epochs * batch_size * processes, batch_size, 1, processes, index)
