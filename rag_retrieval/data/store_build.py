@@ -20,7 +20,7 @@ from rag_retrieval.data.summary import StoreSummary, label_histogram
 
 FORMAT_VERSION = 3  # raise it whenever the same source would give another store
 CHUNK = 1 << 13  # groups or pairs handled at once
-KINDS = {"hits": 0, "pos_neg": 0, "text": 0, "pointwise": 1, "triple": 2}  # of records; those of 0 are groups of their own
+KINDS = {"hits": 0, "pos_neg": 0, "text": 0, "pointwise": 1, "triple": 2}  # of records; 0: groups of their own
 POINTWISE, TRIPLE = 1, 2
 
 # The numbers of a store: array's character and numpy's dtype. Of each pair:
@@ -108,7 +108,8 @@ def _write_records(folder: Path, records: Iterable[Record], group_by_query: bool
             size += len(documents)
             counts["records"] += 1
             counts["pairs"] += len(documents)
-            counts["empty_documents"] += sum(not document.strip() for document in record.documents if record.format != "text")
+            if record.format != "text":
+                counts["empty_documents"] += sum(not document.strip() for document in record.documents)
         columns["size"].append(size)
     return counts
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_origin
 from pydantic import Field, create_model, field_validator
 
 from rag_retrieval.core.config import NAME_OR_NAMES, NAMES, EscapedText, Location, Only, key, shown_value
-from rag_retrieval.data.readers import DATASET_HELP, DatasetName, is_file_name
+from rag_retrieval.data.readers import DATASET_HELP, DatasetName
 from rag_retrieval.losses.custom import OWN_LOSS
 from rag_retrieval.losses.embedding import EMBEDDING_ALIASES, EMBEDDING_LOSSES, EmbeddingLoss
-from rag_retrieval.train.config import LORA, TrainingConfig
+from rag_retrieval.train.config import TrainingConfig
 
 TEACHER_LOSSES = [name for name, loss in EMBEDDING_LOSSES.items() if loss.reads == "teacher_score"]
 OPTIONS = {option.name: option for loss in EMBEDDING_LOSSES.values() for option in loss.options}
@@ -60,6 +60,8 @@ class EmbeddingKeys(TrainingConfig):
         only=VECTORS, ge=1)
     train_group_size: int = key(
         "A positive and the hard negatives of a query at most; more take turns.", 8, only=GROUPS, ge=1)
+    max_example_num_per_dataset: int | None = key(
+        "Train on a random sample of so many records of each file. Absent: on all.", ge=1)
     shuffle: bool = key("Records in a new order in each epoch, otherwise in that of the file.", True)
 
     # Loss
@@ -136,7 +138,8 @@ class EmbeddingKeys(TrainingConfig):
             found, files = len(self.train_dataset_vec or ()), len(self.train_files)
             yield "train_dataset_vec", f"expected a file for each of the {files} of train_dataset, found {found}"
         if self.mrl_weights and len(self.mrl_weights) != len(self.mrl_dims):
-            yield "mrl_weights", f"expected {len(self.mrl_dims)}, one for each of mrl_dims, found {len(self.mrl_weights)}"
+            expected = f"expected {len(self.mrl_dims)}, one for each of mrl_dims"
+            yield "mrl_weights", f"{expected}, found {len(self.mrl_weights)}"
         if any(width < 1 for width in self.mrl_dims or ()):
             yield "mrl_dims", "expected widths of at least 1"
 

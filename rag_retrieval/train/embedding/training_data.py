@@ -74,31 +74,41 @@ class Example:
     negatives: np.ndarray
 
 
+@dataclass(frozen=True)
+class TrainingFile:
+    """One file of the training data.
+
+    name: that of the file, "" where it is the only one. records: the numbers of those that are trained on, of groups of
+    the store, or of pairs where `kind` is label. teacher_vectors: a raw file of float32, one row for each text of the
+    store.
+    """
+
+    source: str
+    name: str
+    store: RecordStore
+    kind: RecordKind
+    records: np.ndarray
+    teacher_vectors: Path | None = None
+
+
 class EmbeddingSteps(Dataset):
     """The steps of one file, for `CarriedSteps`: shape.records are those of the whole run, whole passes over the file
     and the beginning of one more, by which the last step is full. A query shows one positive in a pass, the next one
     in the next, and negatives in turns; without negatives its other positives, which a teacher's scores tell apart.
 
-    encoder: the model's `text_encoder`. teacher_vectors: a raw file of float32, one row for each text of the store.
-    all_stores: of all training files, for the known positives of a query. part: the file's name where there are
-    several, "" otherwise.
+    encoder: the model's `text_encoder`. all_stores: of all training files, for the known positives of a query.
     """
 
     def __init__(
         self,
-        store: RecordStore,
-        source: str,
+        file: TrainingFile,
         encoder: Any,
         shape: StepShape,
         options: SamplingOptions,
-        kind: RecordKind = "positives",
-        teacher_vectors: Path | None = None,
         all_stores: Sequence[RecordStore] = (),
-        part: str = "",
     ):
-        self.store, self.source, self.encoder, self.shape, self.options = store, source, encoder, shape, options
-        self.kind, self.teacher_vectors, self.all_stores, self.part = kind, teacher_vectors, all_stores or [store], part
-        self.records = records_of(store, kind)
+        self.file, self.store, self.encoder, self.shape, self.options = file, file.store, encoder, shape, options
+        self.all_stores = all_stores or [file.store]
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
@@ -108,16 +118,16 @@ class EmbeddingSteps(Dataset):
     def __getitem__(self, position: tuple[int, int]) -> list[EmbeddingMicroBatch]:
         start = position[0] * self.shape.records
         places = [start + place for share in self.shape.positions(position[1]) for place in share]
-        return self.micro_batches([self.example(*divmod(place, len(self.records))) for place in places])
+        return self.micro_batches([self.example(*divmod(place, len(self.file.records))) for place in places])
 
     def example(self, pass_number: int, place: int) -> Example:
         """The record at a place of the order of one pass over the file."""
         number = int(self._order_of(pass_number)[place])
-        store, options, record, none = self.store, self.options, int(self.records[number]), np.empty(0, np.int64)
-        if self.kind == "label":
+        store, options, record, none = self.store, self.options, int(self.file.records[number]), np.empty(0, np.int64)
+        if self.file.kind == "label":
             return Example(store.group_of(record), record, none)
         first = int(store.group_offsets[record])
-        if self.kind == "teacher_vectors":
+        if self.file.kind == "teacher_vectors":
             return Example(record, first, none)
         positive = store.positives[first : first + int(store.group_sizes[record])]
         one_positive = store.teacher_scores is None or not positive.all()
@@ -127,9 +137,9 @@ class EmbeddingSteps(Dataset):
 
     def _order_of(self, pass_number: int) -> np.ndarray:
         if not self.options.shuffle:
-            return np.arange(len(self.records))
+            return np.arange(len(self.file.records))
         if self._order is None or self._order[0] != pass_number:
-            self._order = (pass_number, epoch_order(self.options.seed, pass_number, len(self.records)))
+            self._order = (pass_number, epoch_order(self.options.seed, pass_number, len(self.file.records)))
         return self._order[1]
 
     @cached_property
@@ -146,10 +156,10 @@ class EmbeddingSteps(Dataset):
         for part in plan:
             part = np.array(sorted(part))  # queries come first
             texts, counted = make_batch([encoded[place] for place in part]), int((part < len(queries)).sum())
-            batches.append(EmbeddingMicroBatch(texts, ids[part], counted, None, (0,), len(part), [], self.part))
+            batches.append(EmbeddingMicroBatch(texts, ids[part], counted, None, (0,), len(part), [], self.file.name))
         batches[0].records, batches[0].items = self.step_records(examples), (len(examples),)
         lines = [self.store.lines[example.pair] for example in examples]
-        batches[0].sources = [f"{self.source}:{line}" for line in lines]
+        batches[0].sources = [f"{self.file.source}:{line}" for line in lines]
         return batches
 
     def _texts(self, examples: Sequence[Example]) -> tuple[dict[int, int], dict[int, int]]:
@@ -157,7 +167,7 @@ class EmbeddingSteps(Dataset):
         store, queries, documents = self.store, {}, {}
         for example in examples:
             queries.setdefault(int(store.query_ids[example.group] ^ QUERY_MARK), example.group)
-            pairs = () if self.kind == "teacher_vectors" else (example.pair, *example.negatives.tolist())
+            pairs = () if self.file.kind == "teacher_vectors" else (example.pair, *example.negatives.tolist())
             for pair in pairs:
                 documents.setdefault(int(store.document_ids[pair]), pair)
         return queries, documents
@@ -176,7 +186,7 @@ class EmbeddingSteps(Dataset):
         return encoded + self.encoder.encode([store.pair(pair).document for pair in documents.values()], "document")
 
     def step_records(self, examples: Sequence[Example]) -> StepRecords:
-        store, alone = self.store, self.kind == "teacher_vectors"
+        store, alone = self.store, self.file.kind == "teacher_vectors"
         groups = np.array([example.group for example in examples])
         pairs = np.array([example.pair for example in examples])
         negatives, negative_offsets = ragged([example.negatives for example in examples], "i8")
@@ -192,26 +202,30 @@ class EmbeddingSteps(Dataset):
             known_offsets,
             positive_scores=None if scores is None else scores[pairs],
             negative_scores=None if scores is None else scores[negatives],
-            labels=store.labels[pairs] if self.kind == "label" else None,
+            labels=store.labels[pairs] if self.file.kind == "label" else None,
             teacher_vectors=np.array(self._vectors[groups]) if alone else None,
         )
 
     @cached_property
     def _vectors(self) -> np.ndarray:
         """float32 [texts, width], mapped."""
-        return np.memmap(self.teacher_vectors, np.float32, "r").reshape(self.store.num_groups, -1)
+        return np.memmap(self.file.teacher_vectors, np.float32, "r").reshape(self.store.num_groups, -1)
 
     def filler(self) -> EmbeddingMicroBatch:
         """One text of weight zero, for a process that has fewer micro-batches than another."""
         texts, no_ids = make_batch(self.encoder.encode(["filler"], "document")), np.empty(0, np.uint64)
-        return EmbeddingMicroBatch(texts, no_ids, 0, None, (0,), 0, [], self.part)
+        return EmbeddingMicroBatch(texts, no_ids, 0, None, (0,), 0, [], self.file.name)
 
 
-def records_of(store: RecordStore, kind: RecordKind) -> np.ndarray:
+def records_of(store: RecordStore, kind: RecordKind, most: int | None = None, seed: int = 0) -> np.ndarray:
     """The numbers of a store's records, ascending: of groups that have a positive, since the others teach nothing, of
-    pairs, or of texts."""
+    pairs, or of texts. most: a random sample of so many of them, the same for a seed."""
     if kind == "label":
-        return np.arange(store.num_pairs)
-    if kind == "teacher_vectors":
-        return np.arange(store.num_groups)
-    return np.flatnonzero(np.logical_or.reduceat(store.positives, store.group_offsets))
+        records = np.arange(store.num_pairs)
+    elif kind == "teacher_vectors":
+        records = np.arange(store.num_groups)
+    else:
+        records = np.flatnonzero(np.logical_or.reduceat(store.positives, store.group_offsets))
+    if most is None or most >= len(records):
+        return records
+    return np.sort(np.random.default_rng([seed, len(records)]).permutation(records)[:most])
