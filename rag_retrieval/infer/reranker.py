@@ -39,8 +39,9 @@ class Reranker:
     and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is one, else the CPU.
     devices: several, such as ["cuda:0", "cuda:1"]: each holds a copy of the model, until `close`.
     attn_implementation: of transformers; default batches without padding. query_format, document_format: text around a
-    query and a document. seq and all after it: of a decoder, as for `LLMDecoder.from_pretrained`; needed, with the
-    formats, where neither the folder nor the list of known prompts has them.
+    query and a document. split_special_tokens: of an encoder, as for `CrossEncoder.from_pretrained`. seq and all after
+    it: of a decoder, as for `LLMDecoder.from_pretrained`; needed, with the formats, where neither the folder nor the
+    list of known prompts has them.
 
     Raises ValueError for a path that is not there, a folder without weights, weights that are not numbers, a model
     without a trained head (an embedding model), a decoder whose prompt is not known, and options that do not fit.
@@ -60,6 +61,7 @@ class Reranker:
         attn_implementation: str | None = None,
         query_format: str | None = None,
         document_format: str | None = None,
+        split_special_tokens: bool | None = None,
         seq: str | None = None,
         special_token: str | None = None,
         head: str | None = None,

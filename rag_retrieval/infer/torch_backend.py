@@ -61,7 +61,7 @@ class TorchBackend:
         kind = torch.device(self.device).type  # whose digits differ
         encoder = self.pair_encoder
         about = [asdict(self.scorer.settings), asdict(encoder.template), encoder.max_length, self.precision, kind]
-        digest.update(json.dumps(about).encode())
+        digest.update(json.dumps([*about, encoder.split_special_tokens]).encode())
         digest.update(encoder.fast_tokenizer.to_str().encode())
         for name, values in sorted(self.scorer.model.state_dict().items()):
             digest.update(name.encode())

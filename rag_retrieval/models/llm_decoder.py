@@ -148,6 +148,8 @@ class LLMDecoder(PairScorer):
         saved = read_settings(path)
         if saved is not None and saved.model_type != cls.model_type:
             raise ValueError(f"{path} was saved as {saved.model_type}; load it with CrossEncoder.from_pretrained")
+        if options.split_special_tokens is not None:
+            logger.warning("split_special_tokens is for encoders, and %s is a decoder, which always does", path)
         tokenizer = load_tokenizer(path, options.trust_remote_code)
         lower_case_like(files, tokenizer)
         texts = choose_texts(files, tokenizer, options, saved, trained_only, question)
@@ -168,7 +170,8 @@ class LLMDecoder(PairScorer):
         (check_is_trained if trained_only else warn_of_new_parameters)(path, new_parameters)
         set_decoder_pad_token(model, tokenizer, template.suffix[-1])
         check_vocabulary(path, model, tokenizer)
-        max_length = choose_max_length(options.max_length, saved, files, tokenizer, model, not new_parameters)
+        saved_length, trained = saved and saved.max_len, not new_parameters
+        max_length = choose_max_length(options.max_length, saved_length, files, tokenizer, model, trained)
         settings = RerankerSettings(cls.model_type, max_length, **texts, start_layer=start_layer)
         template = replace(template, truncate_left=truncates_left(tokenizer, trained=not new_parameters))
         encoder = PairEncoder(tokenizer, template, max_length, split_special_tokens=True)

@@ -28,7 +28,6 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from rag_retrieval.models.settings import (
     ModelFiles,
-    RerankerSettings,
     check_no_pointers,
     choose_setting,
     parsing,
@@ -64,9 +63,12 @@ def reading(what: str) -> Iterator[None]:
 # ---- tokenizer ------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model_path: str, trust_remote_code: bool, split_special_tokens: bool | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, padding at the right.
 
+    split_special_tokens: whether special tokens inside a text are plain text; None: as the folder says, else not.
     Raises ValueError for files that cannot be read, and for a tokenizer without a fast version or without a
     vocabulary.
     """
@@ -75,8 +77,9 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
     with reading(f"{model_path}: its tokenizer"):
         # as an argument, because an attribute set later is not saved with the tokenizer. Whatever side a folder says,
         # padding changes no score here: the attention mask hides it, and scores are read at a pair's own tokens
+        options = {} if split_special_tokens is None else {"split_special_tokens": split_special_tokens}
         tokenizer = AutoTokenizer.from_pretrained(
-            model_path, trust_remote_code=trust_remote_code, padding_side="right"
+            model_path, trust_remote_code=trust_remote_code, padding_side="right", **options
         )
     if not tokenizer.is_fast:
         raise ValueError(
@@ -402,13 +405,14 @@ def score_layer(model: PreTrainedModel) -> nn.Linear | None:
 
 def choose_max_length(
     given: int | None,
-    saved: RerankerSettings | None,
+    saved: int | None,
     files: ModelFiles,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     trained: bool,
 ) -> int:
-    """Tokens per pair: the argument, else what was saved with the model, else what other programs wrote, else 512.
+    """Tokens per pair, or per text of an embedder: the argument, else what was saved with the model, else what other
+    programs wrote, else 512.
 
     Of others: sentence-transformers' max_seq_length, else the tokenizer's model_max_length, for a trained model and
     up to LONGEST_DEFAULT. What is not given is bounded by the model's positions; it is logged which one holds. Raises
@@ -424,11 +428,11 @@ def choose_max_length(
     default, source = DEFAULT_MAX_LENGTH, "the default"
     if known and trained:
         default, source = min(known[0][0], LONGEST_DEFAULT), known[0][1]
-    max_length = choose_setting("max_length", given, saved and saved.max_len, min(default, limit))
+    max_length = choose_setting("max_length", given, saved, min(default, limit))
     if given is not None or saved is not None:
         source = "as given" if given is not None else "as it was saved"
     check_max_length(max_length, model)
-    logger.info("%s: at most %d tokens per pair (%s)", files.path, max_length, source)
+    logger.info("%s: at most %d tokens (%s)", files.path, max_length, source)
     return int(max_length)
 
 

@@ -133,7 +133,9 @@ def load_scorer(config: RerankerConfig) -> PairScorer:
         "attn_implementation": config.attn_implementation,
     }
     if config.model_type == "bert_encoder":
-        return CrossEncoder.from_pretrained(config.model_name_or_path, **shared)
+        return CrossEncoder.from_pretrained(
+            config.model_name_or_path, **shared, split_special_tokens=config.split_special_tokens
+        )
     texts = {name: getattr(config, name) for name in (*FORMAT_NAMES, *YES_NO_NAMES, "head", "start_layer")}
     return LLMDecoder.from_pretrained(config.model_name_or_path, **(shared | texts))
 
