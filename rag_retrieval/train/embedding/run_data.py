@@ -1,6 +1,7 @@
 """The data of an embedder's run: opened, checked, and laid out as steps."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.data.summary import TokenLengths
 from rag_retrieval.train.embedding.config import EmbeddingConfig
 from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
-from rag_retrieval.train.optim import optimizer_steps_per_epoch
 from rag_retrieval.train.run_data import DataSource, distinct_names, sampled_pairs
 from rag_retrieval.train.steps import CarriedSteps, StepShape
 
@@ -101,10 +101,9 @@ def embedding_steps(
 def step_shape(config: EmbeddingConfig, file: TrainingFile, processes: int, process_index: int) -> StepShape:
     """Of the whole run over a file: full steps alone. What an epoch leaves over begins the next, and the last step is
     completed with records of a further pass."""
-    batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
-    steps = optimizer_steps_per_epoch(config.epochs * len(file.records), batch_size, accumulation, processes)
-    records = steps * batch_size * accumulation * processes
-    return StepShape(records, batch_size, accumulation, processes, process_index)
+    wanted = config.epochs * len(file.records)
+    shape = StepShape(wanted, config.batch_size, config.gradient_accumulation_steps, processes, process_index)
+    return replace(shape, records=shape.steps_per_epoch * shape.step_size)
 
 
 def report_steps(files: list[TrainingFile], config: EmbeddingConfig, steps: CarriedSteps) -> None:
