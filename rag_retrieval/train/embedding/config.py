@@ -9,11 +9,17 @@ from typing import Annotated, Any, ClassVar, Literal, get_origin
 from pydantic import Field, create_model, field_validator
 
 from rag_retrieval.core.config import NAME_OR_NAMES, NAMES, EscapedText, Location, Only, key, shown_value
+from rag_retrieval.data.collection import is_beir_folder
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName
 from rag_retrieval.losses.custom import OWN_LOSS
 from rag_retrieval.losses.embedding import EMBEDDING_ALIASES, EMBEDDING_LOSSES, EmbeddingLoss
-from rag_retrieval.train.config import TrainingConfig
+from rag_retrieval.metrics import PATTERNS, parse_metric
+from rag_retrieval.train.config import HUB_VALIDATION, VALIDATED, TrainingConfig
 
+SPLIT_VALIDATION = Only(
+    "a val_dataset of the hub or in BEIR layout",
+    lambda config: VALIDATED.applies(config) and (HUB_VALIDATION.applies(config) or is_beir_folder(config.val_dataset)),
+)
 TEACHER_LOSSES = [name for name, loss in EMBEDDING_LOSSES.items() if loss.reads == "teacher_score"]
 OPTIONS = {option.name: option for loss in EMBEDDING_LOSSES.values() for option in loss.options}
 
@@ -64,6 +70,17 @@ class EmbeddingKeys(TrainingConfig):
         "Train on a random sample of so many records of each file. Absent: on all.", ge=1)
     shuffle: bool = key("Records in a new order in each epoch, otherwise in that of the file.", True)
 
+    # Validation
+    val_split: str | None = key(
+        "Split to validate on. Default validation, and dev of a folder in BEIR layout.", only=SPLIT_VALIDATION,
+        derive=lambda config: "dev" if is_beir_folder(config.val_dataset) else "validation", min_length=1)
+    eval_on_start: bool | None = key(
+        "Also validate before the first step, and compare every later figure with that one. Default true.",
+        only=VALIDATED, derive=lambda config: True)
+    metric_for_best_model: str | None = key(
+        f"Validation figure that decides which checkpoint is best: loss, spearman (of graded pairs) or one of "
+        f"{PATTERNS}. Default ndcg@10.", only=VALIDATED, derive=lambda config: "ndcg@10")
+
     # Loss
     loss_type: str = key(
         f"One of {', '.join(EMBEDDING_LOSSES)}, or a function of your own, my_package.losses:my_loss.", "info_nce")
@@ -80,6 +97,13 @@ class EmbeddingKeys(TrainingConfig):
         "Widths of use_mrl. One beyond the model's adds a projection to that width. Default 64 to 768, cut to the "
         "model's.", only=MATRYOSHKA, derive=lambda config: [64, 128, 256, 512, 768], min_length=1)
     mrl_weights: Annotated[list[float] | None, NAMES] = key("A weight for each. Absent: 1.", only=MATRYOSHKA)
+
+    @field_validator("metric_for_best_model", mode="after")
+    @classmethod
+    def _known_metric(cls, name: str | None) -> str | None:
+        if name not in (None, "loss", "spearman"):
+            parse_metric(name)
+        return name
 
     @property
     def train_files(self) -> list[str]:
