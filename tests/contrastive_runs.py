@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 from rag_retrieval.core.distributed import gather
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.resume import claim
+from rag_retrieval.train.run_folder import Provenance
 from rag_retrieval.train.steps import MixedSteps, StepShape
 from rag_retrieval.train.task import LoopSettings, StepLoss
 
@@ -71,7 +71,7 @@ class ContrastiveSteps(Dataset):
 class ContrastiveTask:
     unit, memory_advice = "pairs", ""
 
-    def losses(self, model, micro_batches, factors):
+    def losses(self, model, micro_batches, factors, step):
         with torch.no_grad():
             embedded = [model(torch.cat([batch.queries, batch.documents])) for batch in micro_batches]
         sizes = [batch.size for batch in micro_batches]

@@ -109,10 +109,16 @@ def on_all(work: Callable[[], Result]) -> Result:
     raise PeerError(f"the work failed on process {failed[0]}: {texts[failed[0]]}") from error
 
 
-def gather(value: Result) -> list[Result]:
-    """The values of all processes, in their order."""
+def gather(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+    """The values of all processes, in their order. group: None for the default one."""
     if not is_distributed():
         return [value]
     values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def host_group(wait_minutes: float) -> dist.ProcessGroup | None:
+    """A group of all processes for what lies on hosts, such as counts: asking a device for them would stall it. None
+    for one process alone. wait_minutes: how long a process waits for another."""
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=wait_minutes)) if is_distributed() else None

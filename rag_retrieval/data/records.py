@@ -89,6 +89,7 @@ class Record:
     positive: membership in `pos`, being the positive of a triple, and for the other formats `positives(labels)`.
     format: "pointwise", "hits", "pos_neg" or "triple".
     line: counted from 1; the row for Parquet and hub datasets.
+    prompt: of an embedder, before the query in place of the model's own; "" where there is none.
     """
 
     query: str
@@ -98,6 +99,7 @@ class Record:
     format: str
     line: int
     teacher_scores: list[float] | None = None
+    prompt: str = ""
 
 
 def positives(labels: list[float]) -> list[bool]:

@@ -2,7 +2,8 @@
 
 A store is a folder of columns (`columns`) in which the pairs of a group stand side by side: of each group `query`,
 `first` (its first pair) and `size`; of each pair `document`, `group`, `label`, `positive`, `line`, and `teacher` where
-a teacher's scores are read. `meta.json` holds sizes and summary.
+a teacher's scores are read. For embedders there are `prompt` and `query_id` of each group and `document_id` of each
+pair too. `meta.json` holds sizes and summary.
 
 A file of pairs has one group per record unless it is opened with `group_by_query=True`; then pairs of the same query
 form one group wherever they stand, triples too, and pair order is no longer file order.
@@ -75,6 +76,10 @@ class RecordStore:
             raise IndexError(f"pair {index} of a store with {len(view.label)} pairs")
         return Pair(view.query[view.group[index]], view.document[index], view.label[index], view.line[index])
 
+    def query(self, group: int) -> str:
+        """That of a group, alone."""
+        return self._view.query[group]
+
     def group(self, index: int) -> Group:
         """The group 0 <= index < num_groups; IndexError outside (negative numbers too)."""
         view = self._view
@@ -105,6 +110,21 @@ class RecordStore:
     def teacher_scores(self) -> np.ndarray | None:
         """float32 [pairs], NaN where a document has none; None where the store was opened without a teacher_key."""
         return self._numbers("teacher") if "teacher" in self.meta["bytes"] else None
+
+    @cached_property
+    def query_ids(self) -> np.ndarray:
+        """uint64 [groups], as `document_ids`, of prompt and query. Only in a store with text_ids."""
+        return self._numbers("query_id")
+
+    @cached_property
+    def document_ids(self) -> np.ndarray:
+        """uint64 [pairs], equal for equal texts (NFKC, white space as one space). Only in a store with text_ids."""
+        return self._numbers("document_id")
+
+    @cached_property
+    def prompts(self) -> Texts:
+        """Of each group, "" where its records have none. Only in a store with text_ids."""
+        return Texts(self.folder, "prompt")
 
     @cached_property
     def group_offsets(self) -> np.ndarray:
@@ -157,6 +177,7 @@ def open_store(
     teacher_key: str | None = None,
     needs_teacher: bool = False,
     teacher_range: tuple[float, float] | None = None,
+    text_ids: bool = False,
     cache_dir: Path | None = None,
 ) -> RecordStore:
     """The store of a file or hub data set, built unless the cache has it; DataError with all bad lines.
@@ -166,6 +187,7 @@ def open_store(
         positive if it is one anywhere. Other records keep their own group.
     exactly_one_positive: hits records, and groups made by group_by_query, have one label 1 and the rest 0.
     teacher_key, needs_teacher, teacher_range: see `RecordRules`; without teacher_key the store has no teacher scores.
+    text_ids: for embedders, with ids of queries and documents and with the prompts of queries.
     cache_dir: default $RAG_RETRIEVAL_CACHE, else ~/.cache/rag_retrieval. Nothing is ever deleted from it but
         damaged stores. The key holds the file's path, size, time and the content of its first and last MiB. A
         change between these is not noticed when size and time (to the nanosecond) are what they were before.
@@ -176,7 +198,7 @@ def open_store(
     rules = RecordRules(
         label_key, min_label, max_label, exactly_one_positive, teacher_key, needs_teacher, teacher_range
     )
-    settings = [FORMAT_VERSION, asdict(rules), group_by_query]
+    settings = [FORMAT_VERSION, asdict(rules), group_by_query, text_ids]
     cache_dir = _writable_cache(cache_dir or os.environ.get("RAG_RETRIEVAL_CACHE") or "~/.cache/rag_retrieval")
     identity = _identity(source, split)
     key = hashlib.sha256(json.dumps([settings, identity]).encode()).hexdigest()[:32]
@@ -185,7 +207,7 @@ def open_store(
     with FileLock(f"{folder}.lock"):
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            _build_and_rename(folder, source, split, rules, group_by_query)
+            _build_and_rename(folder, source, split, rules, group_by_query, text_ids)
             if _identity(source, split) != identity:
                 shutil.rmtree(folder)
                 raise DataError(f"{source}: the source changed while it was read; start again.")
@@ -228,14 +250,16 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _build_and_rename(folder: Path, source: str | Path, split: str, rules: RecordRules, group_by_query: bool) -> None:
+def _build_and_rename(
+    folder: Path, source: str | Path, split: str, rules: RecordRules, group_by_query: bool, text_ids: bool
+) -> None:
     """Build under a temporary name, then rename: a folder under its own name is always complete."""
     temporary = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     records = read_records(source, rules, split=split)
     try:
         with_teacher = rules.teacher_key is not None
         name = source_name(source, split)
-        build_store(temporary, records, name, group_by_query, rules.exactly_one_positive, with_teacher)
+        build_store(temporary, records, name, group_by_query, rules.exactly_one_positive, with_teacher, text_ids)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,6 +7,7 @@ mapped, not loaded, so that memory does not grow with the source.
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +24,12 @@ KINDS = {"hits": 0, "pos_neg": 0, "pointwise": 1, "triple": 2}  # of records; th
 POINTWISE, TRIPLE = 1, 2
 
 # The numbers of a store: array's character and numpy's dtype. Of each pair:
-PAIR = {"label": "f", "positive": "B", "line": "q", "teacher": "f"}
-# Of each group: first (its first pair) and size. Of each pair too: group.
-DTYPES = {"label": "f4", "positive": "?", "line": "i8", "teacher": "f4", "first": "i8", "size": "i8", "group": "i4"}
+PAIR = {"label": "f", "positive": "B", "line": "q", "teacher": "f", "document_id": "Q"}
+# Of each group: first (its first pair), size and query_id. Of each pair too: group.
+DTYPES = {
+    **{"label": "f4", "positive": "?", "line": "i8", "teacher": "f4", "document_id": "u8"},
+    **{"first": "i8", "size": "i8", "query_id": "u8", "group": "i4"},
+}
 # While building. Of each run of pairs, which becomes a group: kind, key (a hash of the query, two numbers), query_hash.
 # Of each pair: pair_hash, of query and document. query_hash and pair_hash are sorted in place when they are counted.
 BUILDING = {"kind": "B", "key": "Q", "query_hash": "Q", "pair_hash": "Q"}
@@ -38,15 +42,18 @@ def build_store(
     group_by_query: bool,
     exactly_one_positive: bool,
     with_teacher: bool,
+    with_text_ids: bool = False,
 ) -> None:
     """Write the store of `records` into the new folder; after an error, the caller removes what is there.
 
-    name: the source, for error messages. with_teacher: the records have teacher scores, which are kept.
+    name: the source, for error messages. with_teacher: the records have teacher scores, which are kept. with_text_ids:
+    also ids of queries and documents, and the prompts of queries.
     Raises DataError where groups made by group_by_query must have exactly one positive and do not. The records
     must not be none: reading them raises that.
     """
     folder.mkdir(parents=True)
-    pair_columns = [column for column in PAIR if with_teacher or column != "teacher"]
+    wanted = {"teacher": with_teacher, "document_id": with_text_ids}
+    pair_columns = [column for column in PAIR if wanted.get(column, True)]
     counts = _write_records(folder, records, group_by_query, pair_columns)
     if group_by_query:
         _merge_runs(folder, pair_columns)
@@ -72,13 +79,17 @@ def _column(folder: Path, name: str, mode: str = "r") -> np.ndarray:
 def _write_records(folder: Path, records: Iterable[Record], group_by_query: bool, pair_columns: list[str]) -> dict:
     """Stream records into columns. With group_by_query adjacent records of one query and kind are one run of pairs."""
     numbers = BUILDING | {"size": "q"} | {column: PAIR[column] for column in pair_columns}
+    texts, with_ids = ["query", "document"], "document_id" in pair_columns
+    if with_ids:
+        numbers, texts = numbers | {"query_id": "Q"}, [*texts, "prompt"]
     counts = {"records": 0, "pairs": 0, "empty_documents": 0}
     run, size = None, 0
-    with ColumnWriter(folder, numbers, ("query", "document")) as writer:
+    with ColumnWriter(folder, numbers, texts) as writer:
         columns = writer.numbers
         for record in records:
             query, documents = record.query.encode(), [document.encode() for document in record.documents]
-            key = hashlib.blake2b(query, digest_size=16).digest()
+            asked = f"{record.prompt}\0".encode() + query if record.prompt else query  # prompts make other queries
+            key = hashlib.blake2b(asked, digest_size=16).digest()
             kind = KINDS[record.format]
             if not group_by_query or not kind or run != (key, kind):
                 if size:
@@ -88,6 +99,11 @@ def _write_records(folder: Path, records: Iterable[Record], group_by_query: bool
                 columns["key"].frombytes(key)
                 columns["query_hash"].frombytes(key[:8])
                 columns["kind"].append(kind)
+                if with_ids:
+                    writer.add_text("prompt", record.prompt.encode())
+                    columns["query_id"].frombytes(text_id(record.prompt + record.query))
+            if with_ids:
+                columns["document_id"].frombytes(b"".join(map(text_id, record.documents)))
             for document in documents:
                 writer.add_text("document", document)
                 columns["pair_hash"].frombytes(hashlib.blake2b(key + document, digest_size=8).digest())
@@ -104,6 +120,12 @@ def _write_records(folder: Path, records: Iterable[Record], group_by_query: bool
     return counts
 
 
+def text_id(text: str) -> bytes:
+    """8 bytes, equal for texts that are equal after Unicode normalization (NFKC) and with white space as one space."""
+    folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return hashlib.blake2b(" ".join(folded.split()).encode(), digest_size=8).digest()
+
+
 # ---- groups of one query
 
 
@@ -117,6 +139,8 @@ def _merge_runs(folder: Path, pair_columns: list[str]) -> None:
     starts = np.cumsum(sizes) - sizes
     _rewrite(folder, "document", [*pair_columns, "pair_hash"], _row_chunks(starts[order], sizes[order]))
     _rewrite(folder, "query", ["kind"], _row_chunks(leaders, np.ones_like(leaders)))
+    if "document_id" in pair_columns:
+        _rewrite(folder, "prompt", ["query_id"], _row_chunks(leaders, np.ones_like(leaders)))
     merged = np.zeros(len(leaders), np.int64)
     np.add.at(merged, numbers, sizes)
     _replace(folder / "size", merged)

@@ -9,10 +9,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import NAMES, EscapedText, ModelName, OutputPath, key
-from rag_retrieval.data.readers import DATASET_HELP, DatasetName
+from rag_retrieval.core.config import NAMES, EscapedText, ModelName, Only, OutputPath, key
+from rag_retrieval.data.readers import DATASET_HELP, DatasetName, is_file
 from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.prompts import PROMPTS, Prompt, check_places
+
+HUB = Only("a dataset of the hub", lambda config: not is_file(config.dataset))
 
 
 def _by_language(part: str) -> Callable[["DistillConfig"], str]:
@@ -26,7 +28,7 @@ class DistillConfig(ModelOptions):
     groups: ClassVar = ModelOptions.groups | {"dataset": "Data", "teachers": "Teachers", "batch_size": "Scoring"}
 
     dataset: DatasetName = Field(min_length=1, description=f"The pairs to score: {DATASET_HELP}.")
-    split: str = key("Split of a hub dataset.", "train", min_length=1)
+    split: str = key("Split of a hub dataset.", "train", only=HUB, min_length=1)
     label_key: str = key("Key of the label in the data.", "label", min_length=1)
     output: OutputPath = Field(
         min_length=1,

@@ -28,13 +28,15 @@ from rag_retrieval.distill.output import ScoreSummary, scored_line
 from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
 from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.models.settings import YES_NO_NAMES, resolve_model_path
+from rag_retrieval.infer.torch_backend import TorchBackend
+from rag_retrieval.models.prompts import Prompt
+from rag_retrieval.models.settings import YES_NO_NAMES, RerankerSettings, model_content
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = 1000  # pairs whose tokens are counted
 WITHOUT_EFFECT = {"output", "overwrite", "trust_remote_code", "devices"}
-MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model", "*.onnx*", "README.md")
+QUESTION_KEYS = ("language", "system", "instruction", "prompt", "yes_token", "no_token")
 
 
 class TeacherError(CommandFailure):
@@ -81,20 +83,12 @@ def described(config: DistillConfig) -> dict:
     """What the scores depend on, as JSON values: the settings, with the content of files in place of their names."""
     run = config.model_dump(exclude=WITHOUT_EFFECT)
     run["device"] = config.device or own_device().type  # whose digits differ
-    run["teachers"] = [model_digest(name) for name in config.teachers]
+    run["teachers"] = [f"{Path(name).name} {model_content(name)}" for name in config.teachers]
     if is_file(config.dataset):
         run["dataset"] = content_digest([Path(config.dataset)])
     else:
         run["dataset"] = f"{config.dataset} {load_hub_dataset(config.dataset, config.split)._fingerprint}"
     return run
-
-
-def model_digest(name: str) -> str:
-    """The name of a model, for a folder with a digest of the files in it."""
-    path = Path(resolve_model_path(name))
-    if not path.is_dir():
-        return name
-    return f"{path.name} {content_digest(sorted(file for pattern in MODEL_FILES for file in path.glob(pattern)))}"
 
 
 def load_teachers(config: DistillConfig, device: torch.device) -> list[Reranker]:
@@ -110,9 +104,22 @@ def load_teacher(name: str, config: DistillConfig, device: torch.device) -> Rera
     # what belongs to the question changes no teacher that has one of its own
     options = config.model_options(device).model_copy(update=dict.fromkeys(YES_NO_NAMES))
     try:
-        return Reranker.from_backend(open_backend(name, options, config.question))
+        backend = open_backend(name, options, config.question)
     except ValueError as error:
         raise ValueError(f"teachers: {error}") from error
+    given = [key for key in QUESTION_KEYS if key in config.model_fields_set]
+    if given and not (isinstance(backend, TorchBackend) and asks(backend.scorer.settings, config.question)):
+        logger.warning("teacher %s: ignored %s; it brings its own question", name, ", ".join(given))
+    return Reranker.from_backend(backend)
+
+
+def asks(settings: RerankerSettings, question: Prompt) -> bool:
+    """Whether a model is asked this question."""
+    if any(getattr(settings, key) != getattr(question, key) for key in YES_NO_NAMES):
+        return False
+    before, after = settings.query_format.replace("{}", "{query}"), settings.document_format.replace("{}", "{document}")
+    chat = before + settings.seq + after + settings.special_token
+    return question.system in chat and question.user.strip() in chat  # a chat template may trim it
 
 
 def mean_logits(teachers: list[Reranker], pairs: list[tuple[str, str]], batch_size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The keys of an evaluation. `calibrate` is a split or a file, and a file only where it is written as one: `./dev`,
 `dev.jsonl`."""
 
+import os
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -14,6 +15,16 @@ from rag_retrieval.retrieval.bm25 import BM25
 
 GRADED = " and ".join(metric.name for metric in METRICS.values() if metric.reads == "grades")
 DEFAULT_MEASURES = ("ndcg@10", "mrr@10", "map", "recall@10", "recall@100", "p@10")
+BEIR = Only(
+    "data in BEIR layout", lambda config: any(os.path.isdir(path) for path in (config.data, config.calibrate or ""))
+)
+WORDS = Only(
+    "runs that rank by BM25",
+    lambda config: BM25 in (config.candidates, config.baseline) or config.calibrate is not None,
+)
+DRAWN = Only("significance randomization", lambda config: config.significance == "randomization")
+CALIBRATED = Only("runs that calibrate", lambda config: config.calibrate is not None)
+REPORTED = Only("runs with report", lambda config: config.report)
 Baseline = Annotated[str, Location(file=True, folder=True, hub=True, package=True, words=(BM25,))]
 
 
@@ -30,7 +41,7 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
     data: FileOrFolder = Field(
         min_length=1, description=f"Folder in BEIR layout, or a file of ranking records ({FILE_SUFFIXES})."
     )
-    split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv to measure on.", "test", min_length=1)
+    split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv to measure on.", "test", only=BEIR, min_length=1)
     candidates: Annotated[str, Location(file=True, folder=True, words=(BM25,))] = key(
         "bm25, or a TREC run file whose documents are reranked. Where the data list "
         "their own candidates (candidates.SPLIT.tsv, the documents of a record), only those are ranked.",
@@ -40,11 +51,11 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
     depth: int = key("Candidates of a query, in documents.", 100, ge=1)
     ignore_identical_ids: bool = key(
         "Whether a document with the id of the query is left out of its candidates, as in BEIR, some of whose queries "
-        "are documents themselves (ArguAna, Quora).", True
+        "are documents themselves (ArguAna, Quora).", True, only=BEIR
     )
     language: str = key(
         "Of BM25's words: auto (by the script of each word; Latin is English), plain (as they are), or a Snowball "
-        "stemmer such as german.", AUTO, min_length=1
+        "stemmer such as german.", AUTO, only=WORDS, min_length=1
     )
     measures: Annotated[tuple[str, ...], NAMES] = key(
         f"Of {PATTERNS}; the first one orders gains and losses.", DEFAULT_MEASURES
@@ -65,13 +76,14 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
     )
     calibration_dir: OutputPath | None = key(
         "Where calibration.json goes instead, for a model's folder that is read-only.",
-        only=Only("runs that calibrate", lambda config: config.calibrate is not None),
+        only=CALIBRATED,
         min_length=1,
     )
     report: bool = key("Write report.html and its figures into output_dir (needs matplotlib).", False)
     training_run: FolderPath | None = key(
         "Folder of the training run whose curves the report shows. Absent: the folder "
         "that the model's folder lies in, where it holds a metrics.jsonl.",
+        only=REPORTED,
         min_length=1,
     )
     output_dir: OutputPath | None = key(
@@ -80,7 +92,7 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
         min_length=1,
     )
     batch_size: int = key("Pairs of one forward, at most.", 256, ge=1)
-    seed: int = key("Of the randomization test and the bootstrap.", 0, ge=0)
+    seed: int = key("Of the randomization test and the bootstrap.", 0, only=DRAWN, ge=0)
 
     @field_validator("measures")
     @classmethod

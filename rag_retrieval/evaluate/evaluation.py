@@ -13,15 +13,14 @@ from sys import maxsize
 import numpy as np
 
 from rag_retrieval.core.distributed import on_main, own_device, process_group
-from rag_retrieval.data.beir import Run
+from rag_retrieval.data.beir import Qrels, Run
 from rag_retrieval.evaluate.calibration import ProbabilityErrors, fit_calibration, probability_errors, scored_pairs
 from rag_retrieval.evaluate.config import EvaluationConfig
-from rag_retrieval.evaluate.rank_changes import QueryChange, largest_changes
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.evaluate.scoring import locked_output_dir, score_candidates
 from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metrics
+from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metrics, trec_order
 from rag_retrieval.models.calibration import Calibration, write_calibration
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.settings import PACKAGE_PREFIX
@@ -30,6 +29,8 @@ from rag_retrieval.significance import Comparison, compare
 
 LIBRARIES = ("bm25s", "Stemmer")  # the modules of the extra `evaluate`, but for jieba
 SAMPLE = 5000  # pairs whose tokens are counted
+SHOWN_QUERIES = 3  # that gained, and that lost
+SHOWN_DOCUMENTS = 4
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,37 @@ class System:
     name: str
     run: Run
     per_query: PerQuery
+
+
+@dataclass(frozen=True)
+class RankChange:
+    """A document's ranks, from 1, in both runs; None where a run does not have it. grade: None unjudged."""
+
+    document: str
+    grade: int | None
+    before: int | None
+    after: int | None
+
+    @property
+    def weight(self) -> float:
+        """The change of the discount 1 / log2(rank + 1), and twice that where a metric counts the document."""
+        old, new = (0.0 if rank is None else 1 / np.log2(rank + 1) for rank in (self.before, self.after))
+        return abs(new - old) * (2 if (self.grade or 0) > 0 else 1)
+
+    def as_text(self) -> tuple[str, str]:
+        """Grade, and ranks as `3 -> 1`; - where there is none."""
+        grade, before, after = ("-" if value is None else str(value) for value in (self.grade, self.before, self.after))
+        return grade, f"{before} -> {after}"
+
+
+@dataclass(frozen=True)
+class QueryChange:
+    """The value of one metric for a query before and after, and its documents that changed rank, by their new one."""
+
+    query: str
+    before: float
+    after: float
+    documents: list[RankChange]
 
 
 @dataclass(frozen=True)
@@ -213,3 +245,36 @@ def token_lengths(encoder: PairEncoder, data: RankingData) -> np.ndarray:
     places = [(query, document) for query, documents in data.candidates.items() for document in documents]
     sample = places[:: max(1, len(places) // SAMPLE)]
     return encoder.untruncated_lengths([(data.queries[query], data.documents[document]) for query, document in sample])
+
+
+# ---- gains and losses -----------------------------------------------------------------------------------
+
+
+def largest_changes(
+    qrels: Qrels, before: PerQuery, after: PerQuery, runs: tuple[Run, Run], metric: str
+) -> tuple[list[QueryChange], list[QueryChange]]:
+    """(gained most, lost most) by `metric`, at most `SHOWN_QUERIES` each, the largest first.
+
+    runs: before and after. Queries with equal changes keep the order of the data.
+    """
+    gains = {query: after[metric][query] - value for query, value in before[metric].items()}
+    gained = [query for query in sorted(gains, key=lambda query: -gains[query]) if gains[query] > 1e-12]
+    lost = [query for query in sorted(gains, key=gains.get) if gains[query] < -1e-12]
+
+    def change(query: str) -> QueryChange:
+        documents = changed_documents(qrels[query], runs[0].get(query, {}), runs[1].get(query, {}))
+        return QueryChange(query, before[metric][query], after[metric][query], documents)
+
+    return [change(query) for query in gained[:SHOWN_QUERIES]], [change(query) for query in lost[:SHOWN_QUERIES]]
+
+
+def changed_documents(grades: dict[str, int], before: dict[str, float], after: dict[str, float]) -> list[RankChange]:
+    """The `SHOWN_DOCUMENTS` of most weight that have another rank, by their new rank."""
+    old, new = ({document: rank for rank, document in enumerate(trec_order(run), start=1)} for run in (before, after))
+    changes = [
+        RankChange(document, grades.get(document), old.get(document), new.get(document))
+        for document in old.keys() | new
+        if old.get(document) != new.get(document)
+    ]
+    changes.sort(key=lambda change: (-change.weight, change.document))
+    return sorted(changes[:SHOWN_DOCUMENTS], key=lambda change: (change.after or np.inf, change.document))

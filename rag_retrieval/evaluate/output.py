@@ -17,8 +17,7 @@ from rich.text import Text
 
 from rag_retrieval.core.files import write_text
 from rag_retrieval.evaluate.calibration import ProbabilityErrors
-from rag_retrieval.evaluate.evaluation import Evaluation
-from rag_retrieval.evaluate.rank_changes import QueryChange
+from rag_retrieval.evaluate.evaluation import Evaluation, QueryChange
 from rag_retrieval.evaluate.scoring import RESULT_FILE
 from rag_retrieval.metrics import means
 from rag_retrieval.significance import Comparison

@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from rag_retrieval.core.files import write_text
 from rag_retrieval.data.beir import Qrels, Run
 from rag_retrieval.evaluate.calibration import reliability, scored_pairs
-from rag_retrieval.evaluate.evaluation import Evaluation, System
+from rag_retrieval.evaluate.evaluation import Evaluation, QueryChange, System
 from rag_retrieval.evaluate.output import (
     COMPARISON_HEAD,
     comparison_cells,
@@ -33,7 +33,6 @@ from rag_retrieval.evaluate.output import (
     describe_test,
     on_one_line,
 )
-from rag_retrieval.evaluate.rank_changes import QueryChange
 from rag_retrieval.metrics import means, parse_metric
 from rag_retrieval.models.calibration import Calibration, probabilities_of
 from rag_retrieval.train.run_folder import METRICS_FILE

@@ -1,5 +1,6 @@
 """The keys of `rag-retrieval export` and of `rag-retrieval push`."""
 
+import os
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -9,6 +10,9 @@ from rag_retrieval.models.options import ModelOptions
 
 SCORING = Only("commands that score; export is in float32 on one device", lambda config: False)
 CHECKED = Only("exports with data", lambda config: config.data is not None)
+BEIR = Only("exports with data in BEIR layout", lambda config: config.data is not None and os.path.isdir(config.data))
+INT8 = Only("quantize int8", lambda config: config.quantize is not None)
+SENT = Only("uploads, without dry_run", lambda config: config.dry_run is None)
 
 
 class ExportConfig(ModelOptions):
@@ -29,10 +33,10 @@ class ExportConfig(ModelOptions):
         "with the program, and no nDCG.",
         min_length=1,
     )
-    split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv.", "test", only=CHECKED, min_length=1)
+    split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv.", "test", only=BEIR, min_length=1)
     queries: int = key("Judged queries of the data that are checked, at most.", 100, only=CHECKED, ge=1)
     depth: int = key("BM25's candidates of each query that are scored, in documents.", 50, only=CHECKED, ge=1)
-    force: bool = key("Keep an int8 model that differs by more than the limits.", False)
+    force: bool = key("Keep an int8 model that differs by more than the limits.", False, only=INT8)
 
 
 class PushConfig(Config):
@@ -42,13 +46,13 @@ class PushConfig(Config):
 
     model: FolderPath = Field(min_length=1, description="Folder of the model.")
     repo_id: str = Field(min_length=1, description="Where to: ORGANISATION/NAME.")
-    private: bool = key("Whether a repository that is made now is private.", True)
+    private: bool = key("Whether a repository that is made now is private.", True, only=SENT)
     language: Annotated[tuple[str, ...], NAMES] = key("Languages for the card, by their codes: en,zh.", ())
     license: str | None = key("The licence for the card, by the hub's id: mit.", min_length=1)
     evaluations: Annotated[tuple[FileOrFolder, ...], NAMES] = key(
         "Folders that `rag-retrieval evaluate` wrote for this model; their figures join the card.", ()
     )
-    commit_message: str = key("Of the commit on the hub.", "Upload a reranker", min_length=1)
+    commit_message: str = key("Of the commit on the hub.", "Upload a reranker", only=SENT, min_length=1)
     dry_run: OutputPath | None = key(
         "A new folder, which gets what would be uploaded; nothing is sent.", min_length=1
     )

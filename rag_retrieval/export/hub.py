@@ -19,9 +19,8 @@ from huggingface_hub.utils import validate_repo_id
 from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.models.inputs import check_flag
 from rag_retrieval.models.settings import check_model_folder, parsing
-from rag_retrieval.train.card import CARD, MARK, About, model_card
+from rag_retrieval.train.card import CARD, MARK, About, model_card, read_run_record
 from rag_retrieval.train.reranker.card import RERANKER
-from rag_retrieval.train.run_record import read_run_record
 
 WEIGHTS = ("*.safetensors", "*.onnx", "*.xml")
 MEASURED = {"data", "candidates", "queries", "pairs", "model", "baseline", "comparison", "config"}

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rag_retrieval.core.files import content_digest, digest_of
 from rag_retrieval.infer.onnx_folder import (
+    DESCRIPTION_FILE,
     MODEL_FILE,
     OUTPUT,
+    TOKENIZER_FILE,
     OnnxDescription,
     Run,
-    folder_digest,
     pair_encoder,
     read_description,
     score_padded,
@@ -73,8 +75,9 @@ class OnnxBackend:
         return f"{self.model_type} in {self.runtime}, {tokens} tokens, {precision}"
 
     def fingerprint(self) -> str:
-        kind = self.device.partition(":")[0]
-        return folder_digest(self.folder, [self.package, kind, self.pair_encoder.max_length])
+        files = [*self.folder.glob(f"{MODEL_FILE}*"), self.folder / TOKENIZER_FILE, self.folder / DESCRIPTION_FILE]
+        about = [self.package, self.device.partition(":")[0], self.pair_encoder.max_length]
+        return digest_of([content_digest(sorted(files)), *about])
 
     def close(self) -> None:
         """Nothing is held outside this process."""

@@ -11,7 +11,6 @@ The fixed parts of a pair are token ids here, not formats. To find them again wo
 transformers, and a tokenizer of another version could cut them elsewhere. Nothing here imports torch.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -77,15 +76,6 @@ def read_description(folder: Path) -> OnnxDescription:
             raise ValueError(f"{folder}: no {name} in it; copy the whole folder, or export the model again")
     check_no_pointers(str(folder))
     return description
-
-
-def folder_digest(folder: Path, about: list) -> str:
-    """A digest of the files that decide on scores, and of what else does."""
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for file in sorted([*folder.glob(f"{MODEL_FILE}*"), folder / TOKENIZER_FILE, folder / DESCRIPTION_FILE]):
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 def parsed(values: Any) -> OnnxDescription:

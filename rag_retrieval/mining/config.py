@@ -19,6 +19,9 @@ RECORDS = Only("data that are a file of records", lambda config: not os.path.isd
 WORDS = Only("candidates bm25 and fused", lambda config: config.candidates != "dense")
 RERANKER = Only("runs with a reranker", lambda config: config.reranker is not None)
 MODELS = Only("runs with a model", lambda config: config.reranker is not None or config.candidates != "bm25")
+SEEDED = Only(
+    "sampling random and faiss_index", lambda config: config.sampling == "random" or config.faiss_index is not None
+)
 DENSE = Only("candidates dense and fused", lambda config: config.candidates != "bm25")
 
 
@@ -34,7 +37,7 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
         "candidates": "Candidates", "num_negatives": "Negatives",
     }  # fmt: skip
     only_for: ClassVar = (
-        dict.fromkeys([*ModelOptions.model_fields, *LongDocumentOptions.model_fields], RERANKER)
+        dict.fromkeys([*ModelOptions.model_fields, "long_document"], RERANKER)
         | dict.fromkeys(("device", "trust_remote_code"), MODELS)
     )
 
@@ -122,7 +125,7 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
         "max_score, and in the output.",
         min_length=1,
     )
-    seed: int = key("Seed of the draw.", 42, ge=0)
+    seed: int = key("Seed of the draw, and of a FAISS index.", 42, only=SEEDED, ge=0)
 
     @field_validator("output")
     @classmethod

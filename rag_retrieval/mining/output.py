@@ -17,7 +17,19 @@ from typing import TextIO
 
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.mining.queries import Query
-from rag_retrieval.mining.rules import REASONS
+
+REASONS = {
+    "before_window": "ranked before first_rank",
+    "positive": "a positive of the query",
+    "identical_id": "the document with the id of the query",
+    "positive_text": "the text of a positive",
+    "query_text": "the text of the query",
+    "no_text": "no text",
+    "repeated_text": "the text of a better candidate",
+    "margin": "score too near to the lowest positive's, or above",
+    "max_score": "score above max_score",
+    "not_drawn": "fit, but not needed",
+}
 
 
 @dataclass(frozen=True)

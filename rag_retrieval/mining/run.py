@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rag_retrieval.core.files import atomic_write, lock_file_of, locked
+from rag_retrieval.core.files import WorkFolder, atomic_write, content_of, lock_file_of, locked
 from rag_retrieval.core.log import Progress
-from rag_retrieval.core.work_folder import WorkFolder, content_of
 from rag_retrieval.data.beir import find_file
 from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.records import DataError
@@ -26,7 +25,7 @@ from rag_retrieval.mining.queries import (
     read_beir_queries,
     read_record_queries,
 )
-from rag_retrieval.retrieval.index import model_content
+from rag_retrieval.models.settings import model_content
 
 PART = 256  # queries
 WITHOUT_EFFECT = {"data", "corpus", "split", "output", "output_format", "labels", "overwrite", "work_dir", "device"}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from rag_retrieval.core.config import NAMES, Config, EscapedText
+from rag_retrieval.core.config import NAMES, Config, EscapedText, Only, key
 from rag_retrieval.core.config_reader import error_message
 
 LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
@@ -18,6 +18,10 @@ OVERLAP = 64  # tokens
 NUMBER_FORMATS = {
     "float32": "fp32", "no": "fp32", "False": "fp32", "bfloat16": "bf16", "float16": "fp16"
 }  # fmt: skip
+
+SLICED = Only(
+    "long_document max_slice and mean_slice", lambda config: config.long_document in ("max_slice", "mean_slice")
+)
 
 
 def number_format(value: Any) -> Any:
@@ -100,8 +104,8 @@ class LongDocumentOptions(Config):
         description="How a document that does not fit beside the query is read: truncate, its beginning; max_slice, in "
         "slices, and the best one's score counts; mean_slice, their mean; first_slice, the first alone.",
     )
-    overlap: int = Field(
-        OVERLAP, ge=0, description="Tokens that neighbouring slices of a long document share, at most half a slice."
+    overlap: int = key(
+        "Tokens that neighbouring slices of a long document share, at most half a slice.", OVERLAP, only=SLICED, ge=0
     )
 
 

@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rag_retrieval.core.files import content_of
+
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "reranker_config.json"
@@ -49,6 +51,12 @@ def resolve_model_path(name: str | os.PathLike) -> str:
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ValueError(f"{name}: no such folder (looked from {Path.cwd()})")
     return name  # "bert-base-uncased" or "owner/name": a hub name
+
+
+def model_content(name: str) -> str:
+    """What identifies a model: a digest of all that its folder holds, or its name on the hub."""
+    path = Path(resolve_model_path(name))
+    return content_of(path) if path.is_dir() else name
 
 
 def check_model_folder(folder: Path) -> None:

@@ -6,12 +6,12 @@ words alone are searched.
 
 import importlib.util
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rag_retrieval.core.work_folder import WorkFolder, content_of
+from rag_retrieval.core.files import WorkFolder
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.words import AUTO, WORDS_VERSION
+from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import Bm25Search, build_bm25
 from rag_retrieval.retrieval.candidates import FusedSearch, Search
 
@@ -75,11 +75,3 @@ def _vectors(options: SearchOptions, corpus: Corpus, work: WorkFolder, device: s
         )
         index = read_faiss(place)
     return DenseSearch(vectors, encoder.queries, device, index)
-
-
-def model_content(name: str) -> str:
-    """What identifies a model: the content of its folder, or its name on the hub."""
-    from rag_retrieval.models.settings import resolve_model_path
-
-    path = Path(resolve_model_path(name))
-    return content_of(path) if path.is_dir() else name

@@ -25,7 +25,7 @@ from torch import nn
 from rag_retrieval.core.distributed import on_main
 from rag_retrieval.core.files import content_digest, flush_one, flush_to_disk, is_real_folder, read_json, write_json
 from rag_retrieval.train.failures import translate_storage_errors
-from rag_retrieval.train.provenance import Provenance
+from rag_retrieval.train.run_folder import Provenance
 from rag_retrieval.train.task import Task, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class TrainState:
 
     run_id: str
     step: int = 0
-    steps_per_epoch: int = 0
+    steps_per_epoch: float = 0
     best_metric: float | None = None
     best_step: int | None = None
     stale_evaluations: int = 0

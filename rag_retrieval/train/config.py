@@ -23,6 +23,7 @@ from rag_retrieval.core.config import (
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName, is_file
 
 LORA = Only("runs with lora_r", lambda config: config.lora_r is not None)
+RESUMED = Only("runs with resume", lambda config: config.resume is not None)
 VALIDATED = Only("runs with val_dataset", lambda config: config.val_dataset is not None)
 HUB_VALIDATION = Only(
     "a val_dataset of the hub", lambda config: VALIDATED.applies(config) and not is_file(config.val_dataset)
@@ -48,7 +49,6 @@ class TrainingConfig(Config):
     # Model
     model_name_or_path: ModelName = Field(
         min_length=1, description="Folder, hub name, or package:NAME (the model in an installed package).")
-    max_len: int = key("Longest input, in tokens, special tokens included.", 512, ge=16)
     attn_implementation: str | None = key(
         "Attention code, such as eager or sdpa; batches are then padded. Absent: ours, without padding, where the "
         "model passes a check at load, else the model's own.", min_length=1)
@@ -72,7 +72,8 @@ class TrainingConfig(Config):
     resume: Annotated[str, Location(folder=True, words=("auto",))] | None = key(
         "auto (newest checkpoint in output_dir, if any) or a folder.", min_length=1)
     resume_with_changes: bool = key(
-        "Resume though model, data, loss, schedule or batch differ from the checkpoint's.", False)
+        "Resume though model, data, loss, schedule or batch differ from the checkpoint's.", False,
+        only=RESUMED)
     seed: int = key("Seed of new weights, data order, sampling and dropout.", 42, ge=0, lt=2**32)
     num_workers: int = key("Data loading processes beside each training process.", 2, ge=0)
     wait_minutes: float = key(

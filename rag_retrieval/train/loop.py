@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rag_retrieval.core.distributed import StartError
+from rag_retrieval.core.distributed import StartError, host_group
 from rag_retrieval.core.signals import StopRequest, TrainingStopped, on_signals
 from rag_retrieval.train.checkpoints import CheckpointStore, Saver, TrainState
 from rag_retrieval.train.failures import (
@@ -32,8 +31,7 @@ from rag_retrieval.train.failures import (
     translate_worker_deaths,
 )
 from rag_retrieval.train.optim import warmup_stable_cosine
-from rag_retrieval.train.provenance import Provenance
-from rag_retrieval.train.run_folder import finish, publish
+from rag_retrieval.train.run_folder import Provenance, finish, publish
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
 from rag_retrieval.train.steps import MicroBatch, MixedSteps, step_loader
 from rag_retrieval.train.task import LoopSettings, Task, weighted_sum
@@ -59,23 +57,21 @@ class Trainer:
         self.output_dir, self.state, self.provenance = output_dir, state, provenance
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.total_steps = dataset.steps_per_epoch * settings.epochs
+        self.total_steps = int(dataset.steps_per_epoch * settings.epochs)
         self._check_resumable()
         self.checkpoints = CheckpointStore(output_dir, state.run_id, settings.num_max_checkpoints)
         self.saver = Saver(accelerator, self.model, self.optimizer, task, self.checkpoints, provenance)
         self.saved_step = state.step
         self.checks = StepChecks(accelerator, optimizer, task.describe_batch)
-        # counts are exchanged between hosts: asking a device for them would stall it in every step
-        several, wait = accelerator.num_processes > 1, timedelta(minutes=settings.wait_minutes)
-        self.hosts = distributed.new_group(backend="gloo", timeout=wait) if several else None
+        self.hosts = host_group(settings.wait_minutes)
         self.stop_request, self.agreed_stop = StopRequest(), 0
 
     def _check_resumable(self) -> None:
-        before, now = self.state.steps_per_epoch, self.dataset.steps_per_epoch
+        before, now = self.state.steps_per_epoch, float(self.dataset.steps_per_epoch)
         if before not in (0, now):
             raise StartError(
-                f"resume: the checkpoint is of a run with {before} optimizer steps per epoch, and this run "
-                f"has {now}. Keep the training data and the product of batch_size, "
+                f"resume: the checkpoint is of a run with {before:.9g} optimizer steps per epoch, and this run "
+                f"has {now:.9g}. Keep the training data and the product of batch_size, "
                 "gradient_accumulation_steps and processes"
             )
         self.state.steps_per_epoch = now
@@ -166,7 +162,8 @@ class Trainer:
         # a step without any item (no ordered pair at all) has loss 0 and gradient 0
         divisors = [max(count, 1) for count in items]
         factors = [accelerator.num_processes / count for count in divisors]
-        losses = self.task.losses(self.model, [batch.to(accelerator.device) for batch in micro_batches], factors)
+        on_device = [batch.to(accelerator.device) for batch in micro_batches]
+        losses = self.task.losses(self.model, on_device, factors, self.state.step)
         all_sums = []
         for position, batch in enumerate(micro_batches):
             last = position == len(micro_batches) - 1
@@ -238,12 +235,13 @@ class Trainer:
             return
         step = self.state.step
         further = self.task.report(step, self.total_steps)
-        epoch = round(step / self.dataset.steps_per_epoch, 4)
+        epoch = round(step / float(self.dataset.steps_per_epoch), 4)
         self.tracking.train(step, {"epoch": epoch, **self.window.values(), **further})
         self.window = LogWindow(self.accelerator.num_processes, self.task.unit)
 
     def _at_epoch_end(self) -> bool:
-        return self.state.step % self.dataset.steps_per_epoch == 0
+        step, length = self.state.step, self.dataset.steps_per_epoch  # a fraction where epochs end within steps
+        return step // length > (step - 1) // length
 
     def _evaluate_if_due(self) -> None:
         every, step = self.settings.eval_steps, self.state.step

@@ -21,8 +21,7 @@ from pydantic import ValidationError
 from rag_retrieval.core.files import is_real_folder, write_json
 from rag_retrieval.train.checkpoints import CheckpointStore, DamagedCheckpoint, TrainState, read_state
 from rag_retrieval.train.config import TrainingConfig
-from rag_retrieval.train.provenance import Provenance
-from rag_retrieval.train.run_folder import RUN_FILE, WRITTEN, OutputFolderError, check_free, read_run
+from rag_retrieval.train.run_folder import RUN_FILE, WRITTEN, OutputFolderError, Provenance, check_free, read_run
 
 logger = logging.getLogger(__name__)
 

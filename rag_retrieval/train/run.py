@@ -19,9 +19,16 @@ from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, check_wrapped_layers
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.provenance import Provenance, engine_of, library_versions
 from rag_retrieval.train.resume import checked_resume, claim, plan_start
-from rag_retrieval.train.run_folder import CONFIGURATION_FILE, DATA_FILE, RESULTS, folder_lock
+from rag_retrieval.train.run_folder import (
+    CONFIGURATION_FILE,
+    DATA_FILE,
+    RESULTS,
+    Provenance,
+    engine_of,
+    folder_lock,
+    library_versions,
+)
 from rag_retrieval.train.setup import describe_parameters, make_optimizer, prepare_for_training
 from rag_retrieval.train.steps import MixedSteps
 from rag_retrieval.train.task import LoopSettings, Task

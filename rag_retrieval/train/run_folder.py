@@ -1,10 +1,21 @@
-"""The output folder of a run: what is in it, its lock, and how the results come into it."""
+"""The output folder of a run: its lock, how results come into it, and what its checkpoints are made of.
+
+Data are identified by their content, not by their path, so that a run can be resumed on another machine.
+"""
 
 import os
+import platform
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from rag_retrieval import __version__
 from rag_retrieval.core.files import flush_one, flush_to_disk, locked, read_json, write_json
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LOCK_FILE = ".lock"
 RESULTS = ("model", "adapter")
@@ -65,3 +76,42 @@ def publish(results: Path, output_dir: Path) -> None:
 def finish(output_dir: Path, run_id: str, model_step: int) -> None:
     """Mark the run as finished. model_step: optimizer steps behind the final model."""
     write_json(output_dir / RUN_FILE, {"run_id": run_id, "finished": True, "model_step": model_step})
+
+
+# ---- what made a checkpoint ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """configuration: resolved keys of the YAML. data: name of a data set to the digest of its content.
+
+    engine: how weights and optimizer lie on disk, see `engine_of`. processes: at least 1. versions: by library.
+    """
+
+    configuration: dict[str, Any]
+    data: dict[str, str]
+    engine: str
+    processes: int
+    versions: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / PROVENANCE_FILE, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Provenance":
+        """Of a checkpoint that `read_state` found complete, which covers this file."""
+        return cls(**read_json(folder / PROVENANCE_FILE))
+
+
+def library_versions() -> dict[str, str]:
+    libraries = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    return {"rag_retrieval": __version__, "python": platform.python_version(), **libraries}
+
+
+def engine_of(accelerator: "Accelerator") -> str:
+    """DDP (one process and many write the same files), FSDP, or DeepSpeed ZeRO with its stage."""
+    if accelerator.distributed_type == "FSDP":
+        return "FSDP"
+    if accelerator.distributed_type == "DEEPSPEED":
+        return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "DDP"

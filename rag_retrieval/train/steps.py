@@ -10,6 +10,7 @@ import io
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -116,11 +117,31 @@ class MixedSteps(Dataset):
         return self.sets[part].filler()
 
 
+class CarriedSteps(MixedSteps):
+    """Steps that are cut over the whole run, for a loss that depends on the number of records in a step: what an epoch
+    leaves over begins the next one, and all steps are full.
+
+    sets: as of `MixedSteps`, but with the steps of the whole run as their one epoch. epochs: of the run.
+    """
+
+    def __init__(self, sets: Mapping[str, StepDataset], epochs: int):
+        super().__init__(sets)
+        self.epochs = epochs
+
+    @property
+    def steps_per_epoch(self) -> Fraction:
+        return Fraction(len(self._owners), self.epochs)
+
+    def __getitem__(self, position: tuple[int, Fraction]) -> list[MicroBatch]:
+        epoch, step = position
+        return super().__getitem__((0, int(epoch * self.steps_per_epoch + step)))
+
+
 class StepSampler(Sampler):
     """(epoch, step in epoch) of every step that is still to do, after `done` optimizer steps."""
 
-    def __init__(self, steps_per_epoch: int, epochs: int, done: int):
-        self.steps_per_epoch, self.total, self.done = steps_per_epoch, steps_per_epoch * epochs, done
+    def __init__(self, steps_per_epoch: int | Fraction, epochs: int, done: int):
+        self.steps_per_epoch, self.total, self.done = steps_per_epoch, int(steps_per_epoch * epochs), done
 
     def __len__(self) -> int:
         return self.total - self.done

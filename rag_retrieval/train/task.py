@@ -36,15 +36,15 @@ class Task(Protocol):
     memory_advice: str
 
     def losses(
-        self, model: nn.Module, micro_batches: Sequence[MicroBatch], factors: Sequence[float]
+        self, model: nn.Module, micro_batches: Sequence[MicroBatch], factors: Sequence[float], step: int
     ) -> Iterator[StepLoss]:
         """The losses of one optimizer step, one for each of this process's micro-batches, in their order. The loop
         back-propagates each before it asks for the next, so that one graph lives at a time.
 
         micro_batches: on the model's device; as many on every process, fillers among them. factors: for each loss
         processes / (its items over the whole step), which times a sum is its part of the step's mean: engines average
-        gradients over processes. A loss that couples the whole step first embeds all micro-batches without a graph,
-        gathers, and then yields surrogates whose gradients are those of the step's loss.
+        gradients over processes. step: optimizer steps done before this one. A loss that couples the whole step first
+        embeds all micro-batches, gathers, and then yields surrogates whose gradients are those of the step's loss.
         """
 
     def describe_batch(self, micro_batch: MicroBatch) -> str:

@@ -38,6 +38,11 @@ def test_teachers_in_a_file_are_looked_up_beside_it(folder):
     assert both.teachers == ["owner/a", str(folder / "far" / "one")]
 
 
+def test_a_split_is_ignored_by_name_without_a_dataset_of_the_hub():
+    assert "split (only for a dataset of the hub)" in DistillConfig(**MINIMAL, split="dev").ignored
+    assert DistillConfig(**MINIMAL | {"dataset": "owner/data"}, split="dev").ignored is None
+
+
 def test_all_mistakes_come_at_once_with_their_lines(folder):
     text = (
         "dataset: train.jsonl\noutput: out.csv\nteachers: [./none]\nprompt: '{document} {query}'\n"

@@ -123,7 +123,7 @@ def test_other_data_or_teachers_do_not_reuse_finished_parts(keys, monkeypatch, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 2)
         distill(DistillConfig(**keys))
-    with pytest.raises(ValueError, match=r"parts of a run that differs:\n  teachers: was \['bert [0-9a-f]{8}'\]"):
+    with pytest.raises(ValueError, match=r"parts of a run that differs:\n  teachers: was \['bert [0-9a-f]{32}'\]"):
         distill(DistillConfig(**keys | {"teachers": [model_folders["xlm_roberta"]]}))
     with open(keys["dataset"], "a") as file:
         file.write(json.dumps({"query": "q", "content": "d", "label": 1}) + "\n")
@@ -314,9 +314,15 @@ def test_the_language_changes_the_question(chat_model):
     assert not np.allclose(english, chinese, atol=1e-3)
 
 
-def test_a_reranker_saved_here_brings_its_own_question(tmp_path, chat_model):
+def test_a_reranker_saved_here_brings_its_own_question_and_others_are_ignored_by_name(tmp_path, chat_model, caplog):
     LLMDecoder.from_pretrained(chat_model, **YES_NO).save_pretrained(tmp_path)
     (teacher,) = load_teachers(config(tmp_path, prompt="Other {query} {document}"), CPU)
+    (line,) = [line for line in caplog.messages if "question" in line]
+    assert str(tmp_path) in line and "prompt" in line
+    caplog.clear()
+    asked = dict(system="Be strict.", instruction="find facts", prompt="Other {query} {document} ")
+    load_teachers(config(chat_model, **asked), CPU)
+    assert not any("question" in line for line in caplog.messages)
     settings = teacher.backend.scorer.settings
     assert settings.query_format == YES_NO["query_format"] and settings.yes_token == "a"
     expected = LLMDecoder.from_pretrained(tmp_path).compute_score(PAIRS).tolist()

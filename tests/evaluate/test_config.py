@@ -59,6 +59,29 @@ def test_calibrate_is_a_split_unless_it_is_written_as_a_file(folder):
     assert load("--calibrate", "dev.jsonl").calibrate == f"{folder}/dev.jsonl"
 
 
+def test_keys_without_effect_are_ignored_by_name():
+    without = {
+        "split": ("dev", {"data": "dev.jsonl"}),
+        "ignore_identical_ids": (False, {"data": "dev.jsonl"}),
+        "language": ("german", {"candidates": "dev.jsonl"}),
+        "calibration_dir": ("mine", {}),
+        "training_run": ("mine", {}),
+        "overlap": (5, {"long_document": "first_slice"}),
+        "seed": (5, {"significance": "t"}),
+    }
+    for name, (value, others) in without.items():
+        config = EvaluationConfig(**dict(model="m", data="beir", **{name: value}) | others)
+        assert f"{name} (only for" in config.ignored
+    effective = dict(
+        split="dev", ignore_identical_ids=False, language="german", calibrate="other", calibration_dir="mine",
+        report=True, training_run="mine", long_document="mean_slice", overlap=5, seed=5,
+    )  # fmt: skip
+    assert EvaluationConfig(model="m", data="beir", **effective).ignored is None
+    for words in ({"baseline": "bm25"}, {"calibrate": "other"}):
+        config = EvaluationConfig(model="m", data="beir", candidates="dev.jsonl", language="german", **words)
+        assert config.ignored is None
+
+
 def test_a_mistake_names_its_key_and_value(folder):
     for key, value, named in (
         ("measures", "ndgc@10", "ndgc@10"),

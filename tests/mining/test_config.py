@@ -88,6 +88,17 @@ def test_keys_that_do_not_apply_are_ignored_by_name():
     assert load(*records).ignored is None and "split" in load(*records, "--split", "dev").ignored
 
 
+def test_a_seed_and_an_overlap_that_nothing_reads_are_ignored_by_name():
+    dense = ("--candidates", "dense", "--dense_model", "owner/model", "--sampling", "top", "--seed", "5")
+    assert "seed (only for" in load(*BEIR, *dense).ignored
+    assert load(*BEIR, *dense, "--faiss_index", "IVF4,Flat").ignored is None
+    assert load(*BEIR, "--seed", "5").ignored is None
+    assert "overlap (only for" in load(*BEIR, "--reranker", "owner/model", "--overlap", "5").ignored
+    slices = ("--long_document", "max_slice", "--overlap", "5")
+    assert load(*BEIR, "--reranker", "owner/model", *slices).ignored is None
+    assert "overlap" in load(*BEIR, *slices).ignored
+
+
 def test_a_margin_is_fine_for_fused_candidates_that_are_reranked():
     options = ("--candidates", "fused", "--dense_model", "owner/model", "--relative_margin", "0.1")
     assert load(*BEIR, *options, "--reranker", "owner/model").relative_margin == 0.1

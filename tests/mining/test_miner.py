@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 from mining_samples import corpus_of
@@ -5,9 +7,10 @@ from tiny_models import TEXTS
 
 from rag_retrieval import Reranker
 from rag_retrieval.infer.torch_backend import TorchBackend
-from rag_retrieval.mining.miner import rerank
+from rag_retrieval.mining.miner import Rules, below_positives, draw, fit_places, rerank
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.models.options import LongDocumentOptions
+from rag_retrieval.retrieval.candidates import Candidates
 
 TRUNCATE = LongDocumentOptions(long_document="truncate")
 
@@ -49,3 +52,101 @@ def test_nonfinite_scores_are_refused_and_not_compared_with_margins(load_tiny, t
     with pytest.raises(ValueError, match="query 'panda'.*nan"):
         reranker = Reranker.from_backend(TorchBackend(scorer))
         rerank(reranker, query, np.array([1]), corpus_of(tmp_path, ["a", "b"]), TRUNCATE)
+
+
+def rules(**options):
+    defaults = dict.fromkeys(("absolute_margin", "relative_margin", "max_score"))
+    return Rules(**{"num_negatives": 3, "first_rank": 1, "at_random": True, "seed": 0} | defaults | options)
+
+
+def query(text="q", *positives):
+    return Query(text, np.array(positives, np.int64), [1.0] * len(positives))
+
+
+def fit(tmp_path, texts, asked, first_rank=1):
+    rows = np.arange(len(texts))
+    candidates = Candidates(rows, np.linspace(1, 0, len(texts), dtype=np.float32), np.ones(1, np.float32))
+    dropped = Counter()
+    return fit_places(asked, candidates, corpus_of(tmp_path, texts), first_rank, dropped), +dropped
+
+
+def test_positives_and_texts_said_before_are_left_out_with_their_reasons(tmp_path):
+    texts = ["a", "Panda  eats", "b", "panda EATS", "A", "which panda", "b ", "c", "a"]
+    places, dropped = fit(tmp_path, texts, query("Which PANDA", 1))
+    assert places == [0, 2, 7]
+    reasons = {"positive": 1, "positive_text": 1, "repeated_text": 3, "query_text": 1}
+    assert dropped == reasons
+
+
+def test_the_document_that_is_the_query_itself_is_no_negative(tmp_path):
+    asked = Query("q", np.array([1], np.int64), [1.0], identical=(2, 1))
+    assert fit(tmp_path, ["a", "b", "c", "d"], asked) == ([0, 3], {"positive": 1, "identical_id": 1})
+
+
+def test_a_document_without_text_is_no_negative(tmp_path):
+    assert fit(tmp_path, ["", "b", " "], query("q")) == ([1], {"no_text": 2})
+
+
+def test_a_text_before_the_window_is_no_reason_to_drop_its_repetition(tmp_path):
+    places, dropped = fit(tmp_path, ["a", "b", "a", "b", "c"], query("q"), first_rank=3)
+    assert places == [2, 3, 4]
+    assert dropped == {"before_window": 2}
+
+
+def test_a_window_behind_all_candidates_is_empty(tmp_path):
+    assert fit(tmp_path, ["a", "b"], query("q"), first_rank=9) == ([], {"before_window": 2})
+
+
+def test_margins_are_measured_from_the_lowest_positive():
+    cases = [
+        ({}, [1, 1, 1, 1]),
+        ({"absolute_margin": 0.0}, [0, 1, 1, 1]),
+        ({"absolute_margin": 0.5}, [0, 0, 1, 1]),
+        ({"relative_margin": 0.25}, [0, 0, 1, 1]),
+        ({"absolute_margin": 0.5, "relative_margin": 0.75}, [0, 0, 0, 1]),
+        ({"max_score": 1.0}, [0, 0, 1, 1]),
+        ({"absolute_margin": 1.5, "max_score": 0.0}, [0, 0, 0, 1]),
+    ]
+    for options, expected in cases:
+        scores, dropped = np.array([3, 2, 1, -1], np.float32), Counter()
+        kept = below_positives(scores, np.array([9, 2], np.float32), rules(**options), dropped)
+        assert kept.tolist() == [bool(value) for value in expected]
+        assert sum(dropped.values()) == 4 - sum(expected)
+
+
+def test_a_relative_margin_goes_down_from_a_score_below_zero():
+    kept = below_positives(np.array([-2.9, -3.0], "f4"), np.array([-2], "f4"), rules(relative_margin=0.5), Counter())
+    assert kept.tolist() == [False, True]
+
+
+def test_each_candidate_above_both_limits_is_counted_once():
+    dropped = Counter()
+    below_positives(np.array([3.0, 1.5]), np.array([2.0]), rules(absolute_margin=0.0, max_score=1.0), dropped)
+    assert dropped == {"margin": 1, "max_score": 1}
+
+
+def test_a_draw_depends_on_seed_and_query_and_comes_in_order():
+    places = np.arange(50)
+    first = draw(query("a"), places, rules(), Counter()).tolist()
+    assert first == sorted(set(first)) and len(first) == 3
+    assert draw(query("a"), places, rules(), Counter()).tolist() == first
+    others = [draw(query("b"), places, rules(), Counter()), draw(query("a"), places, rules(seed=1), Counter())]
+    assert all(other.tolist() != first for other in others)
+
+
+def test_every_place_is_drawn_equally_often():
+    counts = Counter()
+    for number in range(3000):
+        counts.update(draw(query(f"q{number}"), np.arange(10), rules(), Counter()).tolist())
+    assert sorted(counts) == list(range(10))
+    assert all(abs(count - 900) < 130 for count in counts.values()), "five standard deviations of 25"
+
+
+def test_the_best_are_taken_in_order_without_a_draw():
+    dropped = Counter()
+    assert draw(query("a"), np.array([4, 6, 8, 9]), rules(at_random=False), dropped).tolist() == [4, 6, 8]
+    assert dropped == {"not_drawn": 1}
+
+
+def test_fewer_that_fit_are_all_taken():
+    assert draw(query("a"), np.array([4, 6]), rules(), Counter()).tolist() == [4, 6]

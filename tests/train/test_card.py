@@ -7,9 +7,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from rag_retrieval.models.settings import RerankerSettings, write_settings
-from rag_retrieval.train.card import MARK, About, model_card, write_card
+from rag_retrieval.train.card import MARK, About, RunRecord, model_card, part_from, read_run_record, shown, write_card
 from rag_retrieval.train.reranker.card import RERANKER
-from rag_retrieval.train.run_record import RunRecord, part_from, read_run_record, shown
 
 SUMMARY = dict(records=2, groups=2, pairs=5, queries=2, repeated_pairs=0, empty_documents=1, equal_label_groups=0,
                smallest_group=2, largest_group=3, label_histogram=[[0.0, 0.0, 3], [1.0, 1.0, 2]])  # fmt: skip

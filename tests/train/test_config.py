@@ -45,13 +45,14 @@ def test_defaults_follow_the_keys_that_they_depend_on():
 
 def test_keys_that_do_not_apply_are_dropped_and_named_in_one_line():
     given = {"lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": "all-linear", "eval_steps": 5,
-             "eval_on_start": True, "early_stopping_patience": 2, "val_split": "dev"}  # fmt: skip
+             "eval_on_start": True, "early_stopping_patience": 2, "val_split": "dev",
+             "resume_with_changes": True}  # fmt: skip
     config = TrainingConfig(**REQUIRED, **given)
     assert config.model_dump() == TrainingConfig(**REQUIRED).model_dump()
     assert len(config.ignored.splitlines()) == 1
     for name in given:
         assert name in config.ignored
-    assert TrainingConfig(**REQUIRED, val_dataset="d", lora_r=2, **given).ignored is None
+    assert TrainingConfig(**REQUIRED, val_dataset="d", lora_r=2, resume="auto", **given).ignored is None
     assert TrainingConfig(**REQUIRED, eval_on_start=False, eval_steps=None, lora_alpha="None").ignored is None
 
 
@@ -75,7 +76,6 @@ def test_wrong_types_and_values_outside_the_range_are_refused():
         "batch_size": ["many", 2.5, 0, -1, [3]],
         "epochs": [1.5, 0],
         "gradient_accumulation_steps": [0],
-        "max_len": [15],
         "seed": [-1],
         "num_workers": [-1],
         "freeze_layers": [-1],

@@ -25,9 +25,9 @@ from rag_retrieval.core.signals import TrainingStopped
 from rag_retrieval.train.checkpoints import TrainState, read_state
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.optim import warmup_stable_cosine
-from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.resume import claim, plan_start
-from rag_retrieval.train.steps import MixedSteps, StepShape
+from rag_retrieval.train.run_folder import Provenance
+from rag_retrieval.train.steps import CarriedSteps, MixedSteps, StepShape
 from rag_retrieval.train.task import LoopSettings, ProcessFailure, StepLoss, TrainingError, weighted_sum
 
 FEATURES = 3
@@ -83,7 +83,7 @@ class ToyTask:
         self.model, self.metrics = model, list(metrics)
         self.modes = []
 
-    def losses(self, model, micro_batches, factors):
+    def losses(self, model, micro_batches, factors, step):
         for batch in micro_batches:
             sums = (model(batch.inputs) - batch.targets).square().sum()[None]
             yield StepLoss(weighted_sum(sums, factors), sums.detach())
@@ -124,14 +124,24 @@ def settings(**changes) -> LoopSettings:
 
 
 def trainer(
-    folder: Path, records=20, batch_size=4, accumulation=1, metrics=(), resume=None, dropout=0.0, **changes
+    folder: Path,
+    records=20,
+    batch_size=4,
+    accumulation=1,
+    metrics=(),
+    resume=None,
+    dropout=0.0,
+    carried=False,
+    **changes,
 ) -> Trainer:
+    """carried: the records are those of the whole run."""
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
     set_seed(0)
     model = nn.Sequential(nn.Linear(FEATURES, 4), nn.Dropout(dropout), nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
-    steps = MixedSteps({"": ToySteps(records, batch_size, accumulation)})
+    sets = {"": ToySteps(records, batch_size, accumulation)}
+    steps = CarriedSteps(sets, changes["epochs"]) if carried else MixedSteps(sets)
     state, checkpoint = plan_start(folder, resume, overwrite=False)
     made = Trainer(
         accelerator, model, optimizer, steps, ToyTask(model, metrics), settings(**changes), folder, state, ORIGIN
@@ -174,6 +184,22 @@ def test_each_step_runs_at_the_rate_of_the_schedule(
     used = [line["lr"] for line in read_metrics(tmp_path, "train")]
     expected = [0.05 * warmup_stable_cosine(step, steps, warmup, stable) for step in range(steps)]
     assert used == pytest.approx(expected, rel=1e-12) and len(used) == steps
+
+
+def test_an_epoch_that_ends_within_a_step_is_over_after_that_step(tmp_path):
+    """7 steps of 4 records are three epochs of 9 1/3: these end at steps 2 1/3, 4 2/3 and 7."""
+    state = trainer(tmp_path, 28, carried=True, epochs=3, save_on_epoch_end=True, num_max_checkpoints=9).train()
+    assert state.step == 7 and state.steps_per_epoch == pytest.approx(7 / 3)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-5", "checkpoint-7"}
+    epochs = [line["epoch"] for line in read_metrics(tmp_path, "train")]
+    assert epochs == [round(3 * step / 7, 4) for step in range(1, 8)]
+
+
+def test_a_run_with_carried_steps_resumes_in_the_middle_of_one(tmp_path):
+    trainer(tmp_path / "whole", 28, carried=True, epochs=3, dropout=0.1).train()
+    kill_after(trainer(tmp_path / "cut", 28, carried=True, epochs=3, dropout=0.1, save_steps=4), 5)
+    trainer(tmp_path / "cut", 28, carried=True, epochs=3, dropout=0.1, resume="auto").train()
+    assert equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
 # --- evaluation, best checkpoint, early stopping ---
@@ -411,7 +437,7 @@ def test_an_error_that_is_not_of_the_disk_keeps_its_type(tmp_path):
 def test_a_full_disk_elsewhere_is_not_put_down_to_the_output_folder(tmp_path):
     made = trainer(tmp_path)
 
-    def fail(model, micro_batches, factors):
+    def fail(model, micro_batches, factors, step):
         raise OSError(errno.ENOSPC, "No space left on device")
         yield
 
@@ -443,7 +469,7 @@ def test_a_folder_removed_during_the_run_is_named_and_not_recreated(tmp_path, lo
 def test_memory_that_is_full_names_the_batch_the_settings_and_the_keys(tmp_path, error):
     made = trainer(tmp_path)
 
-    def fail(model, micro_batches, factors):
+    def fail(model, micro_batches, factors, step):
         raise error
         yield
 

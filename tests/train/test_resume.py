@@ -8,10 +8,9 @@ import pytest
 
 from rag_retrieval.train import resume
 from rag_retrieval.train.checkpoints import CheckpointStore, TrainState
-from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.resume import MAY_CHANGE, ResumeError, claim, plan_start
-from rag_retrieval.train.run_folder import WRITTEN, OutputFolderError, finish
+from rag_retrieval.train.run_folder import WRITTEN, OutputFolderError, Provenance, finish
 
 
 def save(folder: Path, state: TrainState) -> Path:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rag_retrieval.train.failures import steps_of
 from rag_retrieval.train.steps import (
+    CarriedSteps,
     MixedSteps,
     StepSampler,
     StepShape,
@@ -125,6 +127,17 @@ def test_every_step_of_every_set_comes_once_an_epoch_and_in_order():
 def test_a_filler_is_of_the_set_that_owns_the_step():
     mixed = MixedSteps({"a": NamedSteps("a", 1), "b": NamedSteps("b", 1)})
     assert mixed.filler("b") == "filler of b"
+
+
+def test_steps_of_a_run_that_are_carried_over_its_epochs_come_once_and_in_order():
+    carried = CarriedSteps({"a": NamedSteps("a", 5), "b": NamedSteps("b", 2)}, epochs=3)
+    assert carried.steps_per_epoch == Fraction(7, 3)
+    positions = list(StepSampler(carried.steps_per_epoch, epochs=3, done=0))
+    assert [(epoch, int(step)) for epoch, step in positions] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1)]
+    steps = [carried[position] for position in positions]
+    assert [step for ((name, _, step),) in steps if name == "a"] == [0, 1, 2, 3, 4]
+    assert [step for ((name, _, step),) in steps if name == "b"] == [0, 1]
+    assert list(StepSampler(carried.steps_per_epoch, epochs=3, done=4)) == positions[4:]
 
 
 # The loader

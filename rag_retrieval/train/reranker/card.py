@@ -5,8 +5,7 @@ from pathlib import Path
 
 from rag_retrieval.models.calibration import CALIBRATION_FILE
 from rag_retrieval.models.settings import RerankerSettings, read_settings
-from rag_retrieval.train.card import Kind
-from rag_retrieval.train.run_record import RunRecord, shown
+from rag_retrieval.train.card import Kind, RunRecord, shown
 
 PAIR_TEXT = "The text of a pair, `{}` standing for query and document"
 USE = """```python

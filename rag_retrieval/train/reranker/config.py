@@ -87,6 +87,7 @@ class RerankerKeys(TrainingConfig):
     # Model
     model_type: Literal["bert_encoder", "llm_decoder"] = Field(description="Family of the model.")
     task: Literal["reranker"] = key("Which trainer it is for.", "reranker")
+    max_len: int = key("Longest pair, in tokens, special tokens included.", 512, ge=16)
     head: Literal["scalar", "yes_no"] | None = key(
         "A new scalar head, or yes_no: logit of yes minus logit of no, as Qwen3-Reranker. Then what is not given here "
         "comes with the model, or is Qwen3-Reranker's question in the tokenizer's chat template. Default scalar.",

@@ -1,6 +1,7 @@
 """What the training of a reranker brings to a run: see `train.run.Training`."""
 
 import logging
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from rag_retrieval.train.reranker.task import RerankerTask
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.resume import file_keys
-from rag_retrieval.train.run_record import parts_to_write
 from rag_retrieval.train.setup import layout_of, report_layout
 from rag_retrieval.train.steps import MixedSteps, StepShape
 
@@ -58,7 +58,7 @@ class RerankerTraining:
         return {name: content_digest(store.files) for name, store in stores.items()}
 
     def summaries(self) -> list[dict[str, Any]]:
-        return parts_to_write(data_parts(self.config, self.files, self.validation_store))
+        return [asdict(part) for part in data_parts(self.config, self.files, self.validation_store)]
 
     def load_model(self) -> PairScorer:
         return load_scorer(self.config)

@@ -12,10 +12,10 @@ import numpy as np
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.data.summary import format_summary, summary
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.train.card import DataPart
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss, configured_objective
 from rag_retrieval.train.reranker.training_data import records_of
-from rag_retrieval.train.run_record import DataPart
 from rag_retrieval.train.steps import MixedSteps, records_per_epoch
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ class RerankerTask(SavedModel):
         self.watches = {part: ConstantScoreWatch(objective, part) for part, objective in objectives.items()}
 
     def losses(
-        self, model: nn.Module, micro_batches: Sequence[RerankerMicroBatch], factors: Sequence[float]
+        self, model: nn.Module, micro_batches: Sequence[RerankerMicroBatch], factors: Sequence[float], step: int
     ) -> Iterator[StepLoss]:
         for micro_batch in micro_batches:
             sums = self.loss_sums(model, micro_batch)

@@ -15,8 +15,8 @@ from training_runs import ROOT, final_weights, grouped_records, launch, read_met
 from rag_retrieval.core.distributed import StartError
 from rag_retrieval.core.signals import TrainingStopped
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.provenance import Provenance
 from rag_retrieval.train.reranker.task import RerankerTask
+from rag_retrieval.train.run_folder import Provenance
 from rag_retrieval.train.task import ProcessFailure
 
 SCRIPT = "rag_retrieval/train/reranker/train_reranker.py"

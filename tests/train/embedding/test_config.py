@@ -1,0 +1,47 @@
+"""The keys of an embedder's configuration: what fits, what follows from what, what does not apply."""
+
+import pytest
+from pydantic import ValidationError
+
+from rag_retrieval.train.embedding.config import EmbeddingConfig
+
+REQUIRED = {"model_name_or_path": "owner/model", "train_dataset": "train.jsonl", "output_dir": "out"}
+
+
+def problems(**changes) -> dict[str, str]:
+    """Messages by key."""
+    with pytest.raises(ValidationError) as caught:
+        EmbeddingConfig(**REQUIRED | changes)
+    return {entry["loc"][0]: entry["msg"] for entry in caught.value.errors()}
+
+
+def test_a_model_data_and_a_folder_are_enough():
+    config = EmbeddingConfig(**REQUIRED)
+    assert (config.task, config.loss_type, config.temperature) == ("embedding", "info_nce", 0.02)
+    assert (config.query_max_len, config.passage_max_len, config.train_group_size) == (128, 512, 8)
+    assert (config.query_instruction, config.pooling, config.normalize) == (None, None, True)
+    assert config.train_files == ["train.jsonl"]
+
+
+def test_several_files_are_a_list_or_names_between_commas():
+    for files in (["a.jsonl", "b.jsonl"], "a.jsonl, b.jsonl"):
+        config = EmbeddingConfig(**REQUIRED | {"train_dataset": files})
+        assert config.train_files == ["a.jsonl", "b.jsonl"]
+        assert EmbeddingConfig.resolved_entries(config.model_dump()) == [{"path": "a.jsonl"}, {"path": "b.jsonl"}]
+
+
+def test_wrong_values_are_refused_by_key():
+    wrong = {
+        "task": ["reranker"],
+        "query_max_len": [3, "many"],
+        "passage_max_len": [0],
+        "pooling": ["max"],
+        "train_group_size": [0],
+        "temperature": [0, -1],
+        "loss_type": ["listnet"],
+        "max_len": [128],
+        "max_tokens_with_graph": [-1],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            assert problems(**{name: value}).keys() == {name}, (name, value)
