@@ -5,6 +5,7 @@ here, what is said here holds.
 """
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ from rag_retrieval.models.vectors import (
     similarity,
     to_precision,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Embedder:
@@ -160,10 +163,13 @@ class Embedder:
         ranges = self._ranges(precision, normalize)
         if show_progress_bar is None:
             show_progress_bar = len(texts) > 10 * batch_size and sys.stderr.isatty()
+        cut = 0
         encode = partial(encoder.encode, kind=kind, prompt=prompt)
         with Progress(len(texts), "encoding", "texts", shown=show_progress_bar) as progress:
 
             def vectors(encoded: list[EncodedPair]) -> np.ndarray:
+                nonlocal cut
+                cut += sum(text.truncated for text in encoded)
                 found = self._shared.run(encoded, batch_size, progress)
                 if not np.isfinite(found).all():
                     raise ValueError(
@@ -173,6 +179,8 @@ class Embedder:
 
             rows = score_texts(texts, encode, vectors, CHUNK_TEXTS * len(self._shared.models))
             progress.update(len(texts) - progress.done)  # those that repeat others
+        if cut:
+            logger.info("%d of %d texts were cut at %d tokens", cut, len(texts), encoder.max_length_of(kind))
         if not rows:
             return to_precision(np.empty((0, dim), np.float32), precision, ranges)
         return rows[0] if one else np.stack(rows)
