@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.store import open_store
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.train.reranker.config import RerankerConfig
@@ -79,12 +80,8 @@ def mixed_step_groups(
 def step_groups(config: RerankerConfig, records_per_step: int) -> Iterator[list[Group]]:
     """The groups of each step of the first epoch; for pointwise losses each pair is a group."""
     objective = configured_objective(config)
-    store = open_store(
-        config.train_dataset,
-        group_by_query=True,
-        exactly_one_positive=objective.one_positive,
-        teacher_key=config.teacher_score_key,
-    )
+    rules = RecordRules(exactly_one_positive=objective.one_positive, teacher_key=config.teacher_score_key)
+    store = open_store(config.train_dataset, rules, group_by_query=True)
     records = store.num_groups if objective.grouped else store.num_pairs
     shape = StepShape(records, records_per_step, accumulation=1)
     options = SamplingOptions(config.seed, config.train_group_size, 0.0, 1.0, shuffle_rate=0.0)

@@ -73,9 +73,36 @@ def _json_rows(path: Path, on_bytes: Callable[[int], object] = lambda count: Non
         if not raw.strip():
             continue
         if is_first and raw.lstrip().startswith(b"["):
-            raise _SourceError(line, "found a JSON list; expected one record per line: convert it (jq -c '.[]').")
+            if not path.name.lower().endswith((".json", ".json.gz")):
+                raise _SourceError(line, "found a JSON list; expected one record per line: let the name end in .json.")
+            yield from _array_rows(b"".join(raw for _, raw in byte_lines(path)))
+            return
         is_first = False
         yield line, _decode_json(raw)
+
+
+def _array_rows(raw: bytes) -> Rows:
+    """The elements of one JSON array, each with the line that it begins on. Holds the whole text in memory."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise _SourceError(line, f"found the byte 0x{raw[error.start]:02x}; expected UTF-8.") from None
+    place, line, expected = 0, 1, "["
+    while True:
+        found = _SEPARATOR.match(text, place)
+        mark, end = found.groups()
+        line += text.count("\n", place, found.start(2) if end else found.end())
+        if end and mark in ("", "["):
+            return
+        if end or mark != expected:
+            raise _SourceError(line, "found broken JSON; expected one array of records with commas between them.")
+        try:
+            row, place = _JSON.raw_decode(text, found.end())
+        except (ValueError, RecursionError) as error:
+            raise _SourceError(line, f"found a record that cannot be read ({error}); expected one object.") from None
+        yield line, row
+        line, expected = line + text.count("\n", found.end(), place), ","
 
 
 def _decode_json(raw: bytes) -> object:
@@ -97,6 +124,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return entry
 
 
+_SEPARATOR = re.compile(r"\s*([\[,]?)\s*(\]\s*\Z)?")  # before an element of an array, or at the end of the array
 _JSON = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each line
 
 

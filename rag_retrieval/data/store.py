@@ -167,16 +167,10 @@ class _View:
 
 def open_store(
     source: str | Path,
+    rules: RecordRules = RecordRules(),  # noqa: B008 -- frozen
     *,
     split: str = "train",
-    label_key: str = "label",
-    min_label: float | None = None,
-    max_label: float | None = None,
     group_by_query: bool = False,
-    exactly_one_positive: bool = False,
-    teacher_key: str | None = None,
-    needs_teacher: bool = False,
-    teacher_range: tuple[float, float] | None = None,
     text_ids: bool = False,
     cache_dir: Path | None = None,
 ) -> RecordStore:
@@ -185,8 +179,8 @@ def open_store(
     group_by_query: pointwise pairs of one query become one group, in the order of first appearance, and their
         positives are those of a hits record. Triples of one query become one group with each document once, a
         positive if it is one anywhere. Other records keep their own group.
-    exactly_one_positive: hits records, and groups made by group_by_query, have one label 1 and the rest 0.
-    teacher_key, needs_teacher, teacher_range: see `RecordRules`; without teacher_key the store has no teacher scores.
+        `rules.exactly_one_positive` then holds for these groups too. Without `rules.teacher_key` the store has no
+        teacher scores.
     text_ids: for embedders, with ids of queries and documents and with the prompts of queries.
     cache_dir: default $RAG_RETRIEVAL_CACHE, else ~/.cache/rag_retrieval. Nothing is ever deleted from it but
         damaged stores. The key holds the file's path, size, time and the content of its first and last MiB. A
@@ -195,9 +189,6 @@ def open_store(
     Building needs about twice the source's size on disk for a while. Its memory does not grow with the
     source, but for group_by_query: about 50 bytes for each run of adjacent pairs of one query.
     """
-    rules = RecordRules(
-        label_key, min_label, max_label, exactly_one_positive, teacher_key, needs_teacher, teacher_range
-    )
     settings = [FORMAT_VERSION, asdict(rules), group_by_query, text_ids]
     cache_dir = _writable_cache(cache_dir or os.environ.get("RAG_RETRIEVAL_CACHE") or "~/.cache/rag_retrieval")
     identity = _identity(source, split)

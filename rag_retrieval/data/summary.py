@@ -5,7 +5,9 @@ document counts as a group with all labels equal: every group of an ungrouped po
 leaves groups out there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,19 +59,20 @@ def label_histogram(labels: np.ndarray) -> list[tuple[float, float, int]]:
     return [(float(a), float(b), int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
 
 
-def format_summary(
-    counts: StoreSummary,
-    name: str,
-    *,
-    token_lengths: np.ndarray | None = None,
-    max_len: int | None = None,
-    sampled: bool = False,
-) -> str:
+class TokenLengths(NamedTuple):
+    """unit: what is counted, such as "pair". lengths: int [texts], tokens before truncation. limit: tokens; longer
+    texts are counted as truncated. sampled: the texts are a sample."""
+
+    unit: str
+    lengths: np.ndarray
+    limit: int
+    sampled: bool = False
+
+
+def format_summary(counts: StoreSummary, name: str, lengths: Sequence[TokenLengths] = ()) -> str:
     """The summary as text of at most 80 columns (but for a longer name), without a final newline.
 
     name: the first line, for example the path of the source.
-    token_lengths: int [pairs], tokens of each pair before truncation; sampled: of a sample of the pairs.
-    max_len: tokens; pairs longer than that are counted as truncated.
     """
     rows = [("records", f"{counts.records:,}"), ("pairs", f"{counts.pairs:,}")]
     rows.append(("queries", f"{counts.queries:,} distinct"))
@@ -79,20 +82,19 @@ def format_summary(
         rows.append(("", f"{counts.equal_label_groups:,} of them with all labels equal"))
     rows.append(("repeated pairs", f"{counts.repeated_pairs:,} (same query and document)"))
     rows.append(("empty documents", f"{counts.empty_documents:,}"))
-    if token_lengths is not None and len(token_lengths):
-        rows += _token_rows(np.asarray(token_lengths), max_len, sampled)
+    for each in lengths:
+        rows += _token_rows(*each)
     lines = [name, *(f"  {title:<17}{value}" for title, value in rows), "  labels"]
     return "\n".join(lines + _bars(counts.label_histogram))
 
 
-def _token_rows(lengths: np.ndarray, max_len: int | None, sampled: bool) -> list[tuple[str, str]]:
+def _token_rows(unit: str, lengths: np.ndarray, limit: int, sampled: bool) -> list[tuple[str, str]]:
     p50, p95, p99 = np.percentile(lengths, [50, 95, 99], method="higher").tolist()
-    rows = [("tokens per pair", f"p50 {p50:,}, p95 {p95:,}, p99 {p99:,}, max {lengths.max():,}")]
-    if max_len is not None:
-        count = int((lengths > max_len).sum())
-        rows.append(("truncated", f"{count:,} pairs ({count / len(lengths):.1%}) at {max_len:,} tokens"))
+    rows = [(f"tokens per {unit}", f"p50 {p50:,}, p95 {p95:,}, p99 {p99:,}, max {lengths.max():,}")]
+    count, plural = int((lengths > limit).sum()), unit.replace("query", "querie") + "s"
+    rows.append(("truncated", f"{count:,} {plural} ({count / len(lengths):.1%}) at {limit:,} tokens"))
     if sampled:
-        rows.append(("", f"(tokens counted on a sample of {len(lengths):,} pairs)"))
+        rows.append(("", f"(tokens counted on a sample of {len(lengths):,} {plural})"))
     return rows
 
 

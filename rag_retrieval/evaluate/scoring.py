@@ -14,12 +14,11 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from rag_retrieval.core.distributed import gather, on_all, on_main, process_count, process_index
+from rag_retrieval.core.files import locked
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.beir import Run, read_run, write_run
 from rag_retrieval.data.records import DataError
@@ -175,26 +174,19 @@ def locked_output_dir(folder: Path, config: dict) -> Iterator[None]:
 
     config: of the evaluation, as JSON values. Raises ValueError for a place where no folder can be, for one in which
     another evaluation runs, and for one that has the results of another model or other data. Its own earlier results
-    are written over. The lock file stays: one that is removed while another waits for it is no lock.
+    are written over.
     """
-    lock = FileLock(folder / ".lock", timeout=0)
-    on_main(lambda: _take(folder, config, lock))
-    try:
+    with ExitStack() as lock:  # which the main process alone takes
+        on_main(lambda: _take(folder, config, lock))
         yield
-    finally:
-        lock.release()  # which does nothing on the other processes
 
 
-def _take(folder: Path, config: dict, lock: FileLock) -> None:
+def _take(folder: Path, config: dict, lock: ExitStack) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"output_dir: {existing} is a file; give a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        busy = f"output_dir: another evaluation writes to {folder}"
-        raise ValueError(f"{busy}; wait for it, or give another output_dir") from None
+    busy = f"output_dir: another evaluation writes to {folder}; wait for it, or give another output_dir"
+    lock.enter_context(locked(folder / ".lock", busy))
     try:
         before = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["config"]
         # from Python a path may be relative, where the command's was absolute
@@ -206,7 +198,6 @@ def _take(folder: Path, config: dict, lock: FileLock) -> None:
     except (OSError, ValueError, KeyError, TypeError):  # no results there that can be read
         other = []
     if other:
-        lock.release()
         raise ValueError(
             f"output_dir: {folder} has the results of {', '.join(other)}; give another output_dir, or remove it"
         )

@@ -84,7 +84,6 @@ def check_options(folder: Path, options: ModelOptions) -> None:
             raise ValueError(f"{name}: {folder} is an ONNX folder, whose precision was chosen when it was exported")
     if options.model_type == "openvino" and options.device not in (None, "cpu"):
         raise ValueError(f'device: OpenVINO runs on "cpu" here, found {options.device!r}')
-    for name in ModelOptions.model_fields:
-        given = getattr(options, name)
-        if name not in (*EXPORTED_OPTIONS, "precision", "dtype") and given not in (None, False):
+    for name, field in ModelOptions.model_fields.items():
+        if name not in (*EXPORTED_OPTIONS, "precision", "dtype") and getattr(options, name) != field.default:
             raise ValueError(f"{name}: {folder} is an ONNX folder, where it cannot be changed; leave it out")

@@ -76,7 +76,8 @@ class OnnxBackend:
 
     def fingerprint(self) -> str:
         files = [*self.folder.glob(f"{MODEL_FILE}*"), self.folder / TOKENIZER_FILE, self.folder / DESCRIPTION_FILE]
-        about = [self.package, self.device.partition(":")[0], self.pair_encoder.max_length]
+        encoder = self.pair_encoder
+        about = [self.package, self.device.partition(":")[0], encoder.max_length, encoder.split_special_tokens]
         return digest_of([content_digest(sorted(files)), *about])
 
     def close(self) -> None:

@@ -139,8 +139,9 @@ def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | N
             f"{file}: has tokens beyond the {rows} rows of the model's embedding, such as {min(beyond)!r}; copy the "
             "whole folder, or export the model again"
         )
-    is_decoder = description.model_type == "llm_decoder"
-    return PairEncoder(tokenizer, description.template, max_length or description.max_length, is_decoder)
+    split = read_json(str(folder), "tokenizer_config.json").get("split_special_tokens") is True
+    split = split or description.model_type == "llm_decoder"
+    return PairEncoder(tokenizer, description.template, max_length or description.max_length, split)
 
 
 def score_padded(

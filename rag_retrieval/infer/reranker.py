@@ -22,7 +22,7 @@ from rag_retrieval.models.inputs import (
     check_pairs,
     check_text,
 )
-from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP, model_options
+from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP, options_among
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +39,9 @@ class Reranker:
     and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is one, else the CPU.
     devices: several, such as ["cuda:0", "cuda:1"]: each holds a copy of the model, until `close`.
     attn_implementation: of transformers; default batches without padding. query_format, document_format: text around a
-    query and a document. seq and all after it: of a decoder, as for `LLMDecoder.from_pretrained`; needed, with the
-    formats, where neither the folder nor the list of known prompts has them.
+    query and a document. split_special_tokens: of an encoder, as for `CrossEncoder.from_pretrained`. seq and all after
+    it: of a decoder, as for `LLMDecoder.from_pretrained`; needed, with the formats, where neither the folder nor the
+    list of known prompts has them.
 
     Raises ValueError for a path that is not there, a folder without weights, weights that are not numbers, a model
     without a trained head (an embedding model), a decoder whose prompt is not known, and options that do not fit.
@@ -60,6 +61,7 @@ class Reranker:
         attn_implementation: str | None = None,
         query_format: str | None = None,
         document_format: str | None = None,
+        split_special_tokens: bool | None = None,
         seq: str | None = None,
         special_token: str | None = None,
         head: str | None = None,
@@ -68,31 +70,13 @@ class Reranker:
         no_token: str | None = None,
         cutoff_layer: int | None = None,
     ):
+        arguments = locals()
         if not isinstance(model_name_or_path, (str, os.PathLike)):
             kind = type(model_name_or_path).__name__
             raise ValueError(f"model_name_or_path: expected a folder or a name, found {kind}")
         if max_length is not None:
             check_number("max_length", max_length, 1, "tokens")
-        options = model_options(
-            model_type=model_type,
-            max_length=max_length,
-            precision=precision,
-            dtype=dtype,
-            device=device,
-            devices=devices,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-            query_format=query_format,
-            document_format=document_format,
-            seq=seq,
-            special_token=special_token,
-            head=head,
-            instruction=instruction,
-            yes_token=yes_token,
-            no_token=no_token,
-            cutoff_layer=cutoff_layer,
-        )
-        self.backend: Backend = open_backend(model_name_or_path, options)
+        self.backend: Backend = open_backend(model_name_or_path, options_among(arguments))
 
     @classmethod
     def from_backend(cls, backend: Backend) -> "Reranker":

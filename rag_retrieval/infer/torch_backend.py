@@ -80,7 +80,8 @@ class TorchBackend:
         kind = torch.device(self.device).type  # whose digits differ
         encoder = self.pair_encoder
         templates = [asdict(self.scorer.settings), asdict(encoder.template)]
-        digest.update(json.dumps([*templates, encoder.max_length, self._shared.precision, kind]).encode())
+        about = [*templates, encoder.max_length, self._shared.precision, kind, encoder.split_special_tokens]
+        digest.update(json.dumps(about).encode())
         digest.update(encoder.fast_tokenizer.to_str().encode())
         for name, values in sorted(self.scorer.model.state_dict().items()):
             digest.update(name.encode())

@@ -29,7 +29,7 @@ from rag_retrieval.models.loading import (
     truncates_left,
     warn_of_new_parameters,
 )
-from rag_retrieval.models.options import ModelOptions, model_options
+from rag_retrieval.models.options import ModelOptions, options_among
 from rag_retrieval.models.packed_model import ENCODER_HEADS, Head
 from rag_retrieval.models.pair_encoding import (
     PairEncoder,
@@ -71,6 +71,7 @@ class CrossEncoder(PairScorer):
         query_format: str | None = None,
         document_format: str | None = None,
         *,
+        split_special_tokens: bool | None = None,
         max_length: int | None = None,
         dtype: torch.dtype | str | None = None,
         trust_remote_code: bool = False,
@@ -81,21 +82,15 @@ class CrossEncoder(PairScorer):
         model_name_or_path: a folder, a hub name, or `package:NAME` for a model inside a Python package.
         loss_type: ignored; RAG-Retrieval's classes take it here.
         query_format, document_format: text around a query and a document, which stand for `{}`; default what the
-        folder says, else "{}". max_length: tokens per pair; default what the folder says, else 512 or the model's
-        limit. dtype: of the weights; default float32.
+        folder says, else "{}". split_special_tokens: whether special tokens inside a text, such as [SEP], are plain
+        text; default as the tokenizer's files say, else not, as in transformers. max_length: tokens per pair; default
+        what the folder says, else 512 or the model's limit. dtype: of the weights; default float32.
 
         Raises ValueError for num_labels other than 1, a causal model, a format without exactly one `{}`, and a
         max_length beyond the model's positions.
         """
+        options = options_among(locals())
         check_num_labels(num_labels)
-        options = model_options(
-            query_format=query_format,
-            document_format=document_format,
-            max_length=max_length,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
         return cls.load(ModelFiles(resolve_model_path(model_name_or_path)), options)
 
     @classmethod
@@ -113,7 +108,7 @@ class CrossEncoder(PairScorer):
         )
         check_is_encoder(path, model)
         (check_is_trained if trained_only else warn_of_new_parameters)(path, new_parameters)
-        tokenizer = load_tokenizer(path, options.trust_remote_code)
+        tokenizer = load_tokenizer(path, options.trust_remote_code, options.split_special_tokens)
         lower_case_like(files, tokenizer)
         set_encoder_pad_token(model, tokenizer)
         check_vocabulary(path, model, tokenizer)
@@ -123,7 +118,8 @@ class CrossEncoder(PairScorer):
         pools_at_eos = model.config.is_encoder_decoder
         template = template_for(model, tokenizer, formats)
         template = replace(template, truncate_left=truncates_left(tokenizer, trained=not new_parameters))
-        encoder = PairEncoder(tokenizer, template, max_length, pools_at_eos)
+        split = pools_at_eos or tokenizer.split_special_tokens
+        encoder = PairEncoder(tokenizer, template, max_length, split)
         kept = {name: text for name, text in formats.items() if text != NO_FORMAT}
         settings = RerankerSettings(cls.model_type, max_length, **kept)
         scorer = cls(model, encoder, settings, new_parameters, options.attn_implementation)

@@ -38,7 +38,7 @@ from rag_retrieval.models.loading import (
     truncates_left,
     warn_of_new_parameters,
 )
-from rag_retrieval.models.options import ModelOptions, model_options
+from rag_retrieval.models.options import ModelOptions, options_among
 from rag_retrieval.models.packed_model import HALF_TOLERANCE, Head, last_token_head, packed_outputs, pooled_states
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
@@ -126,22 +126,8 @@ class LLMDecoder(PairScorer):
         beyond the model's positions, an answer that is not one token, and a yes_no head where there is neither a chat
         template nor formats.
         """
+        options = options_among(locals())
         check_num_labels(num_labels)
-        options = model_options(
-            query_format=query_format,
-            document_format=document_format,
-            seq=seq,
-            special_token=special_token,
-            max_length=max_length,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-            head=head,
-            instruction=instruction,
-            yes_token=yes_token,
-            no_token=no_token,
-            cutoff_layer=cutoff_layer,
-        )
         return cls.load(ModelFiles(resolve_model_path(model_name_or_path)), options, start_layer=start_layer)
 
     @classmethod
@@ -162,6 +148,8 @@ class LLMDecoder(PairScorer):
         saved = read_settings(path)
         if saved is not None and saved.model_type != cls.model_type:
             raise ValueError(f"{path} was saved as {saved.model_type}; load it with CrossEncoder.from_pretrained")
+        if options.split_special_tokens is not None:
+            logger.warning("split_special_tokens is for encoders, and %s is a decoder, which always does", path)
         tokenizer = load_tokenizer(path, options.trust_remote_code)
         lower_case_like(files, tokenizer)
         texts = choose_texts(files, tokenizer, options, saved, trained_only, question)

@@ -64,9 +64,12 @@ def reading(what: str) -> Iterator[None]:
 # ---- tokenizer ------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model_path: str, trust_remote_code: bool, split_special_tokens: bool | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, padding at the right.
 
+    split_special_tokens: whether special tokens inside a text are plain text; None: as the folder says, else not.
     Raises ValueError for files that cannot be read, and for a tokenizer without a fast version or without a
     vocabulary.
     """
@@ -75,8 +78,9 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
     with reading(f"{model_path}: its tokenizer"):
         # as an argument, because an attribute set later is not saved with the tokenizer. Whatever side a folder says,
         # padding changes no score here: the attention mask hides it, and scores are read at a pair's own tokens
+        options = {} if split_special_tokens is None else {"split_special_tokens": split_special_tokens}
         tokenizer = AutoTokenizer.from_pretrained(
-            model_path, trust_remote_code=trust_remote_code, padding_side="right"
+            model_path, trust_remote_code=trust_remote_code, padding_side="right", **options
         )
     if not tokenizer.is_fast:
         raise ValueError(

@@ -4,6 +4,7 @@ Reranker, evaluate, mine, distill, serve, export and the adapters all come here,
 everywhere. Training alone calls `from_pretrained`, which takes untrained models too.
 """
 
+import logging
 import os
 import re
 
@@ -24,12 +25,19 @@ from rag_retrieval.models.settings import (
     resolve_model_path,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def load_reranker(model_name_or_path: str | os.PathLike, **options) -> PairScorer:
     """The trained `CrossEncoder` or `LLMDecoder` in a folder, a hub name or `package:NAME`, in eval mode.
 
-    options: the fields of `ModelOptions`, such as device="cpu" or max_length=256. Raises ValueError as `open_scorer`.
+    options: the fields of `ModelOptions`, such as device="cpu" or max_length=256; precision and devices are arguments
+    of `compute_score`, and ignored here with a warning. Raises ValueError as `open_scorer`.
     """
+    for name in ("precision", "devices"):
+        if options.get(name) is not None:
+            logger.warning("%s is an argument of compute_score; ignored when a model is loaded", name)
+            options[name] = None
     return open_scorer(model_name_or_path, model_options(**options))
 
 

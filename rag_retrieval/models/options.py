@@ -70,6 +70,11 @@ class ModelOptions(Config):
     )
     query_format: EscapedText | None = Field(None, description="Text around a query, which stands for {}.")
     document_format: EscapedText | None = Field(None, description="Text around a document, which stands for {}.")
+    split_special_tokens: bool | None = Field(
+        None,
+        description="Encoders: read special tokens inside texts, such as [SEP], as plain text; decoders always do. "
+        "Absent: what the model's folder says, else false.",
+    )
     seq: EscapedText | None = Field(None, description="Decoders: text between query and document.")
     special_token: EscapedText | None = Field(
         None, description="Decoders: text after the document; the score is read at its last token."
@@ -117,3 +122,8 @@ def model_options(**values: Any) -> ModelOptions:
         wrong = error.errors(include_url=False)[0]
         name = wrong["loc"][0]
         raise ValueError(f"{name}: {error_message(name, wrong, ModelOptions, nested=False)}") from error
+
+
+def options_among(arguments: Mapping[str, Any]) -> ModelOptions:
+    """Of the arguments of a call, as `locals()` gives them at its beginning, those that are options."""
+    return model_options(**{name: value for name, value in arguments.items() if name in ModelOptions.model_fields})

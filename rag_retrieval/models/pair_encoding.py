@@ -140,6 +140,7 @@ def bare(tokenizer: "PreTrainedTokenizerBase | Tokenizer") -> Tokenizer:
     fast = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
     fast.no_padding()
     fast.no_truncation()
+    fast.encode_special_tokens = False  # those of formats stay; those of texts are split by `TokenizerCopy.pieces`
     return fast
 
 

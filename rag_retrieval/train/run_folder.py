@@ -21,8 +21,8 @@ LOCK_FILE = ".lock"
 RESULTS = ("model", "adapter")
 TRACKER_FOLDER = "tracking"
 RUN_FILE, METRICS_FILE, PROVENANCE_FILE = "run.json", "metrics.jsonl", "provenance.json"
-CONFIGURATION_FILE, DATA_FILE = "training_config.yaml", "data_summary.json"
-WRITTEN = (*RESULTS, TRACKER_FOLDER, METRICS_FILE, PROVENANCE_FILE, CONFIGURATION_FILE, DATA_FILE)
+CONFIGURATION_FILE, DATA_FILE, START_FILE = "training_config.yaml", "data_summary.json", "validation_start.json"
+WRITTEN = (*RESULTS, TRACKER_FOLDER, METRICS_FILE, PROVENANCE_FILE, CONFIGURATION_FILE, DATA_FILE, START_FILE)
 
 
 class OutputFolderError(ValueError):

@@ -207,9 +207,9 @@ def test_a_wrong_suffix_is_refused_with_the_right_ones(tmp_path):
     assert error_of(path) == f"{path}: found the suffix '.csv'; {expected}"
 
 
-def test_a_json_list_is_refused_with_the_way_to_convert_it(tmp_path):
-    path = write_lines(tmp_path / "a.json", ["", [GOOD, GOOD]])
-    expected = "found a JSON list; expected one record per line: convert it (jq -c '.[]')."
+def test_a_json_list_under_the_name_of_json_lines_is_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["", [GOOD, GOOD]])
+    expected = "found a JSON list; expected one record per line: let the name end in .json."
     assert error_of(path) == f"{path}:2: {expected}"
 
 
@@ -424,3 +424,33 @@ def test_a_text_must_be_there_be_a_string_and_be_whole():
     ):
         with pytest.raises(DataError, match=f"^f:1: .*{named}"):
             entry_text(entry, "text", "f:1")
+
+
+# ---- one array in a .json file
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_file_may_hold_one_array(tmp_path, name, indent):
+    records = [GOOD, GOOD | {"query": "[, ]"}, GOOD | {"content": "\n"}]
+    path = write_lines(tmp_path / name, [json.dumps(records, indent=indent)])
+    found = read(path)
+    assert [(record.query, record.documents) for record in found] == [("q", ["d"]), ("[, ]", ["d"]), ("q", ["\n"])]
+    assert [record.line for record in found] == ([2, 7, 12] if indent else [1, 1, 1])
+
+
+def test_broken_arrays_are_reported_with_their_line(tmp_path):
+    good = json.dumps(GOOD)
+    for text, line in (
+        (f"[\n{good}\n{good}]", 3),
+        (f"[\n{good},\n]", 3),
+        (f"[{good}", 2),  # where the file ends
+        (f"[\n{good},\n\n{{", 4),
+        ('[{"query": "q", "query": "q"}]', 1),
+        (f"[{good}]\n{good}", 1),
+    ):
+        assert error_of(write_lines(tmp_path / "a.json", [text])).startswith(f"{tmp_path / 'a.json'}:{line}: "), text
+    bad = error_of(write_lines(tmp_path / "a.json", [f"[\n{good},\n{{}},\n1]"]))
+    assert f"{tmp_path / 'a.json'}:3: " in bad and f"{tmp_path / 'a.json'}:4: " in bad
+    assert "no records" in error_of(write_lines(tmp_path / "a.json", ["[ ]"]))
+    assert "0xff" in error_of(write_lines(tmp_path / "a.json", [b"[\n\xff]"]))

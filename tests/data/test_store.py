@@ -15,7 +15,7 @@ import pytest
 from record_samples import groups_of, hits, pointwise, random_records, write
 
 from rag_retrieval.data import store as store_module
-from rag_retrieval.data.records import DataError
+from rag_retrieval.data.records import DataError, RecordRules
 from rag_retrieval.data.store import RecordStore, open_store
 
 
@@ -121,11 +121,10 @@ def test_the_same_content_with_another_time_is_rebuilt(tmp_path, cache_dir):
 
 def test_each_setting_has_a_store_of_its_own(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"query": "q", "hits": [{"content": "d", "label": 1, "score": 1}]}])
-    settings = [
-        {}, {"label_key": "score"}, {"min_label": 0}, {"max_label": 1}, {"max_label": 2},
-        {"group_by_query": True}, {"exactly_one_positive": True},
-    ]  # fmt: skip
-    assert len({open_store(path, **setting).folder for setting in settings}) == len(settings)
+    settings = [{}, {"label_key": "score"}, {"min_label": 0}, {"max_label": 1}, {"max_label": 2}]
+    stores = [open_store(path, RecordRules(**setting)) for setting in [*settings, {"exactly_one_positive": True}]]
+    stores.append(open_store(path, group_by_query=True))
+    assert len({store.folder for store in stores}) == len(stores) == 7
 
 
 def _truncate(folder):
@@ -256,7 +255,8 @@ def test_teacher_scores_go_with_their_documents_wherever_grouping_brings_them(tm
             texts, scores = ([hit[key] for hit in hits_of] for key in ("content", "teacher_score"))
         expected[line] = list(zip(texts, scores, strict=True))
     path = write(tmp_path / "a.jsonl", records)
-    store = open_store(path, teacher_key="teacher_score", needs_teacher=True, group_by_query=group_by_query)
+    rules = RecordRules(teacher_key="teacher_score", needs_teacher=True)
+    store = open_store(path, rules, group_by_query=group_by_query)
     found = {}
     for index in range(store.num_pairs):
         pair = store.pair(index)
@@ -266,7 +266,7 @@ def test_teacher_scores_go_with_their_documents_wherever_grouping_brings_them(tm
 
 def test_teacher_scores_are_mapped_and_absent_where_they_are_not_read(tmp_path):
     path = write(tmp_path / "a.jsonl", list(with_teacher([hits("a", 1, 0), hits("b", 1, 0, 0)])))
-    without, store = open_store(path), open_store(path, teacher_key="teacher_score")
+    without, store = open_store(path), open_store(path, RecordRules(teacher_key="teacher_score"))
     assert without.teacher_scores is None and without.folder != store.folder
     assert store.teacher_scores.tolist() == [-500, -499, -498, -497, -496]
     assert store.teacher_scores.dtype == np.float32
@@ -276,5 +276,5 @@ def test_teacher_scores_are_mapped_and_absent_where_they_are_not_read(tmp_path):
 
 def test_a_pickled_store_has_its_teacher_scores_again(tmp_path):
     path = write(tmp_path / "a.jsonl", list(with_teacher([hits("a", 1, 0)])))
-    store = open_store(path, teacher_key="teacher_score")
+    store = open_store(path, RecordRules(teacher_key="teacher_score"))
     assert pickle.loads(pickle.dumps(store)).teacher_scores.tolist() == [-500, -499]

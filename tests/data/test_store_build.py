@@ -8,7 +8,7 @@ import pytest
 from record_samples import groups_of, hits, pairs_of, pointwise, random_records, write
 
 from rag_retrieval.data import store_build
-from rag_retrieval.data.records import DataError, positives
+from rag_retrieval.data.records import DataError, RecordRules, positives
 from rag_retrieval.data.store import open_store
 from rag_retrieval.data.summary import summary
 
@@ -114,7 +114,7 @@ def test_a_group_without_exactly_one_positive_is_reported_with_its_line(tmp_path
     triples += [("d", "1", 2), ("d", "2", 0)]
     path = write(tmp_path / "a.jsonl", pointwise(*triples))
     with pytest.raises(DataError) as caught:
-        open_store(path, group_by_query=True, exactly_one_positive=True)
+        open_store(path, RecordRules(exactly_one_positive=True), group_by_query=True)
     expected = "expected exactly one 1 and the rest 0 for listwise cross entropy."
     assert str(caught.value).splitlines() == [
         f"{path}:2: the pairs of this query have the labels 0, 0; {expected}",
@@ -127,7 +127,7 @@ def test_more_than_twenty_groups_without_exactly_one_positive_are_counted(tmp_pa
     monkeypatch.setattr(store_build, "CHUNK", 4)
     path = write(tmp_path / "a.jsonl", pointwise(*((f"q{i}", "d", 0) for i in range(23))))
     with pytest.raises(DataError) as caught:
-        open_store(path, group_by_query=True, exactly_one_positive=True)
+        open_store(path, RecordRules(exactly_one_positive=True), group_by_query=True)
     lines = str(caught.value).splitlines()
     assert [line.split(":")[1] for line in lines[:20]] == [str(i) for i in range(1, 21)]
     assert lines[20:] == ["... and 3 more bad lines"]

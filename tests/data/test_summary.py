@@ -7,7 +7,7 @@ from record_samples import hits, pointwise, write
 from rag_retrieval.data import store_build
 from rag_retrieval.data import summary as summary_module
 from rag_retrieval.data.store import open_store
-from rag_retrieval.data.summary import StoreSummary, format_summary, summary
+from rag_retrieval.data.summary import StoreSummary, TokenLengths, format_summary, summary
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_the_summary_reads_as_text_with_bars(tmp_path):
     records = [hits("a", 1, 0, 0), hits("b", 0, 0), {"query": "c", "pos": [""]}]
     found = summary(open_store(write(tmp_path / "a.jsonl", records)))
     lengths = np.array([10, 20, 30, 40, 50, 600])
-    text = format_summary(found, "train.jsonl", token_lengths=lengths, max_len=50, sampled=True)
+    text = format_summary(found, "train.jsonl", [TokenLengths("pair", lengths, 50, sampled=True)])
     # sorted lengths at ranks 0.5 * 5, 0.95 * 5 and 0.99 * 5, rounded up: 40, 600, 600
     assert text.splitlines() == [
         "train.jsonl",
@@ -83,6 +83,6 @@ def test_the_summary_fits_80_columns_and_shows_rare_labels(tmp_path):
     count = 123_456_789
     bars = [(i / 1000 - 12.3456, i / 1000 - 11.3456, 10**i % count) for i in range(10)]
     found = StoreSummary(count, count, count, count, count, count, count, 1, count, bars)
-    text = format_summary(found, "a", token_lengths=np.full(9, 10**6), max_len=512, sampled=True)
+    text = format_summary(found, "a", [TokenLengths("pair", np.full(9, 10**6), 512, sampled=True)])
     assert max(map(len, text.splitlines())) <= 80
     assert text.splitlines()[-10].endswith("0.0%  █")

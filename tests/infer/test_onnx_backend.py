@@ -71,6 +71,21 @@ def test_the_calibration_travels_with_the_folder(folders):
     assert OnnxBackend(folders["qwen2"][1]).calibration == Calibration(2.0, -0.5, "toy", 10)
 
 
+def test_special_tokens_in_texts_are_plain_text_where_the_model_says_so(folders, tmp_path):
+    model = CrossEncoder.from_pretrained(folders["bert"][0], split_special_tokens=True)
+    model.save_pretrained(tmp_path / "model")
+    backend = OnnxBackend(exported(tmp_path / "model", tmp_path / "onnx"))
+    pairs = [("what?", "a [SEP] b"), ("[CLS]", "water")]
+    own = model.pair_encoder.encode(pairs)
+    for found, expected, other in zip(
+        backend.pair_encoder.encode(pairs), own, OnnxBackend(folders["bert"][1]).pair_encoder.encode(pairs), strict=True
+    ):
+        assert found.ids.tolist() == expected.ids.tolist() != other.ids.tolist()
+    assert backend.fingerprint() != OnnxBackend(folders["bert"][1]).fingerprint()
+    with pytest.raises(ValueError, match="split_special_tokens"):
+        Reranker(tmp_path / "onnx", split_special_tokens=False)
+
+
 def test_no_torch_and_no_transformers_are_imported(folders):
     script = f"""
 import sys

@@ -141,7 +141,7 @@ def test_a_kept_work_folder_serves_other_settings_and_never_other_data(data, tmp
 @pytest.mark.parametrize("output_format", ["pos_neg", "hits", "pointwise"])
 def test_the_trainer_s_store_holds_what_was_mined(data, tmp_path, output_format):
     summary = mine(config_of(data, tmp_path / "out.jsonl.gz", output_format=output_format))
-    store = open_store(tmp_path / "out.jsonl.gz", group_by_query=True, exactly_one_positive=True)
+    store = open_store(tmp_path / "out.jsonl.gz", RecordRules(exactly_one_positive=True), group_by_query=True)
     assert (store.num_groups, store.num_pairs) == (36, 36 * 4)
     assert store.positives.sum() == 36
     assert summary.lines == (144 if output_format == "pointwise" else 36)

@@ -1,6 +1,7 @@
 """CrossEncoder: every encoder family, saved folders, scores as in transformers and sentence-transformers."""
 
 import logging
+import pickle
 
 import pytest
 import torch
@@ -210,3 +211,32 @@ def test_a_format_without_exactly_one_place_is_refused(load_tiny):
 def test_arguments_of_rag_retrieval_are_taken_in_its_order(model_folders):
     scorer = CrossEncoder.from_pretrained(model_folders["bert"], "point_ce", 1, "how? {}", "{}")
     assert scorer.settings.query_format == "how? {}" and scorer.settings.document_format is None
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm_roberta"])
+def test_special_tokens_in_texts_are_plain_text_on_demand_and_as_the_folder_says(model_folders, tmp_path, family):
+    base = CrossEncoder.from_pretrained(model_folders[family])
+    separator = base.tokenizer.sep_token
+    pairs = [("what is it?", f"a river {separator} and the sea{separator}"), (f"a{separator} b", "water")]
+    splits = CrossEncoder.from_pretrained(model_folders[family], split_special_tokens=True)
+    counts = [
+        [(pair.ids == base.tokenizer.sep_token_id).sum() for pair in scorer.pair_encoder.encode(pairs)]
+        for scorer in (base, splits)
+    ]
+    assert [plain - split for plain, split in zip(*counts, strict=True)] == [2, 1]
+
+    splits.save_pretrained(tmp_path)
+    for scorer in (CrossEncoder.from_pretrained(tmp_path), pickle.loads(pickle.dumps(splits))):
+        assert torch.equal(scorer.compute_score(pairs), splits.compute_score(pairs))
+    again = CrossEncoder.from_pretrained(tmp_path, split_special_tokens=False)
+    assert torch.equal(again.compute_score(pairs), base.compute_score(pairs))
+
+
+def test_a_folder_that_splits_special_tokens_scores_as_in_sentence_transformers(model_folders, tmp_path):
+    from sentence_transformers import CrossEncoder as Theirs
+
+    pairs = [("what is it?", "a river [SEP] and the sea[SEP]"), ("a[SEP] b [MASK]", "water")]
+    splits = CrossEncoder.from_pretrained(model_folders["bert"], split_special_tokens=True)
+    splits.save_pretrained(tmp_path)
+    expected = Theirs(str(tmp_path), device="cpu").predict(pairs, convert_to_tensor=True)
+    torch.testing.assert_close(splits.compute_score(pairs), expected, atol=1e-5, rtol=1e-5)

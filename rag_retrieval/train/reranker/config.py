@@ -45,6 +45,7 @@ def _fitting_dataset_type(config: "RerankerKeys") -> str | None:
     return loss and loss.dataset_type
 
 
+ENCODER = Only("model_type bert_encoder", lambda config: config.model_type == "bert_encoder")
 DECODER = Only("model_type llm_decoder", lambda config: config.model_type == "llm_decoder")
 SCALAR = Only(
     "model_type llm_decoder with head scalar",
@@ -104,6 +105,9 @@ class RerankerKeys(TrainingConfig):
     document_format: EscapedText | None = key(
         'Text around the document, with {} once. Default the model\'s own or "{}"; of a scalar decoder "document: {}".',
         derive=_decoder_format("document_format"))
+    split_special_tokens: bool | None = key(
+        "Read special tokens inside texts, such as [SEP], as plain text, as decoders always do. Absent: what the "
+        "model's tokenizer says, else false.", only=ENCODER)
     seq: EscapedText | None = key(
         "Text between the two. Default a newline.", only=DECODER, derive=_decoder_format("seq"))
     special_token: EscapedText | None = key(

@@ -21,17 +21,12 @@ from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.reranker.card import RERANKER
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import configured_objective
-from rag_retrieval.train.reranker.run_data import (
-    data_parts,
-    open_training_files,
-    open_validation,
-    report_data,
-    report_mix,
-)
+from rag_retrieval.train.reranker.run_data import open_training_files, open_validation, sources_of, token_lengths
 from rag_retrieval.train.reranker.task import RerankerTask
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
 from rag_retrieval.train.resume import file_keys
+from rag_retrieval.train.run_data import data_parts, report_data, report_mix
 from rag_retrieval.train.setup import layout_of, report_layout
 from rag_retrieval.train.steps import MixedSteps, StepShape
 
@@ -58,13 +53,14 @@ class RerankerTraining:
         return {name: content_digest(store.files) for name, store in stores.items()}
 
     def summaries(self) -> list[dict[str, Any]]:
-        return [asdict(part) for part in data_parts(self.config, self.files, self.validation_store)]
+        return [asdict(part) for part in data_parts(sources_of(self.config, self.files, self.validation_store))]
 
     def load_model(self) -> PairScorer:
         return load_scorer(self.config)
 
     def report_data(self, model: PairScorer) -> None:
-        report_data(self.config, self.files, self.validation_store, model)
+        sources = sources_of(self.config, self.files, self.validation_store)
+        report_data(sources, lambda store: token_lengths(store, model))
 
     def steps(self, model: PairScorer, accelerator: Accelerator) -> MixedSteps:
         """The steps of all files, which take turns. Each file draws random numbers of its own, the first those of the
@@ -137,7 +133,9 @@ def load_scorer(config: RerankerConfig) -> PairScorer:
         "attn_implementation": config.attn_implementation,
     }
     if config.model_type == "bert_encoder":
-        return CrossEncoder.from_pretrained(config.model_name_or_path, **shared)
+        return CrossEncoder.from_pretrained(
+            config.model_name_or_path, **shared, split_special_tokens=config.split_special_tokens
+        )
     texts = {name: getattr(config, name) for name in (*FORMAT_NAMES, *YES_NO_NAMES, "head", "start_layer")}
     return LLMDecoder.from_pretrained(config.model_name_or_path, **(shared | texts))
 

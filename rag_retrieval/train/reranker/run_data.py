@@ -4,26 +4,19 @@ A training file has an objective of its own; that of the run is for validation.
 """
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-import numpy as np
-
+from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.store import RecordStore, open_store
-from rag_retrieval.data.summary import format_summary, summary
+from rag_retrieval.data.summary import TokenLengths, summary
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.train.card import DataPart
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss, configured_objective
 from rag_retrieval.train.reranker.training_data import records_of
-from rag_retrieval.train.steps import MixedSteps, records_per_epoch
+from rag_retrieval.train.run_data import DataSource, distinct_names, sampled_pairs
+from rag_retrieval.train.steps import records_per_epoch
 
 logger = logging.getLogger(__name__)
-
-# The summary's token lengths are of so many pairs at most, and of fewer where these have more text than one core
-# tokenizes in about a second: 10,000 pairs of 500 characters each took 4 of the 10 seconds before the first step.
-LENGTH_SAMPLE, LEAST_SAMPLE = 10_000, 1_000  # pairs
-SAMPLE_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -45,58 +38,51 @@ class TrainingFile:
     def records_per_epoch(self) -> int:
         return records_per_epoch(self.records, self.weight)
 
+    @property
+    def loss_name(self) -> str:
+        return self.objective.losses[0].loss.name
+
 
 def open_training_files(config: RerankerConfig) -> list[TrainingFile]:
     """The memory-mapped training data, in the order of the configuration; one process of a machine builds what is
     missing. Data that can teach their loss nothing are refused."""
     paths = [alone.train_dataset for alone, _ in config.files]
-    names = distinct_names(paths) if len(paths) > 1 else [""]
+    names = distinct_names(paths)
     files = [open_training_file(*file, name) for file, name in zip(config.files, names, strict=True)]
     for file in files:
         check_teachable(file)
     return files
 
 
-def distinct_names(paths: list[str]) -> list[str]:
-    """The last part of each path; where several have the same, with its number in the list, from 1, before it."""
-    names = [Path(path).name for path in paths]
-    return [name if names.count(name) == 1 else f"{number}-{name}" for number, name in enumerate(names, 1)]
-
-
 def open_training_file(config: RerankerConfig, weight: float, name: str) -> TrainingFile:
     objective = configured_objective(config)
-    store = open_store(
-        config.train_dataset,
-        split=config.train_split or "train",
+    rules = replace(
+        validation_rules(config, objective),
         label_key=config.train_label_key,
-        group_by_query=True,  # pointwise steps keep the pairs of a query together too
         exactly_one_positive=objective.one_positive,
         needs_teacher=objective.needs_teacher,
-        **shared_rules(config, objective),
     )
+    # pointwise steps keep the pairs of a query together too
+    store = open_store(config.train_dataset, rules, split=config.train_split or "train", group_by_query=True)
     return TrainingFile(config, weight, name, objective, store)
 
 
 def open_validation(config: RerankerConfig) -> RecordStore | None:
     if config.val_dataset is None:
         return None
-    return open_store(
-        config.val_dataset,
-        split=config.val_split or "validation",
-        label_key=config.val_label_key,
-        group_by_query=True,  # ranking metrics need the pairs of a query together
-        **shared_rules(config, configured_objective(config)),
+    rules = validation_rules(config, configured_objective(config))
+    # ranking metrics need the pairs of a query together
+    return open_store(config.val_dataset, rules, split=config.val_split or "validation", group_by_query=True)
+
+
+def validation_rules(config: RerankerConfig, objective: Objective) -> RecordRules:
+    return RecordRules(
+        config.val_label_key or "label",
+        config.min_label,
+        config.max_label,
+        teacher_key=config.teacher_score_key,
+        teacher_range=objective.teacher_range,
     )
-
-
-def shared_rules(config: RerankerConfig, objective: Objective) -> dict:
-    """What training and validation data must both satisfy, as arguments of `open_store`."""
-    return {
-        "min_label": config.min_label,
-        "max_label": config.max_label,
-        "teacher_key": config.teacher_score_key,
-        "teacher_range": objective.teacher_range,
-    }
 
 
 def check_teachable(file: TrainingFile) -> None:
@@ -124,50 +110,17 @@ def check_groups(file: TrainingFile, weighted: WeightedLoss) -> None:
         logger.warning("%s: %s: they teach %s nothing", source, idle, name)
 
 
-def sources(
+def sources_of(
     config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None
-) -> list[tuple[str, str, RecordStore]]:
-    """What each file is for, its name and its records."""
-    training = [("training", file.config.train_dataset, file.store) for file in files]
-    return training if validation is None else [*training, ("validation", config.val_dataset, validation)]
+) -> list[DataSource]:
+    training = [DataSource("training", file.config.train_dataset, file.store) for file in files]
+    return training if validation is None else [*training, DataSource("validation", config.val_dataset, validation)]
 
 
-def data_parts(config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None) -> list[DataPart]:
-    return [DataPart(purpose, name, summary(store)) for purpose, name, store in sources(config, files, validation)]
-
-
-def report_data(
-    config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None, scorer: PairScorer
-) -> None:
-    for name, source, store in sources(config, files, validation):
-        lengths, sampled = token_lengths(store, scorer)
-        title = f"{name} data: {source}"
-        text = format_summary(summary(store), title, token_lengths=lengths, max_len=config.max_len, sampled=sampled)
-        logger.info("%s", text)
-
-
-def report_mix(files: list[TrainingFile], steps: MixedSteps) -> None:
-    """How several files share the steps of an epoch."""
-    lines = [
-        f"  {steps.sets[file.name].steps_per_epoch:,} steps of {file.name}, {file.objective.losses[0].loss.name}: "
-        f"{file.records_per_epoch:,} records, of {file.records:,}, weight {file.weight:g}"
-        for file in files
-    ]
-    if len(files) > 1:
-        logger.info("an epoch has %s steps:\n%s", f"{steps.steps_per_epoch:,}", "\n".join(lines))
-
-
-def token_lengths(store: RecordStore, scorer: PairScorer) -> tuple[np.ndarray, bool]:
-    """Lengths in tokens, before truncation, of all pairs or of an evenly spread sample of them."""
-    size = sum(store.meta["bytes"][name] for name in ("document", "document.offsets"))
-    count = sample_size(store.num_pairs, size)
-    places = np.linspace(0, store.num_pairs - 1, count).astype(int)
+def token_lengths(store: RecordStore, scorer: PairScorer) -> list[TokenLengths]:
+    """Of all pairs or of a sample of them."""
+    places, sampled = sampled_pairs(store)
     pairs = [store.pair(int(place)) for place in places]
-    lengths = scorer.pair_encoder.untruncated_lengths([(pair.query, pair.document) for pair in pairs])
-    return lengths, count < store.num_pairs
-
-
-def sample_size(pairs: int, size: int) -> int:
-    """How many of `pairs` pairs, whose documents take `size` bytes, the token lengths are counted of."""
-    affordable = pairs * SAMPLE_BYTES // size
-    return min(pairs, LENGTH_SAMPLE, max(affordable, LEAST_SAMPLE))
+    encoder = scorer.pair_encoder
+    lengths = encoder.untruncated_lengths([(pair.query, pair.document) for pair in pairs])
+    return [TokenLengths("pair", lengths, encoder.max_length, sampled)]

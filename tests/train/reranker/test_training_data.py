@@ -6,6 +6,7 @@ import pytest
 import torch
 from training_runs import grouped_records, pointwise_records, write_jsonl
 
+from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.store import open_store
 from rag_retrieval.losses import LOSSES
 from rag_retrieval.models.cross_encoder import CrossEncoder
@@ -33,7 +34,7 @@ def steps(tmp_path, bert):
         chosen = LOSSES[loss]
         source = write_jsonl(tmp_path / "data.jsonl", records)
         grouped = chosen.dataset_type == "grouped"
-        store = open_store(source, group_by_query=True, exactly_one_positive=chosen.one_positive)
+        store = open_store(source, RecordRules(exactly_one_positive=chosen.one_positive), group_by_query=True)
         count = records_per_epoch(records_of(store, Objective.of(chosen)), weight)
         shape = StepShape(count, batch_size=4, accumulation=2, processes=processes, process_index=index)
         options = SamplingOptions(5, group_size if grouped else None, *levels, shuffle_rate)

@@ -1,0 +1,215 @@
+"""Validation of an embedder: what it finds in a corpus, or how its similarities follow graded labels, and the loss.
+
+Every evaluation after the first step stands beside the one before it: how far the figure is from where training began,
+and whether other queries would show the same.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from rag_retrieval.core.distributed import on_main
+from rag_retrieval.core.files import read_json, write_json
+from rag_retrieval.data.collection import Collection
+from rag_retrieval.metrics import PerQuery, Run, means, parse_metric, query_metrics
+from rag_retrieval.models.nearest import nearest
+from rag_retrieval.models.vectors import finish
+from rag_retrieval.significance import Comparison, compare
+from rag_retrieval.train.embedding.shared_encoding import SharedEncoding
+from rag_retrieval.train.task import TrainingError
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
+DEPTH = 1000  # documents ranked for a metric without a cutoff, as in trec_eval
+ONE_DIRECTION = 0.99  # mean cosine
+SIGNIFICANT = 0.05
+UNCHANGED = 1e-6  # of a number of a vector of length 1, which float32 computes to some 1e-7
+PROBES = 64  # queries, and documents, whose vectors are kept for comparison
+NAMED, SHOWN = 5, 60  # texts in a message, and characters of one
+
+Vectors = np.ndarray  # float32 [texts, dim]
+Measure = Callable[[Vectors, Vectors], float]  # of the vectors of queries and documents
+
+
+class EmbeddingValidation:
+    """Measures a model on a collection. Every process makes it from the same arguments and calls it with the others.
+
+    encoding: of the collection's queries and documents. cosine: whether vectors are compared by it, else by their
+    product. names: of ranking metrics; none where ranks say nothing, as on graded pairs. measures: further values by
+    name, such as the loss. start: the file that keeps the evaluation before the first step, for a resumed run; None
+    where there is no such evaluation. The first of names and measures is compared with it.
+    metrics: the names of what can be measured.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        encoding: SharedEncoding,
+        *,
+        cosine: bool,
+        names: Sequence[str] = METRICS,
+        measures: Mapping[str, Measure] | None = None,
+        device: torch.device | str = "cpu",
+        start: Path | None = None,
+    ):
+        self.collection, self.encoding, self.cosine, self.device = collection, encoding, cosine, device
+        self.without_relevant = collection.without_relevant
+        self.names = names if len(self.without_relevant) < len(collection.queries) else ()
+        self.depth = max([parse_metric(name)[1] or DEPTH for name in self.names], default=0)
+        self.measures, self.start = measures or {}, start
+        self.metrics = [*self.names, *self.measures]
+        self.first: tuple[int, Vectors] | None = None  # step and vectors of the first evaluation of this process
+        if self.names:
+            self._report_collection()
+
+    def _report_collection(self) -> None:
+        collection, absent = self.collection, self.collection.not_in_corpus
+        what = f"{collection.source}: {len(collection.queries):,} queries, {len(collection.documents):,} documents"
+        logger.info("validation on %s", what)
+        if self.without_relevant:
+            texts = [collection.queries[query] for query in self.without_relevant]
+            message = "%s: %d queries have no relevant document and are in no mean: %s"
+            logger.warning(message, collection.source, len(texts), some(texts))
+        if absent:
+            message = "%s: %d relevant documents are not in the corpus and count as not found: %s"
+            logger.warning(message, collection.source, len(absent), some(absent))
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Finite values, equal on all processes; TrainingError, on all, where a vector is not finite. step: optimizer
+        steps done."""
+        queries, documents = self.encoding(model)
+        self._check_finite(queries, documents)
+        if self.cosine:
+            queries, documents = finish(queries), finish(documents)
+        return on_main(lambda: self._values(queries, documents, step))
+
+    def _values(self, queries: Vectors, documents: Vectors, step: int) -> dict[str, float]:
+        values = {name: measure(queries, documents) for name, measure in self.measures.items()}
+        per_query: PerQuery = {}
+        if self.names:
+            run = ranked(self.collection, queries, documents, self.depth, self.device)
+            per_query = query_metrics(self.collection.qrels, run, self.names, self.collection.relevant_from)
+            values |= means(per_query)
+            values["queries"] = len(self.collection.queries) - len(self.without_relevant)
+            values["queries_without_relevant"] = len(self.without_relevant)
+        values["mean_cosine"] = mean_cosine(documents)
+        self._check_spread(values["mean_cosine"], step)
+        self._check_change(queries, documents, step)
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        return values | self._beside_start(values, per_query, step)
+
+    def _check_finite(self, queries: Vectors, documents: Vectors) -> None:
+        collection = self.collection
+        vectors_of = {"queries": (collection.queries, queries), "documents": (collection.documents, documents)}
+        for kind, (texts, vectors) in vectors_of.items():
+            bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+            if bad.size:
+                raise TrainingError(
+                    f"{bad.size} of {len(vectors)} validation {kind} of {collection.source} have a vector that is not "
+                    f"finite: {some([*texts.values()][row] for row in bad)}; train in mixed_precision no or bf16"
+                )
+
+    def _check_spread(self, cosine: float, step: int) -> None:
+        if cosine > ONE_DIRECTION:
+            logger.warning(
+                "validation at step %d: all vectors point the same way, the mean cosine of documents is %.4f. A model "
+                "that was never trained as an embedder may begin so. If it stays so, lower lr, raise temperature, give "
+                "more negatives, and look whether pooling is the model's own",
+                step, cosine,
+            )  # fmt: skip
+
+    def _check_change(self, queries: Vectors, documents: Vectors, step: int) -> None:
+        probes = finish(np.concatenate([queries[:PROBES], documents[:PROBES]]))
+        if self.first is None:
+            self.first = step, probes
+            return
+        before, vectors = self.first
+        if step > before and np.abs(probes - vectors).max() < UNCHANGED:
+            logger.warning(
+                "validation at step %d: the model did not change since step %d, the vectors of %d texts are what they "
+                "were. Raise lr, and look whether what should learn is frozen and whether the training loss is 0",
+                step, before, len(probes),
+            )  # fmt: skip
+
+    def _beside_start(self, values: dict[str, float], per_query: PerQuery, step: int) -> dict[str, float]:
+        """The first metric before the first step, and the p-value of a paired test of the difference."""
+        if self.start is None:
+            return {}
+        name = self.metrics[0]
+        if step == 0:
+            write_json(self.start, {"metric": name, "value": values[name], "per_query": per_query.get(name, {})})
+            return {}
+        start = read_json(self.start)
+        if start.get("metric") != name:  # the run began without validation, or with another one
+            return {}
+        beside = {f"{name}_at_start": start["value"]}
+        if len(start["per_query"]) > 1:
+            (compared,) = compare({name: start["per_query"]}, {name: per_query[name]}, "randomization", seed=0)
+            report(compared)
+            beside[f"{name}_p_value"] = compared.p_value
+        return beside
+
+
+def report(compared: Comparison) -> None:
+    """One line of the log, and a warning where training harmed."""
+    logger.info(
+        "%s is %.4f, at the start %.4f: %+.4f [%+.4f, %+.4f], p %.4f (paired randomization test and 95%% interval over "
+        "queries: %d better, %d worse, %d the same)",
+        compared.metric, compared.after, compared.before, compared.difference, compared.low, compared.high,
+        compared.p_value, compared.gained, compared.lost, compared.same,
+    )  # fmt: skip
+    if compared.difference < 0 and compared.p_value < SIGNIFICANT:
+        logger.warning(
+            "%s is lower than before training. Lower lr, look for relevant documents among the negatives, and whether "
+            "prompts and pooling are the model's own",
+            compared.metric,
+        )
+
+
+def some(texts: Iterable[str]) -> str:
+    """The first of them, cut, for a message."""
+    texts = list(texts)
+    more = f" and {len(texts) - NAMED:,} more" if len(texts) > NAMED else ""
+    return ", ".join(repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...") for text in texts[:NAMED]) + more
+
+
+# ---- measures
+
+
+def ranked(
+    collection: Collection, queries: Vectors, documents: Vectors, depth: int, device: torch.device | str = "cpu"
+) -> Run:
+    """The best `depth` documents of each query in the corpus, or all of its pool, with their products."""
+    if collection.pool is not None:
+        return in_pool(collection, queries, documents)
+    ids = list(collection.documents)
+    # of equal scores the greater id ranks first, and `nearest` takes the lower row
+    rows, scores = nearest(queries, documents[::-1], depth, device)
+    return {
+        query: {ids[-1 - row]: score for row, score in zip(*found, strict=True)}
+        for query, *found in zip(collection.queries, rows.tolist(), scores.tolist(), strict=True)
+    }
+
+
+def in_pool(collection: Collection, queries: Vectors, documents: Vectors) -> Run:
+    rows = {document: row for row, document in enumerate(collection.documents)}
+    run = {}
+    for query, vector in zip(collection.queries, queries, strict=True):
+        candidates = collection.pool.get(query, [])
+        scores = documents[[rows[document] for document in candidates]] @ vector
+        run[query] = dict(zip(candidates, scores.tolist(), strict=True))
+    return run
+
+
+def mean_cosine(vectors: Vectors) -> float:
+    """Of all pairs of different rows: (|sum of unit vectors|^2 - n) / (n (n - 1)); NaN for fewer than two."""
+    count = len(vectors)
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)
+    total = ((1 / lengths) @ vectors).astype(np.float64)
+    return float((total @ total - count) / (count * (count - 1))) if count > 1 else math.nan
