@@ -21,7 +21,7 @@ from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.output import Mined
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.models.options import LongDocumentOptions
-from rag_retrieval.models.settings import model_content
+from rag_retrieval.models.settings import ModelFiles, model_content, resolve_model_path
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.index import DenseEncoder, SearchOptions, make_search
 
@@ -128,11 +128,9 @@ def dense_encoder(config: MiningConfig, device: str) -> DenseEncoder:
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
-    options = {
-        "batch_size": config.dense_batch_size,
-        "normalize": True if config.similarity == "cosine" else None,
-        "show_progress_bar": False,
-    }
+    # vectors of a plain encoder keep their length for an inner product
+    normalized = config.similarity == "cosine" or "Normalize" in ModelFiles(resolve_model_path(config.dense_model)).modules
+    options = {"batch_size": config.dense_batch_size, "normalize": normalized, "show_progress_bar": False}
     names = ("pooling", "document_prefix", "dense_max_len", "dense_batch_size", "similarity")
     return DenseEncoder(
         lambda texts: embedder.encode(texts, config.query_prefix, kind="query", **options),
