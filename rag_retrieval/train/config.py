@@ -22,7 +22,7 @@ from rag_retrieval.core.config import (
 )
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName, is_file
 
-LORA = Only("runs with lora_r", lambda config: config.lora_r is not None)
+LORA = Only("fine_tune_type lora", lambda config: config.fine_tune_type == "lora")
 RESUMED = Only("runs with resume", lambda config: config.resume is not None)
 VALIDATED = Only("runs with val_dataset", lambda config: config.val_dataset is not None)
 HUB_VALIDATION = Only(
@@ -58,7 +58,12 @@ class TrainingConfig(Config):
     trust_remote_code: bool = key("Run Python code that comes with the model.", False)
     freeze_embeddings: bool = key("Do not train the embeddings.", False)
     freeze_layers: int = key("Number of lower layers that are not trained.", 0, ge=0)
-    lora_r: int | None = key("Rank of LoRA adapters. Absent: train all weights.", ge=1, le=65_536)
+    fine_tune_type: Literal["sft", "lora", "bitfit"] | None = key(
+        "What is trained: all weights (sft), adapters (lora), or biases alone (bitfit), and new weights in any case. "
+        "Default lora where lora_r is given, else sft.",
+        derive=lambda config: "sft" if config.lora_r is None else "lora")
+    lora_r: int | None = key(
+        "Rank of LoRA adapters. Default 8.", only=LORA, derive=lambda config: 8, ge=1, le=65_536)
     lora_alpha: int | None = key(
         "Scale, as alpha / r. Default 2 x r.", only=LORA, derive=lambda config: 2 * config.lora_r, ge=1)
     lora_dropout: float | None = key("Dropout. Default 0.", only=LORA, derive=lambda config: 0.0, ge=0, lt=1)

@@ -28,7 +28,9 @@ def prepare_for_training(model: Any, config: TrainingConfig) -> Any:
     """Freeze, checkpoint gradients and add LoRA in place. Returns peft's wrapper, or None without LoRA."""
     bare = model.model
     # first: peft makes all else untrainable
-    adapter = add_lora(bare, model.new_parameters, config) if config.lora_r else None
+    adapter = add_lora(bare, model.new_parameters, config) if config.fine_tune_type == "lora" else None
+    if config.fine_tune_type == "bitfit":
+        train_biases_alone(model)
     if config.freeze_embeddings:
         embeddings_of(bare).requires_grad_(False)
     for layer in lower_layers(bare, config.freeze_layers):
@@ -41,6 +43,18 @@ def prepare_for_training(model: Any, config: TrainingConfig) -> Any:
     if config.torch_compile:
         compile_layers(bare)
     return adapter
+
+
+def train_biases_alone(model: Any) -> None:
+    """BitFit: Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning" (2022). New parameters are trained as
+    well. Raises ValueError for a model without biases."""
+    new = new_parameter_names(model)
+    biases = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    if not biases - new:
+        raise ValueError(f"fine_tune_type bitfit: a {type(model.model).__name__} has no biases; give lora or sft")
+    for name, parameter in model.named_parameters():
+        if name not in biases | new:
+            parameter.requires_grad_(False)
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -39,6 +39,9 @@ def test_defaults_follow_the_keys_that_they_depend_on():
     assert TrainingConfig(**REQUIRED, lr=2e-5, head_lr=1e-3).head_lr == 1e-3
     config = TrainingConfig(**REQUIRED, lora_r=8)
     assert (config.lora_alpha, config.lora_dropout, config.lora_target_modules) == (16, 0.0, None)
+    assert config.fine_tune_type == "lora" and TrainingConfig(**REQUIRED).fine_tune_type == "sft"
+    assert TrainingConfig(**REQUIRED, fine_tune_type="lora").lora_r == 8
+    assert TrainingConfig(**REQUIRED, fine_tune_type="bitfit", lora_r=4).lora_r is None
     assert TrainingConfig(**REQUIRED, val_dataset="owner/data").val_split == "validation"
     assert TrainingConfig(**REQUIRED, val_dataset="v.jsonl").val_split is None
 

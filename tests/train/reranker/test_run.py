@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from tiny_models import tiny_qwen2
+from tiny_models import tiny_llama, tiny_qwen2
 from training_runs import (
     final_weights,
     grouped_records,
@@ -435,6 +435,19 @@ def test_frozen_parts_do_not_change_and_all_others_do(settings, bert):
     after = final_weights(values["output_dir"])
     frozen = {name for name in after if "embeddings" in name or ".layer.0." in name}
     assert changed(base_weights(bert), after) == after.keys() - frozen
+
+
+def test_bitfit_changes_biases_and_the_new_head_alone(settings, bert, decoder, tmp_path):
+    values = settings(fine_tune_type="bitfit")
+    train(values)
+    after = final_weights(values["output_dir"])
+    expected = {name for name in after if name.endswith(".bias") or name.startswith("classifier.")}
+    # a key's bias moves all of a token's attention alike, and its gradient is 0
+    assert changed(base_weights(bert), after) - expected == set()
+    assert expected - changed(base_weights(bert), after) <= {name for name in after if name.endswith("key.bias")}
+    model = tiny_llama(tmp_path / "llama")
+    with pytest.raises(StartError, match="fine_tune_type bitfit: a Llama.* has no biases"):
+        train(decoder(fine_tune_type="bitfit", model_name_or_path=model, output_dir=str(tmp_path / "refused")))
 
 
 def test_freezing_all_layers_is_refused(settings):
