@@ -1,9 +1,10 @@
 """Models of torch on one device or on several, for any number of threads; the Reranker's backend of such a model."""
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from threading import Lock
 from typing import Generic
@@ -13,6 +14,7 @@ import torch
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.models.devices import check_devices, choose_precision
+from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.open import open_scorer
 from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
@@ -36,18 +38,24 @@ class SharedModel(Generic[Model]):
         self.precision = precision
         for each in self.models:
             check_precision(precision, each.device)
-        self._lock = Lock()
+        self.lock = Lock()
 
     def run(self, encoded: Sequence[EncodedPair], batch_size: int, progress: Progress | None = None) -> np.ndarray:
         """One result for each text, float32, in their order. batch_size: texts of one forward at most."""
-        with self._lock:
+        with self.lock:
             return run_encoded(self.models, encoded, batch_size, self.precision, progress).numpy()
 
+    def each(self, change: Callable[[Model], Model]) -> "SharedModel[Model]":
+        """The same of `change(model)` for every copy, under the same lock: they share their layers."""
+        other = copy.copy(self)
+        other.lock, other.model, other.models = self.lock, change(self.model), [change(one) for one in self.models]
+        return other
+
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_lock": None}  # which cannot be copied or pickled
+        return self.__dict__ | {"lock": None}  # which cannot be copied or pickled
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state | {"_lock": Lock()})
+        self.__dict__.update(state | {"lock": Lock()})
 
 
 class TorchBackend:
@@ -62,6 +70,7 @@ class TorchBackend:
         self.model_type = scorer.model_type
         self.pair_encoder = scorer.pair_encoder
         self.calibration = scorer.calibration
+        self._at_layer: dict[int, TorchBackend] = {}
 
     @property
     def device(self) -> str:
@@ -69,6 +78,17 @@ class TorchBackend:
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
         return self._shared.run(pairs, batch_size)
+
+    def at_layer(self, layer: int) -> "TorchBackend":
+        with self._shared.lock:
+            if layer not in self._at_layer:
+                if not isinstance(self.scorer, LLMDecoder):
+                    raise ValueError(f"cutoff_layers: {self.name} is an encoder, which has one head; leave it out")
+                cut = copy.copy(self)
+                cut._shared = self._shared.each(lambda scorer: scorer.at_layer(layer))
+                cut.scorer, cut.calibration = cut._shared.model, None
+                self._at_layer[layer] = cut
+            return self._at_layer[layer]
 
     def describe(self) -> str:
         layout = "packed" if self.scorer.packs else f"padded: {self.scorer.packing_problem}"
@@ -90,6 +110,9 @@ class TorchBackend:
 
     def close(self) -> None:
         """Nothing is held outside this process."""
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_at_layer": {}}
 
 
 def open_torch_backend(

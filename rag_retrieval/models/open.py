@@ -54,7 +54,7 @@ def open_scorer(
     without a trained head, a decoder whose prompt is not known, and options that do not fit.
     """
     options = options or ModelOptions()
-    device = device_to_load_on(options)
+    device = first_device(options)
     files = ModelFiles(resolve_model_path(model_name_or_path))
     check_is_reranker(files)
     model_type = choose_model_type(files, options)
@@ -68,17 +68,23 @@ def open_scorer(
 
 
 def open_embedder(model_name_or_path: str | os.PathLike, options: EmbedderOptions | None = None) -> EmbeddingModel:
-    """As `open_scorer`, of an embedding model. Raises ValueError as `EmbeddingModel.from_pretrained`, and for weights
-    that are not numbers."""
+    """The embedding model on its device (`options.device`; with `options.devices` on the CPU), in eval mode.
+
+    A folder that does not say how its vectors are made is asked as the model of its name that is known
+    (known_embedders.json), else as the options say; a plain encoder without either pools by the mean, with a warning.
+    Raises ValueError for a path that is not there, a reranker, weights that are not numbers, a decoder that does not
+    say how its vectors are made, and options that do not fit.
+    """
     options = options or EmbedderOptions()
-    device = device_to_load_on(options)
+    device = first_device(options)
     files = ModelFiles(resolve_model_path(model_name_or_path))
-    model = EmbeddingModel.load(files, options)
-    check_numbers(files.path, model.model)
+    model = EmbeddingModel.load(files, options, trained_only=True)
+    check_numbers(files.path, model)
     return model.to(device).eval()
 
 
-def device_to_load_on(options: OpeningOptions) -> torch.device:
+def first_device(options: OpeningOptions) -> torch.device:
+    """Where a model is opened: with `devices`, each of which gets a copy, on the CPU."""
     if options.devices and options.device:
         raise ValueError("device and devices are both given; give one of them")
     return choose_device("cpu" if options.devices else options.device)
