@@ -130,7 +130,7 @@ class EmbeddingValidation:
             self.first = step, probes
             return
         before, vectors = self.first
-        if step > before and np.abs(probes - vectors).max() < UNCHANGED:
+        if np.abs(probes - vectors).max() < UNCHANGED:
             logger.warning(
                 "validation at step %d: the model did not change since step %d, the vectors of %d texts are what they "
                 "were. Raise lr, and look whether what should learn is frozen and whether the training loss is 0",
