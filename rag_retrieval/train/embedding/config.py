@@ -103,7 +103,8 @@ class EmbeddingKeys(TrainingConfig):
     mrl_dims: Annotated[list[int] | None, NAMES] = key(
         "Widths of use_mrl. One beyond the model's adds a projection to that width. Absent: 64, 128, 256, 512 and 768 "
         "as far as the model's.", only=MATRYOSHKA, min_length=1)
-    mrl_weights: Annotated[list[float] | None, NAMES] = key("A weight for each. Absent: 1.", only=MATRYOSHKA)
+    mrl_weights: Annotated[list[float] | None, NAMES] = key(
+        "Weight of the loss at each width. Absent: their mean.", only=MATRYOSHKA, min_length=1)
 
     @field_validator("metric_for_best_model", mode="after")
     @classmethod
@@ -142,6 +143,10 @@ class EmbeddingKeys(TrainingConfig):
     def widths(self) -> list[int] | None:
         """Of Matryoshka, for `objective_of`, which cuts them to the model's; None without it."""
         return (self.mrl_dims or list(DEFAULT_WIDTHS)) if self.use_mrl else None
+
+    @property
+    def width_weights(self) -> list[float] | None:
+        return self.widths and (self.mrl_weights or [1 / len(self.widths)] * len(self.widths))
 
     @property
     def record_kind(self) -> Literal["positives", "label", "teacher_vectors"]:
