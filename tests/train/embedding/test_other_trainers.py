@@ -155,9 +155,8 @@ def test_values_of_other_trainers_mean_ours():
     asked = {"query_instruction": "Find it", "query_instruction_format": "Instruct: {}\\nQuery: {}"}
     assert config(**asked).query_instruction == "Instruct: Find it\nQuery: "
     assert config(query_instruction_format="Instruct: {}\nQuery: {}").query_instruction is None
-    assert config(passage_instruction_for_retrieval="p: ", passage_instruction_format="<{}>{}").document_instruction == (
-        "<p: >"
-    )
+    asked = {"passage_instruction_for_retrieval": "p: ", "passage_instruction_format": "<{}>{}"}
+    assert config(**asked).document_instruction == "<p: >"
     taught = config(knowledge_distillation=True)
     assert (taught.teacher_loss_type, taught.teacher_score_key) == ("kl_distillation", "teacher_score")
     taught = config(knowledge_distillation=True, kd_loss_type="m3_kd_loss")
