@@ -79,7 +79,8 @@ class EmbeddingKeys(TrainingConfig):
         only=VALIDATED, derive=lambda config: True)
     metric_for_best_model: str | None = key(
         f"Validation figure that decides which checkpoint is best: loss, spearman (of graded pairs) or one of "
-        f"{PATTERNS}. Default ndcg@10.", only=VALIDATED, derive=lambda config: "ndcg@10")
+        f"{PATTERNS}. Default ndcg@10; spearman for a loss on graded pairs.", only=VALIDATED,
+        derive=lambda config: "spearman" if config.record_kind == "label" else "ndcg@10")
 
     # Loss
     loss_type: str = key(
