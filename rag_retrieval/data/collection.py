@@ -62,7 +62,7 @@ def store_collection(store: RecordStore, source: str) -> Collection:
     """The queries of ranking records, each against the documents of all records. A text counts once, as a query and as
     a document, with the highest of its grades.
 
-    store: with text_ids, which say what texts are equal. An id is a text's number in the order of the file: of equal
+    store: for embedders, whose ids say what texts are equal. An id is a number in the order of the file: of equal
     scores the later document ranks first. What is relevant is for `relevance_threshold` to decide.
     """
     first_groups, query_of = first_of_each(store.query_ids)

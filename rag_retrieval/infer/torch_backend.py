@@ -4,6 +4,7 @@ One call computes at a time, whatever the number of threads: families keep thing
 and a device gains nothing from two forwards at once.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from rag_retrieval.models.devices import check_devices, choose_precision
+from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.open import open_scorer
 from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
@@ -40,6 +42,7 @@ class TorchBackend:
         self.pair_encoder = scorer.pair_encoder
         self.calibration = scorer.calibration
         self._lock = Lock()
+        self._at_layer: dict[int, TorchBackend] = {}
 
     @property
     def device(self) -> str:
@@ -50,6 +53,18 @@ class TorchBackend:
             return np.empty(0, np.float32)
         with self._lock:
             return run_encoded(self.scorers, pairs, batch_size, self.precision).numpy()
+
+    def at_layer(self, layer: int) -> "TorchBackend":
+        with self._lock:
+            if layer not in self._at_layer:
+                if not isinstance(self.scorer, LLMDecoder):
+                    raise ValueError(f"cutoff_layers: {self.name} is an encoder, which has one head; leave it out")
+                cut = copy.copy(self)
+                cut._lock = self._lock  # they share their layers
+                cut.scorer, cut.scorers = self.scorer.at_layer(layer), [one.at_layer(layer) for one in self.scorers]
+                cut.calibration = None
+                self._at_layer[layer] = cut
+            return self._at_layer[layer]
 
     def describe(self) -> str:
         layout = "packed" if self.scorer.packs else f"padded: {self.scorer.packing_problem}"
@@ -72,7 +87,7 @@ class TorchBackend:
         """Nothing is held outside this process."""
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_lock": None}  # which cannot be copied or pickled
+        return self.__dict__ | {"_lock": None, "_at_layer": {}}  # a lock cannot be copied or pickled
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state | {"_lock": Lock()})
