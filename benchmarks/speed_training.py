@@ -153,14 +153,7 @@ def our_trainer(job: Job, first: int, output_dir: Path, log_interval: int = 10):
 
     config = our_config(job, output_dir, log_interval)
     AcceleratorState._reset_state(reset_partial_state=True)  # else it keeps the precision of an earlier run
-    accelerator = build_accelerator(
-        config.mixed_precision,
-        None,
-        output_dir,
-        config.batch_size,
-        config.gradient_accumulation_steps,
-        config.max_grad_norm,
-    )
+    accelerator = build_accelerator(config)
     training = RerankerTraining(config)
     training.open_data()
     set_seed(config.seed)

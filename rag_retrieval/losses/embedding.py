@@ -18,21 +18,26 @@ if TYPE_CHECKING:
     from rag_retrieval.losses.step_vectors import StepRows
 
 
+Reads = Literal["positives", "label", "teacher_score", "teacher_vectors"]
+
+
 @dataclass(frozen=True)
 class EmbeddingLoss:
     """A loss of a step's vectors.
 
     name: in a configuration. path: `module:function` of (StepRows, **options) to float32 [rows]. aliases: other names.
-    reads: what the records must have. options: what a configuration may set; option_values: what it has set.
+    reads: what the records must have. label_range: what labels must be within, both ends included; None: any numbers.
+    options: what a configuration may set; option_values: what is set, by it or by the table.
     full_width: it compares with vectors of the full width, so that Matryoshka's widths do not apply.
     """
 
     name: str
     path: str
-    reads: Literal["positives", "label", "teacher_score", "teacher_vectors"] = "positives"
+    reads: Reads = "positives"
     options: tuple[LossOption, ...] = ()
     option_values: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    label_range: tuple[float, float] | None = None
     full_width: bool = False
 
     @property
@@ -56,6 +61,16 @@ class Objective:
     width_weights: tuple[float, ...] | None = None
     normalize: bool = True
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the step must have: of its records as `EmbeddingLoss.reads`, and "guide" for the vectors of a guide."""
+        needed = {str(loss.reads) for loss, _ in self.terms}
+        for loss, _ in self.terms:
+            judge = loss.option_values.get("false_negative_judge")
+            if loss.option_values.get("false_negative_margin") is not None and judge in ("teacher", "guide"):
+                needed.add("teacher_score" if judge == "teacher" else "guide")
+        return frozenset(needed)
+
     def widths_of(self, dim: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Ascending widths and their weights for vectors of this width. A width beyond it is cut to it; of equal ones
         the first counts. Where a loss needs the full width, it is there, if need be with the weight 0."""
@@ -68,12 +83,19 @@ class Objective:
         return tuple(sorted(chosen)), tuple(chosen[width] for width in sorted(chosen))
 
 
-_CONTRASTIVE = "rag_retrieval.losses.contrastive"
-_CONTRASTIVE_OPTIONS = (
-    LossOption("temperature", float, 0.02, "divides cosines", {"gt": 0}),
+_CONTRASTIVE, _GRADED, _DISTILLATION, _VECTORS = (
+    f"rag_retrieval.losses.{module}"
+    for module in ("contrastive", "graded_pairs", "embedding_distillation", "vector_distillation")
+)
+TEMPERATURE = LossOption("temperature", float, 0.02, "divides cosines", {"gt": 0})
+WIDE_TEMPERATURE = LossOption("temperature", float, 0.05, "divides cosines", {"gt": 0})
+TEACHER_TEMPERATURE = LossOption("teacher_temperature", float, 1.0, "divides teacher scores", {"gt": 0})
+IN_BATCH = LossOption("use_inbatch_neg", bool, True, "other records' documents are negatives too")
+CONTRASTIVE_OPTIONS = (
+    TEMPERATURE,
     LossOption("directions", tuple[Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"], ...],
                ("query_to_doc",), "what is compared, in one denominator; query_to_doc must be among them"),
-    LossOption("use_inbatch_neg", bool, True, "other records' documents are negatives too"),
+    IN_BATCH,
     LossOption("margin", float, 0.0, "subtracted from the positive's cosine"),
     LossOption("hardness_mode", Literal["in_batch_negatives", "hard_negatives", "all_negatives"],
                "in_batch_negatives", "negatives that hardness_strength weights"),
@@ -86,9 +108,25 @@ _CONTRASTIVE_OPTIONS = (
 )  # fmt: skip
 
 _ALL = (
-    EmbeddingLoss("info_nce", f"{_CONTRASTIVE}:info_nce", options=_CONTRASTIVE_OPTIONS),
+    EmbeddingLoss("info_nce", f"{_CONTRASTIVE}:info_nce", options=CONTRASTIVE_OPTIONS),
+    EmbeddingLoss("qwen3_info_nce", f"{_CONTRASTIVE}:info_nce", options=CONTRASTIVE_OPTIONS,
+                  option_values={"directions": ("query_to_doc", "query_to_query", "doc_to_doc"),
+                                 "false_negative_margin": 0.1, "temperature": 0.01}),
+    EmbeddingLoss("cosent", f"{_GRADED}:cosent", "label", (WIDE_TEMPERATURE,)),
+    EmbeddingLoss("cosine_regression", f"{_GRADED}:cosine_regression", "label", label_range=(-1, 1)),
+    EmbeddingLoss("margin_mse", f"{_DISTILLATION}:margin_mse", "teacher_score", (WIDE_TEMPERATURE,)),
+    EmbeddingLoss("kl_distillation", f"{_DISTILLATION}:kl_distillation", "teacher_score",
+                  (TEMPERATURE, TEACHER_TEMPERATURE), aliases=("kl_div",)),
+    EmbeddingLoss("m3_distillation", f"{_DISTILLATION}:m3_distillation", "teacher_score",
+                  (TEMPERATURE, TEACHER_TEMPERATURE, IN_BATCH), aliases=("m3_kd_loss",)),
+    EmbeddingLoss("teacher_cosine", f"{_VECTORS}:teacher_cosine", "teacher_vectors", full_width=True),
+    EmbeddingLoss("teacher_similarity", f"{_VECTORS}:teacher_similarity", "teacher_vectors"),
+    EmbeddingLoss("teacher_triplet", f"{_VECTORS}:teacher_triplet", "teacher_vectors",
+                  (LossOption("triplet_margin", float, 0.015, "by which similarities are to differ", {"ge": 0}),)),
 )  # fmt: skip
 
+# names for several losses of the table with weights
+COMBINATIONS = {"stella": {"teacher_cosine": 10.0, "teacher_similarity": 200.0, "teacher_triplet": 20.0}}
 EMBEDDING_LOSSES: dict[str, EmbeddingLoss] = {loss.name: loss for loss in _ALL}
 EMBEDDING_ALIASES: dict[str, str] = {alias: loss.name for loss in _ALL for alias in loss.aliases}
 
@@ -102,22 +140,29 @@ def objective_of(
 ) -> Objective:
     """The objective with these losses, by name or `module:function`, and their weights.
 
-    options: values by name, each for the losses that have such an option. Raises ValueError for a loss that is not
-    there, an option that no loss of these has, and widths and weights of different number.
+    weights: a name of `COMBINATIONS` stands for its losses. options: values by name, each for the losses that have such
+    an option. Raises ValueError for a loss that is not there, an option that no loss of these has, directions without
+    query_to_doc, and widths and weights of different number.
     """
     options = options or {}
-    terms = []
+    single = {}
     for name, weight in weights.items():
-        loss = EMBEDDING_LOSSES.get(EMBEDDING_ALIASES.get(name, name))
-        if loss is None and ":" not in name:
-            raise ValueError(f"loss: found {name!r}; expected one of {', '.join(EMBEDDING_LOSSES)}, or module:function")
-        loss = loss or EmbeddingLoss(name, name)
+        for part, share in COMBINATIONS.get(name, {name: 1.0}).items():
+            single[part] = single.get(part, 0.0) + share * weight
+    terms = []
+    for name, weight in single.items():
+        loss = EMBEDDING_LOSSES.get(EMBEDDING_ALIASES.get(name, name)) or EmbeddingLoss(name, name)
+        if ":" not in loss.path:
+            names = ", ".join([*EMBEDDING_LOSSES, *COMBINATIONS])
+            raise ValueError(f"loss: found {name!r}; expected one of {names}, or module:function")
         own = {option.name for option in loss.options}
         values = {**loss.option_values, **{key: value for key, value in options.items() if key in own}}
         terms.append((replace(loss, option_values=values), weight))
     unknown = set(options) - {option.name for loss, _ in terms for option in loss.options}
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: no option of {', '.join(weights)}")
+    if "query_to_doc" not in options.get("directions", ("query_to_doc",)):
+        raise ValueError(f"directions: found {', '.join(options['directions'])}; query_to_doc must be among them")
     if matryoshka_weights and len(matryoshka_weights) != len(matryoshka_dims or ()):
         raise ValueError(
             f"matryoshka_weights has {len(matryoshka_weights)} values, matryoshka_dims {len(matryoshka_dims or ())}; "

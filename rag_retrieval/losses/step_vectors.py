@@ -2,8 +2,9 @@
 against all documents exists at once. Autograd sees vectors alone, neither the model nor other processes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def vector_gradients(
             guide and tuple(F.normalize(vectors.float(), dim=1) for vectors in guide),
         )
         for start in range(0, own, rows):
-            block = replace(step, rows=slice(start, min(start + rows, own)), cache={})
+            block = replace(step, rows=slice(start, min(start + rows, own)), block_cache={})
             total = sum(
                 loss_weight * (1.0 if loss.full_width else weight) * loss(replace(block, width=width))
                 for width, weight in enumerate(weights)
@@ -153,8 +154,9 @@ class StepRows:
     rows: slice
     guide: tuple[Tensor, Tensor] | None = None
     width: int = 0
-    cache: dict[str, list[Tensor]] = field(default_factory=dict)  # shared by the widths of a block
-    report: dict[str, Tensor] = field(default_factory=dict)  # shared by the blocks of a step
+    block_cache: dict[str, list[Tensor]] = field(default_factory=dict)  # shared by the widths of a block
+    step_cache: dict[tuple[str, int], Any] = field(default_factory=dict)  # shared by the blocks of a step
+    report: dict[str, Tensor] = field(default_factory=dict)  # likewise
 
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start
@@ -187,17 +189,18 @@ class StepRows:
     def cosines(self, direction: Direction) -> Tensor:
         """Of the record's query, or of its positive for doc_to_*, with all queries or documents of the step; for
         own_documents with `own_documents`, anything at padding. [rows, columns]."""
-        if direction not in self.cache:
-            if direction == "own_documents":
-                own = self.own_documents.clamp(min=0)
-                self.cache[direction] = self.queries.with_own(self.own_queries, self.documents, own)
-            else:
-                source, others = direction.split("_to_")
-                vectors, places = (
-                    (self.queries, self.own_queries) if source == "query" else (self.documents, self.positives)
-                )
-                self.cache[direction] = vectors.against(places, self.queries if others == "query" else self.documents)
-        return self.cache[direction][self.width]
+        if direction not in self.block_cache:
+            with torch.enable_grad():  # whoever asks first: the others need the graph
+                self.block_cache[direction] = self._cosines(direction)
+        return self.block_cache[direction][self.width]
+
+    def _cosines(self, direction: Direction) -> list[Tensor]:
+        if direction == "own_documents":
+            return self.queries.with_own(self.own_queries, self.documents, self.own_documents.clamp(min=0))
+        of_query, with_queries = direction.startswith("query"), direction.endswith("query")
+        vectors = self.queries if of_query else self.documents
+        places = self.own_queries if of_query else self.positives
+        return vectors.against(places, self.queries if with_queries else self.documents)
 
     def positive_columns(self, direction: Direction) -> Tensor | None:
         """Where the pair of query and positive stands in a row of `cosines`: int64 [rows]; None where it does not."""
@@ -210,8 +213,20 @@ class StepRows:
 
     def positive_cosines(self) -> Tensor:
         """Of query and positive: [rows]."""
-        direction = "query_to_doc" if "query_to_doc" in self.cache else "own_documents"
+        direction = "query_to_doc" if "query_to_doc" in self.block_cache else "own_documents"
         return self.cosines(direction).gather(1, self.positive_columns(direction).unsqueeze(1)).squeeze(1)
+
+    def pair_cosines(self) -> Tensor:
+        """Of query and positive of all records of the step, without a graph: [R]."""
+        with torch.no_grad():
+            positives = self.targets.positives.unsqueeze(1)
+            return self.queries.with_own(self.targets.queries, self.documents, positives)[self.width].squeeze(1)
+
+    def of_step(self, name: str, work: Callable[[], Any]) -> Any:
+        """What a loss computes once a step and width from all records."""
+        if (name, self.width) not in self.step_cache:
+            self.step_cache[name, self.width] = work()
+        return self.step_cache[name, self.width]
 
     def allowed(self, direction: Direction) -> Tensor:
         """Which columns of `cosines` are the positive, or no document or query that the data name as a match: bool

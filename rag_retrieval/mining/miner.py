@@ -9,7 +9,7 @@ RankNet or listwise cross entropy, which needs a margin.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,38 +25,11 @@ from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.index import SearchOptions, make_search
 
 
-@dataclass(frozen=True)
-class Rules:
-    """num_negatives: per query, at least 1. first_rank: of the window, from 1; its end is the list's end.
-
-    absolute_margin, relative_margin: how far a negative stays below the lowest score of the query's positives,
-    in units of the score and as a fraction of its size. max_score: of a negative. None: no such rule.
-    at_random: draw among those that fit, else take the best ranked. seed: of the draw.
-    """
-
-    num_negatives: int
-    first_rank: int
-    absolute_margin: float | None
-    relative_margin: float | None
-    max_score: float | None
-    at_random: bool
-    seed: int
-
-
 class Miner:
     """Built once for a run: loads the models, and builds what the work folder lacks."""
 
     def __init__(self, config: MiningConfig, corpus: Corpus, work: WorkFolder):
         self.config, self.corpus, self.depth = config, corpus, config.last_rank
-        self.rules = Rules(
-            config.num_negatives,
-            config.first_rank,
-            config.absolute_margin,
-            config.relative_margin,
-            config.max_score,
-            config.sampling == "random",
-            config.seed,
-        )
         device = device_of(config)
         self.reranker = None
         if config.reranker is not None:
@@ -71,13 +44,13 @@ class Miner:
 
     def _mine(self, query: Query, candidates: Candidates) -> Mined:
         dropped = Counter()
-        fit = np.array(fit_places(query, candidates, self.corpus, self.rules.first_rank, dropped), np.int64)
+        fit = np.array(fit_places(query, candidates, self.corpus, self.config.first_rank, dropped), np.int64)
         rows = candidates.rows[fit]
         scores, positive_scores = candidates.scores[fit], candidates.judged_scores
         if self.reranker is not None:
             scores, positive_scores = rerank(self.reranker, query, rows, self.corpus, self.config)
-        kept = np.flatnonzero(below_positives(scores, positive_scores, self.rules, dropped))
-        kept = draw(query, kept, self.rules, dropped)
+        kept = np.flatnonzero(below_positives(scores, positive_scores, self.config, dropped))
+        kept = draw(query, kept, self.config, dropped)
         return Mined(
             rows[kept].tolist(),
             _rounded(scores[kept]),
@@ -170,7 +143,9 @@ def fit_places(query: Query, candidates: Candidates, corpus: Corpus, first_rank:
     return places
 
 
-def below_positives(scores: np.ndarray, positive_scores: np.ndarray, rules: Rules, dropped: Counter) -> np.ndarray:
+def below_positives(
+    scores: np.ndarray, positive_scores: np.ndarray, rules: MiningConfig, dropped: Counter
+) -> np.ndarray:
     """bool [candidates]: whether the score keeps the margins and `max_score`."""
     lowest = positive_scores.min()
     limits = []
@@ -185,14 +160,14 @@ def below_positives(scores: np.ndarray, positive_scores: np.ndarray, rules: Rule
     return in_margin & not_too_high
 
 
-def draw(query: Query, fit: np.ndarray, rules: Rules, dropped: Counter) -> np.ndarray:
+def draw(query: Query, fit: np.ndarray, rules: MiningConfig, dropped: Counter) -> np.ndarray:
     """At most `num_negatives` of the places `fit` (ascending), ascending.
 
     The draw of a query depends on the seed and its text alone: other queries, and their order, change nothing.
     """
     count = min(rules.num_negatives, len(fit))
     dropped["not_drawn"] += len(fit) - count
-    if not rules.at_random:
+    if rules.sampling == "top":
         return fit[:count]
     digest = hashlib.blake2b(query.text.encode(), digest_size=8).digest()
     generator = np.random.default_rng([rules.seed, int.from_bytes(digest, "little")])

@@ -129,8 +129,9 @@ class MiningSummary:
     def describe(self, wanted: int) -> str:
         """Some lines for a terminal; reasons that dropped nothing are left out."""
         repeated = self.queries_read - self.queries_without_text - self.queries
+        merged = f" ({repeated:,} repeated and merged)" if repeated else ""
         rows = [
-            (self.queries, f"queries with {self.positives:,} positives" + _note(repeated, "repeated and merged")),
+            (self.queries, f"queries with {self.positives:,} positives" + merged),
             (self.queries_without_text, "without text, left out"),
             (self.queries - self.short_queries - self.empty_queries, f"have {wanted} negatives"),
             (self.short_queries, "have fewer, and are written all the same"),
@@ -143,7 +144,3 @@ class MiningSummary:
         width = max(len(f"{count:,}") for count, _ in shown)
         lines = [f"  {count:>{width},}  {text}" for count, text in shown]
         return "\n".join(lines + [f"  distinct words: {self.words}"] * bool(self.words))
-
-
-def _note(count: int, text: str) -> str:
-    return f" ({count:,} {text})" if count else ""

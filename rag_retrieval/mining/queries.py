@@ -82,6 +82,11 @@ class _Collector:
         return QuerySet(queries, read, without_text)
 
 
+def read_queries(data: str, split: str, corpus: Corpus) -> QuerySet:
+    """data: a folder in BEIR layout, whose `split` is read, or a file of records."""
+    return read_beir_queries(Path(data), split, corpus) if Path(data).is_dir() else read_record_queries(data, corpus)
+
+
 def read_beir_queries(folder: Path, split: str, corpus: Corpus) -> QuerySet:
     """The queries that qrels/<split>.tsv judges. A positive has a grade above 0, its label is the grade.
 

@@ -18,13 +18,7 @@ from rag_retrieval.data.records import DataError
 from rag_retrieval.mining.config import MiningConfig, summary_file
 from rag_retrieval.mining.miner import Miner
 from rag_retrieval.mining.output import Mined, MiningSummary, lines_of, text_writer
-from rag_retrieval.mining.queries import (
-    Query,
-    QuerySet,
-    demand_labels_above_zero,
-    read_beir_queries,
-    read_record_queries,
-)
+from rag_retrieval.mining.queries import Query, QuerySet, demand_labels_above_zero, read_queries
 from rag_retrieval.models.settings import model_content
 
 PART = 256  # queries
@@ -44,7 +38,7 @@ def mine(config: MiningConfig) -> MiningSummary:
         check_output(config, output)
         with work.locked():
             corpus = open_corpus(config, work)
-            queries = read_queries(config, corpus)
+            queries = read_queries(config.data, config.split, corpus)
             if config.output_format != "pos_neg" and config.labels == "relevance":
                 demand_labels_above_zero(queries)
             parts = mine_parts(config, corpus, queries, work)
@@ -80,12 +74,6 @@ def open_corpus(config: MiningConfig, work: WorkFolder) -> Corpus:
         found = f"first_rank is {config.first_rank}, and there are {len(corpus)} documents"
         raise DataError(f"{source}: {found}, so that no candidate can have that rank; lower first_rank.")
     return corpus
-
-
-def read_queries(config: MiningConfig, corpus: Corpus) -> QuerySet:
-    if Path(config.data).is_dir():
-        return read_beir_queries(Path(config.data), config.split, corpus)
-    return read_record_queries(config.data, corpus)
 
 
 def mine_parts(config: MiningConfig, corpus: Corpus, queries: QuerySet, work: WorkFolder) -> Path:

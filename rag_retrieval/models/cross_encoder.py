@@ -112,7 +112,8 @@ class CrossEncoder(PairScorer):
         lower_case_like(files, tokenizer)
         set_encoder_pad_token(model, tokenizer)
         check_vocabulary(path, model, tokenizer)
-        max_length = choose_max_length(options.max_length, saved, files, tokenizer, model, not new_parameters)
+        saved_length, trained = saved and saved.max_len, not new_parameters
+        max_length = choose_max_length(options.max_length, saved_length, files, tokenizer, model, trained)
         tokenizer.model_max_length = max_length  # other libraries truncate by it
         formats = choose_formats(files, options, saved)
         pools_at_eos = model.config.is_encoder_decoder

@@ -170,7 +170,8 @@ class LLMDecoder(PairScorer):
         (check_is_trained if trained_only else warn_of_new_parameters)(path, new_parameters)
         set_decoder_pad_token(model, tokenizer, template.suffix[-1])
         check_vocabulary(path, model, tokenizer)
-        max_length = choose_max_length(options.max_length, saved, files, tokenizer, model, not new_parameters)
+        saved_length, trained = saved and saved.max_len, not new_parameters
+        max_length = choose_max_length(options.max_length, saved_length, files, tokenizer, model, trained)
         settings = RerankerSettings(cls.model_type, max_length, **texts, start_layer=start_layer)
         template = replace(template, truncate_left=truncates_left(tokenizer, trained=not new_parameters))
         encoder = PairEncoder(tokenizer, template, max_length, split_special_tokens=True)

@@ -28,7 +28,6 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from rag_retrieval.models.settings import (
     ModelFiles,
-    RerankerSettings,
     check_no_pointers,
     choose_setting,
     parsing,
@@ -406,13 +405,14 @@ def score_layer(model: PreTrainedModel) -> nn.Linear | None:
 
 def choose_max_length(
     given: int | None,
-    saved: RerankerSettings | None,
+    saved: int | None,
     files: ModelFiles,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     trained: bool,
 ) -> int:
-    """Tokens per pair: the argument, else what was saved with the model, else what other programs wrote, else 512.
+    """Tokens per pair, or per text of an embedder: the argument, else what was saved with the model, else what other
+    programs wrote, else 512.
 
     Of others: sentence-transformers' max_seq_length, else the tokenizer's model_max_length, for a trained model and
     up to LONGEST_DEFAULT. What is not given is bounded by the model's positions; it is logged which one holds. Raises
@@ -428,11 +428,11 @@ def choose_max_length(
     default, source = DEFAULT_MAX_LENGTH, "the default"
     if known and trained:
         default, source = min(known[0][0], LONGEST_DEFAULT), known[0][1]
-    max_length = choose_setting("max_length", given, saved and saved.max_len, min(default, limit))
+    max_length = choose_setting("max_length", given, saved, min(default, limit))
     if given is not None or saved is not None:
         source = "as given" if given is not None else "as it was saved"
     check_max_length(max_length, model)
-    logger.info("%s: at most %d tokens per pair (%s)", files.path, max_length, source)
+    logger.info("%s: at most %d tokens (%s)", files.path, max_length, source)
     return int(max_length)
 
 

@@ -5,7 +5,7 @@ The configuration of a command that opens a model inherits from `ModelOptions` a
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -15,6 +15,7 @@ from rag_retrieval.core.config_reader import error_message
 LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
 LONG_DOCUMENT_DEFAULT = "truncate"  # measured: see `Reranker.rerank`
 OVERLAP = 64  # tokens
+POOLINGS = ("cls", "mean", "weighted_mean", "last")  # see `models.pooling`
 NUMBER_FORMATS = {
     "float32": "fp32", "no": "fp32", "False": "fp32", "bfloat16": "bf16", "float16": "fp16"
 }  # fmt: skip
@@ -29,21 +30,17 @@ def number_format(value: Any) -> Any:
     return NUMBER_FORMATS.get(str(value).removeprefix("torch."), value)
 
 
+Options = TypeVar("Options", bound="OpeningOptions")
 NumberFormat = Annotated[Literal["fp32", "bf16", "fp16"] | None, BeforeValidator(number_format)]
 DeviceName = Annotated[str | None, BeforeValidator(lambda value: value if value is None else str(value))]
 
 
-class ModelOptions(Config):
-    """How to open a reranker. None: what the folder says, or the machine's own choice."""
+class OpeningOptions(Config):
+    """How to open a model of any kind. None: what the folder says, or the machine's own choice."""
 
     aliases: ClassVar[Mapping[str, str]] = {"max_len": "max_length"}
-    groups: ClassVar[Mapping[str, str]] = {"model_type": "Opening the model"}
+    groups: ClassVar[Mapping[str, str]] = {"device": "Opening the model"}
 
-    model_type: Literal["bert_encoder", "llm_decoder", "onnx", "openvino"] | None = Field(
-        None,
-        description="Architecture, where the folder's files do not decide it; openvino runs an exported folder with "
-        "that runtime in place of ONNX Runtime.",
-    )
     device: DeviceName = Field(
         None, min_length=1, description="Such as cpu, cuda:0, mps or npu:0. Absent: a GPU if there is one."
     )
@@ -67,6 +64,42 @@ class ModelOptions(Config):
         min_length=1,
         description="Attention of transformers, such as sdpa or eager. Absent: batches without padding, where the "
         "model allows it.",
+    )
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the named options that are not None."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class EmbedderOptions(OpeningOptions):
+    """How to open an embedding model."""
+
+    max_length: int | None = Field(
+        None,
+        ge=1,
+        description="Longest text, in tokens, special tokens included. Absent: what the model's folder says, else 512.",
+    )
+    query_max_length: int | None = Field(None, ge=1, description="The same of a query. Absent: as for other texts.")
+    pooling: Literal[POOLINGS] | None = Field(
+        None, description="How token states become a vector. Absent: what the folder says, or a known model's own."
+    )
+    prompts: dict[str, str] | None = Field(
+        None, description="Text before a text, by name: query and document. In place of the folder's of that name."
+    )
+    include_prompt: bool | None = Field(None, description="Whether the tokens of a prompt are pooled too.")
+    normalize: bool | None = Field(None, description="Whether vectors are made to length 1.")
+    bidirectional: bool | None = Field(
+        None, description="Decoders: whether tokens see those after them, as in an encoder."
+    )
+
+
+class ModelOptions(OpeningOptions):
+    """How to open a reranker."""
+
+    model_type: Literal["bert_encoder", "llm_decoder", "onnx", "openvino"] | None = Field(
+        None,
+        description="Architecture, where the folder's files do not decide it; openvino runs an exported folder with "
+        "that runtime in place of ONNX Runtime.",
     )
     query_format: EscapedText | None = Field(None, description="Text around a query, which stands for {}.")
     document_format: EscapedText | None = Field(None, description="Text around a document, which stands for {}.")
@@ -96,10 +129,6 @@ class ModelOptions(Config):
             values["device"] = device
         return ModelOptions(**values)
 
-    def given(self, *names: str) -> dict[str, Any]:
-        """Those of the named options that are not None."""
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
 
 class LongDocumentOptions(Config):
     """How documents are read that do not fit beside their query: `rerank` describes the values."""
@@ -116,14 +145,23 @@ class LongDocumentOptions(Config):
 
 def model_options(**values: Any) -> ModelOptions:
     """For Python callers: raises ValueError in one line that names the option."""
+    return _checked(ModelOptions, values)
+
+
+def embedder_options(**values: Any) -> EmbedderOptions:
+    """As `model_options`, of an embedding model."""
+    return _checked(EmbedderOptions, values)
+
+
+def _checked(kind: type[Options], values: Mapping[str, Any]) -> Options:
     try:
-        return ModelOptions(**values)
+        return kind(**values)
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
         name = wrong["loc"][0]
-        raise ValueError(f"{name}: {error_message(name, wrong, ModelOptions, nested=False)}") from error
+        raise ValueError(f"{name}: {error_message(name, wrong, kind, nested=False)}") from error
 
 
-def options_among(arguments: Mapping[str, Any]) -> ModelOptions:
+def options_among(arguments: Mapping[str, Any], kind: type[Options] = ModelOptions) -> Options:
     """Of the arguments of a call, as `locals()` gives them at its beginning, those that are options."""
-    return model_options(**{name: value for name, value in arguments.items() if name in ModelOptions.model_fields})
+    return _checked(kind, {name: value for name, value in arguments.items() if name in kind.model_fields})

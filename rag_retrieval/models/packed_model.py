@@ -178,7 +178,7 @@ NOT_A_MASK = (1, 1, 1, 1)  # a 4-dimensional mask is used as it is: the family b
 
 def packed_outputs(model: PreTrainedModel, batch: TokenBatch, packing: Packing, **options) -> ModelOutput:
     """The backbone's outputs for the packed row. options: of its forward."""
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = model.base_model  # itself, where it has no head
     inputs = {
         "input_ids": packing.select(batch.ids),
         "position_ids": packing.positions[None],
@@ -239,12 +239,14 @@ def packing_problem(
     packed_scores: Callable[[TokenBatch], torch.Tensor],
     batch: TokenBatch,
     half_tolerance: float = HALF_TOLERANCE,
+    reads_one_token: bool = True,
 ) -> str | None:
     """Why this model cannot be packed, or None: then it has been given our attention function and last layer.
 
     Compares both scores of `batch`, whose pairs should differ in length, share a query, and exceed a sliding window
-    where the model has one. half_tolerance: of scores of a model in half precision, relative where they exceed 1. The
-    model is left in its mode; no random number is drawn.
+    where the model has one: [pairs], or several numbers of order 1 for each. half_tolerance: of scores of a model in
+    half precision, relative where they exceed 1. reads_one_token: whether the head reads one token's state, so that
+    the last layer need not compute the others. The model is left in its mode; no random number is drawn.
     """
     own = model.config._attn_implementation
     problem = "its attention cannot be replaced"
@@ -252,7 +254,8 @@ def packing_problem(
         expected = padded_scores(batch)
         try:
             model.set_attn_implementation(ATTENTION)
-            prune_last_layer(model)
+            if reads_one_token:
+                prune_last_layer(model)
             if model.config._attn_implementation == ATTENTION:
                 problem = difference(expected, packed_scores(batch), model.dtype, half_tolerance)
         except Exception as error:  # whatever a family's own code raises when it is called in another way
@@ -305,7 +308,7 @@ def difference(
     largest = (expected - packed).abs().max().item()
     if not largest <= tolerance:  # NaN too
         return f"packed scores differ from padded ones by {largest:.2g}"
-    if expected.max() - expected.min() <= tolerance:
+    if (expected.amax(dim=0) - expected.amin(dim=0)).max() <= tolerance:
         return "all pairs get the same score, so that packing cannot be checked"
     return None
 

@@ -18,12 +18,12 @@ import torch
 from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges
 
 
-def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The same numbers as an int64 tensor, copied without waiting for the device."""
+def on_device(values: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """The same numbers as a tensor of that dtype, copied without waiting for the device."""
     tensor = torch.from_numpy(values)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True).long()
+    return tensor.to(device, non_blocking=True).to(dtype)
 
 
 def padded_inputs(batch: TokenBatch, pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -66,8 +66,7 @@ class AttentionRun(NamedTuple):
 
 
 class Packing:
-    """The packed row of one batch: for a causal model, which shares prefixes and is pooled at a text's last token, or
-    for a bidirectional one, which is pooled at its first.
+    """The packed row of one batch: for a causal model, which may share prefixes, or for a bidirectional one.
 
     lengths: [segments], tokens. prefix_segments: [segments], the segment of the shared prefix; -1 without one.
     query_lengths, query_segments: how many tokens attend, the last ones of which segment: all tokens of every segment,
@@ -76,10 +75,18 @@ class Packing:
     the token whose state the head reads.
     """
 
-    def __init__(self, batch: TokenBatch, causal: bool, device: torch.device, first_position: int = 0):
+    def __init__(
+        self,
+        batch: TokenBatch,
+        shares_prefixes: bool,
+        device: torch.device,
+        first_position: int = 0,
+        pooled_last: bool | None = None,
+    ):
         """first_position: where it is above 0, as in RoBERTa's family, first_position - 1 is the id of the padding
-        token and its position: such a token inside a text is not counted."""
-        shared = batch.shared if causal else np.zeros_like(batch.shared)
+        token and its position: such a token inside a text is not counted. pooled_last: whether the head reads a text's
+        last token, or its first; None: the last with shared prefixes."""
+        shared = batch.shared if shares_prefixes else np.zeros_like(batch.shared)
         first_tokens = np.cumsum(batch.lengths, dtype=np.int32) - batch.lengths  # of each text, in the batch
         # a run is a text that shares nothing with the one before it, and those after it that do
         run_starts = np.flatnonzero(shared == 0)
@@ -109,7 +116,8 @@ class Packing:
             positions = positions_without_padding(batch, first_position - 1)
         self.positions = on_device(positions, device)
         self._ends = np.cumsum(self.lengths, dtype=np.int32)
-        pooled = self._ends - 1 if causal else self._ends - self.lengths
+        last = shares_prefixes if pooled_last is None else pooled_last
+        pooled = self._ends - 1 if last else self._ends - self.lengths
         self.pooled_index = on_device(pooled[self._text_segments], device)
 
     @cached_property

@@ -6,7 +6,6 @@ that only a pointwise loss teaches one.
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,36 +14,22 @@ from transformers import PreTrainedModel
 
 from rag_retrieval.models.calibration import CALIBRATION_FILE, Calibration, Probabilities, probabilities_of
 from rag_retrieval.models.inputs import check_flag, check_pairs
-from rag_retrieval.models.loading import check_max_length, first_position, score_layer
-from rag_retrieval.models.packed_model import (
-    HALF_TOLERANCE,
-    Head,
-    kernel_problem,
-    packed_outputs,
-    packing_problem,
-    pairs_to_check,
-    sliding_window,
-)
+from rag_retrieval.models.loading import score_layer
+from rag_retrieval.models.packed_model import Head, packed_outputs, packing_problem, pairs_to_check
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder
 from rag_retrieval.models.scoring import Precision, ScoringOptions, score_pairs
 from rag_retrieval.models.settings import RerankerSettings, write_settings
 from rag_retrieval.models.token_batch import TokenBatch, make_batch
+from rag_retrieval.models.transformer import TransformerModule
 
 
-class PairScorer(nn.Module):
+class PairScorer(TransformerModule):
     """A Hugging Face sequence-classification model with one label, and the encoder of its pairs.
 
-    `model` is the Hugging Face model, `pair_encoder` turns texts into ids, `settings` is what is saved beside
-    the weights, `new_parameters` names the parameters that no checkpoint gave (a fresh head).
-    `packing_problem` says why batches of this model are padded; None where they are packed, which is so unless
-    the caller named an `attn_implementation` or the family fails the check. `fitting_tokens` is the most that a
-    forward of scoring may hold since one ran out of GPU memory; None where none did. `calibration` is what lay
+    `pair_encoder` turns texts into ids, `settings` is what is saved beside the weights. `calibration` is what lay
     beside the weights when they were loaded; further training makes it wrong.
     """
-
-    half_tolerance = HALF_TOLERANCE
-    causal: bool  # whether tokens attend only to what stands before them, so that pairs of a query can share it
 
     def __init__(
         self,
@@ -54,18 +39,12 @@ class PairScorer(nn.Module):
         new_parameters: set[str],
         attn_implementation: str | None = None,
     ):
-        super().__init__()
-        self.model = model
+        super().__init__(model, new_parameters)
         self.pair_encoder = pair_encoder
         self.settings = settings
-        self.new_parameters = new_parameters
-        self.fitting_tokens: int | None = None
         self.calibration: Calibration | None = None
-        # a new module starts in train mode, but from_pretrained leaves the Hugging Face model in eval mode
-        self.training = model.training
         if (layer := score_layer(model)) is not None:
             layer.register_forward_hook(score_in_float32)
-        self.first_position = first_position(model)
         self.packing_problem = self._packing_problem(attn_implementation)
 
     def _packing_problem(self, attn_implementation: str | None) -> str | None:
@@ -79,41 +58,6 @@ class PairScorer(nn.Module):
     @property
     def tokenizer(self):
         return self.pair_encoder.tokenizer
-
-    @property
-    def config(self):
-        """The Hugging Face configuration: engines read hidden sizes from it."""
-        return self.model.config
-
-    @property
-    def _no_split_modules(self):
-        """The layer classes that FSDP wraps one by one, as the family names them."""
-        return self.model._no_split_modules
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def packs(self) -> bool:
-        """Whether batches are computed without padding, on the present device and under the present autocast."""
-        device = self.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.model.dtype
-        return self.packing_problem is None and kernel_problem(device, dtype, *self._attention_kind) is None
-
-    @cached_property
-    def _attention_kind(self) -> tuple[tuple[int, int], int, bool, bool]:
-        """What `kernel_problem` asks of a model, after device and dtype."""
-        config = self.config.get_text_config()
-        heads = config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return (heads, key_heads), size, self.causal, sliding_window(self.model) > 0
 
     @property
     def shares_queries(self) -> bool:
@@ -134,10 +78,6 @@ class PairScorer(nn.Module):
         device = self.device
         inputs = padded_inputs(batch, self.tokenizer.pad_token_id, device)
         return self.scores_of(inputs, on_device(batch.lengths, device))
-
-    def check_max_length(self, max_length: int) -> None:
-        """Raises ValueError for more tokens than the model has positions for."""
-        check_max_length(max_length, self.model)
 
     def scores_of(self, inputs: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
         """Scores of the Hugging Face model's own inputs, padded at the right: [pairs], float32.
@@ -204,7 +144,7 @@ class PairScorer(nn.Module):
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write a plain Hugging Face folder (safetensors, config, tokenizer) plus `reranker_config.json`.
 
-        state_dict: weights of the Hugging Face model, where an engine has gathered them; default its own.
+        state_dict: weights of this module, where an engine has gathered them; default its own.
         A calibration is not written, and one that lies in the folder is removed: the weights may be others.
         """
         folder = Path(folder)
@@ -213,13 +153,7 @@ class PairScorer(nn.Module):
         self.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
         if self.model.config.num_labels == 1:  # servers and pipelines give the raw score by it; a causal model has 2
             self.model.config.problem_type = "regression"
-        if state_dict is not None:
-            # engines give a tied output embedding a second time; what transformers saves has it once
-            names = {name for name, _ in chain(self.model.named_parameters(), self.model.named_buffers())}
-            tied = self.model.state_dict().keys() - names
-            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
-        self.model.save_pretrained(folder, state_dict=state_dict)
-        self.tokenizer.save_pretrained(folder)
+        self.save_weights(folder, state_dict)
         write_settings(folder, self.settings)
 
 

@@ -265,12 +265,17 @@ class ModelFiles:
             return next(iter(map(str, expect(config, "architectures", list, []))), "")
 
     @cached_property
-    def modules(self) -> dict[str, str]:
-        """Of sentence-transformers: the folder of each module by the name of its class."""
+    def module_list(self) -> list[tuple[str, str]]:
+        """Of sentence-transformers: (name of its class, folder) of each module, in the order of computation."""
         entries = read_json(self.path, "modules.json", list)
         with parsing(f"{self.path}: modules.json"):
-            return {expect(entry, "type", str, "").rpartition(".")[2]: expect(entry, "path", str, "")
-                    for entry in entries}  # fmt: skip
+            return [(expect(entry, "type", str, "").rpartition(".")[2], expect(entry, "path", str, ""))
+                    for entry in entries]  # fmt: skip
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The folder of each module by the name of its class."""
+        return dict(self.module_list)
 
     @cached_property
     def logit_score(self) -> dict | None:

@@ -28,13 +28,15 @@ class TokenBatch:
 
     ids, types: [tokens], the texts one after another; types (segment ids) is None for families without them.
     lengths: [texts], tokens. shared: [texts], how many tokens at the beginning of a text, up to its document, are those
-    of the text before it; 0 where they differ.
+    of the text before it; 0 where they differ. starts: [texts], how many tokens stand before a text's document, those
+    of a prompt say; None stands for none.
     """
 
     ids: np.ndarray
     types: np.ndarray | None
     lengths: np.ndarray
     shared: np.ndarray
+    starts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -54,7 +56,7 @@ def make_batch(pairs: Sequence[EncodedPair]) -> TokenBatch:
     differences = np.concatenate(([0], np.cumsum(ids[places] != ids[places - distances])))
     ends = np.cumsum(shared)
     shared[differences[ends] != differences[ends - shared]] = 0
-    return TokenBatch(ids, types, lengths, shared)
+    return TokenBatch(ids, types, lengths, shared, starts)
 
 
 def texts_of(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
@@ -63,7 +65,8 @@ def texts_of(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
     types = None if batch.types is None else batch.types[first:last]
     shared = batch.shared[start:stop].copy()
     shared[0] = 0
-    return TokenBatch(batch.ids[first:last], types, batch.lengths[start:stop], shared)
+    starts = None if batch.starts is None else batch.starts[start:stop]
+    return TokenBatch(batch.ids[first:last], types, batch.lengths[start:stop], shared, starts)
 
 
 def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ each other: N silent copies. Here such a launch becomes plain data parallelism o
 import logging
 import os
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.run_folder import TRACKER_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -27,39 +27,27 @@ class LaunchError(RuntimeError):
     """The launcher's settings and the machine or the configuration do not fit."""
 
 
-def build_accelerator(
-    mixed_precision: str,
-    log_with: str | None,
-    output_dir: Path,
-    batch_size: int,
-    accumulation: int,
-    max_grad_norm: float | None,
-    wait_minutes: float = 30.0,
-) -> Accelerator:
-    """The Accelerator of this run. batch_size: records per micro-batch and process. accumulation: micro-batches
-    per step. wait_minutes: how long a process waits for another in any exchange.
-
-    Raises LaunchError when accelerate's settings contradict these or when the processes that were started do not
-    form one group.
-    """
-    check_precision(mixed_precision)
-    own_accumulation(accumulation)
+def build_accelerator(config: TrainingConfig) -> Accelerator:
+    """The Accelerator of a run. Raises LaunchError when accelerate's settings contradict the configuration or when the
+    processes that were started do not form one group."""
+    check_precision(config.mixed_precision)
+    own_accumulation(config.gradient_accumulation_steps)
     check_fsdp_version()
     backend = None if torch.accelerator.is_available() else adapt_to_cpu()
     accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        log_with=log_with,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / TRACKER_FOLDER)),
+        mixed_precision=config.mixed_precision,
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(config.output_dir, f"{config.output_dir}/{TRACKER_FOLDER}"),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=wait_minutes)),
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=config.wait_minutes)),
         ],
     )
     check_one_group(accelerator.num_processes)
     if accelerator.state.deepspeed_plugin is not None:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        check_deepspeed(config, mixed_precision, batch_size, accumulation, max_grad_norm)
-        set_up_deepspeed(config, batch_size, max_grad_norm)
+        theirs = accelerator.state.deepspeed_plugin.deepspeed_config
+        check_deepspeed(theirs, config)
+        set_up_deepspeed(theirs, config)
     return accelerator
 
 
@@ -93,42 +81,40 @@ def own_accumulation(accumulation: int) -> None:
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"
 
 
-def check_deepspeed(
-    config: dict, mixed_precision: str, batch_size: int, accumulation: int, max_grad_norm: float | None
-) -> None:
+def check_deepspeed(theirs: dict, config: TrainingConfig) -> None:
     """What stands in DeepSpeed's own file, or in deepspeed_config, and is not left to the training configuration.
 
     An accumulation of 1 is what accelerate writes there where nothing was said.
     """
     source = "its deepspeed_config or deepspeed_config_file"
     ours = {
-        "train_micro_batch_size_per_gpu": ("batch_size", batch_size),
-        "gradient_accumulation_steps": ("gradient_accumulation_steps", accumulation),
-        "gradient_clipping": ("max_grad_norm", max_grad_norm or 0.0),
+        "train_micro_batch_size_per_gpu": ("batch_size", config.batch_size),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", config.gradient_accumulation_steps),
+        "gradient_clipping": ("max_grad_norm", config.max_grad_norm or 0.0),
     }
     for key, (name, value) in ours.items():
-        theirs = config.get(key, "auto")
-        if theirs != "auto" and (key, theirs) != ("gradient_accumulation_steps", 1):
-            check_same(name if name == key else f"{name} ({key})", value, theirs, source)
+        given = theirs.get(key, "auto")
+        if given != "auto" and (key, given) != ("gradient_accumulation_steps", 1):
+            check_same(name if name == key else f"{name} ({key})", value, given, source)
     for precision in ("bf16", "fp16"):
-        if config.get(precision, {}).get("enabled") is True:
-            check_same("mixed_precision", mixed_precision, precision, source)
+        if theirs.get(precision, {}).get("enabled") is True:
+            check_same("mixed_precision", config.mixed_precision, precision, source)
 
 
-def set_up_deepspeed(config: dict, batch_size: int, max_grad_norm: float | None) -> None:
+def set_up_deepspeed(theirs: dict, config: TrainingConfig) -> None:
     """Tell DeepSpeed, before it takes the model, what it does by itself: clip, and gather ZeRO-3's weights
     for saving. The other numbers accelerate would take from a data loader."""
-    config |= {
-        "train_micro_batch_size_per_gpu": batch_size,
+    theirs |= {
+        "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm or 0.0,
+        "gradient_clipping": config.max_grad_norm or 0.0,
     }
-    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-    if config.get("bf16", {}).get("enabled"):
+    theirs["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    if theirs.get("bf16", {}).get("enabled"):
         # DeepSpeed's own bf16 turns the weights of the model, and of every saved one, into bf16; and by itself its
         # autocast averages the gradients of linear layers in bf16, which in 5 tiny steps moves a loss by 1 percent
-        config["bf16"] = {"enabled": False}
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        theirs["bf16"] = {"enabled": False}
+        theirs["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     # else transformers loads any model in step with all processes, and the first one merges an adapter alone
     unset_hf_deepspeed_config()
 

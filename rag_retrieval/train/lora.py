@@ -27,12 +27,13 @@ def add_lora(model: PreTrainedModel, new_parameters: set[str], config: TrainingC
     check_lora(model, config)
     trained_in_full = outermost_new_modules(model, new_parameters)
     in_heads = [name for name, _ in linear_layers(model) if is_within(name, trained_in_full)]
+    frozen = [name for name, layer in linear_layers(model) if not layer.weight.requires_grad]
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
-        exclude_modules=in_heads if config.lora_target_modules == "all-linear" else None,
+        exclude_modules=frozen + (in_heads if config.lora_target_modules == "all-linear" else []) or None,
         modules_to_save=trained_in_full or None,
         task_type=matching[0] if matching else TaskType.FEATURE_EXTRACTION,
     )
@@ -83,7 +84,8 @@ def is_within(name: str, modules: list[str]) -> bool:
 class SavedModel:
     """What a task writes of its model: the part of `train.task.Task` that is the same for all trainers.
 
-    model: the module that is trained, whose `model` is that of Hugging Face, with `save_pretrained(folder, weights)`.
+    model: the module that is trained, whose `model` is that of Hugging Face, with `save_pretrained(folder, state)`, and
+    `save_heads(folder, state)` and `load_heads(folder)` where it has parameters outside of `model`.
     load_base: loads it as it was before training, for merging an adapter into. adapter: peft's wrapper around
     `model.model`, if any. With one, `save_model` writes the adapter alone.
     """
@@ -93,13 +95,15 @@ class SavedModel:
 
     def save_model(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
         """state_dict: of `model`, whose names have `model.` before those of the Hugging Face model."""
-        weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
         if self.adapter is None:
-            self.model.save_pretrained(folder, weights)
+            self.model.save_pretrained(folder, state_dict)
             return
-        named = {f"base_model.model.{name}": value for name, value in weights.items()}  # as peft names them
+        own = {name: value for name, value in state_dict.items() if name.startswith("model.")}
+        named = {f"base_model.{name}": value for name, value in own.items()}  # as peft names them
         # embeddings are never trained here; by itself peft asks the hub whether they changed
         self.adapter.save_pretrained(folder, state_dict=named, save_embedding_layers=False)
+        if len(own) < len(state_dict):
+            self.model.save_heads(folder, state_dict)
 
     def load_model(self, folder: Path) -> None:
         """Weights of a folder that `save_model` wrote, one file or shards, into the model."""
@@ -107,6 +111,7 @@ class SavedModel:
             bare = self.model.model
             saved = type(bare).from_pretrained(folder, dtype=bare.dtype, config=bare.config)
             bare.load_state_dict(saved.state_dict())
+            self.load_heads(self.model, folder)
             return
         from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -114,6 +119,12 @@ class SavedModel:
         result = set_peft_model_state_dict(self.adapter, load_peft_weights(str(folder), device=device))
         if result.unexpected_keys:
             raise ValueError(f"{folder}: the model has no {', '.join(result.unexpected_keys[:3])}")
+        self.load_heads(self.model, folder)
+
+    def load_heads(self, model: Any, folder: Path) -> None:
+        """Into the parameters that `model` has outside of the Hugging Face model, if any."""
+        if any(not name.startswith("model.") for name, _ in model.named_parameters()):
+            model.load_heads(folder)
 
     def export(self, folder: Path, results: Path) -> None:
         """`model`, and for LoRA `adapter` with the adapter merged into the former. The trained model itself cannot be
@@ -126,6 +137,7 @@ class SavedModel:
         with without_new_head_warning():  # the adapter brings the head
             base = self.load_base()
             base.model = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload()
+            self.load_heads(base, folder)
             base.save_pretrained(results / "model")
 
     def rehearse(self) -> None:

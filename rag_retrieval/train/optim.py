@@ -65,10 +65,9 @@ def warmup_stable_cosine(step: int, total_steps: int, warmup_proportion: float, 
         step == total_steps      0; nothing is left, also where the proportions add up to 1
 
     step: optimizer steps done, 0 to total_steps. total_steps: optimizer steps of the whole run, at least 1.
-    Both proportions are fractions in [0, 1] of total_steps and add up to at most 1. Raises ValueError outside
-    these ranges: a step past the end is a miscounted run, and a cosine would silently climb again there.
+    Both proportions are fractions in [0, 1] of total_steps and add up to at most 1.
     """
-    _check(step, total_steps, warmup_proportion, stable_proportion)
+    assert 0 <= step <= total_steps, "a step past the end is a miscounted run: a cosine would silently climb again"
     warmup_end = round(warmup_proportion * total_steps)
     decay_start = round((warmup_proportion + stable_proportion) * total_steps)
     if step == total_steps:
@@ -78,26 +77,3 @@ def warmup_stable_cosine(step: int, total_steps: int, warmup_proportion: float, 
     if step < decay_start:
         return 1.0
     return (1.0 + math.cos(math.pi * (step - decay_start) / (total_steps - decay_start))) / 2.0
-
-
-def optimizer_steps_per_epoch(records: int, batch_size: int, accumulation: int, processes: int) -> int:
-    """Optimizer steps of one pass over the data, the last and perhaps smaller one included.
-
-    records: pairs (pointwise data) or groups (grouped data) of the whole dataset; 0 gives 0.
-    batch_size: records per process and micro-batch. accumulation: micro-batches per step.
-    """
-    per_step = batch_size * accumulation * processes
-    return -(-records // per_step)  # rounds up, in integers
-
-
-def _check(step: int, total_steps: int, warmup_proportion: float, stable_proportion: float) -> None:
-    if total_steps < 1:
-        raise ValueError(f"total_steps is {total_steps}; a schedule needs at least one optimizer step.")
-    if not 0 <= step <= total_steps:
-        raise ValueError(f"step {step} is outside the schedule; expected 0 to total_steps {total_steps}.")
-    proportions = f"warmup_proportion {warmup_proportion} and stable_proportion {stable_proportion}"
-    if not (0.0 <= warmup_proportion <= 1.0 and 0.0 <= stable_proportion <= 1.0):
-        raise ValueError(f"{proportions} must each be a fraction from 0 to 1.")
-    # The sum of two decimal fractions that add up to 1 may lie a float error above it.
-    if warmup_proportion + stable_proportion > 1.0 + 1e-9:
-        raise ValueError(f"{proportions} add up to more than 1; together they are a share of the run.")

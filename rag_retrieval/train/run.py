@@ -75,15 +75,7 @@ def run(training: Training) -> TrainState | None:
     config, output_dir = training.config, Path(training.config.output_dir)
     try:
         with user_errors_to_start_error():
-            accelerator = build_accelerator(
-                config.mixed_precision,
-                config.log_with,
-                output_dir,
-                config.batch_size,
-                config.gradient_accumulation_steps,
-                config.max_grad_norm,
-                config.wait_minutes,
-            )
+            accelerator = build_accelerator(config)
         with ExitStack() as lock:  # which the main process alone takes
             with user_errors_to_start_error():
                 on_main(lambda: lock.enter_context(folder_lock(output_dir)))

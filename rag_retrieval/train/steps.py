@@ -18,7 +18,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rag_retrieval.core.signals import ignore_stop_in_worker
-from rag_retrieval.train.optim import optimizer_steps_per_epoch
 
 
 class MicroBatch(Protocol):
@@ -58,7 +57,8 @@ class StepShape:
 
     @property
     def steps_per_epoch(self) -> int:
-        return optimizer_steps_per_epoch(self.records, self.batch_size, self.accumulation, self.processes)
+        """The last and perhaps smaller step included."""
+        return -(-self.records // (self.batch_size * self.accumulation * self.processes))
 
     def positions(self, step: int) -> list[range]:
         """This process's positions in the epoch's order for one step, one range for each micro-batch.

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    GISTEmbedLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
 from step_samples import DIM, gradients, random_step, step_records
 
 from rag_retrieval.losses.embedding import objective_of
@@ -123,6 +127,7 @@ def test_blocks_and_processes_change_nothing(options):
     step = random_step(records=9)
     wanted = objective(widths=(4, 8, DIM), temperature=0.1, **options)
     whole = gradients(step, wanted)
+    assert whole.queries.any(dim=1).all()
     for cut in ({"sizes": [2, 4, 3]}, {"sizes": [0, 9]}, {"block_elements": 1}, {"block_elements": 200}):
         found = gradients(step, wanted, **cut)
         for mine, other in zip(found[:3], whole[:3], strict=True):
@@ -148,6 +153,92 @@ def test_a_vector_of_zeros_has_a_finite_gradient():
     assert all(torch.isfinite(each).all() for each in found[:3])
 
 
+# ---- false negatives ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("margin", "margin_type", "kept"),
+    [
+        (0.1, "absolute", [0.6, 0.65, -0.2]),
+        (0.04, "absolute", [0.6, -0.2]),
+        (0.1, "relative", [0.6, 0.65, -0.2]),  # above .66
+        (-0.9, "relative", [0.6, -0.2]),  # above .06
+        (-2.0, "absolute", [0.6]),  # the positive stays, whatever the margin
+    ],
+)
+@pytest.mark.parametrize("use_inbatch_neg", [True, False])
+def test_documents_above_the_positive_by_the_margin_are_left_out(margin, margin_type, kept, use_inbatch_neg):
+    queries, documents, targets = one_pair_step(0.6, 0.65, 0.8, -0.2)
+    wanted = objective(
+        temperature=0.5, use_inbatch_neg=use_inbatch_neg, false_negative_margin=margin,
+        false_negative_margin_type=margin_type,
+    )  # fmt: skip
+    found = vector_gradients(wanted, queries, documents, targets, factor=1.0)
+    expected = math.log(sum(math.exp(cosine / 0.5) for cosine in kept)) - 1.2
+    assert found.losses.tolist() == pytest.approx([expected], abs=1e-6)
+    assert found.report["masked"] == 4 - len(kept)
+
+
+@pytest.mark.parametrize("use_inbatch_neg", [True, False])
+def test_a_teacher_judges_the_records_own_negatives(use_inbatch_neg):
+    queries, documents, _ = one_pair_step(0.6, 0.65, 0.8, -0.2)
+    ids = np.arange(4, dtype=np.uint64)
+    records = step_records(ids[:1], ids[:1], [ids[1:3]], positive_scores=[3.0], negative_scores=[3.5, 9.0])
+    wanted = objective(
+        temperature=0.5, use_inbatch_neg=use_inbatch_neg, false_negative_margin=1.0, false_negative_judge="teacher"
+    )
+    found = vector_gradients(wanted, queries, documents, targets_of(ids[:1], ids, [records]), factor=1.0)
+    kept = [0.6, 0.65, -0.2] if use_inbatch_neg else [0.6, 0.65]  # the last document is nobody's negative
+    assert found.losses.tolist() == pytest.approx([math.log(sum(math.exp(c / 0.5) for c in kept)) - 1.2], abs=1e-6)
+    assert wanted.reads == {"positives", "teacher_score"}
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize("strategy", ["absolute", "relative"])
+@pytest.mark.parametrize("negatives", [0, 1])
+def test_value_and_gradient_of_sentence_transformers_gist_loss(margin, strategy, negatives):
+    columns, targets = tuples(records=6, negatives=negatives)
+    guides, _ = tuples(records=6, negatives=negatives, seed=9)
+    leaves = [column.clone().requires_grad_() for column in columns]
+    theirs = GISTEmbedLoss.__new__(GISTEmbedLoss)  # without the tokenizers of two models
+    torch.nn.Module.__init__(theirs)
+    vars(theirs).update(
+        model=GivenVectors(), guide=GivenVectors("guide"), temperature=0.1, margin=margin, margin_strategy=strategy,
+        contrast_anchors=True, contrast_positives=not negatives, gather_across_devices=False, must_retokenize=False,
+        similarity_fct=torch.nn.CosineSimilarity(dim=-1), cross_entropy_loss=torch.nn.CrossEntropyLoss(),
+    )  # fmt: skip
+    expected = theirs([{"vectors": leaf, "guide": guide} for leaf, guide in zip(leaves, guides, strict=True)], None)
+    directions = ("query_to_doc", "query_to_query", *(() if negatives else ("doc_to_doc",)))
+    wanted = objective(
+        temperature=0.1, directions=directions, false_negative_margin=-margin, false_negative_margin_type=strategy,
+        false_negative_judge="guide",
+    )  # fmt: skip
+    found = vector_gradients(
+        wanted, columns[0], torch.cat(columns[1:]), targets, factor=1 / 6, guide=(guides[0], torch.cat(guides[1:]))
+    )
+    torch.testing.assert_close(found.losses.mean(), expected.detach())
+    torch.testing.assert_close(found.queries, torch.autograd.grad(expected, leaves[0])[0], rtol=1e-4, atol=1e-6)
+    assert wanted.reads == {"positives", "guide"}
+
+
+def test_qwen3_form_by_loops():
+    columns, targets = tuples(records=4, negatives=2)
+    queries, positives, *hard = (F.normalize(column, dim=1) for column in columns)
+    losses, left_out = [], 0
+    for i in range(4):
+        pair = queries[i] @ positives[i]
+        others = [column[j] for column in (positives, *hard) for j in range(4) if j != i]
+        scores = [queries[i] @ column[i] for column in hard] + [queries[i] @ other for other in others]
+        scores += [queries[i] @ queries[j] for j in range(4) if j != i] + [positives[i] @ other for other in others]
+        kept = [score for score in scores if score <= pair + 0.1]
+        left_out += len(scores) - len(kept)
+        losses.append(torch.stack([pair, *kept]).div(0.3).logsumexp(0) - pair / 0.3)
+    wanted = objective_of({"qwen3_info_nce": 1.0}, {"temperature": 0.3})
+    found = vector_gradients(wanted, columns[0], torch.cat(columns[1:]), targets, factor=1.0)
+    torch.testing.assert_close(found.losses, torch.stack(losses))
+    assert left_out > 4
+
+
 # ---- sentence-transformers ---------------------------------------------------------------------------------
 
 
@@ -163,8 +254,12 @@ def tuples(records: int, negatives: int, seed=3):
 class GivenVectors(torch.nn.Module):
     """A model whose embedding of a column is the column."""
 
+    def __init__(self, name="vectors"):
+        super().__init__()
+        self.name = name
+
     def forward(self, features):
-        return {"sentence_embedding": features["vectors"]}
+        return {"sentence_embedding": features[self.name]}
 
     def get_embedding_dimension(self):
         return DIM

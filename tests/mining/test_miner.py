@@ -7,7 +7,8 @@ from tiny_models import TEXTS
 
 from rag_retrieval import Reranker
 from rag_retrieval.infer.torch_backend import TorchBackend
-from rag_retrieval.mining.miner import Rules, below_positives, draw, fit_places, rerank
+from rag_retrieval.mining.config import MiningConfig
+from rag_retrieval.mining.miner import below_positives, draw, fit_places, rerank
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.models.options import LongDocumentOptions
 from rag_retrieval.retrieval.candidates import Candidates
@@ -55,8 +56,7 @@ def test_nonfinite_scores_are_refused_and_not_compared_with_margins(load_tiny, t
 
 
 def rules(**options):
-    defaults = dict.fromkeys(("absolute_margin", "relative_margin", "max_score"))
-    return Rules(**{"num_negatives": 3, "first_rank": 1, "at_random": True, "seed": 0} | defaults | options)
+    return MiningConfig(data="folder", output="out.jsonl", **{"num_negatives": 3, "seed": 0} | options)
 
 
 def query(text="q", *positives):
@@ -144,7 +144,7 @@ def test_every_place_is_drawn_equally_often():
 
 def test_the_best_are_taken_in_order_without_a_draw():
     dropped = Counter()
-    assert draw(query("a"), np.array([4, 6, 8, 9]), rules(at_random=False), dropped).tolist() == [4, 6, 8]
+    assert draw(query("a"), np.array([4, 6, 8, 9]), rules(sampling="top"), dropped).tolist() == [4, 6, 8]
     assert dropped == {"not_drawn": 1}
 
 

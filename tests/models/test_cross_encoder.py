@@ -168,8 +168,8 @@ def test_a_damaged_settings_file_stops_loading(load_tiny, tmp_path):
 
 def test_gathered_weights_are_saved_in_the_place_of_the_models_own(load_tiny, tmp_path):
     scorer = load_tiny("bert")
-    weights = {name: tensor.clone() for name, tensor in scorer.model.state_dict().items()}
-    weights["classifier.bias"] += 2.0
+    weights = {name: tensor.clone() for name, tensor in scorer.state_dict().items()}
+    weights["model.classifier.bias"] += 2.0
     scorer.save_pretrained(tmp_path, weights)
     expected = scorer.compute_score(PAIRS) + 2.0
     torch.testing.assert_close(CrossEncoder.from_pretrained(tmp_path).compute_score(PAIRS), expected)

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.launch import (
     LaunchError,
     adapt_to_cpu,
@@ -19,6 +20,11 @@ from rag_retrieval.train.launch import (
 )
 
 NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without an accelerator")
+
+
+def configured(output_dir="out", **keys) -> TrainingConfig:
+    return TrainingConfig(**{"model_name_or_path": "a/model", "output_dir": str(output_dir), "batch_size": 8} | keys)
+
 
 
 def test_precision_of_launcher_and_configuration_must_agree(monkeypatch):
@@ -62,8 +68,8 @@ def test_a_launcher_that_started_one_of_several_processes_is_refused(monkeypatch
 def test_accumulation_of_launcher_and_configuration_must_agree_and_the_loop_alone_divides(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(LaunchError, match="gradient_accumulation_steps is 2 in the training .* but 4 in accelerate"):
-        build_accelerator("no", None, tmp_path, batch_size=1, accumulation=2, max_grad_norm=1.0)
-    accelerator = build_accelerator("no", None, tmp_path, batch_size=1, accumulation=4, max_grad_norm=1.0)
+        build_accelerator(configured(tmp_path, gradient_accumulation_steps=2))
+    accelerator = build_accelerator(configured(tmp_path, gradient_accumulation_steps=4))
     assert accelerator.gradient_accumulation_steps == 1
 
 
@@ -91,7 +97,7 @@ DEEPSPEED_DEFAULTS = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumu
 )
 def test_deepspeed_settings_that_contradict_the_configuration_are_refused(settings, message):
     with pytest.raises(LaunchError, match=message):
-        check_deepspeed(DEEPSPEED_DEFAULTS | settings, "no", batch_size=8, accumulation=2, max_grad_norm=1.0)
+        check_deepspeed(DEEPSPEED_DEFAULTS | settings, configured(gradient_accumulation_steps=2))
 
 
 def test_deepspeed_settings_that_agree_or_say_nothing_are_accepted():
@@ -103,8 +109,8 @@ def test_deepspeed_settings_that_agree_or_say_nothing_are_accepted():
         "fp16": {"enabled": False},
     }
     for config in (DEEPSPEED_DEFAULTS, DEEPSPEED_DEFAULTS | {"gradient_clipping": "auto"}, agreeing):
-        check_deepspeed(config, "bf16", batch_size=8, accumulation=2, max_grad_norm=1.0)
-    check_deepspeed(DEEPSPEED_DEFAULTS | {"gradient_clipping": 0.0}, "no", 8, 1, max_grad_norm=None)
+        check_deepspeed(config, configured(mixed_precision="bf16", gradient_accumulation_steps=2))
+    check_deepspeed(DEEPSPEED_DEFAULTS | {"gradient_clipping": 0.0}, configured(max_grad_norm=None))
 
 
 def test_layers_of_another_family_are_refused_with_the_model_s_own(monkeypatch, load_tiny):
@@ -142,9 +148,9 @@ def test_without_an_accelerator_deepspeed_talks_over_gloo(monkeypatch):
 
 def test_deepspeed_is_set_to_clip_gather_and_keep_float32_weights():
     config = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto", "bf16": {"enabled": True}}
-    set_up_deepspeed(config, batch_size=8, max_grad_norm=0.5)
+    set_up_deepspeed(config, configured(max_grad_norm=0.5))
     assert config["gradient_clipping"] == 0.5 and config["gradient_accumulation_steps"] == 1
     assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
     assert config["bf16"] == {"enabled": False} and config["torch_autocast"]["dtype"] == "bfloat16"
-    set_up_deepspeed(config, batch_size=8, max_grad_norm=None)
+    set_up_deepspeed(config, configured(max_grad_norm=None))
     assert config["gradient_clipping"] == 0.0

@@ -11,11 +11,11 @@ from transformers import AutoModel
 
 from rag_retrieval.train.optim import (
     make_adamw,
-    optimizer_steps_per_epoch,
     parameter_groups,
     warmup_stable_cosine,
     without_decay,
 )
+from rag_retrieval.train.steps import StepShape
 
 
 class Odd(nn.Module):
@@ -160,29 +160,6 @@ def test_proportions_are_rounded_to_steps_without_losing_one_to_float_error():
     assert factors(10, 0.1, 0.7) == pytest.approx([1.0] * 9 + [0.5, 0.0], abs=1e-12)
 
 
-def test_a_step_outside_the_schedule_is_refused():
-    for step in [-1, 11]:
-        with pytest.raises(ValueError, match=f"step {step} is outside .*; expected 0 to total_steps 10"):
-            warmup_stable_cosine(step, 10, 0.1, 0.1)
-
-
-def test_a_schedule_of_no_steps_is_refused():
-    with pytest.raises(ValueError, match="total_steps is 0"):
-        warmup_stable_cosine(0, 0, 0.1, 0.1)
-
-
-def test_illegal_proportions_are_refused():
-    cases = [
-        (-0.1, 0.5, "warmup_proportion -0.1 and stable_proportion 0.5 must each be a fraction"),
-        (0.0, 1.1, "must each be a fraction"),
-        (float("nan"), 0.0, "must each be a fraction"),
-        (0.6, 0.5, "warmup_proportion 0.6 and stable_proportion 0.5 add up to more than 1"),
-    ]
-    for warmup, stable, message in cases:
-        with pytest.raises(ValueError, match=message):
-            warmup_stable_cosine(0, 10, warmup, stable)
-
-
 def test_steps_per_epoch_round_up_over_batch_accumulation_and_processes():
     cases = [
         (64, 32, 1, 1, 2),
@@ -194,10 +171,10 @@ def test_steps_per_epoch_round_up_over_batch_accumulation_and_processes():
         (0, 32, 1, 1, 0),
     ]
     for records, batch_size, accumulation, processes, steps in cases:
-        assert optimizer_steps_per_epoch(records, batch_size, accumulation, processes) == steps
+        assert StepShape(records, batch_size, accumulation, processes).steps_per_epoch == steps
 
 
 def test_one_process_two_processes_and_accumulation_take_the_same_number_of_steps():
     for records in range(200):
         settings = [(32, 1, 1), (16, 1, 2), (8, 4, 1)]
-        assert len({optimizer_steps_per_epoch(records, *setting) for setting in settings}) == 1
+        assert len({StepShape(records, *setting).steps_per_epoch for setting in settings}) == 1

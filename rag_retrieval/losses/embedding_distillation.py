@@ -1,0 +1,107 @@
+"""Losses that teach an embedder a reranker's scores of a query's own documents."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rag_retrieval.losses.step_vectors import StepRows
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def margin_mse(step: StepRows, temperature: float = 0.05) -> Tensor:
+    """MarginMSE: the mean over a record's negatives of ((s+ - s-) / T - (t+ - t-))^2, float32 [rows]; s are cosines
+    and t teacher scores.
+
+    Hofstätter et al., "Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation"
+    (2020). temperature: brings margins of cosines, at most 2, to the teacher's scale; 1 for products of vectors.
+    0 for a record without negatives.
+    """
+    scores, teacher, held = _own(step)
+    errors = (scores[:, :1] - scores) / temperature - (teacher[:, :1] - teacher)
+    return errors.square().masked_fill(~held, 0.0).sum(dim=1) / (held.sum(dim=1) - 1).clamp(min=1)
+
+
+def kl_distillation(step: StepRows, temperature: float = 0.02, teacher_temperature: float = 1.0) -> Tensor:
+    """KL divergence of distributions over a record's own documents: KL(softmax(t / T_t) || softmax(s / T)), float32
+    [rows]; s are cosines and t teacher scores.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (2015). There is no factor T^2: the gradient has the
+    size of that of InfoNCE at T, so that both can be added. FlagEmbedding's kl_div is this (at teacher_temperature 1)
+    plus the teacher's entropy, which has no gradient.
+    """
+    scores, teacher, held = _own(step)
+    student = (scores / temperature).masked_fill(~held, LOWEST).log_softmax(dim=1)
+    target = (teacher / teacher_temperature).masked_fill(~held, LOWEST).log_softmax(dim=1)
+    return (target.exp() * (target - student)).masked_fill(~held, 0.0).sum(dim=1)
+
+
+def m3_distillation(
+    step: StepRows, temperature: float = 0.02, teacher_temperature: float = 1.0, use_inbatch_neg: bool = True
+) -> Tensor:
+    """sum_c p_c (-s_c / T + log(sum_{c' >= c} exp(s_c' / T) + sum_x exp(s_x / T))), float32 [rows]: the cross entropy
+    of each of a record's own documents c in turn, positive first, without those before it, against all other documents
+    x of the step; p = softmax(t / T_t) of teacher scores t.
+
+    m3_kd_loss of FlagEmbedding, of Chen et al., "BGE M3-Embedding" (2024), section 3, with teacher_temperature 1. What
+    the data name as positive of the query is none of x. use_inbatch_neg: False leaves x out.
+    """
+    scores, teacher, held = _own(step)
+    logits = (scores / temperature).masked_fill(~held, LOWEST)
+    weights = (teacher / teacher_temperature).masked_fill(~held, LOWEST).softmax(dim=1)
+    candidates = logits.flip(1).logcumsumexp(dim=1).flip(1)  # of c and those after it
+    if use_inbatch_neg:
+        others = step.allowed("query_to_doc") & ~step.is_own_document()
+        rest = (step.cosines("query_to_doc") / temperature).masked_fill(~others, LOWEST).logsumexp(dim=1)
+        candidates = torch.logaddexp(candidates, rest.unsqueeze(1))
+    return (weights * (candidates - logits)).masked_fill(~held, 0.0).sum(dim=1)
+
+
+def _own(step: StepRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines, teacher scores and a mask of a record's own documents, positive first: [rows, 1 + k]."""
+    held = step.own_documents >= 0
+    step.observe("own_documents", held, held.new_zeros((), dtype=torch.int64))
+    return step.cosines("own_documents"), step.teacher_scores, held
+
+
+# ---- several teachers --------------------------------------------------------------------------------------
+
+
+def average_teachers(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """One score for each document from those of several teachers, each of which has an equal say: float32 [documents].
+
+    scores: [documents, teachers], those of query i at offsets[i] to offsets[i + 1]. Each teacher's scores are divided
+    by a temperature that gives its softmax over a query's documents the mean entropy of the first teacher's; then their
+    mean is taken, which averages log-probabilities. A mean of plain logits would follow the teacher with the largest
+    scale. Raises ValueError for a teacher whose scores of a query are always equal.
+    """
+    scores = scores.astype(np.float64)
+    wanted = _mean_entropy(scores[:, 0], offsets, 1.0)
+    temperatures = [1.0, *(_temperature(column, offsets, wanted, 2 + i) for i, column in enumerate(scores.T[1:]))]
+    return (scores / temperatures).mean(axis=1).astype(np.float32)
+
+
+def _temperature(scores: np.ndarray, offsets: np.ndarray, wanted: float, teacher: int) -> float:
+    """By bisection of log T: the entropy grows with it."""
+    low, high = -20.0, 20.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        if _mean_entropy(scores, offsets, np.exp(middle)) < wanted:
+            low = middle
+        else:
+            high = middle
+    if not np.isclose(_mean_entropy(scores, offsets, np.exp(low)), wanted, rtol=1e-3, atol=1e-6):
+        raise ValueError(
+            f"teacher {teacher}: no temperature gives its scores the first teacher's mean entropy of {wanted:.4g}; "
+            "leave out a teacher whose scores do not tell the documents of a query apart"
+        )
+    return float(np.exp(low))
+
+
+def _mean_entropy(scores: np.ndarray, offsets: np.ndarray, temperature: float) -> float:
+    """Of the softmax over the documents of a query, in nats; the mean over queries that have any."""
+    starts, sizes = offsets[:-1][np.diff(offsets) > 0], np.diff(offsets)[np.diff(offsets) > 0]
+    logits = scores / temperature
+    logits = logits - np.repeat(np.maximum.reduceat(logits, starts), sizes)
+    log_p = logits - np.repeat(np.log(np.add.reduceat(np.exp(logits), starts)), sizes)
+    return float(-np.add.reduceat(np.exp(log_p) * log_p, starts).mean())

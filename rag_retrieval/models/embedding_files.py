@@ -1,0 +1,188 @@
+"""What the small files of an embedding model's folder say, read and written: the layout of sentence-transformers.
+
+    modules.json                        Transformer, 1_Pooling, Dense modules, Normalize, in the order of computation
+    1_Pooling/config.json               how token states become a vector
+    sentence_bert_config.json           max_seq_length
+    config_sentence_transformers.json   prompts, the similarity of vectors
+    embedder_config.json                what that layout has no place for: a query's own maximum length, MCLS
+
+They are written with the keys and class names of sentence-transformers before 5.4, which it still reads:
+text-embeddings-inference reads no others, and older versions of vLLM would pool in another way without a word. Nothing
+here imports torch.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rag_retrieval.models.settings import ModelFiles, expect, parsing, read_json
+
+EXTRAS_FILE = "embedder_config.json"
+EXTRAS = ("query_max_length", "cls_interval")
+POOLING_KEYS = {  # of sentence-transformers before 5.4; None: not known here
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": None,
+    "pooling_mode_mean_sqrt_len_tokens": None,
+    "pooling_mode_weightedmean_tokens": "weighted_mean",
+    "pooling_mode_lasttoken": "last",
+}
+POOLING_NAMES = {"cls": "cls", "mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last"}
+OLD_CLASS = "sentence_transformers.models."
+
+
+@dataclass(frozen=True)
+class DenseFiles:
+    """A Dense module. folder: in the model's. activation: the name of torch's class."""
+
+    folder: str
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: str
+
+
+@dataclass(frozen=True)
+class EmbedderSettings:
+    """How a model makes a vector of a text.
+
+    pooling: see `models.pooling`. max_length, query_max_length: tokens of a text, and of a query where it differs.
+    prompts: text before a text, by name ("query", "document" or others); default_prompt: name of that of texts without
+    a kind. include_prompt: whether its tokens are pooled too. normalize: whether vectors are made to length 1.
+    similarity: of vectors, as sentence-transformers calls it. bidirectional: whether a decoder's tokens see those after
+    them. cls_interval: see `TextTemplate`. dims: the widths that a Matryoshka model was trained at.
+    """
+
+    pooling: str
+    max_length: int
+    query_max_length: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    include_prompt: bool = True
+    normalize: bool = True
+    similarity: str = "cosine"
+    bidirectional: bool = False
+    cls_interval: int | None = None
+    dims: tuple[int, ...] = ()
+
+
+# ---- reading --------------------------------------------------------------------------------------------
+
+
+def is_embedder(files: ModelFiles) -> bool:
+    """Whether the folder says how its vectors are made."""
+    return "Pooling" in files.modules
+
+
+def read_settings(files: ModelFiles) -> dict[str, Any]:
+    """Those fields of EmbedderSettings that the files say, but for max_length.
+
+    Raises ValueError for a damaged file, and for a module or pooling that is not known here.
+    """
+    values: dict[str, Any] = {}
+    config = files.config
+    with parsing(f"{files.path}: config.json"):
+        if config.get("is_causal") is False:
+            values["bidirectional"] = True
+        values["dims"] = tuple(map(int, expect(config, "matryoshka_dimensions", list, [])))
+    options = files.sentence_transformers
+    with parsing(f"{files.path}: config_sentence_transformers.json"):
+        prompts = expect(options, "prompts", dict, {})
+        values["prompts"] = {name: expect(prompts, name, str) for name in prompts if prompts[name]}
+        values["default_prompt"] = expect(options, "default_prompt_name", str)
+        values["similarity"] = expect(options, "similarity_fn_name", str, "cosine")
+    extras = read_json(files.path, EXTRAS_FILE)
+    with parsing(f"{files.path}: {EXTRAS_FILE}"):
+        values |= {name: expect(extras, name, int) for name in EXTRAS if extras.get(name) is not None}
+    if is_embedder(files):
+        check_modules(files)
+        values["normalize"] = "Normalize" in files.modules
+        values |= read_pooling(files)
+    return values
+
+
+def check_modules(files: ModelFiles) -> None:
+    """Raises ValueError unless the modules are Transformer, Pooling, any Dense, and at most a Normalize at the end."""
+    names = [name for name, _ in files.module_list]
+    middle = names[2:-1] if names[-1] == "Normalize" else names[2:]
+    if names[:2] != ["Transformer", "Pooling"] or set(middle) - {"Dense"} or files.module_list[0][1]:
+        raise ValueError(
+            f"{files.path}: modules.json names {', '.join(names)}; expected Transformer (in the folder itself), "
+            "Pooling, any number of Dense, and Normalize or not; open it with sentence_transformers"
+        )
+
+
+def read_pooling(files: ModelFiles) -> dict[str, Any]:
+    """pooling and include_prompt, under the keys before and after sentence-transformers 5.4."""
+    name = f"{files.modules['Pooling']}/config.json"
+    values = read_json(files.path, name)
+    with parsing(f"{files.path}: {name}"):
+        modes = values.get("pooling_mode")
+        if modes is None:
+            modes = [key for key in POOLING_KEYS if values.get(key) is True] or ["mean"]
+            poolings = [POOLING_KEYS.get(key) for key in modes]
+        else:
+            modes = [modes] if isinstance(modes, str) else list(modes)
+            poolings = [POOLING_NAMES.get(mode) for mode in modes]
+        if len(poolings) != 1 or poolings[0] is None:
+            raise ValueError(f"pools by {' and '.join(modes)}; known is one of {', '.join(POOLING_NAMES)}")
+        return {"pooling": poolings[0], "include_prompt": values.get("include_prompt") is not False}
+
+
+def read_dense(files: ModelFiles) -> list[DenseFiles]:
+    """The Dense modules in their order. Raises ValueError for one that does not take the text's vector."""
+    modules = []
+    for kind, folder in files.module_list:
+        if kind != "Dense":
+            continue
+        values = read_json(files.path, f"{folder}/config.json")
+        with parsing(f"{files.path}: {folder}/config.json"):
+            if values.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+                raise ValueError("it takes no vectors of texts")
+            if values.get("use_residual"):
+                raise ValueError("use_residual is not known here")
+            activation = values.get("activation_function", "torch.nn.modules.activation.Tanh")
+            sizes = values["in_features"], values["out_features"]
+            modules.append(DenseFiles(folder, *sizes, values.get("bias", True), activation))
+    return modules
+
+
+# ---- writing --------------------------------------------------------------------------------------------
+
+
+def write_settings(folder: Path, settings: EmbedderSettings, width: int, dense: list[DenseFiles]) -> None:
+    """Beside the weights, config and tokenizer that lie in `folder`. width: of the model's states."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *((each.folder, "Dense") for each in dense)]
+    if settings.normalize:
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
+    entries = [
+        {"idx": place, "name": str(place), "path": path, "type": OLD_CLASS + kind}
+        for place, (path, kind) in enumerate(modules)
+    ]
+    write(folder / "modules.json", entries)
+    pooling = {"word_embedding_dimension": width}
+    pooling |= {key: name is not None and name == settings.pooling for key, name in POOLING_KEYS.items()}
+    write(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": settings.include_prompt})
+    for each in dense:
+        values = {"in_features": each.in_features, "out_features": each.out_features, "bias": each.bias}
+        write(folder / each.folder / "config.json", values | {"activation_function": each.activation})
+    if settings.normalize:
+        (folder / modules[-1][0]).mkdir(exist_ok=True)
+    write(folder / "sentence_bert_config.json", {"max_seq_length": settings.max_length, "do_lower_case": False})
+    options = {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": "", "document": ""} | settings.prompts,
+        "default_prompt_name": settings.default_prompt,
+        "similarity_fn_name": settings.similarity,
+    }
+    write(folder / "config_sentence_transformers.json", options)
+    extras = {name: value for name in EXTRAS if (value := getattr(settings, name)) is not None}
+    (folder / EXTRAS_FILE).unlink(missing_ok=True)
+    if extras:
+        write(folder / EXTRAS_FILE, extras)
+
+
+def write(path: Path, values: dict | list) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

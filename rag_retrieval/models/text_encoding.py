@@ -1,0 +1,143 @@
+"""From single texts to token ids: the prompt of their kind, the special tokens of the family, truncation.
+
+A text is `prefix + (prompt + text) + suffix`: prompt and text are tokenized as one string, as other libraries do, cut
+to what the special tokens leave, and only then get the suffix, so that a decoder always ends with the token that its
+vector is read at. Nothing here imports torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rag_retrieval.models.pair_encoding import EncodedPair, TokenizerCopy, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# names of prompts in sentence-transformers' files; the first that a model has is used
+PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}
+
+
+@dataclass(frozen=True)
+class TextTemplate:
+    """prefix, suffix: special tokens around every text. has_types: whether the family has segment ids, all 0 here.
+    cls_interval: a long text gets the prefix's one token again after every so many tokens, itself counted (MCLS of
+    BGE-M3, https://arxiv.org/abs/2402.03216); None for none. truncate_left: a text that is too long loses its
+    beginning.
+    """
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    has_types: bool = False
+    cls_interval: int | None = None
+    truncate_left: bool = False
+
+
+def text_template(tokenizer: "PreTrainedTokenizerBase") -> TextTemplate:
+    """What the family's own tokenizer puts around a text, e.g. `[CLS] text [SEP]`."""
+    encoded = tokenizer("a")
+    owners = encoded.sequence_ids()  # None for a special token
+    own = [place for place, owner in enumerate(owners) if owner is not None]
+    ids = encoded["input_ids"]
+    return TextTemplate(tuple(ids[: own[0]]), tuple(ids[own[-1] + 1 :]), "token_type_ids" in encoded)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Encodes texts for one model. Several threads may use one encoder.
+
+    prompts: text before a text, by name; `PROMPT_NAMES` says which a kind of text gets. default_prompt: name of that of
+    texts without a kind. max_lengths: tokens of a text with everything around it, by kind; "document" holds for others.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    template: TextTemplate
+    prompts: Mapping[str, str]
+    max_lengths: Mapping[str, int]
+    default_prompt: str | None = None
+    private: TokenizerCopy | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.private is None:
+            object.__setattr__(self, "private", TokenizerCopy(self.tokenizer))
+        for kind in ("query", "document", None):
+            prompt, limit = self.prompt_for(kind), self.max_length_of(kind)
+            fixed = len(self.join([], tokenize(self.private.current().fast, [prompt])[0]))
+            if fixed >= limit:
+                raise ValueError(
+                    f"max_length {limit} of a {kind or 'text'} is too small: special tokens and the prompt {prompt!r} "
+                    f"take {fixed} tokens"
+                )
+
+    @property
+    def max_length(self) -> int:
+        """Of documents, and of texts without a kind."""
+        return self.max_lengths["document"]
+
+    def max_length_of(self, kind: str | None) -> int:
+        return self.max_lengths.get(kind, self.max_length)
+
+    def with_max_length(self, max_length: int) -> "TextEncoder":
+        """The same encoder with one limit for every kind. ValueError for one too small."""
+        return replace(self, max_lengths={"document": max_length})
+
+    def prompt_for(self, kind: str | None) -> str:
+        """The text before texts of this kind, "" for none. kind: "query", "document", the name of a prompt, or None."""
+        names = PROMPT_NAMES.get(kind, (kind or self.default_prompt,))
+        return next((self.prompts[name] for name in names if self.prompts.get(name)), "")
+
+    def encode(
+        self, texts: Sequence[str], kind: str | None = None, prompt: str | None = None, max_length: int | None = None
+    ) -> list[EncodedPair]:
+        """Token ids of each text. `document_start` is the number of tokens before the text itself, 0 without a prompt.
+
+        prompt, max_length: in place of those of the kind.
+        """
+        prompt = self.prompt_for(kind) if prompt is None else prompt
+        limit = self.max_length_of(kind) if max_length is None else max_length
+        return [self.join(*parts, limit) for parts in self._split(prompt, texts)]
+
+    def _split(self, prompt: str, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """The ids of the prompt and those of the text, tokenized as one string: a token that lies in both is the
+        text's. They are told apart by their characters, because a prompt alone may have other tokens."""
+        fast = self.private.current().fast
+        if not prompt:
+            return [([], ids) for ids in tokenize(fast, texts)]
+        encodings = fast.encode_batch([prompt + text for text in texts], add_special_tokens=False)
+        counts = (
+            next((place for place, (_, end) in enumerate(each.offsets) if end > len(prompt)), len(each))
+            for each in encodings
+        )
+        return [(each.ids[:count], each.ids[count:]) for each, count in zip(encodings, counts, strict=True)]
+
+    def join(self, prompt_ids: Sequence[int], text_ids: Sequence[int], limit: int | None = None) -> EncodedPair:
+        """One text from its ids, of at most `limit` tokens; None for no limit."""
+        template = self.template
+        ids, start = np.array([*prompt_ids, *text_ids], np.int32), len(prompt_ids)
+        keep = len(ids) if limit is None else min(len(ids), self._budget(limit))
+        dropped = len(ids) - keep
+        if template.truncate_left:
+            ids, start = ids[dropped:], max(0, start - dropped)
+        else:
+            ids, start = ids[:keep], min(start, keep)
+        prefix = np.array(template.prefix, np.int32)
+        if template.cls_interval is not None:
+            own = template.cls_interval - 1  # tokens between two of them
+            places = np.arange(0, max(1, len(ids)), own)
+            start += len(places[places < start])
+            ids, prefix = np.insert(ids, places, prefix), prefix[:0]
+        elif start:
+            start += len(prefix)
+        ids = np.concatenate((prefix, ids, template.suffix), dtype=np.int32, casting="unsafe")
+        if not len(ids):  # an empty text of a family without special tokens
+            ids = np.array([self.tokenizer.eos_token_id or 0], np.int32)
+        types = np.zeros_like(ids) if template.has_types else None
+        return EncodedPair(ids, types, dropped > 0, start)
+
+    def _budget(self, limit: int) -> int:
+        """Tokens of prompt and text that fit into `limit` tokens."""
+        room = limit - len(self.template.suffix)
+        interval = self.template.cls_interval
+        return room - (len(self.template.prefix) if interval is None else -(-room // interval))
