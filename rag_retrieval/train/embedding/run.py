@@ -1,7 +1,6 @@
 """What the training of an embedder brings to a run: see `train.run.Training`."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -103,6 +102,7 @@ class EmbeddingTraining:
             objectives,
             validation,
             partial(load_embedder, config),
+            partial(EmbeddingModel.from_pretrained, trust_remote_code=config.trust_remote_code),
             adapter,
             accelerator,
             options,

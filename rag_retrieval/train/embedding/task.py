@@ -1,4 +1,4 @@
-"""What the training loop needs to know of embedders: one loss for all texts of an optimizer step, validation, and files.
+"""What the training loop needs to know of embedders: a loss that couples a whole optimizer step, validation, and files.
 
 Whatever the number of processes and micro-batches, the loss is that of the step's distinct texts together. Every text
 is embedded, the vectors of all processes are gathered, and the gradients at the vectors alone are taken
@@ -8,8 +8,11 @@ et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup
 so that it works under every engine.
 """
 
+import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +22,25 @@ from accelerate import Accelerator
 from torch import nn
 
 from rag_retrieval.core.distributed import gather
+from rag_retrieval.data.step_records import StepRecords
 from rag_retrieval.losses.embedding import Objective
-from rag_retrieval.losses.step_targets import StepRecords, distinct, targets_of
+from rag_retrieval.losses.step_targets import distinct, targets_of
 from rag_retrieval.losses.step_vectors import vector_gradients
 from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.models.scoring import evaluating
+from rag_retrieval.models.token_batch import make_batch
 from rag_retrieval.train.embedding.training_data import EmbeddingMicroBatch
 from rag_retrieval.train.lora import SavedModel
 from rag_retrieval.train.task import StepLoss
+
+logger = logging.getLogger(__name__)
+
+PROBES = {  # texts whose vectors show whether a folder holds the model, and whether training changed it
+    "query": ["what is a panda?", "capital of France"],
+    "document": ["The giant panda is a bear that lives in China. " * 40, "Paris"],
+}
+SAME = 1e-3  # between normalized vectors of a model in memory and on disk, on any device
+UNCHANGED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,8 @@ class EmbeddingOptions:
 
 
 class EmbeddingTask(SavedModel):
-    """objectives: by the `part` of the micro-batches that they are for. hosts: the processes' group for what is on
-    the CPU; None without others. The rest: see `SavedModel`."""
+    """objectives: by the `part` of the micro-batches that they are for. reopen: opens a folder that training wrote.
+    hosts: the processes' group for what is on the CPU; None without others. The rest: see `SavedModel`."""
 
     unit = "texts"
     memory_advice = (
@@ -69,13 +84,14 @@ class EmbeddingTask(SavedModel):
         objectives: Mapping[str, Objective],
         validation: Callable[[nn.Module, int], dict[str, float]] | None,
         load_base: Callable[[], EmbeddingModel],
+        reopen: Callable[[str], EmbeddingModel],
         adapter: Any,
         accelerator: Accelerator,
         options: EmbeddingOptions,
         hosts: distributed.ProcessGroup | None = None,
     ):
         super().__init__(model, load_base, adapter)
-        self.objectives, self.validation = objectives, validation
+        self.objectives, self.validation, self.reopen = objectives, validation, reopen
         self.accelerator, self.options, self.hosts = accelerator, options, hosts
         self.sums: dict[str, float] = {}  # since the last report, of this process
 
@@ -106,7 +122,7 @@ class EmbeddingTask(SavedModel):
             yield StepLoss((embedded * gradient).sum(), loss if place == 0 else torch.zeros_like(loss))
 
     def embed(self, model: nn.Module, batch: EmbeddingMicroBatch, step: int, place: int) -> torch.Tensor:
-        """Vectors of the micro-batch's texts, [texts, dim] without the filler's; the same at every call, dropout too."""
+        """Vectors of the micro-batch's texts without a filler's, [texts, dim]; the same at every call, dropout too."""
         seeds = (self.options.seed, step, self.accelerator.process_index, place)
         torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> np.uint64(1)))
         return model(batch.texts)[: len(batch.ids)]
@@ -125,10 +141,10 @@ class EmbeddingTask(SavedModel):
         all_vectors = gather_rows(vectors, counts)
         ids = np.concatenate([texts.ids for texts in everyone])
         is_query = np.concatenate([texts.is_query for texts in everyone])
-        queries, documents = (kind[distinct(ids[kind])] for kind in (np.flatnonzero(is_query), np.flatnonzero(~is_query)))
+        queries, documents = (of[distinct(ids[of])] for of in (np.flatnonzero(is_query), np.flatnonzero(~is_query)))
         targets = targets_of(ids[queries], ids[documents], [texts.records for texts in everyone], process)
         device = vectors.device
-        places = [torch.from_numpy(kind).to(device) for kind in (queries, documents)]
+        places = [torch.from_numpy(of).to(device) for of in (queries, documents)]
         of_queries, of_documents = (all_vectors[place] for place in places)
         del all_vectors
         found = vector_gradients(objective, of_queries, of_documents, targets.to(device), factor)
@@ -148,11 +164,46 @@ class EmbeddingTask(SavedModel):
         return f"{len(lengths)} texts, the longest of {lengths.max()} tokens, {lengths.sum():,} tokens in all{where}"
 
     def report(self, step: int, total_steps: int) -> dict[str, float]:
-        sums, self.sums = self.sums, {}
-        return {}
+        everyone = gather(self.sums, self.hosts)
+        self.sums = {}
+        sums = {name: sum(of[name] for of in everyone) for name in everyone[0]}
+        return log_values(sums)
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         return self.validation(model, step)
+
+    def rehearse(self) -> None:
+        """Also: save the model as at the end, and open it again. Raises ValueError where it gives other vectors."""
+        super().rehearse()
+        self.before = probe(self.model)
+        with tempfile.TemporaryDirectory() as folder:
+            saved, results = Path(folder, "saved"), Path(folder, "results")
+            saved.mkdir(), results.mkdir()
+            self.save_model(saved, self.model.state_dict())
+            super().export(saved, results)
+            again = probe(self.reopen(str(results / "model")).to(self.model.device))
+        if (difference := float((again - self.before).abs().max())) > SAME:
+            raise ValueError(
+                f"{type(self.model.model).__name__}: saved and opened again, the model gives vectors that differ by "
+                f"{difference:.2g}; expected at most {SAME}. Take another model, or another pooling"
+            )
+
+    def export(self, folder: Path, results: Path) -> None:
+        """Also: open the finished model and say where it gives the vectors that it gave before training."""
+        super().export(folder, results)
+        after = probe(self.reopen(str(results / "model")).to(self.model.device))
+        if float((after - self.before).abs().max()) <= UNCHANGED:
+            logger.warning(
+                "the model did not change: texts have the vectors that they had before training. Raise lr or epochs, "
+                "and look at the loss: where it is 0 from the start, there are no negatives to learn from"
+            )
+
+
+def probe(model: EmbeddingModel) -> torch.Tensor:
+    """Normalized vectors of `PROBES`, float32 [texts, dim], on the CPU."""
+    encoded = [text for kind, texts in PROBES.items() for text in model.text_encoder.encode(texts, kind)]
+    with evaluating(model):
+        return nn.functional.normalize(model(make_batch(encoded))).cpu()
 
 
 def step_texts(micro_batches: Sequence[EmbeddingMicroBatch], options: EmbeddingOptions) -> StepTexts:
@@ -162,7 +213,7 @@ def step_texts(micro_batches: Sequence[EmbeddingMicroBatch], options: EmbeddingO
     return StepTexts(
         np.concatenate([batch.ids for batch in micro_batches]),
         np.concatenate([np.arange(len(batch.ids)) < batch.queries for batch in micro_batches]),
-        next((batch.records for batch in micro_batches if batch.records is not None), NO_RECORDS),
+        micro_batches[0].records,
         int((tokens <= options.max_tokens_with_graph).sum()),
     )
 
