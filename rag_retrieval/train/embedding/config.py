@@ -2,11 +2,18 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import NAME_OR_NAMES, EscapedText, key
+from rag_retrieval.core.config import NAME_OR_NAMES, EscapedText, Only, key
+from rag_retrieval.data.collection import is_beir_folder
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName
-from rag_retrieval.train.config import TrainingConfig
+from rag_retrieval.metrics import PATTERNS, parse_metric
+from rag_retrieval.train.config import HUB_VALIDATION, VALIDATED, TrainingConfig
+
+SPLIT_VALIDATION = Only(
+    "a val_dataset of the hub or in BEIR layout",
+    lambda config: VALIDATED.applies(config) and (HUB_VALIDATION.applies(config) or is_beir_folder(config.val_dataset)),
+)
 
 
 class EmbeddingConfig(TrainingConfig):
@@ -36,9 +43,27 @@ class EmbeddingConfig(TrainingConfig):
         "A positive and the hard negatives of a query at most; more take turns.", 8, ge=1)
     shuffle: bool = key("Records in a new order in each epoch, otherwise in that of the file.", True)
 
+    # Validation
+    val_split: str | None = key(
+        "Split to validate on. Default validation, and dev of a folder in BEIR layout.", only=SPLIT_VALIDATION,
+        derive=lambda config: "dev" if is_beir_folder(config.val_dataset) else "validation", min_length=1)
+    eval_on_start: bool | None = key(
+        "Also validate before the first step, and compare every later figure with that one. Default true.",
+        only=VALIDATED, derive=lambda config: True)
+    metric_for_best_model: str | None = key(
+        f"Validation figure that decides which checkpoint is best: loss, spearman (of graded pairs) or one of "
+        f"{PATTERNS}. Default ndcg@10.", only=VALIDATED, derive=lambda config: "ndcg@10")
+
     # Loss
     loss_type: Literal["info_nce"] = key("The loss.", "info_nce")
     temperature: float = key("Divides cosines.", 0.02, gt=0)
+
+    @field_validator("metric_for_best_model", mode="after")
+    @classmethod
+    def _known_metric(cls, name: str | None) -> str | None:
+        if name not in (None, "loss", "spearman"):
+            parse_metric(name)
+        return name
 
     @property
     def train_files(self) -> list[str]:

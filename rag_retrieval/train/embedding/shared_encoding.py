@@ -4,14 +4,16 @@ Texts are dealt to the processes in blocks, and a block alone decides its forwar
 no forward, and no digit of a vector.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from itertools import count
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from torch import nn
 
 from rag_retrieval.core.distributed import gather, process_count, process_index
+from rag_retrieval.data.collection import Collection
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
 from rag_retrieval.train.validation import forward_in_memory
@@ -20,49 +22,37 @@ BLOCK = 512  # texts dealt out, tokenized and planned together
 GATHERED = 8192  # vectors of each process that are exchanged at once
 
 
-class Block(NamedTuple):
-    """first: the place of its first text among all. prompts: of texts that have one of their own, by place in the
-    block."""
-
-    first: int
-    kind: str
-    texts: Sequence[str]
-    prompts: Mapping[int, str]
-
-
 class SharedEncoding:
-    """Encodes queries and documents with a model. Every process makes it from the same texts and calls it in turn with
-    the others; its own blocks are tokenized once and kept, as int32.
+    """Encodes the queries and documents of a collection with a model. Every process makes it from the same collection
+    and calls it in turn with the others; its own blocks are tokenized once and kept, as int32.
 
-    prompts: of queries that have one of their own, by place. max_tokens, padded: see `plan_by_tokens`. batch_size:
-    texts of one forward at most.
+    encoder: the model's. max_tokens, padded: see `plan_by_tokens`. batch_size: texts of one forward at most.
     """
 
     def __init__(
         self,
-        queries: Sequence[str],
-        documents: Sequence[str],
+        collection: Collection,
         encoder: Any,
         accelerator: Accelerator,
         *,
-        prompts: Mapping[int, str],
         max_tokens: int | None,
         padded: bool,
         batch_size: int,
     ):
-        self.accelerator, self.num_queries = accelerator, len(queries)
-        distinct = dict.fromkeys(documents)  # equal texts get one vector, and so equal scores
-        self.num_texts = len(queries) + len(distinct)
-        blocks = [*blocks_of("query", queries, 0, prompts), *blocks_of("document", [*distinct], len(queries), {})]
-        places = dict(zip(distinct, range(len(distinct)), strict=True))
-        self.copies = [places[text] for text in documents] if len(distinct) < len(documents) else None
-        self.batches: list[tuple[list[int], TokenBatch]] = []  # places among all texts
-        for block in blocks[process_index() :: process_count()]:
-            encoded = encode_block(encoder, block)
+        self.accelerator, self.num_queries = accelerator, len(collection.queries)
+        texts = list(collection.documents.values())
+        documents = dict(zip(dict.fromkeys(texts), count()))  # equal texts get one vector, and so equal scores
+        self.copies = [documents[text] for text in texts] if len(documents) < len(texts) else None
+        self.num_texts = self.num_queries + len(documents)
+        blocks = [*blocks_of(collection.queries, 0), *blocks_of(documents, self.num_queries)]
+        self.batches: list[tuple[list[int], TokenBatch]] = []  # places among all texts, queries first
+        for first, part in blocks[process_index() :: process_count()]:
+            is_query = first < self.num_queries
+            encoded = encode_queries(encoder, collection, part) if is_query else encoder.encode(part, "document")
             lengths = [[len(text)] for text in encoded]
-            for part in plan_by_tokens(lengths, max_tokens, padded=padded, max_pairs=batch_size):
-                places = [block.first + place for place in part]
-                self.batches.append((places, make_batch([encoded[place] for place in part])))
+            for forward in plan_by_tokens(lengths, max_tokens, padded=padded, max_pairs=batch_size):
+                batch = make_batch([encoded[place] for place in forward])
+                self.batches.append(([first + place for place in forward], batch))
         # engines that exchange weights in the forward need the same number of forwards on every process
         missing = max(gather(len(self.batches))) - len(self.batches)
         filler = make_batch(encoder.encode(["filler"], "document"))
@@ -86,15 +76,16 @@ class SharedEncoding:
         return queries, documents if self.copies is None else documents[self.copies]
 
 
-def blocks_of(kind: str, texts: Sequence[str], first: int, prompts: Mapping[int, str]) -> Iterator[Block]:
-    for start in range(0, len(texts), BLOCK):
-        part = texts[start : start + BLOCK]
-        own = {place: prompts[start + place] for place in range(len(part)) if start + place in prompts}
-        yield Block(first + start, kind, part, own)
+def blocks_of(keys: Iterable[str], first: int) -> list[tuple[int, list[str]]]:
+    """(place of its first key, keys) of each block. first: the place of the first key of all."""
+    keys = list(keys)
+    return [(first + start, keys[start : start + BLOCK]) for start in range(0, len(keys), BLOCK)]
 
 
-def encode_block(encoder: Any, block: Block) -> list[EncodedPair]:
-    encoded = encoder.encode(block.texts, block.kind)
-    for place, prompt in block.prompts.items():
-        (encoded[place],) = encoder.encode([block.texts[place]], block.kind, prompt=prompt)
+def encode_queries(encoder: Any, collection: Collection, ids: list[str]) -> list[EncodedPair]:
+    encoded = encoder.encode([collection.queries[query] for query in ids], "query")
+    for place, query in enumerate(ids):
+        if query in collection.prompts:
+            text, prompt = collection.queries[query], collection.prompts[query]
+            (encoded[place],) = encoder.encode([text], "query", prompt=prompt)
     return encoded

@@ -53,11 +53,8 @@ class Table:
 
 
 def encoding_of(collection: Collection, encoder=None, **options) -> SharedEncoding:
-    ids = list(collection.queries)
-    prompts = {ids.index(query): prompt for query, prompt in collection.prompts.items()}
-    options = {"max_tokens": 40, "padded": True, "batch_size": 8, "prompts": prompts} | options
-    texts = list(collection.queries.values()), list(collection.documents.values())
-    return SharedEncoding(*texts, encoder or Words(), Accelerator(cpu=True), **options)
+    options = {"max_tokens": 40, "padded": True, "batch_size": 8} | options
+    return SharedEncoding(collection, encoder or Words(), Accelerator(cpu=True), **options)
 
 
 def validation_of(collection: Collection, *, cosine=True, **options) -> EmbeddingValidation:
