@@ -199,6 +199,17 @@ class EmbeddingTask(SavedModel):
             )
 
 
+def log_values(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means over the records of some steps, of the sums that `vector_gradients` reports."""
+    records, negatives = max(sums.get("records", 0.0), 1.0), max(sums.get("negatives", 0.0), 1.0)
+    return {
+        "positive_rank": sums.get("positive_rank", 0.0) / records,
+        "positive_cosine": sums.get("positive_cosine", 0.0) / records,
+        "negative_cosine": sums.get("negative_cosine", 0.0) / negatives,
+        "masked": sums.get("masked", 0.0),
+    }
+
+
 def probe(model: EmbeddingModel) -> torch.Tensor:
     """Normalized vectors of `PROBES`, float32 [texts, dim], on the CPU."""
     encoded = [text for kind, texts in PROBES.items() for text in model.text_encoder.encode(texts, kind)]
