@@ -1,6 +1,8 @@
 """What retrieval is measured on: queries, the documents that are searched, and the grades of the relevant ones."""
 
+import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,15 @@ class Collection:
     prompts: dict[str, str] = field(default_factory=dict)
     pool: Pool | None = None
     relevant_from: float = 1.0
+
+    @cached_property
+    def checksum(self) -> int:
+        """Of ids, texts and grades."""
+        value = 0
+        for part in (self.queries, self.documents, self.qrels, self.prompts, self.pool or {}):
+            for item in part.items():
+                value = zlib.crc32(repr(item).encode(), value)
+        return value
 
     @property
     def without_relevant(self) -> list[str]:
@@ -62,7 +73,7 @@ def store_collection(store: RecordStore, source: str) -> Collection:
     """The queries of ranking records, each against the documents of all records. A text counts once, as a query and as
     a document, with the highest of its grades.
 
-    store: with text_ids, which say what texts are equal. An id is a text's number in the order of the file: of equal
+    store: for embedders, whose ids say what texts are equal. An id is a number in the order of the file: of equal
     scores the later document ranks first. What is relevant is for `relevance_threshold` to decide.
     """
     first_groups, query_of = first_of_each(store.query_ids)

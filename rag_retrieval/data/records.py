@@ -13,6 +13,10 @@ labels, but where teacher scores are read they are these, and the labels are 1 a
 
     {"query": "q", "hits": [{"content": "d", "label": 1, "teacher_score": 6.2}, ...]}
 
+For embedders (`for_embedder`) a record may also have a `prompt` (or `prompt_for_query`) before its query, and the
+scores of records without `neg` may be under `scores`. Where vectors of a teacher are learned, a record is its query
+alone (`texts_alone`).
+
 A positive is not a label above 0 but one above the lowest of its group, and in pos/neg records what stands in `pos`,
 whatever its score. An empty document is legal, an empty query is not.
 """
@@ -69,6 +73,8 @@ class RecordRules:
     teacher_key: name of the key of the teacher's score beside the label; None: teacher scores are not read.
     needs_teacher: every document must have one; otherwise what is absent is NaN.
     teacher_range: the allowed range of teacher scores, both ends included; None: any finite number.
+    for_embedder: prompts of records are read, and `scores`; stores have ids of texts.
+    texts_alone: of each record the query alone is read; it is stored with one empty document.
     """
 
     label_key: str = "label"
@@ -78,6 +84,8 @@ class RecordRules:
     teacher_key: str | None = None
     needs_teacher: bool = False
     teacher_range: tuple[float, float] | None = None
+    for_embedder: bool = False
+    texts_alone: bool = False
 
 
 @dataclass(slots=True)
@@ -87,7 +95,7 @@ class Record:
     labels: exact float32 values. pos/neg records without scores, and triples, have 1.0 and 0.0.
     teacher_scores: NaN where a document has none; None where they are not read.
     positive: membership in `pos`, being the positive of a triple, and for the other formats `positives(labels)`.
-    format: "pointwise", "hits", "pos_neg" or "triple".
+    format: "pointwise", "hits", "pos_neg", "triple" or "text".
     line: counted from 1; the row for Parquet and hub datasets.
     prompt: of an embedder, before the query in place of the model's own; "" where there is none.
     """
@@ -122,6 +130,11 @@ def parse_record(data: object, line: int, rules: RecordRules) -> Record:
     query = text_of(data, "query")
     if not query.strip():
         raise RecordError("query is empty; expected text.")
+    prompt = _prompt(data) if rules.for_embedder else ""
+    if rules.texts_alone:
+        return Record(query, [""], [0.0], [False], "text", line, prompt=prompt)
+    if rules.for_embedder and data.get("pos") is not None and data.get("scores") is not None:
+        data = _with_pos_scores(data)
     format_ = _format(data)
     if format_ == "pointwise":
         documents = [_text(data["content"], "content")]
@@ -137,7 +150,21 @@ def parse_record(data: object, line: int, rules: RecordRules) -> Record:
     if format_ in ("pointwise", "hits"):
         positive = positives(labels)
     teacher_scores = None if rules.teacher_key is None else _teacher_scores(data, format_, len(documents), rules)
-    return Record(query, documents, labels, positive, format_, line, teacher_scores)
+    return Record(query, documents, labels, positive, format_, line, teacher_scores, prompt)
+
+
+def _prompt(data: dict) -> str:
+    given = [key for key in ("prompt", "prompt_for_query") if data.get(key) is not None]
+    if len(given) > 1 and data[given[0]] != data[given[1]]:
+        raise RecordError("found both prompt and prompt_for_query, and they differ; keep one.")
+    return _text(data[given[0]], given[0]) if given else ""
+
+
+def _with_pos_scores(data: dict) -> dict:
+    """`scores` are those of `pos` where that is all the record has."""
+    if data.get("neg") or data.get("pos_scores") is not None:
+        raise RecordError("found scores; expected them beside pos alone: use pos_scores and neg_scores with neg.")
+    return data | {"pos_scores": data["scores"]}
 
 
 def _format(data: dict) -> str:

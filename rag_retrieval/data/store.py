@@ -80,6 +80,9 @@ class RecordStore:
         """That of a group, alone."""
         return self._view.query[group]
 
+    def group_of(self, pair: int) -> int:
+        return self._view.group[pair]
+
     def group(self, index: int) -> Group:
         """The group 0 <= index < num_groups; IndexError outside (negative numbers too)."""
         view = self._view
@@ -113,17 +116,17 @@ class RecordStore:
 
     @cached_property
     def query_ids(self) -> np.ndarray:
-        """uint64 [groups], as `document_ids`, of prompt and query. Only in a store with text_ids."""
+        """uint64 [groups], as `document_ids`, of prompt and query. Only in a store for embedders."""
         return self._numbers("query_id")
 
     @cached_property
     def document_ids(self) -> np.ndarray:
-        """uint64 [pairs], equal for equal texts (NFKC, white space as one space). Only in a store with text_ids."""
+        """uint64 [pairs], equal for equal texts (NFKC, white space as one space). Only in a store for embedders."""
         return self._numbers("document_id")
 
     @cached_property
     def prompts(self) -> Texts:
-        """Of each group, "" where its records have none. Only in a store with text_ids."""
+        """Of each group, "" where its records have none. Only in a store for embedders."""
         return Texts(self.folder, "prompt")
 
     @cached_property
@@ -171,7 +174,6 @@ def open_store(
     *,
     split: str = "train",
     group_by_query: bool = False,
-    text_ids: bool = False,
     cache_dir: Path | None = None,
 ) -> RecordStore:
     """The store of a file or hub data set, built unless the cache has it; DataError with all bad lines.
@@ -180,8 +182,7 @@ def open_store(
         positives are those of a hits record. Triples of one query become one group with each document once, a
         positive if it is one anywhere. Other records keep their own group.
         `rules.exactly_one_positive` then holds for these groups too. Without `rules.teacher_key` the store has no
-        teacher scores.
-    text_ids: for embedders, with ids of queries and documents and with the prompts of queries.
+        teacher scores, and without `rules.for_embedder` no ids.
     cache_dir: default $RAG_RETRIEVAL_CACHE, else ~/.cache/rag_retrieval. Nothing is ever deleted from it but
         damaged stores. The key holds the file's path, size, time and the content of its first and last MiB. A
         change between these is not noticed when size and time (to the nanosecond) are what they were before.
@@ -189,7 +190,7 @@ def open_store(
     Building needs about twice the source's size on disk for a while. Its memory does not grow with the
     source, but for group_by_query: about 50 bytes for each run of adjacent pairs of one query.
     """
-    settings = [FORMAT_VERSION, asdict(rules), group_by_query, text_ids]
+    settings = [FORMAT_VERSION, asdict(rules), group_by_query]
     cache_dir = _writable_cache(cache_dir or os.environ.get("RAG_RETRIEVAL_CACHE") or "~/.cache/rag_retrieval")
     identity = _identity(source, split)
     key = hashlib.sha256(json.dumps([settings, identity]).encode()).hexdigest()[:32]
@@ -198,7 +199,7 @@ def open_store(
     with FileLock(f"{folder}.lock"):
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            _build_and_rename(folder, source, split, rules, group_by_query, text_ids)
+            _build_and_rename(folder, source, split, rules, group_by_query)
             if _identity(source, split) != identity:
                 shutil.rmtree(folder)
                 raise DataError(f"{source}: the source changed while it was read; start again.")
@@ -241,16 +242,12 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _build_and_rename(
-    folder: Path, source: str | Path, split: str, rules: RecordRules, group_by_query: bool, text_ids: bool
-) -> None:
+def _build_and_rename(folder: Path, source: str | Path, split: str, rules: RecordRules, group_by_query: bool) -> None:
     """Build under a temporary name, then rename: a folder under its own name is always complete."""
     temporary = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     records = read_records(source, rules, split=split)
     try:
-        with_teacher = rules.teacher_key is not None
-        name = source_name(source, split)
-        build_store(temporary, records, name, group_by_query, rules.exactly_one_positive, with_teacher, text_ids)
+        build_store(temporary, records, source_name(source, split), group_by_query, rules)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

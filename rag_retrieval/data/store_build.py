@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from rag_retrieval.data.columns import ColumnWriter, read_column
-from rag_retrieval.data.records import ONE_POSITIVE_EXPECTED, BadLines, Record, describe_labels
+from rag_retrieval.data.records import ONE_POSITIVE_EXPECTED, BadLines, Record, RecordRules, describe_labels
 from rag_retrieval.data.summary import StoreSummary, label_histogram
 
 FORMAT_VERSION = 3  # raise it whenever the same source would give another store
 CHUNK = 1 << 13  # groups or pairs handled at once
-KINDS = {"hits": 0, "pos_neg": 0, "pointwise": 1, "triple": 2}  # of records; those of 0 are groups of their own
+KINDS = {"hits": 0, "pos_neg": 0, "text": 0, "pointwise": 1, "triple": 2}  # of records; 0: groups of their own
 POINTWISE, TRIPLE = 1, 2
 
 # The numbers of a store: array's character and numpy's dtype. Of each pair:
@@ -36,30 +36,23 @@ BUILDING = {"kind": "B", "key": "Q", "query_hash": "Q", "pair_hash": "Q"}
 
 
 def build_store(
-    folder: Path,
-    records: Iterable[Record],
-    name: str,
-    group_by_query: bool,
-    exactly_one_positive: bool,
-    with_teacher: bool,
-    with_text_ids: bool = False,
+    folder: Path, records: Iterable[Record], name: str, group_by_query: bool, rules: RecordRules
 ) -> None:
     """Write the store of `records` into the new folder; after an error, the caller removes what is there.
 
-    name: the source, for error messages. with_teacher: the records have teacher scores, which are kept. with_text_ids:
-    also ids of queries and documents, and the prompts of queries.
+    name: the source, for error messages. rules: by which the records were read.
     Raises DataError where groups made by group_by_query must have exactly one positive and do not. The records
     must not be none: reading them raises that.
     """
     folder.mkdir(parents=True)
-    wanted = {"teacher": with_teacher, "document_id": with_text_ids}
+    wanted = {"teacher": rules.teacher_key is not None, "document_id": rules.for_embedder}
     pair_columns = [column for column in PAIR if wanted.get(column, True)]
     counts = _write_records(folder, records, group_by_query, pair_columns)
     if group_by_query:
         _merge_runs(folder, pair_columns)
         _drop_repeated_documents(folder, pair_columns)
         _mark_positives(folder)
-        if exactly_one_positive:
+        if rules.exactly_one_positive:
             _require_one_positive(folder, name)
     _write_groups(folder)
     summary = asdict(_summarise(folder, counts))
@@ -115,7 +108,8 @@ def _write_records(folder: Path, records: Iterable[Record], group_by_query: bool
             size += len(documents)
             counts["records"] += 1
             counts["pairs"] += len(documents)
-            counts["empty_documents"] += sum(not document.strip() for document in record.documents)
+            if record.format != "text":
+                counts["empty_documents"] += sum(not document.strip() for document in record.documents)
         columns["size"].append(size)
     return counts
 

@@ -26,6 +26,7 @@ from rag_retrieval.models.embedding_files import (
     DenseFiles,
     EmbedderSettings,
     is_embedder,
+    known_embedder,
     read_dense,
     read_settings,
     write_settings,
@@ -47,7 +48,14 @@ from rag_retrieval.models.packed_model import packed_outputs, packing_problem, p
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pooling import token_weights, weighted_sum_of_tokens
 from rag_retrieval.models.scoring import evaluating
-from rag_retrieval.models.settings import CLASSIFIER, ModelFiles, choose_setting, find_file, resolve_model_path
+from rag_retrieval.models.settings import (
+    CLASSIFIER,
+    SETTINGS_FILE,
+    ModelFiles,
+    choose_setting,
+    find_file,
+    resolve_model_path,
+)
 from rag_retrieval.models.text_encoding import TextEncoder, TextTemplate, text_template
 from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges, make_batch
 from rag_retrieval.models.transformer import TransformerModule
@@ -188,8 +196,15 @@ class EmbeddingModel(TransformerModule):
         return cls.load(ModelFiles(resolve_model_path(model_name_or_path)), options, dims)
 
     @classmethod
-    def load(cls, files: ModelFiles, options: EmbedderOptions, dims: Sequence[int] | None = None) -> "EmbeddingModel":
-        """`from_pretrained` of files that were looked up."""
+    def load(
+        cls,
+        files: ModelFiles,
+        options: EmbedderOptions,
+        dims: Sequence[int] | None = None,
+        trained_only: bool = False,
+    ) -> "EmbeddingModel":
+        """`from_pretrained` of files that were looked up. trained_only: raise ValueError for a decoder that does not
+        say how its vectors are made, and warn of such an encoder."""
         path = files.path
         refuse_reranker(files)
         saved = read_settings(files)
@@ -223,8 +238,15 @@ class EmbeddingModel(TransformerModule):
             options.max_length, saved_length, files, tokenizer, model, trained=is_embedder(files)
         )
         tokenizer.model_max_length = max_length  # other libraries truncate by it
+        known = known_embedder(files)
+        eos_token = known.pop("eos_token", None)
+        if not known.keys() <= saved.keys():
+            logger.info("%s: known by its name, asked as its card says: %s", path, known)
+        defaults = {"pooling": "last" if is_decoder else "mean", "prompts": {}} | known
+        if "pooling" not in known.keys() | saved.keys() and options.pooling is None:
+            check_pooling_is_known(path, is_decoder, trained_only)
         given = options.given("pooling", "query_max_length", "include_prompt", "normalize")
-        values = {"pooling": "last" if is_decoder else "mean"} | saved
+        values = defaults | saved
         values |= {name: choose_setting(name, value, saved.get(name), None) for name, value in given.items()}
         values["prompts"] = values["prompts"] | (options.prompts or {})
         values["dims"] = values["dims"] if dims is None else tuple(dims)
@@ -232,8 +254,11 @@ class EmbeddingModel(TransformerModule):
         if causal and settings.pooling == "cls":
             raise ValueError(f"{path}: pooling cls reads the first token, which in a decoder sees no other; give last")
         template = text_template(tokenizer)
-        if is_decoder and not template.suffix and not is_embedder(files):
-            template = append_eos(tokenizer, template)
+        if is_decoder and not template.suffix:
+            if eos_token is None and (not is_embedder(files) or tokenizer.init_kwargs.get("add_eos_token")):
+                eos_token = tokenizer.eos_token
+            if eos_token is not None:
+                template = append_eos(tokenizer, template, eos_token)
         has_types = template.has_types and "token_type_ids" in inspect.signature(model.forward).parameters
         left = truncates_left(tokenizer, trained=is_embedder(files))
         template = replace(template, has_types=has_types, truncate_left=left)
@@ -314,8 +339,9 @@ def load_projection(files: ModelFiles, dense: DenseFiles) -> Projection:
 
 
 def refuse_reranker(files: ModelFiles) -> None:
-    """Raises ValueError for a model with a score head: its states tell of a pair, not of a text."""
-    if files.architecture.endswith(CLASSIFIER):
+    """Raises ValueError for a reranker of any program: its states tell of a pair, not of a text."""
+    ours = find_file(files.path, SETTINGS_FILE) is not None
+    if ours or files.architecture.endswith(CLASSIFIER) or files.logit_score is not None:
         raise ValueError(
             f"{files.path} is a reranker ({files.architecture}); give an embedding model, or a base model to train one"
         )
@@ -354,14 +380,23 @@ def make_bidirectional(path: str, model: PreTrainedModel) -> None:
         raise ValueError(f"{path}: bidirectional is for decoders, and a {type(model).__name__} {why}; leave it out")
 
 
-def append_eos(tokenizer: PreTrainedTokenizerBase, template: TextTemplate) -> TextTemplate:
-    """A decoder's text ends with eos, here and, by the tokenizer that is saved, in other libraries.
+def check_pooling_is_known(path: str, is_decoder: bool, trained_only: bool) -> None:
+    """Of a folder that does not say how it pools, where the caller does not say it either."""
+    if not trained_only:
+        logger.info("%s does not say how it pools: %s", path, "last token" if is_decoder else "mean")
+    elif is_decoder:
+        raise ValueError(
+            f"{path}: a decoder that does not say how its vectors are made; give pooling, and prompts where it was "
+            'trained with some, such as pooling="last", prompts={"query": "..."}'
+        )
+    else:
+        logger.warning("%s does not say how it pools, and is taken to pool by the mean; give pooling", path)
 
-    Raises ValueError where the tokenizer has none.
-    """
-    if tokenizer.eos_token is None:
-        raise ValueError(f"{tokenizer.name_or_path}: its tokenizer has no eos token, which ends a decoder's text")
-    ids = [*template.prefix, tokenizer.eos_token_id]
+
+def append_eos(tokenizer: PreTrainedTokenizerBase, template: TextTemplate, eos_token: str) -> TextTemplate:
+    """A decoder's text ends with eos, here and, by the tokenizer that is saved, in other libraries."""
+    eos_id = tokenizer.convert_tokens_to_ids(eos_token)
+    ids = [*template.prefix, eos_id]
     *before, eos = tokenizer.convert_ids_to_tokens(ids)
     single = [*before, "$A", eos]
     pair = [*single, *(f"{part}:1" for part in (*before, "$B", eos))]
@@ -373,4 +408,4 @@ def append_eos(tokenizer: PreTrainedTokenizerBase, template: TextTemplate) -> Te
         fast.post_processor = processors.Sequence([own, fast.post_processor])
     if {"add_bos_token", "add_eos_token"} & tokenizer.init_kwargs.keys():  # they win over tokenizer.json
         tokenizer.init_kwargs |= {"add_bos_token": bool(before), "add_eos_token": True}
-    return replace(template, suffix=(tokenizer.eos_token_id,))
+    return replace(template, suffix=(eos_id,))

@@ -6,6 +6,8 @@
     config_sentence_transformers.json   prompts, the similarity of vectors
     embedder_config.json                what that layout has no place for: a query's own maximum length, MCLS
 
+Models of public families whose folders say only a part of it are in known_embedders.json, by their names.
+
 They are written with the keys and class names of sentence-transformers before 5.4, which it still reads:
 text-embeddings-inference reads no others, and older versions of vLLM would pool in another way without a word. Nothing
 here imports torch.
@@ -16,7 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rag_retrieval.models.prompts import names_in
 from rag_retrieval.models.settings import ModelFiles, expect, parsing, read_json
+
+KNOWN_EMBEDDERS = Path(__file__).with_name("known_embedders.json")
 
 EXTRAS_FILE = "embedder_config.json"
 EXTRAS = ("query_max_length", "cls_interval")
@@ -72,7 +77,7 @@ class EmbedderSettings:
 
 def is_embedder(files: ModelFiles) -> bool:
     """Whether the folder says how its vectors are made."""
-    return "Pooling" in files.modules
+    return bool(files.module_list)
 
 
 def read_settings(files: ModelFiles) -> dict[str, Any]:
@@ -89,7 +94,8 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
     options = files.sentence_transformers
     with parsing(f"{files.path}: config_sentence_transformers.json"):
         prompts = expect(options, "prompts", dict, {})
-        values["prompts"] = {name: expect(prompts, name, str) for name in prompts if prompts[name]}
+        if prompts:
+            values["prompts"] = {name: expect(prompts, name, str) for name in prompts if prompts[name]}
         values["default_prompt"] = expect(options, "default_prompt_name", str)
         values["similarity"] = expect(options, "similarity_fn_name", str, "cosine")
     extras = read_json(files.path, EXTRAS_FILE)
@@ -100,6 +106,23 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
         values["normalize"] = "Normalize" in files.modules
         values |= read_pooling(files)
     return values
+
+
+def known_embedder(files: ModelFiles) -> dict[str, Any]:
+    """pooling, prompts and eos_token (of decoders, else None) of a model of known_embedders.json, empty for others.
+
+    A model is known by its name on the hub or of its folder, and a plain one, which does not say how its vectors are
+    made, also by what its files say it was made from.
+    """
+    path = Path(files.path)
+    in_cache = (part.rpartition("--")[2] for part in path.parts if part.startswith("models--"))  # of the hub
+    names = [path.name, *in_cache]
+    names += [] if is_embedder(files) else names_in(files).splitlines()
+    own = {name.rstrip("/").rpartition("/")[2].lower() for name in names}
+    for known in json.loads(KNOWN_EMBEDDERS.read_text(encoding="utf-8")):
+        if own & {name.rpartition("/")[2].lower() for name in known["models"]}:
+            return {"pooling": known["pooling"], "prompts": known["prompts"], "eos_token": known.get("eos_token")}
+    return {}
 
 
 def check_modules(files: ModelFiles) -> None:

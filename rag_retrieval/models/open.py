@@ -1,4 +1,4 @@
-"""The one place that opens a reranker: what a folder holds, how its model is asked, whether it is trained.
+"""The one place that opens a model: what a folder holds, how its model is asked, whether it is trained.
 
 Reranker, evaluate, mine, distill, serve, export and the adapters all come here, so that a folder gives the same scores
 everywhere. Training alone calls `from_pretrained`, which takes untrained models too.
@@ -8,12 +8,15 @@ import logging
 import os
 import re
 
+import torch
+
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.decoder_template import INSTRUCTION
 from rag_retrieval.models.devices import choose_device
+from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.loading import check_numbers, model_type_of
-from rag_retrieval.models.options import ModelOptions, model_options
+from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions, model_options
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.prompts import Prompt
 from rag_retrieval.models.settings import (
@@ -51,9 +54,7 @@ def open_scorer(
     without a trained head, a decoder whose prompt is not known, and options that do not fit.
     """
     options = options or ModelOptions()
-    if options.devices and options.device:
-        raise ValueError("device and devices are both given; give one of them")
-    device = choose_device("cpu" if options.devices else options.device)
+    device = first_device(options)
     files = ModelFiles(resolve_model_path(model_name_or_path))
     check_is_reranker(files)
     model_type = choose_model_type(files, options)
@@ -64,6 +65,29 @@ def open_scorer(
         scorer = LLMDecoder.load(files, options, trained_only=True, question=question)
     check_numbers(files.path, scorer.model)
     return scorer.to(device).eval()
+
+
+def open_embedder(model_name_or_path: str | os.PathLike, options: EmbedderOptions | None = None) -> EmbeddingModel:
+    """The embedding model on its device (`options.device`; with `options.devices` on the CPU), in eval mode.
+
+    A folder that does not say how its vectors are made is asked as the model of its name that is known
+    (known_embedders.json), else as the options say; a plain encoder without either pools by the mean, with a warning.
+    Raises ValueError for a path that is not there, a reranker, weights that are not numbers, a decoder that does not
+    say how its vectors are made, and options that do not fit.
+    """
+    options = options or EmbedderOptions()
+    device = first_device(options)
+    files = ModelFiles(resolve_model_path(model_name_or_path))
+    model = EmbeddingModel.load(files, options, trained_only=True)
+    check_numbers(files.path, model)
+    return model.to(device).eval()
+
+
+def first_device(options: OpeningOptions) -> torch.device:
+    """Where a model is opened: with `devices`, each of which gets a copy, on the CPU."""
+    if options.devices and options.device:
+        raise ValueError("device and devices are both given; give one of them")
+    return choose_device("cpu" if options.devices else options.device)
 
 
 def choose_model_type(files: ModelFiles, options: ModelOptions) -> str:

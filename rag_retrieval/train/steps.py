@@ -56,9 +56,14 @@ class StepShape:
     process_index: int = 0
 
     @property
+    def step_size(self) -> int:
+        """Records of a full step."""
+        return self.batch_size * self.accumulation * self.processes
+
+    @property
     def steps_per_epoch(self) -> int:
         """The last and perhaps smaller step included."""
-        return -(-self.records // (self.batch_size * self.accumulation * self.processes))
+        return -(-self.records // self.step_size)
 
     def positions(self, step: int) -> list[range]:
         """This process's positions in the epoch's order for one step, one range for each micro-batch.
@@ -66,8 +71,7 @@ class StepShape:
         Positions of a step are dealt to the processes in turn. Every process gets the same number of
         micro-batches; some may be empty in the last step.
         """
-        step_size = self.batch_size * self.accumulation * self.processes
-        start, stop = step * step_size, min((step + 1) * step_size, self.records)
+        start, stop = step * self.step_size, min((step + 1) * self.step_size, self.records)
         mine = range(start + self.process_index, stop, self.processes)
         largest_share = -(-(stop - start) // self.processes)
         return [mine[first : first + self.batch_size] for first in range(0, largest_share, self.batch_size)]

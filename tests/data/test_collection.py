@@ -5,7 +5,7 @@ from beir_samples import write, write_toy
 from training_runs import write_jsonl
 
 from rag_retrieval.data.collection import beir_collection, is_beir_folder, store_collection
-from rag_retrieval.data.records import DataError
+from rag_retrieval.data.records import DataError, RecordRules
 from rag_retrieval.data.store import open_store
 
 
@@ -13,7 +13,7 @@ from rag_retrieval.data.store import open_store
 def collection(tmp_path):
     def make(records):
         path = write_jsonl(tmp_path / "val.jsonl", records)
-        return store_collection(open_store(path, group_by_query=True, text_ids=True), path)
+        return store_collection(open_store(path, RecordRules(for_embedder=True), group_by_query=True), path)
 
     return make
 

@@ -207,7 +207,7 @@ def test_each_document_of_a_merged_group_has_its_own_line(tmp_path):
 
 def test_equal_texts_after_normalization_have_one_id(tmp_path):
     records = pointwise(("ｑ  a", "e\u0301 b", 1), ("q a\n", "\u00e9\tb ", 1), ("Q a", "é b c", 1))
-    store = open_store(write(tmp_path / "a.jsonl", records), text_ids=True)
+    store = open_store(write(tmp_path / "a.jsonl", records), RecordRules(for_embedder=True))
     first, second, third = store.query_ids
     assert first == second != third
     first, second, third = store.document_ids
@@ -218,11 +218,11 @@ def test_equal_texts_after_normalization_have_one_id(tmp_path):
 def test_ids_and_prompts_go_where_their_records_go(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(store_build, "CHUNK", chunk)
     records = pointwise(("b", "x", 1), ("a", "y", 1), ("b", "y", 0), ("a", "z", 0), ("c", "x", 1))
-    store = open_store(write(tmp_path / "a.jsonl", records), group_by_query=True, text_ids=True)
+    store = open_store(write(tmp_path / "a.jsonl", records), RecordRules(for_embedder=True), group_by_query=True)
     assert [store.query(group) for group in range(3)] == ["b", "a", "c"]
     x, y, y_again, z, x_again = store.document_ids
     assert x == x_again and y == y_again and len({x, y, z}) == 3
-    alone = open_store(write(tmp_path / "b.jsonl", records), text_ids=True)
+    alone = open_store(write(tmp_path / "b.jsonl", records), RecordRules(for_embedder=True))
     assert store.query_ids.tolist() == alone.query_ids[[0, 1, 4]].tolist()
     assert [store.prompts[group] for group in range(3)] == [""] * 3
 
@@ -230,6 +230,6 @@ def test_ids_and_prompts_go_where_their_records_go(tmp_path, monkeypatch, chunk)
 def test_a_store_has_ids_only_where_they_are_asked_for(tmp_path):
     path = write(tmp_path / "a.jsonl", pointwise(("a", "x", 1)))
     names = {file.name for file in open_store(path).files}
-    assert names == {file.name for file in open_store(path, text_ids=True).files} - {
+    assert names == {file.name for file in open_store(path, RecordRules(for_embedder=True)).files} - {
         "query_id", "document_id", "prompt", "prompt.offsets"
     }  # fmt: skip

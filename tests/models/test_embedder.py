@@ -1,6 +1,7 @@
 """Embedding models: packed against padded, folders that sentence-transformers opens and writes, with equal vectors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from tiny_models import CHINESE, ENGLISH, tiny_bert, tiny_llama, tiny_qwen2, tiny_xlm_roberta
 
 from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.models.embedding_files import KNOWN_EMBEDDERS
+from rag_retrieval.models.open import open_embedder
+from rag_retrieval.models.options import POOLINGS, EmbedderOptions
 from rag_retrieval.models.token_batch import make_batch
 
 TEXTS = [*ENGLISH, *CHINESE, "a", "", " ".join(ENGLISH)]
@@ -160,3 +164,95 @@ def test_a_prompt_must_leave_room_for_text(folders):
 def test_a_reranker_is_refused(model_folders):
     with pytest.raises(ValueError, match="is a reranker"):
         EmbeddingModel.from_pretrained(model_folders["bert"])
+
+
+# ---- the opener -----------------------------------------------------------------------------------------
+
+
+def copy_as(folder: str, name: str, root: Path) -> str:
+    return shutil.copytree(folder, root / name).as_posix()
+
+
+def test_a_plain_encoder_pools_by_the_mean_with_one_warning(folders, caplog):
+    model = open_embedder(folders["bert"])
+    assert model.settings.pooling == "mean" and not model.training
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("rag_retrieval")] == [
+        f"{folders['bert']} does not say how it pools, and is taken to pool by the mean; give pooling"
+    ]
+
+
+def test_options_say_what_a_plain_folder_does_not(folders, caplog):
+    options = EmbedderOptions(pooling="last", prompts={"query": "ask: "}, max_length=33, normalize=False)
+    model = open_embedder(folders["qwen2"], options)
+    settings = model.settings
+    assert (settings.pooling, settings.prompts, settings.max_length) == ("last", {"query": "ask: "}, 33)
+    assert not settings.normalize and model.text_encoder.encode(["a"])[0].ids[-1] == model.tokenizer.eos_token_id
+    assert not [record for record in caplog.records if record.name.startswith("rag_retrieval")]
+
+
+def test_an_unknown_decoder_must_be_told_how_it_pools(folders):
+    with pytest.raises(ValueError, match="give pooling"):
+        open_embedder(folders["qwen2"])
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling", "prompts"),
+    [
+        ("bge-small-zh-v1.5", "cls", {"query": "为这个句子生成表示以用于检索相关文章："}),
+        ("multilingual-e5-small", "mean", {"query": "query: ", "document": "passage: "}),
+        ("bce-embedding-base_v1", "cls", {}),
+    ],
+)
+def test_a_known_model_is_asked_as_its_card_says(folders, tmp_path, name, pooling, prompts):
+    settings = open_embedder(copy_as(folders["bert"], name, tmp_path)).settings
+    assert (settings.pooling, settings.prompts) == (pooling, prompts)
+    cached = tmp_path / f"models--owner--{name}" / "snapshots" / "0123"
+    shutil.copytree(folders["bert"], cached)
+    assert open_embedder(cached).settings == settings
+
+
+def test_a_known_decoder_gets_its_own_eos(folders, tmp_path):
+    model = open_embedder(copy_as(folders["qwen2"], "Qwen3-Embedding-0.6B", tmp_path))
+    text = model.text_encoder.encode(["what is a panda?"], "query")[0]
+    assert model.tokenizer.decode(text.ids) == (
+        "Instruct: Given a web search query, retrieve relevant passages that answer the query\n"
+        "Query:what is a panda?<|endoftext|>"
+    )
+
+
+def test_a_folder_that_has_prompts_is_not_taken_for_the_model_of_its_name(folders, tmp_path):
+    folder = tmp_path / "bge-small-en"
+    save_by_sentence_transformers(folders["bert"], folder, "mean", {"query": "ask: "})
+    settings = open_embedder(folder).settings
+    assert (settings.pooling, settings.prompts) == ("mean", {"query": "ask: "})
+
+
+def test_every_known_model_is_named_once_with_a_pooling_and_prompts():
+    entries = json.loads(KNOWN_EMBEDDERS.read_text())
+    names = [name for entry in entries for name in entry["models"]]
+    assert len(set(names)) == len(names)
+    for entry in entries:
+        assert entry["pooling"] in POOLINGS and entry["prompts"].keys() <= {"query", "document"}
+
+
+def test_rerankers_of_any_program_are_refused(load_tiny, tmp_path):
+    load_tiny("qwen2").save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="is a reranker"):
+        open_embedder(tmp_path / "ours")
+
+
+def test_weights_that_are_not_numbers_are_refused(folders, tmp_path):
+    model = EmbeddingModel.from_pretrained(folders["bert"])
+    model.model.embeddings.word_embeddings.weight.data[3, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="finite"):
+        open_embedder(tmp_path)
+
+
+def test_modules_that_are_not_known_are_refused(folders, tmp_path):
+    EmbeddingModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "modules.json").read_text())
+    entries[1]["type"] = "sentence_transformers.sparse_encoder.modules.SpladePooling"
+    (tmp_path / "modules.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="SpladePooling"):
+        open_embedder(tmp_path)

@@ -1,12 +1,18 @@
-"""The keys of an embedder's configuration file, beside those that every trainer has."""
+"""The keys of an embedder's configuration file, beside those that every trainer has.
 
-from typing import Annotated, Any, ClassVar, Literal
+The names of losses and the keys of their options come from the table of losses, `EMBEDDING_LOSSES`.
+"""
 
-from pydantic import Field, field_validator
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, get_origin
 
-from rag_retrieval.core.config import NAME_OR_NAMES, EscapedText, Only, key
+from pydantic import Field, create_model, field_validator
+
+from rag_retrieval.core.config import NAME_OR_NAMES, NAMES, EscapedText, Location, Only, key, shown_value
 from rag_retrieval.data.collection import is_beir_folder
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName
+from rag_retrieval.losses.custom import OWN_LOSS
+from rag_retrieval.losses.embedding import EMBEDDING_ALIASES, EMBEDDING_LOSSES, EmbeddingLoss
 from rag_retrieval.metrics import PATTERNS, parse_metric
 from rag_retrieval.train.config import HUB_VALIDATION, VALIDATED, TrainingConfig
 
@@ -14,10 +20,23 @@ SPLIT_VALIDATION = Only(
     "a val_dataset of the hub or in BEIR layout",
     lambda config: VALIDATED.applies(config) and (HUB_VALIDATION.applies(config) or is_beir_folder(config.val_dataset)),
 )
+TEACHER_LOSSES = [name for name, loss in EMBEDDING_LOSSES.items() if loss.reads == "teacher_score"]
+OPTIONS = {option.name: option for loss in EMBEDDING_LOSSES.values() for option in loss.options}
 
 
-class EmbeddingConfig(TrainingConfig):
-    """The validated configuration of one run."""
+def _reads(what: str) -> Any:
+    return lambda config: any(loss.reads == what for loss in config.losses)
+
+
+TEACHER_LOSS = Only("runs with teacher_loss_type", lambda config: config.teacher_loss_type is not None)
+TEACHER_SCORES = Only("losses that learn from teacher scores", lambda config: config.reads_teacher)
+VECTORS = Only("losses that learn a teacher's vectors", _reads("teacher_vectors"))
+GROUPS = Only("losses that learn from positives", lambda config: config.record_kind == "positives")
+MATRYOSHKA = Only("runs with use_mrl", lambda config: config.use_mrl)
+
+
+class EmbeddingKeys(TrainingConfig):
+    """All keys but the options of losses; `EmbeddingConfig` has these too."""
 
     main_keys: ClassVar = ("model_name_or_path", "train_dataset", "loss_type", "output_dir")
     groups: ClassVar = TrainingConfig.groups | {"task": "Embedder", "train_dataset": "Data", "loss_type": "Loss"}
@@ -39,8 +58,16 @@ class EmbeddingConfig(TrainingConfig):
     train_dataset: Annotated[DatasetName | list[DatasetName], NAME_OR_NAMES] = Field(
         min_length=1, description=f"Training data: {DATASET_HELP}, or a list of them, of which each step has one.")
     train_split: str = key("Split of a data set of the hub to train on.", "train", min_length=1)
+    train_label_key: str = key("Key of the label in training data.", "label", min_length=1)
+    train_dataset_vec: Annotated[list[Annotated[str, Location(file=True)]] | None, NAMES] = key(
+        "Raw file of a teacher's vectors, float32, one row for each text of train_dataset; one for each file.",
+        only=VECTORS, min_length=1)
+    teacher_embedding_dim: int | None = key("Width of the teacher's vectors. Absent: as the file has it.",
+        only=VECTORS, ge=1)
     train_group_size: int = key(
-        "A positive and the hard negatives of a query at most; more take turns.", 8, ge=1)
+        "A positive and the hard negatives of a query at most; more take turns.", 8, only=GROUPS, ge=1)
+    max_example_num_per_dataset: int | None = key(
+        "Train on a random sample of so many records of each file. Absent: on all.", ge=1)
     shuffle: bool = key("Records in a new order in each epoch, otherwise in that of the file.", True)
 
     # Validation
@@ -55,8 +82,21 @@ class EmbeddingConfig(TrainingConfig):
         f"{PATTERNS}. Default ndcg@10.", only=VALIDATED, derive=lambda config: "ndcg@10")
 
     # Loss
-    loss_type: Literal["info_nce"] = key("The loss.", "info_nce")
-    temperature: float = key("Divides cosines.", 0.02, gt=0)
+    loss_type: str = key(
+        f"One of {', '.join(EMBEDDING_LOSSES)}, or a function of your own, my_package.losses:my_loss.", "info_nce")
+    teacher_loss_type: str | None = key(
+        f"Second loss, on teacher scores, beside loss_type: one of {', '.join(TEACHER_LOSSES)}.")
+    teacher_weight: float | None = key(
+        "Weight of teacher_loss_type; loss_type has the rest of 1. Default 0.5.", only=TEACHER_LOSS,
+        derive=lambda config: 0.5, ge=0, le=1)
+    teacher_score_key: str | None = key(
+        "Key of the teacher's score; in records of pos and neg it is pos_scores and neg_scores. Default teacher_score.",
+        only=TEACHER_SCORES, derive=lambda config: "teacher_score", min_length=1)
+    use_mrl: bool = key("Matryoshka: the loss is taken over several widths, so that vectors can be cut.", False)
+    mrl_dims: Annotated[list[int] | None, NAMES] = key(
+        "Widths of use_mrl. One beyond the model's adds a projection to that width. Default 64 to 768, cut to the "
+        "model's.", only=MATRYOSHKA, derive=lambda config: [64, 128, 256, 512, 768], min_length=1)
+    mrl_weights: Annotated[list[float] | None, NAMES] = key("A weight for each. Absent: 1.", only=MATRYOSHKA)
 
     @field_validator("metric_for_best_model", mode="after")
     @classmethod
@@ -69,7 +109,87 @@ class EmbeddingConfig(TrainingConfig):
     def train_files(self) -> list[str]:
         return self.train_dataset if isinstance(self.train_dataset, list) else [self.train_dataset]
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """By name, for `objective_of`."""
+        if self.teacher_loss_type is None:
+            return {self.loss_type: 1.0}
+        return {self.loss_type: 1 - self.teacher_weight, self.teacher_loss_type: self.teacher_weight}
+
+    @property
+    def losses(self) -> list[EmbeddingLoss]:
+        names = [name for name in (self.loss_type, self.teacher_loss_type) if name is not None]
+        return [EMBEDDING_LOSSES.get(name) or EmbeddingLoss(name, name) for name in names]
+
+    @property
+    def record_kind(self) -> Literal["positives", "label", "teacher_vectors"]:
+        """See `training_data.RecordKind`."""
+        reads = self.losses[0].reads
+        return "positives" if reads == "teacher_score" else reads
+
+    @property
+    def reads_teacher(self) -> bool:
+        judged = getattr(self, "false_negative_judge", None) == "teacher"
+        return judged or any(loss.reads == "teacher_score" for loss in self.losses)
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The options of the losses that are given, for `objective_of`."""
+        names = {option.name for loss in self.losses for option in loss.options}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
     @classmethod
     def resolved_entries(cls, values: dict[str, Any]) -> list[dict[str, Any]]:
         files = values["train_dataset"]
         return [{"path": path} for path in (files if isinstance(files, list) else [files])]
+
+    @field_validator("loss_type", "teacher_loss_type", mode="after")
+    @classmethod
+    def _known_loss(cls, name: str | None, info) -> str | None:
+        name = EMBEDDING_ALIASES.get(name, name)
+        may_be_own = info.field_name == "loss_type"
+        known = EMBEDDING_LOSSES if may_be_own else TEACHER_LOSSES
+        if name is not None and name not in known and not (may_be_own and OWN_LOSS.fullmatch(name)):
+            own = ", or module:function" if may_be_own else ""
+            raise ValueError(f"expected one of {', '.join(known)}{own}, found {shown_value(name)}")
+        return name
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if self.teacher_loss_type is not None and self.record_kind != "positives":
+            yield "teacher_loss_type", f"goes with a loss on positives, not with {self.loss_type}"
+        if self.record_kind == "teacher_vectors" and len(self.train_dataset_vec or ()) != len(self.train_files):
+            found, files = len(self.train_dataset_vec or ()), len(self.train_files)
+            yield "train_dataset_vec", f"expected a file for each of the {files} of train_dataset, found {found}"
+        if self.mrl_weights and len(self.mrl_weights) != len(self.mrl_dims):
+            expected = f"expected {len(self.mrl_dims)}, one for each of mrl_dims"
+            yield "mrl_weights", f"{expected}, found {len(self.mrl_weights)}"
+        if any(width < 1 for width in self.mrl_dims or ()):
+            yield "mrl_dims", "expected widths of at least 1"
+
+
+def _option_fields() -> dict[str, Any]:
+    """A key for each option of a loss. Its default is that of the losses of the run which have it."""
+    fields = {}
+    for name, option in OPTIONS.items():
+        readers = [loss.name for loss in EMBEDDING_LOSSES.values() if name in {own.name for own in loss.options}]
+        only = Only(f"losses {', '.join(readers)}", _has_option(name))
+        default = "" if option.default is None else f" Default {shown_value(option.default)}."
+        description = f"{option.description[0].upper()}{option.description[1:]}.{default}"
+        kind = Annotated[option.type, NAMES] if get_origin(option.type) is tuple else option.type
+        fields[name] = (kind | None, key(description, only=only, derive=_default_of(name), **option.limits))
+    return fields
+
+
+def _has_option(name: str):
+    return lambda config: any(option.name == name for loss in config.losses for option in loss.options)
+
+
+def _default_of(name: str):
+    def default(config: EmbeddingKeys) -> Any:
+        return next(option.default for loss in config.losses for option in loss.options if option.name == name)
+
+    return default
+
+
+EmbeddingConfig = create_model("EmbeddingConfig", __base__=EmbeddingKeys, __module__=__name__, **_option_fields())

@@ -1,16 +1,18 @@
 """The data of an embedder's run: opened, checked, and laid out as steps."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 
+from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.data.summary import TokenLengths
 from rag_retrieval.train.embedding.config import EmbeddingConfig
-from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, groups_with_positive
+from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
 from rag_retrieval.train.run_data import DataSource, distinct_names, sampled_pairs
 from rag_retrieval.train.steps import CarriedSteps, StepShape
 
@@ -19,34 +21,57 @@ logger = logging.getLogger(__name__)
 UNLIMITED = 1 << 30  # tokens
 
 
-@dataclass(frozen=True)
-class TrainingFile:
-    """name: that of the file, "" where it is the only one."""
-
-    source: str
-    name: str
-    store: RecordStore
-
-
 def open_training_files(config: EmbeddingConfig) -> list[TrainingFile]:
     """The memory-mapped training data, in the order of the configuration; one process of a machine builds what is
-    missing. Data in which no query has a positive are refused."""
-    names = distinct_names(config.train_files)
-    return [open_training_file(config, source, name) for source, name in zip(config.train_files, names, strict=True)]
+    missing. Data that can teach the loss nothing are refused."""
+    sources, vectors = config.train_files, config.train_dataset_vec or [None] * len(config.train_files)
+    files = enumerate(zip(sources, distinct_names(sources), vectors, strict=True))
+    return [open_training_file(config, *file, config.seed + position) for position, file in files]
 
 
-def open_training_file(config: EmbeddingConfig, source: str, name: str) -> TrainingFile:
-    store = open_store(source, split=config.train_split, group_by_query=True, text_ids=True)
-    idle = store.num_groups - len(groups_with_positive(store))
-    if idle == store.num_groups:
+def open_training_file(
+    config: EmbeddingConfig, source: str, name: str, vectors: str | None, seed: int
+) -> TrainingFile:
+    alone = config.record_kind == "teacher_vectors"
+    rules = RecordRules(
+        label_key=config.train_label_key,
+        teacher_key=config.teacher_score_key,
+        needs_teacher=config.reads_teacher,
+        for_embedder=True,
+        texts_alone=alone,
+    )
+    store = open_store(source, rules, split=config.train_split, group_by_query=not alone)
+    if config.record_kind == "positives":
+        check_positives(config, source, store)
+    if alone:
+        check_vectors(config, source, store, Path(vectors))
+    records = records_of(store, config.record_kind, config.max_example_num_per_dataset, seed)
+    return TrainingFile(source, name, store, config.record_kind, records, Path(vectors) if alone else None)
+
+
+def check_positives(config: EmbeddingConfig, source: str, store: RecordStore) -> None:
+    """Queries without a positive are reported; raises ValueError where there is no other."""
+    count = len(records_of(store, "positives"))
+    if not count:
         raise ValueError(
             f"train_dataset: {source}: no query has a positive document, so {config.loss_type} has nothing to learn; "
             "give each query a document that answers it, in pos or with a label above those of the others"
         )
-    if idle:
+    if idle := store.num_groups - count:
         counts = f"{idle:,} of {store.num_groups:,} queries"
         logger.warning("%s: %s have no positive document and are left out", source, counts)
-    return TrainingFile(source, name, store)
+
+
+def check_vectors(config: EmbeddingConfig, source: str, store: RecordStore, path: Path) -> None:
+    """Raises ValueError where the file is not a row for each text."""
+    size, texts = path.stat().st_size, store.num_groups
+    width = config.teacher_embedding_dim or size // (4 * texts)
+    if size != 4 * texts * width or not size:
+        expected = f"{texts:,} texts x {config.teacher_embedding_dim or 'their width'} x 4 bytes"
+        raise ValueError(
+            f"train_dataset_vec: {path} has {size:,} bytes; expected {expected}: raw float32 without a header, one row "
+            f"for each text of {source}, in its order"
+        )
 
 
 def sources_of(config: EmbeddingConfig, files: list[TrainingFile]) -> list[DataSource]:
@@ -67,21 +92,18 @@ def embedding_steps(
     """
     sets, stores = {}, [file.store for file in files]
     for position, file in enumerate(files):
-        options = SamplingOptions(
-            config.seed + position, config.train_group_size, config.shuffle, max_tokens, padded
-        )
+        options = SamplingOptions(config.seed + position, config.train_group_size, config.shuffle, max_tokens, padded)
         shape = step_shape(config, file, accelerator.num_processes, accelerator.process_index)
-        sets[file.name] = EmbeddingSteps(file.store, file.source, encoder, shape, options, stores, file.name)
+        sets[file.name] = EmbeddingSteps(file, encoder, shape, options, stores)
     return CarriedSteps(sets, config.epochs)
 
 
 def step_shape(config: EmbeddingConfig, file: TrainingFile, processes: int, process_index: int) -> StepShape:
     """Of the whole run over a file: full steps alone. What an epoch leaves over begins the next, and the last step is
     completed with records of a further pass."""
-    records, accumulation = config.epochs * len(groups_with_positive(file.store)), config.gradient_accumulation_steps
-    step = config.batch_size * accumulation * processes
-    steps = -(-records // step)
-    return StepShape(steps * step, config.batch_size, accumulation, processes, process_index)
+    wanted = config.epochs * len(file.records)
+    shape = StepShape(wanted, config.batch_size, config.gradient_accumulation_steps, processes, process_index)
+    return replace(shape, records=shape.steps_per_epoch * shape.step_size)
 
 
 def report_steps(files: list[TrainingFile], config: EmbeddingConfig, steps: CarriedSteps) -> None:
@@ -89,7 +111,7 @@ def report_steps(files: list[TrainingFile], config: EmbeddingConfig, steps: Carr
     for file in files:
         own = steps.sets[file.name]
         count, records = own.steps_per_epoch, own.shape.records
-        further = records - config.epochs * len(own.groups)
+        further = records - config.epochs * len(file.records)
         line = f"{count:,} steps of {records // count:,} records. What an epoch leaves over begins the next one"
         if further:
             line += f"; {further:,} records of a further pass complete the last step"

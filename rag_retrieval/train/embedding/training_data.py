@@ -8,7 +8,8 @@ is said by the ids of the texts (`StepRecords`), so that no cut changes it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from rag_retrieval.data.step_records import QUERY_MARK, KnownPositives, StepReco
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
 from rag_retrieval.train.steps import StepShape
+
+# A record is a query with a positive and its negatives, a pair with its label, or a text with its teacher's vector.
+RecordKind = Literal["positives", "label", "teacher_vectors"]
 
 
 @dataclass
@@ -50,7 +54,7 @@ class EmbeddingMicroBatch:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """group_size: a positive and the hard negatives of a record at most. shuffle: otherwise in the order of the file.
+    """group_size: a positive and the negatives of a record at most. shuffle: otherwise in the order of the file.
     max_tokens, padded: see `plan_by_tokens`."""
 
     seed: int
@@ -62,35 +66,49 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Example:
-    """A record as this pass over the data shows it. positive and negatives: pairs of the store."""
+    """A record as this pass over the data shows it. pair: of the store, the positive or the only one. negatives: pairs
+    too."""
 
     group: int
-    positive: int
+    pair: int
     negatives: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrainingFile:
+    """One file of the training data.
+
+    name: that of the file, "" where it is the only one. records: the numbers of those that are trained on, of groups of
+    the store, or of pairs where `kind` is label. teacher_vectors: a raw file of float32, one row for each text of the
+    store.
+    """
+
+    source: str
+    name: str
+    store: RecordStore
+    kind: RecordKind
+    records: np.ndarray
+    teacher_vectors: Path | None = None
 
 
 class EmbeddingSteps(Dataset):
     """The steps of one file, for `CarriedSteps`: shape.records are those of the whole run, whole passes over the file
-    and the beginning of one more, by which the last step is full. A record shows one positive in a pass, the next one
-    in the next, and negatives in turns.
+    and the beginning of one more, by which the last step is full. A query shows one positive in a pass, the next one
+    in the next, and negatives in turns; without negatives its other positives, which a teacher's scores tell apart.
 
     encoder: the model's `text_encoder`. all_stores: of all training files, for the known positives of a query.
-    part: the file's name where there are several, "" otherwise.
     """
 
     def __init__(
         self,
-        store: RecordStore,
-        source: str,
+        file: TrainingFile,
         encoder: Any,
         shape: StepShape,
         options: SamplingOptions,
         all_stores: Sequence[RecordStore] = (),
-        part: str = "",
     ):
-        self.store, self.source, self.encoder, self.shape, self.options = store, source, encoder, shape, options
-        self.all_stores, self.part = all_stores or [store], part
-        self.groups = groups_with_positive(store)
+        self.file, self.store, self.encoder, self.shape, self.options = file, file.store, encoder, shape, options
+        self.all_stores = all_stores or [file.store]
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
@@ -100,22 +118,28 @@ class EmbeddingSteps(Dataset):
     def __getitem__(self, position: tuple[int, int]) -> list[EmbeddingMicroBatch]:
         start = position[0] * self.shape.records
         places = [start + place for share in self.shape.positions(position[1]) for place in share]
-        return self.micro_batches([self.example(*divmod(place, len(self.groups))) for place in places])
+        return self.micro_batches([self.example(*divmod(place, len(self.file.records))) for place in places])
 
     def example(self, pass_number: int, place: int) -> Example:
         """The record at a place of the order of one pass over the file."""
-        record = int(self._order_of(pass_number)[place])
-        store, options, group = self.store, self.options, int(self.groups[record])
-        first, size = int(store.group_offsets[group]), int(store.group_sizes[group])
-        positive = store.positives[first : first + size]
-        kept = sample_group(positive, options.group_size, pass_number, options.seed, record, one_positive=True)
-        return Example(group, first + int(kept[positive[kept]][0]), first + kept[~positive[kept]])
+        number = int(self._order_of(pass_number)[place])
+        store, options, record, none = self.store, self.options, int(self.file.records[number]), np.empty(0, np.int64)
+        if self.file.kind == "label":
+            return Example(store.group_of(record), record, none)
+        first = int(store.group_offsets[record])
+        if self.file.kind == "teacher_vectors":
+            return Example(record, first, none)
+        positive = store.positives[first : first + int(store.group_sizes[record])]
+        one_positive = store.teacher_scores is None or not positive.all()
+        kept = sample_group(positive, options.group_size, pass_number, options.seed, number, one_positive)
+        chosen = int(kept[positive[kept]][0])
+        return Example(record, first + chosen, first + kept[kept != chosen])
 
     def _order_of(self, pass_number: int) -> np.ndarray:
         if not self.options.shuffle:
-            return np.arange(len(self.groups))
+            return np.arange(len(self.file.records))
         if self._order is None or self._order[0] != pass_number:
-            self._order = (pass_number, epoch_order(self.options.seed, pass_number, len(self.groups)))
+            self._order = (pass_number, epoch_order(self.options.seed, pass_number, len(self.file.records)))
         return self._order[1]
 
     @cached_property
@@ -132,10 +156,10 @@ class EmbeddingSteps(Dataset):
         for part in plan:
             part = np.array(sorted(part))  # queries come first
             texts, counted = make_batch([encoded[place] for place in part]), int((part < len(queries)).sum())
-            batches.append(EmbeddingMicroBatch(texts, ids[part], counted, None, (0,), len(part), [], self.part))
+            batches.append(EmbeddingMicroBatch(texts, ids[part], counted, None, (0,), len(part), [], self.file.name))
         batches[0].records, batches[0].items = self.step_records(examples), (len(examples),)
-        lines = [self.store.lines[example.positive] for example in examples]
-        batches[0].sources = [f"{self.source}:{line}" for line in lines]
+        lines = [self.store.lines[example.pair] for example in examples]
+        batches[0].sources = [f"{self.file.source}:{line}" for line in lines]
         return batches
 
     def _texts(self, examples: Sequence[Example]) -> tuple[dict[int, int], dict[int, int]]:
@@ -143,7 +167,8 @@ class EmbeddingSteps(Dataset):
         store, queries, documents = self.store, {}, {}
         for example in examples:
             queries.setdefault(int(store.query_ids[example.group] ^ QUERY_MARK), example.group)
-            for pair in (example.positive, *example.negatives.tolist()):
+            pairs = () if self.file.kind == "teacher_vectors" else (example.pair, *example.negatives.tolist())
+            for pair in pairs:
                 documents.setdefault(int(store.document_ids[pair]), pair)
         return queries, documents
 
@@ -161,29 +186,46 @@ class EmbeddingSteps(Dataset):
         return encoded + self.encoder.encode([store.pair(pair).document for pair in documents.values()], "document")
 
     def step_records(self, examples: Sequence[Example]) -> StepRecords:
-        store = self.store
+        store, alone = self.store, self.file.kind == "teacher_vectors"
         groups = np.array([example.group for example in examples])
-        positives = np.array([example.positive for example in examples])
-        negative_pairs, negative_offsets = ragged([example.negatives for example in examples], "i8")
-        known, known_offsets = ragged([self.known_positives.of(id_) for id_ in store.query_ids[groups]], "u8")
-        scores = store.teacher_scores
+        pairs = np.array([example.pair for example in examples])
+        negatives, negative_offsets = ragged([example.negatives for example in examples], "i8")
+        known = [self.known_positives.of(query) for query in store.query_ids[groups]]
+        known_ids, known_offsets = ragged(known, "u8")
+        query_ids, scores = store.query_ids[groups] ^ QUERY_MARK, store.teacher_scores
         return StepRecords(
-            store.query_ids[groups] ^ QUERY_MARK,
-            store.document_ids[positives],
-            store.document_ids[negative_pairs],
+            query_ids,
+            query_ids if alone else store.document_ids[pairs],
+            store.document_ids[negatives],
             negative_offsets,
-            known,
+            known_ids,
             known_offsets,
-            None if scores is None else scores[positives],
-            None if scores is None else scores[negative_pairs],
+            positive_scores=None if scores is None else scores[pairs],
+            negative_scores=None if scores is None else scores[negatives],
+            labels=store.labels[pairs] if self.file.kind == "label" else None,
+            teacher_vectors=np.array(self._vectors[groups]) if alone else None,
         )
+
+    @cached_property
+    def _vectors(self) -> np.ndarray:
+        """float32 [texts, width], mapped."""
+        return np.memmap(self.file.teacher_vectors, np.float32, "r").reshape(self.store.num_groups, -1)
 
     def filler(self) -> EmbeddingMicroBatch:
         """One text of weight zero, for a process that has fewer micro-batches than another."""
         texts, no_ids = make_batch(self.encoder.encode(["filler"], "document")), np.empty(0, np.uint64)
-        return EmbeddingMicroBatch(texts, no_ids, 0, None, (0,), 0, [], self.part)
+        return EmbeddingMicroBatch(texts, no_ids, 0, None, (0,), 0, [], self.file.name)
 
 
-def groups_with_positive(store: RecordStore) -> np.ndarray:
-    """The groups of a store that have a positive document, ascending: the others teach nothing."""
-    return np.flatnonzero(np.logical_or.reduceat(store.positives, store.group_offsets))
+def records_of(store: RecordStore, kind: RecordKind, most: int | None = None, seed: int = 0) -> np.ndarray:
+    """The numbers of a store's records, ascending: of groups that have a positive, since the others teach nothing, of
+    pairs, or of texts. most: a random sample of so many of them, the same for a seed."""
+    if kind == "label":
+        records = np.arange(store.num_pairs)
+    elif kind == "teacher_vectors":
+        records = np.arange(store.num_groups)
+    else:
+        records = np.flatnonzero(np.logical_or.reduceat(store.positives, store.group_offsets))
+    if most is None or most >= len(records):
+        return records
+    return np.sort(np.random.default_rng([seed, len(records)]).permutation(records)[:most])

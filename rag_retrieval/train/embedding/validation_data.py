@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from rag_retrieval.core.distributed import StartError
 from rag_retrieval.data.beir import find_file, find_optional, find_qrels
 from rag_retrieval.data.collection import Collection, beir_collection, first_of_each, is_beir_folder, store_collection
+from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.step_records import QUERY_MARK
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.losses.embedding import Objective
@@ -24,7 +25,7 @@ from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.losses.step_vectors import vector_gradients
 from rag_retrieval.train.embedding.config import EmbeddingConfig
 from rag_retrieval.train.embedding.shared_encoding import SharedEncoding
-from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions
+from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
 from rag_retrieval.train.embedding.validation import METRICS, EmbeddingValidation
 from rag_retrieval.train.run_folder import START_FILE
 from rag_retrieval.train.setup import layout_of
@@ -52,7 +53,8 @@ def open_validation(config: EmbeddingConfig) -> ValidationData | None:
         files = [find_file(folder, "corpus.jsonl"), find_file(folder, "queries.jsonl"), find_qrels(folder, split)]
         pool = find_optional(folder, f"candidates.{split}.tsv")
         return ValidationData(beir_collection(folder, split), None, [*files, *filter(None, [pool])])
-    store = open_store(source, split=config.val_split or "validation", group_by_query=True, text_ids=True)
+    rules = RecordRules(label_key=config.train_label_key, teacher_key=config.teacher_score_key, for_embedder=True)
+    store = open_store(source, rules, split=config.val_split or "validation", group_by_query=True)
     return ValidationData(store_collection(store, source), store, store.files)
 
 
@@ -76,9 +78,10 @@ def make_validation(
         measures["spearman"], names = LabelCorrelation(store), ()
     if store is not None and can_measure(objective, store):
         options = SamplingOptions(config.seed, config.train_group_size, shuffle=False)
-        records = EmbeddingSteps(store, config.val_dataset, model.text_encoder, StepShape(1, 1, 1), options)
+        file = TrainingFile(config.val_dataset, "", store, config.record_kind, records_of(store, config.record_kind))
+        records = EmbeddingSteps(file, model.text_encoder, StepShape(1, 1, 1), options)
         step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        if len(records.groups):
+        if len(file.records):
             measures["loss"] = RecordLoss(records, objective, step, accelerator.device)
     return EmbeddingValidation(
         collection,
@@ -110,7 +113,7 @@ def best_metric(config: EmbeddingConfig, validation: EmbeddingValidation | None)
 
 class LabelCorrelation:
     """Spearman's rank correlation of the similarities of graded pairs with their labels, in [-1, 1]; 0 where all
-    similarities are equal. store: with text_ids; its collection's vectors are given."""
+    similarities are equal. store: for embedders; its collection's vectors are given."""
 
     def __init__(self, store: RecordStore):
         self.labels = store.labels
@@ -142,7 +145,7 @@ class RecordLoss:
         self.orders = np.argsort(self.query_ids), np.argsort(self.document_ids)
 
     def __call__(self, queries: np.ndarray, documents: np.ndarray) -> float:
-        total, count = 0.0, len(self.steps.groups)
+        total, count = 0.0, len(self.steps.file.records)
         for start in range(0, count, self.records_per_step):
             places = range(start, min(start + self.records_per_step, count))
             records = self.steps.step_records([self.steps.example(0, place) for place in places])

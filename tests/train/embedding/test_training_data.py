@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from training_runs import write_jsonl
 
+from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.step_records import QUERY_MARK
 from rag_retrieval.data.store import open_store
 from rag_retrieval.models.pair_encoding import EncodedPair
-from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions
+from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
 from rag_retrieval.train.steps import StepShape
 
 
@@ -34,14 +35,25 @@ def texts_of(batch) -> list[str]:
 
 @pytest.fixture
 def steps(tmp_path):
-    def make(records, *other_files, batch_size=4, epochs=1, processes=1, index=0, **options) -> EmbeddingSteps:
-        stores = [
-            open_store(write_jsonl(tmp_path / f"{place}.jsonl", part), group_by_query=True, text_ids=True)
-            for place, part in enumerate([records, *other_files])
-        ]
-        shape = StepShape(epochs * batch_size * processes, batch_size, 1, processes, index)
-        sampling = SamplingOptions(**{"seed": 5, "group_size": 8} | options)
-        return EmbeddingSteps(stores[0], "data.jsonl", Words(), shape, sampling, stores)
+    def make(
+        records,
+        *others,
+        kind="positives",
+        batch_size=4,
+        run_steps=1,
+        processes=1,
+        index=0,
+        vectors=None,
+        rules=None,
+        **options,
+    ) -> EmbeddingSteps:
+        """run_steps: of the run."""
+        rules = RecordRules(**{"for_embedder": True} | (rules or {}))
+        paths = [write_jsonl(tmp_path / f"{place}.jsonl", part) for place, part in enumerate([records, *others])]
+        stores = [open_store(path, rules, group_by_query=not rules.texts_alone) for path in paths]
+        file = TrainingFile("data.jsonl", "", stores[0], kind, records_of(stores[0], kind), vectors)
+        shape = StepShape(run_steps * batch_size * processes, batch_size, 1, processes, index)
+        return EmbeddingSteps(file, Words(), shape, SamplingOptions(**{"seed": 5, "group_size": 8} | options), stores)
 
     return make
 
@@ -118,17 +130,17 @@ def test_every_positive_of_a_query_in_the_data_is_known(steps):
 def test_a_record_shows_one_positive_in_a_pass_and_negatives_in_turns(steps):
     data = steps([{"query": "q", "pos": ["a", "b", "c"], "neg": list("uvwxyz")}], batch_size=1, group_size=3)
     shown = [data.example(pass_number, 0) for pass_number in range(3)]
-    assert {example.positive for example in shown} == {0, 1, 2}
+    assert {example.pair for example in shown} == {0, 1, 2}
     assert sorted(place for example in shown for place in example.negatives) == [3, 4, 5, 6, 7, 8]
-    assert data.example(1, 0).positive == shown[1].positive
+    assert data.example(1, 0).pair == shown[1].pair
 
 
 def test_the_records_of_a_step_do_not_depend_on_the_number_of_processes(steps):
     records = [{"query": f"q{place}", "pos": [f"d{place}"]} for place in range(11)]
     for step in range(3):
-        whole = steps(records, batch_size=4, epochs=3)[0, step][0].records.query_ids
+        whole = steps(records, batch_size=4, run_steps=3)[0, step][0].records.query_ids
         shares = [
-            steps(records, batch_size=2, epochs=3, processes=2, index=index)[0, step][0].records.query_ids
+            steps(records, batch_size=2, run_steps=3, processes=2, index=index)[0, step][0].records.query_ids
             for index in range(2)
         ]
         assert np.array_equal(np.stack(shares, axis=1).ravel(), whole)
@@ -136,7 +148,7 @@ def test_the_records_of_a_step_do_not_depend_on_the_number_of_processes(steps):
 
 def test_steps_are_full_and_a_pass_continues_in_the_next_one(steps):
     records = [{"query": f"q{place}", "pos": [f"d{place}"]} for place in range(10)]
-    data = steps(records, batch_size=4, epochs=5)
+    data = steps(records, batch_size=4, run_steps=5)
     seen = [id_ for step in range(5) for id_ in data[0, step][0].records.query_ids.tolist()]
     assert len(seen) == 20 and len(set(seen[:10])) == len(set(seen[10:])) == 10
     assert seen[:10] != seen[10:], "another order in the next pass"
@@ -158,3 +170,78 @@ def test_steps_are_equal_in_a_worker(steps):
     data = steps(RECORDS)
     copy = pickle.loads(pickle.dumps(data))
     assert np.array_equal(copy[0, 0][0].ids, data[0, 0][0].ids)
+
+
+# The kinds of records
+
+
+def test_pairs_with_a_label_are_records_by_themselves(steps):
+    records = [
+        {"query": "one", "content": "a", "label": 0.25},
+        {"query": "two", "pos": ["b"], "scores": [0.5]},
+        {"query": "one", "content": "c", "label": 1},
+    ]
+    (batch,) = steps(records, kind="label", batch_size=3, shuffle=False)[0, 0]
+    names = dict(zip(batch.ids.tolist(), texts_of(batch), strict=True))
+    pairs = zip(batch.records.query_ids.tolist(), batch.records.positive_ids.tolist(), strict=True)
+    assert [names[query] + names[document] for query, document in pairs] == ["q:oned:a", "q:oned:c", "q:twod:b"]
+    assert batch.records.labels.tolist() == [0.25, 1, 0.5] and batch.records.labels.dtype == np.float32
+    assert len(batch.records.negative_ids) == 0
+
+
+TEACHER = {"teacher_key": "teacher_score", "needs_teacher": True}
+
+
+def test_a_teacher_s_scores_stand_beside_the_ids(steps):
+    records = [
+        {"query": "one", "pos": ["a"], "neg": ["b", "c"], "pos_scores": [3.5], "neg_scores": [1, -2]},
+        {"query": "two", "hits": [
+            {"content": "d", "label": 0, "teacher_score": 0.5}, {"content": "e", "label": 1, "teacher_score": 7},
+        ]},
+    ]  # fmt: skip
+    (batch,) = steps(records, batch_size=2, shuffle=False, rules=TEACHER)[0, 0]
+    assert batch.records.positive_scores.tolist() == [3.5, 7]
+    assert batch.records.negative_scores.tolist() == [1, -2, 0.5]
+    names = dict(zip(batch.ids.tolist(), texts_of(batch), strict=True))
+    assert [names[id_] for id_ in batch.records.negative_ids.tolist()] == ["d:b", "d:c", "d:d"]
+
+
+def test_positives_with_scores_alone_are_candidates_of_one_another(steps):
+    records = [{"query": "one", "pos": ["a", "b", "c"], "scores": [0.5, 0.25, 0.125]}]
+    data = steps(records, batch_size=1, rules=TEACHER)
+    (batch,) = data[0, 0]
+    scores = [batch.records.positive_scores.tolist(), batch.records.negative_scores.tolist()]
+    assert sorted(sum(scores, [])) == [0.125, 0.25, 0.5] and len(scores[1]) == 2
+    data.options = replace(data.options, group_size=2)
+    assert all(len(data.example(pass_number, 0).negatives) == 1 for pass_number in range(3))
+
+
+def test_texts_alone_have_their_rows_of_the_teacher_s_file(steps, tmp_path):
+    vectors = np.arange(12, dtype=np.float32).reshape(4, 3)
+    vectors.tofile(tmp_path / "vectors")
+    records = [{"query": text} for text in ("a", "b", "a", "c")]
+    data = steps(records, kind="teacher_vectors", vectors=tmp_path / "vectors", rules={"texts_alone": True})
+    (batch,) = data[0, 0]
+    assert sorted(texts_of(batch)) == ["q:a", "q:b", "q:c"] and batch.queries == 3
+    order = [int(row[0]) // 3 for row in batch.records.teacher_vectors]
+    names = dict(zip(batch.ids.tolist(), texts_of(batch), strict=True))
+    assert [names[id_] for id_ in batch.records.query_ids.tolist()] == [f"q:{'abac'[row]}" for row in order]
+    assert sorted(order) == [0, 1, 2, 3] and type(batch.records.teacher_vectors) is np.ndarray
+    assert np.array_equal(batch.records.positive_ids, batch.records.query_ids)
+
+
+def test_a_record_s_prompt_stands_in_place_of_the_model_s(steps):
+    records = [{"query": "a", "pos": ["d"], "prompt": "x"}, {"query": "a", "pos": ["d"]},
+               {"query": "b", "pos": ["d"], "prompt_for_query": "y"}]  # fmt: skip
+    (batch,) = steps(records, batch_size=3)[0, 0]
+    assert sorted(texts_of(batch)) == ["d:d", "q:a", "q:p:a", "q:p:b"]
+    assert len(set(batch.ids.tolist())) == 4
+
+
+def test_a_sample_of_the_records_is_the_same_for_a_seed(steps):
+    store = steps([{"query": f"q{place}", "pos": ["d"]} for place in range(20)]).store
+    sample = records_of(store, "positives", 5, seed=1)
+    assert len(set(sample.tolist())) == 5 and sample.tolist() == sorted(sample.tolist())
+    assert np.array_equal(sample, records_of(store, "positives", 5, seed=1))
+    assert not np.array_equal(sample, records_of(store, "positives", 5, seed=2))
+    assert len(records_of(store, "positives", 99, seed=1)) == 20

@@ -12,7 +12,7 @@ from training_runs import write_jsonl
 
 from rag_retrieval.core.distributed import StartError
 from rag_retrieval.data.collection import store_collection
-from rag_retrieval.data.records import DataError
+from rag_retrieval.data.records import DataError, RecordRules
 from rag_retrieval.data.store import open_store
 from rag_retrieval.losses.embedding import objective_of
 from rag_retrieval.models.pair_encoding import EncodedPair
@@ -135,7 +135,8 @@ def test_spearman_is_that_of_the_ranks_of_cosines_and_labels(tmp_path):
         {"query": query, "content": text, "label": label}
         for (query, text), label in zip(pairs, labels, strict=True)
     ]
-    store = open_store(write_jsonl(tmp_path / "pairs.jsonl", written), group_by_query=True, text_ids=True)
+    rules = RecordRules(for_embedder=True)
+    store = open_store(write_jsonl(tmp_path / "pairs.jsonl", written), rules, group_by_query=True)
     collection, model = store_collection(store, ""), Letters()
     queries = np.array([model.unit("query", text) for text in collection.queries.values()])
     documents = np.array([model.unit("document", text) for text in collection.documents.values()])

@@ -1,0 +1,59 @@
+"""How an embedder's training goes: values for the log from the sums of `vector_gradients`, and what they warn of."""
+
+from collections.abc import Mapping
+
+SAME_DIRECTION, NO_DIFFERENCE = 0.99, 0.005  # cosines: of negatives at least, and positive minus negatives at most
+LEARNS_NOTHING = 0.99  # share of records whose loss is near zero
+
+
+def log_values(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means over the records of some steps; sums: of `StepGradients.report`, over processes and steps.
+
+    positive_rank: of the positive among its candidates by cosine, 1 is the best. positive_cosine, negative_cosine: over
+    all positives and all negatives, at the full width. masked_negatives: how many candidates were left out, a count.
+    zero_loss_share: of records whose loss is below 1e-4. What the loss does not have, such as cosines of texts alone,
+    is not there either.
+    """
+    records = sums["records"]
+    if not records:
+        return {}
+    values = {"zero_loss_share": sums["near_zero"] / records}
+    if sums["positive_rank"]:
+        values["positive_cosine"] = sums["positive_cosine"] / records
+    if sums["negatives"]:
+        values["negative_cosine"] = sums["negative_cosine"] / sums["negatives"]
+        values["positive_rank"] = sums["positive_rank"] / records
+        values["masked_negatives"] = sums["masked"]
+    return values
+
+
+def zero_loss_problem(sums: Mapping[str, float]) -> str | None:
+    """What to do where almost every record of the first steps has no loss to learn from; None where all is well."""
+    values = log_values(sums)
+    if values.get("zero_loss_share", 0.0) < LEARNS_NOTHING:
+        return None
+    found = f"the loss is 0 for {values['zero_loss_share']:.0%} of {sums['records']:.0f} records from the start"
+    if sums["positive_rank"] and not sums["negatives"]:
+        return (
+            f"{found}: no query has a negative; give the records `neg`, or set use_inbatch_neg to true and batch_size "
+            "above 1"
+        )
+    if sums["negatives"]:
+        return (
+            f"{found}: the cosine of positives is {values['positive_cosine']:.2f}, of negatives "
+            f"{values['negative_cosine']:.2f}; mine harder negatives (rag-retrieval mine), or raise batch_size or "
+            "temperature"
+        )
+    return f"{found}; check that the data have something to learn"
+
+
+def same_direction_problem(sums: Mapping[str, float]) -> str | None:
+    """What to do where negatives have a cosine near 1, as high as positives have; None where all is well."""
+    values = log_values(sums)
+    negative = values.get("negative_cosine", 0.0)
+    if negative < SAME_DIRECTION or values["positive_cosine"] - negative > NO_DIFFERENCE:
+        return None
+    return (
+        f"all vectors point the same way: the mean cosine of negatives is {negative:.4f}, of positives "
+        f"{values['positive_cosine']:.4f}; lower lr or raise warmup_proportion, and check pooling and the base model"
+    )

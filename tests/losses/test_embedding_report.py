@@ -1,0 +1,47 @@
+"""Values for the log, and warnings, from sums over records."""
+
+import pytest
+
+from rag_retrieval.losses.embedding_report import log_values, same_direction_problem, zero_loss_problem
+
+SUMS = {
+    "records": 4.0, "near_zero": 1.0, "positive_rank": 6.0, "positive_cosine": 2.0, "negative_cosine": 3.0,
+    "negatives": 12.0, "masked": 5.0,
+}  # fmt: skip
+
+
+def test_values_are_means_over_records_and_over_negatives():
+    assert log_values(SUMS) == {
+        "zero_loss_share": 0.25, "positive_cosine": 0.5, "negative_cosine": 0.25, "positive_rank": 1.5,
+        "masked_negatives": 5.0,
+    }  # fmt: skip
+
+
+def test_what_a_loss_does_not_have_is_left_out():
+    pairs = {**SUMS, "negatives": 0.0, "negative_cosine": 0.0}
+    assert log_values(pairs).keys() == {"zero_loss_share", "positive_cosine"}
+    alone = dict.fromkeys(SUMS, 0.0) | {"records": 4.0}
+    assert log_values(alone) == {"zero_loss_share": 0.0}
+    assert log_values(dict.fromkeys(SUMS, 0.0)) == {}
+
+
+def test_no_problem_in_a_run_that_learns():
+    assert zero_loss_problem(SUMS) is None
+    assert same_direction_problem(SUMS) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"negatives": 0.0}, ["neg", "use_inbatch_neg", "batch_size"]), ({}, ["0.25", "mine", "temperature"])],
+)
+def test_a_loss_of_zero_is_reported_with_the_remedy(changed, named):
+    problem = zero_loss_problem({**SUMS, "near_zero": 4.0, **changed})
+    assert all(word in problem for word in ["100%", *named])
+
+
+def test_vectors_of_one_direction_are_reported_with_the_remedy():
+    collapsed = {**SUMS, "positive_cosine": 3.98, "negative_cosine": 11.93}
+    problem = same_direction_problem(collapsed)
+    assert all(word in problem for word in ["0.9942", "0.9950", "lr", "pooling"])
+    # a high level alone is none: a base decoder has it, and positives still stand out
+    assert same_direction_problem({**collapsed, "positive_cosine": 4.0}) is None

@@ -1,0 +1,52 @@
+"""The data of an embedder's run: what is refused or reported, full steps, and lengths of texts."""
+
+import logging
+
+import pytest
+from training_runs import write_jsonl
+
+from rag_retrieval.train.embedding.config import EmbeddingConfig
+from rag_retrieval.train.embedding.run_data import open_training_files, report_steps, step_shape
+from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions
+from rag_retrieval.train.steps import CarriedSteps
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_RETRIEVAL_CACHE", str(tmp_path / "cache"))
+
+    def make(*files, **changes) -> EmbeddingConfig:
+        paths = [write_jsonl(tmp_path / f"{place}.jsonl", records) for place, records in enumerate(files)]
+        return EmbeddingConfig(model_name_or_path="m", output_dir="out", train_dataset=paths, **changes)
+
+    return make
+
+
+def pairs(count: int, name: str = "q") -> list[dict]:
+    return [{"query": f"{name}{place}", "pos": [f"d{place}"]} for place in range(count)]
+
+
+def test_data_without_any_positive_are_refused_and_a_few_are_reported(config, caplog):
+    without = [{"query": "q", "content": "d", "label": 0}, {"query": "r", "hits": [{"content": "d", "label": 0}]}]
+    with pytest.raises(ValueError, match=r"0\.jsonl.*no query has a positive"):
+        open_training_files(config(without))
+    with caplog.at_level(logging.WARNING):
+        (file,) = open_training_files(config(without + pairs(3)))
+    assert "2 of 5 queries" in caplog.text and len(file.records) == 3
+
+
+def test_files_take_their_names_and_samples(config):
+    files = open_training_files(config(pairs(9), pairs(4, "r"), max_example_num_per_dataset=5))
+    assert [(file.name, len(file.records)) for file in files] == [("0.jsonl", 5), ("1.jsonl", 4)]
+
+
+def test_every_step_is_full_and_the_log_says_how_the_last_one_is_completed(config, caplog):
+    settings = config(pairs(10), epochs=3, batch_size=2, gradient_accumulation_steps=2)
+    (file,) = open_training_files(settings)
+    for processes, size in ((1, 4), (2, 8)):
+        shape = step_shape(settings, file, processes, 0)
+        assert shape.steps_per_epoch == -(-30 // size) and shape.records == shape.steps_per_epoch * size
+    steps = EmbeddingSteps(file, None, step_shape(settings, file, 1, 0), SamplingOptions(1, 8))
+    with caplog.at_level(logging.INFO):
+        report_steps([file], settings, CarriedSteps({"": steps}, 3))
+    assert "8 steps of 4 records" in caplog.text and "2 records of a further pass" in caplog.text
