@@ -19,7 +19,6 @@ else:
 
 from accelerate.state import PartialState  # noqa: E402
 from torch import nn  # noqa: E402
-
 from training_runs import train  # noqa: E402
 
 from rag_retrieval.core.log import set_up_logging  # noqa: E402

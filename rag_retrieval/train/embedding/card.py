@@ -1,4 +1,4 @@
-"""What the card of an embedder says of it: how to use it, how a text becomes a vector, what a product of vectors means."""
+"""What the card of an embedder says of it: how to use it, how a text becomes a vector, what a similarity means."""
 
 import json
 from pathlib import Path

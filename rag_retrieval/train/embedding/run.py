@@ -114,7 +114,8 @@ class EmbeddingTraining:
 
 
 def configured_objective(config: EmbeddingConfig) -> Objective:
-    return objective_of({config.loss_type: 1.0}, {"temperature": config.temperature}, normalize=config.normalize)
+    weights, options = config.loss_weights, config.loss_options
+    return objective_of(weights, options, config.mrl_dims, config.mrl_weights, config.normalize)
 
 
 def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:

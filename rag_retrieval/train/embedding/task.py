@@ -24,6 +24,7 @@ from torch import nn
 from rag_retrieval.core.distributed import gather
 from rag_retrieval.data.step_records import StepRecords
 from rag_retrieval.losses.embedding import Objective
+from rag_retrieval.losses.embedding_report import log_values, same_direction_problem, zero_loss_problem
 from rag_retrieval.losses.step_targets import distinct, targets_of
 from rag_retrieval.losses.step_vectors import vector_gradients
 from rag_retrieval.models.embedder import EmbeddingModel
@@ -94,6 +95,7 @@ class EmbeddingTask(SavedModel):
         self.objectives, self.validation, self.reopen = objectives, validation, reopen
         self.accelerator, self.options, self.hosts = accelerator, options, hosts
         self.sums: dict[str, float] = {}  # since the last report, of this process
+        self.checks = [zero_loss_problem, same_direction_problem]  # of the next report
 
     def losses(
         self, model: nn.Module, micro_batches: Sequence[EmbeddingMicroBatch], factors: Sequence[float], step: int
@@ -167,6 +169,11 @@ class EmbeddingTask(SavedModel):
         everyone = gather(self.sums, self.hosts)
         self.sums = {}
         sums = {name: sum(of[name] for of in everyone) for name in everyone[0]}
+        for check in list(self.checks):
+            if problem := check(sums):
+                logger.warning(problem)
+            if problem or check is zero_loss_problem:  # that one is of the beginning
+                self.checks.remove(check)
         return log_values(sums)
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
@@ -197,17 +204,6 @@ class EmbeddingTask(SavedModel):
                 "the model did not change: texts have the vectors that they had before training. Raise lr or epochs, "
                 "and look at the loss: where it is 0 from the start, there are no negatives to learn from"
             )
-
-
-def log_values(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means over the records of some steps, of the sums that `vector_gradients` reports."""
-    records, negatives = max(sums.get("records", 0.0), 1.0), max(sums.get("negatives", 0.0), 1.0)
-    return {
-        "positive_rank": sums.get("positive_rank", 0.0) / records,
-        "positive_cosine": sums.get("positive_cosine", 0.0) / records,
-        "negative_cosine": sums.get("negative_cosine", 0.0) / negatives,
-        "masked": sums.get("masked", 0.0),
-    }
 
 
 def probe(model: EmbeddingModel) -> torch.Tensor:

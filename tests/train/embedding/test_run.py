@@ -11,6 +11,7 @@ from transformers import AutoModel
 from rag_retrieval.core.distributed import StartError
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.token_batch import make_batch
+from rag_retrieval.train.embedding import task
 from rag_retrieval.train.embedding.train_embedding import main
 
 TEXTS = ["what is a panda?", "The giant panda is a bear that lives in China. " * 9]
@@ -46,7 +47,7 @@ def test_the_loss_falls_and_the_positive_rises(settings):
     lines = read_metrics(Path(values["output_dir"]), "train")
     first, last = lines[0], lines[-1]
     assert last["loss"] < 0.7 * first["loss"] and last["positive_rank"] < first["positive_rank"]
-    assert {"texts_per_second", "positive_cosine", "negative_cosine", "masked"} <= first.keys()
+    assert {"texts_per_second", "positive_cosine", "negative_cosine", "masked_negatives"} <= first.keys()
 
 
 def test_a_finished_run_has_a_card_that_says_how_to_use_it(settings, tmp_path):
@@ -148,3 +149,17 @@ def test_a_decoder_pools_its_last_token_and_keeps_its_prompt(settings, qwen2):
     train(values)
     model = EmbeddingModel.from_pretrained(Path(values["output_dir"]) / "model")
     assert model.settings.pooling == "last" and model.settings.prompts["query"] == "Instruct: find\nQuery: "
+
+
+def test_a_loss_that_is_0_from_the_start_is_told_with_the_remedy(settings, caplog):
+    caplog.set_level(logging.WARNING)
+    train(settings([{"query": f"query {place}", "pos": [f"text {place}"]} for place in range(6)], batch_size=1))
+    assert caplog.text.count("no query has a negative") == 1
+
+
+def test_vectors_that_point_the_same_way_are_told_once(settings, caplog, monkeypatch):
+    """What is told is of the losses: see tests/losses."""
+    monkeypatch.setattr(task, "same_direction_problem", lambda sums: f"the same way, {sums['records']:.0f} records")
+    caplog.set_level(logging.WARNING)
+    train(settings(log_interval=2))
+    assert caplog.text.count("the same way") == 1 and "the same way, 16 records" in caplog.text
