@@ -35,6 +35,9 @@ class Backend(Protocol):
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
         """Logits in input order: [pairs], float32. batch_size: pairs of one forward at most."""
 
+    def at_layer(self, layer: int) -> "Backend":
+        """The same model up to a layer that has a head, with that head. Raises ValueError where it has none."""
+
     def describe(self) -> str:
         """The model in a few words, for logs."""
 

@@ -70,6 +70,9 @@ class OnnxBackend:
         names, pad = self.description.inputs, self.description.pad_token_id
         return score_padded(self._runner(), pairs, names, pad, batch_size, self.max_tokens)
 
+    def at_layer(self, layer: int) -> "OnnxBackend":
+        raise ValueError(f"cutoff_layers: {self.folder} was exported with one head; leave it out")
+
     def describe(self) -> str:
         tokens, precision = self.pair_encoder.max_length, self.description.precision
         return f"{self.model_type} in {self.runtime}, {tokens} tokens, {precision}"

@@ -98,12 +98,22 @@ class Reranker:
         normalize: bool = False,
         long_document: str = "truncate",
         overlap: int = OVERLAP,
+        cutoff_layers: Sequence[int] | int | None = None,
     ) -> np.ndarray:
         """Scores of [query, document] pairs, or of one such pair: [pairs], float32, in the order given.
 
-        Options as for `rerank`, but long pairs are cut unless `long_document` says otherwise. ValueError naming the
-        position of a bad pair.
+        Options as for `rerank`, but long pairs are cut unless `long_document` says otherwise. cutoff_layers: of a model
+        with heads at several layers, where to stop and read the score; of several layers the scores are
+        [layers, pairs]. ValueError naming the position of a bad pair.
         """
+        if cutoff_layers is not None:
+            options = dict(batch_size=batch_size, max_length=max_length, normalize=normalize)
+            options |= dict(long_document=long_document, overlap=overlap)
+            layers = [cutoff_layers] if isinstance(cutoff_layers, int) else check_list("cutoff_layers", cutoff_layers)
+            if not layers:
+                raise ValueError("cutoff_layers: expected at least one layer, found none")
+            scores = [self.at_layer(layer).compute_score(pairs, **options) for layer in layers]
+            return scores[0] if len(scores) == 1 else np.stack(scores)
         check_number("batch_size", batch_size, 1, "pairs")
         check_flag("normalize", normalize)
         encoder = self.passage_encoder(max_length, long_document, overlap)
@@ -195,6 +205,12 @@ class Reranker:
         """`rerank_many` in a thread, so that the event loop is not blocked."""
         arguments = (queries, documents, top_k, batch_size, max_length, normalize, long_document, overlap)
         return await asyncio.to_thread(self.rerank_many, *arguments)
+
+    def at_layer(self, layer: int) -> "Reranker":
+        """A Reranker that stops at a layer and reads its head, of a model with heads at several layers (layer-wise); it
+        shares the weights. Raises ValueError for a layer without a head."""
+        check_number("cutoff_layers", layer, 1, "layers")
+        return Reranker.from_backend(self.backend.at_layer(layer))
 
     def close(self) -> None:
         """End the processes of `devices`."""

@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from rag_retrieval.losses import ALIASES, LOSSES, Loss, function_at
@@ -37,7 +38,7 @@ def loss_named(name: str, dataset_type: Literal["pointwise", "grouped"]) -> Loss
         return LOSSES[ALIASES.get(name, name)]
     if not OWN_LOSS.fullmatch(name):
         raise ValueError(f"loss_type: found {name!r}; expected module:function, such as my_package.losses:my_loss")
-    parameters = _parameters(name)
+    parameters = list(inspect.signature(own_function(name, "scores", "labels", "mask")).parameters)
     loss = Loss(name, dataset_type, name, reads="teacher_score" if parameters[1] == "teacher_scores" else "label")
     problem = _problem(loss)
     if problem:
@@ -45,8 +46,9 @@ def loss_named(name: str, dataset_type: Literal["pointwise", "grouped"]) -> Loss
     return loss
 
 
-def _parameters(path: str) -> list[str]:
-    """Names of the parameters of an own function, which is imported."""
+def own_function(path: str, *arguments: str) -> Callable:
+    """A user's function at `module:function`, imported; ValueError where it is not there or does not take so many
+    arguments. arguments: their names, for the message."""
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     try:
@@ -55,11 +57,10 @@ def _parameters(path: str) -> list[str]:
         where = f"cannot be imported from sys.path or {os.getcwd()}"
         raise ValueError(f"loss_type {path}: {where}: {type(error).__name__}: {error}") from error
     try:
-        signature = inspect.signature(function)
-        signature.bind("scores", "labels", "mask")
+        inspect.signature(function).bind(*arguments)
     except TypeError as error:
-        raise ValueError(f"loss_type {path}: expected a function of scores, labels and mask: {error}") from error
-    return list(signature.parameters)
+        raise ValueError(f"loss_type {path}: expected a function of {', '.join(arguments)}: {error}") from error
+    return function
 
 
 def _problem(loss: Loss) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rag_retrieval.losses import LossOption, function_at
+from rag_retrieval.losses.custom import own_function
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,7 @@ class EmbeddingLoss:
     """A loss of a step's vectors.
 
     name: in a configuration. path: `module:function` of (StepRows, **options) to float32 [rows]. aliases: other names.
+    parts: of a loss that is the sum of others of the table, their names and weights; it has no function of its own.
     reads: what the records must have. label_range: what labels must be within, both ends included; None: any numbers.
     options: what a configuration may set; option_values: what is set, by it or by the table.
     full_width: it compares with vectors of the full width, so that Matryoshka's widths do not apply.
@@ -39,13 +41,21 @@ class EmbeddingLoss:
     aliases: tuple[str, ...] = ()
     label_range: tuple[float, float] | None = None
     full_width: bool = False
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def function(self) -> "Callable[..., Tensor]":
         return function_at(self.path)
 
     def __call__(self, step: "StepRows") -> "Tensor":
-        return self.function(step, **self.option_values)
+        """One value for each record; ValueError where a function returns something else."""
+        losses = self.function(step, **self.option_values)
+        if losses.shape != (len(step),):
+            shape = list(losses.shape)
+            raise ValueError(
+                f"loss {self.name}: returned shape {shape}, expected one value for each of {len(step)} records"
+            )
+        return losses
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,7 @@ TEMPERATURE = LossOption("temperature", float, 0.02, "divides cosines", {"gt": 0
 WIDE_TEMPERATURE = LossOption("temperature", float, 0.05, "divides cosines", {"gt": 0})
 TEACHER_TEMPERATURE = LossOption("teacher_temperature", float, 1.0, "divides teacher scores", {"gt": 0})
 IN_BATCH = LossOption("use_inbatch_neg", bool, True, "other records' documents are negatives too")
+TRIPLET_MARGIN = LossOption("triplet_margin", float, 0.015, "by which similarities are to differ", {"ge": 0})
 CONTRASTIVE_OPTIONS = (
     TEMPERATURE,
     LossOption("directions", tuple[Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"], ...],
@@ -121,14 +132,23 @@ _ALL = (
                   (TEMPERATURE, TEACHER_TEMPERATURE, IN_BATCH), aliases=("m3_kd_loss",)),
     EmbeddingLoss("teacher_cosine", f"{_VECTORS}:teacher_cosine", "teacher_vectors", full_width=True),
     EmbeddingLoss("teacher_similarity", f"{_VECTORS}:teacher_similarity", "teacher_vectors"),
-    EmbeddingLoss("teacher_triplet", f"{_VECTORS}:teacher_triplet", "teacher_vectors",
-                  (LossOption("triplet_margin", float, 0.015, "by which similarities are to differ", {"ge": 0}),)),
+    EmbeddingLoss("teacher_triplet", f"{_VECTORS}:teacher_triplet", "teacher_vectors", (TRIPLET_MARGIN,)),
+    EmbeddingLoss("stella", "", "teacher_vectors", (TRIPLET_MARGIN,),
+                  parts={"teacher_cosine": 10.0, "teacher_similarity": 200.0, "teacher_triplet": 20.0}),
 )  # fmt: skip
 
-# names for several losses of the table with weights
-COMBINATIONS = {"stella": {"teacher_cosine": 10.0, "teacher_similarity": 200.0, "teacher_triplet": 20.0}}
 EMBEDDING_LOSSES: dict[str, EmbeddingLoss] = {loss.name: loss for loss in _ALL}
 EMBEDDING_ALIASES: dict[str, str] = {alias: loss.name for loss in _ALL for alias in loss.aliases}
+
+
+def embedding_loss_named(name: str) -> EmbeddingLoss:
+    """The loss of the table with this name or alias, or a user's function at `module:function`, which is imported."""
+    if ":" in name:
+        own_function(name, "step")
+        return EmbeddingLoss(name, name)
+    if EMBEDDING_ALIASES.get(name, name) not in EMBEDDING_LOSSES:
+        raise ValueError(f"loss: found {name!r}; expected one of {', '.join(EMBEDDING_LOSSES)}, or module:function")
+    return EMBEDDING_LOSSES[EMBEDDING_ALIASES.get(name, name)]
 
 
 def objective_of(
@@ -140,24 +160,19 @@ def objective_of(
 ) -> Objective:
     """The objective with these losses, by name or `module:function`, and their weights.
 
-    weights: a name of `COMBINATIONS` stands for its losses. options: values by name, each for the losses that have such
-    an option. Raises ValueError for a loss that is not there, an option that no loss of these has, directions without
-    query_to_doc, and widths and weights of different number.
+    weights: of a loss with parts, a factor of their weights. options: values by name, each for the losses that have
+    such an option. Raises ValueError for a loss that is not there, a function that cannot be imported or does not take
+    a step, an option that no loss of these has, directions without query_to_doc, and widths and weights of different
+    number.
     """
     options = options or {}
-    single = {}
-    for name, weight in weights.items():
-        for part, share in COMBINATIONS.get(name, {name: 1.0}).items():
-            single[part] = single.get(part, 0.0) + share * weight
     terms = []
-    for name, weight in single.items():
-        loss = EMBEDDING_LOSSES.get(EMBEDDING_ALIASES.get(name, name)) or EmbeddingLoss(name, name)
-        if ":" not in loss.path:
-            names = ", ".join([*EMBEDDING_LOSSES, *COMBINATIONS])
-            raise ValueError(f"loss: found {name!r}; expected one of {names}, or module:function")
-        own = {option.name for option in loss.options}
-        values = {**loss.option_values, **{key: value for key, value in options.items() if key in own}}
-        terms.append((replace(loss, option_values=values), weight))
+    for name, weight in weights.items():
+        for part, share in (embedding_loss_named(name).parts or {name: 1.0}).items():
+            loss = embedding_loss_named(part)
+            own = {option.name for option in loss.options}
+            values = {**loss.option_values, **{key: value for key, value in options.items() if key in own}}
+            terms.append((replace(loss, option_values=values), share * weight))
     unknown = set(options) - {option.name for loss, _ in terms for option in loss.options}
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: no option of {', '.join(weights)}")

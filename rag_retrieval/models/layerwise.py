@@ -5,6 +5,8 @@ before it are the rows of one matrix, `layer_scores.weight`, and read the layer'
 norm, as bge-reranker-v2-minicpm-layerwise does.
 """
 
+import copy
+
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -62,18 +64,31 @@ def read_tensor(path: str, name: str) -> torch.Tensor | None:
         return tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118
 
 
-def cut_at_layer(model: PreTrainedModel, start_layer: int, layer: int) -> None:
-    """Keep the first `layer` layers and the head of the last of them: an ordinary model with one head.
+def cut_at_layer(model: PreTrainedModel, start_layer: int, layer: int) -> PreTrainedModel:
+    """An ordinary model with one head: the first `layer` layers and the head of the last of them. It shares its weights
+    with `model`, which stays as it is.
 
     Raises ValueError for a layer without a head.
     """
     layers = model.config.num_hidden_layers
     if not start_layer <= layer <= layers:
         raise ValueError(f"cutoff_layer {layer}: this model has heads at the layers {start_layer} to {layers}")
-    if layer < layers:
-        model.score.weight.data = model.layer_scores.weight.data[layer - start_layer][None].clone()
-        model.base_model.layers = model.base_model.layers[:layer]
-        model.config.num_hidden_layers = layer
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = model.config.layer_types[:layer]
-    del model.layer_scores
+    cut, backbone = shallow_copy(model), shallow_copy(model.base_model)
+    setattr(cut, model.base_model_prefix, backbone)
+    cut.config = backbone.config = copy.deepcopy(model.config)
+    cut.config.num_hidden_layers = layer
+    if getattr(cut.config, "layer_types", None):
+        cut.config.layer_types = cut.config.layer_types[:layer]
+    backbone.layers = nn.ModuleList([*model.base_model.layers[: layer - 1], shallow_copy(backbone.layers[layer - 1])])
+    weight = model.score.weight if layer == layers else model.layer_scores.weight[layer - start_layer][None]
+    cut.score = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
+    cut.score.weight = nn.Parameter(weight.detach())
+    del cut.layer_scores
+    return cut.train(model.training)
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Another module with the same parts, which may be replaced in one and not in the other."""
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    return copied

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.decoder_template import INSTRUCTION, decoder_template
 from rag_retrieval.models.devices import choose_dtype
-from rag_retrieval.models.layerwise import WEIGHT, add_layer_scores, cut_at_layer
+from rag_retrieval.models.layerwise import WEIGHT, add_layer_scores, cut_at_layer, shallow_copy
 from rag_retrieval.models.loading import (
     check_is_trained,
     check_num_labels,
@@ -39,10 +39,17 @@ from rag_retrieval.models.loading import (
     warn_of_new_parameters,
 )
 from rag_retrieval.models.options import ModelOptions, options_among
-from rag_retrieval.models.packed_model import HALF_TOLERANCE, Head, last_token_head, packed_outputs, pooled_states
+from rag_retrieval.models.packed_model import (
+    HALF_TOLERANCE,
+    Head,
+    last_token_head,
+    packed_outputs,
+    pooled_states,
+    prune_last_layer,
+)
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pair_encoding import PairEncoder, PairTemplate
-from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.pair_scorer import PairScorer, score_in_float32
 from rag_retrieval.models.prompts import (
     PROMPTS,
     Prompt,
@@ -165,7 +172,7 @@ class LLMDecoder(PairScorer):
         if options.cutoff_layer is not None:
             if start_layer is None:
                 raise ValueError(f"cutoff_layer: {path} has a head at the last layer alone; leave it out")
-            cut_at_layer(model, start_layer, options.cutoff_layer)
+            model = cut_at_layer(model, start_layer, options.cutoff_layer)
             start_layer, new_parameters = None, new_parameters - {WEIGHT}
         (check_is_trained if trained_only else warn_of_new_parameters)(path, new_parameters)
         set_decoder_pad_token(model, tokenizer, template.suffix[-1])
@@ -219,6 +226,23 @@ class LLMDecoder(PairScorer):
             deepest = last_states(outputs.last_hidden_state, lengths)
         shallow = self.model.layer_scores(torch.stack([backbone.norm(layer) for layer in states]))
         return torch.cat([shallow, self.model.score(deepest).float()], dim=1)
+
+    def at_layer(self, layer: int) -> "LLMDecoder":
+        """A scorer that stops at a layer and reads its head, of a model that has a start_layer; packed as this one.
+
+        It shares its weights with this one, for use while this one stays as it is. It has no calibration, which is that
+        of another head. Raises ValueError for a layer without a head.
+        """
+        if self.settings.start_layer is None:
+            name = self.model.name_or_path
+            raise ValueError(f"cutoff_layers: {name} has a head at the last layer alone; leave it out")
+        scorer = shallow_copy(self)
+        scorer.model = cut_at_layer(self.model, self.settings.start_layer, layer)
+        scorer.model.score.register_forward_hook(score_in_float32)
+        if self.packing_problem is None:
+            prune_last_layer(scorer.model)
+        scorer.settings, scorer.calibration = replace(self.settings, start_layer=None), None
+        return scorer
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As of every scorer, and the files by which sentence-transformers lays out a pair as here."""

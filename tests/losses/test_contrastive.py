@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
     GISTEmbedLoss,
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
@@ -283,8 +284,11 @@ def test_value_and_gradient_of_sentence_transformers_ranking_loss(ours, theirs):
     leaves = [column.clone().requires_grad_() for column in columns]
     expected = MultipleNegativesRankingLoss(None, **theirs).compute_loss_from_embeddings(leaves, None)
     grads = torch.autograd.grad(expected, leaves)
+    cached = CachedMultipleNegativesRankingLoss([torch.nn.Identity()], mini_batch_size=2, **theirs)
+    in_mini_batches = cached.calculate_loss([column.split(2) for column in columns])
     found = vector_gradients(objective(**ours), columns[0], torch.cat(columns[1:]), targets, factor=1 / 6)
     torch.testing.assert_close(found.losses.mean(), expected.detach())
+    torch.testing.assert_close(found.losses.mean(), in_mini_batches)
     torch.testing.assert_close(found.queries, grads[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.documents, torch.cat(grads[1:]), rtol=1e-4, atol=1e-6)
 

@@ -24,7 +24,7 @@ GOOD = """
 """
 TERMS = "(scores - labels).square()"
 BAD = {  # name of a function: its code, and what the error must name
-    "two_arguments(scores, labels)": ("return scores.sum(), 1", "scores, labels and mask"),
+    "two_arguments(scores, labels)": ("return scores.sum(), 1", "scores, labels, mask"),
     "one_more(scores, labels, mask, margin)": ("return scores.sum(), 1", "margin"),
     "a_scalar(scores, labels, mask)": ("return scores.sum()", "sum and a count"),
     "no_scalar(scores, labels, mask)": ("return scores * mask, mask.sum()", "scalar"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from step_samples import gradients, random_step
 
-from rag_retrieval.losses.embedding import COMBINATIONS, EMBEDDING_LOSSES, objective_of
+from rag_retrieval.losses.embedding import EMBEDDING_LOSSES, objective_of
 
-every_loss = pytest.mark.parametrize("loss", EMBEDDING_LOSSES.values(), ids=EMBEDDING_LOSSES.keys())
+WITH_FUNCTION = {name: loss for name, loss in EMBEDDING_LOSSES.items() if not loss.parts}
+every_function = pytest.mark.parametrize("loss", WITH_FUNCTION.values(), ids=WITH_FUNCTION.keys())
 
 
 def half_the_distance(step):
@@ -18,12 +19,15 @@ def half_the_distance(step):
     return (1 - step.positive_cosines()) / 2
 
 
+def mean_distance(step):
+    return half_the_distance(step).mean()
+
+
 def test_the_table_has_the_documented_names():
     assert list(EMBEDDING_LOSSES) == [
         "info_nce", "qwen3_info_nce", "cosent", "cosine_regression", "margin_mse", "kl_distillation", "m3_distillation",
-        "teacher_cosine", "teacher_similarity", "teacher_triplet",
+        "teacher_cosine", "teacher_similarity", "teacher_triplet", "stella",
     ]  # fmt: skip
-    assert COMBINATIONS["stella"].keys() <= EMBEDDING_LOSSES.keys()
 
 
 def test_the_table_is_read_without_torch():
@@ -32,13 +36,24 @@ def test_the_table_is_read_without_torch():
     assert done.stdout.strip() == "False"
 
 
-@every_loss
+@every_function
 def test_the_options_are_keyword_arguments_of_the_function_with_the_same_defaults(loss):
     first, *options = inspect.signature(loss.function).parameters.values()
     assert first.name == "step"
     assert {option.name: option.default for option in options} == {o.name: o.default for o in loss.options}
     assert loss.option_values.keys() <= {option.name for option in loss.options}
     assert loss.function.__doc__
+
+
+def test_a_sum_of_losses_has_their_weights_options_and_needs():
+    stella = EMBEDDING_LOSSES["stella"]
+    terms = objective_of({"stella": 0.5}, {"triplet_margin": 0.1}).terms
+    assert {loss.name: weight for loss, weight in terms} == {
+        "teacher_cosine": 5.0, "teacher_similarity": 100.0, "teacher_triplet": 10.0,
+    }  # fmt: skip
+    assert dict(terms[2][0].option_values) == {"triplet_margin": 0.1}
+    assert {EMBEDDING_LOSSES[part].reads for part in stella.parts} == {stella.reads}
+    assert list(stella.options) == [option for part in stella.parts for option in EMBEDDING_LOSSES[part].options]
 
 
 def test_an_option_goes_to_the_losses_that_have_it():
@@ -77,6 +92,15 @@ def test_an_own_function_is_a_loss_beside_the_shipped_ones():
     contrastive = gradients(step, objective_of({"info_nce": 1.0}))
     both = gradients(step, objective_of({f"{__name__}:half_the_distance": 2.0, "info_nce": 1.0}))
     torch.testing.assert_close(both.queries, own.queries + contrastive.queries)
+
+
+def test_an_own_function_that_is_no_loss_is_refused():
+    with pytest.raises(ValueError, match="mean_distance.*one value for each of 7 records"):
+        gradients(random_step(), objective_of({f"{__name__}:mean_distance": 1.0}))
+    with pytest.raises(ValueError, match="no_such_module:loss.*cannot be imported"):
+        objective_of({"no_such_module:loss": 1.0})
+    with pytest.raises(ValueError, match="expected a function of step"):
+        objective_of({f"{__name__}:test_the_table_is_read_without_torch": 1.0})
 
 
 def positive_cosines(step):

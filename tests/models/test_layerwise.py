@@ -72,6 +72,48 @@ def test_a_cutoff_scores_at_that_layer_and_saves_the_smaller_model(trained, tmp_
         assert not [name for name in tensors.keys() if "layers.3" in name or name == WEIGHT]  # noqa: SIM118
 
 
+def test_a_call_may_name_the_layers_and_leaves_the_model_as_it_is(trained):
+    pairs = some_pairs(12)
+    expected = scores_by_hand(trained, pairs)
+    for options in ({}, {"attn_implementation": "eager"}, {"devices": ["cpu", "cpu"]}):
+        reranker = Reranker(trained, **options)
+        whole, weights = reranker.compute_score(pairs), len(reranker.backend.scorer.state_dict())
+        for place, layer in enumerate(range(START, LAYERS + 1)):
+            scores = reranker.compute_score(pairs, cutoff_layers=[layer])
+            assert torch.allclose(torch.tensor(scores), expected[:, place], atol=1e-4)
+        both = reranker.compute_score(pairs, cutoff_layers=[START, LAYERS])
+        assert torch.allclose(torch.tensor(both), expected[:, [0, -1]].T, atol=1e-4)
+        documents = [document for _, document in pairs if document.strip()]
+        ranked = reranker.at_layer(START).rerank("water", documents)
+        scores = reranker.compute_score([("water", document) for document in documents], cutoff_layers=START)
+        assert [result.document_index for result in ranked] == (-scores).argsort(kind="stable").tolist()
+        assert (reranker.compute_score(pairs) == whole).all()
+        assert len(reranker.backend.scorer.state_dict()) == weights
+        assert len(reranker.backend.scorer.model.model.layers) == LAYERS
+
+
+def test_a_cut_scorer_shares_the_weights_and_prunes_its_own_last_layer(trained):
+    scorer = LLMDecoder.from_pretrained(trained).eval()
+    cut = scorer.at_layer(3)
+    assert cut.model.model.layers[0] is scorer.model.model.layers[0]
+    shared = {parameter.data_ptr() for parameter in scorer.parameters()}
+    assert {parameter.data_ptr() for parameter in cut.model.model.parameters()} <= shared
+    assert "forward" in vars(cut.model.model.layers[2]) and "forward" not in vars(scorer.model.model.layers[2])
+    assert cut.settings.start_layer is None and cut.config.num_hidden_layers == 3
+
+
+def test_layers_of_a_call_that_do_not_fit_are_refused(trained, model_folders):
+    reranker = Reranker(trained)
+    wrong = ([1], "2 to 4"), ([5], "2 to 4"), ([], "at least one layer"), (["2"], "found '2'"), ("2", "a list")
+    for layers, named in wrong:
+        with pytest.raises(ValueError, match=named):
+            reranker.compute_score(["a", "b"], cutoff_layers=layers)
+    for family in ("bert", "qwen2"):
+        with pytest.raises(ValueError, match="cutoff_layers: .* one head|cutoff_layers: .* last layer alone"):
+            Reranker(model_folders[family], query_format="{}", document_format="{}", seq=" ", special_token="x",
+                     ).compute_score(["a", "b"], cutoff_layers=[2])  # fmt: skip
+
+
 def test_other_libraries_open_the_folder_with_the_deepest_head(trained):
     scorer = LLMDecoder.from_pretrained(trained)
     model = AutoModelForSequenceClassification.from_pretrained(trained)

@@ -24,6 +24,7 @@ from training_runs import (
 from yes_no_samples import YES_NO, tiny_causal
 
 from rag_retrieval.data.sampling import epoch_order
+from rag_retrieval.models.layerwise import WEIGHT
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +114,7 @@ def further_keys(
         "checkpointing-bert": base | {"gradient_checkpointing": True},
         "lora-bert": base | lora,
         "lora-qwen2": cases["listwise_ce-3-qwen2"] | lora,
+        "layerwise": cases["listwise_ce-3-qwen2"] | {"start_layer": 1, "layer_distillation": 0.7},
         "bf16": base | {"mixed_precision": "bf16"},
         "whole": whole,
         "again": whole | {"num_workers": 2},
@@ -239,6 +241,16 @@ def test_lora_with_gradient_checkpointing_takes_the_steps_of_one_process_without
 def test_a_yes_no_head_takes_the_steps_of_one_process(outputs, alone):
     for case in ("yes_no-tied", "yes_no-untied"):
         assert_close(final_weights(outputs / case), final_weights(alone(case)), atol=1e-5)
+
+
+def test_heads_at_several_layers_take_the_steps_of_one_process(outputs, alone):
+    """Whose steps are those of a plain loop: tests/train/reranker/test_layerwise_training.py."""
+    found, expected = final_weights(outputs / "layerwise"), final_weights(alone("layerwise"))
+    assert WEIGHT in found
+    assert_close(found, expected, atol=1e-5)
+    logs = [[line["loss"] for line in read_metrics(folder, "train")]
+            for folder in (outputs / "layerwise", alone("layerwise"))]  # fmt: skip
+    assert logs[0] == pytest.approx(logs[1], abs=1e-5)
 
 
 def test_bf16_trains_float32_weights_as_one_process_does(outputs, alone, request):
