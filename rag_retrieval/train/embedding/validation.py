@@ -130,7 +130,7 @@ class EmbeddingValidation:
             self.first = step, probes
             return
         before, vectors = self.first
-        if step > before and np.abs(probes - vectors).max() < UNCHANGED:
+        if np.abs(probes - vectors).max() < UNCHANGED:
             logger.warning(
                 "validation at step %d: the model did not change since step %d, the vectors of %d texts are what they "
                 "were. Raise lr, and look whether what should learn is frozen and whether the training loss is 0",
@@ -143,11 +143,12 @@ class EmbeddingValidation:
             return {}
         name = self.metrics[0]
         if step == 0:
-            write_json(self.start, {"metric": name, "value": values[name], "per_query": per_query.get(name, {})})
+            kept = {"value": values[name], "per_query": per_query.get(name, {})}
+            write_json(self.start, {"metric": name, "data": self.collection.checksum, **kept})
             return {}
         start = read_json(self.start)
-        if start.get("metric") != name:  # the run began without validation, or with another one
-            return {}
+        if (start.get("metric"), start.get("data")) != (name, self.collection.checksum):
+            return {}  # the run began without validation, or with another one
         beside = {f"{name}_at_start": start["value"]}
         if len(start["per_query"]) > 1:
             (compared,) = compare({name: start["per_query"]}, {name: per_query[name]}, "randomization", seed=0)
