@@ -34,7 +34,7 @@ CUTS = {
 }
 
 
-LAUNCH_FILES = ["ddp", "default_fsdp", *(f"deepspeed/deepspeed_zero{stage}" for stage in range(4))]
+LAUNCH_FILES = ["ddp", "default_fsdp", *(f"deepspeed/deepspeed_zero{stage}" for stage in (1, 2, 3))]
 PROCESSES = 2
 
 
