@@ -73,8 +73,7 @@ def make_validation(
         batch_size=config.batch_size * config.train_group_size,
     )
     measures, names = {}, (config.metric_for_best_model, *METRICS)
-    graded = any(loss.reads == "label" for loss, _ in objective.terms)
-    if store is not None and graded:
+    if store is not None and "label" in objective.reads:
         measures["spearman"], names = LabelCorrelation(store), ()
     if store is not None and can_measure(objective, store):
         options = SamplingOptions(config.seed, config.train_group_size, shuffle=False)
@@ -168,9 +167,4 @@ def can_measure(objective: Objective, store: RecordStore) -> bool:
     score of every document where it learns from a teacher's scores."""
     scores = store.teacher_scores
     has_scores = scores is not None and bool(np.isfinite(scores).all())
-    return all(
-        loss.reads != "teacher_vectors"
-        and (loss.reads != "teacher_score" or has_scores)
-        and loss.option_values.get("false_negative_judge", "model") == "model"
-        for loss, _ in objective.terms
-    )
+    return not objective.reads & ({"guide", "teacher_vectors"} | (set() if has_scores else {"teacher_score"}))
