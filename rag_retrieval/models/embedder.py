@@ -23,11 +23,11 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_retrieval.models.devices import choose_dtype
 from rag_retrieval.models.embedding_files import (
-    DenseFiles,
     EmbedderSettings,
+    HeadFiles,
     is_embedder,
     known_embedder,
-    read_dense,
+    read_heads,
     read_settings,
     write_settings,
 )
@@ -46,7 +46,7 @@ from rag_retrieval.models.loading import (
 from rag_retrieval.models.options import EmbedderOptions, options_among
 from rag_retrieval.models.packed_model import packed_outputs, packing_problem, pairs_to_check, pooled_states
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
-from rag_retrieval.models.pooling import token_weights, weighted_sum_of_tokens
+from rag_retrieval.models.pooling import LatentAttention, Projection, token_weights, weighted_sum_of_tokens
 from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.settings import (
     CLASSIFIER,
@@ -54,6 +54,7 @@ from rag_retrieval.models.settings import (
     ModelFiles,
     choose_setting,
     find_file,
+    parsing,
     resolve_model_path,
 )
 from rag_retrieval.models.text_encoding import TextEncoder, TextTemplate, text_template
@@ -62,15 +63,16 @@ from rag_retrieval.models.transformer import TransformerModule
 
 logger = logging.getLogger(__name__)
 
-IDENTITY = "torch.nn.modules.linear.Identity"
-ACTIVATIONS = {"Identity": nn.Identity, "Tanh": nn.Tanh, "ReLU": nn.ReLU, "GELU": nn.GELU, "Sigmoid": nn.Sigmoid}
+Head = LatentAttention | Projection
+HEADS: dict[str, type[Head]] = {head.saved_as: head for head in (LatentAttention, Projection)}
+WEIGHTS = "model.safetensors"
 
 
 class EmbeddingModel(TransformerModule):
     """Build it with `from_pretrained`.
 
-    `text_encoder` turns texts into ids, `settings` says how vectors are made, `dim` is their width. Parameters outside
-    of `model` are trained and saved with it.
+    `text_encoder` turns texts into ids, `settings` says how vectors are made, `dim` is their width. `heads` are the
+    modules with weights outside of `model`, trained and saved with it, by the name of their folder.
     """
 
     def __init__(
@@ -80,14 +82,14 @@ class EmbeddingModel(TransformerModule):
         settings: EmbedderSettings,
         new_parameters: set[str],
         causal: bool,
-        projections: list["Projection"],
+        heads: Mapping[str, Head],
         attn_implementation: str | None = None,
     ):
         super().__init__(model, new_parameters)
         self.text_encoder = text_encoder
         self.settings = settings
         self.causal = causal
-        self.projections = nn.ModuleList(projections)
+        self.heads = nn.ModuleDict(heads)
         self.packing_problem = self._packing_problem(attn_implementation)
 
     def _packing_problem(self, attn_implementation: str | None) -> str | None:
@@ -113,11 +115,16 @@ class EmbeddingModel(TransformerModule):
     @property
     def dim(self) -> int:
         """Numbers in a vector."""
-        return self.projections[-1].out_features if self.projections else self.config.get_text_config().hidden_size
+        widths = [projection.out_features for projection in self.projections]
+        return widths[-1] if widths else self.config.get_text_config().hidden_size
+
+    @property
+    def projections(self) -> list[Projection]:
+        return [head for head in self.heads.values() if isinstance(head, Projection)]
 
     @property
     def reads_one_token(self) -> bool:
-        return self.settings.pooling in ("cls", "last")
+        return self.settings.pooling in ("cls", "last") and self.settings.cls_interval is None
 
     @property
     def shares_queries(self) -> bool:
@@ -154,7 +161,11 @@ class EmbeddingModel(TransformerModule):
 
     def _pool_all(self, states: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """states: [tokens, hidden], text after text."""
-        weights = token_weights(self.settings.pooling, batch, self.settings.include_prompt)
+        settings, suffix = self.settings, len(self.text_encoder.template.suffix)
+        for head in self.heads.values():
+            if isinstance(head, LatentAttention):
+                states = head(states)
+        weights = token_weights(settings.pooling, batch, settings.include_prompt, settings.cls_interval, suffix)
         return weighted_sum_of_tokens(states, weights, batch.lengths)
 
     @cached_property
@@ -172,6 +183,7 @@ class EmbeddingModel(TransformerModule):
         max_length: int | None = None,
         query_max_length: int | None = None,
         include_prompt: bool | None = None,
+        cls_interval: int | None = None,
         normalize: bool | None = None,
         bidirectional: bool | None = None,
         dims: Sequence[int] | None = None,
@@ -186,8 +198,10 @@ class EmbeddingModel(TransformerModule):
         a decoder, there are no prompts, and vectors are normalized.
         pooling: see `models.pooling`. prompts: text before a text, by name, in place of the folder's of that name.
         max_length: tokens of a text; default as saved, else 512 or the model's limit. query_max_length: of a query;
-        default max_length. bidirectional: let a decoder's tokens see those after them. dims: widths of a Matryoshka
-        model. dtype: of the backbone's weights; default float32.
+        default max_length. include_prompt: whether the tokens of a prompt are pooled too. cls_interval: with pooling
+        cls, a long text gets another cls after every so many tokens, and their mean is taken. bidirectional: let a
+        decoder's tokens see those after them. dims: widths of a Matryoshka model; one beyond the model's own adds a
+        projection to it. dtype: of the backbone's weights; default float32.
 
         Raises ValueError for a reranker, an encoder-decoder, a folder whose modules are not known here, and a
         max_length beyond the model's positions.
@@ -245,14 +259,13 @@ class EmbeddingModel(TransformerModule):
         defaults = {"pooling": "last" if is_decoder else "mean", "prompts": {}} | known
         if "pooling" not in known.keys() | saved.keys() and options.pooling is None:
             check_pooling_is_known(path, is_decoder, trained_only)
-        given = options.given("pooling", "query_max_length", "include_prompt", "normalize")
+        given = options.given("pooling", "query_max_length", "include_prompt", "cls_interval", "normalize")
         values = defaults | saved
         values |= {name: choose_setting(name, value, saved.get(name), None) for name, value in given.items()}
         values["prompts"] = values["prompts"] | (options.prompts or {})
         values["dims"] = values["dims"] if dims is None else tuple(dims)
         settings = EmbedderSettings(max_length=max_length, **values | {"bidirectional": bidirectional})
-        if causal and settings.pooling == "cls":
-            raise ValueError(f"{path}: pooling cls reads the first token, which in a decoder sees no other; give last")
+        check_settings(path, settings, causal)
         template = text_template(tokenizer)
         if is_decoder and not template.suffix:
             if eos_token is None and (not is_embedder(files) or tokenizer.init_kwargs.get("add_eos_token")):
@@ -261,11 +274,16 @@ class EmbeddingModel(TransformerModule):
                 template = append_eos(tokenizer, template, eos_token)
         has_types = template.has_types and "token_type_ids" in inspect.signature(model.forward).parameters
         left = truncates_left(tokenizer, trained=is_embedder(files))
-        template = replace(template, has_types=has_types, truncate_left=left)
+        if settings.cls_interval is not None and len(template.prefix) != 1:
+            raise ValueError(f"{path}: cls_interval is for models whose texts begin with one cls token; leave it out")
+        template = replace(template, has_types=has_types, cls_interval=settings.cls_interval, truncate_left=left)
         lengths = {"document": max_length, "query": settings.query_max_length or max_length}
         encoder = TextEncoder(tokenizer, template, settings.prompts, lengths, settings.default_prompt)
-        projections = [load_projection(files, dense) for dense in read_dense(files)]
-        return cls(model, encoder, settings, new_parameters, causal, projections, options.attn_implementation)
+        heads = {each.folder: load_head(files, each) for each in read_heads(files)}
+        new_heads = make_new_heads(settings, model.config.get_text_config().hidden_size, heads)
+        for folder in new_heads:
+            new_parameters |= {f"heads.{folder}.{name}" for name, _ in heads[folder].named_parameters()}
+        return cls(model, encoder, settings, new_parameters, causal, heads, options.attn_implementation)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write a Hugging Face folder of the bare model in the layout of sentence-transformers.
@@ -276,66 +294,74 @@ class EmbeddingModel(TransformerModule):
         if self.settings.dims:  # so that vLLM lets a request name a width
             config.is_matryoshka, config.matryoshka_dimensions = True, list(self.settings.dims)
         self.save_weights(folder, state_dict)
-        dense = [
-            DenseFiles(f"{place}_Dense", each.in_features, each.out_features, each.bias is not None, each.activation)
-            for place, each in enumerate(self.projections, start=2)
-        ]
-        write_settings(folder, self.settings, config.get_text_config().hidden_size, dense)
+        heads = [HeadFiles(type(head).saved_as, name, head.saved_values()) for name, head in self.heads.items()]
+        write_settings(folder, self.settings, config.get_text_config().hidden_size, heads)
         self.save_heads(folder, self.state_dict() if state_dict is None else state_dict)
 
     def save_heads(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
         """The weights outside of `model`, of a state of this module, where `load_heads` finds them."""
-        for place in range(len(self.projections)):
-            prefix = f"projections.{place}."
-            weights = {
-                f"linear.{name.removeprefix(prefix)}": value.contiguous()
-                for name, value in state_dict.items()
-                if name.startswith(prefix)
-            }
-            file = folder / f"{place + 2}_Dense" / "model.safetensors"
-            file.parent.mkdir(exist_ok=True)
-            save_file(weights, file)
+        for name, head in self.heads.items():
+            before = f"heads.{name}."
+            own = {key: value.contiguous() for key, value in state_dict.items() if key.startswith(before)}
+            (folder / name).mkdir(exist_ok=True)
+            in_file = {head.name_prefix + key.removeprefix(before): value for key, value in own.items()}
+            save_file(in_file, folder / name / WEIGHTS)
 
     def load_heads(self, folder: Path) -> None:
-        for place, projection in enumerate(self.projections):
-            weights = load_file(folder / f"{place + 2}_Dense" / "model.safetensors")
-            projection.load_state_dict({name.removeprefix("linear."): value for name, value in weights.items()})
+        for name, head in self.heads.items():
+            load_weights(head, load_file(folder / name / WEIGHTS))
 
 
-class Projection(nn.Linear):
-    """activation(W x + b), in float32 whatever the dtype of the weights: a Dense module of sentence-transformers.
-
-    activation: the name of torch's class.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = IDENTITY):
-        super().__init__(in_features, out_features, bias)
-        self.activation = activation
-        self.function = ACTIVATIONS[activation.rpartition(".")[2]]()
-
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return self.function(nn.functional.linear(vectors.float(), self.weight.float(), bias))
+# ---- parts of loading -----------------------------------------------------------------------------------
 
 
-def load_projection(files: ModelFiles, dense: DenseFiles) -> Projection:
+def load_head(files: ModelFiles, saved: HeadFiles) -> Head:
     """Raises ValueError for an activation that is not known here, and weights that do not fit."""
-    where = f"{files.path}: {dense.folder}"
-    if dense.activation.rpartition(".")[2] not in ACTIVATIONS:
-        raise ValueError(f"{where}: activation_function {dense.activation}; known are {', '.join(ACTIVATIONS)}")
-    projection = Projection(dense.in_features, dense.out_features, dense.bias, dense.activation)
-    file = find_file(files.path, f"{dense.folder}/model.safetensors")
+    where, values = f"{files.path}: {saved.folder}", saved.values
+    with parsing(f"{where}/config.json"):
+        head = HEADS[saved.kind].of_values(values)
+    file = find_file(files.path, f"{saved.folder}/{WEIGHTS}")
     with reading(where):
         if file is not None:
             weights = load_file(file)
         else:
-            file = find_file(files.path, f"{dense.folder}/pytorch_model.bin")
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-        projection.load_state_dict({name.removeprefix("linear."): value for name, value in weights.items()})
-    return projection
+            old = find_file(files.path, f"{saved.folder}/pytorch_model.bin")
+            weights = torch.load(old, map_location="cpu", weights_only=True)
+        load_weights(head, weights)
+    return head
 
 
-# ---- parts of loading -----------------------------------------------------------------------------------
+def load_weights(head: Head, weights: dict[str, torch.Tensor]) -> None:
+    """weights: as they stand in a file."""
+    head.load_state_dict({name.removeprefix(head.name_prefix): value for name, value in weights.items()})
+
+
+def make_new_heads(settings: EmbedderSettings, width: int, heads: dict[str, Head]) -> list[str]:
+    """Add to `heads` what the settings ask for and the folder does not have; the names of those.
+
+    width: of the model's states, or of the vectors that the last of the heads gives.
+    """
+    before = set(heads)
+    if settings.pooling == "latent_attention" and "LatentAttention" not in {each.saved_as for each in heads.values()}:
+        heads["1_LatentAttention"] = LatentAttention(width)
+    widths = [each.out_features for each in heads.values() if isinstance(each, Projection)]
+    width = widths[-1] if widths else width
+    if settings.dims and max(settings.dims) > width:
+        place = 2 + len(heads)
+        heads[f"{place}_Dense"] = Projection(width, max(settings.dims))
+        logger.info("a new projection of vectors from %d to %d numbers", width, max(settings.dims))
+    return [name for name in heads if name not in before]
+
+
+def check_settings(path: str, settings: EmbedderSettings, causal: bool) -> None:
+    """Raises ValueError for settings that do not fit each other."""
+    is_cls = settings.pooling == "cls"
+    if causal and is_cls:
+        raise ValueError(f"{path}: pooling cls reads the first token, which in a decoder sees no other; give last")
+    if settings.cls_interval is not None and not is_cls:
+        raise ValueError(f"{path}: cls_interval is for pooling cls, and pooling is {settings.pooling}; leave it out")
+    if is_cls and not settings.include_prompt:
+        raise ValueError(f"{path}: include_prompt false is for poolings of all tokens, and pooling is cls")
 
 
 def refuse_reranker(files: ModelFiles) -> None:

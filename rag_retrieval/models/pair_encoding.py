@@ -16,14 +16,16 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from pydantic import Field
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TokenId = Annotated[int, Field(strict=True, ge=0)]
 QUERY_SHARE = 0.5  # of the tokens that the fixed parts leave; beyond it a query gives way to the document
 
 
@@ -59,16 +61,18 @@ class PairTemplate:
     beginning.
     """
 
-    prefix: list[int]
-    middle: list[int]
-    suffix: list[int]
-    types: tuple[list[int], int, list[int], int, list[int]] | None = None
+    __pydantic_config__ = {"extra": "forbid"}  # where a template is read from a file
+
+    prefix: list[TokenId]
+    middle: list[TokenId]
+    suffix: list[TokenId]
+    types: tuple[list[TokenId], TokenId, list[TokenId], TokenId, list[TokenId]] | None = None
     before_query: str = ""
     before_document: str = ""
     after_query: str = ""
     after_document: str = ""
-    query_end: tuple[int, ...] = ()
-    document_end: tuple[int, ...] = ()
+    query_end: tuple[TokenId, ...] = ()
+    document_end: tuple[TokenId, ...] = ()
     anchor: str = ""
     following_query: str = ""
     following_document: str = ""
