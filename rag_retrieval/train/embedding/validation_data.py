@@ -79,7 +79,8 @@ def make_validation(
         options = SamplingOptions(config.seed, config.train_group_size, shuffle=False)
         file = TrainingFile(config.val_dataset, "", store, config.record_kind, records_of(store, config.record_kind))
         records = EmbeddingSteps(file, model.text_encoder, StepShape(1, 1, 1), options)
-        step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        processes = accelerator.num_processes if config.negatives_cross_device else 1
+        step = config.batch_size * config.gradient_accumulation_steps * processes
         if len(file.records):
             measures["loss"] = RecordLoss(records, objective, step, accelerator.device)
     return EmbeddingValidation(
@@ -130,7 +131,7 @@ class LabelCorrelation:
 
 class RecordLoss:
     """The mean training loss of the records, in steps of `records_per_step` as the first pass over the file, in its
-    order, shows them; the last step may be short. Equal for any number of processes with as many records in a step.
+    order, shows them; the last step may be short. Records of one step are each other's negatives.
 
     steps: of the validation records. objective: whose losses need neither a guide nor a teacher's vectors.
     """
