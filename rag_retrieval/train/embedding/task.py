@@ -66,7 +66,7 @@ class EmbeddingOptions:
     seed: int
     max_tokens_with_graph: int
     padded: bool
-    cross_device: bool = True
+    cross_device: bool
 
 
 class EmbeddingTask(SavedModel):

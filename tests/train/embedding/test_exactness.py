@@ -92,6 +92,17 @@ def test_five_steps_equal_a_plain_loop_however_they_are_cut(values, plain, kept,
     assert_same(found, kept, 1e-6)
 
 
+def test_without_in_batch_negatives_a_query_has_its_own_alone(values):
+    changes = {"use_inbatch_neg": False, "max_tokens_per_batch": 100}
+    train(values | changes)
+    assert_same(outcome(values), plain_training(values | changes, STEP, FACTORS), 1e-5)
+
+
+def test_the_data_hold_documents_that_are_no_negatives(values, kept):
+    train(values)
+    assert sum(line["masked_negatives"] for line in read_metrics(Path(values["output_dir"]), "train")) > 5
+
+
 # --- engines, with two processes ---
 
 
@@ -102,6 +113,7 @@ def cases(values, bert_with_dropout) -> dict[str, dict]:
     dropout = on_two | {"model_name_or_path": bert_with_dropout, "max_tokens_per_batch": 100}
     return {
         **{cut: on_two | CUTS[cut] for cut in CUTS if "accumulated" not in cut},
+        "alone": on_two | {"negatives_cross_device": False, "max_tokens_per_batch": 100},
         "accumulated": on_two | {"batch_size": 4, "gradient_accumulation_steps": 4},
         "lora": on_two | LORA,
         "bf16": on_two | {"mixed_precision": "bf16", "max_tokens_per_batch": 100, "max_tokens_with_graph": 600},
@@ -136,6 +148,12 @@ def test_two_processes_of_every_engine_take_the_same_five_steps(outputs, plain, 
     found = outcome({"output_dir": outputs / cut})
     assert_same(found, plain, 1e-5)
     assert_same(found, kept, 1e-6)
+
+
+@pytest.mark.slow
+def test_without_negatives_of_other_processes_a_step_is_the_mean_of_both(outputs, values):
+    expected = plain_training(values, STEP, FACTORS, parts=PROCESSES)
+    assert_same(outcome({"output_dir": outputs / "alone"}), expected, 1e-5)
 
 
 @pytest.mark.slow
