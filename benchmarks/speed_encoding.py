@@ -16,7 +16,9 @@ from speed_data import draw_examples, make_model_folder, single_token_words
 from speed_floor import model_cost
 from speed_report import OURS, THEIRS, summary_of_side
 from speed_training import DTYPES, SEED
-from speed_works import SCORING_BATCHES, TRIAL_PAIRS, check_agreement, say, take_turns, time_calls
+from speed_works import TRIAL_PAIRS, check_agreement, say, take_turns, time_calls
+
+BATCHES = (4, 8, 16, 32, 64, 128)  # texts, tried for the other side
 
 
 @dataclass
@@ -37,8 +39,8 @@ def run_encode(options: argparse.Namespace, scratch: Path) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     texts = draw_texts(options, tokenizer)
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=options.max_len)["input_ids"]]
-    sample = texts[:TRIAL_PAIRS]
-    trials = {size: time_calls(job, their_encode(job, size), sample, 1)[0].seconds for size in SCORING_BATCHES}
+    sample = texts[: min(TRIAL_PAIRS, len(texts) // 2)]
+    trials = {size: time_calls(job, their_encode(job, size), sample, 1)[0].seconds for size in BATCHES}
     batch = min(trials, key=trials.get)
     vectors: dict[str, torch.Tensor] = {}
 
