@@ -61,10 +61,11 @@ def spread(values: list[float]) -> dict[str, float]:
 def describe(result: dict) -> str:
     """A work's result for a person."""
     unit, gemm, agreement = result["unit"], result["gemm"], result["agreement"]
+    texts = result.get("of", "pairs")
     shape = " x ".join(map(str, gemm["shape"]))
     lines = [
         f"{result['work']}: {result['model']}, {result['dtype']} on {result['device']}, {result['threads']} threads",
-        f"  {result['rounds']} rounds of {result['units']} {unit}s, each {result['pairs']:,} pairs of "
+        f"  {result['rounds']} rounds of {result['units']} {unit}s, each {result['pairs']:,} {texts} of "
         f"{result['tokens_of_a_pair']:.0f} tokens",
         f"  {agreement['of']} differ by at most {agreement['largest_difference']:.1e}",
         f"  floor: {1000 * result['floor_seconds']:.1f} ms a {unit} at {gemm['flops_per_second'] / 1e9:.0f} GFLOP/s "
@@ -74,7 +75,7 @@ def describe(result: dict) -> str:
         lines.append(f"  tokenization and planning: {100 * result['planning_share']:.1f}% of a step of ours")
     else:
         trials = ", ".join(f"{size}: {value:.3f} s" for size, value in result["their_trials"].items())
-        lines.append(f"  {THEIRS} scores {result['their_batch']} pairs at once, its best in a trial ({trials})")
+        lines.append(f"  {THEIRS} computes {result['their_batch']} {texts} at once, its best in a trial ({trials})")
     names = (f"ms a {unit} (range)", "of the floor", "times ours (range)", "CPU ms", "times ours in CPU s", "GPU MiB")
     return "\n".join([*lines, row("", names), *(row(name, cells(side)) for name, side in result["sides"].items())])
 

@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CrossEncoder": "rag_retrieval.models.cross_encoder",
+    "Embedder": "rag_retrieval.infer.embedder",
+    "Embedding": "rag_retrieval.infer.embedder",
     "ExportConfig": "rag_retrieval.export.config",
     "EvaluationConfig": "rag_retrieval.evaluate.config",
     "LLMDecoder": "rag_retrieval.models.llm_decoder",

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from transformers import AutoModel, AutoTokenizer
 
 from rag_retrieval.core.config import Config, OutputPath, key
 from rag_retrieval.core.config_reader import load_config
 from rag_retrieval.data.store import Group, open_store
+from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.metrics import group_metrics, metric_value, rank_group
 from rag_retrieval.models.cross_encoder import CrossEncoder
-from rag_retrieval.models.settings import resolve_model_path
-from rag_retrieval.retrieval.encoder import pooled_vectors
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.script import TRAINERS, main_of
 
@@ -79,15 +77,15 @@ def reranker_scores(folder: Path, groups: list[Group]) -> list[np.ndarray]:
 
 
 def cosine_scores(base: str, groups: list[Group]) -> list[np.ndarray]:
-    """Cosine of mean-pooled token vectors, as the base (a sentence embedding model) was made for."""
-    texts = sorted({text for group in groups for text in (group.query, *group.documents)}, key=len)
-    path = resolve_model_path(base)
-    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
-    batches = [texts[start : start + 32] for start in range(0, len(texts), 32)]
-    vectors = np.concatenate([pooled_vectors(model, tokenizer, batch, 256, "mean") for batch in batches])
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    row = {text: place for place, text in enumerate(texts)}
-    return [vectors[[row[text] for text in group.documents]] @ vectors[row[group.query]] for group in groups]
+    """Cosine of the vectors that the base, a sentence embedding model, gives untrained."""
+    embedder = Embedder(base)
+    queries = embedder.encode_queries([group.query for group in groups])
+    documents = embedder.encode_documents([document for group in groups for document in group.documents])
+    ends = np.cumsum([len(group.documents) for group in groups])[:-1]
+    return [
+        embedder.similarity(query, of_query)[0]
+        for query, of_query in zip(queries, np.split(documents, ends), strict=True)
+    ]
 
 
 def table(rankings: dict[str, list[np.ndarray]], groups: list[Group]) -> Iterator[str]:

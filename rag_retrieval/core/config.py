@@ -75,15 +75,15 @@ class Config(BaseModel):
     main_keys: ClassVar[Sequence[str]] = ()
     groups: ClassVar[Mapping[str, str]] = {}
     only_for: ClassVar[Mapping[str, Only]] = {}
-    _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # key that was given, and to what alone it applies
+    _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # key that was given, and why it is ignored
 
     @property
     def ignored(self) -> str | None:
-        """One line that names the keys that were given and do not apply to this run; None where all do."""
+        """One line that names the keys that were given and change nothing in this run; None where all do."""
         names: dict[str, list[str]] = {}
         for name, words in self._ignored.items():
             names.setdefault(words, []).append(name)
-        parts = [f"{', '.join(each)} (only for {words})" for words, each in names.items()]
+        parts = [f"{', '.join(each)} ({words})" for words, each in names.items()]
         return f"ignored in this run: {'; '.join(parts)}" if parts else None
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -118,7 +118,7 @@ class Config(BaseModel):
             only, derive = self.only_for.get(name) or _rule(key_field, "only"), _rule(key_field, "derive")
             if only and not only.applies(self):
                 if values[name] != key_field.default:  # `eval_on_start: false` asks for nothing
-                    self._ignored[name] = only.words
+                    self._ignored[name] = f"only for {only.words}"
                 values[name] = key_field.default
             elif derive and name not in self.model_fields_set:
                 values[name] = derive(self)

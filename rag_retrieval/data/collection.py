@@ -1,6 +1,8 @@
 """What retrieval is measured on: queries, the documents that are searched, and the grades of the relevant ones."""
 
+import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,15 @@ class Collection:
     prompts: dict[str, str] = field(default_factory=dict)
     pool: Pool | None = None
     relevant_from: float = 1.0
+
+    @cached_property
+    def checksum(self) -> int:
+        """Of ids, texts and grades."""
+        value = 0
+        for part in (self.queries, self.documents, self.qrels, self.prompts, self.pool or {}):
+            for item in part.items():
+                value = zlib.crc32(repr(item).encode(), value)
+        return value
 
     @property
     def without_relevant(self) -> list[str]:

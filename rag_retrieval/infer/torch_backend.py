@@ -1,20 +1,18 @@
-"""The backend of torch: a CrossEncoder or an LLMDecoder, on one device or on several.
-
-One call computes at a time, whatever the number of threads: families keep things on their modules while they compute,
-and a device gains nothing from two forwards at once.
-"""
+"""Models of torch on one device or on several, for any number of threads; the Reranker's backend of such a model."""
 
 import copy
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from threading import Lock
+from typing import Generic
 
 import numpy as np
 import torch
 
+from rag_retrieval.core.log import Progress
 from rag_retrieval.models.devices import check_devices, choose_precision
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.open import open_scorer
@@ -22,47 +20,73 @@ from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.prompts import Prompt
-from rag_retrieval.models.scoring import Precision, check_precision, replicas, run_encoded
+from rag_retrieval.models.scoring import Model, Precision, check_precision, replicas, run_encoded
+
+
+class SharedModel(Generic[Model]):
+    """A model that threads share, or its copies on several devices.
+
+    One call computes at a time, whatever the number of threads: families keep things on their modules while they
+    compute, and a device gains nothing from two forwards at once.
+    """
+
+    def __init__(self, model: Model, precision: Precision | None, devices: list[torch.device] | None):
+        """model: is in eval mode from now on. devices: None computes on the model's own, else a copy on each does.
+        Raises ValueError for a precision that one of them has not."""
+        self.model = model.eval()
+        self.models = [self.model] if devices is None else replicas(self.model, devices)
+        self.precision = precision
+        for each in self.models:
+            check_precision(precision, each.device)
+        self.lock = Lock()
+
+    def run(self, encoded: Sequence[EncodedPair], batch_size: int, progress: Progress | None = None) -> np.ndarray:
+        """One result for each text, float32, in their order. batch_size: texts of one forward at most."""
+        with self.lock:
+            return run_encoded(self.models, encoded, batch_size, self.precision, progress).numpy()
+
+    def each(self, change: Callable[[Model], Model]) -> "SharedModel[Model]":
+        """The same of `change(model)` for every copy, under the same lock: they share their layers."""
+        other = copy.copy(self)
+        other.lock, other.model, other.models = self.lock, change(self.model), [change(one) for one in self.models]
+        return other
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"lock": None}  # which cannot be copied or pickled
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state | {"lock": Lock()})
 
 
 class TorchBackend:
-    """See `rag_retrieval.infer.backend.Backend`.
-
-    scorer: is in eval mode from now on. devices: None scores on the scorer's own, else a copy on each does.
-    """
+    """See `rag_retrieval.infer.backend.Backend`. scorer, precision, devices: as of `SharedModel`."""
 
     def __init__(
         self, scorer: PairScorer, precision: Precision | None = None, devices: list[torch.device] | None = None
     ):
-        self.scorer = scorer.eval()
+        self.scorer = scorer
+        self._shared = SharedModel(scorer, precision, devices)
         self.name = scorer.model.name_or_path
-        self.precision = precision
-        self.scorers = [self.scorer] if devices is None else replicas(self.scorer, devices)
         self.model_type = scorer.model_type
         self.pair_encoder = scorer.pair_encoder
         self.calibration = scorer.calibration
-        self._lock = Lock()
         self._at_layer: dict[int, TorchBackend] = {}
 
     @property
     def device(self) -> str:
-        return str(self.scorers[0].device)
+        return str(self._shared.models[0].device)
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
-        if not pairs:
-            return np.empty(0, np.float32)
-        with self._lock:
-            return run_encoded(self.scorers, pairs, batch_size, self.precision).numpy()
+        return self._shared.run(pairs, batch_size)
 
     def at_layer(self, layer: int) -> "TorchBackend":
-        with self._lock:
+        with self._shared.lock:
             if layer not in self._at_layer:
                 if not isinstance(self.scorer, LLMDecoder):
                     raise ValueError(f"cutoff_layers: {self.name} is an encoder, which has one head; leave it out")
                 cut = copy.copy(self)
-                cut._lock = self._lock  # they share their layers
-                cut.scorer, cut.scorers = self.scorer.at_layer(layer), [one.at_layer(layer) for one in self.scorers]
-                cut.calibration = None
+                cut._shared = self._shared.each(lambda scorer: scorer.at_layer(layer))
+                cut.scorer, cut.calibration = cut._shared.model, None
                 self._at_layer[layer] = cut
             return self._at_layer[layer]
 
@@ -75,8 +99,9 @@ class TorchBackend:
         digest = hashlib.sha256()
         kind = torch.device(self.device).type  # whose digits differ
         encoder = self.pair_encoder
-        about = [asdict(self.scorer.settings), asdict(encoder.template), encoder.max_length, self.precision, kind]
-        digest.update(json.dumps([*about, encoder.split_special_tokens]).encode())
+        templates = [asdict(self.scorer.settings), asdict(encoder.template)]
+        about = [*templates, encoder.max_length, self._shared.precision, kind, encoder.split_special_tokens]
+        digest.update(json.dumps(about).encode())
         digest.update(encoder.fast_tokenizer.to_str().encode())
         for name, values in sorted(self.scorer.model.state_dict().items()):
             digest.update(name.encode())
@@ -87,10 +112,7 @@ class TorchBackend:
         """Nothing is held outside this process."""
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_lock": None, "_at_layer": {}}  # a lock cannot be copied or pickled
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state | {"_lock": Lock()})
+        return self.__dict__ | {"_at_layer": {}}
 
 
 def open_torch_backend(
@@ -98,8 +120,5 @@ def open_torch_backend(
 ) -> TorchBackend:
     """Raises ValueError as `open_scorer`, and for devices and a precision that are not there."""
     devices = None if options.devices is None else check_devices(options.devices)
-    precision = choose_precision(options.precision)
     scorer = open_scorer(model_name_or_path, options, question)
-    for device in devices or [scorer.device]:
-        check_precision(precision, device)
-    return TorchBackend(scorer, precision, devices)
+    return TorchBackend(scorer, choose_precision(options.precision), devices)

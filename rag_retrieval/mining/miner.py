@@ -9,7 +9,6 @@ RankNet or listwise cross entropy, which needs a margin.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -21,8 +20,9 @@ from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.output import Mined
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.models.options import LongDocumentOptions
+from rag_retrieval.models.settings import ModelFiles, model_content, resolve_model_path
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.index import SearchOptions, make_search
+from rag_retrieval.retrieval.index import DenseEncoder, SearchOptions, make_search
 
 
 class Miner:
@@ -34,7 +34,7 @@ class Miner:
         self.reranker = None
         if config.reranker is not None:
             self.reranker = open_reranker(config, device)
-        self.search = make_search(search_options(config), corpus, work, device)
+        self.search = make_search(search_options(config, device), corpus, work)
 
     def mine(self, queries: Sequence[Query]) -> Iterator[Mined]:
         """One for each query, in order; the search is done for all at once before the first."""
@@ -81,23 +81,35 @@ def rerank(
     return scores[: len(rows)], scores[len(rows) :]
 
 
-def search_options(config: MiningConfig) -> SearchOptions:
-    if config.candidates == "bm25":
-        return SearchOptions("bm25", language=config.language)
-    from rag_retrieval.retrieval.encoder import EncoderOptions
+def search_options(config: MiningConfig, device: str) -> SearchOptions:
+    """With the dense model loaded, where there is one, so that a wrong name is reported before anything is indexed."""
+    encoder = None if config.candidates == "bm25" else dense_encoder(config, device)
+    words = {} if config.candidates == "dense" else {"language": config.language}
+    vectors = {} if encoder is None else {"vector_dtype": config.vector_dtype, "faiss_index": config.faiss_index}
+    return SearchOptions(config.candidates, encoder, seed=config.seed, **vectors, **words)
 
-    encoder = EncoderOptions(
+
+def dense_encoder(config: MiningConfig, device: str) -> DenseEncoder:
+    """Raises ValueError for a model that `Embedder` refuses."""
+    from rag_retrieval.infer.embedder import Embedder
+
+    embedder = Embedder(
         config.dense_model,
-        config.pooling,
-        config.query_prefix,
-        config.document_prefix,
-        config.dense_max_len,
-        config.dense_batch_size,
-        config.similarity,
-        config.trust_remote_code,
+        pooling=config.pooling,
+        max_length=config.dense_max_len,
+        device=device,
+        trust_remote_code=config.trust_remote_code,
     )
-    options = SearchOptions(config.candidates, encoder, config.vector_dtype, config.faiss_index, config.seed)
-    return options if config.candidates == "dense" else replace(options, language=config.language)
+    modules = ModelFiles(resolve_model_path(config.dense_model)).modules
+    normalized = config.similarity == "cosine" or "Normalize" in modules  # others keep their length for inner products
+    options = {"batch_size": config.dense_batch_size, "normalize": normalized, "show_progress_bar": False}
+    names = ("pooling", "document_prefix", "dense_max_len", "dense_batch_size", "similarity")
+    return DenseEncoder(
+        lambda texts: embedder.encode(texts, config.query_prefix, kind="query", **options),
+        lambda texts: embedder.encode(texts, config.document_prefix, kind="document", **options),
+        {name: getattr(config, name) for name in names} | {"model": model_content(config.dense_model)},
+        device,
+    )
 
 
 def _rounded(scores: np.ndarray) -> list[float]:

@@ -71,7 +71,7 @@ def run_over_processes(model: BatchModel, texts: Texts, encode: Encode, options:
     unique, places = distinct(texts)
     plans = agreed_plans(model, unique, encode, options)
     results = on_all(lambda: run_share(model, unique, encode, share_of(plans), options))
-    return in_order(chain.from_iterable(gather(results)), len(unique))[places]
+    return in_order(chain.from_iterable(gather(results)))[places]
 
 
 def check_agreement(texts: Texts, options: ScoringOptions) -> None:

@@ -225,27 +225,25 @@ def run_encoded(
                 results = list(threads.map(run, models))
             finally:
                 waiting.clear()  # after an error or an interrupt the other threads end with their present forward
-    return in_order(results, len(encoded))
+    return in_order(results)
 
 
-def in_order(results: Iterable[Results], texts: int) -> torch.Tensor:
-    """The results by their positions, [texts] or [texts, dim], zeros for texts that no forward held: those without a
-    token. Where all are such, [texts]."""
+def in_order(results: Iterable[Results]) -> torch.Tensor:
+    """The results by their positions: [texts] or [texts, dim], [0] where there are none."""
     parts = list(results)
     values = torch.cat([NOTHING, *(values for _, values in parts)])
-    ordered = values.new_zeros(texts, *values.shape[1:])
+    ordered = torch.empty_like(values)
     ordered[list(chain.from_iterable(positions for positions, _ in parts))] = values
     return ordered
 
 
 def plan_forwards(model: BatchModel, sizes: Sequence[TextSize], batch_size: int, max_tokens: int) -> list[list[int]]:
     """Positions in forwards: pairs of one query together where it is computed once, else texts of similar length,
-    longest first so that running out of memory shows at once. A text without a token is in none."""
+    longest first so that running out of memory shows at once."""
     if model.shares_queries:
         return plan_sharing(sizes, max_tokens, batch_size)
-    parts = plan_by_tokens([[size.tokens] for size in sizes], max_tokens, padded=not model.packs, max_pairs=batch_size)
-    with_tokens = ([position for position in part if sizes[position].tokens] for part in parts)
-    return [part for part in with_tokens if part]
+    lengths = [[size.tokens] for size in sizes]
+    return plan_by_tokens(lengths, max_tokens, padded=not model.packs, max_pairs=batch_size)
 
 
 def token_budget(model: BatchModel) -> int:

@@ -16,6 +16,7 @@ from rag_retrieval.core.files import write_json
 VectorPrecision = Literal["float32", "float16", "int8", "binary"]
 RANGES_FILE = "int8_ranges.json"
 EPSILON = 1e-12  # least length that a vector is divided by, as in torch's normalize
+DISTANCES = {"euclidean": "euclidean", "manhattan": "cityblock"}  # by their names in scipy
 LEVELS = 255  # steps of an int8 number
 
 
@@ -121,13 +122,14 @@ def check_dim(vectors: np.ndarray, ranges: Int8Ranges) -> None:
 def similarity(
     queries: np.ndarray,
     documents: np.ndarray,
-    kind: Literal["cosine", "dot"] = "cosine",
+    kind: str = "cosine",
     ranges: Int8Ranges | None = None,
 ) -> np.ndarray:
-    """[queries, documents], float32: cosines, or inner products, of vectors [texts, dim] in any two precisions.
+    """[queries, documents], float32, of vectors [texts, dim] in any two precisions; the greater, the nearer.
 
-    A vector of zeros has the similarity 0 with every other. ranges: of int8 vectors. Raises ValueError for arrays that
-    are not two-dimensional, for two dims, and for int8 vectors without ranges of their dim.
+    kind, as sentence-transformers calls it: "cosine" (0 with a vector of zeros), "dot", or the negative distances
+    "euclidean" and "manhattan". ranges: of int8 vectors. Raises ValueError for another kind, for arrays that are not
+    two-dimensional, for two dims, and for int8 vectors without ranges of their dim.
     """
     for name, vectors in (("queries", queries), ("documents", documents)):
         if vectors.ndim != 2:
@@ -135,6 +137,12 @@ def similarity(
     left, right = to_float32(queries, ranges), to_float32(documents, ranges)
     if left.shape[1] != right.shape[1]:
         raise ValueError(f"queries have {left.shape[1]} numbers and documents {right.shape[1]}; encode with one dim")
+    if kind in DISTANCES:
+        from scipy.spatial.distance import cdist
+
+        return -cdist(left, right, DISTANCES[kind]).astype(np.float32)
+    if kind not in ("cosine", "dot"):
+        raise ValueError(f"similarity {kind!r} is not known; expected cosine, dot, {' or '.join(DISTANCES)}")
     if kind == "cosine":
         left, right = finish(left), finish(right)
     return left @ right.T

@@ -9,7 +9,7 @@ may be an approximation.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ from rag_retrieval.core.log import Progress
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.models.nearest import nearest
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.encoder import Encode
 
+Encode = Callable[[list[str]], np.ndarray]  # texts to float32 [texts, width]
 ENCODED = 4096  # documents encoded and written at once; what a killed run loses at most
 FAISS_SAMPLE = 1 << 18  # vectors that an index such as IVF is trained on
 FAISS_ADDED = 1 << 14  # vectors added at once

@@ -1,24 +1,33 @@
 """The search that a configuration asks for: by words, by vectors, or both fused, over what a work folder keeps.
 
-Models are loaded before anything is indexed, so that a wrong name is reported at once. torch is not imported where
-words alone are searched.
+torch is not imported where words alone are searched.
 """
 
 import importlib.util
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
 
 from rag_retrieval.core.files import WorkFolder
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.words import AUTO, WORDS_VERSION
-from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import Bm25Search, build_bm25
 from rag_retrieval.retrieval.candidates import FusedSearch, Search
 
-if TYPE_CHECKING:
-    from rag_retrieval.retrieval.encoder import EncoderOptions
-
 BM25_LIBRARIES = ("bm25s", "Stemmer", "jieba")
+
+
+@dataclass(frozen=True)
+class DenseEncoder:
+    """queries, documents: texts to vectors, float32 [texts, width]. made_from: what decides on those of documents, as
+    JSON values. device: where vectors are compared."""
+
+    queries: Callable[[list[str]], np.ndarray]
+    documents: Callable[[list[str]], np.ndarray]
+    made_from: dict[str, Any]
+    device: str
 
 
 @dataclass(frozen=True)
@@ -29,18 +38,18 @@ class SearchOptions:
     """
 
     candidates: Literal["bm25", "dense", "fused"]
-    encoder: "EncoderOptions | None" = None
+    encoder: DenseEncoder | None = None
     vector_dtype: Literal["float16", "float32"] = "float16"
     faiss_index: str | None = None
     seed: int = 0
     language: str = AUTO
 
 
-def make_search(options: SearchOptions, corpus: Corpus, work: WorkFolder, device: str) -> Search:
-    """Builds what the work folder does not have. Raises ValueError for a model or an index that cannot be."""
+def make_search(options: SearchOptions, corpus: Corpus, work: WorkFolder) -> Search:
+    """Builds what the work folder does not have. Raises ValueError for an index that cannot be."""
     if options.candidates == "bm25":
         return _words(options, corpus, work)
-    dense = _vectors(options, corpus, work, device)
+    dense = _vectors(options, corpus, work)
     return dense if options.candidates == "dense" else FusedSearch([_words(options, corpus, work), dense])
 
 
@@ -52,17 +61,13 @@ def _words(options: SearchOptions, corpus: Corpus, work: WorkFolder) -> Bm25Sear
     return Bm25Search(work.stage("bm25", made_from, lambda folder: build_bm25(corpus, folder, options.language)))
 
 
-def _vectors(options: SearchOptions, corpus: Corpus, work: WorkFolder, device: str) -> Search:
+def _vectors(options: SearchOptions, corpus: Corpus, work: WorkFolder) -> Search:
     from rag_retrieval.retrieval.dense import DenseSearch, build_faiss, build_vectors, open_vectors, read_faiss
-    from rag_retrieval.retrieval.encoder import load_encoder
 
-    of_encoder = asdict(options.encoder)
-    of_encoder.pop("query_prefix")  # the vectors of documents do not depend on it
-    encoder = load_encoder(options.encoder, device)
-    made_from = [corpus.folder.name, of_encoder | {"model": model_content(options.encoder.model)}, options.vector_dtype]
+    encoder = options.encoder
     folder = work.stage(
         "vectors",
-        made_from,
+        [corpus.folder.name, encoder.made_from, options.vector_dtype],
         lambda folder: build_vectors(corpus, encoder.documents, folder, options.vector_dtype),
         resumes=True,
     )
@@ -74,4 +79,4 @@ def _vectors(options: SearchOptions, corpus: Corpus, work: WorkFolder, device: s
             lambda folder: build_faiss(vectors, options.faiss_index, options.seed, folder),
         )
         index = read_faiss(place)
-    return DenseSearch(vectors, encoder.queries, device, index)
+    return DenseSearch(vectors, encoder.queries, encoder.device, index)

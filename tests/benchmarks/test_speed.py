@@ -254,14 +254,15 @@ def check_result(row: dict, sides: list[str]) -> None:
 def test_a_small_run_of_both_sides_end_to_end(tmp_path, capsys):
     pytest.importorskip("sentence_transformers")
     out = tmp_path / "speed.jsonl"
-    works = ["train_lognormal", "train_decoder", "train_medquad", "score_many", "score_prompt"]
+    works = ["train_lognormal", "train_decoder", "train_medquad", "score_many", "score_prompt", "encode"]
     tiny = ["--encoder", "tiny_xlm_roberta", "--decoder", "tiny_qwen2", "--threads", "1", "--st-batch", "8"]
-    sizes = ["--rounds", "2", "--steps", "1", "--pairs", "40", "--repeats", "3"]
+    sizes = ["--rounds", "2", "--steps", "1", "--pairs", "40", "--texts", "50", "--repeats", "3"]
     speed.main(["--work", *works, *tiny, *sizes, "--out", str(out)])
     rows = {row["work"]: row for row in map(json.loads, out.read_text().splitlines())}
     trained, scored = ["ours", "sentence-transformers 8 x 4", "plain loop"], ["ours", "sentence-transformers"]
     for work in ("train_lognormal", "train_decoder"):
         check_result(rows.pop(work), trained)
+    assert rows["encode"]["pairs"] == 50 and 30 < rows["encode"]["tokens_of_a_pair"] <= 256
     assert rows["score_many"]["pairs"] == 40 and rows["score_prompt"]["pairs"] == 100
     for row in rows.values():
         check_result(row, scored)

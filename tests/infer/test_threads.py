@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
-import time
+import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
@@ -58,27 +58,26 @@ def test_threads_that_tokenize_and_pad_with_the_same_tokenizer_disturb_nothing(l
 
 def test_the_event_loop_runs_while_documents_are_scored(load_tiny):
     reranker = Reranker.from_backend(TorchBackend(load_tiny("bert")))
-    score = reranker.backend.score
+    score, entered, may_score = reranker.backend.score, threading.Barrier(3), threading.Event()
 
-    def slow_score(pairs, batch_size):
-        time.sleep(0.3)
+    def waiting_score(pairs, batch_size):
+        entered.wait(60)
+        assert may_score.wait(60), "the event loop did not run"
         return score(pairs, batch_size)
 
-    reranker.backend.score = slow_score
+    reranker.backend.score = waiting_score
 
-    async def ticks_while_reranking() -> tuple[int, list]:
-        ticks = 0
+    async def rerank() -> list:
         work = asyncio.gather(
             reranker.arerank("where is Paris?", list(ENGLISH), top_k=3),
             reranker.arerank_many(["where is Paris?"], [list(ENGLISH)], top_k=3),
         )
-        while not work.done():
-            await asyncio.sleep(0.01)
-            ticks += 1
-        return ticks, await work
+        await asyncio.to_thread(entered.wait, 60)
+        may_score.set()
+        return await work
 
-    ticks, (one, many) = asyncio.run(ticks_while_reranking())
-    assert ticks > 10
+    one, many = asyncio.run(rerank())
+    reranker.backend.score = score
     assert one == many[0] == reranker.rerank("where is Paris?", list(ENGLISH), top_k=3)
 
 

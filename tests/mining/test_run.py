@@ -13,9 +13,8 @@ from rag_retrieval.data.readers import read_records
 from rag_retrieval.data.records import DataError, RecordRules
 from rag_retrieval.data.store import open_store
 from rag_retrieval.mining import miner, run
-from rag_retrieval.mining.miner import search_options
+from rag_retrieval.mining.miner import dense_encoder
 from rag_retrieval.mining.run import mine
-from rag_retrieval.retrieval.encoder import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +260,7 @@ def test_a_window_beyond_the_corpus_is_refused(data, tmp_path):
 def test_dense_scores_are_cosines(data, base, tmp_path):
     config = config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], vector_dtype="float32")
     mine(config)
-    encoder = load_encoder(search_options(config).encoder, "cpu")
+    encoder = dense_encoder(config, "cpu")
     for line in read_output(tmp_path / "out.jsonl")[:5]:
         query, documents = encoder.queries([line["query"]])[0], encoder.documents(line["pos"] + line["neg"])
         scores = line["candidate_scores"]["pos"] + line["candidate_scores"]["neg"]

@@ -69,6 +69,18 @@ def test_similarity_is_the_cosine_or_the_inner_product():
     np.testing.assert_allclose(similarity(queries, documents), [[0, 0.6, 0], [half, 1.4 * half, 0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "dot", "euclidean", "manhattan"])
+def test_every_similarity_is_that_of_sentence_transformers(vectors, kind):
+    from sentence_transformers.util import SimilarityFunction
+
+    expected = SimilarityFunction.to_similarity_fn(kind)(vectors[:3], vectors[3:])
+    found = similarity(vectors[:3], vectors[3:], kind)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="'angle' is not known; expected cosine"):
+        similarity(vectors, vectors, "angle")
+
+
 def test_similarity_compares_vectors_of_different_precisions(vectors):
     ranges = ranges_of(vectors, normalized=False)
     exact = similarity(vectors[:3], vectors)

@@ -203,7 +203,7 @@ def test_a_forward_that_does_not_fit_in_memory_is_halved(toy, caplog):
 def test_a_vector_that_is_not_finite_ends_the_run_and_is_named(toy):
     model = Table()
     model.rows[encoded_words(["planet"]).ids] = math.inf
-    with pytest.raises(TrainingError, match=r"6 of 72 validation documents .*'planet text 0'"):
+    with pytest.raises(TrainingError, match=r"6 of 64 validation texts .*'planet text 0'"):
         validation_of(toy)(model, 3)
 
 
@@ -236,39 +236,41 @@ def test_every_later_evaluation_has_the_start_and_a_paired_test_beside_it(toy, t
     assert not [name for name in validation_of(toy)(Table(2), 5) if "start" in name]
 
 
-def test_the_p_value_is_that_of_all_signs_of_the_differences(tmp_path):
-    """8 queries, found at rank 1 before; after it at rank 2 each: only 2 of the 256 signs are as extreme."""
-    queries = {f"q{place}": f"w{place}" for place in range(8)}
-    documents = {f"d{place}": f"w{place}" for place in range(8)}
-    collection = Collection("", queries, documents, {f"q{place}": {f"d{place}": 1} for place in range(8)})
+class Ranked:
+    """Gives each of eight queries, the texts of the documents, its document at rank 1 or 2."""
 
-    class Ranked(Table):
-        """Gives query i its document at a rank."""
+    def __init__(self, rank):
+        self.rank, self.query = rank, encoded_words(["query:"]).ids[0]
+        self.numbers = {encoded_words([f"w{number}"]).ids[0]: number for number in range(8)}
 
-        def __init__(self, rank):
-            self.rank, self.names = rank, {tuple(encoded_words([f"w{n}"]).ids): n for n in range(8)}
-            self.query = encoded_words(["query:"]).ids[0]
+    def __call__(self, batch):
+        vectors = torch.zeros(len(batch), 8)
+        for vector, text in zip(vectors, np.split(batch.ids, np.cumsum(batch.lengths)[:-1]), strict=True):
+            number = self.numbers[text[1]]
+            vector[number] = 1.0
+            if self.rank == 2 and text[0] == self.query:
+                vector[(number + 1) % 8] = 2.0
+        return vectors
 
-        def __call__(self, batch):
-            rows = []
-            for text in np.split(batch.ids, np.cumsum(batch.lengths)[:-1]):
-                number, row = self.names[(text[1],)], torch.zeros(8)
-                row[number] = 1.0
-                if text[0] == self.query and self.rank == 2:
-                    row[(number + 1) % 8] = 2.0
-                rows.append(row)
-            return torch.stack(rows)
 
+def test_lower_figures_have_the_p_value_of_all_signs_and_are_a_warning(tmp_path, caplog):
+    """Eight queries lost a rank each: 2 of the 256 ways to sign their differences are as extreme."""
+    texts = [f"w{number}" for number in range(8)]
+    queries, documents = ({f"{kind}{text}": text for text in texts} for kind in "qd")
+    collection = Collection("", queries, documents, {f"q{text}": {f"d{text}": 1} for text in texts})
     made = validation_of(collection, start=tmp_path / "start.json")
     assert made(Ranked(1), 0)["ndcg@10"] == 1.0
     values = made(Ranked(2), 4)
     assert values["ndcg@10"] == pytest.approx(1 / math.log2(3))
     assert values["ndcg@10_p_value"] == pytest.approx(2 / 256)
-
-
-def test_a_figure_that_training_lowered_is_a_warning(toy, tmp_path, caplog):
-    test_the_p_value_is_that_of_all_signs_of_the_differences(tmp_path)
     assert "ndcg@10 is lower than before training" in caplog.text
+
+
+def test_a_start_on_other_data_is_not_compared_with(toy, tmp_path):
+    start = tmp_path / "start.json"
+    validation_of(toy, start=start)(Table(1), 0)
+    other = Collection("toy", toy.queries, toy.documents | {"d8-0": "another"}, toy.qrels)
+    assert not [name for name in validation_of(other, start=start)(Table(2), 5) if "start" in name]
 
 
 def test_vectors_that_did_not_change_are_a_warning(toy, caplog):

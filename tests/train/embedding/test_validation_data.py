@@ -147,6 +147,26 @@ def test_spearman_is_that_of_the_ranks_of_cosines_and_labels(tmp_path):
     assert LabelCorrelation(store)(np.ones_like(queries), np.ones_like(documents)) == 0.0
 
 
+def test_graded_pairs_have_their_correlation_and_loss_in_place_of_ranks(config, records):
+    """CoSENT: log(1 + sum of exp(20 (cos_j - cos_i)) over pairs with label_i > label_j), over the whole step."""
+    pairs = [("an apple", "a pear", 0.9), ("a river", "a lake", 0.7), ("a river", "a song", 0.1), ("it", "that", 0.5)]
+    written = [{"query": query, "content": text, "label": label} for query, text, label in pairs]
+    made = config(val_dataset=records(written), loss_type="cosent", batch_size=8)
+    objective = objective_of(made.loss_weights, made.loss_options)
+    validation = validation_of(made, objective)
+    assert validation.metrics == ["spearman", "loss"] and best_metric(made, validation) == "spearman"
+    values, model = validation(Letters(), 0), Letters()
+    cosines = [model.unit("query", query) @ model.unit("document", text) for query, text, _ in pairs]
+    terms = [
+        math.exp(20 * (cosines[low] - cosines[high]))
+        for high, (*_, above) in enumerate(pairs)
+        for low, (*_, below) in enumerate(pairs)
+        if above > below
+    ]
+    assert values["loss"] == pytest.approx(math.log(1 + sum(terms)), abs=1e-5)
+    assert "ndcg@10" not in values and -1 <= values["spearman"] <= 1
+
+
 def test_a_beir_folder_is_searched_whole_and_has_no_loss(config, tmp_path):
     folder = write_toy(tmp_path / "toy")
     made = config(val_dataset=str(folder), val_split="test", metric_for_best_model="recall@3")

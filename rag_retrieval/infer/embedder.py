@@ -1,0 +1,343 @@
+"""`Embedder`: vectors of texts, from any folder that holds an embedding model.
+
+Prompts, pooling, maximum lengths and whether vectors have length 1 are what the folder says; where they are asked for
+here, what is said here holds.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+
+from rag_retrieval.core.log import Progress
+from rag_retrieval.infer.torch_backend import SharedModel
+from rag_retrieval.models.devices import check_devices, choose_device, choose_precision
+from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.models.inputs import check_list, check_number, check_text
+from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, NO_LIMIT, position_limit
+from rag_retrieval.models.open import open_embedder
+from rag_retrieval.models.options import embedder_options
+from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.scoring import Precision
+from rag_retrieval.models.settings import resolve_model_path
+from rag_retrieval.models.text_scoring import CHUNK_TEXTS, score_texts
+from rag_retrieval.models.vectors import (
+    RANGES_FILE,
+    Int8Ranges,
+    VectorPrecision,
+    finish,
+    ranges_of,
+    similarity,
+    to_precision,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Embedder:
+    """A model that gives a vector for a text. Several threads may call one.
+
+    model_name_or_path: a folder that was trained here, a sentence-transformers folder, any other folder of an embedding
+    model, a hub name, or `package:NAME`. What it holds is read from its files.
+    max_length: tokens of a text, special tokens included; default what the folder says, else 512 or the model's limit.
+    query_max_length: of a query; default as of other texts. dtype: of the weights: "fp32" (the default), "bf16",
+    "fp16". precision: of the computation with float32 weights: "fp32", "bf16", "fp16"; default half precision on CUDA
+    and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is one, else the CPU.
+    devices: several, such as ["cuda:0", "cuda:1"]: each holds a copy of the model. attn_implementation: of
+    transformers; default batches without padding. pooling: "cls", "mean", "weighted_mean", "last". prompts: text before
+    a text, by name, such as {"query": "query: ", "document": "passage: "}. include_prompt: whether its tokens are
+    pooled too. normalize: whether vectors get length 1. bidirectional: whether a decoder's tokens see those after them.
+    int8_ranges: a file that `calibrate` wrote; default `int8_ranges.json` in the model's folder, where it is there.
+
+    Raises ValueError for a path that is not there, a folder without weights, weights that are not numbers, a reranker,
+    a decoder whose pooling is not known, and options that do not fit.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | os.PathLike,
+        *,
+        max_length: int | None = None,
+        query_max_length: int | None = None,
+        precision: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        devices: Sequence[str | torch.device] | None = None,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        pooling: str | None = None,
+        prompts: Mapping[str, str] | None = None,
+        include_prompt: bool | None = None,
+        normalize: bool | None = None,
+        bidirectional: bool | None = None,
+        int8_ranges: str | os.PathLike | None = None,
+    ):
+        options = embedder_options(
+            max_length=max_length,
+            query_max_length=query_max_length,
+            precision=precision,
+            dtype=dtype,
+            device=device,
+            devices=devices,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            pooling=pooling,
+            prompts=prompts,
+            include_prompt=include_prompt,
+            normalize=normalize,
+            bidirectional=bidirectional,
+        )
+        devices = None if options.devices is None else check_devices(options.devices)
+        model = open_embedder(model_name_or_path, options)
+        self._shared = SharedModel(model, choose_precision(options.precision), devices)
+        saved = Path(resolve_model_path(model_name_or_path)) / RANGES_FILE
+        self.int8_ranges = Int8Ranges.read(int8_ranges or saved) if int8_ranges or saved.is_file() else None
+
+    @classmethod
+    def from_model(
+        cls,
+        model: EmbeddingModel,
+        precision: Precision | None = None,
+        devices: list[torch.device] | None = None,
+    ) -> "Embedder":
+        """An Embedder over a model that is open already, which is in eval mode from now on."""
+        embedder = cls.__new__(cls)
+        embedder._shared, embedder.int8_ranges = SharedModel(model, precision, devices), None
+        return embedder
+
+    @property
+    def model(self) -> EmbeddingModel:
+        return self._shared.model
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a whole vector."""
+        return self.model.dim
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        prompt: str | None = None,
+        *,
+        kind: str | None = None,
+        batch_size: int = 256,
+        max_length: int | None = None,
+        dim: int | None = None,
+        normalize: bool | None = None,
+        precision: VectorPrecision = "float32",
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """Vectors in the order of the texts: [texts, dim]; of one text that stands in no list: [dim].
+
+        Equal texts are computed once and get the same vector. An empty text has the vector of what stands around it,
+        its prompt and the special tokens, as in sentence-transformers; of one end token where that is nothing.
+        prompt: text before each, "" for none; default that of the kind. kind: "query", "document" or the name of
+        another prompt of the model; default that of the model's default prompt, which most have not.
+        batch_size: texts of one forward at most; a forward is bounded by its tokens besides, and on a GPU that bound is
+        halved where memory runs out. max_length: tokens of a text, at most the model's positions; default the model's.
+        dim: the first so many numbers of a vector, for models that were trained with Matryoshka. normalize: whether
+        vectors get length 1 after that; default what the model says.
+        precision: of the vectors: "float32", "float16", "int8" (after `calibrate`) or "binary" (a bit for each number,
+        uint8 [texts, dim / 8]). show_progress_bar: None shows one on a terminal for more than `10 * batch_size` texts.
+
+        Raises ValueError that names the argument and the position, as `texts[3]`, and for a vector that is not finite.
+        """
+        one = isinstance(texts, str)
+        listed = [texts] if one else check_list("texts", texts)
+        texts = [check_text(f"texts[{place}]", text) for place, text in enumerate(listed)]
+        check_number("batch_size", batch_size, 1, "texts")
+        max_length = self._checked_limit(kind, prompt, max_length)
+        normalize = self.model.settings.normalize if normalize is None else normalize
+        dim = self.dim if dim is None else dim
+        check_number("dim", dim, 1, "numbers")
+        if dim > self.dim:
+            raise ValueError(f"dim: this model's vectors have {self.dim} numbers, found {dim}")
+        ranges = self._ranges(precision, normalize)
+        if show_progress_bar is None:
+            show_progress_bar = len(texts) > 10 * batch_size and sys.stderr.isatty()
+        cut = 0
+        encode = partial(self.model.text_encoder.encode, kind=kind, prompt=prompt, max_length=max_length)
+        with Progress(len(texts), "encoding", "texts", shown=show_progress_bar) as progress:
+
+            def vectors(encoded: list[EncodedPair]) -> np.ndarray:
+                nonlocal cut
+                cut += sum(text.truncated for text in encoded)
+                found = self._shared.run(encoded, batch_size, progress)
+                if not np.isfinite(found).all():
+                    raise ValueError(
+                        "the model gave a vector that is not finite; in fp16 a model may overflow: use bf16 or fp32"
+                    )
+                return to_precision(finish(found, dim, normalize), precision, ranges)
+
+            rows = score_texts(texts, encode, vectors, CHUNK_TEXTS * len(self._shared.models))
+            progress.update(len(texts) - progress.done)  # those that repeat others
+        if cut:
+            logger.info("%d of %d texts were cut at %d tokens", cut, len(texts), max_length)
+        if not rows:
+            return to_precision(np.empty((0, dim), np.float32), precision, ranges)
+        return rows[0] if one else np.stack(rows)
+
+    def encode_queries(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 256,
+        max_length: int | None = None,
+        dim: int | None = None,
+        normalize: bool | None = None,
+        precision: VectorPrecision = "float32",
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """`encode` with the model's prompt and maximum length for queries."""
+        shape = {"dim": dim, "normalize": normalize, "precision": precision}
+        work = {"batch_size": batch_size, "max_length": max_length, "show_progress_bar": show_progress_bar}
+        return self.encode(texts, kind="query", **shape, **work)
+
+    def encode_documents(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 256,
+        max_length: int | None = None,
+        dim: int | None = None,
+        normalize: bool | None = None,
+        precision: VectorPrecision = "float32",
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """`encode` with the model's prompt and maximum length for documents."""
+        shape = {"dim": dim, "normalize": normalize, "precision": precision}
+        work = {"batch_size": batch_size, "max_length": max_length, "show_progress_bar": show_progress_bar}
+        return self.encode(texts, kind="document", **shape, **work)
+
+    async def aencode(
+        self,
+        texts: str | Sequence[str],
+        prompt: str | None = None,
+        *,
+        kind: str | None = None,
+        batch_size: int = 256,
+        max_length: int | None = None,
+        dim: int | None = None,
+        normalize: bool | None = None,
+        precision: VectorPrecision = "float32",
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """`encode` in a thread, so that the event loop is not blocked."""
+        shape = {"dim": dim, "normalize": normalize, "precision": precision}
+        work = {"batch_size": batch_size, "max_length": max_length, "show_progress_bar": show_progress_bar}
+        return await asyncio.to_thread(self.encode, texts, prompt, kind=kind, **shape, **work)
+
+    def similarity(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """[queries, documents], float32, as the model compares vectors: mostly the cosine.
+
+        Each of the two is what `encode` gave, in any precision; a single vector counts as one row. Raises ValueError
+        for vectors of different dim.
+        """
+        kind = self.model.settings.similarity
+        return similarity(np.atleast_2d(queries), np.atleast_2d(documents), kind, self.int8_ranges)
+
+    def calibrate(
+        self,
+        documents: Sequence[str],
+        save_to: str | os.PathLike | None = None,
+        *,
+        dim: int | None = None,
+        normalize: bool | None = None,
+        batch_size: int = 256,
+    ) -> Int8Ranges:
+        """The ranges of int8 vectors from a sample of documents (1,000 say), for this Embedder from now on.
+
+        They hold for vectors of this `dim` and `normalize` alone. save_to: a file, or a folder, where they are saved as
+        `int8_ranges.json`: in the model's folder every Embedder of it finds them. Raises ValueError for fewer than two.
+        """
+        vectors = self.encode_documents(documents, dim=dim, normalize=normalize, batch_size=batch_size)
+        self.int8_ranges = ranges_of(vectors, self.model.settings.normalize if normalize is None else normalize)
+        if save_to is not None:
+            file = Path(save_to)
+            self.int8_ranges.save(file / RANGES_FILE if file.is_dir() else file)
+        return self.int8_ranges
+
+    def _checked_limit(self, kind: str | None, prompt: str | None, max_length: int | None) -> int:
+        """Tokens of a text at most. ValueError where prompt and special tokens leave none of them."""
+        encoder = self.model.text_encoder
+        if kind not in (None, "query", "document", *encoder.prompts):
+            known = ", ".join(dict.fromkeys(("query", "document", *encoder.prompts)))
+            raise ValueError(f"kind: this model has no prompt {kind!r}; it knows {known}")
+        limit = encoder.max_length_of(kind) if max_length is None else max_length
+        check_number("max_length", limit, 1, "tokens")
+        self.model.check_max_length(limit)
+        fixed = len(encoder.encode([""], kind, prompt, max_length=NO_LIMIT)[0])
+        if fixed >= limit:
+            raise ValueError(f"max_length {limit} is too small: prompt and special tokens take {fixed} tokens")
+        return limit
+
+    def _ranges(self, precision: VectorPrecision, normalize: bool) -> Int8Ranges | None:
+        if precision not in get_args(VectorPrecision):
+            names = ", ".join(get_args(VectorPrecision))
+            raise ValueError(
+                f"precision of vectors must be one of {names}; found {precision!r}. That of the computation is an "
+                "option of Embedder"
+            )
+        if precision != "int8":
+            return None
+        if self.int8_ranges is None:
+            raise ValueError("precision int8 needs ranges: call calibrate(documents) with a sample of them once")
+        if self.int8_ranges.normalized != normalize:
+            raise ValueError(
+                f"the int8 ranges are of vectors with normalize={self.int8_ranges.normalized}, and normalize is "
+                f"{normalize}; calibrate for it"
+            )
+        return self.int8_ranges
+
+
+class Embedding:
+    """RAG-Retrieval's class for embedding models, with its methods: `Embedding.from_pretrained(path).encode(texts)`.
+
+    Vectors are tensors, no prompt of the model is added, and its own maximum length does not count. Use `Embedder`.
+    """
+
+    def __init__(self, embedder: Embedder):
+        self.embedder = embedder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | os.PathLike,
+        use_mrl: bool = False,
+        mrl_dims: Sequence[int] = (),
+        temperature: float = 0.02,
+        all_gather: bool = False,
+        device: str | torch.device | None = None,
+    ) -> "Embedding":
+        """use_mrl, mrl_dims, temperature, all_gather: of training there, without effect here. Raises as `Embedder`."""
+        return cls(Embedder(model_name_or_path, device=device))
+
+    def to(self, device: str | torch.device) -> "Embedding":
+        self.embedder.model.to(choose_device(device))
+        return self
+
+    def encode(
+        self,
+        sentences: Sequence[str],
+        device: str | torch.device | None = None,
+        max_len: int | None = None,
+        batch_size: int = 512,
+        prompt: str = "",
+    ) -> torch.Tensor:
+        """Vectors in the order given: [sentences, dim], float32, on the CPU, of length 1 where the model says so.
+
+        device: where the model is moved before; None leaves it. max_len: tokens of a text, default 512 or the model's
+        limit. batch_size: texts of one forward at most. prompt: text before each. Raises ValueError as `Embedder`.
+        """
+        if device is not None:
+            self.to(device)
+        if max_len is None:
+            max_len = min(DEFAULT_MAX_LENGTH, position_limit(self.embedder.model.model) or DEFAULT_MAX_LENGTH)
+        return torch.from_numpy(self.embedder.encode(sentences, prompt, max_length=max_len, batch_size=batch_size))
