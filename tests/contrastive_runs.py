@@ -23,11 +23,12 @@ from torch.utils.data import Dataset
 
 from rag_retrieval.core.distributed import gather
 from rag_retrieval.train.checkpoints import TrainState
+from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.resume import claim
 from rag_retrieval.train.run_folder import Provenance
 from rag_retrieval.train.steps import MixedSteps, StepShape
-from rag_retrieval.train.task import LoopSettings, StepLoss
+from rag_retrieval.train.task import StepLoss
 
 FEATURES, RECORDS, SCALE, LR = 5, 22, 5.0, 0.05
 
@@ -125,9 +126,9 @@ def run(output_dir: Path, batch_size: int, accumulation: int) -> None:
     accelerator = Accelerator(cpu=True)
     model = new_model()
     shape = StepShape(RECORDS, batch_size, accumulation, accelerator.num_processes, accelerator.process_index)
-    settings = LoopSettings(
-        epochs=1, warmup_proportion=0.0, stable_proportion=1.0, max_grad_norm=None, log_interval=1, num_workers=0,
-        num_max_checkpoints=1, save_on_epoch_end=False,
+    config = TrainingConfig(
+        model_name_or_path="a-model", output_dir=str(output_dir), warmup_proportion=0.0, stable_proportion=1.0,
+        max_grad_norm=None, log_interval=1, num_workers=0, num_max_checkpoints=1, save_on_epoch_end=False,
     )  # fmt: skip
     state = TrainState("contrastive")
     if accelerator.is_main_process:
@@ -135,7 +136,7 @@ def run(output_dir: Path, batch_size: int, accumulation: int) -> None:
     steps = MixedSteps({"": ContrastiveSteps(shape)})
     origin = Provenance({}, {}, "DDP", accelerator.num_processes, {})
     Trainer(
-        accelerator, model, new_optimizer(model), steps, ContrastiveTask(), settings, output_dir, state, origin
+        accelerator, model, new_optimizer(model), steps, ContrastiveTask(), config, None, state, origin
     ).train()
 
 

@@ -17,13 +17,12 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
 else:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accelerate.state import AcceleratorState, PartialState  # noqa: E402
+from accelerate.state import PartialState  # noqa: E402
 from torch import nn  # noqa: E402
+from training_runs import train  # noqa: E402
 
 from rag_retrieval.core.log import set_up_logging  # noqa: E402
-from rag_retrieval.train.reranker.config import RerankerConfig  # noqa: E402
-from rag_retrieval.train.reranker.run import run  # noqa: E402
-from rag_retrieval.train.reranker.train_reranker import leave  # noqa: E402
+from rag_retrieval.train.script import leave  # noqa: E402
 
 PartialState.destroy_process_group = lambda self, group=None: None
 
@@ -42,9 +41,8 @@ def main() -> int:
     nn.modules.module.register_module_forward_hook(note_dtype)
     for name, values in json.loads(Path(sys.argv[1]).read_text()).items():
         print(f"case {name}", file=sys.stderr)
-        AcceleratorState._reset_state(True)
         hidden_dtypes.clear()
-        run(RerankerConfig(**values))
+        train(values)
         (Path(values["output_dir"]) / "hidden_dtypes.json").write_text(json.dumps(sorted(hidden_dtypes)))
     return 0
 

@@ -11,6 +11,9 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny_models import ENGLISH
 
+from rag_retrieval.core.command import load_object
+from rag_retrieval.train.script import TRAINERS
+
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = sorted({word.strip(".,;?") for text in ENGLISH for word in text.split()})
 
@@ -61,6 +64,20 @@ def pointwise_records(count: int, seed: int = 0, labels=(0, 1)) -> list[dict]:
     return records
 
 
+def embedding_records(count: int, seed: int = 0) -> list[dict]:
+    """Queries with one positive, which repeats a part of it, and none to three hard negatives. Some documents stand in
+    several records, and every fifth query twice, with another positive each time."""
+    numbers = random.Random(seed)
+    shared = [text(numbers, 5) for _ in range(3)]
+    records = []
+    for place in range(count):
+        query = records[-1]["query"] if place % 5 == 4 else text(numbers, 4)
+        negatives = [numbers.choice([text(numbers, 6), *shared]) for _ in range(place % 4)]
+        positive = f"{text(numbers, 9)} {query.split()[0]} {place}"
+        records.append({"query": query, "pos": [positive], "neg": [*dict.fromkeys(negatives)]})
+    return records
+
+
 def with_teacher_scores(records: list[dict], seed: int = 0) -> list[dict]:
     """The records with a logit beside each label: twice the label, and noise."""
     numbers = random.Random(seed)
@@ -85,12 +102,10 @@ def read_metrics(output_dir: Path, kind: str) -> list[dict]:
 
 
 def train(values: dict):
-    """Train in this process; returns the final state."""
-    from rag_retrieval.train.reranker.config import RerankerConfig
-    from rag_retrieval.train.reranker.run import run
-
+    """Train in this process what the key `task` says, a reranker without it; returns the final state."""
     AcceleratorState._reset_state(True)
-    return run(RerankerConfig(**values))
+    trainer = TRAINERS[values.get("task", "reranker")]
+    return load_object(f"{trainer.work[0]}:run")(load_object(trainer.config)(**values))
 
 
 def final_weights(output_dir: str | Path) -> dict[str, torch.Tensor]:

@@ -75,15 +75,15 @@ class Config(BaseModel):
     main_keys: ClassVar[Sequence[str]] = ()
     groups: ClassVar[Mapping[str, str]] = {}
     only_for: ClassVar[Mapping[str, Only]] = {}
-    _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # key that was given, and to what alone it applies
+    _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # key that was given, and why it is ignored
 
     @property
     def ignored(self) -> str | None:
-        """One line that names the keys that were given and do not apply to this run; None where all do."""
+        """One line that names the keys that were given and change nothing in this run; None where all do."""
         names: dict[str, list[str]] = {}
         for name, words in self._ignored.items():
             names.setdefault(words, []).append(name)
-        parts = [f"{', '.join(each)} (only for {words})" for words, each in names.items()]
+        parts = [f"{', '.join(each)} ({words})" for words, each in names.items()]
         return f"ignored in this run: {'; '.join(parts)}" if parts else None
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -118,7 +118,7 @@ class Config(BaseModel):
             only, derive = self.only_for.get(name) or _rule(key_field, "only"), _rule(key_field, "derive")
             if only and not only.applies(self):
                 if values[name] != key_field.default:  # `eval_on_start: false` asks for nothing
-                    self._ignored[name] = only.words
+                    self._ignored[name] = f"only for {only.words}"
                 values[name] = key_field.default
             elif derive and name not in self.model_fields_set:
                 values[name] = derive(self)
@@ -204,10 +204,6 @@ def places_of(name: str, folders: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(Path(os.path.abspath(folder / os.path.expanduser(name))) for folder in folders))
 
 
-def _expand_home(name: Any) -> Any:
-    return os.path.expanduser(name) if isinstance(name, str) else name
-
-
 def _split_names(value: Any, info: ValidationInfo) -> Any:
     """Names between commas as a list; the name of an existing file stays one name, whatever characters it has."""
     folders = info.context["folders"] if info.context else ()
@@ -229,7 +225,8 @@ class Escaped:
 ModelName = Annotated[str, Location(folder=True, hub=True, package=True)]
 FolderPath = Annotated[str, Location(folder=True)]
 FileOrFolder = Annotated[str, Location(file=True, folder=True)]
-OutputPath = Annotated[str, BeforeValidator(_expand_home)]  # need not exist
+# need not exist
+OutputPath = Annotated[str, BeforeValidator(lambda name: os.path.expanduser(name) if isinstance(name, str) else name)]
 EscapedText = Annotated[str, Escaped()]
 NAMES = BeforeValidator(_list_of_names)  # annotates list[...]: one name, or names between commas, are lists too
 NAME_OR_NAMES = BeforeValidator(_split_names)  # annotates str | list[...]: names between commas are a list

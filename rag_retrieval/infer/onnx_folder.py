@@ -13,14 +13,15 @@ transformers, and a tokenizer of another version could cut them elsewhere. Nothi
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 from tokenizers import Tokenizer
 
-from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, PairTemplate
+from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, PairTemplate, TokenId
 from rag_retrieval.models.settings import MODEL_TYPES, check_no_pointers, parsing, read_json
 from rag_retrieval.models.token_batch import make_batch, plan_by_tokens
 
@@ -30,7 +31,6 @@ TOKENIZER_FILE = "tokenizer.json"
 FORMAT = 1  # of the description; another number is another meaning
 OUTPUT = "scores"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-PRECISIONS = ("float32", "int8")
 
 Inputs = dict[str, np.ndarray]
 Run = Callable[[Inputs], np.ndarray]  # padded inputs, each [pairs, longest] int64, to [pairs] float32
@@ -45,15 +45,20 @@ class OnnxDescription:
     verification: what was measured after the export. The last two are for people, and nothing depends on them.
     """
 
-    model_type: str
-    max_length: int
+    __pydantic_config__ = {"extra": "forbid"}
+
+    model_type: Literal[MODEL_TYPES]
+    max_length: Annotated[int, Field(strict=True, ge=1)]
     template: PairTemplate
-    pad_token_id: int
+    pad_token_id: TokenId
     inputs: tuple[str, ...]
-    precision: str
+    precision: Literal["float32", "int8"]
     source: dict[str, Any]
     verification: dict[str, Any]
-    format: int = FORMAT
+    format: Literal[FORMAT] = FORMAT
+
+
+DESCRIPTION = TypeAdapter(OnnxDescription)
 
 
 def write_description(folder: Path, description: OnnxDescription) -> None:
@@ -70,53 +75,15 @@ def read_description(folder: Path) -> OnnxDescription:
         raise ValueError(f"{folder}: no {DESCRIPTION_FILE} that can be read ({error.strerror}); give the folder that "
                          "rag-retrieval export wrote") from error  # fmt: skip
     with parsing(path, "export the model again"):
-        description = parsed(json.loads(text))
+        description: OnnxDescription = DESCRIPTION.validate_json(text)
+        expected = INPUTS if description.template.types is not None else INPUTS[:2]
+        if description.inputs != expected:
+            raise ValueError(f"inputs are {list(description.inputs)}; expected {list(expected)}")
     for name in (MODEL_FILE, TOKENIZER_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name} in it; copy the whole folder, or export the model again")
     check_no_pointers(str(folder))
     return description
-
-
-def parsed(values: Any) -> OnnxDescription:
-    """Raises KeyError, TypeError or ValueError for anything but a description."""
-    if not isinstance(values, dict):
-        raise TypeError(f"expected an object, found {type(values).__name__}")
-    if values["format"] != FORMAT:
-        raise ValueError(f"format is {values['format']!r}, and this version of rag_retrieval reads {FORMAT}")
-    template = parsed_template(values["template"])
-    description = OnnxDescription(**values | {"template": template, "inputs": tuple(values["inputs"])})
-    check_one_of("model_type", description.model_type, MODEL_TYPES)
-    check_one_of("precision", description.precision, PRECISIONS)
-    for name in ("max_length", "pad_token_id"):
-        if not is_count(getattr(description, name)):
-            raise ValueError(f"{name} is {getattr(description, name)!r}; expected a whole number")
-    expected = INPUTS if template.types is not None else INPUTS[:2]
-    if description.inputs != expected:
-        raise ValueError(f"inputs are {list(description.inputs)}; expected {list(expected)}")
-    return description
-
-
-def parsed_template(values: dict[str, Any]) -> PairTemplate:
-    names = {field.name for field in fields(PairTemplate)}
-    if not isinstance(values, dict) or not names - {"truncate_left"} <= values.keys() <= names:
-        raise ValueError("template has other fields than those of this version")
-    types = values["types"]
-    ids = [values[name] for name in ("prefix", "middle", "suffix", "query_end", "document_end")]
-    ids += [] if types is None else [types[0], types[1:2], types[2], types[3:4], types[4]]
-    if not all(isinstance(part, list) and all(map(is_count, part)) for part in ids):
-        raise ValueError("a part of template is no list of token ids")
-    ends = {name: tuple(values[name]) for name in ("query_end", "document_end")}
-    return PairTemplate(**values | ends | {"types": None if types is None else tuple(types)})
-
-
-def check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
 
 
 def pair_encoder(folder: Path, description: OnnxDescription, max_length: int | None = None) -> PairEncoder:

@@ -14,12 +14,19 @@ here imports torch.
 """
 
 import json
+import logging
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rag_retrieval.models.options import EmbedderOptions
 from rag_retrieval.models.prompts import names_in
-from rag_retrieval.models.settings import ModelFiles, expect, parsing, read_json
+from rag_retrieval.models.settings import ModelFiles, choose_setting, expect, parsing, read_json
+from rag_retrieval.models.text_encoding import PROMPT_NAMES
+
+logger = logging.getLogger(__name__)
 
 KNOWN_EMBEDDERS = Path(__file__).with_name("known_embedders.json")
 
@@ -34,18 +41,18 @@ POOLING_KEYS = {  # of sentence-transformers before 5.4; None: not known here
     "pooling_mode_lasttoken": "last",
 }
 POOLING_NAMES = {"cls": "cls", "mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last"}
-OLD_CLASS = "sentence_transformers.models."
+CLASSES = {kind: f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Dense", "Normalize")}
+CLASSES["LatentAttention"] = "rag_retrieval.models.pooling.LatentAttention"  # no other program opens it
 
 
 @dataclass(frozen=True)
-class DenseFiles:
-    """A Dense module. folder: in the model's. activation: the name of torch's class."""
+class HeadFiles:
+    """A module with weights outside of the Hugging Face model. kind: "Dense" or "LatentAttention". folder: in the
+    model's. values: of its config.json."""
 
+    kind: str
     folder: str
-    in_features: int
-    out_features: int
-    bias: bool
-    activation: str
+    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,8 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
         check_modules(files)
         values["normalize"] = "Normalize" in files.modules
         values |= read_pooling(files)
+        if "LatentAttention" in files.modules:
+            values["pooling"] = "latent_attention"
     return values
 
 
@@ -126,10 +135,12 @@ def known_embedder(files: ModelFiles) -> dict[str, Any]:
 
 
 def check_modules(files: ModelFiles) -> None:
-    """Raises ValueError unless the modules are Transformer, Pooling, any Dense, and at most a Normalize at the end."""
+    """Raises ValueError unless the modules are Transformer, LatentAttention or not, Pooling, any Dense, Normalize or
+    not."""
     names = [name for name, _ in files.module_list]
-    middle = names[2:-1] if names[-1] == "Normalize" else names[2:]
-    if names[:2] != ["Transformer", "Pooling"] or set(middle) - {"Dense"} or files.module_list[0][1]:
+    if not re.fullmatch("Transformer (LatentAttention )?Pooling( Dense)*( Normalize)?", " ".join(names)) or (
+        files.module_list[0][1]
+    ):
         raise ValueError(
             f"{files.path}: modules.json names {', '.join(names)}; expected Transformer (in the folder itself), "
             "Pooling, any number of Dense, and Normalize or not; open it with sentence_transformers"
@@ -153,11 +164,11 @@ def read_pooling(files: ModelFiles) -> dict[str, Any]:
         return {"pooling": poolings[0], "include_prompt": values.get("include_prompt") is not False}
 
 
-def read_dense(files: ModelFiles) -> list[DenseFiles]:
-    """The Dense modules in their order. Raises ValueError for one that does not take the text's vector."""
-    modules = []
+def read_heads(files: ModelFiles) -> list[HeadFiles]:
+    """The modules with weights, in their order. Raises ValueError for a Dense that does not take the text's vector."""
+    heads = []
     for kind, folder in files.module_list:
-        if kind != "Dense":
+        if kind not in ("Dense", "LatentAttention"):
             continue
         values = read_json(files.path, f"{folder}/config.json")
         with parsing(f"{files.path}: {folder}/config.json"):
@@ -165,31 +176,76 @@ def read_dense(files: ModelFiles) -> list[DenseFiles]:
                 raise ValueError("it takes no vectors of texts")
             if values.get("use_residual"):
                 raise ValueError("use_residual is not known here")
-            activation = values.get("activation_function", "torch.nn.modules.activation.Tanh")
-            sizes = values["in_features"], values["out_features"]
-            modules.append(DenseFiles(folder, *sizes, values.get("bias", True), activation))
-    return modules
+        heads.append(HeadFiles(kind, folder, values))
+    return heads
+
+
+# ---- choosing --------------------------------------------------------------------------------------------
+
+
+def check_pooling_is_known(path: str, is_decoder: bool, trained_only: bool) -> None:
+    """Of a folder that does not say how it pools, where the caller does not say it either."""
+    if not trained_only:
+        logger.info("%s does not say how it pools: %s", path, "last token" if is_decoder else "mean")
+    elif is_decoder:
+        raise ValueError(
+            f"{path}: a decoder that does not say how its vectors are made; give pooling, and prompts where it was "
+            'trained with some, such as pooling="last", prompts={"query": "..."}'
+        )
+    else:
+        logger.warning("%s does not say how it pools, and is taken to pool by the mean; give pooling", path)
+
+
+def choose_settings(
+    values: dict[str, Any], options: EmbedderOptions, dims: Sequence[int] | None, max_length: int, bidirectional: bool
+) -> EmbedderSettings:
+    """values: what the folder says. What is given wins, with a warning."""
+    given = options.given("pooling", "query_max_length", "include_prompt", "cls_interval", "normalize")
+    chosen = values | {name: choose_setting(name, value, values.get(name), None) for name, value in given.items()}
+    prompts = dict(values.get("prompts", {}))
+    for name, prompt in (options.prompts or {}).items():
+        for other in PROMPT_NAMES.get(name, ()):
+            prompts.pop(other, None)  # one of another name would come back where this one is empty
+        prompts[name] = prompt
+    chosen |= {"prompts": prompts, "max_length": max_length, "bidirectional": bidirectional}
+    if dims is not None:
+        chosen["dims"] = tuple(dims)
+    return EmbedderSettings(**chosen)
+
+
+def check_settings(path: str, settings: EmbedderSettings, causal: bool) -> None:
+    """Raises ValueError for settings that do not fit each other."""
+    is_cls = settings.pooling == "cls"
+    if causal and is_cls:
+        raise ValueError(f"{path}: pooling cls reads the first token, which in a decoder sees no other; give last")
+    if settings.cls_interval is not None and not is_cls:
+        raise ValueError(f"{path}: cls_interval is for pooling cls, and pooling is {settings.pooling}; leave it out")
+    if is_cls and not settings.include_prompt:
+        raise ValueError(f"{path}: include_prompt false is for poolings of all tokens, and pooling is cls")
 
 
 # ---- writing --------------------------------------------------------------------------------------------
 
 
-def write_settings(folder: Path, settings: EmbedderSettings, width: int, dense: list[DenseFiles]) -> None:
+def write_settings(folder: Path, settings: EmbedderSettings, width: int, heads: Sequence[HeadFiles]) -> None:
     """Beside the weights, config and tokenizer that lie in `folder`. width: of the model's states."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *((each.folder, "Dense") for each in dense)]
+    latent = [each for each in heads if each.kind == "LatentAttention"]
+    pooling_folder = f"{1 + len(latent)}_Pooling"
+    modules = [("", "Transformer"), *((each.folder, each.kind) for each in latent), (pooling_folder, "Pooling")]
+    modules += [(each.folder, each.kind) for each in heads if each not in latent]
     if settings.normalize:
         modules.append((f"{len(modules)}_Normalize", "Normalize"))
     entries = [
-        {"idx": place, "name": str(place), "path": path, "type": OLD_CLASS + kind}
+        {"idx": place, "name": str(place), "path": path, "type": CLASSES[kind]}
         for place, (path, kind) in enumerate(modules)
     ]
     write(folder / "modules.json", entries)
     pooling = {"word_embedding_dimension": width}
-    pooling |= {key: name is not None and name == settings.pooling for key, name in POOLING_KEYS.items()}
-    write(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": settings.include_prompt})
-    for each in dense:
-        values = {"in_features": each.in_features, "out_features": each.out_features, "bias": each.bias}
-        write(folder / each.folder / "config.json", values | {"activation_function": each.activation})
+    own = "mean" if latent else settings.pooling
+    pooling |= {key: name == own for key, name in POOLING_KEYS.items()}
+    write(folder / pooling_folder / "config.json", pooling | {"include_prompt": settings.include_prompt})
+    for each in heads:
+        write(folder / each.folder / "config.json", each.values)
     if settings.normalize:
         (folder / modules[-1][0]).mkdir(exist_ok=True)
     write(folder / "sentence_bert_config.json", {"max_seq_length": settings.max_length, "do_lower_case": False})

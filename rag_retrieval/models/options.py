@@ -15,7 +15,7 @@ from rag_retrieval.core.config_reader import error_message
 LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
 LONG_DOCUMENT_DEFAULT = "truncate"  # measured: see `Reranker.rerank`
 OVERLAP = 64  # tokens
-POOLINGS = ("cls", "mean", "weighted_mean", "last")  # see `models.pooling`
+POOLINGS = ("cls", "mean", "weighted_mean", "last", "latent_attention")  # see `models.pooling`
 NUMBER_FORMATS = {
     "float32": "fp32", "no": "fp32", "False": "fp32", "bfloat16": "bf16", "float16": "fp16"
 }  # fmt: skip
@@ -87,6 +87,9 @@ class EmbedderOptions(OpeningOptions):
         None, description="Text before a text, by name: query and document. In place of the folder's of that name."
     )
     include_prompt: bool | None = Field(None, description="Whether the tokens of a prompt are pooled too.")
+    cls_interval: int | None = Field(
+        None, ge=2, description="Pooling cls: another cls after every so many tokens of a text, and their mean."
+    )
     normalize: bool | None = Field(None, description="Whether vectors are made to length 1.")
     bidirectional: bool | None = Field(
         None, description="Decoders: whether tokens see those after them, as in an encoder."

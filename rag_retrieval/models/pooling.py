@@ -1,12 +1,13 @@
 """From the states of a text's tokens to one vector: which tokens count, and how much.
 
-    cls             h_0, the state of the first token
-    mean            sum_i h_i / n
-    weighted_mean   sum_i i h_i / sum_i i, i = 1 ... n (SGPT, https://arxiv.org/abs/2202.08904, equation 2)
-    last            h_(n-1), found by the text's length, never by looking for padding
+    cls               h_0, the state of the first token; with MCLS the mean of those of the first token and its copies
+    mean              sum_i h_i / n
+    weighted_mean     sum_i i h_i / sum_i i, i = 1 ... n (SGPT, https://arxiv.org/abs/2202.08904, equation 2)
+    last              h_(n-1), found by the text's length, never by looking for padding
+    latent_attention  the mean of what `LatentAttention` makes of each h_i
 
-Every pooling but cls and last is a weight for each token, made on the host and equal for packed and padded batches; the
-sum over a text's tokens is taken in float32.
+Every pooling but that of one token is a weight for each token, made on the host and equal for packed and padded
+batches; the sum over a text's tokens is taken in float32.
 """
 
 import numpy as np
@@ -16,21 +17,27 @@ from rag_retrieval.models.packing import on_device
 from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges
 
 
-def token_weights(pooling: str, batch: TokenBatch, include_prompt: bool = True) -> np.ndarray:
+def token_weights(
+    pooling: str, batch: TokenBatch, include_prompt: bool = True, cls_interval: int | None = None, suffix: int = 0
+) -> np.ndarray:
     """How much of each token's state is in its text's vector: [tokens], float32, 1 in sum for each text.
 
     include_prompt: whether the tokens before the text itself count; without them a text that has no others gets zeros.
+    cls_interval: of MCLS, tokens from one cls to the next; suffix: tokens after a text, which are no cls.
     """
     places = concatenated_ranges(np.zeros_like(batch.lengths), batch.lengths)  # of each token in its text
-    weights = np.ones(len(places), np.float64) if pooling == "mean" else places + 1.0
+    if cls_interval is not None:
+        inside = places < np.repeat(np.maximum(batch.lengths - suffix, 1), batch.lengths)
+        weights = (inside & (places % cls_interval == 0)).astype(np.float64)
+    else:
+        weights = places + 1.0 if pooling == "weighted_mean" else np.ones(len(places))
     if not include_prompt and batch.starts is not None:
         weights *= places >= np.repeat(batch.starts, batch.lengths)
-    ends = np.cumsum(batch.lengths)
-    sums = np.add.reduceat(weights, ends - batch.lengths)
+    sums = np.add.reduceat(weights, np.cumsum(batch.lengths) - batch.lengths)
     return (weights / np.repeat(np.maximum(sums, 1.0), batch.lengths)).astype(np.float32)
 
 
-def weighted_sum_of_tokens(states: torch.Tensor, weights: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+def packed_sums(states: torch.Tensor, weights: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
     """The sum over each text's tokens of weight times state: [texts, hidden], float32.
 
     states: [tokens, hidden], text after text. weights: [tokens]. lengths: [texts], tokens.
@@ -38,3 +45,10 @@ def weighted_sum_of_tokens(states: torch.Tensor, weights: np.ndarray, lengths: n
     device = states.device
     weighted = states.float() * on_device(weights, device, torch.float32)[:, None]
     return torch.segment_reduce(weighted, "sum", lengths=on_device(lengths, device), axis=0, unsafe=True)
+
+
+def padded_sums(states: torch.Tensor, weights: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+    """As `packed_sums`, of states [texts, longest, hidden] that are padded at the right."""
+    in_rows = np.zeros(states.shape[:2], np.float32)
+    in_rows[np.arange(in_rows.shape[1]) < lengths[:, None]] = weights
+    return (states.float() * on_device(in_rows, states.device, torch.float32)[..., None]).sum(dim=1)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from rag_retrieval.core.distributed import StartError, host_group
 from rag_retrieval.core.signals import StopRequest, TrainingStopped, on_signals
 from rag_retrieval.train.checkpoints import CheckpointStore, Saver, TrainState
+from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.failures import (
     is_out_of_memory,
     memory_failure,
@@ -34,7 +35,7 @@ from rag_retrieval.train.optim import warmup_stable_cosine
 from rag_retrieval.train.run_folder import Provenance, finish, publish
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
 from rag_retrieval.train.steps import MicroBatch, MixedSteps, step_loader
-from rag_retrieval.train.task import LoopSettings, Task, weighted_sum
+from rag_retrieval.train.task import Task, weighted_sum
 from rag_retrieval.train.tracking import LogWindow, Tracking
 
 
@@ -48,22 +49,24 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         dataset: MixedSteps,
         task: Task,
-        settings: LoopSettings,
-        output_dir: Path,
+        config: TrainingConfig,
+        metric: str | None,
         state: TrainState,
         provenance: Provenance,
     ):
-        self.accelerator, self.dataset, self.task, self.settings = accelerator, dataset, task, settings
-        self.output_dir, self.state, self.provenance = output_dir, state, provenance
+        """metric: a key of what `Task.evaluate` returns, which decides which checkpoint is best; None where nothing is
+        evaluated."""
+        self.accelerator, self.dataset, self.task, self.config, self.metric = accelerator, dataset, task, config, metric
+        self.output_dir, self.state, self.provenance = Path(config.output_dir), state, provenance
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.total_steps = int(dataset.steps_per_epoch * settings.epochs)
+        self.total_steps = int(dataset.steps_per_epoch * config.epochs)
         self._check_resumable()
-        self.checkpoints = CheckpointStore(output_dir, state.run_id, settings.num_max_checkpoints)
+        self.checkpoints = CheckpointStore(self.output_dir, state.run_id, config.num_max_checkpoints)
         self.saver = Saver(accelerator, self.model, self.optimizer, task, self.checkpoints, provenance)
         self.saved_step = state.step
         self.checks = StepChecks(accelerator, optimizer, task.describe_batch)
-        self.hosts = host_group(settings.wait_minutes)
+        self.hosts = host_group(config.wait_minutes)
         self.stop_request, self.agreed_stop = StopRequest(), 0
 
     def _check_resumable(self) -> None:
@@ -99,12 +102,12 @@ class Trainer:
         return self.state
 
     def _run_steps(self) -> None:
-        settings, done = self.settings, self.state.step
+        config, done = self.config, self.state.step
         self.window = LogWindow(self.accelerator.num_processes, self.task.unit)
-        if settings.eval_on_start and done == 0:
+        if config.eval_on_start and done == 0:
             self.evaluate()
         on_gpu = self.accelerator.device.type == "cuda"
-        loader = step_loader(self.dataset, settings.epochs, done, settings.num_workers)
+        loader = step_loader(self.dataset, config.epochs, done, config.num_workers)
         self.model.train()
         self._evaluate_if_due()  # where a stop came first
         if self._has_stopped_improving():
@@ -132,9 +135,9 @@ class Trainer:
 
     def train_step(self, micro_batches: list[MicroBatch]) -> None:
         """One optimizer step over all micro-batches of all processes."""
-        settings = self.settings
+        config = self.config
         factor = warmup_stable_cosine(
-            self.state.step, self.total_steps, settings.warmup_proportion, settings.stable_proportion
+            self.state.step, self.total_steps, config.warmup_proportion, config.stable_proportion
         )
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * factor
@@ -205,7 +208,7 @@ class Trainer:
 
     def _clip_gradients(self) -> torch.Tensor | None:
         """Clip to max_grad_norm and return the norm before, a scalar; None where the engine does not tell."""
-        limit = self.settings.max_grad_norm
+        limit = self.config.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
         if norm is None:
             return None
@@ -224,7 +227,7 @@ class Trainer:
 
     def _log_if_due(self) -> None:
         step = self.state.step
-        if step % self.settings.log_interval == 0 or step == self.total_steps:
+        if step % self.config.log_interval == 0 or step == self.total_steps:
             self._log()
 
     def _log(self) -> None:
@@ -244,8 +247,8 @@ class Trainer:
         return step // length > (step - 1) // length
 
     def _evaluate_if_due(self) -> None:
-        every, step = self.settings.eval_steps, self.state.step
-        if not self.settings.metric_for_best_model or step == self.state.evaluated_step:
+        every, step = self.config.eval_steps, self.state.step
+        if not self.metric or step == self.state.evaluated_step:
             return
         due = self._at_epoch_end() if every is None else step % every == 0
         if due or step == self.total_steps:
@@ -261,7 +264,7 @@ class Trainer:
         self.model.train()
         self.window.pause(time.monotonic() - started)
         self.state.evaluated_step = self.state.step
-        metric = self.settings.metric_for_best_model
+        metric = self.metric
         improved = self.state.step > 0 and self._note_best(values[metric])
         self.tracking.evaluation(self.state.step, values, f"  (best {metric} so far)" if improved else "")
         if improved:
@@ -269,7 +272,7 @@ class Trainer:
 
     def _note_best(self, value: float) -> bool:
         best = self.state.best_metric
-        lower_is_better = self.settings.metric_for_best_model == "loss"
+        lower_is_better = self.metric == "loss"
         improved = best is None or (value < best if lower_is_better else value > best)
         if improved:
             self.state.best_metric, self.state.best_step = value, self.state.step
@@ -279,11 +282,11 @@ class Trainer:
         return improved
 
     def _has_stopped_improving(self) -> bool:
-        patience, state = self.settings.early_stopping_patience, self.state
+        patience, state = self.config.early_stopping_patience, self.state
         if patience is None or state.stale_evaluations < patience:
             return False
         self.tracking.say(
-            f"early stop: {self.settings.metric_for_best_model} has not improved on step {state.best_step} in "
+            f"early stop: {self.metric} has not improved on step {state.best_step} in "
             f"{state.stale_evaluations} evaluations"
         )
         return True
@@ -291,9 +294,9 @@ class Trainer:
     # --- saving and loading ---
 
     def _save_if_due(self) -> None:
-        every = self.settings.save_steps
+        every = self.config.save_steps
         due = every is not None and self.state.step % every == 0
-        due = due or (self.settings.save_on_epoch_end and self._at_epoch_end())
+        due = due or (self.config.save_on_epoch_end and self._at_epoch_end())
         if due and self.saved_step != self.state.step:
             self.save_checkpoint()
 
@@ -316,7 +319,7 @@ class Trainer:
                 saved = temporary / "model"
                 self.saver.save_model(saved, state.step)
             else:
-                metric = self.settings.metric_for_best_model
+                metric = self.metric
                 self.tracking.say(f"final model: step {state.best_step}, the best {metric}")
                 saved = self.checkpoints.path(state.best_step) / "model"
             if self.accelerator.is_main_process:

@@ -5,7 +5,6 @@ Data come before the model, so that a mistake in a file is reported before anyth
 
 import logging
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +30,7 @@ from rag_retrieval.train.run_folder import (
 )
 from rag_retrieval.train.setup import describe_parameters, make_optimizer, prepare_for_training
 from rag_retrieval.train.steps import MixedSteps
-from rag_retrieval.train.task import LoopSettings, Task
+from rag_retrieval.train.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +136,7 @@ def build_trainer(
     steps = training.steps(model, accelerator)
     task, metric = training.task(model, adapter, accelerator)
     on_main(task.rehearse)
-    settings = LoopSettings(**{name: getattr(config, name) for name in LoopSettings.__dataclass_fields__})
-    settings = replace(settings, metric_for_best_model=metric)
-    return Trainer(accelerator, model, optimizer, steps, task, settings, Path(config.output_dir), state, origin)
+    return Trainer(accelerator, model, optimizer, steps, task, config, metric, state, origin)
 
 
 def take_folder(training: Training, output_dir: Path, state: TrainState, origin: Provenance) -> None:

@@ -1,7 +1,6 @@
-"""What the training loop needs: a task with its losses, its validation and its files, and a run's settings."""
+"""What the training loop needs of a trainer: a task with its losses, its validation and its files."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -69,30 +68,6 @@ class Task(Protocol):
     def export(self, folder: Path, results: Path) -> None:
         """Write the finished folders of the run (`model`, and `adapter` where there is one) into the empty folder
         `results`, from what `save_model` wrote (main process only)."""
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """Counts are optimizer steps unless they say otherwise; None switches a thing off. wait_minutes: how long a process
-    waits for another in the exchange at the beginning of a step.
-
-    metric_for_best_model: a key of what `Task.evaluate` returns; None where nothing is evaluated.
-    """
-
-    epochs: int
-    warmup_proportion: float
-    stable_proportion: float
-    max_grad_norm: float | None
-    log_interval: int
-    num_workers: int
-    num_max_checkpoints: int
-    wait_minutes: float = 30.0
-    save_steps: int | None = None
-    save_on_epoch_end: bool = True
-    eval_steps: int | None = None
-    eval_on_start: bool = False
-    metric_for_best_model: str | None = None
-    early_stopping_patience: int | None = None
 
 
 def weighted_sum(sums: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:

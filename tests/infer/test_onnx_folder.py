@@ -53,13 +53,13 @@ def test_a_description_comes_back_as_it_was(folder):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"format": 2}, "format is 2, and this version of rag_retrieval reads 1"),
-        ({"model_type": "bert"}, "model_type is 'bert'; expected one of bert_encoder, llm_decoder"),
-        ({"precision": "fp4"}, "precision is 'fp4'"),
-        ({"max_length": "64"}, "max_length is '64'; expected a whole number"),
-        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"format": 2}, "format .*should be 1"),
+        ({"model_type": "bert"}, "model_type .*'bert_encoder' or 'llm_decoder'.*'bert'"),
+        ({"precision": "fp4"}, "precision .*'fp4'"),
+        ({"max_length": "64"}, "max_length .*integer.*'64'"),
+        ({"pad_token_id": -1}, "pad_token_id .*-1"),
         ({"inputs": ["input_ids"]}, r"inputs are \['input_ids'\]; expected \['input_ids', 'attention_mask'\]"),
-        ({"template": {"prefix": [1]}}, "template has other fields"),
+        ({"template": {"prefix": [1]}}, "template.middle"),
         ({"surplus": 1}, "surplus"),
     ],
 )
@@ -82,7 +82,7 @@ def test_lists_of_other_things_than_token_ids_are_damaged(folder):
     values = json.loads(file.read_text())
     for name, part in (("prefix", ["[CLS]"]), ("suffix", 9), ("query_end", [-1]), ("types", [[0], 0, [0], "1", [1]])):
         file.write_text(json.dumps(values | {"template": values["template"] | {name: part}}))
-        with pytest.raises(ValueError, match="a part of template is no list of token ids"):
+        with pytest.raises(ValueError, match=f"template.{name}"):
             read_description(folder)
 
 

@@ -3,16 +3,22 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import CHINESE, ENGLISH, tiny_bert, tiny_llama, tiny_qwen2, tiny_xlm_roberta
+from transformers import AutoModel
 
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.embedding_files import KNOWN_EMBEDDERS
 from rag_retrieval.models.open import open_embedder
 from rag_retrieval.models.options import POOLINGS, EmbedderOptions
+from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.token_batch import make_batch
+from rag_retrieval.train.lora import SavedModel, add_lora
 
 TEXTS = [*ENGLISH, *CHINESE, "a", "", " ".join(ENGLISH)]
 FAMILIES = {"bert": tiny_bert, "xlm_roberta": tiny_xlm_roberta, "qwen2": tiny_qwen2, "llama": tiny_llama}
@@ -255,4 +261,220 @@ def test_modules_that_are_not_known_are_refused(folders, tmp_path):
     entries[1]["type"] = "sentence_transformers.sparse_encoder.modules.SpladePooling"
     (tmp_path / "modules.json").write_text(json.dumps(entries))
     with pytest.raises(ValueError, match="SpladePooling"):
+        open_embedder(tmp_path)
+
+
+# ---- decoders, poolings, heads --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def states_of(model: EmbeddingModel, ids: list[int]) -> torch.Tensor:
+    """[tokens, hidden], of one text by transformers' own model, which knows neither packing nor padding."""
+    backbone = AutoModel.from_pretrained(model.config.name_or_path, config=model.config, attn_implementation="eager")
+    return backbone.eval()(torch.tensor([ids])).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_bidirectional_decoder_is_packed_saved_and_opened_elsewhere(folders, tmp_path, family, pooling):
+    model = EmbeddingModel.from_pretrained(folders[family], pooling=pooling, bidirectional=True, prompts=PROMPTS)
+    assert model.packing_problem is None and not model.causal
+    ids = model.text_encoder.encode(["water boils"], "query")[0].ids.tolist()
+    states = states_of(model, ids)
+    expected = states.mean(0) if pooling == "mean" else states[-1]
+    assert (vectors_of(model, ["a", "water boils"], "query", normalize=False)[1] - expected).abs().max() < 1e-5
+    causal = EmbeddingModel.from_pretrained(folders[family], pooling=pooling, prompts=PROMPTS)
+    assert (vectors_of(causal, ["water boils"], "query", normalize=False)[0] - expected).abs().max() > 0.1
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["is_causal"] is False
+    assert EmbeddingModel.from_pretrained(tmp_path).settings == model.settings
+    assert_equal_elsewhere(model, tmp_path)
+
+
+def test_an_encoder_cannot_be_made_bidirectional(folders):
+    with pytest.raises(ValueError, match="bidirectional is for decoders"):
+        EmbeddingModel.from_pretrained(folders["bert"], bidirectional=True)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_texts_that_share_a_prompt_compute_it_once(folders, family):
+    model = EmbeddingModel.from_pretrained(folders[family], prompts=PROMPTS).eval()
+    assert model.shares_queries
+    encoded = model.text_encoder.encode(TEXTS, "document")
+    batch = make_batch(encoded)
+    assert (batch.shared > 0).sum() > len(TEXTS) / 2
+    assert len(Packing(batch, True, model.device).positions) < batch.lengths.sum()
+    alone = torch.cat([vectors_of(model, [text], "document", normalize=False) for text in TEXTS])
+    assert (vectors_of(model, kind="document", normalize=False) - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weightedmean"])
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
+def test_prompts_outside_of_the_pool(folders, tmp_path, family, pooling):
+    prompts = {"query": "a question:\n", "document": "a text:\n"}  # ends where no token can join it to the text
+    save_by_sentence_transformers(folders[family], tmp_path, pooling, prompts, include_prompt=False)
+    model = EmbeddingModel.from_pretrained(tmp_path)
+    assert not model.settings.include_prompt
+    text = model.text_encoder.encode(["water boils"], "query")[0]
+    kept = states_of(model, text.ids.tolist())[text.document_start :]
+    weights = torch.ones(len(kept))
+    if pooling == "weightedmean":
+        weights = torch.arange(text.document_start + 1.0, len(text) + 1)
+    expected = (kept * weights[:, None]).sum(0) / weights.sum()
+    assert (vectors_of(model, ["water boils", "a"], "query", normalize=False)[0] - expected).abs().max() < 1e-5
+    assert_equal_elsewhere(model, tmp_path, [text for text in TEXTS if text])
+    with_prompt = EmbeddingModel.from_pretrained(tmp_path, include_prompt=True)
+    assert (vectors_of(with_prompt, kind="query") - vectors_of(model, kind="query")).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm_roberta"])
+def test_a_long_text_has_a_cls_after_every_so_many_tokens(folders, tmp_path, family):
+    model = EmbeddingModel.from_pretrained(folders[family], pooling="cls", cls_interval=8, max_length=60)
+    assert model.packs
+    tokenizer = model.tokenizer
+    texts = [" ".join(ENGLISH[:count]) for count in (1, 2, 3, 10)] + ["a", ""]
+    for text, vector, encoded in zip(
+        texts, vectors_of(model, texts, normalize=False), model.text_encoder.encode(texts), strict=True
+    ):
+        own, ids, places = tokenizer(text, add_special_tokens=False)["input_ids"], [], []
+        while (own and len(ids) < 59) or not ids:
+            if len(ids) % 8 == 0:
+                places.append(len(ids))
+                ids.append(tokenizer.cls_token_id)
+            else:
+                ids.append(own.pop(0))
+        if len(places) > 1 and places[-1] == len(ids) - 1:  # nothing of the text after it
+            ids.pop(), places.pop()
+        ids.append(tokenizer.sep_token_id)
+        assert encoded.ids.tolist() == ids and encoded.truncated == bool(own)
+        assert (vector - states_of(model, ids)[places].mean(0)).abs().max() < 1e-5
+    model.save_pretrained(tmp_path)
+    again = EmbeddingModel.from_pretrained(tmp_path)
+    assert again.settings.cls_interval == 8 and torch.equal(vectors_of(again), vectors_of(model))
+
+
+def test_latent_attention_is_trained_and_saved_with_the_model(folders, tmp_path):
+    model = EmbeddingModel.from_pretrained(folders["qwen2"], pooling="latent_attention", bidirectional=True)
+    assert model.packs and all(name.startswith("heads.1_LatentAttention.") for name in model.new_parameters)
+    mean = EmbeddingModel.from_pretrained(folders["qwen2"], pooling="mean", bidirectional=True)
+    torch.testing.assert_close(vectors_of(model), vectors_of(mean))  # until it is trained
+    train_a_step(model)
+    trained = vectors_of(model)
+    assert (trained - vectors_of(mean)).abs().max() > 0.01
+    model.save_pretrained(tmp_path)
+    again = EmbeddingModel.from_pretrained(tmp_path)
+    assert again.settings == model.settings and not again.new_parameters
+    assert torch.equal(vectors_of(again), trained)
+
+
+def test_widths_beyond_the_models_own_add_a_projection(folders, tmp_path):
+    model = EmbeddingModel.from_pretrained(folders["bert"], dims=[48, 16], prompts=PROMPTS)
+    assert model.dim == 48 and model.new_parameters == {"heads.2_Dense.weight", "heads.2_Dense.bias"}
+    train_a_step(model)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["matryoshka_dimensions"] == [48, 16]
+    assert_equal_elsewhere(model, tmp_path)
+    again = EmbeddingModel.from_pretrained(tmp_path)
+    assert again.settings == model.settings and again.dim == 48 and not again.new_parameters
+    assert EmbeddingModel.from_pretrained(folders["bert"], dims=[32, 16]).dim == 32
+
+
+def test_a_projection_to_a_teachers_width(folders):
+    model = EmbeddingModel.from_pretrained(folders["bert"])
+    model.add_projection(20)
+    assert model.dim == 20 and model.new_parameters == {"heads.2_Dense.weight", "heads.2_Dense.bias"}
+    assert vectors_of(model).shape == (len(TEXTS), 20) and not model.settings.dims
+    model.add_projection(20)
+    assert list(model.heads) == ["2_Dense"]
+
+
+def train_a_step(model: EmbeddingModel) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    vectors = model(make_batch(model.text_encoder.encode(TEXTS[:4])))
+    (vectors * torch.arange(vectors.shape[1])).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_a_run_saves_holds_the_parameters_outside_of_the_backbone(folders, tmp_path, lora):
+    def base():
+        torch.manual_seed(1)
+        return EmbeddingModel.from_pretrained(folders["bert"], dims=[48])
+
+    model = base()
+    config = SimpleNamespace(lora_r=2, lora_alpha=4, lora_dropout=0.0, lora_target_modules="all-linear")
+    adapter = add_lora(model.model, model.new_parameters, config) if lora else None
+    saved = SavedModel(model, base, adapter)
+    saved.rehearse()
+    train_a_step(model)
+    trained = vectors_of(model)
+    (tmp_path / "checkpoint").mkdir()
+    saved.save_model(tmp_path / "checkpoint", model.state_dict())
+    train_a_step(model)
+    assert (vectors_of(model) - trained).abs().max() > 1e-3
+    saved.load_model(tmp_path / "checkpoint")
+    torch.testing.assert_close(vectors_of(model), trained)
+    (tmp_path / "results").mkdir()
+    saved.export(tmp_path / "checkpoint", tmp_path / "results")
+    torch.testing.assert_close(vectors_of(EmbeddingModel.from_pretrained(tmp_path / "results" / "model")), trained)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_folder_has_the_layout_that_servers_read(folders, tmp_path, family):
+    """text-embeddings-inference and vLLM: the class without a head, the keys before sentence-transformers 5.4."""
+    model = EmbeddingModel.from_pretrained(folders[family], pooling="mean", max_length=99)
+    model.save_pretrained(tmp_path)
+
+    def read(name):
+        return json.loads((tmp_path / name).read_text())
+
+    assert read("config.json")["architectures"] == [type(model.model).__name__]
+    assert type(model.model).__name__.endswith("Model")
+    assert [(each["path"], each["type"]) for each in read("modules.json")] == [
+        ("", "sentence_transformers.models.Transformer"),
+        ("1_Pooling", "sentence_transformers.models.Pooling"),
+        ("2_Normalize", "sentence_transformers.models.Normalize"),
+    ]
+    pooling = read("1_Pooling/config.json")
+    assert pooling.pop("word_embedding_dimension") == 32 and pooling.pop("include_prompt") is True
+    assert pooling == {
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": False,
+        "pooling_mode_lasttoken": False,
+    }
+    assert read("sentence_bert_config.json") == {"max_seq_length": 99, "do_lower_case": False}
+    options = read("config_sentence_transformers.json")
+    assert options["prompts"] == {"query": "", "document": ""} and options["similarity_fn_name"] == "cosine"
+    assert read("tokenizer_config.json")["model_max_length"] == 99 and (tmp_path / "tokenizer.json").is_file()
+    with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
+        assert set(tensors.keys()) == model.model.state_dict().keys()
+
+
+def test_a_decoder_made_bidirectional_can_be_causal_again(folders, tmp_path):
+    EmbeddingModel.from_pretrained(folders["qwen2"], bidirectional=True).save_pretrained(tmp_path)
+    again = EmbeddingModel.from_pretrained(tmp_path, bidirectional=False)
+    assert again.causal and not again.settings.bidirectional
+    assert torch.equal(vectors_of(again), vectors_of(EmbeddingModel.from_pretrained(folders["qwen2"])))
+
+
+def test_an_empty_prompt_that_is_given_stays_empty(folders, tmp_path):
+    save_by_sentence_transformers(folders["bert"], tmp_path / "theirs", "mean", {"query": "q: ", "passage": "p: "})
+    assert EmbeddingModel.from_pretrained(tmp_path / "theirs").text_encoder.prompt_for("document") == "p: "
+    model = EmbeddingModel.from_pretrained(tmp_path / "theirs", prompts={"document": ""})
+    assert model.text_encoder.prompt_for("document") == "" and model.text_encoder.prompt_for("query") == "q: "
+    model.save_pretrained(tmp_path / "ours")
+    assert EmbeddingModel.from_pretrained(tmp_path / "ours").text_encoder.prompt_for("document") == ""
+
+
+def test_missing_weights_are_refused_where_a_trained_model_is_opened(folders, tmp_path):
+    EmbeddingModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="encoder.layer.1.output.dense.weight"):
         open_embedder(tmp_path)

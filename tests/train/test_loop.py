@@ -23,12 +23,13 @@ from training_runs import read_metrics
 
 from rag_retrieval.core.signals import TrainingStopped
 from rag_retrieval.train.checkpoints import TrainState, read_state
+from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.optim import warmup_stable_cosine
 from rag_retrieval.train.resume import claim, plan_start
 from rag_retrieval.train.run_folder import Provenance
 from rag_retrieval.train.steps import CarriedSteps, MixedSteps, StepShape
-from rag_retrieval.train.task import LoopSettings, ProcessFailure, StepLoss, TrainingError, weighted_sum
+from rag_retrieval.train.task import ProcessFailure, StepLoss, TrainingError, weighted_sum
 
 FEATURES = 3
 ORIGIN = Provenance({"lr": 0.05, "batch_size": 4}, {}, "DDP", 1, {})
@@ -109,18 +110,18 @@ class ToyTask:
         shutil.copytree(folder, results / "model")
 
 
-def settings(**changes) -> LoopSettings:
+def configured(output_dir: Path, **changes) -> TrainingConfig:
     values = dict(
-        epochs=1,
+        model_name_or_path="a-model",
+        output_dir=str(output_dir),
+        val_dataset="some-data",
         warmup_proportion=0.2,
-        stable_proportion=0.0,
-        max_grad_norm=1.0,
         log_interval=1,
         num_workers=0,
         num_max_checkpoints=2,
         save_on_epoch_end=False,
     )
-    return LoopSettings(**values | changes)
+    return TrainingConfig(**values | changes)
 
 
 def trainer(
@@ -132,6 +133,7 @@ def trainer(
     resume=None,
     dropout=0.0,
     carried=False,
+    metric=None,
     **changes,
 ) -> Trainer:
     """carried: the records are those of the whole run."""
@@ -143,9 +145,8 @@ def trainer(
     sets = {"": ToySteps(records, batch_size, accumulation)}
     steps = CarriedSteps(sets, changes["epochs"]) if carried else MixedSteps(sets)
     state, checkpoint = plan_start(folder, resume, overwrite=False)
-    made = Trainer(
-        accelerator, model, optimizer, steps, ToyTask(model, metrics), settings(**changes), folder, state, ORIGIN
-    )
+    config = configured(folder, **changes)
+    made = Trainer(accelerator, model, optimizer, steps, ToyTask(model, metrics), config, metric, state, ORIGIN)
     claim(folder, state)
     if checkpoint is not None:
         made.saver.load(checkpoint)
@@ -210,7 +211,7 @@ def test_the_best_checkpoint_becomes_the_model(tmp_path):
         tmp_path,
         metrics=[0.1, 0.3, 0.2],
         epochs=3,
-        metric_for_best_model="ndcg@10",
+        metric="ndcg@10",
         num_max_checkpoints=1,
         save_on_epoch_end=True,
     )
@@ -222,7 +223,7 @@ def test_the_best_checkpoint_becomes_the_model(tmp_path):
 
 
 def test_a_lower_loss_is_better(tmp_path):
-    state = trainer(tmp_path, metrics=[0.3, 0.1, 0.2], epochs=3, metric_for_best_model="loss").train()
+    state = trainer(tmp_path, metrics=[0.3, 0.1, 0.2], epochs=3, metric="loss").train()
     assert (state.best_metric, state.best_step) == (0.1, 10)
 
 
@@ -232,7 +233,7 @@ def test_training_stops_when_patience_ends(tmp_path, caplog):
         tmp_path,
         metrics=[0.5, 0.4, 0.6, 0.6, 0.5, 0.9],
         epochs=6,
-        metric_for_best_model="ndcg@10",
+        metric="ndcg@10",
         early_stopping_patience=2,
         log_interval=100,
     )
@@ -245,7 +246,7 @@ def test_training_stops_when_patience_ends(tmp_path, caplog):
 
 def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path):
     made = trainer(
-        tmp_path, metrics=[0.0, 0.1, 0.2, 0.3], eval_steps=2, eval_on_start=True, metric_for_best_model="ndcg@10"
+        tmp_path, metrics=[0.0, 0.1, 0.2, 0.3], eval_steps=2, eval_on_start=True, metric="ndcg@10"
     )
     state = made.train()
     assert [line["step"] for line in read_metrics(tmp_path, "eval")] == [0, 2, 4, 5]
@@ -255,7 +256,7 @@ def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path):
 
 def test_an_evaluation_before_the_first_step_is_never_the_best(tmp_path):
     metrics = [0.9, 0.2]
-    made = trainer(tmp_path, metrics=metrics, eval_on_start=True, metric_for_best_model="ndcg@10")
+    made = trainer(tmp_path, metrics=metrics, eval_on_start=True, metric="ndcg@10")
     assert made.train().best_step == 5
 
 
@@ -302,7 +303,7 @@ def test_a_resumed_run_has_the_bits_and_log_of_one_never_stopped(tmp_path, kille
         save_steps=3,
         log_interval=2,
         num_workers=num_workers,
-        metric_for_best_model="ndcg@10",
+        metric="ndcg@10",
     )
     whole = trainer(tmp_path / "whole", metrics=[0.1, 0.2], **run).train()
     kill_after(trainer(tmp_path / "cut", metrics=[0.1, 0.2], **run), killed_after)
@@ -358,7 +359,7 @@ def send_in_step(made: Trainer, step: int, *numbers: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 5, 7])  # 5: the end of an epoch, where an evaluation is due
 def test_a_run_stopped_by_a_signal_resumes_to_the_same_bits(tmp_path, number, step):
-    run = dict(dropout=0.3, epochs=2, num_workers=2, metric_for_best_model="ndcg@10", early_stopping_patience=2)
+    run = dict(dropout=0.3, epochs=2, num_workers=2, metric="ndcg@10", early_stopping_patience=2)
     metrics = [0.2, 0.1]
     trainer(tmp_path / "whole", metrics=metrics, **run).train()
     made = trainer(tmp_path / "cut", metrics=metrics, **run)
@@ -380,7 +381,7 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path):
 
 
 def test_an_early_stop_holds_after_a_resume(tmp_path, monkeypatch):
-    run = dict(epochs=3, metric_for_best_model="ndcg@10", early_stopping_patience=1, save_on_epoch_end=True)
+    run = dict(epochs=3, metric="ndcg@10", early_stopping_patience=1, save_on_epoch_end=True)
     made = trainer(tmp_path, metrics=[0.5, 0.4], **run)
 
     def die():

@@ -4,22 +4,24 @@ The names of losses and the keys of their options come from the table of losses,
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_origin
 
-from pydantic import Field, create_model, field_validator
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, create_model, field_validator, model_validator
 
-from rag_retrieval.core.config import NAME_OR_NAMES, NAMES, EscapedText, Location, Only, key, shown_value
+from rag_retrieval.core.config import NAME_OR_NAMES, NAMES, EscapedText, Location, Only, failure, key, shown_value
 from rag_retrieval.data.collection import is_beir_folder
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName
 from rag_retrieval.losses.custom import OWN_LOSS
 from rag_retrieval.losses.embedding import EMBEDDING_ALIASES, EMBEDDING_LOSSES, EmbeddingLoss
 from rag_retrieval.metrics import PATTERNS, parse_metric
 from rag_retrieval.train.config import HUB_VALIDATION, VALIDATED, TrainingConfig
+from rag_retrieval.train.embedding.other_trainers import ALIASES, POOLING_NAMES, translate
 
 SPLIT_VALIDATION = Only(
     "a val_dataset of the hub or in BEIR layout",
     lambda config: VALIDATED.applies(config) and (HUB_VALIDATION.applies(config) or is_beir_folder(config.val_dataset)),
 )
+DEFAULT_WIDTHS = (64, 128, 256, 512, 768)
 TEACHER_LOSSES = [name for name, loss in EMBEDDING_LOSSES.items() if loss.reads == "teacher_score"]
 OPTIONS = {option.name: option for loss in EMBEDDING_LOSSES.values() for option in loss.options}
 
@@ -38,6 +40,7 @@ MATRYOSHKA = Only("runs with use_mrl", lambda config: config.use_mrl)
 class EmbeddingKeys(TrainingConfig):
     """All keys but the options of losses; `EmbeddingConfig` has these too."""
 
+    aliases: ClassVar = TrainingConfig.aliases | ALIASES
     main_keys: ClassVar = ("model_name_or_path", "train_dataset", "loss_type", "output_dir")
     groups: ClassVar = TrainingConfig.groups | {"task": "Embedder", "train_dataset": "Data", "loss_type": "Loss"}
 
@@ -47,7 +50,9 @@ class EmbeddingKeys(TrainingConfig):
     passage_max_len: int = key("Longest document, likewise.", 512, ge=4)
     query_instruction: EscapedText | None = key("Text before each query. Default the model's own.")
     document_instruction: EscapedText | None = key("Text before each document. Default the model's own.")
-    pooling: Literal["cls", "mean", "weighted_mean", "last"] | None = key(
+    pooling: Annotated[
+        Literal["cls", "mean", "weighted_mean", "last"], BeforeValidator(lambda name: POOLING_NAMES.get(name, name))
+    ] | None = key(
         "How the states of a text's tokens become its vector. Default the model's own.")
     normalize: bool = key("Vectors of length 1, so that their product is the cosine.", True)
     max_tokens_with_graph: int | None = key(
@@ -93,11 +98,14 @@ class EmbeddingKeys(TrainingConfig):
     teacher_score_key: str | None = key(
         "Key of the teacher's score; in records of pos and neg it is pos_scores and neg_scores. Default teacher_score.",
         only=TEACHER_SCORES, derive=lambda config: "teacher_score", min_length=1)
+    negatives_cross_device: bool = key(
+        "The texts of all processes are negatives of a query, otherwise those of its own process alone.", True)
     use_mrl: bool = key("Matryoshka: the loss is taken over several widths, so that vectors can be cut.", False)
     mrl_dims: Annotated[list[int] | None, NAMES] = key(
-        "Widths of use_mrl. One beyond the model's adds a projection to that width. Default 64 to 768, cut to the "
-        "model's.", only=MATRYOSHKA, derive=lambda config: [64, 128, 256, 512, 768], min_length=1)
-    mrl_weights: Annotated[list[float] | None, NAMES] = key("A weight for each. Absent: 1.", only=MATRYOSHKA)
+        "Widths of use_mrl. One beyond the model's adds a projection to that width. Absent: 64, 128, 256, 512 and 768 "
+        "as far as the model's.", only=MATRYOSHKA, min_length=1)
+    mrl_weights: Annotated[list[float] | None, NAMES] = key(
+        "Weight of the loss at each width. Absent: their mean.", only=MATRYOSHKA, min_length=1)
 
     @field_validator("metric_for_best_model", mode="after")
     @classmethod
@@ -105,6 +113,16 @@ class EmbeddingKeys(TrainingConfig):
         if name not in (None, "loss", "spearman"):
             parse_metric(name)
         return name
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _translate(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        values, problems, unused = translate(given)
+        if problems:
+            raise failure(cls, problems, given)
+        config = handler(values)
+        config._ignored.update(unused)
+        return config
 
     @property
     def train_files(self) -> list[str]:
@@ -121,6 +139,15 @@ class EmbeddingKeys(TrainingConfig):
     def losses(self) -> list[EmbeddingLoss]:
         names = [name for name in (self.loss_type, self.teacher_loss_type) if name is not None]
         return [EMBEDDING_LOSSES.get(name) or EmbeddingLoss(name, name) for name in names]
+
+    @property
+    def widths(self) -> list[int] | None:
+        """Of Matryoshka, for `objective_of`, which cuts them to the model's; None without it."""
+        return (self.mrl_dims or list(DEFAULT_WIDTHS)) if self.use_mrl else None
+
+    @property
+    def width_weights(self) -> list[float] | None:
+        return self.widths and (self.mrl_weights or [1 / len(self.widths)] * len(self.widths))
 
     @property
     def record_kind(self) -> Literal["positives", "label", "teacher_vectors"]:
@@ -162,8 +189,8 @@ class EmbeddingKeys(TrainingConfig):
         if self.record_kind == "teacher_vectors" and len(self.train_dataset_vec or ()) != len(self.train_files):
             found, files = len(self.train_dataset_vec or ()), len(self.train_files)
             yield "train_dataset_vec", f"expected a file for each of the {files} of train_dataset, found {found}"
-        if self.mrl_weights and len(self.mrl_weights) != len(self.mrl_dims):
-            expected = f"expected {len(self.mrl_dims)}, one for each of mrl_dims"
+        if self.mrl_weights and len(self.mrl_weights) != len(self.widths):
+            expected = f"expected {len(self.widths)}, one for each of mrl_dims"
             yield "mrl_weights", f"{expected}, found {len(self.mrl_weights)}"
         if any(width < 1 for width in self.mrl_dims or ()):
             yield "mrl_dims", "expected widths of at least 1"
@@ -175,11 +202,15 @@ def _option_fields() -> dict[str, Any]:
     for name, option in OPTIONS.items():
         readers = [loss.name for loss in EMBEDDING_LOSSES.values() if name in {own.name for own in loss.options}]
         only = Only(f"losses {', '.join(readers)}", _has_option(name))
-        default = "" if option.default is None else f" Default {shown_value(option.default)}."
+        default = "" if option.default is None else f" Default {_shown(option.default)}."
         description = f"{option.description[0].upper()}{option.description[1:]}.{default}"
         kind = Annotated[option.type, NAMES] if get_origin(option.type) is tuple else option.type
         fields[name] = (kind | None, key(description, only=only, derive=_default_of(name), **option.limits))
     return fields
+
+
+def _shown(default: Any) -> str:
+    return ", ".join(default) if isinstance(default, tuple) else shown_value(default)
 
 
 def _has_option(name: str):
@@ -188,7 +219,10 @@ def _has_option(name: str):
 
 def _default_of(name: str):
     def default(config: EmbeddingKeys) -> Any:
-        return next(option.default for loss in config.losses for option in loss.options if option.name == name)
+        """That of the losses; None where theirs differ, and each has its own."""
+        options = [(loss, option) for loss in config.losses for option in loss.options if option.name == name]
+        first, *others = [loss.option_values.get(name, option.default) for loss, option in options]
+        return None if any(value != first for value in others) else first
 
     return default
 

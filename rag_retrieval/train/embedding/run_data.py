@@ -25,8 +25,12 @@ def open_training_files(config: EmbeddingConfig) -> list[TrainingFile]:
     """The memory-mapped training data, in the order of the configuration; one process of a machine builds what is
     missing. Data that can teach the loss nothing are refused."""
     sources, vectors = config.train_files, config.train_dataset_vec or [None] * len(config.train_files)
-    files = enumerate(zip(sources, distinct_names(sources), vectors, strict=True))
-    return [open_training_file(config, *file, config.seed + position) for position, file in files]
+    given = enumerate(zip(sources, distinct_names(sources), vectors, strict=True))
+    files = [open_training_file(config, *file, config.seed + position) for position, file in given]
+    if len({file.teacher_width for file in files}) > 1:
+        widths = ", ".join(f"{file.teacher_width} of {file.teacher_vectors}" for file in files)
+        raise ValueError(f"train_dataset_vec: found vectors of different widths, {widths}; expected one width")
+    return files
 
 
 def open_training_file(

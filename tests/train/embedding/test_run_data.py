@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 from training_runs import write_jsonl
 
@@ -50,3 +51,32 @@ def test_every_step_is_full_and_the_log_says_how_the_last_one_is_completed(confi
     with caplog.at_level(logging.INFO):
         report_steps([file], settings, CarriedSteps({"": steps}, 3))
     assert "8 steps of 4 records" in caplog.text and "2 records of a further pass" in caplog.text
+
+
+def test_the_teacher_s_file_has_a_row_for_each_text(config, tmp_path):
+    texts = [{"query": f"text {place}"} for place in range(6)]
+
+    def files(*sizes: int, **changes):
+        paths = [tmp_path / f"{place}.f32" for place in range(len(sizes))]
+        for path, size in zip(paths, sizes, strict=True):
+            np.zeros(size, np.float32).tofile(path)
+        distilled = {"loss_type": "stella", "train_dataset_vec": list(map(str, paths))}
+        return open_training_files(config(*[texts] * len(sizes), **distilled | changes))
+
+    assert [file.teacher_width for file in files(24, 24)] == [4, 4]
+    assert len(files(24, teacher_embedding_dim=4)[0].records) == 6
+    for sizes, changes in (((25,), {}), ((0,), {}), ((24,), {"teacher_embedding_dim": 3})):
+        with pytest.raises(ValueError, match=r"train_dataset_vec: .*0\.f32 has .* bytes; expected 6 texts"):
+            files(*sizes, **changes)
+    with pytest.raises(ValueError, match="different widths, 4 of .* 5 of"):
+        files(24, 30)
+    with pytest.raises(ValueError, match="train_dataset_vec"):
+        files(24, train_dataset_vec=None)
+
+
+def test_a_loss_on_a_teacher_s_scores_needs_one_for_each_document(config):
+    records = [{"query": "q", "pos": ["d"], "neg": ["e"], "pos_scores": [2], "neg_scores": [1]}, *pairs(1)]
+    with pytest.raises(ValueError, match=r"0\.jsonl:2: .*pos_scores"):
+        open_training_files(config(records, loss_type="kl_distillation"))
+    (file,) = open_training_files(config(records[:1], teacher_loss_type="margin_mse"))
+    assert file.store.teacher_scores.tolist() == [2, 1]

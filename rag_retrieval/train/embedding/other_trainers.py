@@ -1,0 +1,127 @@
+"""The keys of other embedding trainers, so that their files and commands run here: RAG-Retrieval's, FlagEmbedding's,
+PaddleNLP's, and those of transformers that the last two take.
+
+`docs/embedding.md` has all of them in one table.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rag_retrieval.core.config import ABSENT, shown_value
+
+ALIASES = {  # another name of a key of ours, with the same values
+    # RAG-Retrieval
+    "dataset": "train_dataset",
+    "all_gather": "negatives_cross_device",
+    "teacher_emebedding_dim": "teacher_embedding_dim",
+    "teatch_emebedding_dim": "teacher_embedding_dim",
+    # FlagEmbedding
+    "train_data": "train_dataset",
+    "query_instruction_for_retrieval": "query_instruction",
+    "passage_instruction_for_retrieval": "document_instruction",
+    "sentence_pooling_method": "pooling",
+    "normalize_embeddings": "normalize",
+    "normlized": "normalize",
+    # PaddleNLP
+    "use_matryoshka": "use_mrl",
+    "matryoshka_dims": "mrl_dims",
+    "matryoshka_loss_weights": "mrl_weights",
+    "recompute": "gradient_checkpointing",
+    # transformers
+    "per_device_train_batch_size": "batch_size",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "warmup_ratio": "warmup_proportion",
+    "logging_steps": "log_interval",
+    "save_total_limit": "num_max_checkpoints",
+    "dataloader_num_workers": "num_workers",
+    "report_to": "log_with",
+}
+POOLING_NAMES = {"last_token": "last"}
+WITHOUT_EFFECT = {  # and why
+    "do_train": "this program does nothing else",
+    "use_parallel": "the launcher says it",
+    "pad_to_multiple_of": "batches have no padding",
+    "dataloader_drop_last": "steps are full and no record is dropped",
+    "use_flash_attention": "attention follows the model and the device",
+    "same_dataset_within_batch": "each step is of one file",
+    "sub_batch_size": "max_tokens_per_batch does it",
+    "safe_serialization": "models are always written as safetensors",
+}
+TRUE, FALSE = ("true", "1", "yes", "on", ""), ("false", "0", "no", "off")  # a flag without a value is true
+PADDLE_DEFAULTS = {"query_max_len": 32, "margin": 0.2}
+
+
+def translate(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]], dict[str, str]]:
+    """(keys in our names, problems by key, what has no effect and why) of what a user of another trainer gives. Keys of
+    ours and unknown ones stay as they are."""
+    values = {ALIASES.get(name, name): value for name, value in given.items()}
+    if len(values) < len(given):  # under two names, which the configuration reports
+        return dict(given), [], {}
+    problems, unused = [], {}
+    for name, reason in WITHOUT_EFFECT.items():
+        if values.pop(name, None) not in ABSENT:
+            unused[name] = reason
+    for name, translation in TRANSLATIONS.items():
+        value = values.pop(name, None)
+        if value in ABSENT:
+            continue
+        try:
+            meant = translation(value)
+        except ValueError as error:
+            problems.append((name, f"{error}, found {shown_value(value)}"))
+            continue
+        for key, own in meant.items():
+            if values.get(key) not in (*ABSENT, own):
+                problems.append((name, f"does not fit {key} {shown_value(values[key])}; keep one of the two"))
+        values |= meant
+    loss = values.pop("kd_loss_type", None)
+    if loss not in ABSENT and "teacher_loss_type" in values:
+        values["teacher_loss_type"] = loss
+    elif loss not in ABSENT:
+        unused["kd_loss_type"] = "without knowledge_distillation"
+    for name, key in FORMATS.items():
+        text = values.pop(name, None)
+        if text not in ABSENT and values.get(key) not in ABSENT:
+            before, *rest = str(text).replace("\\n", "\n").split("{}")
+            if len(rest) == 2 and not rest[1]:
+                values[key] = before + values[key] + rest[0]
+            else:
+                expected = 'expected "{}" twice, for instruction and text, and nothing after it'
+                problems.append((name, f"{expected}, found {shown_value(text)}"))
+    if "do_train" in unused and values.get("fine_tune_type") not in ABSENT:  # a command of PaddleNLP
+        values = PADDLE_DEFAULTS | values
+    return values, problems, unused
+
+
+def is_true(value: Any) -> bool:
+    """Raises ValueError."""
+    text = str(value).lower()
+    if text not in TRUE + FALSE:
+        raise ValueError("expected true or false")
+    return text in TRUE
+
+
+def _train_type(value: Any) -> dict[str, Any]:
+    if value not in ("train", "distill"):
+        raise ValueError("expected train or distill")
+    return {"loss_type": "stella"} if value == "distill" else {}
+
+
+def _neg_nums(value: Any) -> dict[str, Any]:
+    if not str(value).isdecimal():
+        raise ValueError("expected a whole number of at least 0")
+    return {"train_group_size": int(value) + 1}
+
+
+TRANSLATIONS = {  # what it means in our keys; raises ValueError
+    "train_type": _train_type,
+    "neg_nums": _neg_nums,
+    "fp16": lambda value: {"mixed_precision": "fp16"} if is_true(value) else {},
+    "bf16": lambda value: {"mixed_precision": "bf16"} if is_true(value) else {},
+    "knowledge_distillation": lambda value: {"teacher_loss_type": "kl_distillation"} if is_true(value) else {},
+}
+FORMATS = {  # "Instruct: {}\nQuery: {}", of an instruction and the text after it: the key of the instruction
+    "query_instruction_format": "query_instruction",
+    "passage_instruction_format": "document_instruction",
+}

@@ -1,0 +1,144 @@
+"""What the training of an embedder brings to a run: see `train.run.Training`."""
+
+import logging
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from rag_retrieval.core.distributed import host_group
+from rag_retrieval.core.files import content_digest
+from rag_retrieval.losses.embedding import Objective, objective_of
+from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.train import run as any_run
+from rag_retrieval.train.card import About, write_card
+from rag_retrieval.train.checkpoints import TrainState
+from rag_retrieval.train.embedding.card import EMBEDDER
+from rag_retrieval.train.embedding.config import EmbeddingConfig
+from rag_retrieval.train.embedding.run_data import (
+    embedding_steps,
+    open_training_files,
+    report_steps,
+    sources_of,
+    token_lengths,
+)
+from rag_retrieval.train.embedding.task import EmbeddingOptions, EmbeddingTask
+from rag_retrieval.train.embedding.validation_data import best_metric, make_validation, open_validation
+from rag_retrieval.train.resume import file_keys
+from rag_retrieval.train.run_data import DataSource, data_parts, report_data
+from rag_retrieval.train.setup import layout_of, report_layout
+from rag_retrieval.train.steps import MixedSteps
+
+logger = logging.getLogger(__name__)
+
+# Without max_tokens_with_graph: what the graphs of a step may hold on a CPU, and on a GPU of its memory
+CPU_GRAPH_BYTES, GPU_GRAPH_SHARE = 4 << 30, 0.5
+# of a token and layer, in hidden sizes: inputs and outputs of its linear layers, norms, attention and activation
+KEPT_STATES = 17
+
+
+def run(config: EmbeddingConfig) -> TrainState | None:
+    """Train an embedder as configured: see `train.run.run`."""
+    return any_run.run(EmbeddingTraining(config))
+
+
+class EmbeddingTraining:
+    def __init__(self, config: EmbeddingConfig):
+        self.config, self.objective = config, configured_objective(config)
+
+    def open_data(self) -> None:
+        self.files = open_training_files(self.config)
+        self.validation = open_validation(self.config)
+
+    def digests(self) -> dict[str, str]:
+        files = dict(zip(file_keys(len(self.files)), (file.store.files for file in self.files), strict=True))
+        if self.validation is not None:
+            files["val_dataset"] = self.validation.files
+        return {name: content_digest(of_data) for name, of_data in files.items()}
+
+    @property
+    def sources(self) -> list[DataSource]:
+        own = sources_of(self.config, self.files)
+        if self.validation is None or self.validation.store is None:
+            return own
+        return [*own, DataSource("validation", self.config.val_dataset, self.validation.store)]
+
+    def summaries(self) -> list[dict[str, Any]]:
+        return [asdict(part) for part in data_parts(self.sources)]
+
+    def load_model(self) -> EmbeddingModel:
+        return load_embedder(self.config)
+
+    def report_data(self, model: EmbeddingModel) -> None:
+        report_data(self.sources, lambda store: token_lengths(store, model.text_encoder))
+        for name, prompt in model.settings.prompts.items():
+            logger.info("prompt of a %s, which is saved with the model: %r", name, prompt)
+
+    def steps(self, model: EmbeddingModel, accelerator: Accelerator) -> MixedSteps:
+        packs, max_tokens = layout_of(self.config, model, accelerator)
+        report_layout(model, packs)
+        steps = embedding_steps(self.files, self.config, model.text_encoder, accelerator, max_tokens, not packs)
+        report_steps(self.files, self.config, steps)
+        return steps
+
+    def task(self, model: EmbeddingModel, adapter: Any, accelerator: Accelerator) -> tuple[EmbeddingTask, str | None]:
+        config, validation = self.config, None
+        if self.validation is not None:
+            validation = make_validation(self.validation, config, model, accelerator, self.objective)
+        packs, _ = layout_of(config, model, accelerator)
+        kept = config.max_tokens_with_graph
+        options = EmbeddingOptions(
+            config.seed,
+            graph_tokens(model, accelerator, config.gradient_checkpointing) if kept is None else kept,
+            not packs,
+        )
+        objectives = {file.name: self.objective for file in self.files}
+        task = EmbeddingTask(
+            model,
+            objectives,
+            validation,
+            partial(load_embedder, config),
+            partial(EmbeddingModel.from_pretrained, trust_remote_code=config.trust_remote_code),
+            adapter,
+            accelerator,
+            options,
+            host_group(config.wait_minutes),
+        )
+        return task, best_metric(config, validation)
+
+    def write_card(self, output_dir: Path) -> None:
+        write_card(output_dir / "model", output_dir, About(output_dir.resolve().name), EMBEDDER)
+
+
+def configured_objective(config: EmbeddingConfig) -> Objective:
+    weights, options = config.loss_weights, config.loss_options
+    return objective_of(weights, options, config.mrl_dims, config.mrl_weights, config.normalize)
+
+
+def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
+    """The model to train, weights in float32. Raises ValueError where model and configuration do not fit."""
+    prompts = {"query": config.query_instruction, "document": config.document_instruction}
+    return EmbeddingModel.from_pretrained(
+        config.model_name_or_path,
+        pooling=config.pooling,
+        prompts={name: prompt for name, prompt in prompts.items() if prompt is not None},
+        max_length=config.passage_max_len,
+        query_max_length=config.query_max_len,
+        normalize=config.normalize,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+    )
+
+
+def graph_tokens(model: EmbeddingModel, accelerator: Accelerator, checkpointed: bool) -> int:
+    """Tokens whose graphs are about what a step may hold. checkpointed: of each layer its input alone is kept."""
+    config, device = model.config.get_text_config(), accelerator.device
+    layers = config.num_hidden_layers + KEPT_STATES if checkpointed else config.num_hidden_layers * KEPT_STATES
+    value = 4 if accelerator.mixed_precision == "no" else 2
+    memory = CPU_GRAPH_BYTES
+    if device.type == "cuda":
+        memory = GPU_GRAPH_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return int(memory / (layers * config.hidden_size * value))
