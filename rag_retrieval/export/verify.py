@@ -190,7 +190,7 @@ def document_of(encoder: PairEncoder, tokens: int, start: int) -> str:
     text = ""
     for sentence in islice(cycle(SENTENCES), start, start + tokens + len(SENTENCES)):
         text += sentence
-        count = len(encoder.document_ids([text])[0])
+        count = len(encoder.text_ids([text], "document")[0])
         if count >= tokens:
             break
     return text[: max(1, round(len(text) * tokens / count))]

@@ -81,8 +81,8 @@ class PassageEncoder:
         encoder = self.encoder
         query_ids = {} if query_ids is None else query_ids
         new = [query for query in dict.fromkeys(query for query, _ in pairs) if query not in query_ids]
-        query_ids.update(zip(new, encoder.query_ids(new), strict=True))
-        documents = encoder.document_ids([document for _, document in pairs])
+        query_ids.update(zip(new, encoder.text_ids(new, "query"), strict=True))
+        documents = encoder.text_ids([document for _, document in pairs], "document")
         encoded = []
         for (query, document), document_ids in zip(pairs, documents, strict=True):
             if self.long_document != "truncate" and len(query_ids[query]) + len(document_ids) > encoder.budget:
@@ -153,8 +153,8 @@ def slice_starts(tokens: int, room: int, overlap: int) -> list[int]:
 
 
 def document_tokens(encoder: PairEncoder, document: str) -> DocumentTokens:
-    """The ids that `encoder.document_ids` gives, split by the characters that they stand for."""
-    ids, offsets = encoder.document_offsets(document)
+    """The ids that `encoder.text_ids` gives, split by the characters that they stand for."""
+    ids, offsets = encoder.ids_and_offsets(document, "document")
     first = len(encoder.template.anchor + encoder.template.before_document)
     end = first + len(document)
     # from both ends, since a document may have a million tokens

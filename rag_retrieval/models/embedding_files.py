@@ -14,14 +14,19 @@ here imports torch.
 """
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rag_retrieval.models.options import EmbedderOptions
 from rag_retrieval.models.prompts import names_in
-from rag_retrieval.models.settings import ModelFiles, expect, parsing, read_json
+from rag_retrieval.models.settings import ModelFiles, choose_setting, expect, parsing, read_json
+from rag_retrieval.models.text_encoding import PROMPT_NAMES
+
+logger = logging.getLogger(__name__)
 
 KNOWN_EMBEDDERS = Path(__file__).with_name("known_embedders.json")
 
@@ -173,6 +178,50 @@ def read_heads(files: ModelFiles) -> list[HeadFiles]:
                 raise ValueError("use_residual is not known here")
         heads.append(HeadFiles(kind, folder, values))
     return heads
+
+
+# ---- choosing --------------------------------------------------------------------------------------------
+
+
+def check_pooling_is_known(path: str, is_decoder: bool, trained_only: bool) -> None:
+    """Of a folder that does not say how it pools, where the caller does not say it either."""
+    if not trained_only:
+        logger.info("%s does not say how it pools: %s", path, "last token" if is_decoder else "mean")
+    elif is_decoder:
+        raise ValueError(
+            f"{path}: a decoder that does not say how its vectors are made; give pooling, and prompts where it was "
+            'trained with some, such as pooling="last", prompts={"query": "..."}'
+        )
+    else:
+        logger.warning("%s does not say how it pools, and is taken to pool by the mean; give pooling", path)
+
+
+def choose_settings(
+    values: dict[str, Any], options: EmbedderOptions, dims: Sequence[int] | None, max_length: int, bidirectional: bool
+) -> EmbedderSettings:
+    """values: what the folder says. What is given wins, with a warning."""
+    given = options.given("pooling", "query_max_length", "include_prompt", "cls_interval", "normalize")
+    chosen = values | {name: choose_setting(name, value, values.get(name), None) for name, value in given.items()}
+    prompts = dict(values.get("prompts", {}))
+    for name, prompt in (options.prompts or {}).items():
+        for other in PROMPT_NAMES.get(name, ()):
+            prompts.pop(other, None)  # one of another name would come back where this one is empty
+        prompts[name] = prompt
+    chosen |= {"prompts": prompts, "max_length": max_length, "bidirectional": bidirectional}
+    if dims is not None:
+        chosen["dims"] = tuple(dims)
+    return EmbedderSettings(**chosen)
+
+
+def check_settings(path: str, settings: EmbedderSettings, causal: bool) -> None:
+    """Raises ValueError for settings that do not fit each other."""
+    is_cls = settings.pooling == "cls"
+    if causal and is_cls:
+        raise ValueError(f"{path}: pooling cls reads the first token, which in a decoder sees no other; give last")
+    if settings.cls_interval is not None and not is_cls:
+        raise ValueError(f"{path}: cls_interval is for pooling cls, and pooling is {settings.pooling}; leave it out")
+    if is_cls and not settings.include_prompt:
+        raise ValueError(f"{path}: include_prompt false is for poolings of all tokens, and pooling is cls")
 
 
 # ---- writing --------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Kind = Literal["query", "document"]
 TokenId = Annotated[int, Field(strict=True, ge=0)]
 QUERY_SHARE = 0.5  # of the tokens that the fixed parts leave; beyond it a query gives way to the document
 
@@ -82,6 +83,12 @@ class PairTemplate:
     @property
     def fixed_tokens(self) -> int:
         return len(self.prefix) + len(self.middle) + len(self.suffix)
+
+    def around(self, kind: Kind) -> tuple[str, str, str, bool]:
+        """What stands before and after the texts of a kind, what follows, and whether these begin the whole text."""
+        if kind == "query":
+            return self.before_query, self.after_query, self.following_query, self.query_first
+        return self.before_document, self.after_document, self.following_document, False
 
 
 def encoder_template(tokenizer: "PreTrainedTokenizerBase") -> PairTemplate:
@@ -230,39 +237,21 @@ class PairEncoder:
         """The same encoder with another limit; the copy of the tokenizer is shared. ValueError for one too small."""
         return self if max_length == self.max_length else replace(self, max_length=max_length)
 
-    def query_ids(self, queries: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each query with what its format puts beside it, not truncated: int32."""
-        template = self.template
-        around = (template.before_query, template.after_query, template.following_query)
-        return self._ids(queries, *around, template.query_first)
-
-    def document_ids(self, documents: Sequence[str]) -> list[np.ndarray]:
-        """As `query_ids`, of documents."""
-        template = self.template
-        return self._ids(documents, template.before_document, template.after_document, template.following_document)
-
-    def _ids(
-        self, texts: Sequence[str], before: str, after: str, following: str, first: bool = False
-    ) -> list[np.ndarray]:
-        private, anchor = self.private.current(), self.template.anchor
+    def text_ids(self, texts: Sequence[str], kind: Kind) -> list[np.ndarray]:
+        """Token ids of each query or document with what its format puts beside it, not truncated: int32."""
+        private, (before, after, following, first) = self.private.current(), self.template.around(kind)
         whole = [before + text + after for text in texts]
-        lists = tokenize_in_context(private.fast, whole, anchor, following, first)
+        lists = tokenize_in_context(private.fast, whole, self.template.anchor, following, first)
         if self.split_special_tokens:
             for place, text in enumerate(texts):
                 if private.special.search(text):
-                    lists[place] = self._ids_and_offsets(text, before, after, following, first)[0]
+                    lists[place] = self.ids_and_offsets(text, kind)[0]
         return [np.array(ids, np.int32) for ids in lists]
 
-    def document_offsets(self, document: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of `document_ids`, and the characters of each in anchor + before_document + document + ..., the end
+    def ids_and_offsets(self, text: str, kind: Kind) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text_ids`, and the characters of each in anchor + what is before the text + text + ..., the end
         not included."""
-        template = self.template
-        around = (template.before_document, template.after_document, template.following_document)
-        return self._ids_and_offsets(document, *around)
-
-    def _ids_and_offsets(
-        self, text: str, before: str, after: str, following: str, first: bool = False
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+        before, after, following, first = self.template.around(kind)
         private, anchor = self.private.current(), self.template.anchor
         pieces = private.pieces(text) if self.split_special_tokens else [text]
         ids, offsets, place = [], [], 0
@@ -281,8 +270,8 @@ class PairEncoder:
 
     def untruncated_lengths(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Tokens of each pair, special tokens included, before truncation: int [pairs]."""
-        queries = self.query_ids([query for query, _ in pairs])
-        documents = self.document_ids([document for _, document in pairs])
+        queries = self.text_ids([query for query, _ in pairs], "query")
+        documents = self.text_ids([document for _, document in pairs], "document")
         tokens = [len(query) + len(document) for query, document in zip(queries, documents, strict=True)]
         return np.array(tokens, int) + self.template.fixed_tokens
 
@@ -309,6 +298,6 @@ class PairEncoder:
     def encode(self, pairs: Sequence[Sequence[str]]) -> list[EncodedPair]:
         """Encode (query, document) pairs in order; a query that repeats is tokenized once."""
         queries = list(dict.fromkeys(query for query, _ in pairs))
-        ids_of = dict(zip(queries, self.query_ids(queries), strict=True))
-        documents = self.document_ids([document for _, document in pairs])
+        ids_of = dict(zip(queries, self.text_ids(queries, "query"), strict=True))
+        documents = self.text_ids([document for _, document in pairs], "document")
         return [self.join(ids_of[query], ids) for (query, _), ids in zip(pairs, documents, strict=True)]

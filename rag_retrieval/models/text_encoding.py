@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tokenizers import processors
 
 from rag_retrieval.models.pair_encoding import EncodedPair, TokenizerCopy, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# names of prompts in sentence-transformers' files; the first that a model has is used
+# names of prompts in sentence-transformers' files, of which a kind of text gets the first that the model has
 PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
@@ -42,6 +43,25 @@ def text_template(tokenizer: "PreTrainedTokenizerBase") -> TextTemplate:
     own = [place for place, owner in enumerate(owners) if owner is not None]
     ids = encoded["input_ids"]
     return TextTemplate(tuple(ids[: own[0]]), tuple(ids[own[-1] + 1 :]), "token_type_ids" in encoded)
+
+
+def append_eos(tokenizer: "PreTrainedTokenizerBase", template: TextTemplate, eos_token: str) -> TextTemplate:
+    """Let a decoder's texts end with this token, here and, by the tokenizer that is saved, in other libraries."""
+    ids = [*template.prefix, tokenizer.convert_tokens_to_ids(eos_token)]
+    before = tokenizer.convert_ids_to_tokens(list(template.prefix))
+    single = [*before, "$A", eos_token]
+    pair = [*single, *(f"{part}:1" for part in (*before, "$B", eos_token))]
+    special = list(dict(zip((*before, eos_token), ids, strict=True)).items())
+    fast = tokenizer.backend_tokenizer
+    own = fast.post_processor
+    fast.post_processor = processors.TemplateProcessing(single, pair, special)
+    if own is not None and not before:
+        fast.post_processor = processors.Sequence([own, fast.post_processor])
+    if {"add_bos_token", "add_eos_token"} & tokenizer.init_kwargs.keys():  # they win over tokenizer.json
+        tokenizer.init_kwargs |= {"add_bos_token": bool(before), "add_eos_token": True}
+    changed = text_template(tokenizer)
+    assert (changed.prefix, changed.suffix) == (template.prefix, (ids[-1],)), "the tokenizer ends texts as we do"
+    return replace(template, suffix=changed.suffix)
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,7 @@ class TextEncoder:
     def prompt_for(self, kind: str | None) -> str:
         """The text before texts of this kind, "" for none. kind: "query", "document", the name of a prompt, or None."""
         names = PROMPT_NAMES.get(kind, (kind or self.default_prompt,))
-        return next((self.prompts[name] for name in names if self.prompts.get(name)), "")
+        return next((self.prompts[name] for name in names if name in self.prompts), "")
 
     def encode(
         self, texts: Sequence[str], kind: str | None = None, prompt: str | None = None, max_length: int | None = None

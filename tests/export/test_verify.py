@@ -66,7 +66,7 @@ def test_lengths_go_from_the_shortest_to_the_limit_in_small_steps(load_tiny, fam
     encoder = load_tiny(family, max_length=max_length).pair_encoder
     encoded = encoder.encode(sample_pairs(encoder))
     documents = [len(pair) - pair.document_start - len(encoder.template.suffix) for pair in encoded]
-    one_letter = len(encoder.document_ids(["b"])[0])  # with what a decoder's format puts around it
+    one_letter = len(encoder.text_ids(["b"], "document")[0])  # with what a decoder's format puts around it
     assert min(documents) == one_letter and max(map(len, encoded)) == max_length
     assert any(pair.truncated for pair in encoded) and not all(pair.truncated for pair in encoded)
     lengths = sorted(set(documents))

@@ -102,7 +102,7 @@ def test_every_slice_holds_the_whole_query_and_all_slices_hold_the_whole_documen
     finally:
         del backend.score
     assert [pair.ids.tolist() for pair in seen] == [ids for _, _, ids in slow_slices(backend.scorer, query, document)]
-    beginning = [*encoder.template.prefix, *encoder.query_ids([query])[0], *encoder.template.middle]
+    beginning = [*encoder.template.prefix, *encoder.text_ids([query], "query")[0], *encoder.template.middle]
     assert all(pair.ids[: len(beginning)].tolist() == beginning for pair in seen)
     assert all(len(pair) == MAX_LENGTH for pair in seen[:-1])
     # the last is shorter where what follows the document joins its last sign
@@ -112,7 +112,7 @@ def test_every_slice_holds_the_whole_query_and_all_slices_hold_the_whole_documen
 def test_the_best_slice_is_where_the_answer_stands(rerankers):
     """A backend that counts a word's tokens finds the slice that has the word."""
     reranker = rerankers["bert"]
-    word = reranker.backend.pair_encoder.document_ids(["Paris"])[0]
+    word = reranker.backend.pair_encoder.text_ids(["Paris"], "document")[0]
 
     class Counts:
         calibration, pair_encoder, model_type = None, reranker.backend.pair_encoder, "bert_encoder"
@@ -145,7 +145,7 @@ def test_the_parts_of_a_document_are_its_tokens_and_spans_lie_in_its_text(family
     encoder = rerankers[family].backend.pair_encoder
     for text in (LONG["english"], LONG["chinese"], "", " ", "😀", "naïve 北京 😀x", "\n\na"):
         tokens = document_tokens(encoder, text)
-        assert [*tokens.head, *tokens.content, *tokens.tail] == encoder.document_ids([text])[0].tolist()
+        assert [*tokens.head, *tokens.content, *tokens.tail] == encoder.text_ids([text], "document")[0].tolist()
         spans = [tokens.span(place, place + 1) for place in range(len(tokens.content))]
         assert all(0 <= start < end <= len(text) for start, end in spans)
         assert not spans or tokens.span(0, len(spans) + 5) == (spans[0][0], spans[-1][1])
@@ -175,7 +175,7 @@ def test_a_query_is_cut_only_beyond_three_quarters_of_the_room(rerankers):
     for share, cut in ((0.7, False), (1.5, True)):
         query = ""
         for word in words:
-            if len(encoder.query_ids([f"{query} {word}"])[0]) > share * encoder.budget:
+            if len(encoder.text_ids([f"{query} {word}"], "query")[0]) > share * encoder.budget:
                 break
             query = f"{query} {word}"
         found = reranker.rerank(query, [LONG["english"]], long_document="max_slice")[0]
@@ -212,7 +212,8 @@ def test_slices_of_a_head_that_answers_stand_in_the_whole_prompt(family, tmp_pat
     scorer = LLMDecoder.from_pretrained(tiny_causal(tmp_path, family), **YES_NO, max_length=300)
     reranker, document = Reranker.from_backend(TorchBackend(scorer)), LONG["english"] * 2
     parts = document_tokens(scorer.pair_encoder, document)
-    assert [*parts.head, *parts.content, *parts.tail] == scorer.pair_encoder.document_ids([document])[0].tolist()
+    (ids,) = scorer.pair_encoder.text_ids([document], "document")
+    assert [*parts.head, *parts.content, *parts.tail] == ids.tolist()
     seen = []
     score = reranker.backend.score
     reranker.backend.score = lambda pairs, size: seen.extend(pairs) or score(pairs, size)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import CHINESE, ENGLISH, tiny_bert, tiny_llama, tiny_qwen2, tiny_xlm_roberta
 from transformers import AutoModel
 
@@ -378,6 +379,15 @@ def test_widths_beyond_the_models_own_add_a_projection(folders, tmp_path):
     assert EmbeddingModel.from_pretrained(folders["bert"], dims=[32, 16]).dim == 32
 
 
+def test_a_projection_to_a_teachers_width(folders):
+    model = EmbeddingModel.from_pretrained(folders["bert"])
+    model.add_projection(20)
+    assert model.dim == 20 and model.new_parameters == {"heads.2_Dense.weight", "heads.2_Dense.bias"}
+    assert vectors_of(model).shape == (len(TEXTS), 20) and not model.settings.dims
+    model.add_projection(20)
+    assert list(model.heads) == ["2_Dense"]
+
+
 def train_a_step(model: EmbeddingModel) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     vectors = model(make_batch(model.text_encoder.encode(TEXTS[:4])))
@@ -443,3 +453,28 @@ def test_the_folder_has_the_layout_that_servers_read(folders, tmp_path, family):
     assert read("tokenizer_config.json")["model_max_length"] == 99 and (tmp_path / "tokenizer.json").is_file()
     with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
         assert set(tensors.keys()) == model.model.state_dict().keys()
+
+
+def test_a_decoder_made_bidirectional_can_be_causal_again(folders, tmp_path):
+    EmbeddingModel.from_pretrained(folders["qwen2"], bidirectional=True).save_pretrained(tmp_path)
+    again = EmbeddingModel.from_pretrained(tmp_path, bidirectional=False)
+    assert again.causal and not again.settings.bidirectional
+    assert torch.equal(vectors_of(again), vectors_of(EmbeddingModel.from_pretrained(folders["qwen2"])))
+
+
+def test_an_empty_prompt_that_is_given_stays_empty(folders, tmp_path):
+    save_by_sentence_transformers(folders["bert"], tmp_path / "theirs", "mean", {"query": "q: ", "passage": "p: "})
+    assert EmbeddingModel.from_pretrained(tmp_path / "theirs").text_encoder.prompt_for("document") == "p: "
+    model = EmbeddingModel.from_pretrained(tmp_path / "theirs", prompts={"document": ""})
+    assert model.text_encoder.prompt_for("document") == "" and model.text_encoder.prompt_for("query") == "q: "
+    model.save_pretrained(tmp_path / "ours")
+    assert EmbeddingModel.from_pretrained(tmp_path / "ours").text_encoder.prompt_for("document") == ""
+
+
+def test_missing_weights_are_refused_where_a_trained_model_is_opened(folders, tmp_path):
+    EmbeddingModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="encoder.layer.1.output.dense.weight"):
+        open_embedder(tmp_path)

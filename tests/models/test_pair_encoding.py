@@ -116,7 +116,7 @@ def test_texts_of_every_length_keep_the_fixed_parts_and_the_beginnings(family, t
     starts = [text[:length] for length in range(0, 6 * max_length, 4)]
     pairs = [(query, document) for query in starts for document in starts]
     queries, documents = (
-        [ids.tolist() for ids in texts] for texts in (encoder.query_ids(starts), encoder.document_ids(starts))
+        [ids.tolist() for ids in encoder.text_ids(starts, kind)] for kind in ("query", "document")
     )
     whole = [(query, document) for query in queries for document in documents]
     for pair, (query, document) in zip(encoder.encode(pairs), whole, strict=True):
@@ -245,7 +245,7 @@ def test_a_query_has_the_same_tokens_beside_every_document():
     for family in FAMILIES:
         encoder = make_encoder(family, 512)
         pairs = encoder.encode([(TEXTS[0], document) for document in ("", "a", "。", " b")])
-        query = encoder.query_ids([TEXTS[0]])[0]
+        query = encoder.text_ids([TEXTS[0]], "query")[0]
         start = len(encoder.template.prefix)
         assert all(np.array_equal(pair.ids[start : start + len(query)], query) for pair in pairs)
 
@@ -278,9 +278,9 @@ def test_a_text_cannot_bring_special_tokens_where_they_are_split(family):
         inside = [token for token in pair.ids.tolist() if token in ids]
         assert inside == [token for token in fixed.ids.tolist() if token in ids], allowed
     plain = replace(encoder, split_special_tokens=False)
-    assert any(token in ids for token in plain.query_ids(texts[:1])[0].tolist()), "nothing to split"
+    assert any(token in ids for token in plain.text_ids(texts[:1], "query")[0].tolist()), "nothing to split"
     for text in TEXTS:  # others are tokenized as before
-        assert np.array_equal(encoder.query_ids([text])[0], plain.query_ids([text])[0])
+        assert np.array_equal(encoder.text_ids([text], "query")[0], plain.text_ids([text], "query")[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -289,8 +289,8 @@ def test_a_document_with_offsets_has_the_ids_of_the_document_and_the_characters_
         encoder = replace(make_encoder(family, 256), split_special_tokens=split)
         special = encoder.tokenizer.all_special_tokens[-1]
         for document in (TEXTS[0], TEXTS[-1], f"water {special} boils{special}", ""):
-            ids, offsets = encoder.document_offsets(document)
-            assert ids == encoder.document_ids([document])[0].tolist()
+            ids, offsets = encoder.ids_and_offsets(document, "document")
+            assert ids == encoder.text_ids([document], "document")[0].tolist()
             assert len(offsets) == len(ids)
             before = len(encoder.template.anchor + encoder.template.before_document)
             inside = [(max(0, start - before), stop - before) for start, stop in offsets if stop > before]

@@ -184,12 +184,10 @@ def test_tokenization_runs_in_another_thread_one_chunk_ahead_and_in_none_for_one
 def test_a_query_that_repeats_is_tokenized_once(load_tiny, monkeypatch):
     scorer = load_tiny("bert")
     asked = []
-    query_ids = PairEncoder.query_ids
-    monkeypatch.setattr(
-        PairEncoder, "query_ids", lambda encoder, texts: asked.append(list(texts)) or query_ids(encoder, texts)
-    )
+    text_ids = PairEncoder.text_ids
+    monkeypatch.setattr(PairEncoder, "text_ids", lambda self, *asks: asked.append(asks) or text_ids(self, *asks))
     scorer.compute_score([("water", document) for document in ENGLISH])
-    assert asked == [["water"]]
+    assert [list(texts) for texts, kind in asked if kind == "query"] == [["water"]]
 
 
 def test_an_error_of_the_tokenizing_thread_goes_up_and_leaves_no_thread_and_no_mode(load_tiny, monkeypatch):

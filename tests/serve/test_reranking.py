@@ -66,7 +66,7 @@ def test_probabilities_are_calibrated_where_the_folder_has_a_calibration(backend
 def test_the_tokens_of_a_document_can_be_limited(backend):
     model = RerankModel("tiny", backend, "truncate")
     text, first = "Paris is the capital of France", "Paris is the"
-    tokens = len(backend.pair_encoder.document_ids([first])[0])
+    tokens = len(backend.pair_encoder.text_ids([first], "document")[0])
     encoded = encoded_by(model, RerankTask(QUERY, [text, first], max_document_tokens=tokens))
     assert list(encoded.pairs[0].ids) == list(encoded.pairs[1].ids)
     assert encoded.truncated == {text}
@@ -93,10 +93,10 @@ def test_a_query_is_tokenized_once_for_all_pieces(backend, monkeypatch):
     model = RerankModel("tiny", copy.copy(backend), "truncate")
     asked = []
     kind = type(backend.pair_encoder)
-    query_ids = kind.query_ids
-    monkeypatch.setattr(kind, "query_ids", lambda self, queries: asked.extend(queries) or query_ids(self, queries))
+    text_ids = kind.text_ids
+    monkeypatch.setattr(kind, "text_ids", lambda self, *asks: asked.append(asks) or text_ids(self, *asks))
     encoded_by(model, RerankTask(QUERY, [letter * 40_000 for letter in "abc"]))
-    assert asked == [QUERY]
+    assert [texts for texts, kind in asked if kind == "query" and texts] == [[QUERY]]
 
 
 def test_scores_that_are_no_numbers_are_an_error(backend):

@@ -94,6 +94,7 @@ class EmbeddingTraining:
             config.seed,
             graph_tokens(model, accelerator, config.gradient_checkpointing) if kept is None else kept,
             not packs,
+            config.negatives_cross_device,
         )
         objectives = {file.name: self.objective for file in self.files}
         task = EmbeddingTask(

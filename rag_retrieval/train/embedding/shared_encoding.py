@@ -4,8 +4,8 @@ Texts are dealt to the processes in blocks, and a block alone decides its forwar
 no forward, and no digit of a vector.
 """
 
-from collections.abc import Iterable
-from itertools import count
+from collections.abc import Iterable, Sequence
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,12 @@ from rag_retrieval.core.distributed import gather, process_count, process_index
 from rag_retrieval.data.collection import Collection
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
+from rag_retrieval.train.task import TrainingError
 from rag_retrieval.train.validation import forward_in_memory
 
 BLOCK = 512  # texts dealt out, tokenized and planned together
 GATHERED = 8192  # vectors of each process that are exchanged at once
+NAMED, SHOWN = 5, 60  # texts in a message, and characters of one
 
 
 class SharedEncoding:
@@ -43,9 +45,9 @@ class SharedEncoding:
         texts = list(collection.documents.values())
         documents = dict(zip(dict.fromkeys(texts), count()))  # equal texts get one vector, and so equal scores
         self.copies = [documents[text] for text in texts] if len(documents) < len(texts) else None
-        self.num_texts = self.num_queries + len(documents)
+        self.texts = [*collection.queries.values(), *documents]
         blocks = [*blocks_of(collection.queries, 0), *blocks_of(documents, self.num_queries)]
-        self.batches: list[tuple[list[int], TokenBatch]] = []  # places among all texts, queries first
+        self.batches: list[tuple[list[int], TokenBatch]] = []  # places among texts
         for first, part in blocks[process_index() :: process_count()]:
             is_query = first < self.num_queries
             encoded = encode_queries(encoder, collection, part) if is_query else encoder.encode(part, "document")
@@ -58,22 +60,40 @@ class SharedEncoding:
         filler = make_batch(encoder.encode(["filler"], "document"))
         self.batches += [([], filler)] * missing
 
-    def __call__(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        """(queries, documents), each float32 [texts, dim], as the model gives them, not normalized; equal on all
-        processes. Memory is that of these vectors, on every process."""
+    def __call__(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray] | None:
+        """(queries, documents) on the main process, None on the others: each float32 [texts, dim], as the model gives
+        them, not normalized. Raises TrainingError, on all processes, where one is not finite."""
         places, vectors = [], []
         for of_batch, batch in self.batches:
             embedded = forward_in_memory(model, batch, self.accelerator).float().cpu().numpy()
             places += of_batch
             vectors.append(embedded[: len(of_batch)])
         own_places, own = np.array(places, np.int64), np.concatenate(vectors)
-        result = np.empty((self.num_texts, own.shape[1]), np.float32)
+        self._check_finite(own_places, own)
+        result = np.empty((len(self.texts), own.shape[1]), np.float32) if process_index() == 0 else None
         for start in range(0, max(gather(len(own))), GATHERED):
             stop = start + GATHERED
             for rows, values in gather((own_places[start:stop], own[start:stop])):
-                result[rows] = values
+                if result is not None:
+                    result[rows] = values
+        if result is None:
+            return None
         queries, documents = result[: self.num_queries], result[self.num_queries :]
         return queries, documents if self.copies is None else documents[self.copies]
+
+    def _check_finite(self, places: np.ndarray, vectors: np.ndarray) -> None:
+        own = places[~np.isfinite(vectors).all(axis=1)]
+        if bad := sorted(chain.from_iterable(gather(own.tolist()))):
+            raise TrainingError(
+                f"{len(bad)} of {len(self.texts)} validation texts have a vector that is not finite: "
+                f"{some([self.texts[place] for place in bad])}; train in mixed_precision no or bf16"
+            )
+
+
+def some(texts: Sequence[str]) -> str:
+    """The first of them, cut, for a message."""
+    more = f" and {len(texts) - NAMED:,} more" if len(texts) > NAMED else ""
+    return ", ".join(repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...") for text in texts[:NAMED]) + more
 
 
 def blocks_of(keys: Iterable[str], first: int) -> list[tuple[int, list[str]]]:

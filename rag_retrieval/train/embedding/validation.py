@@ -6,7 +6,7 @@ and whether other queries would show the same.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,7 @@ from rag_retrieval.metrics import PerQuery, Run, means, parse_metric, query_metr
 from rag_retrieval.models.nearest import nearest
 from rag_retrieval.models.vectors import finish
 from rag_retrieval.significance import Comparison, compare
-from rag_retrieval.train.embedding.shared_encoding import SharedEncoding
-from rag_retrieval.train.task import TrainingError
+from rag_retrieval.train.embedding.shared_encoding import SharedEncoding, some
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,6 @@ ONE_DIRECTION = 0.99  # mean cosine
 SIGNIFICANT = 0.05
 UNCHANGED = 1e-6  # of a number of a vector of length 1, which float32 computes to some 1e-7
 PROBES = 64  # queries, and documents, whose vectors are kept for comparison
-NAMED, SHOWN = 5, 60  # texts in a message, and characters of one
 
 Vectors = np.ndarray  # float32 [texts, dim]
 Measure = Callable[[Vectors, Vectors], float]  # of the vectors of queries and documents
@@ -83,13 +81,12 @@ class EmbeddingValidation:
     def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
         """Finite values, equal on all processes; TrainingError, on all, where a vector is not finite. step: optimizer
         steps done."""
-        queries, documents = self.encoding(model)
-        self._check_finite(queries, documents)
-        if self.cosine:
-            queries, documents = finish(queries), finish(documents)
-        return on_main(lambda: self._values(queries, documents, step))
+        vectors = self.encoding(model)
+        return on_main(lambda: self._values(*vectors, step))
 
     def _values(self, queries: Vectors, documents: Vectors, step: int) -> dict[str, float]:
+        if self.cosine:
+            queries, documents = finish(queries), finish(documents)
         values = {name: measure(queries, documents) for name, measure in self.measures.items()}
         per_query: PerQuery = {}
         if self.names:
@@ -103,17 +100,6 @@ class EmbeddingValidation:
         self._check_change(queries, documents, step)
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         return values | self._beside_start(values, per_query, step)
-
-    def _check_finite(self, queries: Vectors, documents: Vectors) -> None:
-        collection = self.collection
-        vectors_of = {"queries": (collection.queries, queries), "documents": (collection.documents, documents)}
-        for kind, (texts, vectors) in vectors_of.items():
-            bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-            if bad.size:
-                raise TrainingError(
-                    f"{bad.size} of {len(vectors)} validation {kind} of {collection.source} have a vector that is not "
-                    f"finite: {some([*texts.values()][row] for row in bad)}; train in mixed_precision no or bf16"
-                )
 
     def _check_spread(self, cosine: float, step: int) -> None:
         if cosine > ONE_DIRECTION:
@@ -171,13 +157,6 @@ def report(compared: Comparison) -> None:
             "prompts and pooling are the model's own",
             compared.metric,
         )
-
-
-def some(texts: Iterable[str]) -> str:
-    """The first of them, cut, for a message."""
-    texts = list(texts)
-    more = f" and {len(texts) - NAMED:,} more" if len(texts) > NAMED else ""
-    return ", ".join(repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...") for text in texts[:NAMED]) + more
 
 
 # ---- measures

@@ -73,14 +73,14 @@ def make_validation(
         batch_size=config.batch_size * config.train_group_size,
     )
     measures, names = {}, (config.metric_for_best_model, *METRICS)
-    graded = any(loss.reads == "label" for loss, _ in objective.terms)
-    if store is not None and graded:
+    if store is not None and "label" in objective.reads:
         measures["spearman"], names = LabelCorrelation(store), ()
     if store is not None and can_measure(objective, store):
         options = SamplingOptions(config.seed, config.train_group_size, shuffle=False)
         file = TrainingFile(config.val_dataset, "", store, config.record_kind, records_of(store, config.record_kind))
         records = EmbeddingSteps(file, model.text_encoder, StepShape(1, 1, 1), options)
-        step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        processes = accelerator.num_processes if config.negatives_cross_device else 1
+        step = config.batch_size * config.gradient_accumulation_steps * processes
         if len(file.records):
             measures["loss"] = RecordLoss(records, objective, step, accelerator.device)
     return EmbeddingValidation(
@@ -131,7 +131,7 @@ class LabelCorrelation:
 
 class RecordLoss:
     """The mean training loss of the records, in steps of `records_per_step` as the first pass over the file, in its
-    order, shows them; the last step may be short. Equal for any number of processes with as many records in a step.
+    order, shows them; the last step may be short. Records of one step are each other's negatives.
 
     steps: of the validation records. objective: whose losses need neither a guide nor a teacher's vectors.
     """
@@ -168,9 +168,4 @@ def can_measure(objective: Objective, store: RecordStore) -> bool:
     score of every document where it learns from a teacher's scores."""
     scores = store.teacher_scores
     has_scores = scores is not None and bool(np.isfinite(scores).all())
-    return all(
-        loss.reads != "teacher_vectors"
-        and (loss.reads != "teacher_score" or has_scores)
-        and loss.option_values.get("false_negative_judge", "model") == "model"
-        for loss, _ in objective.terms
-    )
+    return not objective.reads & ({"guide", "teacher_vectors"} | (set() if has_scores else {"teacher_score"}))

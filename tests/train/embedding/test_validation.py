@@ -203,7 +203,7 @@ def test_a_forward_that_does_not_fit_in_memory_is_halved(toy, caplog):
 def test_a_vector_that_is_not_finite_ends_the_run_and_is_named(toy):
     model = Table()
     model.rows[encoded_words(["planet"]).ids] = math.inf
-    with pytest.raises(TrainingError, match=r"6 of 72 validation documents .*'planet text 0'"):
+    with pytest.raises(TrainingError, match=r"6 of 64 validation texts .*'planet text 0'"):
         validation_of(toy)(model, 3)
 
 

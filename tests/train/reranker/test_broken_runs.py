@@ -131,8 +131,8 @@ def test_memory_that_is_full_tells_the_longest_pair_and_the_tokens(settings, mon
     first, message = lengths[0], str(caught.value)
     expected = f"at a micro-batch of {len(first)} pairs, the longest of {max(first)} tokens, {sum(first)} tokens in all"
     assert expected in message and "train.jsonl:" in message
-    keys = "max_tokens_per_batch 200, batch_size 4, gradient_checkpointing False, max_len 48, mixed_precision no"
-    assert keys in message
+    for key in ("max_tokens_per_batch 200", "batch_size 4", "gradient_checkpointing False", "max_len 48"):
+        assert key in message
 
 
 # --- several processes ---

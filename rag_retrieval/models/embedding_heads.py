@@ -1,0 +1,127 @@
+"""Modules of an embedding model with weights of their own, outside of the Hugging Face model: its heads.
+
+Each lies in a folder of the model's: config.json and model.safetensors. A head has `saved_as` (the name of its class
+there), `name_prefix` (before the names of its weights in the file), `of_values` and `saved_values` (its config.json).
+"""
+
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from rag_retrieval.models.embedding_files import HeadFiles
+from rag_retrieval.models.loading import reading
+from rag_retrieval.models.settings import ModelFiles, find_file, parsing
+
+WEIGHTS = "model.safetensors"
+LATENT_FOLDER = "1_LatentAttention"
+IDENTITY = "torch.nn.modules.linear.Identity"
+ACTIVATIONS = {
+    IDENTITY: nn.Identity,
+    "torch.nn.modules.activation.Tanh": nn.Tanh,
+    "torch.nn.modules.activation.ReLU": nn.ReLU,
+    "torch.nn.modules.activation.GELU": nn.GELU,
+    "torch.nn.modules.activation.Sigmoid": nn.Sigmoid,
+}
+
+
+class LatentAttention(nn.Module):
+    """Each token's state attends to trained latent vectors, whatever the other tokens are (NV-Embed,
+    https://arxiv.org/abs/2405.17428, section 3.1, with the residual connections and norms of its published weights):
+
+        x = h + O softmax(Q K^T / sqrt(d)) V,   Q = norm(h) W_q,  K = L W_k,  V = L W_v  (heads of width d)
+        y = x + W_2 gelu(W_1 norm(x))
+
+    O and W_2 begin as zeros, so that a new one changes nothing.
+    """
+
+    saved_as, name_prefix = "LatentAttention", ""  # name_prefix: of the names in the file of its weights
+
+    def __init__(self, hidden_size: int, latents: int = 512, heads: int = 8):
+        super().__init__()
+        self.heads = heads
+        self.latents = nn.Parameter(torch.randn(latents, hidden_size) / hidden_size**0.5)
+        self.query_norm, self.mlp_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
+        self.query, self.key, self.value, self.output = (
+            nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(4)
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(), nn.Linear(4 * hidden_size, hidden_size)
+        )
+        for new in (self.output.weight, self.mlp[2].weight, self.mlp[2].bias):
+            nn.init.zeros_(new)
+
+    @classmethod
+    def of_values(cls, values: dict[str, Any]) -> "LatentAttention":
+        return cls(values["hidden_size"], values["latents"], values["heads"])
+
+    def saved_values(self) -> dict[str, Any]:
+        latents, hidden_size = self.latents.shape
+        return {"hidden_size": hidden_size, "latents": latents, "heads": self.heads}
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """states: [..., hidden]. Returns the same shape, float32."""
+        shape = states.shape
+        states = states.float().flatten(0, -2)
+        query, key, value = (
+            projected.unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]  # [1, heads, tokens or latents, size]
+            for projected in (self.query(self.query_norm(states)), self.key(self.latents), self.value(self.latents))
+        )
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        states = states + self.output(attended[0].transpose(0, 1).flatten(1))
+        return (states + self.mlp(self.mlp_norm(states))).float().view(shape)
+
+
+class Projection(nn.Linear):
+    """activation(W x + b), in float32 whatever the dtype of the weights: a Dense module of sentence-transformers.
+
+    activation: the name of torch's class.
+    """
+
+    saved_as, name_prefix = "Dense", "linear."
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = IDENTITY):
+        super().__init__(in_features, out_features, bias)
+        self.activation = activation
+        self.function = ACTIVATIONS[activation]()
+
+    @classmethod
+    def of_values(cls, values: dict[str, Any]) -> "Projection":
+        activation = values.get("activation_function", "torch.nn.modules.activation.Tanh")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation_function {activation}; known are {', '.join(ACTIVATIONS)}")
+        return cls(values["in_features"], values["out_features"], values.get("bias", True), activation)
+
+    def saved_values(self) -> dict[str, Any]:
+        sizes = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
+        return sizes | {"activation_function": self.activation}
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return self.function(nn.functional.linear(vectors.float(), self.weight.float(), bias))
+
+
+Head = LatentAttention | Projection
+HEADS: dict[str, type[Head]] = {head.saved_as: head for head in (LatentAttention, Projection)}
+
+
+def load_head(files: ModelFiles, saved: HeadFiles) -> Head:
+    """Raises ValueError for an activation that is not known here, and weights that do not fit."""
+    where = f"{files.path}: {saved.folder}"
+    with parsing(f"{where}/config.json"):
+        head = HEADS[saved.kind].of_values(saved.values)
+    file = find_file(files.path, f"{saved.folder}/{WEIGHTS}")
+    with reading(where):
+        if file is not None:
+            weights = load_file(file)
+        else:  # of older versions of sentence-transformers
+            old = find_file(files.path, f"{saved.folder}/pytorch_model.bin")
+            weights = torch.load(old, map_location="cpu", weights_only=True)
+        load_weights(head, weights)
+    return head
+
+
+def load_weights(head: Head, weights: dict[str, torch.Tensor]) -> None:
+    """weights: as they stand in a file."""
+    head.load_state_dict({name.removeprefix(head.name_prefix): value for name, value in weights.items()})
