@@ -206,15 +206,10 @@ def _pos_neg(data: dict, rules: RecordRules) -> tuple[list[str], list[float], li
     neg = _list([] if data.get("neg") is None else data["neg"], "neg", "strings")
     neg = [_text(text, f"neg[{i}]") for i, text in enumerate(neg)]
     positive = [True] * len(pos) + [False] * len(neg)
-    return pos + neg, _pos_neg_labels(data, len(pos), len(neg), rules), positive
-
-
-def _pos_neg_labels(data: dict, num_pos: int, num_neg: int, rules: RecordRules) -> list[float]:
-    """The scores, or 1 and 0 where there are none or where they are the teacher's."""
-    scores = None if rules.teacher_key else _pos_neg_scores(data, num_pos, num_neg)
-    if scores is not None:
-        return [_label(score, name, rules) for name, score in scores]
-    return _binary_labels(num_pos, num_neg, rules)
+    scores = None if rules.teacher_key else _pos_neg_scores(data, len(pos), len(neg))  # else they are the teacher's
+    if scores is None:
+        return pos + neg, _binary_labels(len(pos), len(neg), rules), positive
+    return pos + neg, [_label(score, name, rules) for name, score in scores], positive
 
 
 def _binary_labels(num_pos: int, num_neg: int, rules: RecordRules) -> list[float]:

@@ -34,14 +34,13 @@ from rag_retrieval.models.embedding_files import (
     write_settings,
 )
 from rag_retrieval.models.embedding_heads import (
+    LATENT_FOLDER,
     WEIGHTS,
     Head,
     LatentAttention,
     Projection,
     load_head,
     load_weights,
-    new_heads,
-    vector_width,
 )
 from rag_retrieval.models.loading import (
     check_vocabulary,
@@ -127,7 +126,8 @@ class EmbeddingModel(TransformerModule):
     @property
     def dim(self) -> int:
         """Numbers in a vector."""
-        return vector_width(self.heads, self.width)
+        widths = [head.out_features for head in self.heads.values() if isinstance(head, Projection)]
+        return widths[-1] if widths else self.width
 
     @property
     def reads_one_token(self) -> bool:
@@ -261,10 +261,22 @@ class EmbeddingModel(TransformerModule):
         lengths = {"document": max_length, "query": settings.query_max_length or max_length}
         encoder = TextEncoder(tokenizer, template, settings.prompts, lengths, settings.default_prompt)
         heads = {each.folder: load_head(files, each) for each in read_heads(files)}
-        for folder, head in new_heads(settings, model.config.get_text_config().hidden_size, heads).items():
-            heads[folder] = head
-            new_parameters |= {f"heads.{folder}.{name}" for name, _ in head.named_parameters()}
-        return cls(model, encoder, settings, new_parameters, causal, heads, options.attn_implementation)
+        embedder = cls(model, encoder, settings, new_parameters, causal, heads, options.attn_implementation)
+        if settings.pooling == "latent_attention" and LATENT_FOLDER not in heads:
+            embedder.add_head(LATENT_FOLDER, LatentAttention(embedder.width))
+        if settings.dims and max(settings.dims) > embedder.dim:
+            embedder.add_projection(max(settings.dims))
+        return embedder
+
+    def add_projection(self, width: int) -> None:
+        """Let vectors have `width` numbers, by a new projection; nothing changes where they have as many."""
+        if width != self.dim:
+            logger.info("a new projection of vectors from %d to %d numbers", self.dim, width)
+            self.add_head(f"{2 + len(self.heads)}_Dense", Projection(self.dim, width))
+
+    def add_head(self, folder: str, head: Head) -> None:
+        self.heads[folder] = head
+        self.new_parameters |= {f"heads.{folder}.{name}" for name, _ in head.named_parameters()}
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write a Hugging Face folder of the bare model in the layout of sentence-transformers.

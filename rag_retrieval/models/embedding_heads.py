@@ -4,20 +4,18 @@ Each lies in a folder of the model's: config.json and model.safetensors. A head 
 there), `name_prefix` (before the names of its weights in the file), `of_values` and `saved_values` (its config.json).
 """
 
-import logging
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rag_retrieval.models.embedding_files import EmbedderSettings, HeadFiles
+from rag_retrieval.models.embedding_files import HeadFiles
 from rag_retrieval.models.loading import reading
 from rag_retrieval.models.settings import ModelFiles, find_file, parsing
 
-logger = logging.getLogger(__name__)
-
 WEIGHTS = "model.safetensors"
+LATENT_FOLDER = "1_LatentAttention"
 IDENTITY = "torch.nn.modules.linear.Identity"
 ACTIVATIONS = {
     IDENTITY: nn.Identity,
@@ -127,20 +125,3 @@ def load_head(files: ModelFiles, saved: HeadFiles) -> Head:
 def load_weights(head: Head, weights: dict[str, torch.Tensor]) -> None:
     """weights: as they stand in a file."""
     head.load_state_dict({name.removeprefix(head.name_prefix): value for name, value in weights.items()})
-
-
-def new_heads(settings: EmbedderSettings, width: int, heads: dict[str, Head]) -> dict[str, Head]:
-    """Those that the settings ask for beside the ones that there are, by folder. width: of the model's states."""
-    new: dict[str, Head] = {}
-    if settings.pooling == "latent_attention" and not any(isinstance(each, LatentAttention) for each in heads.values()):
-        new["1_LatentAttention"] = LatentAttention(width)
-    width = vector_width(heads, width)
-    if settings.dims and max(settings.dims) > width:
-        new[f"{2 + len(heads) + len(new)}_Dense"] = Projection(width, max(settings.dims))
-        logger.info("a new projection of vectors from %d to %d numbers", width, max(settings.dims))
-    return new
-
-
-def vector_width(heads: dict[str, Head] | nn.ModuleDict, width: int) -> int:
-    """Numbers in a vector. width: of the model's states."""
-    return next((each.out_features for each in reversed(heads.values()) if isinstance(each, Projection)), width)

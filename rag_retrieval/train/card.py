@@ -144,7 +144,8 @@ def training_sections(run: RunRecord) -> list[str]:
         sections.append("## Data")
     for part in run.data:
         sections.append(f"```\n{format_summary(part.summary, f'{part.purpose}: {shown(part.source)}')}\n```")
-    values = yaml.safe_dump(shown_configuration(run.configuration), sort_keys=False, allow_unicode=True)
+    shown_values = without_paths({key: value for key, value in run.configuration.items() if key not in LOCAL_ONLY_KEYS})
+    values = yaml.safe_dump(shown_values, sort_keys=False, allow_unicode=True)
     made = run.provenance
     versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
     where = f"{made['engine']}, processes: {made['processes']}; {versions}" if made else f"rag_retrieval {__version__}"
@@ -227,12 +228,6 @@ def shown(name: str) -> str:
         return name
     path = Path(name)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
-
-
-def shown_configuration(configuration: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what is absent, what only says where and how it ran, and paths."""
-    values = {key: value for key, value in configuration.items() if key not in LOCAL_ONLY_KEYS}
-    return without_paths(values)
 
 
 def without_paths(values: dict[str, Any]) -> dict[str, Any]:

@@ -379,6 +379,15 @@ def test_widths_beyond_the_models_own_add_a_projection(folders, tmp_path):
     assert EmbeddingModel.from_pretrained(folders["bert"], dims=[32, 16]).dim == 32
 
 
+def test_a_projection_to_a_teachers_width(folders):
+    model = EmbeddingModel.from_pretrained(folders["bert"])
+    model.add_projection(20)
+    assert model.dim == 20 and model.new_parameters == {"heads.2_Dense.weight", "heads.2_Dense.bias"}
+    assert vectors_of(model).shape == (len(TEXTS), 20) and not model.settings.dims
+    model.add_projection(20)
+    assert list(model.heads) == ["2_Dense"]
+
+
 def train_a_step(model: EmbeddingModel) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     vectors = model(make_batch(model.text_encoder.encode(TEXTS[:4])))
