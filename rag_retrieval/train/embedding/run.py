@@ -94,6 +94,7 @@ class EmbeddingTraining:
             config.seed,
             graph_tokens(model, accelerator, config.gradient_checkpointing) if kept is None else kept,
             not packs,
+            config.negatives_cross_device,
         )
         objectives = {file.name: self.objective for file in self.files}
         task = EmbeddingTask(
@@ -115,7 +116,7 @@ class EmbeddingTraining:
 
 def configured_objective(config: EmbeddingConfig) -> Objective:
     weights, options = config.loss_weights, config.loss_options
-    return objective_of(weights, options, config.mrl_dims, config.mrl_weights, config.normalize)
+    return objective_of(weights, options, config.widths, config.width_weights, config.normalize)
 
 
 def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
