@@ -18,6 +18,7 @@ from rag_retrieval.train.card import About, write_card
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.embedding.card import EMBEDDER
 from rag_retrieval.train.embedding.config import EmbeddingConfig
+from rag_retrieval.train.embedding.guide import open_guide
 from rag_retrieval.train.embedding.run_data import (
     embedding_steps,
     open_training_files,
@@ -52,6 +53,10 @@ class EmbeddingTraining:
     def open_data(self) -> None:
         self.files = open_training_files(self.config)
         self.validation = open_validation(self.config)
+        self.guide = None
+        if "guide" in self.objective.reads:
+            stores = [file.store for file in self.files]
+            self.guide = open_guide(self.config.guide_model, stores, self.config.trust_remote_code)
 
     def digests(self) -> dict[str, str]:
         files = dict(zip(file_keys(len(self.files)), (file.store.files for file in self.files), strict=True))
@@ -107,6 +112,7 @@ class EmbeddingTraining:
             accelerator,
             options,
             host_group(config.wait_minutes),
+            self.guide,
         )
         return task, best_metric(config, validation)
 
