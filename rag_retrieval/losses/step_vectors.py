@@ -126,10 +126,9 @@ class StepVectors:
     @torch.no_grad()
     def gradient(self) -> Tensor:
         """Of all that was back-propagated, at the vectors as they were given: float32 [vectors, dim]."""
-        # the gradient of 1 / |x| is -x / |x|^3; a clamped length has none
+        # the gradient of 1 / |x| is -x / |x|^3
         of_lengths = [
-            torch.zeros_like(scale) if scale.grad is None else -scale.grad * scale**3 * (scale < 1.0 / EPSILON)
-            for scale in self.scales
+            torch.zeros_like(scale) if scale.grad is None else -scale.grad * scale**3 for scale in self.scales
         ]
         parts = []
         for place, piece in enumerate(self.pieces):
