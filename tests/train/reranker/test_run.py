@@ -27,8 +27,8 @@ from rag_retrieval.data.sampling import epoch_order, pair_order
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.train import run as run_module
 from rag_retrieval.train.card import read_run_record
-from rag_retrieval.train.reranker import run as run_module
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.run_folder import folder_lock
 from rag_retrieval.train.task import TrainingError
