@@ -72,7 +72,7 @@ class EmbeddingKeys(TrainingConfig):
         "Raw file of a teacher's vectors, float32, one row for each text of train_dataset; one for each file.",
         only=VECTORS, min_length=1)
     teacher_embedding_dim: int | None = key(
-        "Width of the teacher's vectors. Where it is beyond the model's, a projection is added.", only=VECTORS, ge=1)
+        "Width of the teacher's vectors. Where the model's is another, a projection is added.", only=VECTORS, ge=1)
     train_group_size: int = key(
         "A positive and the hard negatives of a query at most; more take turns.", 8, only=GROUPS, ge=1)
     max_example_num_per_dataset: int | None = key(
@@ -154,12 +154,6 @@ class EmbeddingKeys(TrainingConfig):
     def widths(self) -> list[int] | None:
         """Of Matryoshka, for `objective_of`, which cuts them to the model's; None without it."""
         return (self.mrl_dims or list(DEFAULT_WIDTHS)) if self.use_mrl else None
-
-    @property
-    def projected_widths(self) -> list[int] | None:
-        """The given widths, to which the model gets a projection where they are beyond its own."""
-        given = [*((self.mrl_dims if self.use_mrl else None) or ()), *filter(None, [self.teacher_embedding_dim])]
-        return given or None
 
     @property
     def width_weights(self) -> list[float] | None:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.store import RecordStore, open_store
-from rag_retrieval.data.summary import TokenLengths
+from rag_retrieval.data.summary import TokenLengths, summary
 from rag_retrieval.train.embedding.config import EmbeddingConfig
 from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
 from rag_retrieval.train.run_data import DataSource, distinct_names, sampled_pairs
@@ -43,6 +43,10 @@ def open_training_file(
     store = open_store(source, rules, split=config.train_split, group_by_query=not alone)
     if config.record_kind == "positives":
         check_positives(config, source, store)
+        levels = {level for bounds in summary(store).label_histogram for level in bounds[:2]}
+        if not config.reads_teacher and not levels <= {0.0, 1.0}:
+            logger.warning("%s: %s reads which documents are positives, and nothing else of labels and scores "
+                           "(kl_distillation learns from scores, cosent from grades)", source, config.loss_type)
     if alone:
         check_vectors(config, source, store, Path(vectors))
     records = records_of(store, config.record_kind, config.max_example_num_per_dataset, seed)

@@ -36,6 +36,17 @@ def test_data_without_any_positive_are_refused_and_a_few_are_reported(config, ca
     assert "2 of 5 queries" in caplog.text and len(file.records) == 3
 
 
+def test_grades_that_the_loss_does_not_read_are_reported(config, caplog):
+    graded = [{"query": "q", "hits": [{"content": "d", "label": 2}, {"content": "e", "label": 1}]}]
+    with caplog.at_level(logging.WARNING):
+        open_training_files(config(graded))
+        assert "info_nce reads which documents are positives" in caplog.text
+        caplog.clear()
+        open_training_files(config(graded, loss_type="cosent"))
+        open_training_files(config(pairs(2)))
+    assert not caplog.text
+
+
 def test_files_take_their_names_and_samples(config):
     files = open_training_files(config(pairs(9), pairs(4, "r"), max_example_num_per_dataset=5))
     assert [(file.name, len(file.records)) for file in files] == [("0.jsonl", 5), ("1.jsonl", 4)]
