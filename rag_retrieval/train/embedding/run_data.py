@@ -35,7 +35,7 @@ def open_training_file(
     alone = config.record_kind == "teacher_vectors"
     rules = RecordRules(
         label_key=config.train_label_key,
-        teacher_key=config.teacher_score_key,
+        teacher_key=config.teacher_key,
         needs_teacher=config.reads_teacher,
         for_embedder=True,
         texts_alone=alone,
