@@ -478,3 +478,25 @@ def test_missing_weights_are_refused_where_a_trained_model_is_opened(folders, tm
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="encoder.layer.1.output.dense.weight"):
         open_embedder(tmp_path)
+
+
+def test_a_model_that_was_made_from_a_known_one_pools_as_that_does(folders, tmp_path):
+    folder = copy_as(folders["bert"], "mine", tmp_path)
+    (tmp_path / "mine" / "README.md").write_text("---\nbase_model: BAAI/bge-base-en-v1.5\n---\n# mine\n")
+    assert open_embedder(folder).settings.pooling == "cls"
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("bert", "mean"), ("qwen2", "last")])
+def test_vectors_are_float32_under_autocast(folders, family, pooling):
+    model = EmbeddingModel.from_pretrained(folders[family], pooling=pooling, dims=[48]).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = vectors_of(model, normalize=False)
+    exact = vectors_of(model, normalize=False)
+    assert half.dtype == torch.float32
+    assert 0 < (half - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_a_querys_own_limit_is_saved(folders, tmp_path):
+    EmbeddingModel.from_pretrained(folders["bert"], max_length=40, query_max_length=9).save_pretrained(tmp_path)
+    encoder = EmbeddingModel.from_pretrained(tmp_path).text_encoder
+    assert [len(encoder.encode([" ".join(ENGLISH)], kind)[0]) for kind in ("query", "document")] == [9, 40]
