@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 from speed_data import draw_examples, make_model_folder, single_token_words
-from speed_floor import model_cost
-from speed_report import OURS, THEIRS, summary_of_side
+from speed_floor import cpu_now, gemm_rate, gemm_shapes, model_cost
+from speed_report import OURS, THEIRS, spread, summary_of_side
 from speed_training import DTYPES, SEED
-from speed_works import SCORING_BATCHES, TRIAL_PAIRS, check_agreement, say, take_turns, time_calls
+from speed_works import TRIAL_PAIRS, check_agreement, say, take_turns, time_calls
+
+BATCHES = (4, 8, 16, 32, 64, 128)  # texts, tried for the other side
 
 
 @dataclass
@@ -37,8 +39,10 @@ def run_encode(options: argparse.Namespace, scratch: Path) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     texts = draw_texts(options, tokenizer)
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=options.max_len)["input_ids"]]
-    sample = texts[:TRIAL_PAIRS]
-    trials = {size: time_calls(job, their_encode(job, size), sample, 1)[0].seconds for size in SCORING_BATCHES}
+    sample = texts[: min(TRIAL_PAIRS, len(texts) // 2)]
+    on_cpu = job.device == "cpu"
+    tried = {size: time_calls(job, their_encode(job, size), sample, 1)[0] for size in BATCHES}
+    trials = {size: each.cpu_seconds if on_cpu else each.seconds for size, each in tried.items()}
     batch = min(trials, key=trials.get)
     vectors: dict[str, torch.Tensor] = {}
 
@@ -53,7 +57,13 @@ def run_encode(options: argparse.Namespace, scratch: Path) -> dict:
     took, gemm = take_turns(job, turns, options.rounds)
     numbers = (vectors[name].flatten().tolist() for name in (OURS, THEIRS))
     agreement = {"of": "numbers of vectors", "largest_difference": check_agreement("vectors", *numbers, job.dtype)}
-    floors = [model_cost(job.model).forward_flops(lengths) / gemm["flops_per_second"]] * options.rounds
+    flops = model_cost(job.model).forward_flops(lengths)
+    floors = [flops / gemm["flops_per_second"]] * options.rounds
+    cpu_rate, shares = None, None
+    if on_cpu:
+        cpu_rate, _ = gemm_rate(gemm_shapes(job.model, "cpu"), DTYPES[job.dtype], "cpu", clock=cpu_now)
+        floor = flops / cpu_rate
+        shares = {name: spread([floor / each.cpu_seconds for each in rounds]) for name, rounds in took.items()}
     return {
         "work": "encode",
         "model": options.encoder,
@@ -71,6 +81,8 @@ def run_encode(options: argparse.Namespace, scratch: Path) -> dict:
         "gemm": gemm,
         "floor_seconds": floors[0],
         "sides": {name: summary_of_side(rounds, took[OURS], floors, 1) for name, rounds in took.items()},
+        "cpu_gemm_flops_per_second": cpu_rate,
+        "cpu_share_of_floor": shares,
         "agreement": agreement,
         "their_batch": batch,
         "their_trials": trials,

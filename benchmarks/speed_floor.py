@@ -4,6 +4,7 @@ It counts every pair on its own: a side that computes a prompt once for several 
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,28 +60,39 @@ def gemm_shapes(folder: Path, device: str) -> list[tuple[int, int, int]]:
     return [(rows, hidden, inner), (rows, inner, hidden), (side, side, side)]
 
 
-def gemm_rate(
-    shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: str, seconds: float = 0.3
-) -> tuple[float, tuple[int, int, int]]:
-    """FLOP per second of the best of `shapes` (rows, inner, columns), and that shape; `seconds` for each."""
-    return max((rate_of(shape, dtype, device, seconds), shape) for shape in shapes)
-
-
-def rate_of(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seconds: float) -> float:
-    rows, inner, columns = shape
-    left = torch.randn(rows, inner, device=device).to(dtype)
-    right = torch.randn(inner, columns, device=device).to(dtype)
-    out = torch.mm(left, right)  # the first product is slower: kernels are chosen, memory is touched
-    done, took, started = 0, 0.0, now(device)
-    while took < seconds:
-        for _ in range(4):
-            torch.mm(left, right, out=out)
-        done, took = done + 4, now(device) - started
-    return 2 * rows * inner * columns * done / took
-
-
 def now(device: str) -> float:
     """Seconds, when the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def cpu_now(device: str) -> float:
+    """CPU seconds of all threads of this process."""
+    return time.process_time()
+
+
+def gemm_rate(
+    shapes: list[tuple[int, int, int]],
+    dtype: torch.dtype,
+    device: str,
+    seconds: float = 0.3,
+    clock: Callable[[str], float] = now,
+) -> tuple[float, tuple[int, int, int]]:
+    """FLOP per second of the best of `shapes` (rows, inner, columns), and that shape; `seconds` for each."""
+    return max((rate_of(shape, dtype, device, seconds, clock), shape) for shape in shapes)
+
+
+def rate_of(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, seconds: float, clock: Callable[[str], float] = now
+) -> float:
+    rows, inner, columns = shape
+    left = torch.randn(rows, inner, device=device).to(dtype)
+    right = torch.randn(inner, columns, device=device).to(dtype)
+    out = torch.mm(left, right)  # the first product is slower: kernels are chosen, memory is touched
+    done, took, started = 0, 0.0, clock(device)
+    while took < seconds:
+        for _ in range(4):
+            torch.mm(left, right, out=out)
+        done, took = done + 4, clock(device) - started
+    return 2 * rows * inner * columns * done / took

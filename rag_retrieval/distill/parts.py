@@ -5,7 +5,6 @@ the data and `pairs_per_part`: parts of one run and of the next fit together byt
 is complete: it is written under another name and renamed.
 """
 
-import json
 import os
 import re
 import shutil
@@ -153,9 +152,3 @@ class PartFolder:
             os.fsync(file.fileno())
         os.replace(temporary, self.output)
         shutil.rmtree(self.path)
-
-
-def documents_of(line: str) -> list[dict]:
-    """The documents of a scored line, each with label and teacher_score."""
-    values = json.loads(line)
-    return values.get("hits") or [values]

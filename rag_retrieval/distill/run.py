@@ -8,6 +8,7 @@ Every process reads all records and scores only its own parts; nothing but the p
 loses the parts in work, and may continue with another number of processes.
 """
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, 
 from rag_retrieval.data.records import Record, RecordRules
 from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.distill.output import ScoreSummary, scored_line
-from rag_retrieval.distill.parts import Part, PartFolder, documents_of, plan_parts, records_of
+from rag_retrieval.distill.parts import Part, PartFolder, plan_parts, records_of
 from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.infer.torch_backend import TorchBackend
@@ -165,6 +166,7 @@ def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], te
 def finish(folder: PartFolder, parts: list[Part]) -> ScoreSummary:
     summary = ScoreSummary()
     for line in folder.lines(parts):
-        summary.add(documents_of(line))
+        record = json.loads(line)
+        summary.add(record.get("hits") or [record])
     folder.finish(parts)
     return summary

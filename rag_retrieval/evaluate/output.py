@@ -100,10 +100,13 @@ def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
         "  perfect   the candidates in the best order there is",
         "",
     ]
-    tables: list[RenderableType] = [figures_table(evaluation)]
+    systems = [means(system.per_query) for system in (evaluation.before, evaluation.after, evaluation.ceiling)]
+    rows = [(f"  {name}", *(f"{values[name]:.4f}" for values in systems)) for name in evaluation.config.measures]
+    tables: list[RenderableType] = [plain_table(("", "baseline", "model", "perfect"), rows)]
     if evaluation.comparisons:
         tables.append(f"\ndifference to the baseline ({describe_test(evaluation.config.significance)}):\n")
-        tables.append(comparison_table(evaluation.comparisons))
+        rows = [(f"  {one.metric}", *comparison_cells(one)) for one in evaluation.comparisons]
+        tables.append(plain_table(("", *COMPARISON_HEAD), rows))
     too_long = float((evaluation.token_lengths > evaluation.max_len).mean())
     more = [
         "",
@@ -141,18 +144,7 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def figures_table(evaluation: Evaluation) -> Table:
-    systems = [means(system.per_query) for system in (evaluation.before, evaluation.after, evaluation.ceiling)]
-    rows = [(f"  {name}", *(f"{values[name]:.4f}" for values in systems)) for name in evaluation.config.measures]
-    return plain_table(("", "baseline", "model", "perfect"), rows)
-
-
 COMPARISON_HEAD = ("difference", "95% interval", "p", "gained", "lost", "same")
-
-
-def comparison_table(comparisons: list[Comparison]) -> Table:
-    rows = [(f"  {comparison.metric}", *comparison_cells(comparison)) for comparison in comparisons]
-    return plain_table(("", *COMPARISON_HEAD), rows)
 
 
 def comparison_cells(comparison: Comparison) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ def quantize_int8(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
+    weight_bytes = sum(file.stat().st_size for file in (source, beside(source)) if file.is_file())
     heads = score_head(model)
     lookups = [node for node in model.graph.node if node.op_type == "Gather"]
     other_lookups = [node.name for node in lookups if node.input[1] != "input_ids"]  # not of a token's embedding
@@ -53,7 +54,7 @@ def quantize_int8(source: Path, target: Path) -> None:
             reduce_range=True,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=kept,
-            use_external_data_format=weight_bytes(source) >= EXTERNAL_FROM,
+            use_external_data_format=weight_bytes >= EXTERNAL_FROM,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what fused nodes give
         )
     quantized = onnx.load(target)
@@ -61,12 +62,6 @@ def quantize_int8(source: Path, target: Path) -> None:
     external = beside(target).is_file()
     beside(target).unlink(missing_ok=True)
     onnx.save(quantized, target, save_as_external_data=external, location=beside(target).name)
-
-
-def weight_bytes(file: Path) -> int:
-    """Of the graph's file and of the weights beside it."""
-    data = beside(file)
-    return file.stat().st_size + (data.stat().st_size if data.is_file() else 0)
 
 
 def scale_by_token(model: onnx.ModelProto) -> None:

@@ -25,7 +25,6 @@ from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, NO_LIMIT, position_
 from rag_retrieval.models.open import open_embedder
 from rag_retrieval.models.options import embedder_options
 from rag_retrieval.models.pair_encoding import EncodedPair
-from rag_retrieval.models.scoring import Precision
 from rag_retrieval.models.settings import resolve_model_path
 from rag_retrieval.models.text_scoring import CHUNK_TEXTS, score_texts
 from rag_retrieval.models.vectors import (
@@ -99,18 +98,6 @@ class Embedder:
         self._shared = SharedModel(model, choose_precision(options.precision), devices)
         saved = Path(resolve_model_path(model_name_or_path)) / RANGES_FILE
         self.int8_ranges = Int8Ranges.read(int8_ranges or saved) if int8_ranges or saved.is_file() else None
-
-    @classmethod
-    def from_model(
-        cls,
-        model: EmbeddingModel,
-        precision: Precision | None = None,
-        devices: list[torch.device] | None = None,
-    ) -> "Embedder":
-        """An Embedder over a model that is open already, which is in eval mode from now on."""
-        embedder = cls.__new__(cls)
-        embedder._shared, embedder.int8_ranges = SharedModel(model, precision, devices), None
-        return embedder
 
     @property
     def model(self) -> EmbeddingModel:

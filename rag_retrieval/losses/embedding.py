@@ -6,7 +6,7 @@ enter it in `EMBEDDING_LOSSES`; a user's own loss needs no entry: `my_package.lo
 function is asked for.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +15,6 @@ from rag_retrieval.losses.custom import own_function
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from rag_retrieval.losses.step_vectors import StepRows
 
 
 Reads = Literal["positives", "label", "teacher_score", "teacher_vectors"]
@@ -47,8 +45,8 @@ class EmbeddingLoss:
     def function(self) -> "Callable[..., Tensor]":
         return function_at(self.path)
 
-    def __call__(self, step: "StepRows") -> "Tensor":
-        """One value for each record; ValueError where a function returns something else."""
+    def __call__(self, step: Sized) -> "Tensor":
+        """One value for each record of the step (a `StepRows`); ValueError where a function returns something else."""
         losses = self.function(step, **self.option_values)
         if losses.shape != (len(step),):
             shape = list(losses.shape)

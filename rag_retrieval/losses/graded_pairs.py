@@ -38,9 +38,7 @@ def _cosent(cosines: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor
         lower = torch.searchsorted(labels, labels, side="left")  # how many records have a lower label
         # at place n: log of the sum of exp(score) of the n lowest labels
         sums = torch.cat([scores.new_full((1,), -torch.inf), scores.logcumsumexp(dim=0)])
-        ordered = lower > 0
-        terms = sums[lower[ordered]] - scores[ordered]
-        value = torch.cat([scores.new_zeros(1), terms]).logsumexp(dim=0)
+        value = torch.cat([scores.new_zeros(1), sums[lower] - scores]).logsumexp(dim=0)
         (gradient,) = torch.autograd.grad(value, leaf)
     return value.detach(), gradient
 

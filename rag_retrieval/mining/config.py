@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import FileOrFolder, ModelName, Only, OutputPath, key
 from rag_retrieval.data.words import AUTO
-from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
+from rag_retrieval.models.options import POOLINGS, LongDocumentOptions, ModelOptions
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 MARGINS = ("absolute_margin", "relative_margin", "max_score")
@@ -79,8 +79,9 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
     dense_model: ModelName | None = key(
         "A sentence-transformers folder, a plain encoder's, a hub name, or package:NAME.", only=DENSE, min_length=1
     )
-    pooling: Literal["mean", "cls"] | None = key(
-        "Of a plain encoder (others say it themselves): how token vectors become one. Default mean.", only=DENSE
+    pooling: Literal[POOLINGS] | None = key(
+        "How token states become a vector. Absent: what the folder says, or a known model's own, else the mean.",
+        only=DENSE,
     )
     query_prefix: str | None = key(
         "Text before each query that is encoded, as E5's `query: `. Absent: the model's own prompt.", only=DENSE

@@ -115,15 +115,15 @@ class Bm25Search:
         self.language, self.words = ((folder / name).read_text() for name in ("language", "words"))
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
-        words = tokenize(queries, self.language)
-        return [self._search(*of_query, depth) for of_query in zip(words, judged, strict=True)]
-
-    def _search(self, words: list[str], judged: np.ndarray, depth: int) -> Candidates:
-        if not words:
-            return Candidates.none(len(judged))
-        scores = self.index.get_scores(words)
-        rows = best_rows(scores, depth)
-        return Candidates(rows, scores[rows], scores[judged])
+        found = []
+        for words, rows_judged in zip(tokenize(queries, self.language), judged, strict=True):
+            if not words:
+                found.append(Candidates.none(len(rows_judged)))
+                continue
+            scores = self.index.get_scores(words)
+            rows = best_rows(scores, depth)
+            found.append(Candidates(rows, scores[rows], scores[rows_judged]))
+        return found
 
 
 def bm25_run(

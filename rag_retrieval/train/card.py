@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from rag_retrieval import __version__
 from rag_retrieval.data.readers import HUB_OPTIONS, is_file
 from rag_retrieval.data.summary import StoreSummary, format_summary
+from rag_retrieval.metrics import AT_START, P_VALUE
 from rag_retrieval.models.settings import PACKAGE_PREFIX
 from rag_retrieval.train.run_folder import CONFIGURATION_FILE, DATA_FILE, METRICS_FILE, PROVENANCE_FILE, RUN_FILE
 
@@ -134,7 +135,7 @@ def evaluation_results(run: RunRecord | None, about: About, kind: Kind) -> list[
         EvalResult(kind.tag, dataset, dataset, name, round(value, 4), task_name=kind.title, dataset_split=split)
         for dataset, split, values in measured
         for name, value in values.items()
-        if isinstance(value, float)
+        if isinstance(value, float) and not name.endswith((AT_START, P_VALUE))
     ]
 
 
@@ -144,7 +145,8 @@ def training_sections(run: RunRecord) -> list[str]:
         sections.append("## Data")
     for part in run.data:
         sections.append(f"```\n{format_summary(part.summary, f'{part.purpose}: {shown(part.source)}')}\n```")
-    values = yaml.safe_dump(shown_configuration(run.configuration), sort_keys=False, allow_unicode=True)
+    shown_values = without_paths({key: value for key, value in run.configuration.items() if key not in LOCAL_ONLY_KEYS})
+    values = yaml.safe_dump(shown_values, sort_keys=False, allow_unicode=True)
     made = run.provenance
     versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
     where = f"{made['engine']}, processes: {made['processes']}; {versions}" if made else f"rag_retrieval {__version__}"
@@ -227,12 +229,6 @@ def shown(name: str) -> str:
         return name
     path = Path(name)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
-
-
-def shown_configuration(configuration: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what is absent, what only says where and how it ran, and paths."""
-    values = {key: value for key, value in configuration.items() if key not in LOCAL_ONLY_KEYS}
-    return without_paths(values)
 
 
 def without_paths(values: dict[str, Any]) -> dict[str, Any]:

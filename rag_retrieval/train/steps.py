@@ -165,15 +165,11 @@ def step_loader(dataset: Dataset, epochs: int, done: int, num_workers: int) -> D
         batch_size=None,
         sampler=StepSampler(dataset.steps_per_epoch, epochs, done),
         num_workers=num_workers,
-        collate_fn=pack if num_workers else _as_it_is,
+        collate_fn=pack if num_workers else list,
         generator=torch.Generator(),
         prefetch_factor=2 if num_workers else None,
         worker_init_fn=ignore_stop_in_worker,
     )
-
-
-def _as_it_is(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-    return micro_batches
 
 
 class _Pickler(pickle.Pickler):

@@ -220,7 +220,7 @@ def test_sides_that_disagree_are_refused():
 def test_a_gpu_gets_large_bf16_models_and_work_without_data(capsys):
     options = speed.parse(["--device", "cuda", "--out", "file"])
     assert (options.encoder, options.decoder, options.dtype) == ("xlm_roberta_large", "qwen2.5_1.5b", "bf16")
-    assert options.work == ["train_lognormal", "train_decoder", "score_many", "score_query", "score_prompt"]
+    assert options.work == ["train_lognormal", "train_decoder", "score_many", "score_query", "score_prompt", "encode"]
     with pytest.raises(SystemExit):
         speed.parse(["--device", "cuda", "--dtype", "float32", "--out", "file"])
     assert "half precision" in capsys.readouterr().err

@@ -136,16 +136,25 @@ def test_blocks_and_processes_change_nothing(options):
         assert found.report == pytest.approx(whole.report, rel=1e-5)
 
 
-def test_matryoshka_slices_then_normalizes_and_weights():
+@pytest.mark.parametrize("widths", [{DIM: 1.0, 3: 0.25, 6: 0.5}, {6: 1.0, 3: 0.5}])
+def test_matryoshka_slices_then_normalizes_and_weights(widths):
     step = random_step()
-    wanted = objective(widths=(DIM, 3, 6), weights=(1.0, 0.25, 0.5), temperature=0.1)
-    expected = plain_gradients(step, widths=((3, 0.25), (6, 0.5), (DIM, 1.0)), temperature=0.1)
+    wanted = objective(widths=tuple(widths), weights=tuple(widths.values()), temperature=0.1)
+    expected = plain_gradients(step, widths=widths.items(), temperature=0.1)
     assert_equal(gradients(step, wanted), expected)
 
 
 def test_widths_beyond_the_model_are_cut_to_it():
     assert objective(widths=(768, 512, 4), weights=(1.0, 2.0, 3.0)).widths_of(12) == ((4, 12), (3.0, 1.0))
     assert objective().widths_of(12) == ((12,), (1.0,))
+
+
+def test_autocast_and_no_grad_of_the_caller_change_nothing():
+    step = random_step()
+    expected = gradients(step, objective(temperature=0.1))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = gradients(step, objective(temperature=0.1))
+    assert all(torch.equal(mine, other) for mine, other in zip(found[:3], expected[:3], strict=True))
 
 
 def test_a_vector_of_zeros_has_a_finite_gradient():
@@ -329,9 +338,10 @@ def test_no_matrix_of_all_queries_and_documents_exists():
     assert largest.values == 1 << 15  # not 2^20; the vectors themselves are fewer
 
 
-def test_report_counts_rank_cosines_and_masked_documents():
+@pytest.mark.parametrize("widths", [None, (1, 2)])
+def test_report_counts_rank_cosines_and_masked_documents_at_the_full_width(widths):
     queries, documents, targets = one_pair_step(0.6, 0.8, 0.5, 0.0)
-    found = vector_gradients(objective(temperature=0.5), queries, documents, targets, factor=1.0)
+    found = vector_gradients(objective(widths, temperature=0.5), queries, documents, targets, factor=1.0)
     assert found.report == pytest.approx(
         {"records": 1, "near_zero": 0, "positive_rank": 2, "positive_cosine": 0.6, "negative_cosine": 1.3,
          "negatives": 3, "masked": 0}, abs=1e-6,

@@ -83,10 +83,11 @@ def test_similarities_are_learnt_from_a_teacher_of_any_width_but_not_its_vectors
 
 @pytest.mark.parametrize("number", [0, 1, 2, 5, 16, 21])
 def test_discordant_pairs_are_counted(number):
-    values = torch.rand(number, generator=torch.Generator().manual_seed(number))
-    above, below = discordant(values, margin=0.1)
-    assert above.tolist() == [sum(bool(values[i] + 0.1 > later) for later in values[i + 1 :]) for i in range(number)]
-    assert below.tolist() == [sum(bool(earlier > values[i] - 0.1) for earlier in values[:i]) for i in range(number)]
+    # whole numbers: a difference of just the margin is not discordant
+    values = torch.randint(0, 6, (number,), generator=torch.Generator().manual_seed(number)).float()
+    above, below = discordant(values, margin=1.0)
+    assert above.tolist() == [sum(bool(values[i] + 1 > later) for later in values[i + 1 :]) for i in range(number)]
+    assert below.tolist() == [sum(bool(earlier > values[i] - 1) for earlier in values[:i]) for i in range(number)]
 
 
 def test_two_texts_have_no_triplet():

@@ -1,7 +1,7 @@
 """What the training of an embedder brings to a run: see `train.run.Training`."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class EmbeddingTraining:
             config.seed,
             graph_tokens(model, accelerator, config.gradient_checkpointing) if kept is None else kept,
             not packs,
+            config.negatives_cross_device,
         )
         objectives = {file.name: self.objective for file in self.files}
         task = EmbeddingTask(
@@ -115,22 +116,36 @@ class EmbeddingTraining:
 
 def configured_objective(config: EmbeddingConfig) -> Objective:
     weights, options = config.loss_weights, config.loss_options
-    return objective_of(weights, options, config.mrl_dims, config.mrl_weights, config.normalize)
+    return objective_of(weights, options, config.widths, config.width_weights, config.normalize)
 
 
 def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
     """The model to train, weights in float32. Raises ValueError where model and configuration do not fit."""
     prompts = {"query": config.query_instruction, "document": config.document_instruction}
-    return EmbeddingModel.from_pretrained(
+    model = EmbeddingModel.from_pretrained(
         config.model_name_or_path,
         pooling=config.pooling,
         prompts={name: prompt for name, prompt in prompts.items() if prompt is not None},
         max_length=config.passage_max_len,
         query_max_length=config.query_max_len,
+        include_prompt=config.include_prompt,
+        cls_interval=config.cls_interval,
         normalize=config.normalize,
+        bidirectional=config.bidirectional,
+        dims=config.projected_widths,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
+    teacher = config.teacher_embedding_dim
+    if teacher is not None and teacher < model.dim:
+        raise ValueError(
+            f"teacher_embedding_dim: {teacher}, and {config.model_name_or_path} gives vectors of {model.dim} numbers; "
+            "take a teacher whose vectors are as wide or wider"
+        )
+    if config.use_mrl and config.mrl_dims is None:
+        widths = sorted({min(width, model.dim) for width in config.widths})
+        model.settings = replace(model.settings, dims=tuple(widths))
+    return model
 
 
 def graph_tokens(model: EmbeddingModel, accelerator: Accelerator, checkpointed: bool) -> int:

@@ -25,12 +25,8 @@ def open_training_files(config: EmbeddingConfig) -> list[TrainingFile]:
     """The memory-mapped training data, in the order of the configuration; one process of a machine builds what is
     missing. Data that can teach the loss nothing are refused."""
     sources, vectors = config.train_files, config.train_dataset_vec or [None] * len(config.train_files)
-    given = enumerate(zip(sources, distinct_names(sources), vectors, strict=True))
-    files = [open_training_file(config, *file, config.seed + position) for position, file in given]
-    if len({file.teacher_width for file in files}) > 1:
-        widths = ", ".join(f"{file.teacher_width} of {file.teacher_vectors}" for file in files)
-        raise ValueError(f"train_dataset_vec: found vectors of different widths, {widths}; expected one width")
-    return files
+    files = enumerate(zip(sources, distinct_names(sources), vectors, strict=True))
+    return [open_training_file(config, *file, config.seed + position) for position, file in files]
 
 
 def open_training_file(
@@ -68,13 +64,11 @@ def check_positives(config: EmbeddingConfig, source: str, store: RecordStore) ->
 
 def check_vectors(config: EmbeddingConfig, source: str, store: RecordStore, path: Path) -> None:
     """Raises ValueError where the file is not a row for each text."""
-    size, texts = path.stat().st_size, store.num_groups
-    width = config.teacher_embedding_dim or size // (4 * texts)
-    if size != 4 * texts * width or not size:
-        expected = f"{texts:,} texts x {config.teacher_embedding_dim or 'their width'} x 4 bytes"
+    size, texts, width = path.stat().st_size, store.num_groups, config.teacher_embedding_dim
+    if size != 4 * texts * width:
         raise ValueError(
-            f"train_dataset_vec: {path} has {size:,} bytes; expected {expected}: raw float32 without a header, one row "
-            f"for each text of {source}, in its order"
+            f"train_dataset_vec: {path} has {size:,} bytes; expected {texts:,} texts x {width} x 4 bytes: raw float32 "
+            f"without a header, one row for each text of {source}, in its order"
         )
 
 

@@ -60,18 +60,17 @@ def test_the_teacher_s_file_has_a_row_for_each_text(config, tmp_path):
         paths = [tmp_path / f"{place}.f32" for place in range(len(sizes))]
         for path, size in zip(paths, sizes, strict=True):
             np.zeros(size, np.float32).tofile(path)
-        distilled = {"loss_type": "stella", "train_dataset_vec": list(map(str, paths))}
+        distilled = {"loss_type": "stella", "teacher_embedding_dim": 4, "train_dataset_vec": list(map(str, paths))}
         return open_training_files(config(*[texts] * len(sizes), **distilled | changes))
 
-    assert [file.teacher_width for file in files(24, 24)] == [4, 4]
-    assert len(files(24, teacher_embedding_dim=4)[0].records) == 6
-    for sizes, changes in (((25,), {}), ((0,), {}), ((24,), {"teacher_embedding_dim": 3})):
-        with pytest.raises(ValueError, match=r"train_dataset_vec: .*0\.f32 has .* bytes; expected 6 texts"):
-            files(*sizes, **changes)
-    with pytest.raises(ValueError, match="different widths, 4 of .* 5 of"):
-        files(24, 30)
+    assert [len(file.records) for file in files(24, 24)] == [6, 6]
+    for sizes, width in (((25,), 4), ((0,), 4), ((24,), 3)):
+        with pytest.raises(ValueError, match=rf"train_dataset_vec: .*0\.f32 has .* bytes; expected 6 texts x {width}"):
+            files(*sizes, teacher_embedding_dim=width)
     with pytest.raises(ValueError, match="train_dataset_vec"):
         files(24, train_dataset_vec=None)
+    with pytest.raises(ValueError, match="teacher_embedding_dim"):
+        files(24, teacher_embedding_dim=None)
 
 
 def test_a_loss_on_a_teacher_s_scores_needs_one_for_each_document(config):

@@ -731,8 +731,10 @@ def test_packed_batches_take_the_same_steps_as_padded_ones(settings, decoder, lo
 )
 def test_data_that_can_teach_the_loss_nothing_are_refused(settings, loss_type, record):
     records = [{**record, "query": f"q{number}"} for number in range(8)]
+    values = settings(loss_type, records)
     with pytest.raises(StartError, match=f"8 of 8 groups have documents of one label only, so {loss_type}"):
-        train(settings(loss_type, records))
+        train(values)
+    assert not Path(values["output_dir"]).exists(), "no empty folder stays behind"
 
 
 def test_groups_that_teach_nothing_are_counted_once(settings, caplog):
