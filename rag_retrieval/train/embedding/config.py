@@ -72,7 +72,7 @@ class EmbeddingKeys(TrainingConfig):
         "Raw file of a teacher's vectors, float32, one row for each text of train_dataset; one for each file.",
         only=VECTORS, min_length=1)
     teacher_embedding_dim: int | None = key(
-        "Width of the teacher's vectors. Where it is beyond the model's, a projection is added.", only=VECTORS, ge=1)
+        "Width of the teacher's vectors. Where the model's is another, a projection is added.", only=VECTORS, ge=1)
     train_group_size: int = key(
         "A positive and the hard negatives of a query at most; more take turns.", 8, only=GROUPS, ge=1)
     max_example_num_per_dataset: int | None = key(
@@ -99,8 +99,9 @@ class EmbeddingKeys(TrainingConfig):
     teacher_weight: float | None = key(
         "Weight of teacher_loss_type; loss_type has the rest of 1. Default 0.5.", only=TEACHER_LOSS,
         derive=lambda config: 0.5, ge=0, le=1)
-    teacher_score_key: str | None = key(
-        "Key of the teacher's score; in records of pos and neg it is pos_scores and neg_scores. Default teacher_score.",
+    teacher_score_key: Annotated[str | list[str] | None, NAME_OR_NAMES] = key(
+        "Key of the teacher's score; in records of pos and neg it is pos_scores and neg_scores. Default teacher_score. "
+        "Several keys: of several teachers, whose scores are averaged once each has the same mean entropy.",
         only=TEACHER_SCORES, derive=lambda config: "teacher_score", min_length=1)
     negatives_cross_device: bool = key(
         "The texts of all processes are negatives of a query, otherwise those of its own process alone.", True)
@@ -133,6 +134,11 @@ class EmbeddingKeys(TrainingConfig):
         return self.train_dataset if isinstance(self.train_dataset, list) else [self.train_dataset]
 
     @property
+    def teacher_key(self) -> str | tuple[str, ...] | None:
+        """For `RecordRules`."""
+        return tuple(self.teacher_score_key) if isinstance(self.teacher_score_key, list) else self.teacher_score_key
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         """By name, for `objective_of`."""
         if self.teacher_loss_type is None:
@@ -148,12 +154,6 @@ class EmbeddingKeys(TrainingConfig):
     def widths(self) -> list[int] | None:
         """Of Matryoshka, for `objective_of`, which cuts them to the model's; None without it."""
         return (self.mrl_dims or list(DEFAULT_WIDTHS)) if self.use_mrl else None
-
-    @property
-    def projected_widths(self) -> list[int] | None:
-        """The given widths, to which the model gets a projection where they are beyond its own."""
-        given = [*((self.mrl_dims if self.use_mrl else None) or ()), *filter(None, [self.teacher_embedding_dim])]
-        return given or None
 
     @property
     def width_weights(self) -> list[float] | None:
