@@ -54,7 +54,8 @@ class EmbeddingTraining:
         self.validation = open_validation(self.config)
 
     def digests(self) -> dict[str, str]:
-        files = dict(zip(file_keys(len(self.files)), (file.store.files for file in self.files), strict=True))
+        data = [[*file.store.files, *filter(None, [file.teacher_vectors])] for file in self.files]
+        files = dict(zip(file_keys(len(self.files)), data, strict=True))
         if self.validation is not None:
             files["val_dataset"] = self.validation.files
         return {name: content_digest(of_data) for name, of_data in files.items()}
@@ -90,12 +91,10 @@ class EmbeddingTraining:
             validation = make_validation(self.validation, config, model, accelerator, self.objective)
         packs, _ = layout_of(config, model, accelerator)
         kept = config.max_tokens_with_graph
-        options = EmbeddingOptions(
-            config.seed,
-            graph_tokens(model, accelerator, config.gradient_checkpointing) if kept is None else kept,
-            not packs,
-            config.negatives_cross_device,
-        )
+        if kept is None:
+            kept = graph_tokens(model, accelerator, config.gradient_checkpointing)
+            logger.info("max_tokens_with_graph: about %s tokens of a step fit in memory", f"{kept:,}")
+        options = EmbeddingOptions(config.seed, kept, not packs, config.negatives_cross_device)
         objectives = {file.name: self.objective for file in self.files}
         task = EmbeddingTask(
             model,
