@@ -99,8 +99,9 @@ class EmbeddingKeys(TrainingConfig):
     teacher_weight: float | None = key(
         "Weight of teacher_loss_type; loss_type has the rest of 1. Default 0.5.", only=TEACHER_LOSS,
         derive=lambda config: 0.5, ge=0, le=1)
-    teacher_score_key: str | None = key(
-        "Key of the teacher's score; in records of pos and neg it is pos_scores and neg_scores. Default teacher_score.",
+    teacher_score_key: Annotated[str | list[str] | None, NAME_OR_NAMES] = key(
+        "Key of the teacher's score; in records of pos and neg it is pos_scores and neg_scores. Default teacher_score. "
+        "Several keys: of several teachers, whose scores are averaged once each has the same mean entropy.",
         only=TEACHER_SCORES, derive=lambda config: "teacher_score", min_length=1)
     negatives_cross_device: bool = key(
         "The texts of all processes are negatives of a query, otherwise those of its own process alone.", True)
@@ -131,6 +132,11 @@ class EmbeddingKeys(TrainingConfig):
     @property
     def train_files(self) -> list[str]:
         return self.train_dataset if isinstance(self.train_dataset, list) else [self.train_dataset]
+
+    @property
+    def teacher_key(self) -> str | tuple[str, ...] | None:
+        """For `RecordRules`."""
+        return tuple(self.teacher_score_key) if isinstance(self.teacher_score_key, list) else self.teacher_score_key
 
     @property
     def loss_weights(self) -> dict[str, float]:

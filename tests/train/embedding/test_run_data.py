@@ -90,3 +90,11 @@ def test_a_loss_on_a_teacher_s_scores_needs_one_for_each_document(config):
         open_training_files(config(records, loss_type="kl_distillation"))
     (file,) = open_training_files(config(records[:1], teacher_loss_type="margin_mse"))
     assert file.store.teacher_scores.tolist() == [2, 1]
+
+
+def test_several_teachers_are_one_of_their_average(config):
+    hits = [{"content": f"d{i}", "label": 1 - i, "large": 3.0 * (1 - i), "small": 0.5 * i} for i in range(2)]
+    keys = {"teacher_loss_type": "margin_mse", "teacher_score_key": ["large", "small"]}
+    (file,) = open_training_files(config([{"query": "q", "hits": hits}], **keys))
+    # of two documents each teacher gets the margin of the first one, here in opposite directions
+    assert file.store.teacher_scores.tolist() == pytest.approx([1.5, 1.5], abs=1e-3)
