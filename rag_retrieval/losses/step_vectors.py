@@ -274,11 +274,11 @@ class StepRows:
         cosines, positive = self.cosines(direction), self.positive_cosines().unsqueeze(1)
         negatives = allowed.scatter(1, self.positive_columns(direction).unsqueeze(1), False)
         values = {
-            "positive_rank": 1.0 * len(self) + (negatives & (cosines > positive)).sum(),
+            "positive_rank": len(self) + (negatives & (cosines > positive)).sum(),
             "positive_cosine": positive.sum(),
             "negative_cosine": cosines.masked_fill(~negatives, 0.0).sum(),
             "negatives": negatives.sum(),
             "masked": masked,
         }
         for name, value in values.items():
-            self.report[name] = self.report.get(name, 0.0) + value.double()
+            self.report[name] = self.report.get(name, 0) + value
