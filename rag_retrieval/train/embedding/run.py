@@ -1,20 +1,19 @@
 """What the training of an embedder brings to a run: see `train.run.Training`."""
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from rag_retrieval.core.distributed import host_group
-from rag_retrieval.core.files import content_digest
+from rag_retrieval.data.store import RecordStore
+from rag_retrieval.data.summary import TokenLengths
 from rag_retrieval.losses.embedding import Objective, objective_of
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.train import run as any_run
-from rag_retrieval.train.card import About, write_card
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.embedding.card import EMBEDDER
 from rag_retrieval.train.embedding.config import EmbeddingConfig
@@ -22,13 +21,11 @@ from rag_retrieval.train.embedding.run_data import (
     embedding_steps,
     open_training_files,
     report_steps,
-    sources_of,
     token_lengths,
 )
 from rag_retrieval.train.embedding.task import EmbeddingOptions, EmbeddingTask
 from rag_retrieval.train.embedding.validation_data import best_metric, make_validation, open_validation
-from rag_retrieval.train.resume import file_keys
-from rag_retrieval.train.run_data import DataSource, data_parts, report_data
+from rag_retrieval.train.run_data import DataSource
 from rag_retrieval.train.setup import layout_of, report_layout
 from rag_retrieval.train.steps import MixedSteps
 
@@ -46,40 +43,30 @@ def run(config: EmbeddingConfig) -> TrainState | None:
 
 
 class EmbeddingTraining:
+    card = EMBEDDER
+
     def __init__(self, config: EmbeddingConfig):
         self.config, self.objective = config, configured_objective(config)
 
-    def open_data(self) -> None:
+    def open_data(self) -> list[DataSource]:
         self.files = open_training_files(self.config)
-        self.validation = open_validation(self.config)
-
-    def digests(self) -> dict[str, str]:
-        files = dict(zip(file_keys(len(self.files)), (file.store.files for file in self.files), strict=True))
-        if self.validation is not None:
-            files["val_dataset"] = self.validation.files
-        return {name: content_digest(of_data) for name, of_data in files.items()}
-
-    @property
-    def sources(self) -> list[DataSource]:
-        own = sources_of(self.config, self.files)
-        if self.validation is None or self.validation.store is None:
-            return own
-        return [*own, DataSource("validation", self.config.val_dataset, self.validation.store)]
-
-    def summaries(self) -> list[dict[str, Any]]:
-        return [asdict(part) for part in data_parts(self.sources)]
+        sources = [DataSource("training", file.source, file.store.files, file.store) for file in self.files]
+        data = self.validation = open_validation(self.config)
+        if data is not None:
+            sources.append(DataSource("validation", self.config.val_dataset, data.files, data.store))
+        return sources
 
     def load_model(self) -> EmbeddingModel:
         return load_embedder(self.config)
 
-    def report_data(self, model: EmbeddingModel) -> None:
-        report_data(self.sources, lambda store: token_lengths(store, model.text_encoder))
-        for name, prompt in model.settings.prompts.items():
-            logger.info("prompt of a %s, which is saved with the model: %r", name, prompt)
+    def token_lengths(self, store: RecordStore, model: EmbeddingModel) -> list[TokenLengths]:
+        return token_lengths(store, model.text_encoder)
 
     def steps(self, model: EmbeddingModel, accelerator: Accelerator) -> MixedSteps:
         packs, max_tokens = layout_of(self.config, model, accelerator)
         report_layout(model, packs)
+        for name, prompt in model.settings.prompts.items():
+            logger.info("prompt of a %s, which is saved with the model: %r", name, prompt)
         steps = embedding_steps(self.files, self.config, model.text_encoder, accelerator, max_tokens, not packs)
         report_steps(self.files, self.config, steps)
         return steps
@@ -109,9 +96,6 @@ class EmbeddingTraining:
             host_group(config.wait_minutes),
         )
         return task, best_metric(config, validation)
-
-    def write_card(self, output_dir: Path) -> None:
-        write_card(output_dir / "model", output_dir, About(output_dir.resolve().name), EMBEDDER)
 
 
 def configured_objective(config: EmbeddingConfig) -> Objective:

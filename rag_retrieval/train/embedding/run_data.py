@@ -13,7 +13,7 @@ from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.data.summary import TokenLengths, summary
 from rag_retrieval.train.embedding.config import EmbeddingConfig
 from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
-from rag_retrieval.train.run_data import DataSource, distinct_names, sampled_pairs
+from rag_retrieval.train.run_data import distinct_names, sampled_pairs
 from rag_retrieval.train.steps import CarriedSteps, StepShape
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,6 @@ def check_vectors(config: EmbeddingConfig, source: str, store: RecordStore, path
             f"train_dataset_vec: {path} has {size:,} bytes; expected {texts:,} texts x {width} x 4 bytes: raw float32 "
             f"without a header, one row for each text of {source}, in its order"
         )
-
-
-def sources_of(config: EmbeddingConfig, files: list[TrainingFile]) -> list[DataSource]:
-    return [DataSource("training", file.source, file.store) for file in files]
 
 
 def embedding_steps(
