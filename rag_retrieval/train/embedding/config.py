@@ -42,6 +42,7 @@ class EmbeddingKeys(TrainingConfig):
     """All keys but the options of losses; `EmbeddingConfig` has these too."""
 
     aliases: ClassVar = TrainingConfig.aliases | ALIASES
+    validation_keys: ClassVar = TrainingConfig.validation_keys | {"train_label_key"}
     main_keys: ClassVar = ("model_name_or_path", "train_dataset", "loss_type", "output_dir")
     groups: ClassVar = TrainingConfig.groups | {"task": "Embedder", "train_dataset": "Data", "loss_type": "Loss"}
 

@@ -50,7 +50,10 @@ class EmbeddingTraining:
 
     def open_data(self) -> list[DataSource]:
         self.files = open_training_files(self.config)
-        sources = [DataSource("training", file.source, file.store.files, file.store) for file in self.files]
+        sources = [
+            DataSource("training", file.source, [*file.store.files, *filter(None, [file.teacher_vectors])], file.store)
+            for file in self.files
+        ]
         data = self.validation = open_validation(self.config)
         if data is not None:
             sources.append(DataSource("validation", self.config.val_dataset, data.files, data.store))
@@ -77,12 +80,10 @@ class EmbeddingTraining:
             validation = make_validation(self.validation, config, model, accelerator, self.objective)
         packs, _ = layout_of(config, model, accelerator)
         kept = config.max_tokens_with_graph
-        options = EmbeddingOptions(
-            config.seed,
-            graph_tokens(model, accelerator, config.gradient_checkpointing) if kept is None else kept,
-            not packs,
-            config.negatives_cross_device,
-        )
+        if kept is None:
+            kept = graph_tokens(model, accelerator, config.gradient_checkpointing)
+            logger.info("max_tokens_with_graph: about %s tokens of a step fit in memory", f"{kept:,}")
+        options = EmbeddingOptions(config.seed, kept, not packs, config.negatives_cross_device)
         objectives = {file.name: self.objective for file in self.files}
         task = EmbeddingTask(
             model,
