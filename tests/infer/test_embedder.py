@@ -245,6 +245,21 @@ def test_eight_threads_get_the_vectors_of_one(embedders, name):
         np.testing.assert_array_equal(found, expected)
 
 
+def test_one_call_computes_at_a_time(embedder):
+    inside, most = [], []
+
+    def enter(module, arguments):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+
+    embedder.model.register_forward_pre_hook(enter)
+    embedder.model.register_forward_hook(lambda *arguments: inside.pop())
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(embedder.encode, [TEXTS] * 8))
+    assert max(most) == 1
+
+
 def test_an_embedder_can_be_copied_and_pickled(embedders):
     expected = embedders["mean"].encode(TEXTS)
     for other in (copy.deepcopy(embedders["mean"]), pickle.loads(pickle.dumps(embedders["mean"]))):
