@@ -253,11 +253,14 @@ def test_one_call_computes_at_a_time(embedder):
         most.append(len(inside))
         time.sleep(0.01)
 
+    def leave(module, arguments, result):
+        inside.pop()
+
     embedder.model.register_forward_pre_hook(enter)
-    embedder.model.register_forward_hook(lambda *arguments: inside.pop())
+    embedder.model.register_forward_hook(leave)
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(embedder.encode, [TEXTS] * 8))
-    assert max(most) == 1
+    assert len(most) >= 8 and max(most) == 1
 
 
 def test_an_embedder_can_be_copied_and_pickled(embedders):
