@@ -179,7 +179,7 @@ def train_sentence_transformers(data: Path, options: argparse.Namespace, work: P
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     from rag_retrieval.models.settings import resolve_model_path
 

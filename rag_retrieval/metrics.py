@@ -22,6 +22,7 @@ Run = Mapping[str, Mapping[str, float]]  # query id to document id to score
 PerQuery = dict[str, dict[str, float]]  # metric to query id to value
 
 LOGGED_METRICS = ("ndcg@10", "mrr@10", "map")  # of the training log
+AT_START, P_VALUE = "_at_start", "_p_value"  # after a name: the value before training, a test of the change
 MOST_CUTOFF = 10**9
 
 

@@ -13,9 +13,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from rag_retrieval.data.sampling import epoch_order
 
 
-def plain_training(values: dict, records_per_step: int, factors: list[float]) -> tuple[list[float], dict]:
+def plain_training(values: dict, records_per_step: int, factors: list[float], parts: int = 1) -> tuple[list, dict]:
     """The loss of each step and the weights after the last: InfoNCE of a BERT with mean pooling. factors: of the
-    learning rate, one for each step."""
+    learning rate, one for each step. parts: into which the records of a step are dealt in turn; each has its own
+    documents as negatives alone."""
     records = [json.loads(line) for line in Path(values["train_dataset"]).read_text().splitlines()]
     positives: dict[str, set[str]] = {}
     for record in records:
@@ -32,7 +33,8 @@ def plain_training(values: dict, records_per_step: int, factors: list[float]) ->
     losses = []
     for step, factor in enumerate(factors):
         own = [records[place] for place in order[step * records_per_step : (step + 1) * records_per_step]]
-        loss = step_loss(model, tokenizer, own, positives, values)
+        shares = [own[part::parts] for part in range(parts)]
+        loss = sum(step_loss(model, tokenizer, share, positives, values) for share in shares) / parts
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -54,7 +56,8 @@ def step_loss(
     for record, query in zip(records, query_vectors, strict=True):
         (positive,) = record["pos"]
         cosines = {text: query @ vector / values["temperature"] for text, vector in zip(documents, document_vectors)}  # noqa: B905
-        others = [cosines[text] for text in documents if text not in positives[record["query"]]]
+        negatives = documents if values.get("use_inbatch_neg", True) else record["neg"]
+        others = [cosines[text] for text in negatives if text not in positives[record["query"]]]
         terms.append(torch.stack([cosines[positive], *others]).logsumexp(0) - cosines[positive])
     return torch.stack(terms).mean()
 

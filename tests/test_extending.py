@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from beir_samples import write_toy
 from tiny_models import tiny_bert
-from training_runs import ROOT, grouped_records, read_metrics, train, without_dropout, write_jsonl, write_yaml
+from training_runs import (
+    ROOT,
+    embedding_records,
+    grouped_records,
+    read_metrics,
+    train,
+    without_dropout,
+    write_jsonl,
+    write_yaml,
+)
 
 from rag_retrieval import EvaluationConfig, evaluate_reranker
 from rag_retrieval.metrics import METRICS, metric_value, rank_group
@@ -131,3 +140,16 @@ def test_an_entry_in_the_table_of_losses_makes_its_option_a_key(package):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "margin: 0.25" in (package / "run" / "training_config.yaml").read_text()
+
+
+def test_the_embedding_loss_of_the_page_trains(package):
+    (package / "base").mkdir()
+    loss_type = "my_ranking.embedding_losses:squared_distance"
+    train({
+        "task": "embedding", "model_name_or_path": without_dropout(tiny_bert(package / "base")), "query_max_len": 24,
+        "passage_max_len": 48, "train_dataset": write_jsonl(package / "train.jsonl", embedding_records(12)),
+        "loss_type": loss_type, "output_dir": str(package / "run"), "batch_size": 4, "lr": 1e-3, "num_workers": 0,
+        "log_interval": 1, "use_mrl": True, "mrl_dims": [8, 16],
+    })  # fmt: skip
+    losses = [line["loss"] for line in read_metrics(package / "run", "train")]
+    assert len(losses) == 3 and losses[-1] < losses[0]

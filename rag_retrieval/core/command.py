@@ -6,6 +6,7 @@ stdout. Only the standard library is imported before a Ctrl-C is handled.
 
 import importlib
 import io
+import json
 import logging
 import os
 import re
@@ -142,8 +143,13 @@ def report(error: Exception, code: int, on_all_processes: bool) -> int:
     if rank and on_all_processes:
         time.sleep(GRACE)
         return code
+    text = f"error{f' in process {rank}' if rank else ''}: {describe_error(error)}"
+    if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun and accelerate print what it says, last of all
+        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(summary).write_text(json.dumps({"message": message}), encoding="utf-8")
     with suppress(OSError):  # stderr is full, and there is no other place to say so
-        print(f"error{f' in process {rank}' if rank else ''}: {describe_error(error)}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
     return code
 
 

@@ -97,9 +97,10 @@ def locked(lock_file: Path, busy: str) -> Iterator[None]:
 
     busy: the message of the ValueError that is raised at once where another process holds it. Inside an output folder,
     or beside an output (`lock_file_of`), the lock also holds between users and, on NFS since Linux 2.6.12 and on other
-    file systems that support flock, between machines. Where flock is not supported, a warning says so.
+    file systems that support flock, between machines. Where flock is not supported, a warning says so. Folders that are
+    made for it go again where nothing came into them.
     """
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    missing = [folder for folder in lock_file.absolute().parents if not folder.exists()]
     descriptor = _lock(lock_file, busy)
     _held.add(descriptor)
     try:
@@ -109,6 +110,9 @@ def locked(lock_file: Path, busy: str) -> Iterator[None]:
         if _is_at(descriptor, lock_file):
             lock_file.unlink()  # while it is held: whoever waits for this inode sees that it is gone
         os.close(descriptor)
+        with suppress(OSError):  # not empty, or gone
+            for folder in missing:
+                folder.rmdir()
 
 
 _held: set[int] = set()
@@ -127,7 +131,11 @@ os.register_at_fork(after_in_child=_leave_locks_to_parent)
 def _lock(lock_file: Path, busy: str) -> int:
     """The descriptor that holds the lock."""
     while True:
-        descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # another process that had made the folder removed it
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -84,7 +84,7 @@ def format_summary(counts: StoreSummary, name: str, lengths: Sequence[TokenLengt
     rows.append(("empty documents", f"{counts.empty_documents:,}"))
     for each in lengths:
         rows += _token_rows(*each)
-    lines = [name, *(f"  {title:<17}{value}" for title, value in rows), "  labels"]
+    lines = [name, *(f"  {title:<20}{value}" for title, value in rows), "  labels"]
     return "\n".join(lines + _bars(counts.label_histogram))
 
 

@@ -52,7 +52,7 @@ class PushConfig(Config):
     evaluations: Annotated[tuple[FileOrFolder, ...], NAMES] = key(
         "Folders that `rag-retrieval evaluate` wrote for this model; their figures join the card.", ()
     )
-    commit_message: str = key("Of the commit on the hub.", "Upload a reranker", only=SENT, min_length=1)
+    commit_message: str = key("Of the commit on the hub.", "Upload a model", only=SENT, min_length=1)
     dry_run: OutputPath | None = key(
         "A new folder, which gets what would be uploaded; nothing is sent.", min_length=1
     )

@@ -17,9 +17,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from rag_retrieval.core.files import lock_file_of, locked
+from rag_retrieval.models.embedding_files import is_embedder
 from rag_retrieval.models.inputs import check_flag
-from rag_retrieval.models.settings import check_model_folder, parsing
+from rag_retrieval.models.settings import ModelFiles, check_model_folder, parsing
 from rag_retrieval.train.card import CARD, MARK, About, model_card, read_run_record
+from rag_retrieval.train.embedding.card import EMBEDDER
 from rag_retrieval.train.reranker.card import RERANKER
 
 WEIGHTS = ("*.safetensors", "*.onnx", "*.xml")
@@ -31,7 +33,7 @@ def push_to_hub(
     repo_id: str,
     *,
     private: bool = True,
-    commit_message: str = "Upload a reranker",
+    commit_message: str = "Upload a model",
     language: Sequence[str] = (),
     license: str | None = None,
     evaluations: Sequence[str | os.PathLike] = (),
@@ -115,7 +117,8 @@ def chosen_card(folder: Path, about: About) -> str:
     run = read_run_record(folder.parent)
     present = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
     if present is None or (MARK in present and run is not None):
-        return model_card(folder, run, about, RERANKER)
+        kind = EMBEDDER if is_embedder(ModelFiles(str(folder))) else RERANKER
+        return model_card(folder, run, about, kind)
     if about.language or about.license or about.evaluations:
         reason = "its run is not beside it" if MARK in present else "it was edited"
         raise ValueError(

@@ -45,7 +45,7 @@ class Backend(Protocol):
         """A digest of everything that decides on scores: weights, settings, number formats, kind of device."""
 
     def close(self) -> None:
-        """Give back what is held outside this process; a closed backend need not score again."""
+        """Let the model go, so that its memory is free once nothing else holds it; scoring then raises ValueError."""
 
 
 def open_backend(

@@ -67,6 +67,8 @@ class OnnxBackend:
         return lambda inputs: self._session.run([OUTPUT], inputs)[0]
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
+        if self._session is None:
+            raise ValueError(f"{self.folder} is closed; open it again")
         names, pad = self.description.inputs, self.description.pad_token_id
         return score_padded(self._runner(), pairs, names, pad, batch_size, self.max_tokens)
 
@@ -84,7 +86,7 @@ class OnnxBackend:
         return digest_of([content_digest(sorted(files)), *about])
 
     def close(self) -> None:
-        """Nothing is held outside this process."""
+        self._session = None
 
     def __reduce__(self):
         """For copies and pickles, which open the folder again: a session cannot be copied."""

@@ -213,7 +213,8 @@ class Reranker:
         return Reranker.from_backend(self.backend.at_layer(layer))
 
     def close(self) -> None:
-        """End the processes of `devices`."""
+        """Let the model go: its memory, on a device too, is free once nothing else holds it. Scoring then raises
+        ValueError."""
         self.backend.close()
 
     def __enter__(self) -> "Reranker":

@@ -35,7 +35,7 @@ class SharedModel(Generic[Model]):
         Raises ValueError for a precision that one of them has not."""
         self.model = model.eval()
         self.models = [self.model] if devices is None else replicas(self.model, devices)
-        self.precision = precision
+        self.precision, self.name = precision, model.model.name_or_path
         for each in self.models:
             check_precision(precision, each.device)
         self.lock = Lock()
@@ -43,6 +43,7 @@ class SharedModel(Generic[Model]):
     def run(self, encoded: Sequence[EncodedPair], batch_size: int, progress: Progress | None = None) -> np.ndarray:
         """One result for each text, float32, in their order. batch_size: texts of one forward at most."""
         with self.lock:
+            self.check_is_open()
             return run_encoded(self.models, encoded, batch_size, self.precision, progress).numpy()
 
     def each(self, change: Callable[[Model], Model]) -> "SharedModel[Model]":
@@ -50,6 +51,15 @@ class SharedModel(Generic[Model]):
         other = copy.copy(self)
         other.lock, other.model, other.models = self.lock, change(self.model), [change(one) for one in self.models]
         return other
+
+    def close(self) -> None:
+        """Let the model go, so that its memory is free once nothing else holds it."""
+        with self.lock:
+            self.model, self.models = None, []
+
+    def check_is_open(self) -> None:
+        if not self.models:
+            raise ValueError(f"{self.name} is closed; open it again")
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"lock": None}  # which cannot be copied or pickled
@@ -81,6 +91,7 @@ class TorchBackend:
 
     def at_layer(self, layer: int) -> "TorchBackend":
         with self._shared.lock:
+            self._shared.check_is_open()
             if layer not in self._at_layer:
                 if not isinstance(self.scorer, LLMDecoder):
                     raise ValueError(f"cutoff_layers: {self.name} is an encoder, which has one head; leave it out")
@@ -109,7 +120,8 @@ class TorchBackend:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Nothing is held outside this process."""
+        self._shared.close()
+        self.scorer, self._at_layer = None, {}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_at_layer": {}}

@@ -84,7 +84,7 @@ class StepVectors:
 
     def __init__(self, vectors: Tensor, widths: tuple[int, ...], normalize: bool):
         starts = (0, *widths[:-1])
-        self.shape, self.normalize = vectors.shape, normalize
+        self.shape, self.normalize, self.widest = vectors.shape, normalize, widths[-1]
         self.pieces = [
             vectors[:, start:end].detach().clone(memory_format=torch.contiguous_format).requires_grad_()
             for start, end in zip(starts, widths, strict=True)
@@ -130,13 +130,14 @@ class StepVectors:
         of_lengths = [
             torch.zeros_like(scale) if scale.grad is None else -scale.grad * scale**3 for scale in self.scales
         ]
-        parts = []
-        for place, piece in enumerate(self.pieces):
-            part = torch.zeros_like(piece) if piece.grad is None else piece.grad
+        gradient = torch.zeros(self.shape, dtype=self.pieces[0].dtype, device=self.pieces[0].device)
+        parts = gradient.split([*(piece.shape[1] for piece in self.pieces), self.shape[1] - self.widest], dim=1)
+        for place, (part, piece) in enumerate(zip(parts, self.pieces, strict=False)):
+            if piece.grad is not None:
+                part += piece.grad
             if self.normalize:
                 part += piece * sum(of_lengths[place:]).unsqueeze(1)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return gradient
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from rag_retrieval import __version__
 from rag_retrieval.data.readers import HUB_OPTIONS, is_file
 from rag_retrieval.data.summary import StoreSummary, format_summary
+from rag_retrieval.metrics import AT_START, P_VALUE
 from rag_retrieval.models.settings import PACKAGE_PREFIX
 from rag_retrieval.train.run_folder import CONFIGURATION_FILE, DATA_FILE, METRICS_FILE, PROVENANCE_FILE, RUN_FILE
 
@@ -134,7 +135,7 @@ def evaluation_results(run: RunRecord | None, about: About, kind: Kind) -> list[
         EvalResult(kind.tag, dataset, dataset, name, round(value, 4), task_name=kind.title, dataset_split=split)
         for dataset, split, values in measured
         for name, value in values.items()
-        if isinstance(value, float)
+        if isinstance(value, float) and not name.endswith((AT_START, P_VALUE))
     ]
 
 

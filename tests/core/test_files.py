@@ -106,6 +106,34 @@ def test_a_child_that_outlives_a_killed_process_does_not_keep_its_lock(tmp_path)
         pass
 
 
+def test_folders_made_for_a_lock_go_where_nothing_came_into_them(tmp_path):
+    with pytest.raises(RuntimeError), locked(tmp_path / "runs" / "a" / "lock", "busy"):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path / "runs" / "a" / "lock", "busy"):
+        (tmp_path / "runs" / "b").touch()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs", tmp_path / "runs" / "b"]
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine" / "lock", "busy"):
+        pass
+    assert (tmp_path / "mine").is_dir(), "it was there before"
+
+
+def test_a_folder_that_another_process_removes_before_the_lock_is_made_again(tmp_path, monkeypatch):
+    opened = os.open
+
+    def late_open(path, *arguments):
+        if not calls:
+            calls.append(path)
+            (tmp_path / "runs").rmdir()
+        return opened(path, *arguments)
+
+    calls = []
+    monkeypatch.setattr(os, "open", late_open)
+    with locked(tmp_path / "runs" / "lock", "busy"):
+        assert (tmp_path / "runs" / "lock").exists()
+
+
 def test_a_lock_file_removed_before_it_is_locked_is_created_again(tmp_path, monkeypatch):
     lock_file, flock, calls = tmp_path / "lock", fcntl.flock, []
 

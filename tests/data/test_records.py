@@ -254,3 +254,48 @@ def test_a_teacher_score_outside_its_range_is_refused_with_what_to_do(tmp_path, 
         f"{path}:1: teacher_score is {score}; expected a value in [0, 1]: give the teacher's probabilities (set "
         "teacher_score_key to their key), or learn from logits with margin_mse or kl_distillation on groups."
     )
+
+
+# For embedders
+
+
+def test_the_prompt_of_a_record_is_read_for_embedders_alone(tmp_path):
+    lines = [GOOD | {"prompt": "p: "}, GOOD | {"prompt_for_query": "f: "}, GOOD | {"prompt": None}, GOOD]
+    path = write_lines(tmp_path / "a.jsonl", lines)
+    assert [record.prompt for record in read(path, for_embedder=True)] == ["p: ", "f: ", "", ""]
+    assert [record.prompt for record in read(path)] == [""] * 4
+    path = write_lines(tmp_path / "a.jsonl", [GOOD | {"prompt": "a", "prompt_for_query": "b"}, GOOD | {"prompt": 1}])
+    assert [line.partition(": ")[0][-2:] for line in error_of(path, for_embedder=True).splitlines()] == [":1", ":2"]
+
+
+def test_scores_beside_positives_alone_are_theirs(tmp_path):
+    line = {"query": "q", "pos": ["a", "b"], "scores": [0.75, 0.25]}
+    path = write_lines(tmp_path / "a.jsonl", [line])
+    assert read(path, for_embedder=True)[0].labels == [0.75, 0.25]
+    assert read(path, for_embedder=True, teacher_key="t")[0].teacher_scores == [0.75, 0.25]
+    assert read(path)[0].labels == [1, 1], "a reranker's records have none"
+    for wrong in (line | {"scores": [1]}, line | {"neg": ["c"]}, line | {"pos_scores": [1, 2]}):
+        assert "scores" in error_of(write_lines(tmp_path / "a.jsonl", [wrong]), for_embedder=True)
+    unrelated = GOOD | {"scores": {"any": "thing"}}
+    assert read(write_lines(tmp_path / "a.jsonl", [unrelated]), for_embedder=True)[0].labels == [1]
+
+
+def test_hits_may_have_a_teacher_s_scores_alone(tmp_path):
+    hits = [{"content": "a", "t": 3}, {"content": "b", "t": -1}]
+    path = write_lines(tmp_path / "a.jsonl", [{"query": "q", "hits": hits}])
+    [record] = read(path, for_embedder=True, teacher_key="t")
+    assert (record.labels, record.positive, record.teacher_scores) == ([1, 1], [True, True], [3, -1])
+    assert "'label'" in error_of(path, teacher_key="t")
+    mixed = write_lines(tmp_path / "b.jsonl", [{"query": "q", "hits": [hits[0] | {"label": 1}, hits[1]]}])
+    assert "hits[1]" in error_of(mixed, for_embedder=True, teacher_key="t")
+
+
+def test_of_a_text_alone_nothing_but_the_query_is_read(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"query": "q", "prompt": "p"}, {"query": "r", "pos": "not a list"}])
+    records = read(path, for_embedder=True, texts_alone=True)
+    assert [(record.query, record.documents, record.prompt, record.line) for record in records] == [
+        ("q", [""], "p", 1),
+        ("r", [""], "", 2),
+    ]
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "q"}, {"query": " "}])
+    assert [line.partition(": ")[0][-2:] for line in error_of(path, texts_alone=True).splitlines()] == [":1", ":2"]

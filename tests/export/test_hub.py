@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_hub import fake_hub
+from tiny_models import tiny_bert
 
 from rag_retrieval.cli import main
 from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.export.hub import push_to_hub, stage
+from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.train.card import MARK, About, write_card
 from rag_retrieval.train.reranker.card import RERANKER
 
@@ -229,3 +231,12 @@ def test_a_dry_run_refuses_a_name_that_no_hub_takes(model, tmp_path):
 def test_a_text_for_private_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match="private must be True or False, found 'false'"):
         push_to_hub(tmp_path / "nowhere", "org/name", private="false")
+
+
+def test_an_embedder_gets_the_card_of_one(tmp_path):
+    folder = tmp_path / "embedder"
+    EmbeddingModel.from_pretrained(tiny_bert(tmp_path / "base"), prompts={"query": "find: "}).save_pretrained(folder)
+    stage(folder, tmp_path / "look", "org/name", language=["en"])
+    text = (tmp_path / "look" / "README.md").read_text()
+    assert 'SentenceTransformer("org/name")' in text and "query: find: " in text and "- en" in text
+    assert contents(tmp_path / "look").keys() == contents(folder).keys() | {"README.md"}

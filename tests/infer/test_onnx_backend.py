@@ -56,6 +56,8 @@ def test_a_reranker_gives_the_scores_of_torch_in_input_order(folders, family):
         for batch_size in (256, 7, 1):
             assert np.abs(reranker.compute_score(pairs, batch_size=batch_size) - expected).max() < 1e-4
         assert np.ptp(expected) > 1, "else nothing could differ"
+    with pytest.raises(ValueError, match="is closed"):
+        reranker.compute_score(pairs)
 
 
 def test_long_documents_ranks_and_probabilities_are_those_of_torch(folders):

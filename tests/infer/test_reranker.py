@@ -1,8 +1,10 @@
 """The Reranker against the models' own scores: order, ids, empty documents, many queries, bad input."""
 
+import gc
 import inspect
 import json
 import shutil
+import weakref
 from typing import get_args
 
 import numpy as np
@@ -178,6 +180,17 @@ def test_close_closes_the_backend(by_length):
     with by_length:
         pass
     assert by_length.backend.calls == ["closed"]
+
+
+def test_a_closed_reranker_lets_its_model_go_and_says_so(model_folders):
+    with Reranker(model_folders["bert"]) as reranker:
+        model = weakref.ref(reranker.backend.scorer.model)
+        assert len(reranker.rerank("a", ["b"])) == 1
+    gc.collect()
+    assert model() is None
+    for call in (lambda: reranker.rerank("a", ["b"]), lambda: reranker.at_layer(2)):
+        with pytest.raises(ValueError, match=f"{model_folders['bert']} is closed"):
+            call()
 
 
 def bad_calls():

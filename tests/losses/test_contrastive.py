@@ -136,10 +136,11 @@ def test_blocks_and_processes_change_nothing(options):
         assert found.report == pytest.approx(whole.report, rel=1e-5)
 
 
-def test_matryoshka_slices_then_normalizes_and_weights():
+@pytest.mark.parametrize("widths", [{DIM: 1.0, 3: 0.25, 6: 0.5}, {6: 1.0, 3: 0.5}])
+def test_matryoshka_slices_then_normalizes_and_weights(widths):
     step = random_step()
-    wanted = objective(widths=(DIM, 3, 6), weights=(1.0, 0.25, 0.5), temperature=0.1)
-    expected = plain_gradients(step, widths=((3, 0.25), (6, 0.5), (DIM, 1.0)), temperature=0.1)
+    wanted = objective(widths=tuple(widths), weights=tuple(widths.values()), temperature=0.1)
+    expected = plain_gradients(step, widths=widths.items(), temperature=0.1)
     assert_equal(gradients(step, wanted), expected)
 
 

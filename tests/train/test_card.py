@@ -107,6 +107,14 @@ def test_the_front_matter_is_what_the_hub_reads(run):
     }
 
 
+def test_the_hub_gets_no_figure_of_the_time_before_training_and_no_p_value(run):
+    line = {"step": 10, "kind": "eval", "ndcg@10": 0.8, "ndcg@10_at_start": 0.7, "ndcg@10_p_value": 0.01}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    text = card(run)
+    assert "| ndcg@10_at_start | 0.7000 |" in text
+    assert [result.metric_type for result in ModelCard(text).data.eval_results] == ["ndcg@10"]
+
+
 def test_the_body_holds_data_configuration_and_figures(run):
     text = card(run, About("org/name", evaluations=(EVALUATION,)))
     assert "BertForSequenceClassification, at most 128 tokens per pair. Trained from `BAAI/bge-reranker-base`." in text

@@ -14,6 +14,7 @@ from rag_retrieval.data.readers import DATASET_HELP, DatasetName
 from rag_retrieval.losses.custom import OWN_LOSS
 from rag_retrieval.losses.embedding import EMBEDDING_ALIASES, EMBEDDING_LOSSES, EmbeddingLoss
 from rag_retrieval.metrics import PATTERNS, parse_metric
+from rag_retrieval.models.options import POOLINGS
 from rag_retrieval.train.config import HUB_VALIDATION, VALIDATED, TrainingConfig
 from rag_retrieval.train.embedding.other_trainers import ALIASES, POOLING_NAMES, translate
 
@@ -50,10 +51,13 @@ class EmbeddingKeys(TrainingConfig):
     passage_max_len: int = key("Longest document, likewise.", 512, ge=4)
     query_instruction: EscapedText | None = key("Text before each query. Default the model's own.")
     document_instruction: EscapedText | None = key("Text before each document. Default the model's own.")
-    pooling: Annotated[
-        Literal["cls", "mean", "weighted_mean", "last"], BeforeValidator(lambda name: POOLING_NAMES.get(name, name))
-    ] | None = key(
+    pooling: Annotated[Literal[POOLINGS], BeforeValidator(lambda name: POOLING_NAMES.get(name, name))] | None = key(
         "How the states of a text's tokens become its vector. Default the model's own.")
+    include_prompt: bool | None = key("Whether the tokens of instructions are pooled too. Default the model's own.")
+    cls_interval: int | None = key(
+        "Pooling cls: another cls after every so many tokens of a text, and their mean. Absent: one.", ge=2)
+    bidirectional: bool | None = key(
+        "Decoders: whether tokens see those after them, as in an encoder. Default the model's own.")
     normalize: bool = key("Vectors of length 1, so that their product is the cosine.", True)
     max_tokens_with_graph: int | None = key(
         "Tokens of a step whose forward passes are kept for the backward pass, in each process; the others are done "
@@ -67,8 +71,8 @@ class EmbeddingKeys(TrainingConfig):
     train_dataset_vec: Annotated[list[Annotated[str, Location(file=True)]] | None, NAMES] = key(
         "Raw file of a teacher's vectors, float32, one row for each text of train_dataset; one for each file.",
         only=VECTORS, min_length=1)
-    teacher_embedding_dim: int | None = key("Width of the teacher's vectors. Absent: as the file has it.",
-        only=VECTORS, ge=1)
+    teacher_embedding_dim: int | None = key(
+        "Width of the teacher's vectors. Where the model's is another, a projection is added.", only=VECTORS, ge=1)
     train_group_size: int = key(
         "A positive and the hard negatives of a query at most; more take turns.", 8, only=GROUPS, ge=1)
     max_example_num_per_dataset: int | None = key(
@@ -95,8 +99,9 @@ class EmbeddingKeys(TrainingConfig):
     teacher_weight: float | None = key(
         "Weight of teacher_loss_type; loss_type has the rest of 1. Default 0.5.", only=TEACHER_LOSS,
         derive=lambda config: 0.5, ge=0, le=1)
-    teacher_score_key: str | None = key(
-        "Key of the teacher's score; in records of pos and neg it is pos_scores and neg_scores. Default teacher_score.",
+    teacher_score_key: Annotated[str | list[str] | None, NAME_OR_NAMES] = key(
+        "Key of the teacher's score; in records of pos and neg it is pos_scores and neg_scores. Default teacher_score. "
+        "Several keys: of several teachers, whose scores are averaged once each has the same mean entropy.",
         only=TEACHER_SCORES, derive=lambda config: "teacher_score", min_length=1)
     negatives_cross_device: bool = key(
         "The texts of all processes are negatives of a query, otherwise those of its own process alone.", True)
@@ -127,6 +132,11 @@ class EmbeddingKeys(TrainingConfig):
     @property
     def train_files(self) -> list[str]:
         return self.train_dataset if isinstance(self.train_dataset, list) else [self.train_dataset]
+
+    @property
+    def teacher_key(self) -> str | tuple[str, ...] | None:
+        """For `RecordRules`."""
+        return tuple(self.teacher_score_key) if isinstance(self.teacher_score_key, list) else self.teacher_score_key
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -189,6 +199,10 @@ class EmbeddingKeys(TrainingConfig):
         if self.record_kind == "teacher_vectors" and len(self.train_dataset_vec or ()) != len(self.train_files):
             found, files = len(self.train_dataset_vec or ()), len(self.train_files)
             yield "train_dataset_vec", f"expected a file for each of the {files} of train_dataset, found {found}"
+        if self.record_kind == "teacher_vectors" and self.teacher_embedding_dim is None:
+            yield "teacher_embedding_dim", f"is missing; {self.loss_type} needs the width of the teacher's vectors"
+        if getattr(self, "false_negative_judge", None) == "guide":
+            yield "false_negative_judge", "expected model or teacher; vectors of a guide are not read yet"
         if self.mrl_weights and len(self.mrl_weights) != len(self.widths):
             expected = f"expected {len(self.widths)}, one for each of mrl_dims"
             yield "mrl_weights", f"{expected}, found {len(self.mrl_weights)}"

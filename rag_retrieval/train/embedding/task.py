@@ -66,7 +66,7 @@ class EmbeddingOptions:
     seed: int
     max_tokens_with_graph: int
     padded: bool
-    cross_device: bool = True
+    cross_device: bool
 
 
 class EmbeddingTask(SavedModel):
@@ -94,6 +94,9 @@ class EmbeddingTask(SavedModel):
         super().__init__(model, load_base, adapter)
         self.objectives, self.validation, self.reopen = objectives, validation, reopen
         self.accelerator, self.options, self.hosts = accelerator, options, hosts
+        # its gradients are wrong after several forwards (DeepSpeed 0.19)
+        plugin = accelerator.state.deepspeed_plugin
+        self.one_graph_alone = plugin is not None and plugin.zero_stage == 3
         self.sums: dict[str, float] = {}  # since the last report, of this process
         self.checks = [zero_loss_problem, same_direction_problem]  # of the next report
 
@@ -103,6 +106,8 @@ class EmbeddingTask(SavedModel):
         own = step_texts(micro_batches, self.options)
         everyone = gather(own, self.hosts)
         kept = min(texts.kept for texts in everyone)  # engines need the same sequence of forwards on every process
+        if self.one_graph_alone and len(micro_batches) > 1:
+            kept = 0
         vectors = []
         for place, batch in enumerate(micro_batches):
             with torch.set_grad_enabled(place < kept):
@@ -207,10 +212,10 @@ class EmbeddingTask(SavedModel):
 
 
 def probe(model: EmbeddingModel) -> torch.Tensor:
-    """Normalized vectors of `PROBES`, float32 [texts, dim], on the CPU."""
+    """Normalized vectors of `PROBES`, float32 [texts, dim], on the CPU, in the precision of the weights."""
     encoded = [text for kind, texts in PROBES.items() for text in model.text_encoder.encode(texts, kind)]
-    with evaluating(model):
-        return nn.functional.normalize(model(make_batch(encoded))).cpu()
+    with evaluating(model):  # FSDP has put autocast around the forward of this object
+        return nn.functional.normalize(type(model).forward(model, make_batch(encoded))).cpu()
 
 
 def step_texts(micro_batches: Sequence[EmbeddingMicroBatch], options: EmbeddingOptions) -> StepTexts:

@@ -90,11 +90,6 @@ class TrainingFile:
     records: np.ndarray
     teacher_vectors: Path | None = None
 
-    @property
-    def teacher_width(self) -> int | None:
-        """Of the teacher's vectors; None without them."""
-        return self.teacher_vectors and self.teacher_vectors.stat().st_size // (4 * self.store.num_groups)
-
 
 class EmbeddingSteps(Dataset):
     """The steps of one file, for `CarriedSteps`: shape.records are those of the whole run, whole passes over the file

@@ -16,7 +16,7 @@ from torch import nn
 from rag_retrieval.core.distributed import on_main
 from rag_retrieval.core.files import read_json, write_json
 from rag_retrieval.data.collection import Collection
-from rag_retrieval.metrics import PerQuery, Run, means, parse_metric, query_metrics
+from rag_retrieval.metrics import AT_START, P_VALUE, PerQuery, Run, means, parse_metric, query_metrics
 from rag_retrieval.models.nearest import nearest
 from rag_retrieval.models.vectors import finish
 from rag_retrieval.significance import Comparison, compare
@@ -135,11 +135,11 @@ class EmbeddingValidation:
         start = read_json(self.start)
         if (start.get("metric"), start.get("data")) != (name, self.collection.checksum):
             return {}  # the run began without validation, or with another one
-        beside = {f"{name}_at_start": start["value"]}
+        beside = {name + AT_START: start["value"]}
         if len(start["per_query"]) > 1:
             (compared,) = compare({name: start["per_query"]}, {name: per_query[name]}, "randomization", seed=0)
             report(compared)
-            beside[f"{name}_p_value"] = compared.p_value
+            beside[name + P_VALUE] = compared.p_value
         return beside
 
 

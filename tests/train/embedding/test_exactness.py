@@ -1,11 +1,22 @@
-"""A step of an embedder is the same however it is cut, and that of a plain loop (tests/plain_embedding.py)."""
+"""A step of an embedder is the same however it is cut and on any engine, and that of a plain loop
+(tests/plain_embedding.py). All cases of an engine run in one launch, made by the first test that asks for it.
+"""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from plain_embedding import plain_training
-from training_runs import embedding_records, final_weights, read_metrics, train, write_jsonl
+from training_runs import (
+    embedding_records,
+    engine_command,
+    final_weights,
+    launch,
+    read_metrics,
+    train,
+    write_jsonl,
+)
 
 # 5 steps: warmup of round(0.4 * 5) = 2, constant to round(0.6 * 5) = 3, then half a cosine over 2
 SCHEDULE = {"warmup_proportion": 0.4, "stable_proportion": 0.2}
@@ -21,6 +32,10 @@ CUTS = {
     "padded": {"max_tokens_per_batch": 300, "attn_implementation": "sdpa"},
     "checkpointed": {"gradient_checkpointing": True},
 }
+
+
+LAUNCH_FILES = ["ddp", "default_fsdp", *(f"deepspeed/deepspeed_zero{stage}" for stage in (1, 2, 3))]
+PROCESSES = 2
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +90,83 @@ def test_five_steps_equal_a_plain_loop_however_they_are_cut(values, plain, kept,
     found = outcome(values)
     assert_same(found, plain, 1e-5)
     assert_same(found, kept, 1e-6)
+
+
+def test_without_in_batch_negatives_a_query_has_its_own_alone(values):
+    changes = {"use_inbatch_neg": False, "max_tokens_per_batch": 100}
+    train(values | changes)
+    assert_same(outcome(values), plain_training(values | changes, STEP, FACTORS), 1e-5)
+
+
+def test_the_data_hold_documents_that_are_no_negatives(values, kept):
+    train(values)
+    assert sum(line["masked_negatives"] for line in read_metrics(Path(values["output_dir"]), "train")) > 5
+
+
+# --- engines, with two processes ---
+
+
+@pytest.fixture(scope="module")
+def cases(values, bert_with_dropout) -> dict[str, dict]:
+    """The configuration of each case, but for its output folder."""
+    on_two = values | {"batch_size": STEP // PROCESSES, "overwrite_output_dir": False}
+    dropout = on_two | {"model_name_or_path": bert_with_dropout, "max_tokens_per_batch": 100}
+    return {
+        **{cut: on_two | CUTS[cut] for cut in CUTS if "accumulated" not in cut},
+        "alone": on_two | {"negatives_cross_device": False, "max_tokens_per_batch": 100},
+        "accumulated": on_two | {"batch_size": 4, "gradient_accumulation_steps": 4},
+        "lora": on_two | LORA,
+        "bf16": on_two | {"mixed_precision": "bf16", "max_tokens_per_batch": 100, "max_tokens_with_graph": 600},
+        "dropout": dropout | {"save_steps": 2, "num_max_checkpoints": 9},
+        "dropout and recomputed": dropout | {"max_tokens_with_graph": 0},
+        "dropout and half kept": dropout | {"max_tokens_with_graph": 300},
+    }
+
+
+LORA = {"lora_r": 4, "lora_target_modules": "all-linear", "gradient_checkpointing": True, "max_tokens_per_batch": 100}
+
+
+@pytest.fixture(scope="module", params=LAUNCH_FILES)
+def outputs(request, cases, tmp_path_factory) -> Path:
+    """A folder with the finished run of each case, under its name."""
+    if "deepspeed" in request.param:
+        pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("engine")
+    runs = {case: keys | {"output_dir": str(folder / case)} for case, keys in cases.items()}
+    checkpoint = str(folder / "dropout" / "checkpoint-2")
+    runs["resumed"] = runs["dropout"] | {"output_dir": str(folder / "resumed"), "resume": checkpoint}
+    (folder / "cases.json").write_text(json.dumps(runs))
+    command = engine_command(f"config/{request.param}.yaml", PROCESSES, "tests/engine_runs.py")
+    done = launch([*command, str(folder / "cases.json")])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", CUTS)
+def test_two_processes_of_every_engine_take_the_same_five_steps(outputs, plain, kept, cut):
+    found = outcome({"output_dir": outputs / cut})
+    assert_same(found, plain, 1e-5)
+    assert_same(found, kept, 1e-6)
+
+
+@pytest.mark.slow
+def test_without_negatives_of_other_processes_a_step_is_the_mean_of_both(outputs, values):
+    expected = plain_training(values, STEP, FACTORS, parts=PROCESSES)
+    assert_same(outcome({"output_dir": outputs / "alone"}), expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["dropout and recomputed", "dropout and half kept", "resumed"])
+def test_every_engine_gives_the_same_bits_with_dropout(outputs, case):
+    found, expected = (final_weights(outputs / each) for each in (case, "dropout"))
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.slow
+def test_lora_and_bf16_on_every_engine_take_the_steps_of_one_process(outputs, values, request):
+    for case, changes in (("lora", LORA), ("bf16", {"mixed_precision": "bf16"})):
+        train(values | changes)
+        zero3 = "zero3" in request.node.name and case == "bf16"  # its own linear function rounds once more
+        losses, expected = (outcome({"output_dir": folder})[0] for folder in (outputs / case, values["output_dir"]))
+        assert losses == pytest.approx(expected, rel=1e-6 if case == "lora" else 5e-2 if zero3 else 1e-2), case

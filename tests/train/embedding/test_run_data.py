@@ -36,6 +36,17 @@ def test_data_without_any_positive_are_refused_and_a_few_are_reported(config, ca
     assert "2 of 5 queries" in caplog.text and len(file.records) == 3
 
 
+def test_grades_that_the_loss_does_not_read_are_reported(config, caplog):
+    graded = [{"query": "q", "hits": [{"content": "d", "label": 2}, {"content": "e", "label": 1}]}]
+    with caplog.at_level(logging.WARNING):
+        open_training_files(config(graded))
+        assert "info_nce reads which documents are positives" in caplog.text
+        caplog.clear()
+        open_training_files(config(graded, loss_type="cosent"))
+        open_training_files(config(pairs(2)))
+    assert not caplog.text
+
+
 def test_files_take_their_names_and_samples(config):
     files = open_training_files(config(pairs(9), pairs(4, "r"), max_example_num_per_dataset=5))
     assert [(file.name, len(file.records)) for file in files] == [("0.jsonl", 5), ("1.jsonl", 4)]
@@ -60,18 +71,17 @@ def test_the_teacher_s_file_has_a_row_for_each_text(config, tmp_path):
         paths = [tmp_path / f"{place}.f32" for place in range(len(sizes))]
         for path, size in zip(paths, sizes, strict=True):
             np.zeros(size, np.float32).tofile(path)
-        distilled = {"loss_type": "stella", "train_dataset_vec": list(map(str, paths))}
+        distilled = {"loss_type": "stella", "teacher_embedding_dim": 4, "train_dataset_vec": list(map(str, paths))}
         return open_training_files(config(*[texts] * len(sizes), **distilled | changes))
 
-    assert [file.teacher_width for file in files(24, 24)] == [4, 4]
-    assert len(files(24, teacher_embedding_dim=4)[0].records) == 6
-    for sizes, changes in (((25,), {}), ((0,), {}), ((24,), {"teacher_embedding_dim": 3})):
-        with pytest.raises(ValueError, match=r"train_dataset_vec: .*0\.f32 has .* bytes; expected 6 texts"):
-            files(*sizes, **changes)
-    with pytest.raises(ValueError, match="different widths, 4 of .* 5 of"):
-        files(24, 30)
+    assert [len(file.records) for file in files(24, 24)] == [6, 6]
+    for sizes, width in (((25,), 4), ((0,), 4), ((24,), 3)):
+        with pytest.raises(ValueError, match=rf"train_dataset_vec: .*0\.f32 has .* bytes; expected 6 texts x {width}"):
+            files(*sizes, teacher_embedding_dim=width)
     with pytest.raises(ValueError, match="train_dataset_vec"):
         files(24, train_dataset_vec=None)
+    with pytest.raises(ValueError, match="teacher_embedding_dim"):
+        files(24, teacher_embedding_dim=None)
 
 
 def test_a_loss_on_a_teacher_s_scores_needs_one_for_each_document(config):
@@ -80,3 +90,11 @@ def test_a_loss_on_a_teacher_s_scores_needs_one_for_each_document(config):
         open_training_files(config(records, loss_type="kl_distillation"))
     (file,) = open_training_files(config(records[:1], teacher_loss_type="margin_mse"))
     assert file.store.teacher_scores.tolist() == [2, 1]
+
+
+def test_several_teachers_are_one_of_their_average(config):
+    hits = [{"content": f"d{i}", "label": 1 - i, "large": 3.0 * (1 - i), "small": 0.5 * i} for i in range(2)]
+    keys = {"teacher_loss_type": "margin_mse", "teacher_score_key": ["large", "small"]}
+    (file,) = open_training_files(config([{"query": "q", "hits": hits}], **keys))
+    # of two documents each teacher gets the margin of the first one, here in opposite directions
+    assert file.store.teacher_scores.tolist() == pytest.approx([1.5, 1.5], abs=1e-3)
