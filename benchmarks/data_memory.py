@@ -14,6 +14,8 @@ import platform
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -69,18 +71,27 @@ def write_pairs(path: Path, size: int, pairs_per_query: int, scattered: bool) ->
 def build(source: Path, group_by_query: bool, cache_dir: Path) -> tuple[RecordStore, float, float]:
     """(store, seconds, MiB): the highest private memory while building, above that of before."""
     before, start = private_memory(), time.perf_counter()
-    highest, done = [before], threading.Event()
+    with highest_memory(0.02) as highest:
+        store = open_store(source, group_by_query=group_by_query, cache_dir=cache_dir)
+    return store, time.perf_counter() - start, (highest[0] - before) / MIB
+
+
+@contextmanager
+def highest_memory(every: float) -> Iterator[list[int]]:
+    """The highest private memory of the block so far, looked at every so many seconds, as the one item of a list."""
+    highest, done = [private_memory()], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.02):
+        while not done.wait(every):
             highest[0] = max(highest[0], private_memory())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    store = open_store(source, group_by_query=group_by_query, cache_dir=cache_dir)
-    done.set()
-    watcher.join()
-    return store, time.perf_counter() - start, (highest[0] - before) / MIB
+    try:
+        yield highest
+    finally:
+        done.set()
+        watcher.join()
 
 
 def read_all(store: RecordStore, barrier, seed: int) -> tuple[float, float, float, float]:

@@ -154,7 +154,7 @@ def train_with_laps(started: float, laps_file: Path, arguments: list[str]) -> in
     before(run, "run", lambda: note("imports"))
     after(run, "open_validation", lambda: note("store"))
     after(any_run, "prepare_for_training", lambda: note("model"))
-    after(run, "report_data", lambda: note("report"))
+    after(any_run, "report_data", lambda: note("report"))
     after(any_run, "build_trainer", lambda: note("trainer"))
     before(Trainer, "train_step", lambda: note("batch"))
     after(Tracking, "train", stop)

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import resource
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import bm25s
 import numpy as np
 import torch
-from data_memory import MIB, private_memory
+from data_memory import MIB, highest_memory
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -101,23 +100,15 @@ def write_encoder(folder: Path) -> None:
 def measure(way: str, data: Path, encoder: Path) -> tuple[float, float, float, float]:
     """(seconds, CPU seconds, highest RSS and private memory in MiB) of everything that the way does."""
     transformers_logging.set_verbosity_error()
-    start, cpu, highest, done = time.perf_counter(), time.process_time(), [private_memory()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            highest[0] = max(highest[0], private_memory())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    if way == "bm25s.index":
-        index_with_bm25s(data)
-    else:
-        dense = {"dense_model": str(encoder), "dense_max_len": 16, "dense_batch_size": 256} if way != "bm25" else {}
-        output = data / f"{way}-{os.getpid()}.jsonl"
-        mine(MiningConfig(data=str(data), output=str(output), candidates=way, **dense))
-        output.unlink()
-    done.set()
-    watcher.join()
+    start, cpu = time.perf_counter(), time.process_time()
+    with highest_memory(0.05) as highest:
+        if way == "bm25s.index":
+            index_with_bm25s(data)
+        else:
+            dense = {"dense_model": str(encoder), "dense_max_len": 16, "dense_batch_size": 256} if way != "bm25" else {}
+            output = data / f"{way}-{os.getpid()}.jsonl"
+            mine(MiningConfig(data=str(data), output=str(output), candidates=way, **dense))
+            output.unlink()
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return time.perf_counter() - start, time.process_time() - cpu, rss / MIB, highest[0] / MIB
 

@@ -155,12 +155,12 @@ def our_trainer(job: Job, first: int, output_dir: Path, log_interval: int = 10):
     AcceleratorState._reset_state(reset_partial_state=True)  # else it keeps the precision of an earlier run
     accelerator = build_accelerator(config)
     training = RerankerTraining(config)
-    training.open_data()
+    sources = training.open_data()
     set_seed(config.seed)
     model = training.load_model()
     adapter = prepare_for_training(model, config)
     state = TrainState("speed", step=first)
-    origin = provenance(training, accelerator)
+    origin = provenance(config, sources, accelerator)
     return build_trainer(training, accelerator, model, adapter, state, origin)
 
 

@@ -70,7 +70,8 @@ class RecordRules:
     label_key: name of the label's key in pointwise records and in hits.
     min_label, max_label: the allowed range, both ends included; None leaves that end open.
     exactly_one_positive: every hits record has one label 1 and the rest 0 (listwise cross entropy).
-    teacher_key: name of the key of the teacher's score beside the label; None: teacher scores are not read.
+    teacher_key: name of the key of the teacher's score beside the label; None: teacher scores are not read. Several
+        names: of several teachers, whose scores a store averages.
     needs_teacher: every document must have one; otherwise what is absent is NaN.
     teacher_range: the allowed range of teacher scores, both ends included; None: any finite number.
     for_embedder: prompts of records are read, and `scores`; stores have ids of texts.
@@ -81,7 +82,7 @@ class RecordRules:
     min_label: float | None = None
     max_label: float | None = None
     exactly_one_positive: bool = False
-    teacher_key: str | None = None
+    teacher_key: str | tuple[str, ...] | None = None
     needs_teacher: bool = False
     teacher_range: tuple[float, float] | None = None
     for_embedder: bool = False
@@ -93,7 +94,8 @@ class Record:
     """A valid record. `documents`, `labels` and `positive` have one entry per document, at least one.
 
     labels: exact float32 values. pos/neg records without scores, and triples, have 1.0 and 0.0.
-    teacher_scores: NaN where a document has none; None where they are not read.
+    teacher_scores: NaN where a document has none; None where they are not read. Of several teachers: all scores of a
+        document, then those of the next.
     positive: membership in `pos`, being the positive of a triple, and for the other formats `positives(labels)`.
     format: "pointwise", "hits", "pos_neg", "triple" or "text".
     line: counted from 1; the row for Parquet and hub datasets.
@@ -242,17 +244,24 @@ def _pos_neg_scores(data: dict, num_pos: int, num_neg: int) -> list[tuple[str, o
 
 
 def _teacher_scores(data: dict, format_: str, count: int, rules: RecordRules) -> list[float]:
-    """One score per document of a record that is valid otherwise, exact float32; NaN where one may be absent and is."""
-    key = rules.teacher_key
+    """`Record.teacher_scores` of a record that is valid otherwise, exact float32."""
+    keys = (rules.teacher_key,) if isinstance(rules.teacher_key, str) else rules.teacher_key
     if format_ == "pointwise":
-        named = [(key, data.get(key))]
+        named = [(key, data.get(key)) for key in keys]
     elif format_ == "hits":
-        named = [(f"hits[{index}].{key}", hit.get(key)) for index, hit in enumerate(data["hits"])]
+        hits = enumerate(data["hits"])
+        named = [(f"hits[{index}].{key}", hit.get(key)) for index, hit in hits for key in keys]
     elif format_ == "triple":
-        named = [("teacher score of a triple", None)] * count
+        named = [("teacher score of a triple", None)] * (count * len(keys))
     else:
         num_pos = len(data["pos"])
-        named = _pos_neg_scores(data, num_pos, count - num_pos) or [("pos_scores", None)] * count
+        scores = _pos_neg_scores(data, num_pos, count - num_pos)
+        if scores and len(keys) > 1:
+            raise RecordError(
+                f"pos_scores and neg_scores are of one teacher, teacher_score_key names {', '.join(keys)}; give hits "
+                "with the scores of all of them."
+            )
+        named = scores or [("pos_scores", None)] * (count * len(keys))
     return array("f", [_teacher_score(score, name, rules) for name, score in named]).tolist()
 
 

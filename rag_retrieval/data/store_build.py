@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from rag_retrieval.data.columns import ColumnWriter, read_column
-from rag_retrieval.data.records import ONE_POSITIVE_EXPECTED, BadLines, Record, RecordRules, describe_labels
+from rag_retrieval.data.records import ONE_POSITIVE_EXPECTED, BadLines, DataError, Record, RecordRules, describe_labels
 from rag_retrieval.data.summary import StoreSummary, label_histogram
+from rag_retrieval.data.teachers import average_teachers
 
 FORMAT_VERSION = 3  # raise it whenever the same source would give another store
 CHUNK = 1 << 13  # groups or pairs handled at once
@@ -35,9 +36,7 @@ DTYPES = {
 BUILDING = {"kind": "B", "key": "Q", "query_hash": "Q", "pair_hash": "Q"}
 
 
-def build_store(
-    folder: Path, records: Iterable[Record], name: str, group_by_query: bool, rules: RecordRules
-) -> None:
+def build_store(folder: Path, records: Iterable[Record], name: str, group_by_query: bool, rules: RecordRules) -> None:
     """Write the store of `records` into the new folder; after an error, the caller removes what is there.
 
     name: the source, for error messages. rules: by which the records were read.
@@ -55,6 +54,8 @@ def build_store(
         if rules.exactly_one_positive:
             _require_one_positive(folder, name)
     _write_groups(folder)
+    if isinstance(rules.teacher_key, tuple):
+        _average_teachers(folder, name)
     summary = asdict(_summarise(folder, counts))
     for column in BUILDING:
         (folder / column).unlink()
@@ -186,7 +187,8 @@ def _rewrite(folder: Path, texts: str, numbers: list[str], chunks: Iterator[np.n
     new = folder / "new"
     new.mkdir()
     text, offsets = memoryview(read_column(folder / texts, "u1")), read_column(folder / f"{texts}.offsets", "i8")
-    values = {name: _column(folder, name) for name in numbers}
+    # rows, since a pair has a score of each teacher
+    values = {name: _column(folder, name).reshape(len(offsets) - 1, -1) for name in numbers}
     with ColumnWriter(new, {}, [texts]) as writer:
         files = {name: (new / name).open("wb") for name in numbers}
         for rows in chunks:
@@ -251,6 +253,15 @@ def _require_one_positive(folder: Path, name: str) -> None:
             found = f"the pairs of this query have the labels {describe_labels(values)}"
             bad_lines.add(f"{name}:{lines[pairs.start + first[group]]}: {found}; {ONE_POSITIVE_EXPECTED}")
     bad_lines.raise_any()
+
+
+def _average_teachers(folder: Path, name: str) -> None:
+    """One teacher's score of each pair in place of those of several."""
+    scores, starts = _column(folder, "teacher").reshape(len(_column(folder, "label")), -1), _column(folder, "first")
+    try:
+        _replace(folder / "teacher", average_teachers(scores, starts))
+    except ValueError as error:
+        raise DataError(f"{name}: {error}") from error
 
 
 def _write_groups(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Losses that teach an embedder a reranker's scores of a query's own documents."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,46 +61,3 @@ def _own(step: StepRows) -> tuple[Tensor, Tensor, Tensor]:
     held = step.own_documents >= 0
     step.observe("own_documents", held, held.new_zeros((), dtype=torch.int64))
     return step.cosines("own_documents"), step.teacher_scores, held
-
-
-# ---- several teachers --------------------------------------------------------------------------------------
-
-
-def average_teachers(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """One score for each document from those of several teachers, each of which has an equal say: float32 [documents].
-
-    scores: [documents, teachers], those of query i at offsets[i] to offsets[i + 1]. Each teacher's scores are divided
-    by a temperature that gives its softmax over a query's documents the mean entropy of the first teacher's; then their
-    mean is taken, which averages log-probabilities. A mean of plain logits would follow the teacher with the largest
-    scale. Raises ValueError for a teacher whose scores of a query are always equal.
-    """
-    scores = scores.astype(np.float64)
-    wanted = _mean_entropy(scores[:, 0], offsets, 1.0)
-    temperatures = [1.0, *(_temperature(column, offsets, wanted, 2 + i) for i, column in enumerate(scores.T[1:]))]
-    return (scores / temperatures).mean(axis=1).astype(np.float32)
-
-
-def _temperature(scores: np.ndarray, offsets: np.ndarray, wanted: float, teacher: int) -> float:
-    """By bisection of log T: the entropy grows with it."""
-    low, high = -20.0, 20.0
-    for _ in range(80):
-        middle = (low + high) / 2
-        if _mean_entropy(scores, offsets, np.exp(middle)) < wanted:
-            low = middle
-        else:
-            high = middle
-    if not np.isclose(_mean_entropy(scores, offsets, np.exp(low)), wanted, rtol=1e-3, atol=1e-6):
-        raise ValueError(
-            f"teacher {teacher}: no temperature gives its scores the first teacher's mean entropy of {wanted:.4g}; "
-            "leave out a teacher whose scores do not tell the documents of a query apart"
-        )
-    return float(np.exp(low))
-
-
-def _mean_entropy(scores: np.ndarray, offsets: np.ndarray, temperature: float) -> float:
-    """Of the softmax over the documents of a query, in nats; the mean over queries that have any."""
-    starts, sizes = offsets[:-1][np.diff(offsets) > 0], np.diff(offsets)[np.diff(offsets) > 0]
-    logits = scores / temperature
-    logits = logits - np.repeat(np.maximum.reduceat(logits, starts), sizes)
-    log_p = logits - np.repeat(np.log(np.add.reduceat(np.exp(logits), starts)), sizes)
-    return float(-np.add.reduceat(np.exp(log_p) * log_p, starts).mean())

@@ -4,7 +4,9 @@ Data come before the model, so that a mistake in a file is reported before anyth
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,12 +15,16 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from rag_retrieval.core.distributed import StartError, on_all, on_main, user_errors_to_start_error
-from rag_retrieval.core.files import write_json
+from rag_retrieval.core.files import content_digest, write_json
+from rag_retrieval.data.store import RecordStore
+from rag_retrieval.data.summary import TokenLengths
+from rag_retrieval.train.card import About, Kind, write_card
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.launch import autocast_under_fsdp, build_accelerator, check_wrapped_layers
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.resume import checked_resume, claim, plan_start
+from rag_retrieval.train.resume import checked_resume, claim, file_keys, plan_start
+from rag_retrieval.train.run_data import DataSource, data_parts, report_data
 from rag_retrieval.train.run_folder import (
     CONFIGURATION_FILE,
     DATA_FILE,
@@ -39,29 +45,22 @@ class Training(Protocol):
     """What a trainer brings: its data, its model and its task. Made from a configuration, for one run."""
 
     config: TrainingConfig
+    card: Kind
 
-    def open_data(self) -> None:
-        """Open and check the training and validation data. On every process; raises ValueError."""
-
-    def digests(self) -> dict[str, str]:
-        """Of the content of the data: by `resume.file_keys` for training, and "val_dataset"."""
-
-    def summaries(self) -> list[dict[str, Any]]:
-        """What the model's card says of the data, as JSON values."""
+    def open_data(self) -> list[DataSource]:
+        """Open and check the data, the training files in the order of the configuration, validation last. On every
+        process; raises ValueError."""
 
     def load_model(self) -> Any:
         """The module that is trained, with the attributes that `train.setup` names. On every process."""
 
-    def report_data(self, model: Any) -> None:
-        """Log what is in the data. Main process only."""
+    def token_lengths(self, store: RecordStore, model: Any) -> list[TokenLengths]:
+        """Of the texts of a store, for the log."""
 
     def steps(self, model: Any, accelerator: Accelerator) -> MixedSteps: ...
 
     def task(self, model: Any, adapter: Any, accelerator: Accelerator) -> tuple[Task, str | None]:
         """The task, and the metric that decides which checkpoint is best; None without validation."""
-
-    def write_card(self, output_dir: Path) -> None:
-        """README.md into output_dir/model. Main process only."""
 
 
 def run(training: Training) -> TrainState | None:
@@ -83,7 +82,7 @@ def run(training: Training) -> TrainState | None:
                 return None
             state = trainer.train()
             if accelerator.is_main_process:
-                training.write_card(output_dir)
+                write_card(output_dir / "model", output_dir, About(output_dir.resolve().name), training.card)
         logger.info("done: %s", output_dir / "model")
         accelerator.end_training()
         return state
@@ -100,8 +99,8 @@ def prepare(training: Training, accelerator: Accelerator, output_dir: Path) -> T
         logger.info("%s: this run is finished; nothing to resume", output_dir)
         return None
     state, checkpoint = start
-    on_all(training.open_data)
-    origin = on_main(lambda: provenance(training, accelerator))
+    sources = on_all(training.open_data)
+    origin = on_main(lambda: provenance(config, sources, accelerator))
     if checkpoint is not None:
         state = on_main(lambda: checked_resume(state, checkpoint, origin, type(config), config.resume_with_changes))
     set_seed(config.seed)
@@ -109,9 +108,9 @@ def prepare(training: Training, accelerator: Accelerator, output_dir: Path) -> T
     check_wrapped_layers(model.model)
     adapter = on_all(lambda: prepare_for_training(model, config))
     if accelerator.is_main_process:
-        training.report_data(model)
+        report_data(sources, lambda store: training.token_lengths(store, model))
     trainer = build_trainer(training, accelerator, model, adapter, state, origin)
-    on_main(lambda: take_folder(training, output_dir, state, origin))
+    on_main(lambda: take_folder(config, sources, output_dir, state, origin))
     set_seed(config.seed, device_specific=True)  # other dropout masks on every process
     if checkpoint is not None:
         logger.info("resuming from %s, step %d", checkpoint, state.step)
@@ -119,10 +118,12 @@ def prepare(training: Training, accelerator: Accelerator, output_dir: Path) -> T
     return trainer
 
 
-def provenance(training: Training, accelerator: Accelerator) -> Provenance:
+def provenance(config: TrainingConfig, sources: Sequence[DataSource], accelerator: Accelerator) -> Provenance:
     """What the run's checkpoints record of it."""
-    configuration, digests = training.config.model_dump(), training.digests()
-    return Provenance(configuration, digests, engine_of(accelerator), accelerator.num_processes, library_versions())
+    keys = [*file_keys(sum(source.purpose == "training" for source in sources)), "val_dataset"]
+    digests = {key: content_digest(source.files) for key, source in zip(keys, sources, strict=False)}
+    engine, processes = engine_of(accelerator), accelerator.num_processes
+    return Provenance(config.model_dump(), digests, engine, processes, library_versions())
 
 
 def build_trainer(
@@ -139,12 +140,14 @@ def build_trainer(
     return Trainer(accelerator, model, optimizer, steps, task, config, metric, state, origin)
 
 
-def take_folder(training: Training, output_dir: Path, state: TrainState, origin: Provenance) -> None:
+def take_folder(
+    config: TrainingConfig, sources: Sequence[DataSource], output_dir: Path, state: TrainState, origin: Provenance
+) -> None:
     """The folder is the run's from now on, and holds what the model's card says of configuration and data."""
     claim(output_dir, state)
-    training.config.save(output_dir / CONFIGURATION_FILE)
+    config.save(output_dir / CONFIGURATION_FILE)
     origin.save(output_dir)
-    write_json(output_dir / DATA_FILE, training.summaries())
+    write_json(output_dir / DATA_FILE, [asdict(part) for part in data_parts(sources)])
 
 
 def check_model_is_kept(config: TrainingConfig) -> None:

@@ -21,11 +21,13 @@ SAMPLE_BYTES = 2_000_000
 
 
 class DataSource(NamedTuple):
-    """purpose: "training" or "validation". source: a path or the name of a hub data set."""
+    """purpose: "training" or "validation". source: a path or the name of a hub data set. files: its content. store:
+    None for a collection, which is no store."""
 
     purpose: str
     source: str
-    store: RecordStore
+    files: Sequence[Path]
+    store: RecordStore | None
 
 
 class DataFile(Protocol):
@@ -46,12 +48,13 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 
 
 def data_parts(sources: Sequence[DataSource]) -> list[DataPart]:
-    return [DataPart(purpose, source, summary(store)) for purpose, source, store in sources]
+    return [DataPart(purpose, source, summary(store)) for purpose, source, _, store in sources if store is not None]
 
 
 def report_data(sources: Sequence[DataSource], lengths_of: Callable[[RecordStore], list[TokenLengths]]) -> None:
-    for purpose, source, store in sources:
-        logger.info("%s", format_summary(summary(store), f"{purpose} data: {source}", lengths_of(store)))
+    for purpose, source, _, store in sources:
+        if store is not None:
+            logger.info("%s", format_summary(summary(store), f"{purpose} data: {source}", lengths_of(store)))
 
 
 def report_mix(files: Sequence[DataFile], steps: MixedSteps) -> None:

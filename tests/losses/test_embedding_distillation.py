@@ -10,7 +10,6 @@ from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, 
 from step_samples import DIM, gradients, random_step, step_records
 
 from rag_retrieval.losses.embedding import objective_of
-from rag_retrieval.losses.embedding_distillation import average_teachers
 from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.losses.step_vectors import vector_gradients
 
@@ -122,27 +121,3 @@ def test_scores_of_the_teacher_up_to_a_constant_give_the_same_loss(name):
     values = found(name, columns, targets).losses
     shifted = vars(targets) | {"teacher_scores": targets.teacher_scores + 3.0}
     torch.testing.assert_close(found(name, columns, type(targets)(**shifted)).losses, values, rtol=1e-4, atol=1e-4)
-
-
-# ---- several teachers --------------------------------------------------------------------------------------
-
-
-def test_teachers_of_different_scale_have_an_equal_say():
-    offsets = np.array([0, 3, 3, 5])
-    first = np.array([1.0, 0.0, -1.0, 2.0, 0.0])
-    second = np.array([0.0, 3.0, 1.0, 0.0, 1.0])
-    averaged = average_teachers(np.stack([first, 100 * second], axis=1), offsets)
-    same_scale = average_teachers(np.stack([first, 0.01 * second], axis=1), offsets)
-    np.testing.assert_allclose(averaged, same_scale, rtol=1e-4)
-
-    def mean_entropy(scores):
-        shares = [np.exp(part) / np.exp(part).sum() for part in (scores[:3], scores[3:])]
-        return np.mean([-(share * np.log(share)).sum() for share in shares])
-
-    # what the second teacher adds has the entropy of the first
-    assert mean_entropy(2 * averaged - first) == pytest.approx(mean_entropy(first), rel=1e-4)
-
-
-def test_a_teacher_that_tells_nothing_apart_is_refused():
-    with pytest.raises(ValueError, match="teacher 2"):
-        average_teachers(np.array([[1.0, 5.0], [2.0, 5.0]]), np.array([0, 2]))

@@ -1,34 +1,32 @@
 """What the training of an embedder brings to a run: see `train.run.Training`."""
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from rag_retrieval.core.distributed import host_group
-from rag_retrieval.core.files import content_digest
+from rag_retrieval.data.store import RecordStore
+from rag_retrieval.data.summary import TokenLengths
 from rag_retrieval.losses.embedding import Objective, objective_of
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.train import run as any_run
-from rag_retrieval.train.card import About, write_card
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.embedding.card import EMBEDDER
 from rag_retrieval.train.embedding.config import EmbeddingConfig
+from rag_retrieval.train.embedding.guide import open_guide
 from rag_retrieval.train.embedding.run_data import (
     embedding_steps,
     open_training_files,
     report_steps,
-    sources_of,
     token_lengths,
 )
 from rag_retrieval.train.embedding.task import EmbeddingOptions, EmbeddingTask
 from rag_retrieval.train.embedding.validation_data import best_metric, make_validation, open_validation
-from rag_retrieval.train.resume import file_keys
-from rag_retrieval.train.run_data import DataSource, data_parts, report_data
+from rag_retrieval.train.run_data import DataSource
 from rag_retrieval.train.setup import layout_of, report_layout
 from rag_retrieval.train.steps import MixedSteps
 
@@ -46,40 +44,37 @@ def run(config: EmbeddingConfig) -> TrainState | None:
 
 
 class EmbeddingTraining:
+    card = EMBEDDER
+
     def __init__(self, config: EmbeddingConfig):
         self.config, self.objective = config, configured_objective(config)
 
-    def open_data(self) -> None:
+    def open_data(self) -> list[DataSource]:
         self.files = open_training_files(self.config)
-        self.validation = open_validation(self.config)
-
-    def digests(self) -> dict[str, str]:
-        files = dict(zip(file_keys(len(self.files)), (file.store.files for file in self.files), strict=True))
-        if self.validation is not None:
-            files["val_dataset"] = self.validation.files
-        return {name: content_digest(of_data) for name, of_data in files.items()}
-
-    @property
-    def sources(self) -> list[DataSource]:
-        own = sources_of(self.config, self.files)
-        if self.validation is None or self.validation.store is None:
-            return own
-        return [*own, DataSource("validation", self.config.val_dataset, self.validation.store)]
-
-    def summaries(self) -> list[dict[str, Any]]:
-        return [asdict(part) for part in data_parts(self.sources)]
+        self.guide = None
+        if "guide" in self.objective.reads:
+            stores = [file.store for file in self.files]
+            self.guide = open_guide(self.config.guide_model, stores, self.config.trust_remote_code)
+        sources = [
+            DataSource("training", file.source, [*file.store.files, *filter(None, [file.teacher_vectors])], file.store)
+            for file in self.files
+        ]
+        data = self.validation = open_validation(self.config)
+        if data is not None:
+            sources.append(DataSource("validation", self.config.val_dataset, data.files, data.store))
+        return sources
 
     def load_model(self) -> EmbeddingModel:
         return load_embedder(self.config)
 
-    def report_data(self, model: EmbeddingModel) -> None:
-        report_data(self.sources, lambda store: token_lengths(store, model.text_encoder))
-        for name, prompt in model.settings.prompts.items():
-            logger.info("prompt of a %s, which is saved with the model: %r", name, prompt)
+    def token_lengths(self, store: RecordStore, model: EmbeddingModel) -> list[TokenLengths]:
+        return token_lengths(store, model.text_encoder)
 
     def steps(self, model: EmbeddingModel, accelerator: Accelerator) -> MixedSteps:
         packs, max_tokens = layout_of(self.config, model, accelerator)
         report_layout(model, packs)
+        for name, prompt in model.settings.prompts.items():
+            logger.info("prompt of a %s, which is saved with the model: %r", name, prompt)
         steps = embedding_steps(self.files, self.config, model.text_encoder, accelerator, max_tokens, not packs)
         report_steps(self.files, self.config, steps)
         return steps
@@ -90,12 +85,10 @@ class EmbeddingTraining:
             validation = make_validation(self.validation, config, model, accelerator, self.objective)
         packs, _ = layout_of(config, model, accelerator)
         kept = config.max_tokens_with_graph
-        options = EmbeddingOptions(
-            config.seed,
-            graph_tokens(model, accelerator, config.gradient_checkpointing) if kept is None else kept,
-            not packs,
-            config.negatives_cross_device,
-        )
+        if kept is None:
+            kept = graph_tokens(model, accelerator, config.gradient_checkpointing)
+            logger.info("max_tokens_with_graph: about %s tokens of a step fit in memory", f"{kept:,}")
+        options = EmbeddingOptions(config.seed, kept, not packs, config.negatives_cross_device)
         objectives = {file.name: self.objective for file in self.files}
         task = EmbeddingTask(
             model,
@@ -107,11 +100,9 @@ class EmbeddingTraining:
             accelerator,
             options,
             host_group(config.wait_minutes),
+            self.guide,
         )
         return task, best_metric(config, validation)
-
-    def write_card(self, output_dir: Path) -> None:
-        write_card(output_dir / "model", output_dir, About(output_dir.resolve().name), EMBEDDER)
 
 
 def configured_objective(config: EmbeddingConfig) -> Objective:
@@ -132,16 +123,12 @@ def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
         cls_interval=config.cls_interval,
         normalize=config.normalize,
         bidirectional=config.bidirectional,
-        dims=config.projected_widths,
+        dims=config.mrl_dims or (),
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
-    teacher = config.teacher_embedding_dim
-    if teacher is not None and teacher < model.dim:
-        raise ValueError(
-            f"teacher_embedding_dim: {teacher}, and {config.model_name_or_path} gives vectors of {model.dim} numbers; "
-            "take a teacher whose vectors are as wide or wider"
-        )
+    if config.teacher_embedding_dim is not None:
+        model.add_projection(config.teacher_embedding_dim)
     if config.use_mrl and config.mrl_dims is None:
         widths = sorted({min(width, model.dim) for width in config.widths})
         model.settings = replace(model.settings, dims=tuple(widths))

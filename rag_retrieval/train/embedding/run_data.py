@@ -10,10 +10,10 @@ from accelerate import Accelerator
 
 from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.store import RecordStore, open_store
-from rag_retrieval.data.summary import TokenLengths
+from rag_retrieval.data.summary import TokenLengths, summary
 from rag_retrieval.train.embedding.config import EmbeddingConfig
 from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
-from rag_retrieval.train.run_data import DataSource, distinct_names, sampled_pairs
+from rag_retrieval.train.run_data import distinct_names, sampled_pairs
 from rag_retrieval.train.steps import CarriedSteps, StepShape
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def open_training_file(
     alone = config.record_kind == "teacher_vectors"
     rules = RecordRules(
         label_key=config.train_label_key,
-        teacher_key=config.teacher_score_key,
+        teacher_key=config.teacher_key,
         needs_teacher=config.reads_teacher,
         for_embedder=True,
         texts_alone=alone,
@@ -43,6 +43,10 @@ def open_training_file(
     store = open_store(source, rules, split=config.train_split, group_by_query=not alone)
     if config.record_kind == "positives":
         check_positives(config, source, store)
+        levels = {level for bounds in summary(store).label_histogram for level in bounds[:2]}
+        if not config.reads_teacher and not levels <= {0.0, 1.0}:
+            logger.warning("%s: %s reads which documents are positives, and nothing else of labels and scores "
+                           "(kl_distillation learns from scores, cosent from grades)", source, config.loss_type)
     if alone:
         check_vectors(config, source, store, Path(vectors))
     records = records_of(store, config.record_kind, config.max_example_num_per_dataset, seed)
@@ -70,10 +74,6 @@ def check_vectors(config: EmbeddingConfig, source: str, store: RecordStore, path
             f"train_dataset_vec: {path} has {size:,} bytes; expected {texts:,} texts x {width} x 4 bytes: raw float32 "
             f"without a header, one row for each text of {source}, in its order"
         )
-
-
-def sources_of(config: EmbeddingConfig, files: list[TrainingFile]) -> list[DataSource]:
-    return [DataSource("training", file.source, file.store) for file in files]
 
 
 def embedding_steps(

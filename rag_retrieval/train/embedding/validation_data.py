@@ -53,7 +53,7 @@ def open_validation(config: EmbeddingConfig) -> ValidationData | None:
         files = [find_file(folder, "corpus.jsonl"), find_file(folder, "queries.jsonl"), find_qrels(folder, split)]
         pool = find_optional(folder, f"candidates.{split}.tsv")
         return ValidationData(beir_collection(folder, split), None, [*files, *filter(None, [pool])])
-    rules = RecordRules(label_key=config.train_label_key, teacher_key=config.teacher_score_key, for_embedder=True)
+    rules = RecordRules(label_key=config.train_label_key, teacher_key=config.teacher_key, for_embedder=True)
     store = open_store(source, rules, split=config.val_split or "validation", group_by_query=True)
     return ValidationData(store_collection(store, source), store, store.files)
 

@@ -1,32 +1,29 @@
 """What the training of a reranker brings to a run: see `train.run.Training`."""
 
 import logging
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from rag_retrieval.core.distributed import StartError
-from rag_retrieval.core.files import content_digest
+from rag_retrieval.data.store import RecordStore
+from rag_retrieval.data.summary import TokenLengths
 from rag_retrieval.metrics import LOGGED_METRICS
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.settings import FORMAT_NAMES, YES_NO_NAMES
 from rag_retrieval.train import run as any_run
-from rag_retrieval.train.card import About, write_card
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.reranker.card import RERANKER
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import configured_objective
-from rag_retrieval.train.reranker.run_data import open_training_files, open_validation, sources_of, token_lengths
+from rag_retrieval.train.reranker.run_data import open_training_files, open_validation
 from rag_retrieval.train.reranker.task import RerankerTask
 from rag_retrieval.train.reranker.training_data import SamplingOptions, TrainingSteps
 from rag_retrieval.train.reranker.validation import Validation
-from rag_retrieval.train.resume import file_keys
-from rag_retrieval.train.run_data import data_parts, report_data, report_mix
+from rag_retrieval.train.run_data import DataSource, report_mix, sampled_pairs
 from rag_retrieval.train.setup import layout_of, report_layout
 from rag_retrieval.train.steps import MixedSteps, StepShape
 
@@ -39,28 +36,28 @@ def run(config: RerankerConfig) -> TrainState | None:
 
 
 class RerankerTraining:
+    card = RERANKER
+
     def __init__(self, config: RerankerConfig):
         self.config = config
 
-    def open_data(self) -> None:
+    def open_data(self) -> list[DataSource]:
         self.files = open_training_files(self.config)
-        self.validation_store = open_validation(self.config)
-
-    def digests(self) -> dict[str, str]:
-        stores = dict(zip(file_keys(len(self.files)), (file.store for file in self.files), strict=True))
-        if self.validation_store is not None:
-            stores["val_dataset"] = self.validation_store
-        return {name: content_digest(store.files) for name, store in stores.items()}
-
-    def summaries(self) -> list[dict[str, Any]]:
-        return [asdict(part) for part in data_parts(sources_of(self.config, self.files, self.validation_store))]
+        sources = [DataSource("training", one.config.train_dataset, one.store.files, one.store) for one in self.files]
+        store = self.validation_store = open_validation(self.config)
+        if store is not None:
+            sources.append(DataSource("validation", self.config.val_dataset, store.files, store))
+        return sources
 
     def load_model(self) -> PairScorer:
         return load_scorer(self.config)
 
-    def report_data(self, model: PairScorer) -> None:
-        sources = sources_of(self.config, self.files, self.validation_store)
-        report_data(sources, lambda store: token_lengths(store, model))
+    def token_lengths(self, store: RecordStore, model: PairScorer) -> list[TokenLengths]:
+        """Of all pairs or of a sample of them."""
+        places, sampled = sampled_pairs(store)
+        pairs = [store.pair(int(place)) for place in places]
+        lengths = model.pair_encoder.untruncated_lengths([(pair.query, pair.document) for pair in pairs])
+        return [TokenLengths("pair", lengths, model.pair_encoder.max_length, sampled)]
 
     def steps(self, model: PairScorer, accelerator: Accelerator) -> MixedSteps:
         """The steps of all files, which take turns. Each file draws random numbers of its own, the first those of the
@@ -118,9 +115,6 @@ class RerankerTraining:
             max_tokens,
             padded=not packs,
         )
-
-    def write_card(self, output_dir: Path) -> None:
-        write_card(output_dir / "model", output_dir, About(output_dir.resolve().name), RERANKER)
 
 
 def load_scorer(config: RerankerConfig) -> PairScorer:

@@ -1,4 +1,4 @@
-"""The data of a run: opened, checked, and summarised in the log.
+"""The data of a run: opened and checked.
 
 A training file has an objective of its own; that of the run is for validation.
 """
@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 
 from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.store import RecordStore, open_store
-from rag_retrieval.data.summary import TokenLengths, summary
-from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.data.summary import summary
 from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.objective import Objective, WeightedLoss, configured_objective
 from rag_retrieval.train.reranker.training_data import records_of
-from rag_retrieval.train.run_data import DataSource, distinct_names, sampled_pairs
+from rag_retrieval.train.run_data import distinct_names
 from rag_retrieval.train.steps import records_per_epoch
 
 logger = logging.getLogger(__name__)
@@ -108,19 +107,3 @@ def check_groups(file: TrainingFile, weighted: WeightedLoss) -> None:
         )
     if count:
         logger.warning("%s: %s: they teach %s nothing", source, idle, name)
-
-
-def sources_of(
-    config: RerankerConfig, files: list[TrainingFile], validation: RecordStore | None
-) -> list[DataSource]:
-    training = [DataSource("training", file.config.train_dataset, file.store) for file in files]
-    return training if validation is None else [*training, DataSource("validation", config.val_dataset, validation)]
-
-
-def token_lengths(store: RecordStore, scorer: PairScorer) -> list[TokenLengths]:
-    """Of all pairs or of a sample of them."""
-    places, sampled = sampled_pairs(store)
-    pairs = [store.pair(int(place)) for place in places]
-    encoder = scorer.pair_encoder
-    lengths = encoder.untruncated_lengths([(pair.query, pair.document) for pair in pairs])
-    return [TokenLengths("pair", lengths, encoder.max_length, sampled)]

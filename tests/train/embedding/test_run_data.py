@@ -36,6 +36,17 @@ def test_data_without_any_positive_are_refused_and_a_few_are_reported(config, ca
     assert "2 of 5 queries" in caplog.text and len(file.records) == 3
 
 
+def test_grades_that_the_loss_does_not_read_are_reported(config, caplog):
+    graded = [{"query": "q", "hits": [{"content": "d", "label": 2}, {"content": "e", "label": 1}]}]
+    with caplog.at_level(logging.WARNING):
+        open_training_files(config(graded))
+        assert "info_nce reads which documents are positives" in caplog.text
+        caplog.clear()
+        open_training_files(config(graded, loss_type="cosent"))
+        open_training_files(config(pairs(2)))
+    assert not caplog.text
+
+
 def test_files_take_their_names_and_samples(config):
     files = open_training_files(config(pairs(9), pairs(4, "r"), max_example_num_per_dataset=5))
     assert [(file.name, len(file.records)) for file in files] == [("0.jsonl", 5), ("1.jsonl", 4)]
@@ -79,3 +90,11 @@ def test_a_loss_on_a_teacher_s_scores_needs_one_for_each_document(config):
         open_training_files(config(records, loss_type="kl_distillation"))
     (file,) = open_training_files(config(records[:1], teacher_loss_type="margin_mse"))
     assert file.store.teacher_scores.tolist() == [2, 1]
+
+
+def test_several_teachers_are_one_of_their_average(config):
+    hits = [{"content": f"d{i}", "label": 1 - i, "large": 3.0 * (1 - i), "small": 0.5 * i} for i in range(2)]
+    keys = {"teacher_loss_type": "margin_mse", "teacher_score_key": ["large", "small"]}
+    (file,) = open_training_files(config([{"query": "q", "hits": hits}], **keys))
+    # of two documents each teacher gets the margin of the first one, here in opposite directions
+    assert file.store.teacher_scores.tolist() == pytest.approx([1.5, 1.5], abs=1e-3)

@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from other_trainers import FLAG_EMBEDDING, PADDLE, RAG_TRAIN, SHORT
+from other_trainers import FLAG_EMBEDDING, PADDLE, RAG_DISTILL, RAG_TRAIN, SHORT
 from training_runs import ROOT, embedding_records, read_metrics, write_jsonl
 
 from rag_retrieval.core.config_reader import load_config
@@ -104,3 +105,14 @@ def test_a_file_of_rag_retrieval_trains_with_a_projection(tmp_path, bert):
     folder = tmp_path / "t2ranking_100_example" / "model"
     assert Embedder(folder).encode(["a text"]).shape == (1, 1792)
     assert "models.Dense" in (folder / "modules.json").read_text()
+
+
+def test_a_distillation_file_of_rag_retrieval_trains_to_the_teacher_s_width(tmp_path, bert):
+    train = write_jsonl(tmp_path / "train.jsonl", [{"query": text} for text in ("rain", "a city", "what is water")])
+    np.random.default_rng(0).normal(size=3 * 3584).astype(np.float32).tofile(tmp_path / "teacher.mmap")
+    text = RAG_DISTILL.format(train=train, vectors=tmp_path / "teacher.mmap", width="teacher_emebedding_dim")
+    text = text.replace("BAAI/bge-base-zh-v1.5", bert).replace("./output", str(tmp_path))
+    (tmp_path / "a.yaml").write_text(text.replace("mixed_precision: bf16", "mixed_precision: no"))
+    options = ["--num_workers", "0", "--epochs", "1", "--batch_size", "4"]
+    assert main(["--config", str(tmp_path / "a.yaml"), *options]) == 0
+    assert Embedder(tmp_path / "t2ranking_100_example_distill" / "model").encode(["a text"]).shape == (1, 3584)

@@ -27,9 +27,10 @@ from rag_retrieval.data.sampling import epoch_order, pair_order
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.train import run as run_module
 from rag_retrieval.train.card import read_run_record
-from rag_retrieval.train.reranker import run as run_module
 from rag_retrieval.train.reranker.config import RerankerConfig
+from rag_retrieval.train.reranker.run import run as run_reranker
 from rag_retrieval.train.run_folder import folder_lock
 from rag_retrieval.train.task import TrainingError
 
@@ -774,4 +775,4 @@ def test_a_label_out_of_all_proportion_is_named_with_its_record(settings):
 def test_a_second_run_in_one_process_may_have_another_precision(settings, tmp_path):
     for precision in ("no", "bf16"):
         values = settings(mixed_precision=precision, output_dir=str(tmp_path / precision))
-        assert run_module.run(RerankerConfig(**values)).step == 5
+        assert run_reranker(RerankerConfig(**values)).step == 5
