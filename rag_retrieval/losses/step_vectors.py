@@ -268,17 +268,19 @@ class StepRows:
     @torch.no_grad()
     def observe(self, direction: Direction, allowed: Tensor, masked: Tensor) -> None:
         """Add to the report how the positive stands among the candidates of query_to_doc or own_documents, at the
-        widest width. allowed: bool, as `cosines`, with the positive. masked: number of candidates left out."""
-        if self.width < len(self.queries.scales) - 1:
+        widest width; of several losses the first one's. allowed: bool, as `cosines`, with the positive. masked: number
+        of candidates left out."""
+        if self.width < len(self.queries.scales) - 1 or "report" in self.block_cache:
             return
+        self.block_cache["report"] = []
         cosines, positive = self.cosines(direction), self.positive_cosines().unsqueeze(1)
         negatives = allowed.scatter(1, self.positive_columns(direction).unsqueeze(1), False)
         values = {
-            "positive_rank": 1.0 * len(self) + (negatives & (cosines > positive)).sum(),
+            "positive_rank": len(self) + (negatives & (cosines > positive)).sum(),
             "positive_cosine": positive.sum(),
             "negative_cosine": cosines.masked_fill(~negatives, 0.0).sum(),
             "negatives": negatives.sum(),
             "masked": masked,
         }
         for name, value in values.items():
-            self.report[name] = self.report.get(name, 0.0) + value.double()
+            self.report[name] = self.report.get(name, 0) + value

@@ -66,11 +66,10 @@ def _triplets(step: StepRows, margin: float) -> tuple[Tensor, Tensor]:
     similarities = (student @ student.T)[first, second]
     above, below = discordant(similarities, margin)
     number = max(len(order) * (len(order) - 1) / 2, 1)
-    counts = (above - below).double() / number
-    value = (counts * similarities).sum() + margin * above.sum() / number
+    slopes = (above - below).float() / number
     gradient = torch.zeros(records, records, device=student.device)
-    gradient[first, second] = counts.float()
-    return value.float(), gradient + gradient.T
+    gradient[first, second] = slopes
+    return (slopes * similarities).sum() + margin * above.sum() / number, gradient + gradient.T
 
 
 def discordant(values: Tensor, margin: float) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,7 @@ from rag_retrieval.models.settings import (
     ModelFiles,
     choose_setting,
     find_file,
+    read_json,
     resolve_model_path,
 )
 from rag_retrieval.models.text_encoding import TextEncoder, TextTemplate, append_eos, text_template
@@ -346,16 +347,12 @@ def load_backbone(
     if new_parameters and trained_only:
         raise ValueError(f"{path}: it lacks weights, which would be random: {shorten(sorted(new_parameters))}")
     warn_of_new_parameters(path, new_parameters)
-    causal_layers = [module for module in model.modules() if getattr(module, "is_causal", False)]
-    if options.bidirectional and not causal_layers:
+    is_decoder = any(getattr(module, "is_causal", False) for module in model.modules())
+    if options.bidirectional and not is_decoder:
         raise ValueError(f"{path}: bidirectional is for decoders of transformers, which a {name} is not; leave it out")
-    bidirectional = bidirectional and bool(causal_layers)
-    if bidirectional:  # transformers masks by the configuration, our attention by the layers
-        for layer in causal_layers:
-            layer.is_causal = False
-        if is_causal(model):
-            raise ValueError(f"{path}: a {name} stays causal; leave bidirectional out")
-    return model, new_parameters, bidirectional
+    if bidirectional and is_causal(model):
+        raise ValueError(f"{path}: a {name} stays causal; leave bidirectional out")
+    return model, new_parameters, bidirectional and is_decoder
 
 
 def is_causal(model: PreTrainedModel) -> bool:
@@ -373,11 +370,12 @@ def choose_template(
     is_decoder: bool,
     eos_token: str | None,
 ) -> TextTemplate:
-    """The tokenizer's own, with an eos token after a decoder's text: eos_token, that of a known model, or where the
-    folder is that of a base model, or asks for it by add_eos_token."""
+    """The tokenizer's own, with an eos token after a decoder's text: eos_token, that of a known model, else the
+    tokenizer's for a base model, or where add_eos_token asks for it, which transformers 5 does not heed."""
     path, template, trained = files.path, text_template(tokenizer), is_embedder(files)
     if is_decoder and not template.suffix:
-        if eos_token is None and (not trained or tokenizer.init_kwargs.get("add_eos_token")):
+        asked_for = read_json(path, "tokenizer_config.json").get("add_eos_token") is True
+        if eos_token is None and (not trained or asked_for):
             eos_token = tokenizer.eos_token
             if eos_token is None:
                 raise ValueError(f"{path}: its tokenizer has no eos token, which ends a decoder's text")

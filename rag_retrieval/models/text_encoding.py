@@ -57,8 +57,6 @@ def append_eos(tokenizer: "PreTrainedTokenizerBase", template: TextTemplate, eos
     fast.post_processor = processors.TemplateProcessing(single, pair, special)
     if own is not None and not before:
         fast.post_processor = processors.Sequence([own, fast.post_processor])
-    if {"add_bos_token", "add_eos_token"} & tokenizer.init_kwargs.keys():  # they win over tokenizer.json
-        tokenizer.init_kwargs |= {"add_bos_token": bool(before), "add_eos_token": True}
     changed = text_template(tokenizer)
     assert (changed.prefix, changed.suffix) == (template.prefix, (ids[-1],)), "the tokenizer ends texts as we do"
     return replace(template, suffix=changed.suffix)

@@ -346,3 +346,10 @@ def test_report_counts_rank_cosines_and_masked_documents_at_the_full_width(width
         {"records": 1, "near_zero": 0, "positive_rank": 2, "positive_cosine": 0.6, "negative_cosine": 1.3,
          "negatives": 3, "masked": 0}, abs=1e-6,
     )  # fmt: skip
+
+
+def test_report_of_several_losses_is_that_of_the_first():
+    step = random_step()
+    alone = gradients(step, objective(temperature=0.1)).report
+    both = gradients(step, objective_of({"info_nce": 1.0, "kl_distillation": 1.0}, {"temperature": 0.1})).report
+    assert both == alone | {"near_zero": both["near_zero"]}

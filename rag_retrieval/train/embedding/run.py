@@ -17,6 +17,7 @@ from rag_retrieval.train import run as any_run
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.embedding.card import EMBEDDER
 from rag_retrieval.train.embedding.config import EmbeddingConfig
+from rag_retrieval.train.embedding.guide import open_guide
 from rag_retrieval.train.embedding.run_data import (
     embedding_steps,
     open_training_files,
@@ -50,7 +51,14 @@ class EmbeddingTraining:
 
     def open_data(self) -> list[DataSource]:
         self.files = open_training_files(self.config)
-        sources = [DataSource("training", file.source, file.store.files, file.store) for file in self.files]
+        self.guide = None
+        if "guide" in self.objective.reads:
+            stores = [file.store for file in self.files]
+            self.guide = open_guide(self.config.guide_model, stores, self.config.trust_remote_code)
+        sources = [
+            DataSource("training", file.source, [*file.store.files, *filter(None, [file.teacher_vectors])], file.store)
+            for file in self.files
+        ]
         data = self.validation = open_validation(self.config)
         if data is not None:
             sources.append(DataSource("validation", self.config.val_dataset, data.files, data.store))
@@ -77,12 +85,10 @@ class EmbeddingTraining:
             validation = make_validation(self.validation, config, model, accelerator, self.objective)
         packs, _ = layout_of(config, model, accelerator)
         kept = config.max_tokens_with_graph
-        options = EmbeddingOptions(
-            config.seed,
-            graph_tokens(model, accelerator, config.gradient_checkpointing) if kept is None else kept,
-            not packs,
-            config.negatives_cross_device,
-        )
+        if kept is None:
+            kept = graph_tokens(model, accelerator, config.gradient_checkpointing)
+            logger.info("max_tokens_with_graph: about %s tokens of a step fit in memory", f"{kept:,}")
+        options = EmbeddingOptions(config.seed, kept, not packs, config.negatives_cross_device)
         objectives = {file.name: self.objective for file in self.files}
         task = EmbeddingTask(
             model,
@@ -94,6 +100,7 @@ class EmbeddingTraining:
             accelerator,
             options,
             host_group(config.wait_minutes),
+            self.guide,
         )
         return task, best_metric(config, validation)
 

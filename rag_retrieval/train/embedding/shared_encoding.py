@@ -86,12 +86,12 @@ class SharedEncoding:
         if bad := sorted(chain.from_iterable(gather(own.tolist()))):
             raise TrainingError(
                 f"{len(bad)} of {len(self.texts)} validation texts have a vector that is not finite: "
-                f"{some([self.texts[place] for place in bad])}; train in mixed_precision no or bf16"
+                f"{first_texts([self.texts[place] for place in bad])}; train in mixed_precision no or bf16"
             )
 
 
-def some(texts: Sequence[str]) -> str:
-    """The first of them, cut, for a message."""
+def first_texts(texts: Sequence[str]) -> str:
+    """For a message, each cut."""
     more = f" and {len(texts) - NAMED:,} more" if len(texts) > NAMED else ""
     return ", ".join(repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...") for text in texts[:NAMED]) + more
 

@@ -20,7 +20,7 @@ from rag_retrieval.metrics import AT_START, P_VALUE, PerQuery, Run, means, parse
 from rag_retrieval.models.nearest import nearest
 from rag_retrieval.models.vectors import finish
 from rag_retrieval.significance import Comparison, compare
-from rag_retrieval.train.embedding.shared_encoding import SharedEncoding, some
+from rag_retrieval.train.embedding.shared_encoding import SharedEncoding, first_texts
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +73,10 @@ class EmbeddingValidation:
         if self.without_relevant:
             texts = [collection.queries[query] for query in self.without_relevant]
             message = "%s: %d queries have no relevant document and are in no mean: %s"
-            logger.warning(message, collection.source, len(texts), some(texts))
+            logger.warning(message, collection.source, len(texts), first_texts(texts))
         if absent:
             message = "%s: %d relevant documents are not in the corpus and count as not found: %s"
-            logger.warning(message, collection.source, len(absent), some(absent))
+            logger.warning(message, collection.source, len(absent), first_texts(absent))
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
         """Finite values, equal on all processes; TrainingError, on all, where a vector is not finite. step: optimizer

@@ -107,7 +107,14 @@ def test_the_data_hold_documents_that_are_no_negatives(values, kept):
 
 
 @pytest.fixture(scope="module")
-def cases(values, bert_with_dropout) -> dict[str, dict]:
+def validation(tmp_path_factory) -> dict:
+    """Of two blocks of texts, which take an unlike number of forwards: engines that exchange weights need fillers."""
+    path = tmp_path_factory.mktemp("validation") / "val.jsonl"
+    return {"val_dataset": write_jsonl(path, embedding_records(30, seed=3)), "max_tokens_per_batch": 100}
+
+
+@pytest.fixture(scope="module")
+def cases(values, bert_with_dropout, validation) -> dict[str, dict]:
     """The configuration of each case, but for its output folder."""
     on_two = values | {"batch_size": STEP // PROCESSES, "overwrite_output_dir": False}
     dropout = on_two | {"model_name_or_path": bert_with_dropout, "max_tokens_per_batch": 100}
@@ -116,6 +123,7 @@ def cases(values, bert_with_dropout) -> dict[str, dict]:
         "alone": on_two | {"negatives_cross_device": False, "max_tokens_per_batch": 100},
         "accumulated": on_two | {"batch_size": 4, "gradient_accumulation_steps": 4},
         "lora": on_two | LORA,
+        "validated": on_two | validation,
         "bf16": on_two | {"mixed_precision": "bf16", "max_tokens_per_batch": 100, "max_tokens_with_graph": 600},
         "dropout": dropout | {"save_steps": 2, "num_max_checkpoints": 9},
         "dropout and recomputed": dropout | {"max_tokens_with_graph": 0},
@@ -170,3 +178,13 @@ def test_lora_and_bf16_on_every_engine_take_the_steps_of_one_process(outputs, va
         zero3 = "zero3" in request.node.name and case == "bf16"  # its own linear function rounds once more
         losses, expected = (outcome({"output_dir": folder})[0] for folder in (outputs / case, values["output_dir"]))
         assert losses == pytest.approx(expected, rel=1e-6 if case == "lora" else 5e-2 if zero3 else 1e-2), case
+
+
+@pytest.mark.slow
+def test_every_engine_measures_the_same_before_and_after_training(outputs, values, validation):
+    train(values | validation)
+    found, expected = (read_metrics(Path(folder), "eval") for folder in (outputs / "validated", values["output_dir"]))
+    assert [line["step"] for line in found] == [0, 5] and found[0]["loss"] != found[1]["loss"]
+    for line, other in zip(found, expected, strict=True):
+        assert line.pop("kind") == other.pop("kind")
+        assert line == pytest.approx(other, rel=1e-4)

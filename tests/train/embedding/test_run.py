@@ -3,11 +3,13 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_runs import embedding_records, final_weights, read_metrics, train, write_yaml
 from transformers import AutoModel
 
+from rag_retrieval import cli
 from rag_retrieval.core.distributed import StartError
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.token_batch import make_batch
@@ -32,7 +34,9 @@ def changed(model: str, values: dict) -> set[str]:
 def test_a_script_trains_a_folder_that_sentence_transformers_opens_with_equal_vectors(settings, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     values = settings(query_instruction="query: ", query_max_len=48)
-    assert main(["--config", write_yaml(tmp_path / "run.yaml", values)]) == 0
+    file = write_yaml(tmp_path / "run.yaml", values)
+    assert main(["--config", file]) == 0
+    assert cli.main(["train", "--config", file, "--overwrite_output_dir"]) == 0, "task is in the file"
     folder = Path(values["output_dir"]) / "model"
     theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     for kind in ("query", "document"):
@@ -163,3 +167,17 @@ def test_vectors_that_point_the_same_way_are_told_once(settings, caplog, monkeyp
     caplog.set_level(logging.WARNING)
     train(settings(log_interval=2))
     assert caplog.text.count("the same way") == 1 and "the same way, 16 records" in caplog.text
+
+
+def test_other_vectors_of_a_teacher_are_other_data(settings, tmp_path):
+    texts = [{"query": f"text {place}"} for place in range(16)]
+    file = tmp_path / "vectors.bin"
+    np.random.default_rng(0).normal(size=(16, 40)).astype(np.float32).tofile(file)
+    values = settings(texts, loss_type="stella", train_dataset_vec=[str(file)], save_steps=1, teacher_embedding_dim=40)
+    del values["temperature"]
+    train(values)
+    folder = Path(values["output_dir"])
+    assert EmbeddingModel.from_pretrained(folder / "model").dim == 40
+    np.random.default_rng(1).normal(size=(16, 40)).astype(np.float32).tofile(file)
+    with pytest.raises(StartError, match="train_dataset: was .*content"):
+        train(values | {"output_dir": str(tmp_path / "other"), "resume": str(folder / "checkpoint-1")})
