@@ -26,6 +26,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from rag_retrieval.core.log import quiet_transformers
 from rag_retrieval.models.settings import (
     CLASSIFIER,
     ModelFiles,
@@ -36,6 +37,7 @@ from rag_retrieval.models.settings import (
 )
 
 logger = logging.getLogger(__name__)
+quiet_transformers()
 
 DEFAULT_MAX_LENGTH = 512
 LONGEST_DEFAULT = 8192  # tokens that a foreign folder's limit sets; more is a language model's context, and asked for
