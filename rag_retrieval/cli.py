@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from rag_retrieval.core.command import Command, prepare_streams, print_result, run_command
-from rag_retrieval.core.log import launched_rank, quiet_transformers
+from rag_retrieval.core.log import launched_rank
 from rag_retrieval.train.script import TRAINERS, train_any
 
 if TYPE_CHECKING:
@@ -123,10 +123,6 @@ def mine(config: "MiningConfig") -> str:
     from rag_retrieval.mining.config import summary_file
     from rag_retrieval.mining.run import mine
 
-    if config.reranker or config.dense_model:
-        import rag_retrieval.models.open  # noqa: F401 -- transformers, so that it is quiet
-
-        quiet_transformers()
     started = time.monotonic()
     summary = mine(config)
     logger.info("the same as JSON: %s", summary_file(config.output))

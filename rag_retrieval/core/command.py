@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_retrieval.core.log import launched_rank, quiet_transformers, set_up_logging
+from rag_retrieval.core.log import launched_rank, set_up_logging
 from rag_retrieval.core.signals import Interrupted, exit_code, interrupt, leave_at_once, on_signals
 
 if TYPE_CHECKING:
@@ -87,7 +87,6 @@ def run_command(command: Command, arguments: list[str]) -> int:
             return report(error, 2, on_all_processes=True)
         except ImportError as error:
             return report(with_extra(error), 2, on_all_processes=True)
-        quiet_transformers()
         if config.ignored:
             logger.warning(config.ignored)
         return print_result(run_interruptibly(command, run, config))

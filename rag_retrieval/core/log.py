@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 LOG_EVERY = 60.0  # seconds between two lines of a job where stderr is a file
 BAR_WIDTH = 12  # columns
 
+_in_command = False
+
 
 def launched_rank() -> int:
     """This process's rank among those that a launcher started, else 0. RANK alone says nothing: clusters set it."""
@@ -29,7 +31,9 @@ def launched_rank() -> int:
 
 
 def set_up_logging() -> None:
-    """Our lines from the first process alone; warnings of other libraries."""
+    """Of a command: our lines from the first process alone; warnings of other libraries."""
+    global _in_command
+    _in_command = True
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(_ConsoleHandler())
@@ -45,8 +49,9 @@ def set_up_logging() -> None:
 
 
 def quiet_transformers() -> None:
-    """No warnings and no bar of a loading model, where transformers has been imported."""
-    if transformers := sys.modules.get("transformers"):
+    """In a command, which shows its own progress: no warnings and no bar of a loading model. It is for what has been
+    imported, so the module that loads models calls it again."""
+    if _in_command and (transformers := sys.modules.get("transformers")):
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
 

@@ -191,7 +191,7 @@ def open_store(
     source, but for group_by_query: about 50 bytes for each run of adjacent pairs of one query.
     """
     settings = [FORMAT_VERSION, asdict(rules), group_by_query]
-    cache_dir = _writable_cache(cache_dir or os.environ.get("RAG_RETRIEVAL_CACHE") or "~/.cache/rag_retrieval")
+    cache_dir = cache_folder(cache_dir)
     identity = _identity(source, split)
     key = hashlib.sha256(json.dumps([settings, identity]).encode()).hexdigest()[:32]
     folder = cache_dir / key
@@ -206,8 +206,10 @@ def open_store(
     return RecordStore(folder)
 
 
-def _writable_cache(name: str | Path) -> Path:
-    """The folder, made where it is missing. Raises DataError."""
+def cache_folder(name: str | Path | None = None) -> Path:
+    """The folder, made where it is missing; default $RAG_RETRIEVAL_CACHE, else ~/.cache/rag_retrieval. Raises
+    DataError."""
+    name = name or os.environ.get("RAG_RETRIEVAL_CACHE") or "~/.cache/rag_retrieval"
     try:
         folder = Path(name).expanduser()
         folder.mkdir(parents=True, exist_ok=True)

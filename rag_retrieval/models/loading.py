@@ -26,7 +26,9 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from rag_retrieval.core.log import quiet_transformers
 from rag_retrieval.models.settings import (
+    CLASSIFIER,
     ModelFiles,
     check_no_pointers,
     choose_setting,
@@ -35,6 +37,7 @@ from rag_retrieval.models.settings import (
 )
 
 logger = logging.getLogger(__name__)
+quiet_transformers()
 
 DEFAULT_MAX_LENGTH = 512
 LONGEST_DEFAULT = 8192  # tokens that a foreign folder's limit sets; more is a language model's context, and asked for
@@ -287,10 +290,11 @@ def check_weights(model_path: str, model: PreTrainedModel, new_parameters: set[s
         shapes = [
             f"{name} is {list(saved)}, needed {list(needed)}" for name, saved, needed in sorted(mismatched)
         ]
-        raise ValueError(
-            f"{model_path}: weights do not fit a reranker with one label: {shorten(shapes)}. Use a base "
-            "model without a classification head, or one that was trained with num_labels 1"
-        )
+        what, advice = f"the {type(model).__name__} of its config.json", "Save the model again"
+        if type(model).__name__.endswith(CLASSIFIER):
+            what = "a reranker with one label"
+            advice = "Use a base model without a classification head, or one that was trained with num_labels 1"
+        raise ValueError(f"{model_path}: weights do not fit {what}: {shorten(shapes)}. {advice}")
     embeddings = model.get_input_embeddings().weight
     if any(
         parameter is embeddings and name in new_parameters for name, parameter in model.named_parameters()

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 
 from rag_retrieval.core import log
 from rag_retrieval.core.log import Progress, launched_rank, set_up_logging
@@ -52,14 +53,15 @@ def test_without_a_terminal_a_line_is_logged_when_it_is_due_and_on_the_main_proc
     assert caplog.messages == [line] and not capsys.readouterr().err
 
 
-def run_job(**streams) -> subprocess.Popen:
+def run_job(code: str = JOB, **streams) -> subprocess.Popen:
     settings = os.environ | {"COLUMNS": "80", "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
-    return subprocess.Popen([sys.executable, "-c", JOB], env=settings, **streams)
+    return subprocess.Popen([sys.executable, "-c", code], env=settings, **streams)
 
 
-def test_on_a_terminal_a_bar_with_rate_and_time_left_fits_80_columns_below_the_lines():
+def shown_on_a_terminal(code: str = JOB) -> str:
     ours, theirs = pty.openpty()
-    process = run_job(stderr=theirs)
+    termios.tcsetwinsize(theirs, (40, 80))
+    process = run_job(code, stderr=theirs)
     os.close(theirs)
     shown = b""
     try:
@@ -68,12 +70,24 @@ def test_on_a_terminal_a_bar_with_rate_and_time_left_fits_80_columns_below_the_l
     except OSError:  # how Linux says that the other end of a terminal is closed
         pass
     assert process.wait(60) == 0
-    text = shown.decode()
+    return shown.decode()
+
+
+def test_on_a_terminal_a_bar_with_rate_and_time_left_fits_80_columns_below_the_lines():
+    text = shown_on_a_terminal()
     assert "250/1,000 documents" in text and "1,000/1,000 documents" in text and "/s, 0:00:0" in text
     assert " left" in text and "loss 0.5" in text
     assert "a line of [b]text[/b] " + "x" * 100 in text.replace("\r\n", "")
     assert text.count("word" * 5) == 10, "lines break between words"
     assert max(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line)) for line in text.split("\n")) <= 80
+
+
+def test_a_command_shows_no_bar_of_a_loading_model_whenever_it_imports_transformers():
+    loads = "import rag_retrieval.models.loading\nfrom transformers.utils.logging import tqdm\n"
+    loads += "list(tqdm(range(3), desc='Loading weights'))\n"
+    in_command = "from rag_retrieval.core.log import set_up_logging\nset_up_logging()\n"
+    assert "Loading weights" not in shown_on_a_terminal(in_command + loads)
+    assert "Loading weights" in shown_on_a_terminal(loads), "that of a Python caller stays"
 
 
 def test_in_a_file_there_are_plain_lines():

@@ -8,7 +8,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_origin
 
 from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, create_model, field_validator, model_validator
 
-from rag_retrieval.core.config import NAME_OR_NAMES, NAMES, EscapedText, Location, Only, failure, key, shown_value
+from rag_retrieval.core.config import (
+    NAME_OR_NAMES,
+    NAMES,
+    EscapedText,
+    Location,
+    ModelName,
+    Only,
+    failure,
+    key,
+    shown_value,
+)
 from rag_retrieval.data.collection import is_beir_folder
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName
 from rag_retrieval.losses.custom import OWN_LOSS
@@ -35,6 +45,9 @@ TEACHER_LOSS = Only("runs with teacher_loss_type", lambda config: config.teacher
 TEACHER_SCORES = Only("losses that learn from teacher scores", lambda config: config.reads_teacher)
 VECTORS = Only("losses that learn a teacher's vectors", _reads("teacher_vectors"))
 GROUPS = Only("losses that learn from positives", lambda config: config.record_kind == "positives")
+GUIDED = Only(
+    "false_negative_judge guide", lambda config: getattr(config, "false_negative_judge", None) == "guide"
+)
 MATRYOSHKA = Only("runs with use_mrl", lambda config: config.use_mrl)
 
 
@@ -104,6 +117,9 @@ class EmbeddingKeys(TrainingConfig):
         "Key of the teacher's score; in records of pos and neg it is pos_scores and neg_scores. Default teacher_score. "
         "Several keys: of several teachers, whose scores are averaged once each has the same mean entropy.",
         only=TEACHER_SCORES, derive=lambda config: "teacher_score", min_length=1)
+    guide_model: ModelName | None = key(
+        "Embedding model whose cosines tell false negatives. Its vectors of all texts are computed before the first "
+        "step and kept in the cache.", only=GUIDED, min_length=1)
     negatives_cross_device: bool = key(
         "The texts of all processes are negatives of a query, otherwise those of its own process alone.", True)
     use_mrl: bool = key("Matryoshka: the loss is taken over several widths, so that vectors can be cut.", False)
@@ -202,8 +218,10 @@ class EmbeddingKeys(TrainingConfig):
             yield "train_dataset_vec", f"expected a file for each of the {files} of train_dataset, found {found}"
         if self.record_kind == "teacher_vectors" and self.teacher_embedding_dim is None:
             yield "teacher_embedding_dim", f"is missing; {self.loss_type} needs the width of the teacher's vectors"
-        if getattr(self, "false_negative_judge", None) == "guide":
-            yield "false_negative_judge", "expected model or teacher; vectors of a guide are not read yet"
+        if GUIDED.applies(self) and self.guide_model is None:
+            yield "guide_model", "is missing; false_negative_judge guide needs an embedding model"
+        if GUIDED.applies(self) and self.false_negative_margin is None:
+            yield "false_negative_margin", "is missing; false_negative_judge guide needs it, 0 say"
         if self.mrl_weights and len(self.mrl_weights) != len(self.widths):
             expected = f"expected {len(self.widths)}, one for each of mrl_dims"
             yield "mrl_weights", f"{expected}, found {len(self.mrl_weights)}"

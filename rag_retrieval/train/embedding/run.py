@@ -17,6 +17,7 @@ from rag_retrieval.train import run as any_run
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.embedding.card import EMBEDDER
 from rag_retrieval.train.embedding.config import EmbeddingConfig
+from rag_retrieval.train.embedding.guide import open_guide
 from rag_retrieval.train.embedding.run_data import (
     embedding_steps,
     open_training_files,
@@ -50,6 +51,10 @@ class EmbeddingTraining:
 
     def open_data(self) -> list[DataSource]:
         self.files = open_training_files(self.config)
+        self.guide = None
+        if "guide" in self.objective.reads:
+            stores = [file.store for file in self.files]
+            self.guide = open_guide(self.config.guide_model, stores, self.config.trust_remote_code)
         sources = [
             DataSource("training", file.source, [*file.store.files, *filter(None, [file.teacher_vectors])], file.store)
             for file in self.files
@@ -95,6 +100,7 @@ class EmbeddingTraining:
             accelerator,
             options,
             host_group(config.wait_minutes),
+            self.guide,
         )
         return task, best_metric(config, validation)
 

@@ -30,6 +30,7 @@ from rag_retrieval.losses.step_vectors import vector_gradients
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.token_batch import make_batch
+from rag_retrieval.train.embedding.guide import GuideVectors
 from rag_retrieval.train.embedding.training_data import EmbeddingMicroBatch
 from rag_retrieval.train.lora import SavedModel
 from rag_retrieval.train.task import StepLoss
@@ -71,7 +72,8 @@ class EmbeddingOptions:
 
 class EmbeddingTask(SavedModel):
     """objectives: by the `part` of the micro-batches that they are for. reopen: opens a folder that training wrote.
-    hosts: the processes' group for what is on the CPU; None without others. The rest: see `SavedModel`."""
+    hosts: the processes' group for what is on the CPU; None without others. guide: vectors that tell false negatives;
+    None where no loss reads them. The rest: see `SavedModel`."""
 
     unit = "texts"
     memory_advice = (
@@ -90,8 +92,10 @@ class EmbeddingTask(SavedModel):
         accelerator: Accelerator,
         options: EmbeddingOptions,
         hosts: distributed.ProcessGroup | None = None,
+        guide: GuideVectors | None = None,
     ):
         super().__init__(model, load_base, adapter)
+        self.guide = guide
         self.objectives, self.validation, self.reopen = objectives, validation, reopen
         self.accelerator, self.options, self.hosts = accelerator, options, hosts
         # its gradients are wrong after several forwards (DeepSpeed 0.19)
@@ -154,7 +158,8 @@ class EmbeddingTask(SavedModel):
         places = [torch.from_numpy(of).to(device) for of in (queries, documents)]
         of_queries, of_documents = (all_vectors[place] for place in places)
         del all_vectors
-        found = vector_gradients(objective, of_queries, of_documents, targets.to(device), factor)
+        guide = self.guide and tuple(self.guide.of(ids[of]).to(device) for of in (queries, documents))
+        found = vector_gradients(objective, of_queries, of_documents, targets.to(device), factor, guide)
         for name, value in found.report.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         start, result = sum(counts[:process]), torch.zeros_like(vectors)
