@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import CHINESE, ENGLISH, tiny_bert, tiny_llama, tiny_qwen2, tiny_xlm_roberta
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.embedding_files import KNOWN_EMBEDDERS
@@ -373,6 +373,8 @@ def test_latent_attention_is_trained_and_saved_with_the_model(folders, tmp_path)
     again = EmbeddingModel.from_pretrained(tmp_path)
     assert again.settings == model.settings and not again.new_parameters
     assert torch.equal(vectors_of(again), trained)
+    with pytest.raises(Exception, match="LatentAttention"):  # others have none, and must not pool without it
+        open_elsewhere(tmp_path)
 
 
 def test_widths_beyond_the_models_own_add_a_projection(folders, tmp_path):
@@ -516,3 +518,31 @@ def test_a_querys_own_limit_is_saved(folders, tmp_path):
     EmbeddingModel.from_pretrained(folders["bert"], max_length=40, query_max_length=9).save_pretrained(tmp_path)
     encoder = EmbeddingModel.from_pretrained(tmp_path).text_encoder
     assert [len(encoder.encode([" ".join(ENGLISH)], kind)[0]) for kind in ("query", "document")] == [9, 40]
+
+
+def test_weights_of_another_shape_are_named(folders, tmp_path):
+    folder = copy_as(folders["bert"], "other", tmp_path)
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["encoder.layer.0.attention.self.query.weight"] = torch.zeros(16, 32)
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit the BertModel .*query.weight is \[16, 32\], needed \[32, 32\]"):
+        open_embedder(folder)
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("bert", "cls"), ("xlm_roberta", "mean"), ("llama", "last")])
+def test_transformers_alone_gives_equal_vectors(folders, tmp_path, family, pooling):
+    """As FlagEmbedding and the model cards of others do it: tokenizer, model, pooling by the attention mask."""
+    model = EmbeddingModel.from_pretrained(folders[family], pooling=pooling, prompts=PROMPTS, max_length=40)
+    model.save_pretrained(tmp_path)
+    tokenizer, plain = AutoTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path).eval()
+    texts = ["query: " + text for text in TEXTS]
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=40, return_tensors="pt")
+    with torch.no_grad():
+        states = plain(**inputs).last_hidden_state
+    mask = inputs["attention_mask"]
+    if pooling == "mean":
+        expected = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    else:
+        expected = states[torch.arange(len(texts)), mask.sum(1) - 1 if pooling == "last" else 0]
+    expected = torch.nn.functional.normalize(expected)
+    assert (vectors_of(model, kind="query") - expected).abs().max() < 1e-6
