@@ -16,11 +16,11 @@ Judge = Literal["model", "guide", "teacher"]
 def info_nce(
     step: StepRows,
     temperature: float = 0.02,
-    directions: Sequence[Direction] = ("query_to_doc",),
     use_inbatch_neg: bool = True,
+    directions: Sequence[Direction] = ("query_to_doc",),
     margin: float = 0.0,
-    hardness_mode: HardnessMode = "in_batch_negatives",
     hardness_strength: float = 0.0,
+    hardness_mode: HardnessMode = "in_batch_negatives",
     false_negative_margin: float | None = None,
     false_negative_margin_type: MarginType = "absolute",
     false_negative_judge: Judge = "model",
@@ -34,7 +34,7 @@ def info_nce(
     directions: more candidates in the same denominator, "query_to_query" s(q_i, q), "doc_to_query" s(d_i+, q) (with
         the query itself, so that the pair counts twice) and "doc_to_doc" s(d_i+, d) of documents that are not the
         record's own: Li et al., "Towards General Text Embeddings with Multi-stage Contrastive Learning" (2023),
-        equation 3, and what sentence-transformers takes for directions. With query_to_query, doc_to_doc and
+        and what sentence-transformers takes for directions. With query_to_query, doc_to_doc and
         false_negative_margin .1 it is the loss of Zhang et al., "Qwen3 Embedding" (2025).
     use_inbatch_neg: False: the record's own negatives alone are candidates, and there are no other directions.
     margin: subtracted from the positive's cosine, as in PaddleNLP; 0 is off.

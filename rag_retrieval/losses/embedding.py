@@ -102,17 +102,18 @@ IN_BATCH = LossOption("use_inbatch_neg", bool, True, "other records' documents a
 TRIPLET_MARGIN = LossOption("triplet_margin", float, 0.015, "by which similarities are to differ", {"ge": 0})
 CONTRASTIVE_OPTIONS = (
     TEMPERATURE,
-    LossOption("directions", tuple[Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"], ...],
-               ("query_to_doc",), "what is compared, in one denominator; query_to_doc must be among them"),
     IN_BATCH,
+    LossOption("directions", tuple[Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"], ...],
+               ("query_to_doc",), "what is compared, in one denominator; query_to_doc must be among them",
+               needs="use_inbatch_neg"),
     LossOption("margin", float, 0.0, "subtracted from the positive's cosine"),
-    LossOption("hardness_mode", Literal["in_batch_negatives", "hard_negatives", "all_negatives"],
-               "in_batch_negatives", "negatives that hardness_strength weights"),
     LossOption("hardness_strength", float, 0.0, "weight exp(strength * cosine) of a negative", {"ge": 0}),
+    LossOption("hardness_mode", Literal["in_batch_negatives", "hard_negatives", "all_negatives"],
+               "in_batch_negatives", "negatives that hardness_strength weights", needs="hardness_strength"),
     LossOption("false_negative_margin", float, None,
                "leaves out candidates that score higher than the positive by more than this"),
     LossOption("false_negative_margin_type", Literal["absolute", "relative"], "absolute",
-               "whether that margin is a difference or a share of the positive's score"),
+               "whether that margin is a difference or a share of the positive's score", needs="false_negative_margin"),
     LossOption("false_negative_judge", Literal["model", "guide", "teacher"], "model", "whose scores that compares"),
 )  # fmt: skip
 

@@ -42,7 +42,7 @@ def m3_distillation(
     of each of a record's own documents c in turn, positive first, without those before it, against all other documents
     x of the step; p = softmax(t / T_t) of teacher scores t.
 
-    m3_kd_loss of FlagEmbedding, of Chen et al., "BGE M3-Embedding" (2024), section 3, with teacher_temperature 1. What
+    m3_kd_loss of FlagEmbedding, of Chen et al., "BGE M3-Embedding" (2024), with teacher_temperature 1. What
     the data name as positive of the query is none of x. use_inbatch_neg: False leaves x out.
     """
     scores, teacher, held = _own(step)

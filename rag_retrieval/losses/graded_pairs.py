@@ -10,8 +10,8 @@ def cosent(step: StepRows, temperature: float = 0.05) -> Tensor:
     """CoSENT: L = log(1 + sum_{i, j: y_i > y_j} exp((s_j - s_i) / T)) over all pairs of records of the step, the same
     for every record: float32 [rows]; s is the cosine of query and document.
 
-    Huang et al., "CoSENT: Consistent Sentence Embedding via Similarity Ranking" (IEEE/ACM TASLP 2024), equation 9,
-    whose scale is 1 / T. Labels are on any scale; only their order matters. 0 where all are equal. Memory is linear in
+    Huang et al., "CoSENT: Consistent Sentence Embedding via Similarity Ranking" (IEEE/ACM TASLP 2024), whose
+    scale is 1 / T. Labels are on any scale; only their order matters. 0 where all are equal. Memory is linear in
     the records.
     """
     value, gradient = step.of_step("cosent", lambda: _cosent(step.pair_cosines(), step.targets.labels, temperature))

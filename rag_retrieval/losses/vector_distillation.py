@@ -1,6 +1,6 @@
 """Losses that teach an embedder another model's vectors, of texts that stand alone: the three of Stella.
 
-Zhang et al., "Jasper and Stella: distillation of SOTA embedding models" (2024), section 3. RAG-Retrieval's trainer
+Zhang et al., "Jasper and Stella: distillation of SOTA embedding models" (2024). RAG-Retrieval's trainer
 weights them with 10 (cosine), 200 (similarity) and 20 (triplets).
 """
 

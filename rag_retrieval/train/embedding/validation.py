@@ -21,6 +21,7 @@ from rag_retrieval.models.nearest import nearest
 from rag_retrieval.models.vectors import finish
 from rag_retrieval.significance import Comparison, compare
 from rag_retrieval.train.embedding.shared_encoding import SharedEncoding, first_texts
+from rag_retrieval.train.failures import translate_storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,8 @@ class EmbeddingValidation:
         name = self.metrics[0]
         if step == 0:
             kept = {"value": values[name], "per_query": per_query.get(name, {})}
-            write_json(self.start, {"metric": name, "data": self.collection.checksum, **kept})
+            with translate_storage_errors(self.start.parent):
+                write_json(self.start, {"metric": name, "data": self.collection.checksum, **kept})
             return {}
         start = read_json(self.start)
         if (start.get("metric"), start.get("data")) != (name, self.collection.checksum):
