@@ -62,9 +62,11 @@ def of_distill(folder: str, options: dict):
 def of_serve(folder: str, options: dict):
     from rag_retrieval.serve import server
 
-    with mock.patch.object(server, "serve_backend") as served:
+    states = []  # before the server closes its model
+    served = mock.patch.object(server, "serve_backend", lambda config, backend, *more: states.append(state(backend)))
+    with served:
         server.serve(warned(ServeConfig(model=folder, port=0, **options)))
-    return served.call_args.args[1]
+    return states[0]
 
 
 def of_export(folder: str, options: dict):
@@ -151,21 +153,22 @@ def test_the_table_has_every_option():
 
 def state(opened) -> dict:
     """What decides on the scores of a backend or a model."""
-    scorer = getattr(opened, "scorer", opened)
+    scorer, shared = getattr(opened, "scorer", opened), getattr(opened, "_shared", None)
     encoder = scorer.pair_encoder
     return {
         "settings": asdict(scorer.settings),
         "template": asdict(encoder.template),
         "tokens": (encoder.max_length, encoder.split_special_tokens),
         "weights": (scorer.dtype, scorer.config.num_hidden_layers, scorer.packing_problem),
-        "computed": (getattr(opened, "precision", None), len(getattr(opened, "scorers", [scorer]))),
+        "computed": (shared.precision, len(shared.models)) if shared else None,
     }
 
 
 def result(entry, folder: str, options: dict) -> dict | str:
     """The state of what was opened, or the error."""
     try:
-        return state(entry(folder, options))
+        opened = entry(folder, options)
+        return opened if isinstance(opened, dict) else state(opened)
     except ValueError as error:
         return str(error)
 

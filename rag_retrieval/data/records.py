@@ -297,8 +297,8 @@ def _label(value: object, name: str, rules: RecordRules, hint: str = "") -> floa
     high = float("inf") if rules.max_label is None else rules.max_label
     if not low <= number <= high:
         raise RecordError(
-            f"{name} is {value}{hint}; expected a value in [{low:g}, {high:g}]: "
-            "correct it, or change min_label and max_label."
+            f"{name} is {value}{hint}; expected a value in [{low:g}, {high:g}]: correct it"
+            f"{'' if rules.for_embedder else ', or change min_label and max_label'}."
         )
     return number
 

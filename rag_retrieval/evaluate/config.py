@@ -2,6 +2,7 @@
 `dev.jsonl`."""
 
 import os
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -22,6 +23,8 @@ WORDS = Only(
     "runs that rank by BM25",
     lambda config: BM25 in (config.candidates, config.baseline) or config.calibrate is not None,
 )
+LISTWISE = Only("runs with listwise", lambda config: config.listwise)
+PAIRWISE = Only("runs without listwise", lambda config: not config.listwise)
 DRAWN = Only("significance randomization", lambda config: config.significance == "randomization")
 CALIBRATED = Only("runs that calibrate", lambda config: config.calibrate is not None)
 REPORTED = Only("runs with report", lambda config: config.report)
@@ -33,9 +36,17 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
 
     main_keys: ClassVar = ("model", "data", "split", "baseline", "output_dir")
     groups: ClassVar = ModelOptions.groups | {
-        "long_document": "Long documents", "model": "Data", "measures": "Figures", "report": "Output",
-        "batch_size": "Scoring",
+        "long_document": "Long documents", "listwise": "Listwise", "model": "Data", "measures": "Figures",
+        "report": "Output", "batch_size": "Scoring",
     }  # fmt: skip
+
+    listwise: bool = key(
+        "Let the model, a chat model, order windows of documents (ListwiseReranker); a score is then 1 / rank.", False
+    )
+    window: int = key("Documents in one prompt.", 20, only=LISTWISE, ge=2)
+    step: int = key("How far the window moves, in documents, at most window.", 10, only=LISTWISE, ge=1)
+    passage_tokens: int = key("Tokens of a document that are read.", 256, only=LISTWISE, ge=1)
+    prompt_language: Literal["en", "zh"] = key("Of the question.", "en", only=LISTWISE)
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
     data: FileOrFolder = Field(
@@ -93,6 +104,16 @@ class EvaluationConfig(ModelOptions, LongDocumentOptions):
     )
     batch_size: int = key("Pairs of one forward, at most.", 256, ge=1)
     seed: int = key("Of the randomization test and the bootstrap.", 0, only=DRAWN, ge=0)
+
+    only_for: ClassVar = dict.fromkeys(
+        [*ModelOptions.model_fields.keys() - {"device", "dtype", "trust_remote_code"}, "long_document", "batch_size",
+         "calibrate"],
+        PAIRWISE,
+    )  # fmt: skip
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.step > self.window:
+            yield "step", f"expected at most window, which is {self.window}, found {self.step}"
 
     @field_validator("measures")
     @classmethod

@@ -19,6 +19,7 @@ from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.evaluate.scoring import locked_output_dir, score_candidates
 from rag_retrieval.infer.backend import open_backend
+from rag_retrieval.infer.listwise import ListwiseReranker
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.metrics import PerQuery, is_relevant, perfect_run, query_metrics, trec_order
 from rag_retrieval.models.calibration import Calibration, write_calibration
@@ -78,7 +79,8 @@ class Evaluation:
     """before: the baseline. after: the model. ceiling: a perfect reranker of the model's candidates.
 
     comparisons: of before and after, for each metric; none for a single query. changes: (gained, lost) most by the
-    first metric. token_lengths: int, of a sample of the pairs, before they are truncated to max_len tokens.
+    first metric. token_lengths: int, of a sample of the pairs, before they are truncated to max_len tokens. None of
+    these two, nor probabilities, of a listwise reranker, which scores no pairs.
     """
 
     config: EvaluationConfig
@@ -88,9 +90,9 @@ class Evaluation:
     ceiling: System
     comparisons: list[Comparison]
     changes: tuple[list[QueryChange], list[QueryChange]]
-    probabilities: ProbabilityErrors
-    token_lengths: np.ndarray
-    max_len: int
+    probabilities: ProbabilityErrors | None
+    token_lengths: np.ndarray | None
+    max_len: int | None
     output_dir: Path
 
     @property
@@ -124,7 +126,7 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
             )
         output_dir = Path(config.output_dir or default_output_dir(config.model, data.name))
         with locked_output_dir(output_dir, config.model_dump(mode="json")):
-            reranker = open_reranker(config.model, config)
+            reranker = open_listwise(config) if config.listwise else open_reranker(config.model, config)
             if config.calibrate is not None:
                 reranker.backend.calibration = calibrate(config, reranker, output_dir)
             run = score_candidates(reranker, name_of(config.model), data, output_dir / "run.trec", config)
@@ -134,6 +136,14 @@ def evaluate_reranker(config: EvaluationConfig) -> Evaluation:
 
 def open_reranker(name: str, config: EvaluationConfig) -> Reranker:
     return Reranker.from_backend(open_backend(name, config.model_options(own_device())))
+
+
+def open_listwise(config: EvaluationConfig) -> ListwiseReranker:
+    options = {name: getattr(config, name) for name in ("window", "step", "passage_tokens", "dtype")}
+    device, remote_code = config.device or own_device(), config.trust_remote_code
+    return ListwiseReranker(
+        config.model, language=config.prompt_language, device=device, trust_remote_code=remote_code, **options
+    )
 
 
 def check(config: EvaluationConfig) -> None:
@@ -213,7 +223,7 @@ def measure(
     data: RankingData,
     run: Run,
     baseline: tuple[str, Run],
-    reranker: Reranker,
+    reranker: Reranker | ListwiseReranker,
     output_dir: Path,
 ) -> Evaluation:
     """All figures of two runs."""
@@ -224,7 +234,11 @@ def measure(
     )
     first = config.measures[0]
     several = len(after.per_query[first]) > 1
-    calibration = reranker.backend.calibration
+    of_pairs = None, None, None
+    if isinstance(reranker, Reranker):
+        encoder, calibration = reranker.backend.pair_encoder, reranker.backend.calibration
+        errors = probability_errors(*scored_pairs(run, data.qrels, config.relevant_from), calibration)
+        of_pairs = errors, token_lengths(encoder, data), encoder.max_length
     return Evaluation(
         config=config,
         data=data,
@@ -233,9 +247,9 @@ def measure(
         ceiling=ceiling,
         comparisons=compare(before.per_query, after.per_query, config.significance, config.seed) if several else [],
         changes=largest_changes(data.qrels, before.per_query, after.per_query, (before.run, after.run), first),
-        probabilities=probability_errors(*scored_pairs(run, data.qrels, config.relevant_from), calibration),
-        token_lengths=token_lengths(reranker.backend.pair_encoder, data),
-        max_len=reranker.backend.pair_encoder.max_length,
+        probabilities=of_pairs[0],
+        token_lengths=of_pairs[1],
+        max_len=of_pairs[2],
         output_dir=output_dir,
     )
 

@@ -61,7 +61,7 @@ def result_of(evaluation: Evaluation) -> dict:
         **{key: {"name": system.name, **means(system.per_query)} for key, system in systems.items()},
         "significance": evaluation.config.significance,
         "comparison": [asdict(comparison) for comparison in evaluation.comparisons],
-        "probabilities": asdict(evaluation.probabilities),
+        "probabilities": evaluation.probabilities and asdict(evaluation.probabilities),
         "config": evaluation.config.model_dump(mode="json"),
     }
 
@@ -107,13 +107,14 @@ def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
         tables.append(f"\ndifference to the baseline ({describe_test(evaluation.config.significance)}):\n")
         rows = [(f"  {one.metric}", *comparison_cells(one)) for one in evaluation.comparisons]
         tables.append(plain_table(("", *COMPARISON_HEAD), rows))
-    too_long = float((evaluation.token_lengths > evaluation.max_len).mean())
-    more = [
-        "",
-        describe_probabilities(evaluation.probabilities),
-        f"{too_long:.1%} of the pairs are longer than {evaluation.max_len} tokens (long_document: "
-        f"{evaluation.config.long_document})",
-    ]
+    more = [""]
+    if evaluation.probabilities is not None:
+        too_long = float((evaluation.token_lengths > evaluation.max_len).mean())
+        more += [
+            describe_probabilities(evaluation.probabilities),
+            f"{too_long:.1%} of the pairs are longer than {evaluation.max_len} tokens (long_document: "
+            f"{evaluation.config.long_document})",
+        ]
     for title, changes in zip(("gained", "lost"), evaluation.changes, strict=True):
         more.append(f"\nqueries that {title} most ({metric}):" if changes else f"\nno query {title}")
         more += [line for change in changes for line in change_lines(evaluation, change)]

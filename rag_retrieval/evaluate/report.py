@@ -98,9 +98,10 @@ def page_of(evaluation: Evaluation, images: dict[str, bytes]) -> str:
     body += changes_section(evaluation)
     if "training" in images:
         body += section("Training", images, ["training"])
-    body += section("Scores and probabilities", images, ["scores", "reliability"])
-    body.append(f'<p class="note">{escape(describe_probabilities(evaluation.probabilities))}</p>')
-    body += section("Data", images, ["grades", "tokens"])
+    if evaluation.probabilities is not None:
+        body += section("Scores and probabilities", images, ["scores", "reliability"])
+        body.append(f'<p class="note">{escape(describe_probabilities(evaluation.probabilities))}</p>')
+    body += section("Data", images, [name for name in ("grades", "tokens") if name in images])
     return (
         f'<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -184,10 +185,11 @@ def draw_figures(evaluation: Evaluation) -> dict[str, Figure]:
     folder = find_run(config.training_run, config.model)
     if folder is not None:
         figures["training"] = training_figure(read_curves(folder))
-    figures["scores"] = scores_figure(scores, relevant)
-    figures["reliability"] = reliability_figure(scores, relevant, evaluation.probabilities.calibration)
     figures["grades"] = grades_figure(data.qrels, data.candidates)
-    figures["tokens"] = tokens_figure(evaluation.token_lengths, evaluation.max_len)
+    if evaluation.probabilities is not None:
+        figures["scores"] = scores_figure(scores, relevant)
+        figures["reliability"] = reliability_figure(scores, relevant, evaluation.probabilities.calibration)
+        figures["tokens"] = tokens_figure(evaluation.token_lengths, evaluation.max_len)
     return figures
 
 

@@ -24,16 +24,18 @@ from rag_retrieval.data.beir import Run, read_run, write_run
 from rag_retrieval.data.records import DataError
 from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.ranking_data import RankingData
+from rag_retrieval.infer.listwise import ListwiseReranker
 from rag_retrieval.infer.reranker import Reranker
 
 logger = logging.getLogger(__name__)
 
 PART_PAIRS = {"cpu": 1024, "cuda": 16_384}  # of a part, about: whole queries
 RESULT_FILE = "result.json"
+AnyReranker = Reranker | ListwiseReranker
 IDENTITY_KEYS = ("model", "data", "split")  # of the configuration: a folder holds results of one value of each
 
 
-def score_candidates(reranker: Reranker, name: str, data: RankingData, file: Path, config: EvaluationConfig) -> Run:
+def score_candidates(reranker: AnyReranker, name: str, data: RankingData, file: Path, config: EvaluationConfig) -> Run:
     """The candidates with the reranker's scores; `file` is written, or read where it is finished already.
 
     Every process of a group calls it with the same arguments, and each has the whole result. name: of the system,
@@ -44,7 +46,7 @@ def score_candidates(reranker: Reranker, name: str, data: RankingData, file: Pat
     if finished is not None:
         return in_order_of(data, finished)
     folder = file.with_name(file.name + ".parts")
-    parts = plan_parts(data, PART_PAIRS["cpu" if reranker.backend.device == "cpu" else "cuda"])
+    parts = plan_parts(data, PART_PAIRS["cpu" if device_of(reranker) == "cpu" else "cuda"])
     done = on_main(lambda: begin(folder, key))
     finished_pairs = sum(pairs_in(data, parts[place]) for place in done if place < len(parts))
     with Progress(data.num_pairs, "scoring", "pairs", finished_pairs, shown=process_index() == 0) as progress:
@@ -56,7 +58,7 @@ def score_candidates(reranker: Reranker, name: str, data: RankingData, file: Pat
 
 
 def score_part(
-    reranker: Reranker, name: str, data: RankingData, queries: list[str], file: Path, config: EvaluationConfig
+    reranker: AnyReranker, name: str, data: RankingData, queries: list[str], file: Path, config: EvaluationConfig
 ) -> None:
     """The processes share the queries."""
     own = queries[process_index() :: process_count()]
@@ -66,8 +68,10 @@ def score_part(
 
 
 def score_queries(
-    reranker: Reranker, name: str, data: RankingData, queries: list[str], config: EvaluationConfig
+    reranker: AnyReranker, name: str, data: RankingData, queries: list[str], config: EvaluationConfig
 ) -> Run:
+    if isinstance(reranker, ListwiseReranker):
+        return order_queries(reranker, name, data, queries)
     places = [(query, document) for query in queries for document in data.candidates[query]]
     pairs = [(data.queries[query], data.documents[document]) for query, document in places]
     try:
@@ -80,6 +84,27 @@ def score_queries(
     for (query, document), score in zip(places, scores, strict=True):
         run[query][document] = score
     return run
+
+
+def order_queries(reranker: ListwiseReranker, name: str, data: RankingData, queries: list[str]) -> Run:
+    """1 / rank of each candidate; windows begin with the candidates' own order."""
+    run: Run = {}
+    windows = invalid = 0
+    for query in queries:
+        documents = [{"id": document, "text": data.documents[document]} for document in data.candidates[query]]
+        try:
+            results = reranker.rerank(data.queries[query], documents)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        run[query] = {result.doc_id: result.score for result in results}
+        windows, invalid = windows + results.windows, invalid + results.invalid_answers
+    if invalid:
+        logger.warning("%s: %d of %d answers did not name each document of their window once", name, invalid, windows)
+    return run
+
+
+def device_of(reranker: AnyReranker) -> str:
+    return reranker.device if isinstance(reranker, ListwiseReranker) else reranker.backend.device
 
 
 def plan_parts(data: RankingData, part_pairs: int) -> list[list[str]]:
@@ -100,9 +125,12 @@ def pairs_in(data: RankingData, queries: list[str]) -> int:
 # ---- files of one run -------------------------------------------------------------------------------------
 
 
-def key_of(reranker: Reranker, data: RankingData, config: EvaluationConfig) -> str:
+def key_of(reranker: AnyReranker, data: RankingData, config: EvaluationConfig) -> str:
     """A digest of all that decides on the scores and on the parts: weights, settings, texts, precision, device."""
-    about = [reranker.backend.fingerprint(), config.long_document, config.overlap, PART_PAIRS]
+    if isinstance(reranker, ListwiseReranker):
+        about = [reranker.fingerprint(), PART_PAIRS]
+    else:
+        about = [reranker.backend.fingerprint(), config.long_document, config.overlap, PART_PAIRS]
     digest = hashlib.sha256(json.dumps(about).encode())
     for query, documents in data.candidates.items():
         for text in (query, data.queries[query], *documents, *(data.documents[each] for each in documents)):

@@ -52,7 +52,8 @@ class Embedder:
     devices: several, such as ["cuda:0", "cuda:1"]: each holds a copy of the model. attn_implementation: of
     transformers; default batches without padding. pooling: "cls", "mean", "weighted_mean", "last". prompts: text before
     a text, by name, such as {"query": "query: ", "document": "passage: "}. include_prompt: whether its tokens are
-    pooled too. normalize: whether vectors get length 1. bidirectional: whether a decoder's tokens see those after them.
+    pooled too. cls_interval: with pooling "cls", one more cls after every so many tokens, and their mean. normalize:
+    whether vectors get length 1. bidirectional: whether a decoder's tokens see those after them.
     int8_ranges: a file that `calibrate` wrote; default `int8_ranges.json` in the model's folder, where it is there.
 
     Raises ValueError for a path that is not there, a folder without weights, weights that are not numbers, a reranker,
@@ -74,6 +75,7 @@ class Embedder:
         pooling: str | None = None,
         prompts: Mapping[str, str] | None = None,
         include_prompt: bool | None = None,
+        cls_interval: int | None = None,
         normalize: bool | None = None,
         bidirectional: bool | None = None,
         int8_ranges: str | os.PathLike | None = None,
@@ -90,6 +92,7 @@ class Embedder:
             pooling=pooling,
             prompts=prompts,
             include_prompt=include_prompt,
+            cls_interval=cls_interval,
             normalize=normalize,
             bidirectional=bidirectional,
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from rag_retrieval.infer.results import RerankResult, RerankResults
+from rag_retrieval.infer.torch_backend import digest_of_model
 from rag_retrieval.models.devices import choose_device, choose_dtype
 from rag_retrieval.models.inputs import check_documents, check_flag, check_number, check_text
 from rag_retrieval.models.loading import load_causal_model, load_tokenizer, position_limit
@@ -83,6 +84,16 @@ class ListwiseReranker:
             raise ValueError(f"{path}: its tokenizer has no chat template; give a chat model")
         model = load_causal_model(path, choose_dtype(dtype), trust_remote_code)
         self.model = model.eval().to(choose_device(device))
+
+    @property
+    def device(self) -> str:
+        return str(self.model.device)
+
+    def fingerprint(self) -> str:
+        """A digest of everything that decides on an order: weights, prompt, windows, kind of device."""
+        asked = [self.prompt, self.tokenizer.chat_template, self.tokenizer.backend_tokenizer.to_str()]
+        kind = self.model.device.type
+        return digest_of_model(self.model, [*asked, self.window, self.step, self.passage_tokens, kind])
 
     def rerank(
         self, query: str, documents: Sequence[str | Mapping | None], top_k: int | None = None

@@ -107,17 +107,11 @@ class TorchBackend:
         return f"{type(self.scorer).__name__}{question}, {self.pair_encoder.max_length} tokens, {layout}"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
         kind = torch.device(self.device).type  # whose digits differ
         encoder = self.pair_encoder
         templates = [asdict(self.scorer.settings), asdict(encoder.template)]
         about = [*templates, encoder.max_length, self._shared.precision, kind, encoder.split_special_tokens]
-        digest.update(json.dumps(about).encode())
-        digest.update(encoder.fast_tokenizer.to_str().encode())
-        for name, values in sorted(self.scorer.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return digest_of_model(self.scorer.model, [*about, encoder.fast_tokenizer.to_str()])
 
     def close(self) -> None:
         self._shared.close()
@@ -125,6 +119,15 @@ class TorchBackend:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_at_layer": {}}
+
+
+def digest_of_model(model: torch.nn.Module, about: list) -> str:
+    """Of the weights and of what else decides on scores, as JSON values."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, values in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def open_torch_backend(

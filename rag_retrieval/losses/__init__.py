@@ -22,7 +22,8 @@ class LossOption:
     """A keyword argument of a loss's function, which a configuration sets under the same name.
 
     type, limits: what it takes, for pydantic: float with {"gt": 0}, or a Literal. default: the function's own; None
-    means off. description: of the key, without default and losses.
+    means off. description: of the key, without default and losses. needs: an option before it without which (None, 0 or
+    false) it has no effect.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LossOption:
     default: Any
     description: str
     limits: Mapping[str, float] = field(default_factory=dict)
+    needs: str | None = None
 
 
 @dataclass(frozen=True)

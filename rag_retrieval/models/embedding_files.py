@@ -42,7 +42,7 @@ POOLING_KEYS = {  # of sentence-transformers before 5.4; None: not known here
 }
 POOLING_NAMES = {"cls": "cls", "mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last"}
 CLASSES = {kind: f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Dense", "Normalize")}
-CLASSES["LatentAttention"] = "rag_retrieval.models.pooling.LatentAttention"  # no other program opens it
+CLASSES["LatentAttention"] = "rag_retrieval.models.embedding_heads.LatentAttention"  # no other program opens it
 
 
 @dataclass(frozen=True)

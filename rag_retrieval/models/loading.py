@@ -28,6 +28,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from rag_retrieval.core.log import quiet_transformers
 from rag_retrieval.models.settings import (
+    CLASSIFIER,
     ModelFiles,
     check_no_pointers,
     choose_setting,
@@ -289,10 +290,11 @@ def check_weights(model_path: str, model: PreTrainedModel, new_parameters: set[s
         shapes = [
             f"{name} is {list(saved)}, needed {list(needed)}" for name, saved, needed in sorted(mismatched)
         ]
-        raise ValueError(
-            f"{model_path}: weights do not fit a reranker with one label: {shorten(shapes)}. Use a base "
-            "model without a classification head, or one that was trained with num_labels 1"
-        )
+        what, advice = f"the {type(model).__name__} of its config.json", "Save the model again"
+        if type(model).__name__.endswith(CLASSIFIER):
+            what = "a reranker with one label"
+            advice = "Use a base model without a classification head, or one that was trained with num_labels 1"
+        raise ValueError(f"{model_path}: weights do not fit {what}: {shorten(shapes)}. {advice}")
     embeddings = model.get_input_embeddings().weight
     if any(
         parameter is embeddings and name in new_parameters for name, parameter in model.named_parameters()

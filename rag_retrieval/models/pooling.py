@@ -31,7 +31,7 @@ def token_weights(
         weights = (inside & (places % cls_interval == 0)).astype(np.float64)
     else:
         weights = places + 1.0 if pooling == "weighted_mean" else np.ones(len(places))
-    if not include_prompt and batch.starts is not None:
+    if not include_prompt:
         weights *= places >= np.repeat(batch.starts, batch.lengths)
     sums = np.add.reduceat(weights, np.cumsum(batch.lengths) - batch.lengths)
     return (weights / np.repeat(np.maximum(sums, 1.0), batch.lengths)).astype(np.float32)

@@ -29,14 +29,14 @@ class TokenBatch:
     ids, types: [tokens], the texts one after another; types (segment ids) is None for families without them.
     lengths: [texts], tokens. shared: [texts], how many tokens at the beginning of a text, up to its document, are those
     of the text before it; 0 where they differ. starts: [texts], how many tokens stand before a text's document, those
-    of a prompt say; None stands for none.
+    of a prompt say.
     """
 
     ids: np.ndarray
     types: np.ndarray | None
     lengths: np.ndarray
     shared: np.ndarray
-    starts: np.ndarray | None = None
+    starts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -65,8 +65,7 @@ def texts_of(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
     types = None if batch.types is None else batch.types[first:last]
     shared = batch.shared[start:stop].copy()
     shared[0] = 0
-    starts = None if batch.starts is None else batch.starts[start:stop]
-    return TokenBatch(batch.ids[first:last], types, batch.lengths[start:stop], shared, starts)
+    return TokenBatch(batch.ids[first:last], types, batch.lengths[start:stop], shared, batch.starts[start:stop])
 
 
 def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -82,6 +82,16 @@ def test_keys_without_effect_are_ignored_by_name():
         assert config.ignored is None
 
 
+def test_listwise_keys_and_those_of_pairs_exclude_each_other():
+    config = EvaluationConfig(model="m", data="beir", window=5, step=2, passage_tokens=9, prompt_language="zh")
+    assert "window, step, passage_tokens, prompt_language (only for runs with listwise)" in config.ignored
+    given = dict(max_length=9, precision="bf16", batch_size=9, calibrate="dev", long_document="max_slice")
+    config = EvaluationConfig(model="m", data="beir", listwise=True, window=5, step=2, device="cpu", **given)
+    assert all(name in config.ignored for name in given) and "device" not in config.ignored
+    with pytest.raises(ValueError, match="at most window"):
+        EvaluationConfig(model="m", data="beir", listwise=True, window=5, step=6)
+
+
 def test_a_mistake_names_its_key_and_value(folder):
     for key, value, named in (
         ("measures", "ndgc@10", "ndgc@10"),

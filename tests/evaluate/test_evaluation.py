@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from beir_samples import write, write_lines, write_toy
+from transformers import AutoTokenizer
+from yes_no_samples import tiny_causal
 
 from rag_retrieval import EvaluationConfig, Reranker, evaluate_reranker, load_reranker
 from rag_retrieval.cli import main
@@ -16,6 +18,8 @@ from rag_retrieval.data.beir import read_run
 from rag_retrieval.evaluate import scoring
 from rag_retrieval.evaluate.evaluation import RankChange, changed_documents, largest_changes
 from rag_retrieval.evaluate.output import describe_evaluation, result_of, write_evaluation
+from rag_retrieval.evaluate.report import write_report
+from rag_retrieval.infer.listwise import ListwiseReranker
 from rag_retrieval.metrics import LOGGED_METRICS, query_metrics, run_metrics
 from rag_retrieval.models.calibration import read_calibration
 
@@ -321,3 +325,37 @@ def test_queries_are_ordered_by_the_size_of_their_change():
     assert gained[0].before == pytest.approx(0.5) and gained[0].after == 1
     assert [document.as_text() for document in gained[0].documents] == [("1", "3 -> 1"), ("-", "1 -> 3")]
     assert largest_changes(qrels, figures[0], figures[0], (before, before), "ndcg@10") == ([], [])
+
+
+def test_a_chat_model_is_measured_by_the_order_that_it_answers(config, tmp_path, monkeypatch, caplog):
+    folder = tiny_causal(tmp_path / "chat", "qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    answers = iter(["[3] > [2] > [1]", "[2] > [1]", *["[1]"] * 99])
+    asked = []
+
+    def answer(reranker, query, passages):
+        asked.append(query)
+        return next(answers)
+
+    monkeypatch.setattr(ListwiseReranker, "_answer", answer)
+    changes = {"model": folder, "listwise": True, "window": 3, "step": 2, "report": True, "max_length": 20}
+    found = evaluate_reranker(config := EvaluationConfig(**config.model_dump(exclude_none=True) | changes))
+    first, *_ = found.data.candidates
+    order = list(found.data.candidates[first])
+    # the window of the last three is turned round, then that of the first two, which begins at the top
+    expected = [order[3], order[0], order[2], order[1]]
+    assert sorted(found.after.run[first], key=found.after.run[first].get, reverse=True) == expected
+    assert sorted(found.after.run[first].values()) == [1 / 4, 1 / 3, 1 / 2, 1]
+    others = [query for query in found.data.candidates if query != first]
+    assert all(list(found.after.run[query]) == list(found.data.candidates[query]) for query in others)
+    assert "answers did not name each document" in caplog.text and "max_length (only for" in config.ignored
+    write_evaluation(found)
+    write_report(found)
+    assert result_of(found)["probabilities"] is None and "probabilities" not in describe_evaluation(found, 100)
+    calls = len(asked)
+    assert evaluate_reranker(config).after.run == found.after.run and len(asked) == calls, "taken from the folder"
+    other = EvaluationConfig(**config.model_dump(exclude_none=True) | {"window": 2})
+    evaluate_reranker(other)
+    assert len(asked) > calls, "another window is another order"

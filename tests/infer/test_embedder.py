@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import inspect
 import logging
 import pickle
 import re
@@ -21,6 +22,7 @@ from tiny_models import CHINESE, ENGLISH, HIDDEN, tiny_bert, tiny_qwen2
 
 from rag_retrieval import Embedder, Embedding
 from rag_retrieval.models import scoring
+from rag_retrieval.models.options import EmbedderOptions
 
 TEXTS = [*ENGLISH, *CHINESE, "a", "", " ".join(ENGLISH) * 2]
 PROMPTS = {"query": "query: ", "document": "passage: "}
@@ -245,6 +247,24 @@ def test_eight_threads_get_the_vectors_of_one(embedders, name):
         np.testing.assert_array_equal(found, expected)
 
 
+def test_one_call_computes_at_a_time(embedder):
+    inside, most = [], []
+
+    def enter(module, arguments):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+
+    def leave(module, arguments, result):
+        inside.pop()
+
+    embedder.model.register_forward_pre_hook(enter)
+    embedder.model.register_forward_hook(leave)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(embedder.encode, [TEXTS] * 8))
+    assert len(most) >= 8 and max(most) == 1
+
+
 def test_an_embedder_can_be_copied_and_pickled(embedders):
     expected = embedders["mean"].encode(TEXTS)
     for other in (copy.deepcopy(embedders["mean"]), pickle.loads(pickle.dumps(embedders["mean"]))):
@@ -278,6 +298,20 @@ def test_precision_of_the_computation_is_an_option_of_opening(embedders, folders
     assert 1e-6 < difference < 0.05
     with pytest.raises(ValueError, match="precision"):
         Embedder(folders["mean"], precision="int8")
+
+
+def test_every_option_of_opening_is_an_argument_that_reaches_the_model(folders):
+    assert set(EmbedderOptions.model_fields) == {*inspect.signature(Embedder).parameters} - {
+        "model_name_or_path",
+        "int8_ranges",
+    }
+    given = {"max_length": 30, "query_max_length": 20, "pooling": "cls", "cls_interval": 9}
+    given |= {"prompts": {"query": "ask: ", "document": "text: "}, "normalize": False}
+    embedder = Embedder(folders["mean"], device="cpu", dtype="bf16", attn_implementation="eager", **given)
+    assert {name: getattr(embedder.model.settings, name) for name in given} == given
+    assert embedder.model.dtype == torch.bfloat16 and not embedder.model.packs
+    assert not Embedder(folders["mean"], device="cpu", include_prompt=False).model.settings.include_prompt
+    assert Embedder(folders["last"], device="cpu", bidirectional=True).model.settings.bidirectional
 
 
 def test_a_reranker_is_no_embedder(tmp_path):

@@ -9,8 +9,29 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import CHINESE, ENGLISH, tiny_bert, tiny_llama, tiny_qwen2, tiny_xlm_roberta
-from transformers import AutoModel
+from tiny_models import (
+    CHINESE,
+    ENGLISH,
+    bert_tokenizer,
+    qwen2_tokenizer,
+    tiny_bert,
+    tiny_llama,
+    tiny_qwen2,
+    tiny_xlm_roberta,
+)
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    Gemma3TextConfig,
+    MistralConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    NomicBertConfig,
+    Qwen3Config,
+)
 
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.embedding_files import KNOWN_EMBEDDERS
@@ -373,6 +394,8 @@ def test_latent_attention_is_trained_and_saved_with_the_model(folders, tmp_path)
     again = EmbeddingModel.from_pretrained(tmp_path)
     assert again.settings == model.settings and not again.new_parameters
     assert torch.equal(vectors_of(again), trained)
+    with pytest.raises(Exception, match="LatentAttention"):  # others have none, and must not pool without it
+        open_elsewhere(tmp_path)
 
 
 def test_widths_beyond_the_models_own_add_a_projection(folders, tmp_path):
@@ -516,3 +539,67 @@ def test_a_querys_own_limit_is_saved(folders, tmp_path):
     EmbeddingModel.from_pretrained(folders["bert"], max_length=40, query_max_length=9).save_pretrained(tmp_path)
     encoder = EmbeddingModel.from_pretrained(tmp_path).text_encoder
     assert [len(encoder.encode([" ".join(ENGLISH)], kind)[0]) for kind in ("query", "document")] == [9, 40]
+
+
+def test_weights_of_another_shape_are_named(folders, tmp_path):
+    folder = copy_as(folders["bert"], "other", tmp_path)
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["encoder.layer.0.attention.self.query.weight"] = torch.zeros(16, 32)
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit the BertModel .*query.weight is \[16, 32\], needed \[32, 32\]"):
+        open_embedder(folder)
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("bert", "cls"), ("xlm_roberta", "mean"), ("llama", "last")])
+def test_transformers_alone_gives_equal_vectors(folders, tmp_path, family, pooling):
+    """As FlagEmbedding and the model cards of others do it: tokenizer, model, pooling by the attention mask."""
+    model = EmbeddingModel.from_pretrained(folders[family], pooling=pooling, prompts=PROMPTS, max_length=40)
+    model.save_pretrained(tmp_path)
+    tokenizer, plain = AutoTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path).eval()
+    texts = ["query: " + text for text in TEXTS]
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=40, return_tensors="pt")
+    with torch.no_grad():
+        states = plain(**inputs).last_hidden_state
+    mask = inputs["attention_mask"]
+    if pooling == "mean":
+        expected = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    else:
+        expected = states[torch.arange(len(texts)), mask.sum(1) - 1 if pooling == "last" else 0]
+    expected = torch.nn.functional.normalize(expected)
+    assert (vectors_of(model, kind="query") - expected).abs().max() < 1e-6
+
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2)
+ENCODER = SHAPE | dict(max_position_embeddings=514, pad_token_id=1)
+DECODER = SHAPE | dict(num_key_value_heads=1, head_dim=16, max_position_embeddings=1024, bos_token_id=None)
+OTHER_FAMILIES = {
+    "distilbert": lambda size: DistilBertConfig(vocab_size=size, dim=32, hidden_dim=64, n_layers=2, n_heads=2),
+    "electra": lambda size: ElectraConfig(vocab_size=size, embedding_size=16, **ENCODER),
+    "modernbert": lambda size: ModernBertConfig(
+        vocab_size=size, local_attention=32, global_attn_every_n_layers=2, **ENCODER
+    ),
+    "nomic_bert": lambda size: NomicBertConfig(vocab_size=size, **ENCODER),
+    "mpnet": lambda size: MPNetConfig(vocab_size=size, **ENCODER),
+    "deberta-v2": lambda size: DebertaV2Config(vocab_size=size, **ENCODER),
+    "qwen3": lambda size: Qwen3Config(vocab_size=size, eos_token_id=None, **DECODER),
+    "mistral": lambda size: MistralConfig(vocab_size=size, sliding_window=24, eos_token_id=None, **DECODER),
+    # as EmbeddingGemma
+    "gemma3_text": lambda size: Gemma3TextConfig(
+        vocab_size=size, sliding_window=24, use_bidirectional_attention=True, eos_token_id=None, **DECODER
+    ),
+}
+PADDED = ("mpnet", "deberta-v2")  # their attention is not one that can be replaced
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families_give_the_vectors_of_sentence_transformers(tmp_path, family):
+    tokenizer = qwen2_tokenizer() if family in ("qwen3", "mistral", "gemma3_text") else bert_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModel.from_config(OTHER_FAMILIES[family](len(tokenizer))).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = EmbeddingModel.from_pretrained(tmp_path / "base", prompts=PROMPTS)
+    assert model.packs == (family not in PADDED) and model.causal == (family in ("qwen3", "mistral"))
+    assert model.settings.pooling == ("last" if model.causal else "mean")
+    model.save_pretrained(tmp_path / "saved")
+    assert_equal_elsewhere(model, tmp_path / "saved", [text for text in TEXTS if text])

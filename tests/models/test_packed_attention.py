@@ -21,7 +21,8 @@ class Layer(torch.nn.Module):
 
 def row(share: bool, key_heads: int = HEADS, dtype=torch.float32):
     lengths, shared = np.array(LENGTHS, np.int32), np.array(SHARED, np.int32)
-    packing = Packing(TokenBatch(np.zeros(sum(LENGTHS), np.int32), None, lengths, shared), share, torch.device("cpu"))
+    batch = TokenBatch(np.zeros(sum(LENGTHS), np.int32), None, lengths, shared, shared)
+    packing = Packing(batch, share, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads):

@@ -220,8 +220,9 @@ class EmbeddingKeys(TrainingConfig):
             yield "teacher_embedding_dim", f"is missing; {self.loss_type} needs the width of the teacher's vectors"
         if GUIDED.applies(self) and self.guide_model is None:
             yield "guide_model", "is missing; false_negative_judge guide needs an embedding model"
-        if GUIDED.applies(self) and self.false_negative_margin is None:
-            yield "false_negative_margin", "is missing; false_negative_judge guide needs it, 0 say"
+        judge = getattr(self, "false_negative_judge", None)
+        if judge in ("guide", "teacher") and self.false_negative_margin is None:
+            yield "false_negative_margin", f"is missing; false_negative_judge {judge} needs it, 0 say"
         if self.mrl_weights and len(self.mrl_weights) != len(self.widths):
             expected = f"expected {len(self.widths)}, one for each of mrl_dims"
             yield "mrl_weights", f"{expected}, found {len(self.mrl_weights)}"
@@ -234,7 +235,8 @@ def _option_fields() -> dict[str, Any]:
     fields = {}
     for name, option in OPTIONS.items():
         readers = [loss.name for loss in EMBEDDING_LOSSES.values() if name in {own.name for own in loss.options}]
-        only = Only(f"losses {', '.join(readers)}", _has_option(name))
+        needs = f" with {option.needs}" if option.needs else ""
+        only = Only(f"losses {', '.join(readers)}{needs}", _has_option(name))
         default = "" if option.default is None else f" Default {_shown(option.default)}."
         description = f"{option.description[0].upper()}{option.description[1:]}.{default}"
         kind = Annotated[option.type, NAMES] if get_origin(option.type) is tuple else option.type
@@ -247,7 +249,12 @@ def _shown(default: Any) -> str:
 
 
 def _has_option(name: str):
-    return lambda config: any(option.name == name for loss in config.losses for option in loss.options)
+    def applies(config: EmbeddingKeys) -> bool:
+        """Whether a loss of the run has it, and what it needs is on."""
+        options = [option for loss in config.losses for option in loss.options if option.name == name]
+        return any(option.needs is None or getattr(config, option.needs) for option in options)
+
+    return applies
 
 
 def _default_of(name: str):

@@ -5,6 +5,7 @@ PaddleNLP's, and those of transformers that the last two take.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rag_retrieval.core.config import ABSENT, shown_value
@@ -58,37 +59,25 @@ def translate(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str,
     values = {ALIASES.get(name, name): value for name, value in given.items()}
     if len(values) < len(given):  # under two names, which the configuration reports
         return dict(given), [], {}
-    problems, unused = [], {}
-    for name, reason in WITHOUT_EFFECT.items():
-        if values.pop(name, None) not in ABSENT:
-            unused[name] = reason
-    for name, translation in TRANSLATIONS.items():
-        value = values.pop(name, None)
-        if value in ABSENT:
+    unused = {name: why for name, why in WITHOUT_EFFECT.items() if values.pop(name, None) not in ABSENT}
+    loss = values.pop("kd_loss_type", None)
+    if loss not in ABSENT and values.get("knowledge_distillation") in ABSENT:
+        unused["kd_loss_type"] = "without knowledge_distillation"
+    translations = TRANSLATIONS | {"knowledge_distillation": lambda value: distillation(value, loss)}
+    translations |= {name: partial(with_format, key, values.get(key)) for name, key in FORMATS.items()}
+    problems = []
+    for name, translation in translations.items():
+        if (value := values.pop(name, None)) in ABSENT:
             continue
         try:
             meant = translation(value)
         except ValueError as error:
             problems.append((name, f"{error}, found {shown_value(value)}"))
             continue
-        for key, own in meant.items():
-            if values.get(key) not in (*ABSENT, own):
+        for key in meant.keys() - FORMATS.values():
+            if values.get(key) not in (*ABSENT, meant[key]):
                 problems.append((name, f"does not fit {key} {shown_value(values[key])}; keep one of the two"))
         values |= meant
-    loss = values.pop("kd_loss_type", None)
-    if loss not in ABSENT and "teacher_loss_type" in values:
-        values["teacher_loss_type"] = loss
-    elif loss not in ABSENT:
-        unused["kd_loss_type"] = "without knowledge_distillation"
-    for name, key in FORMATS.items():
-        text = values.pop(name, None)
-        if text not in ABSENT and values.get(key) not in ABSENT:
-            before, *rest = str(text).replace("\\n", "\n").split("{}")
-            if len(rest) == 2 and not rest[1]:
-                values[key] = before + values[key] + rest[0]
-            else:
-                expected = 'expected "{}" twice, for instruction and text, and nothing after it'
-                problems.append((name, f"{expected}, found {shown_value(text)}"))
     if "do_train" in unused and values.get("fine_tune_type") not in ABSENT:  # a command of PaddleNLP
         values = PADDLE_DEFAULTS | values
     return values, problems, unused
@@ -102,26 +91,46 @@ def is_true(value: Any) -> bool:
     return text in TRUE
 
 
-def _train_type(value: Any) -> dict[str, Any]:
+def train_type(value: Any) -> dict[str, Any]:
     if value not in ("train", "distill"):
         raise ValueError("expected train or distill")
     return {"loss_type": "stella"} if value == "distill" else {}
 
 
-def _neg_nums(value: Any) -> dict[str, Any]:
+def neg_nums(value: Any) -> dict[str, Any]:
     if not str(value).isdecimal():
         raise ValueError("expected a whole number of at least 0")
     return {"train_group_size": int(value) + 1}
 
 
+def distillation(value: Any, loss: Any) -> dict[str, Any]:
+    """loss: what `kd_loss_type` says."""
+    if not is_true(value):
+        return {}
+    losses = {
+        "kl_div": {"teacher_loss_type": "kl_distillation"},  # beside the loss on positives
+        "m3_kd_loss": {"loss_type": "m3_distillation"},
+    }
+    if loss not in (*ABSENT, *losses):
+        raise ValueError(f"expected kl_div or m3_kd_loss with it and not {shown_value(loss)}")
+    return losses["kl_div" if loss in ABSENT else loss]
+
+
+def with_format(key: str, instruction: Any, text: Any) -> dict[str, Any]:
+    """The instruction in its format: of "Instruct: {}\\nQuery: {}" all but the query. key: that of the instruction."""
+    before, *rest = str(text).replace("\\n", "\n").split("{}")
+    if len(rest) != 2 or rest[1]:
+        raise ValueError('expected "{}" twice, for instruction and text, and nothing after it')
+    return {} if instruction in ABSENT else {key: before + instruction + rest[0]}
+
+
 TRANSLATIONS = {  # what it means in our keys; raises ValueError
-    "train_type": _train_type,
-    "neg_nums": _neg_nums,
+    "train_type": train_type,
+    "neg_nums": neg_nums,
     "fp16": lambda value: {"mixed_precision": "fp16"} if is_true(value) else {},
     "bf16": lambda value: {"mixed_precision": "bf16"} if is_true(value) else {},
-    "knowledge_distillation": lambda value: {"teacher_loss_type": "kl_distillation"} if is_true(value) else {},
 }
-FORMATS = {  # "Instruct: {}\nQuery: {}", of an instruction and the text after it: the key of the instruction
+FORMATS = {  # and the keys of the instructions that they are for
     "query_instruction_format": "query_instruction",
     "passage_instruction_format": "document_instruction",
 }

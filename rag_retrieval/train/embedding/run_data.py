@@ -32,9 +32,11 @@ def open_training_files(config: EmbeddingConfig) -> list[TrainingFile]:
 def open_training_file(
     config: EmbeddingConfig, source: str, name: str, vectors: str | None, seed: int
 ) -> TrainingFile:
-    alone = config.record_kind == "teacher_vectors"
+    alone, (low, high) = config.record_kind == "teacher_vectors", config.losses[0].label_range or (None, None)
     rules = RecordRules(
         label_key=config.train_label_key,
+        min_label=low,
+        max_label=high,
         teacher_key=config.teacher_key,
         needs_teacher=config.reads_teacher,
         for_embedder=True,
@@ -43,10 +45,11 @@ def open_training_file(
     store = open_store(source, rules, split=config.train_split, group_by_query=not alone)
     if config.record_kind == "positives":
         check_positives(config, source, store)
-        levels = {level for bounds in summary(store).label_histogram for level in bounds[:2]}
-        if not config.reads_teacher and not levels <= {0.0, 1.0}:
-            logger.warning("%s: %s reads which documents are positives, and nothing else of labels and scores "
-                           "(kl_distillation learns from scores, cosent from grades)", source, config.loss_type)
+    elif config.record_kind == "label" and np.ptp(store.labels) == 0:
+        raise ValueError(
+            f"train_dataset: {source}: all labels are {store.labels[0]:g}, so {config.loss_type} has nothing to learn; "
+            "give pairs of different labels"
+        )
     if alone:
         check_vectors(config, source, store, Path(vectors))
     records = records_of(store, config.record_kind, config.max_example_num_per_dataset, seed)
@@ -54,16 +57,28 @@ def open_training_file(
 
 
 def check_positives(config: EmbeddingConfig, source: str, store: RecordStore) -> None:
-    """Queries without a positive are reported; raises ValueError where there is no other."""
-    count = len(records_of(store, "positives"))
-    if not count:
-        raise ValueError(
-            f"train_dataset: {source}: no query has a positive document, so {config.loss_type} has nothing to learn; "
-            "give each query a document that answers it, in pos or with a label above those of the others"
-        )
-    if idle := store.num_groups - count:
-        counts = f"{idle:,} of {store.num_groups:,} queries"
-        logger.warning("%s: %s have no positive document and are left out", source, counts)
+    """Queries that teach nothing, and labels that are not read, are reported; raises ValueError where there are no
+    other queries."""
+    queries, usable = store.num_groups, len(records_of(store, "positives"))
+    report_idle(source, queries - usable, queries, "no positive document", config.loss_type, "and are left out",
+                "give each query a document that answers it, in pos or with a label above those of the others")
+    for loss in config.losses:
+        if loss.reads == "teacher_score":
+            alone = int((store.group_sizes == 1).sum())
+            report_idle(source, alone, queries, "one document alone", loss.name, f"and teach {loss.name} nothing",
+                        "give each query several documents with scores")
+    levels = {level for bounds in summary(store).label_histogram for level in bounds[:2]}
+    if not config.reads_teacher and not levels <= {0.0, 1.0}:
+        logger.warning("%s: %s reads which documents are positives, and nothing else of labels and scores "
+                       "(kl_distillation learns from scores, cosent from grades)", source, config.loss_type)
+
+
+def report_idle(source: str, idle: int, queries: int, fault: str, loss: str, effect: str, remedy: str) -> None:
+    counts = f"{idle:,} of {queries:,} queries have {fault}"
+    if idle == queries:
+        raise ValueError(f"train_dataset: {source}: {counts}, so {loss} has nothing to learn; {remedy}")
+    if idle:
+        logger.warning("%s: %s %s", source, counts, effect)
 
 
 def check_vectors(config: EmbeddingConfig, source: str, store: RecordStore, path: Path) -> None:
@@ -110,6 +125,9 @@ def report_steps(files: list[TrainingFile], config: EmbeddingConfig, steps: Carr
         own = steps.sets[file.name]
         count, records = own.steps_per_epoch, own.shape.records
         further = records - config.epochs * len(file.records)
+        if own.shape.step_size > len(file.records):
+            logger.warning("%s: a step has %s records and the file %s: records come several times in a step; a smaller "
+                           "batch_size is enough", file.source, own.shape.step_size, len(file.records))
         line = f"{count:,} steps of {records // count:,} records. What an epoch leaves over begins the next one"
         if further:
             line += f"; {further:,} records of a further pass complete the last step"

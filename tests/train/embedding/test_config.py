@@ -45,3 +45,23 @@ def test_wrong_values_are_refused_by_key():
     for name, values in wrong.items():
         for value in values:
             assert problems(**{name: value}).keys() == {name}, (name, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [
+        ("directions", ["query_to_doc", "doc_to_query"], {"use_inbatch_neg": False}),
+        ("hardness_mode", "all_negatives", {"hardness_strength": 0.0}),
+        ("false_negative_margin_type", "relative", {}),
+    ],
+)
+def test_an_option_without_what_it_needs_is_ignored(key, value, needed):
+    ignored = EmbeddingConfig(**REQUIRED, **{key: value}, **needed)
+    assert key in ignored.ignored and key not in ignored.loss_options
+    applied = {"use_inbatch_neg": True, "hardness_strength": 5.0, "false_negative_margin": 0.1}
+    config = EmbeddingConfig(**REQUIRED, **{key: value}, **applied)
+    assert not config.ignored and list(config.loss_options[key]) == list(value)
+
+
+def test_the_judge_of_false_negatives_needs_a_margin():
+    assert "teacher" in problems(false_negative_judge="teacher")["false_negative_margin"]

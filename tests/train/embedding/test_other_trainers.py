@@ -9,7 +9,7 @@ from training_runs import ROOT, write_jsonl
 
 from rag_retrieval.core.config_reader import ConfigError, load_config
 from rag_retrieval.train.embedding.config import EmbeddingConfig
-from rag_retrieval.train.embedding.other_trainers import ALIASES, TRANSLATIONS, WITHOUT_EFFECT
+from rag_retrieval.train.embedding.other_trainers import ALIASES, FORMATS, TRANSLATIONS, WITHOUT_EFFECT
 
 REQUIRED = {"model_name_or_path": "owner/model", "train_dataset": "train.jsonl", "output_dir": "out"}
 
@@ -101,7 +101,7 @@ def test_values_of_other_trainers_mean_ours():
     taught = config(knowledge_distillation=True)
     assert (taught.teacher_loss_type, taught.teacher_score_key) == ("kl_distillation", "teacher_score")
     taught = config(knowledge_distillation=True, kd_loss_type="m3_kd_loss")
-    assert taught.teacher_loss_type == "m3_distillation"
+    assert (taught.loss_type, taught.teacher_loss_type) == ("m3_distillation", None)
 
 
 def test_wrong_values_of_other_trainers_are_reported_by_their_key(tmp_path):
@@ -116,6 +116,8 @@ def test_wrong_values_of_other_trainers_are_reported_by_their_key(tmp_path):
         with pytest.raises(ConfigError, match=f"--{name}: "):
             options = ["--query_instruction", "x", f"--{name}={value}"]
             load_config(EmbeddingConfig, None, options)
+    with pytest.raises(ValueError, match="kl_div or m3_kd_loss"):
+        EmbeddingConfig(**REQUIRED, knowledge_distillation=True, kd_loss_type="mse")
     with pytest.raises(ValueError, match="mixed_precision bf16"):
         EmbeddingConfig(**REQUIRED, fp16=True, mixed_precision="bf16")
     with pytest.raises(ValueError, match="given twice"):
@@ -124,5 +126,5 @@ def test_wrong_values_of_other_trainers_are_reported_by_their_key(tmp_path):
 
 def test_the_page_has_every_key_of_other_trainers():
     page = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
-    for name in (*ALIASES, *WITHOUT_EFFECT, *TRANSLATIONS, "kd_loss_type", "query_instruction_format"):
+    for name in (*ALIASES, *WITHOUT_EFFECT, *TRANSLATIONS, *FORMATS, "knowledge_distillation", "kd_loss_type"):
         assert f"`{name}`" in page, name

@@ -29,7 +29,7 @@ def pairs(count: int, name: str = "q") -> list[dict]:
 
 def test_data_without_any_positive_are_refused_and_a_few_are_reported(config, caplog):
     without = [{"query": "q", "content": "d", "label": 0}, {"query": "r", "hits": [{"content": "d", "label": 0}]}]
-    with pytest.raises(ValueError, match=r"0\.jsonl.*no query has a positive"):
+    with pytest.raises(ValueError, match=r"0\.jsonl.*2 of 2 queries have no positive"):
         open_training_files(config(without))
     with caplog.at_level(logging.WARNING):
         (file,) = open_training_files(config(without + pairs(3)))
@@ -98,3 +98,33 @@ def test_several_teachers_are_one_of_their_average(config):
     (file,) = open_training_files(config([{"query": "q", "hits": hits}], **keys))
     # of two documents each teacher gets the margin of the first one, here in opposite directions
     assert file.store.teacher_scores.tolist() == pytest.approx([1.5, 1.5], abs=1e-3)
+
+
+def test_graded_pairs_need_different_labels_that_the_loss_can_read(config):
+    def graded(*labels):
+        return [{"query": f"q{place}", "content": "d", "label": label} for place, label in enumerate(labels)]
+
+    with pytest.raises(ValueError, match="all labels are 0.5"):
+        open_training_files(config(graded(0.5, 0.5), loss_type="cosent"))
+    with pytest.raises(ValueError, match=r"0\.jsonl:2: label is 5; expected a value in \[-1, 1\]: correct it\."):
+        open_training_files(config(graded(0.5, 5), loss_type="cosine_regression"))
+    assert len(open_training_files(config(graded(0.5, 5), loss_type="cosent"))[0].records) == 2
+
+
+def test_a_query_with_one_document_teaches_a_teacher_s_scores_nothing(config, caplog):
+    alone = [{"query": "q", "pos": ["d"], "scores": [2]}]
+    with pytest.raises(ValueError, match="1 of 1 queries have one document alone, so kl_distillation"):
+        open_training_files(config(alone, loss_type="kl_distillation"))
+    several = [{"query": "r", "pos": ["d", "e"], "scores": [2, 1]}]
+    with caplog.at_level(logging.WARNING):
+        open_training_files(config(alone + several, teacher_loss_type="kl_distillation"))
+    assert "1 of 2 queries have one document alone" in caplog.text
+
+
+def test_a_step_larger_than_its_file_is_reported(config, caplog):
+    settings = config(pairs(3), batch_size=8)
+    (file,) = open_training_files(settings)
+    steps = EmbeddingSteps(file, None, step_shape(settings, file, 1, 0), SamplingOptions(1, 8))
+    with caplog.at_level(logging.WARNING):
+        report_steps([file], settings, CarriedSteps({"": steps}, 1))
+    assert "a step has 8 records and the file 3" in caplog.text

@@ -1,5 +1,6 @@
 """What an evaluation of an embedder measures, against slow plain code on given vectors; and what it says of a run."""
 
+import errno
 import logging
 import math
 import zlib
@@ -12,10 +13,10 @@ from beir_samples import write, write_toy
 
 from rag_retrieval.data.collection import Collection, beir_collection
 from rag_retrieval.models.pair_encoding import EncodedPair
-from rag_retrieval.train.embedding import shared_encoding
+from rag_retrieval.train.embedding import shared_encoding, validation
 from rag_retrieval.train.embedding.shared_encoding import SharedEncoding
 from rag_retrieval.train.embedding.validation import EmbeddingValidation, mean_cosine
-from rag_retrieval.train.task import TrainingError
+from rag_retrieval.train.task import ProcessFailure, TrainingError
 
 WIDTH = 6
 
@@ -264,6 +265,15 @@ def test_lower_figures_have_the_p_value_of_all_signs_and_are_a_warning(tmp_path,
     assert values["ndcg@10"] == pytest.approx(1 / math.log2(3))
     assert values["ndcg@10_p_value"] == pytest.approx(2 / 256)
     assert "ndcg@10 is lower than before training" in caplog.text
+
+
+def test_a_disk_that_is_full_is_told_as_such(toy, tmp_path, monkeypatch):
+    def full(path, values):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(validation, "write_json", full)
+    with pytest.raises(ProcessFailure, match="no space left"):
+        validation_of(toy, start=tmp_path / "start.json")(Table(1), 0)
 
 
 def test_a_start_on_other_data_is_not_compared_with(toy, tmp_path):
