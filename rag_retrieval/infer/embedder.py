@@ -20,7 +20,7 @@ from rag_retrieval.core.log import Progress
 from rag_retrieval.infer.torch_backend import SharedModel
 from rag_retrieval.models.devices import check_devices, choose_device, choose_precision
 from rag_retrieval.models.embedder import EmbeddingModel
-from rag_retrieval.models.inputs import check_list, check_number, check_text
+from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
 from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, NO_LIMIT, position_limit
 from rag_retrieval.models.open import open_embedder
 from rag_retrieval.models.options import embedder_options
@@ -145,6 +145,7 @@ class Embedder:
         check_number("batch_size", batch_size, 1, "texts")
         max_length = self._checked_limit(kind, prompt, max_length)
         normalize = self.model.settings.normalize if normalize is None else normalize
+        check_flag("normalize", normalize)
         dim = self.dim if dim is None else dim
         check_number("dim", dim, 1, "numbers")
         if dim > self.dim:
