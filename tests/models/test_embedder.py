@@ -9,8 +9,29 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import CHINESE, ENGLISH, tiny_bert, tiny_llama, tiny_qwen2, tiny_xlm_roberta
-from transformers import AutoModel, AutoTokenizer
+from tiny_models import (
+    CHINESE,
+    ENGLISH,
+    bert_tokenizer,
+    qwen2_tokenizer,
+    tiny_bert,
+    tiny_llama,
+    tiny_qwen2,
+    tiny_xlm_roberta,
+)
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    Gemma3TextConfig,
+    MistralConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    NomicBertConfig,
+    Qwen3Config,
+)
 
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.embedding_files import KNOWN_EMBEDDERS
@@ -546,3 +567,39 @@ def test_transformers_alone_gives_equal_vectors(folders, tmp_path, family, pooli
         expected = states[torch.arange(len(texts)), mask.sum(1) - 1 if pooling == "last" else 0]
     expected = torch.nn.functional.normalize(expected)
     assert (vectors_of(model, kind="query") - expected).abs().max() < 1e-6
+
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2)
+ENCODER = SHAPE | dict(max_position_embeddings=514, pad_token_id=1)
+DECODER = SHAPE | dict(num_key_value_heads=1, head_dim=16, max_position_embeddings=1024, bos_token_id=None)
+OTHER_FAMILIES = {
+    "distilbert": lambda size: DistilBertConfig(vocab_size=size, dim=32, hidden_dim=64, n_layers=2, n_heads=2),
+    "electra": lambda size: ElectraConfig(vocab_size=size, embedding_size=16, **ENCODER),
+    "modernbert": lambda size: ModernBertConfig(
+        vocab_size=size, local_attention=32, global_attn_every_n_layers=2, **ENCODER
+    ),
+    "nomic_bert": lambda size: NomicBertConfig(vocab_size=size, **ENCODER),
+    "mpnet": lambda size: MPNetConfig(vocab_size=size, **ENCODER),
+    "deberta-v2": lambda size: DebertaV2Config(vocab_size=size, **ENCODER),
+    "qwen3": lambda size: Qwen3Config(vocab_size=size, eos_token_id=None, **DECODER),
+    "mistral": lambda size: MistralConfig(vocab_size=size, sliding_window=24, eos_token_id=None, **DECODER),
+    # as EmbeddingGemma
+    "gemma3_text": lambda size: Gemma3TextConfig(
+        vocab_size=size, sliding_window=24, use_bidirectional_attention=True, eos_token_id=None, **DECODER
+    ),
+}
+PADDED = ("mpnet", "deberta-v2")  # their attention is not one that can be replaced
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families_give_the_vectors_of_sentence_transformers(tmp_path, family):
+    tokenizer = qwen2_tokenizer() if family in ("qwen3", "mistral", "gemma3_text") else bert_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModel.from_config(OTHER_FAMILIES[family](len(tokenizer))).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = EmbeddingModel.from_pretrained(tmp_path / "base", prompts=PROMPTS)
+    assert model.packs == (family not in PADDED) and model.causal == (family in ("qwen3", "mistral"))
+    assert model.settings.pooling == ("last" if model.causal else "mean")
+    model.save_pretrained(tmp_path / "saved")
+    assert_equal_elsewhere(model, tmp_path / "saved", [text for text in TEXTS if text])
