@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 benchmarks/fault_runs.py CONFIG.yaml '{"phase": "saving", "do": "kill", ...}'
 
-The processes are those of the launcher and of `train_reranker`, but forked from one that has imported everything:
+The processes are those of the launcher and of `rag-retrieval train`, but forked from one that has imported everything:
 imports take longer than a run of the tiny model, and there are a hundred runs.
 """
 
@@ -25,10 +25,12 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rag_retrieval.train.checkpoints import CheckpointStore, Saver
+from rag_retrieval.train.embedding import run as _embedding  # noqa: F401  imported before the fork
+from rag_retrieval.train.embedding.task import EmbeddingTask
 from rag_retrieval.train.loop import Trainer
-from rag_retrieval.train.reranker import run as _  # noqa: F401  imported before the fork
+from rag_retrieval.train.reranker import run as _reranker  # noqa: F401
 from rag_retrieval.train.reranker.task import RerankerTask
-from rag_retrieval.train.reranker.train_reranker import leave, main
+from rag_retrieval.train.script import leave, train_any
 
 PHASES = {
     "step": (Trainer, "train_step"),
@@ -112,6 +114,8 @@ def fill_disk(fault: Fault) -> None:
 def spoil_loss(fault: Fault) -> None:
     loss_sums = RerankerTask.loss_sums
     RerankerTask.loss_sums = lambda task, model, batch: loss_sums(task, model, batch) * torch.nan
+    gradients_at = EmbeddingTask.gradients_at
+    EmbeddingTask.gradients_at = lambda *arguments: [value * torch.nan for value in gradients_at(*arguments)]
 
 
 def remove_folder(fault: Fault) -> None:
@@ -139,11 +143,11 @@ DEEDS: dict[str, Callable[[Fault], None]] = {
 
 
 def train_hurt(config: Path, options: tuple[str, ...], fault: Fault | None) -> None:
-    """The command `train_reranker --config CONFIG OPTIONS`; it leaves the process unless it succeeded."""
+    """The command `rag-retrieval train --config CONFIG OPTIONS`; it leaves the process unless it succeeded."""
     os.environ["FAULT_OUTPUT_DIR"] = json.loads(config.read_text())["output_dir"]
     if fault is not None:
         hurt(fault)
-    code = main(["--config", str(config), *options])
+    code = train_any(["--config", str(config), *options])
     if code:
         leave(code)
         os._exit(code)

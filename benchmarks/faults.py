@@ -1,6 +1,6 @@
 """Kills and hurts real trainings, resumes each, and compares the final weights with those of an undisturbed run.
 
-    python benchmarks/faults.py [--quick] [--folder FOLDER] [--seed 0]
+    python benchmarks/faults.py [--task embedding] [--quick] [--folder FOLDER] [--seed 0]
 
 A tiny BERT with dropout, accumulation, validation, early rotation and a data loading process, alone and as two
 processes under torchrun's launcher on the CPU. Prints a table; exits with 1 if any run hung, could not resume, or
@@ -25,11 +25,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_bert
-from training_runs import grouped_records, write_jsonl, write_yaml
+from training_runs import embedding_records, grouped_records, write_jsonl, write_yaml
 
 STEPS = 24  # of the whole run: 2 epochs of 12
-RECORDS, RECORDS_PER_STEP, EPOCHS = 45, 4, 2
+RECORDS_PER_STEP, EPOCHS = 4, 2
 ONE_MINUTE = 60.0
+
+
+RERANKER = {"model_type": "bert_encoder", "max_len": 48, "train_dataset_type": "grouped", "loss_type": "listwise_ce"}
+EMBEDDER = {  # its micro-batches are cut by tokens, and some are encoded twice
+    "task": "embedding", "query_max_len": 24, "passage_max_len": 48, "loss_type": "info_nce", "temperature": 0.05,
+    "max_tokens_per_batch": 64, "max_tokens_with_graph": 100, "eval_on_start": False,
+}  # fmt: skip
+# keys, records, and how many of them for STEPS; the last step of a reranker's epoch is short
+TASKS = {"reranker": (RERANKER, grouped_records, 45), "embedding": (EMBEDDER, embedding_records, 48)}
 
 
 @dataclass(frozen=True)
@@ -60,13 +69,14 @@ def main() -> int:
     cases = list(quick_cases() if arguments.quick else all_cases(numbers))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         os.environ["RAG_RETRIEVAL_CACHE"] = f"{folder}/cache"
-        rows = run_cases(cases, Path(folder))
+        rows = run_cases(cases, Path(folder), arguments.task)
     print_table(rows)
     return int(any({row.ended_right, row.resumed, row.equal} != {row.times} for row in rows.values()))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="reranker", help="what is trained")
     parser.add_argument("--quick", action="store_true", help="one fault of each kind that needs no luck")
     parser.add_argument("--folder", help="where to work; default the system's folder for temporary files")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
@@ -147,23 +157,24 @@ def spoil(run: Path, how: str) -> None:
 # --- the runs ---
 
 
-def run_cases(cases: list[Case], folder: Path) -> dict[tuple[str, int], Row]:
+def run_cases(cases: list[Case], folder: Path, task: str) -> dict[tuple[str, int], Row]:
     undisturbed = {}
     for processes in sorted({case.processes for case in cases}):
-        outcome = start(processes, configure(folder, f"whole-{processes}", processes), folder / "whole.log")
+        config = configure(folder, f"whole-{processes}", processes, task)
+        outcome = start(processes, config, folder / "whole.log")
         assert outcome.code == 0, outcome.log
         undisturbed[processes] = weights(folder / f"whole-{processes}")
     rows: dict[tuple[str, int], Row] = {}
     for number, case in enumerate(cases):
         row = rows.setdefault((case.name, case.processes), Row())
-        run_case(case, folder, f"run-{number}", undisturbed[case.processes], row)
+        run_case(case, configure(folder, f"run-{number}", case.processes, task), undisturbed[case.processes], row)
         print(f"{number + 1}/{len(cases)} {case.name}, {case.processes}: {row}", file=sys.stderr, flush=True)
     return rows
 
 
-def run_case(case: Case, folder: Path, name: str, expected: dict[str, torch.Tensor], row: Row) -> None:
-    config, run = configure(folder, name, case.processes), folder / name
-    hurt = start(case.processes, config, folder / f"{name}.log", fault=case.fault)
+def run_case(case: Case, config: Path, expected: dict[str, torch.Tensor], row: Row) -> None:
+    run = config.with_suffix("")
+    hurt = start(case.processes, config, config.with_suffix(".log"), fault=case.fault)
     row.times += 1
     row.slowest = max(row.slowest, hurt.seconds)
     row.ended_right += ended_as_expected(case, hurt)
@@ -173,7 +184,7 @@ def run_case(case: Case, folder: Path, name: str, expected: dict[str, torch.Tens
     if case.spoils:
         spoil(run, case.spoils)
     if hurt.code != 0:
-        again = start(case.processes, config, folder / f"{name}-resumed.log", "--resume", "auto")
+        again = start(case.processes, config, config.with_suffix(".resumed.log"), "--resume", "auto")
         passed_over = not case.spoils or "damaged checkpoint passed over" in again.log
         row.resumed += again.code == 0 and passed_over
         if again.code:
@@ -193,20 +204,17 @@ def ended_as_expected(case: Case, outcome: Outcome) -> bool:
     return right
 
 
-def configure(folder: Path, name: str, processes: int) -> Path:
+def configure(folder: Path, name: str, processes: int, task: str) -> Path:
     """The configuration file of a run in `folder/name`; model and data are made at the first call."""
+    keys, records, training_records = TASKS[task]
     if not (folder / "bert").exists():
         tiny_bert(folder / "bert")
-        write_jsonl(folder / "train.jsonl", grouped_records(RECORDS))
-        write_jsonl(folder / "val.jsonl", grouped_records(9, seed=3))
-    values = {
+        write_jsonl(folder / "train.jsonl", records(training_records))
+        write_jsonl(folder / "val.jsonl", records(9, seed=3))
+    values = keys | {
         "model_name_or_path": str(folder / "bert"),
-        "model_type": "bert_encoder",
-        "max_len": 48,
         "train_dataset": str(folder / "train.jsonl"),
-        "train_dataset_type": "grouped",
         "val_dataset": str(folder / "val.jsonl"),
-        "loss_type": "listwise_ce",
         "output_dir": str(folder / name),
         "epochs": EPOCHS,
         "batch_size": RECORDS_PER_STEP // 2 // processes,

@@ -1,4 +1,4 @@
-"""Train, measure and run rerankers: models that score how well a document answers a query.
+"""Train, measure and run the models of a retrieval system: embedders find documents, rerankers put them in order.
 
 The public names are loaded on first use, so that `import rag_retrieval` costs nothing and a wrong
 configuration is reported before torch is imported.

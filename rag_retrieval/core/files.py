@@ -91,6 +91,14 @@ def lock_file_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.lock")
 
 
+def check_new_file(output: Path, overwrite: bool) -> None:
+    """Raises ValueError for an output that is a folder, or that exists, unless it may be overwritten."""
+    if output.is_dir():
+        raise ValueError(f"output: {output} is a folder; give the name of a file")
+    if output.exists() and not overwrite:
+        raise ValueError(f"output: {output} exists; take another output, or overwrite: true to replace it")
+
+
 @contextmanager
 def locked(lock_file: Path, busy: str) -> Iterator[None]:
     """Hold the lock for the time of the block; the system lets it go when the process ends, however it ends.

@@ -66,13 +66,6 @@ class PartFolder:
         self.output = output
         self.path = output.with_name(f"{output.name}.parts")
 
-    def check_output(self, overwrite: bool) -> None:
-        """Raises ValueError for an output that is a folder, or that exists, unless it may be overwritten."""
-        if self.output.is_dir():
-            raise ValueError(f"output: {self.output} is a folder; give the name of a file")
-        if self.output.exists() and not overwrite:
-            raise ValueError(f"output: {self.output} exists; take another output, or overwrite: true to replace it")
-
     def begin(self, run: dict, overwrite: bool) -> None:
         """Use the folder for a run that is described by `run` (plain JSON values).
 

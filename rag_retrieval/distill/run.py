@@ -20,7 +20,7 @@ import torch
 
 from rag_retrieval.core.command import CommandFailure
 from rag_retrieval.core.distributed import on_all, on_main, own_device, process_count, process_group, process_index
-from rag_retrieval.core.files import content_digest, lock_file_of, locked
+from rag_retrieval.core.files import check_new_file, content_digest, lock_file_of, locked
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, read_records
 from rag_retrieval.data.records import Record, RecordRules
@@ -64,7 +64,7 @@ def prepare(config: DistillConfig, folder: PartFolder, lock: ExitStack) -> list[
     """Check everything that can be checked without a teacher, and take the folder of the parts."""
     busy = f"output: another process is writing {folder.output}; wait for it, or take another"
     lock.enter_context(locked(lock_file_of(folder.output), busy))
-    folder.check_output(config.overwrite)
+    check_new_file(folder.output, config.overwrite)
     if is_file(config.dataset) and checked_path(config.dataset).resolve() == folder.output.resolve():
         raise ValueError(f"output: {folder.output} is the dataset, whose other keys would be lost; take another output")
     run = described(config)

@@ -20,7 +20,7 @@ from rag_retrieval.core.log import Progress
 from rag_retrieval.infer.torch_backend import SharedModel
 from rag_retrieval.models.devices import check_devices, choose_device, choose_precision
 from rag_retrieval.models.embedder import EmbeddingModel
-from rag_retrieval.models.inputs import check_list, check_number, check_text
+from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
 from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, NO_LIMIT, position_limit
 from rag_retrieval.models.open import open_embedder
 from rag_retrieval.models.options import embedder_options
@@ -50,10 +50,10 @@ class Embedder:
     "fp16". precision: of the computation with float32 weights: "fp32", "bf16", "fp16"; default half precision on CUDA
     and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is one, else the CPU.
     devices: several, such as ["cuda:0", "cuda:1"]: each holds a copy of the model. attn_implementation: of
-    transformers; default batches without padding. pooling: "cls", "mean", "weighted_mean", "last". prompts: text before
-    a text, by name, such as {"query": "query: ", "document": "passage: "}. include_prompt: whether its tokens are
-    pooled too. cls_interval: with pooling "cls", one more cls after every so many tokens, and their mean. normalize:
-    whether vectors get length 1. bidirectional: whether a decoder's tokens see those after them.
+    transformers; default batches without padding. pooling: "cls", "mean", "weighted_mean", "last", "latent_attention".
+    prompts: text before a text, by name, such as {"query": "query: ", "document": "passage: "}. include_prompt: whether
+    its tokens are pooled too. cls_interval: with pooling "cls", one more cls after every so many tokens, and their
+    mean. normalize: whether vectors get length 1. bidirectional: whether a decoder's tokens see those after them.
     int8_ranges: a file that `calibrate` wrote; default `int8_ranges.json` in the model's folder, where it is there.
 
     Raises ValueError for a path that is not there, a folder without weights, weights that are not numbers, a reranker,
@@ -145,6 +145,7 @@ class Embedder:
         check_number("batch_size", batch_size, 1, "texts")
         max_length = self._checked_limit(kind, prompt, max_length)
         normalize = self.model.settings.normalize if normalize is None else normalize
+        check_flag("normalize", normalize)
         dim = self.dim if dim is None else dim
         check_number("dim", dim, 1, "numbers")
         if dim > self.dim:

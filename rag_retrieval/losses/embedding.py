@@ -91,10 +91,7 @@ class Objective:
         return tuple(sorted(chosen)), tuple(chosen[width] for width in sorted(chosen))
 
 
-_CONTRASTIVE, _GRADED, _DISTILLATION, _VECTORS = (
-    f"rag_retrieval.losses.{module}"
-    for module in ("contrastive", "graded_pairs", "embedding_distillation", "vector_distillation")
-)
+_CONTRASTIVE, _DISTILLATION = (f"rag_retrieval.losses.{module}" for module in ("contrastive", "embedding_distillation"))
 TEMPERATURE = LossOption("temperature", float, 0.02, "divides cosines", {"gt": 0})
 WIDE_TEMPERATURE = LossOption("temperature", float, 0.05, "divides cosines", {"gt": 0})
 TEACHER_TEMPERATURE = LossOption("teacher_temperature", float, 1.0, "divides teacher scores", {"gt": 0})
@@ -122,16 +119,16 @@ _ALL = (
     EmbeddingLoss("qwen3_info_nce", f"{_CONTRASTIVE}:info_nce", options=CONTRASTIVE_OPTIONS,
                   option_values={"directions": ("query_to_doc", "query_to_query", "doc_to_doc"),
                                  "false_negative_margin": 0.1, "temperature": 0.01}),
-    EmbeddingLoss("cosent", f"{_GRADED}:cosent", "label", (WIDE_TEMPERATURE,)),
-    EmbeddingLoss("cosine_regression", f"{_GRADED}:cosine_regression", "label", label_range=(-1, 1)),
+    EmbeddingLoss("cosent", f"{_CONTRASTIVE}:cosent", "label", (WIDE_TEMPERATURE,)),
+    EmbeddingLoss("cosine_regression", f"{_CONTRASTIVE}:cosine_regression", "label", label_range=(-1, 1)),
     EmbeddingLoss("margin_mse", f"{_DISTILLATION}:margin_mse", "teacher_score", (WIDE_TEMPERATURE,)),
     EmbeddingLoss("kl_distillation", f"{_DISTILLATION}:kl_distillation", "teacher_score",
                   (TEMPERATURE, TEACHER_TEMPERATURE), aliases=("kl_div",)),
     EmbeddingLoss("m3_distillation", f"{_DISTILLATION}:m3_distillation", "teacher_score",
                   (TEMPERATURE, TEACHER_TEMPERATURE, IN_BATCH), aliases=("m3_kd_loss",)),
-    EmbeddingLoss("teacher_cosine", f"{_VECTORS}:teacher_cosine", "teacher_vectors", full_width=True),
-    EmbeddingLoss("teacher_similarity", f"{_VECTORS}:teacher_similarity", "teacher_vectors"),
-    EmbeddingLoss("teacher_triplet", f"{_VECTORS}:teacher_triplet", "teacher_vectors", (TRIPLET_MARGIN,)),
+    EmbeddingLoss("teacher_cosine", f"{_DISTILLATION}:teacher_cosine", "teacher_vectors", full_width=True),
+    EmbeddingLoss("teacher_similarity", f"{_DISTILLATION}:teacher_similarity", "teacher_vectors"),
+    EmbeddingLoss("teacher_triplet", f"{_DISTILLATION}:teacher_triplet", "teacher_vectors", (TRIPLET_MARGIN,)),
     EmbeddingLoss("stella", "", "teacher_vectors", (TRIPLET_MARGIN,),
                   parts={"teacher_cosine": 10.0, "teacher_similarity": 200.0, "teacher_triplet": 20.0}),
 )  # fmt: skip

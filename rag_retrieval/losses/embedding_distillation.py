@@ -1,6 +1,9 @@
-"""Losses that teach an embedder a reranker's scores of a query's own documents."""
+"""Losses that teach an embedder a reranker's scores of a query's own documents, or another model's vectors of texts
+that stand alone.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rag_retrieval.losses.step_vectors import StepRows
@@ -59,5 +62,88 @@ def m3_distillation(
 def _own(step: StepRows) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines, teacher scores and a mask of a record's own documents, positive first: [rows, 1 + k]."""
     held = step.own_documents >= 0
-    step.observe("own_documents", held, held.new_zeros((), dtype=torch.int64))
+    step.observe("own_documents", held)
     return step.cosines("own_documents"), step.teacher_scores, held
+
+
+# ---- vectors -----------------------------------------------------------------------------------------------
+#
+# The three losses of Zhang et al., "Jasper and Stella: distillation of SOTA embedding models" (2024). RAG-Retrieval's
+# trainer weights them with 10 (cosine), 200 (similarity) and 20 (triplets).
+
+
+def teacher_cosine(step: StepRows) -> Tensor:
+    """1 - cos(student's vector, teacher's vector), float32 [rows], at the full width.
+
+    Raises ValueError where the widths differ: the model then needs a projection to the teacher's width.
+    """
+    student = step.queries.at(step.own_queries, step.width)
+    teacher = step.targets.teacher_vectors
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"the model's vectors have {student.shape[1]} values, the teacher's {teacher.shape[1]}; "
+            "give the model a projection to the teacher's width"
+        )
+    return 1.0 - F.cosine_similarity(student, teacher[step.targets.own][step.rows], dim=1)
+
+
+def teacher_similarity(step: StepRows) -> Tensor:
+    """mean_j (cos(x_i, x_j) - cos(t_i, t_j))^2 over the R records j of the step, itself among them: float32 [rows]; x
+    are the student's vectors, t the teacher's, of any width."""
+    teacher = step.of_step("teacher", lambda: F.normalize(step.targets.teacher_vectors.float(), dim=1))
+    wanted = teacher[step.targets.own][step.rows] @ teacher.T
+    return (_similarities(step) - wanted).square().mean(dim=1)
+
+
+def teacher_triplet(step: StepRows, triplet_margin: float = 0.015) -> Tensor:
+    """The mean over all pairs (a, b) of pairs of texts of max(0, cos_a - cos_b + margin), where the teacher finds the
+    texts of b at least as similar as those of a; the same for every record: float32 [rows].
+
+    Of R records there are P = R (R - 1) / 2 pairs, and P (P - 1) / 2 pairs of them. They are counted by merging, in
+    P log^2 P steps and memory of P, not one by one. 0 for fewer than three texts.
+    """
+    value, gradient = step.of_step("triplet", lambda: _triplets(step, triplet_margin))
+    similarities = _similarities(step)
+    own = gradient[step.targets.own][step.rows]
+    # the mean couples all records; half of each pair's part belongs to either text, once for each of the R equal terms
+    slope = len(gradient) / 2 * (own * (similarities - similarities.detach())).sum(dim=1)
+    return value + slope
+
+
+def _similarities(step: StepRows) -> Tensor:
+    """Of the own records with all of the step: [rows, R]."""
+    return step.cosines("query_to_query")[:, step.targets.queries]
+
+
+@torch.no_grad()
+def _triplets(step: StepRows, margin: float) -> tuple[Tensor, Tensor]:
+    """The mean, and its gradient at the similarity of each two records, symmetric: [R, R]."""
+    student = step.queries.at(step.targets.queries, step.width)
+    teacher = F.normalize(step.targets.teacher_vectors.float(), dim=1)
+    records = len(student)
+    first, second = torch.triu_indices(records, records, offset=1, device=student.device)
+    order = (teacher @ teacher.T)[first, second].argsort(stable=True)
+    first, second = first[order], second[order]
+    similarities = (student @ student.T)[first, second]
+    above, below = discordant(similarities, margin)
+    number = max(len(order) * (len(order) - 1) / 2, 1)
+    slopes = (above - below).float() / number
+    gradient = torch.zeros(records, records, device=student.device)
+    gradient[first, second] = slopes
+    return (slopes * similarities).sum() + margin * above.sum() / number, gradient + gradient.T
+
+
+def discordant(values: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """For each value, how many later ones are not above it by the margin, and above how many earlier ones it is not by
+    the margin: int64 [values] each. By merging: runs of 1, 2, 4, ... values against the runs after them."""
+    size = 1 << max(len(values) - 1, 0).bit_length()
+    padded = F.pad(values, (0, size - len(values)), value=torch.inf)  # stands last, and above all
+    above, below = torch.zeros(2, size, dtype=torch.int64, device=values.device)
+    run = 1
+    while run < size:
+        earlier, later = padded.view(-1, 2, run).unbind(dim=1)
+        sorted_earlier, sorted_later = earlier.sort(dim=1).values, later.sort(dim=1).values
+        above.view(-1, 2, run)[:, 0] += torch.searchsorted(sorted_later, earlier + margin)
+        below.view(-1, 2, run)[:, 1] += run - torch.searchsorted(sorted_earlier, later - margin, right=True)
+        run *= 2
+    return above[: len(values)], below[: len(values)]

@@ -266,7 +266,7 @@ class StepRows:
         return rows @ (queries if direction.endswith("query") else documents).T
 
     @torch.no_grad()
-    def observe(self, direction: Direction, allowed: Tensor, masked: Tensor) -> None:
+    def observe(self, direction: Direction, allowed: Tensor, masked: Tensor | int = 0) -> None:
         """Add to the report how the positive stands among the candidates of query_to_doc or own_documents, at the
         widest width; of several losses the first one's. allowed: bool, as `cosines`, with the positive. masked: number
         of candidates left out."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rag_retrieval.core.files import WorkFolder, atomic_write, content_of, lock_file_of, locked
+from rag_retrieval.core.files import WorkFolder, atomic_write, check_new_file, content_of, lock_file_of, locked
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.beir import find_file
 from rag_retrieval.data.corpus import Corpus, build_corpus
@@ -50,10 +50,7 @@ def mine(config: MiningConfig) -> MiningSummary:
 
 def check_output(config: MiningConfig, output: Path) -> None:
     """Raises ValueError for an output that is a folder, that exists, or that is one of the sources."""
-    if output.is_dir():
-        raise ValueError(f"output: {output} is a folder; give the name of a file")
-    if output.exists() and not config.overwrite:
-        raise ValueError(f"{output}: exists; choose another output, or set overwrite true")
+    check_new_file(output, config.overwrite)
     data = Path(config.data)
     names = [f"{name}.jsonl{ending}" for name in ("corpus", "queries") for ending in ("", ".gz")]
     sources = [data / name for name in names] if data.is_dir() else [data, Path(config.corpus or data)]

@@ -134,7 +134,7 @@ class SavedModel:
             return
         from peft import PeftModel
 
-        with without_new_head_warning():  # the adapter brings the head
+        with quiet_loading():  # the adapter brings the head
             base = self.load_base()
             base.model = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload()
             self.load_heads(base, folder)
@@ -160,7 +160,8 @@ class SavedModel:
 
 
 @contextmanager
-def without_new_head_warning() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
+    """Without what loading says of a model that this run has loaded before."""
     loading = logging.getLogger("rag_retrieval.models.loading")
     level = loading.level
     loading.setLevel(logging.ERROR)

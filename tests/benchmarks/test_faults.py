@@ -52,8 +52,9 @@ def test_the_largest_file_of_the_newest_checkpoint_is_damaged(tmp_path, how, siz
 
 
 @pytest.mark.slow
-def test_a_few_real_faults_end_as_expected_and_resume_to_equal_weights():
-    program = [sys.executable, "benchmarks/faults.py", "--quick"]
+@pytest.mark.parametrize("task", faults.TASKS)
+def test_a_few_real_faults_end_as_expected_and_resume_to_equal_weights(task):
+    program = [sys.executable, "benchmarks/faults.py", "--task", task, "--quick"]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 faults, 5 of them ended with the weights of the run without them" in done.stdout

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rag_retrieval.core.files import check_new_file
 from rag_retrieval.data.records import Record
 from rag_retrieval.distill.parts import Part, PartFolder, plan_parts, records_of
 
@@ -74,11 +75,11 @@ def test_parts_of_another_run_are_refused_with_the_difference_unless_overwritten
 
 
 def test_an_output_is_replaced_only_on_request(folder):
-    folder.check_output(overwrite=False)
+    check_new_file(folder.output, overwrite=False)
     folder.output.write_text("old")
-    folder.check_output(overwrite=True)
+    check_new_file(folder.output, overwrite=True)
     with pytest.raises(ValueError, match="out.jsonl exists; take another output, or overwrite: true"):
-        folder.check_output(overwrite=False)
+        check_new_file(folder.output, overwrite=False)
 
 
 def test_a_run_without_a_finished_part_does_not_block_another(folder):
@@ -92,7 +93,7 @@ def test_a_run_without_a_finished_part_does_not_block_another(folder):
 def test_an_output_that_is_a_folder_is_refused_whatever_may_be_overwritten(folder):
     folder.output.mkdir()
     with pytest.raises(ValueError, match="out.jsonl is a folder; give the name of a file"):
-        folder.check_output(overwrite=True)
+        check_new_file(folder.output, overwrite=True)
 
 
 def test_a_part_that_lost_lines_is_named_and_nothing_is_written(folder):

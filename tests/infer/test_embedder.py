@@ -210,6 +210,11 @@ def test_what_is_no_text_is_named(embedders, texts, message):
         embedders["mean"].encode(texts)
 
 
+def test_a_text_for_normalize_is_refused(embedders):
+    with pytest.raises(ValueError, match="normalize must be True or False, found 'false'"):
+        embedders["mean"].encode(["a"], normalize="false")
+
+
 def test_a_vector_that_is_not_finite_is_an_error(embedder):
     with torch.no_grad():
         embedder.model.model.embeddings.word_embeddings.weight[:] = torch.inf

@@ -95,7 +95,7 @@ def test_a_reranker_can_be_copied_pickled_and_sent_to_another_process(load_tiny)
 
 MODULES = ["infer.reranker", "infer.backend", "infer.long_documents", "infer.results", "models.pair_encoding",
            "models.token_batch", "models.calibration", "models.settings", "models.text_scoring", "models.inputs",
-           "infer.onnx_backend"]  # fmt: skip
+           "models.vectors", "infer.onnx_backend"]  # fmt: skip
 
 
 def test_what_other_backends_need_imports_neither_torch_nor_transformers():

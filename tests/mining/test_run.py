@@ -207,7 +207,7 @@ def test_no_negative_at_all_is_an_error_with_the_reasons(tmp_path):
 
 def test_an_output_is_replaced_only_on_demand(data, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match="out.jsonl: exists; choose another output, or set overwrite true"):
+    with pytest.raises(ValueError, match="out.jsonl exists; take another output, or overwrite: true"):
         mine(config_of(data, tmp_path / "out.jsonl"))
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     mine(config_of(data, tmp_path / "out.jsonl", overwrite=True))

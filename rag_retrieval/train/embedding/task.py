@@ -32,7 +32,7 @@ from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.token_batch import make_batch
 from rag_retrieval.train.embedding.guide import GuideVectors
 from rag_retrieval.train.embedding.training_data import EmbeddingMicroBatch
-from rag_retrieval.train.lora import SavedModel
+from rag_retrieval.train.lora import SavedModel, quiet_loading
 from rag_retrieval.train.task import StepLoss
 
 logger = logging.getLogger(__name__)
@@ -95,11 +95,9 @@ class EmbeddingTask(SavedModel):
         guide: GuideVectors | None = None,
     ):
         super().__init__(model, load_base, adapter)
-        self.guide = guide
         self.objectives, self.validation, self.reopen = objectives, validation, reopen
-        self.accelerator, self.options, self.hosts = accelerator, options, hosts
-        # its gradients are wrong after several forwards (DeepSpeed 0.19)
-        plugin = accelerator.state.deepspeed_plugin
+        self.accelerator, self.options, self.hosts, self.guide = accelerator, options, hosts, guide
+        plugin = accelerator.state.deepspeed_plugin  # gradients of ZeRO-3 are wrong after several forwards (0.19.8)
         self.one_graph_alone = plugin is not None and plugin.zero_stage == 3
         self.sums: dict[str, float] = {}  # since the last report, of this process
         self.checks = [zero_loss_problem, same_direction_problem]  # of the next report
@@ -198,7 +196,7 @@ class EmbeddingTask(SavedModel):
             saved.mkdir(), results.mkdir()
             self.save_model(saved, self.model.state_dict())
             super().export(saved, results)
-            again = probe(self.reopen(str(results / "model")).to(self.model.device))
+            again = self.probe_of(results / "model")
         if (difference := float((again - self.before).abs().max())) > SAME:
             raise ValueError(
                 f"{type(self.model.model).__name__}: saved and opened again, the model gives vectors that differ by "
@@ -208,12 +206,15 @@ class EmbeddingTask(SavedModel):
     def export(self, folder: Path, results: Path) -> None:
         """Also: open the finished model and say where it gives the vectors that it gave before training."""
         super().export(folder, results)
-        after = probe(self.reopen(str(results / "model")).to(self.model.device))
-        if float((after - self.before).abs().max()) <= UNCHANGED:
+        if float((self.probe_of(results / "model") - self.before).abs().max()) <= UNCHANGED:
             logger.warning(
                 "the model did not change: texts have the vectors that they had before training. Raise lr or epochs, "
                 "and look at the loss: where it is 0 from the start, there are no negatives to learn from"
             )
+
+    def probe_of(self, folder: Path) -> torch.Tensor:
+        with quiet_loading():
+            return probe(self.reopen(str(folder)).to(self.model.device))
 
 
 def probe(model: EmbeddingModel) -> torch.Tensor:

@@ -42,7 +42,8 @@ class EmbeddingValidation:
     encoding: of the collection's queries and documents. cosine: whether vectors are compared by it, else by their
     product. names: of ranking metrics; none where ranks say nothing, as on graded pairs. measures: further values by
     name, such as the loss. start: the file that keeps the evaluation before the first step, for a resumed run; None
-    where there is no such evaluation. The first of names and measures is compared with it.
+    where there is no such evaluation. The first of names and measures is compared with it. widths: of Matryoshka, at
+    which the first of names is measured too, as NAME/WIDTH.
     metrics: the names of what can be measured.
     """
 
@@ -56,12 +57,13 @@ class EmbeddingValidation:
         measures: Mapping[str, Measure] | None = None,
         device: torch.device | str = "cpu",
         start: Path | None = None,
+        widths: Sequence[int] = (),
     ):
         self.collection, self.encoding, self.cosine, self.device = collection, encoding, cosine, device
         self.without_relevant = collection.without_relevant
         self.names = names if len(self.without_relevant) < len(collection.queries) else ()
         self.depth = max([parse_metric(name)[1] or DEPTH for name in self.names], default=0)
-        self.measures, self.start = measures or {}, start
+        self.measures, self.start, self.widths = measures or {}, start, widths
         self.metrics = [*self.names, *self.measures]
         self.first: tuple[int, Vectors] | None = None  # step and vectors of the first evaluation of this process
         if self.names:
@@ -91,9 +93,12 @@ class EmbeddingValidation:
         values = {name: measure(queries, documents) for name, measure in self.measures.items()}
         per_query: PerQuery = {}
         if self.names:
-            run = ranked(self.collection, queries, documents, self.depth, self.device)
-            per_query = query_metrics(self.collection.qrels, run, self.names, self.collection.relevant_from)
+            per_query = self._per_query(queries, documents, self.names)
             values |= means(per_query)
+            for width in self.widths:
+                cut = (finish(vectors, width, self.cosine) for vectors in (queries, documents))
+                of_width = means(self._per_query(*cut, self.names[:1]))
+                values |= {f"{name}/{width}": value for name, value in of_width.items()}
             values["queries"] = len(self.collection.queries) - len(self.without_relevant)
             values["queries_without_relevant"] = len(self.without_relevant)
         values["mean_cosine"] = mean_cosine(documents)
@@ -101,6 +106,10 @@ class EmbeddingValidation:
         self._check_change(queries, documents, step)
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         return values | self._beside_start(values, per_query, step)
+
+    def _per_query(self, queries: Vectors, documents: Vectors, names: Sequence[str]) -> PerQuery:
+        run = ranked(self.collection, queries, documents, self.depth, self.device)
+        return query_metrics(self.collection.qrels, run, names, self.collection.relevant_from)
 
     def _check_spread(self, cosine: float, step: int) -> None:
         if cosine > ONE_DIRECTION:

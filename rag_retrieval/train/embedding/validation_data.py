@@ -91,6 +91,7 @@ def make_validation(
         measures=measures,
         device=accelerator.device,
         start=Path(config.output_dir) / START_FILE if config.eval_on_start else None,
+        widths=[width for width in objective.widths_of(model.dim)[0] if width < model.dim],
     )
 
 

@@ -2,18 +2,20 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from training_runs import embedding_records, final_weights, read_metrics, train, write_yaml
-from transformers import AutoModel
+from transformers import AutoModel, BertConfig
 
 from rag_retrieval import cli
 from rag_retrieval.core.distributed import StartError
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.token_batch import make_batch
 from rag_retrieval.train.embedding import task
+from rag_retrieval.train.embedding.run import graph_tokens
 from rag_retrieval.train.embedding.train_embedding import main
 
 TEXTS = ["what is a panda?", "The giant panda is a bear that lives in China. " * 9]
@@ -181,3 +183,12 @@ def test_other_vectors_of_a_teacher_are_other_data(settings, tmp_path):
     np.random.default_rng(1).normal(size=(16, 40)).astype(np.float32).tofile(file)
     with pytest.raises(StartError, match="train_dataset: was .*content"):
         train(values | {"output_dir": str(tmp_path / "other"), "resume": str(folder / "checkpoint-1")})
+
+
+def test_graphs_are_kept_as_far_as_they_are_estimated_to_fit():
+    """4 GiB over layers x 20 states x hidden size x bytes of a number; with checkpointing a layer keeps its input, and
+    one at a time the rest."""
+    model = SimpleNamespace(config=BertConfig(num_hidden_layers=6, hidden_size=384))
+    for precision, checkpointed, states in (("no", False, 6 * 20), ("no", True, 6 + 20), ("bf16", False, 6 * 20 / 2)):
+        accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision)
+        assert graph_tokens(model, accelerator, checkpointed) == int(2**32 / (states * 384 * 4))

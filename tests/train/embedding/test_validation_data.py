@@ -47,7 +47,7 @@ class Letters:
 
     packs = False
     text_encoder = Words()
-    settings = SimpleNamespace(similarity="cosine")
+    settings, dim = SimpleNamespace(similarity="cosine"), 8
 
     def __init__(self):
         self.rows = torch.from_numpy(np.random.default_rng(3).normal(size=(256, 8))).float()
@@ -165,6 +165,20 @@ def test_graded_pairs_have_their_correlation_and_loss_in_place_of_ranks(config, 
     ]
     assert values["loss"] == pytest.approx(math.log(1 + sum(terms)), abs=1e-5)
     assert "ndcg@10" not in values and -1 <= values["spearman"] <= 1
+
+
+def test_matryoshka_is_measured_at_every_width_as_if_the_model_had_no_more(config, records):
+    class Narrow(Letters):
+        def __init__(self, width):
+            super().__init__()
+            self.rows = self.rows[:, :width]
+
+    made = config(val_dataset=records(RECORDS), use_mrl=True, mrl_dims=[2, 5, 8])
+    values = validation_of(made, objective_of({"info_nce": 1.0}, {}, made.widths))(Letters(), 0)
+    assert {name for name in values if "/" in name} == {"ndcg@10/2", "ndcg@10/5"}
+    for width in (2, 5):
+        expected = validation_of(config(val_dataset=records(RECORDS)))(Narrow(width), 0)["ndcg@10"]
+        assert values[f"ndcg@10/{width}"] == pytest.approx(expected)
 
 
 def test_a_beir_folder_is_searched_whole_and_has_no_loss(config, tmp_path):

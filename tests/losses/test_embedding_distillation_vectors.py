@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from step_samples import DIM, step_records
 
 from rag_retrieval.losses.embedding import objective_of
+from rag_retrieval.losses.embedding_distillation import discordant
 from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.losses.step_vectors import vector_gradients
-from rag_retrieval.losses.vector_distillation import discordant
 
 
 def texts(records=7, width=DIM, seed=0):
