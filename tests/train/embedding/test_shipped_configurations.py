@@ -90,7 +90,7 @@ def test_a_short_command_trains(typed, tmp_path):
 def test_torchrun_starts_the_script(typed, tmp_path, bert):
     script = str(TRAINER / "train_embedding.py")
     arguments = shlex.split(SHORT.replace("./bge-large-zh-v1.5", bert)) + ["--num_workers", "0"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--master_port=0", script]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", script]
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "checkpoint" / "model" / "config.json").is_file()
