@@ -43,6 +43,14 @@ def model_folders(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def base_folders(tmp_path_factory) -> dict[str, str]:
+    """Tiny folders without a head, by family. Read only."""
+    from embedder_samples import FAMILIES
+
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in FAMILIES.items()}
+
+
+@pytest.fixture(scope="session")
 def load_tiny(model_folders):
     """`load_tiny("bert")`: a fresh scorer of one of the four tiny families; options go to from_pretrained."""
     from rag_retrieval import CrossEncoder, LLMDecoder

@@ -149,19 +149,18 @@ def check_modules(files: ModelFiles) -> None:
 
 def read_pooling(files: ModelFiles) -> dict[str, Any]:
     """pooling and include_prompt, under the keys before and after sentence-transformers 5.4."""
-    name = f"{files.modules['Pooling']}/config.json"
-    values = read_json(files.path, name)
-    with parsing(f"{files.path}: {name}"):
-        modes = values.get("pooling_mode")
-        if modes is None:
-            modes = [key for key in POOLING_KEYS if values.get(key) is True] or ["mean"]
-            poolings = [POOLING_KEYS.get(key) for key in modes]
-        else:
-            modes = [modes] if isinstance(modes, str) else list(modes)
-            poolings = [POOLING_NAMES.get(mode) for mode in modes]
-        if len(poolings) != 1 or poolings[0] is None:
-            raise ValueError(f"pools by {' and '.join(modes)}; known is one of {', '.join(POOLING_NAMES)}")
-        return {"pooling": poolings[0], "include_prompt": values.get("include_prompt") is not False}
+    file = f"{files.modules['Pooling']}/config.json"
+    values = read_json(files.path, file)
+    with parsing(f"{files.path}: {file}"):
+        modes = values.get("pooling_mode", [key for key in POOLING_KEYS if values.get(key) is True])
+        modes = [modes] if isinstance(modes, str) else list(map(str, modes))
+    poolings = [(POOLING_NAMES | POOLING_KEYS).get(mode) for mode in modes]
+    if len(poolings) != 1 or poolings[0] is None:
+        raise ValueError(
+            f"{files.path}: {file} pools by {' and '.join(modes) or 'nothing'}; expected one of "
+            f"{', '.join(POOLING_NAMES)}; open it with sentence_transformers"
+        )
+    return {"pooling": poolings[0], "include_prompt": values.get("include_prompt") is not False}
 
 
 def read_heads(files: ModelFiles) -> list[HeadFiles]:
@@ -171,11 +170,9 @@ def read_heads(files: ModelFiles) -> list[HeadFiles]:
         if kind not in ("Dense", "LatentAttention"):
             continue
         values = read_json(files.path, f"{folder}/config.json")
-        with parsing(f"{files.path}: {folder}/config.json"):
-            if values.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-                raise ValueError("it takes no vectors of texts")
-            if values.get("use_residual"):
-                raise ValueError("use_residual is not known here")
+        for name, known in (("module_input_name", "sentence_embedding"), ("use_residual", False)):
+            if values.get(name, known) != known:
+                raise ValueError(f"{files.path}: {folder}/config.json has {name} {values[name]!r}; known is {known!r}")
         heads.append(HeadFiles(kind, folder, values))
     return heads
 

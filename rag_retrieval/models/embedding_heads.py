@@ -16,10 +16,10 @@ from rag_retrieval.models.settings import ModelFiles, find_file, parsing
 
 WEIGHTS = "model.safetensors"
 LATENT_FOLDER = "1_LatentAttention"
-IDENTITY = "torch.nn.modules.linear.Identity"
+IDENTITY, TANH = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.Tanh"
 ACTIVATIONS = {
     IDENTITY: nn.Identity,
-    "torch.nn.modules.activation.Tanh": nn.Tanh,
+    TANH: nn.Tanh,
     "torch.nn.modules.activation.ReLU": nn.ReLU,
     "torch.nn.modules.activation.GELU": nn.GELU,
     "torch.nn.modules.activation.Sigmoid": nn.Sigmoid,
@@ -88,10 +88,8 @@ class Projection(nn.Linear):
 
     @classmethod
     def of_values(cls, values: dict[str, Any]) -> "Projection":
-        activation = values.get("activation_function", "torch.nn.modules.activation.Tanh")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation_function {activation}; known are {', '.join(ACTIVATIONS)}")
-        return cls(values["in_features"], values["out_features"], values.get("bias", True), activation)
+        sizes = values["in_features"], values["out_features"]
+        return cls(*sizes, values.get("bias", True), values.get("activation_function", TANH))
 
     def saved_values(self) -> dict[str, Any]:
         sizes = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
@@ -107,17 +105,19 @@ HEADS: dict[str, type[Head]] = {head.saved_as: head for head in (LatentAttention
 
 
 def load_head(files: ModelFiles, saved: HeadFiles) -> Head:
-    """Raises ValueError for an activation that is not known here, and weights that do not fit."""
+    """Raises ValueError for an activation that is not known here, and weights that are not there or do not fit."""
     where = f"{files.path}: {saved.folder}"
+    activation = saved.values.get("activation_function", TANH)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{where}/config.json: activation_function {activation}; known are {', '.join(ACTIVATIONS)}")
     with parsing(f"{where}/config.json"):
         head = HEADS[saved.kind].of_values(saved.values)
     file = find_file(files.path, f"{saved.folder}/{WEIGHTS}")
+    old = find_file(files.path, f"{saved.folder}/pytorch_model.bin") if file is None else None
+    if file is None and old is None:
+        raise ValueError(f"{where}: no {WEIGHTS} in it; copy the model again")
     with reading(where):
-        if file is not None:
-            weights = load_file(file)
-        else:  # of older versions of sentence-transformers
-            old = find_file(files.path, f"{saved.folder}/pytorch_model.bin")
-            weights = torch.load(old, map_location="cpu", weights_only=True)
+        weights = load_file(file) if file else torch.load(old, map_location="cpu", weights_only=True)
         load_weights(head, weights)
     return head
 
