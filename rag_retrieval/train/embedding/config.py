@@ -61,7 +61,7 @@ class EmbeddingKeys(TrainingConfig):
 
     aliases: ClassVar = TrainingConfig.aliases | ALIASES
     validation_keys: ClassVar = TrainingConfig.validation_keys | {"train_label_key"}
-    main_keys: ClassVar = ("model_name_or_path", "train_dataset", "loss_type", "output_dir")
+    main_keys: ClassVar = ("model_name_or_path", "train_dataset", "loss_type", "batch_size", "output_dir")
     groups: ClassVar = TrainingConfig.groups | {"task": "Embedder", "train_dataset": "Data", "loss_type": "Loss"}
 
     # Embedder
@@ -112,7 +112,8 @@ class EmbeddingKeys(TrainingConfig):
 
     # Loss
     loss_type: str = key(
-        f"One of {', '.join(EMBEDDING_LOSSES)}, or a function of your own, my_package.losses:my_loss.", "info_nce")
+        f"What is learned. One of {', '.join(EMBEDDING_LOSSES)}, or a function of your own, my_package.losses:my_loss.",
+        "info_nce")
     teacher_loss_type: str | None = key(
         f"Second loss, on teacher scores, beside loss_type: one of {', '.join(TEACHER_LOSSES)}.")
     teacher_weight: float | None = key(
