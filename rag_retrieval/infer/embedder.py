@@ -46,9 +46,10 @@ class Embedder:
     model_name_or_path: a folder that was trained here, a sentence-transformers folder, any other folder of an embedding
     model, a hub name, or `package:NAME`. What it holds is read from its files.
     max_length: tokens of a text, special tokens included; default what the folder says, else 512 or the model's limit.
-    query_max_length: of a query; default as of other texts. dtype: of the weights: "fp32" (the default), "bf16",
-    "fp16". precision: of the computation with float32 weights: "fp32", "bf16", "fp16"; default half precision on CUDA
-    and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is one, else the CPU.
+    query_max_length: of a query; default what the folder says, else as of other texts. dtype: of the weights: "fp32"
+    (the default), "bf16", "fp16". precision: of the computation with float32 weights: "fp32", "bf16", "fp16"; default
+    half precision on CUDA and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is
+    one, else the CPU.
     devices: several, such as ["cuda:0", "cuda:1"]: each holds a copy of the model. attn_implementation: of
     transformers; default batches without padding. pooling: "cls", "mean", "weighted_mean", "last", "latent_attention".
     prompts: text before a text, by name, such as {"query": "query: ", "document": "passage: "}. include_prompt: whether

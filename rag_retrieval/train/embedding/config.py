@@ -41,6 +41,11 @@ def _reads(what: str) -> Any:
     return lambda config: any(loss.reads == what for loss in config.losses)
 
 
+def _default_metric(config: "EmbeddingKeys") -> str:
+    graded = config.record_kind == "label" and not is_beir_folder(config.val_dataset)
+    return "spearman" if graded else "ndcg@10"
+
+
 TEACHER_LOSS = Only("runs with teacher_loss_type", lambda config: config.teacher_loss_type is not None)
 TEACHER_SCORES = Only("losses that learn from teacher scores", lambda config: config.reads_teacher)
 VECTORS = Only("losses that learn a teacher's vectors", _reads("teacher_vectors"))
@@ -56,7 +61,7 @@ class EmbeddingKeys(TrainingConfig):
 
     aliases: ClassVar = TrainingConfig.aliases | ALIASES
     validation_keys: ClassVar = TrainingConfig.validation_keys | {"train_label_key"}
-    main_keys: ClassVar = ("model_name_or_path", "train_dataset", "loss_type", "output_dir")
+    main_keys: ClassVar = ("model_name_or_path", "train_dataset", "loss_type", "batch_size", "output_dir")
     groups: ClassVar = TrainingConfig.groups | {"task": "Embedder", "train_dataset": "Data", "loss_type": "Loss"}
 
     # Embedder
@@ -102,12 +107,13 @@ class EmbeddingKeys(TrainingConfig):
         only=VALIDATED, derive=lambda config: True)
     metric_for_best_model: str | None = key(
         f"Validation figure that decides which checkpoint is best: loss, spearman (of graded pairs) or one of "
-        f"{PATTERNS}. Default ndcg@10; spearman for a loss on graded pairs.", only=VALIDATED,
-        derive=lambda config: "spearman" if config.record_kind == "label" else "ndcg@10")
+        f"{PATTERNS}. Default ndcg@10; spearman for a loss on graded pairs, where val_dataset has them.",
+        only=VALIDATED, derive=_default_metric)
 
     # Loss
     loss_type: str = key(
-        f"One of {', '.join(EMBEDDING_LOSSES)}, or a function of your own, my_package.losses:my_loss.", "info_nce")
+        f"What is learned. One of {', '.join(EMBEDDING_LOSSES)}, or a function of your own, my_package.losses:my_loss.",
+        "info_nce")
     teacher_loss_type: str | None = key(
         f"Second loss, on teacher scores, beside loss_type: one of {', '.join(TEACHER_LOSSES)}.")
     teacher_weight: float | None = key(
@@ -174,7 +180,7 @@ class EmbeddingKeys(TrainingConfig):
 
     @property
     def width_weights(self) -> list[float] | None:
-        return self.widths and (self.mrl_weights or [1 / len(self.widths)] * len(self.widths))
+        return self.mrl_weights if self.use_mrl else None
 
     @property
     def record_kind(self) -> Literal["positives", "label", "teacher_vectors"]:

@@ -116,8 +116,8 @@ class EmbeddingSteps(Dataset):
         return self.shape.steps_per_epoch
 
     def __getitem__(self, position: tuple[int, int]) -> list[EmbeddingMicroBatch]:
-        start = position[0] * self.shape.records
-        places = [start + place for share in self.shape.positions(position[1]) for place in share]
+        """position: (0, step of the run)."""
+        places = [place for share in self.shape.positions(position[1]) for place in share]
         return self.micro_batches([self.example(*divmod(place, len(self.file.records))) for place in places])
 
     def example(self, pass_number: int, place: int) -> Example:
