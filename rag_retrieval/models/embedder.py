@@ -233,7 +233,7 @@ class EmbeddingModel(TransformerModule):
         refuse_reranker(files)
         saved, known = read_settings(files), known_embedder(files)
         if not {"pooling", "prompts"} & known.keys() <= saved.keys():
-            logger.info("%s: known by its name, and asked as its card says: %s", path, known)
+            logger.info("%s: as the card of the model of its name says: %s", path, known)
         model, new_parameters, bidirectional = load_backbone(
             files, options, saved.get("bidirectional", False), trained_only
         )

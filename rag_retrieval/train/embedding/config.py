@@ -124,8 +124,8 @@ class EmbeddingKeys(TrainingConfig):
         "Several keys: of several teachers, whose scores are averaged once each has the same mean entropy.",
         only=TEACHER_SCORES, derive=lambda config: "teacher_score", min_length=1)
     guide_model: ModelName | None = key(
-        "Embedding model whose cosines tell false negatives. Its vectors of all texts are computed before the first "
-        "step and kept in the cache.", only=GUIDED, min_length=1)
+        "Embedding model whose cosines decide what is a false negative. Its vectors of all texts are computed "
+        "before the first step and kept in the cache.", only=GUIDED, min_length=1)
     negatives_cross_device: bool = key(
         "The texts of all processes are negatives of a query, otherwise those of its own process alone.", True)
     use_mrl: bool = key("Matryoshka: the loss is taken over several widths, so that vectors can be cut.", False)
@@ -229,6 +229,9 @@ class EmbeddingKeys(TrainingConfig):
         judge = getattr(self, "false_negative_judge", None)
         if judge in ("guide", "teacher") and self.false_negative_margin is None:
             yield "false_negative_margin", f"is missing; false_negative_judge {judge} needs it, 0 say"
+        hard_mode = getattr(self, "hardness_mode", None)
+        if hard_mode == "in_batch_negatives" and self.hardness_strength and not self.use_inbatch_neg:
+            yield "hardness_mode", f"{hard_mode} are none with use_inbatch_neg false; give hard_negatives"
         if self.mrl_weights and len(self.mrl_weights) != len(self.widths):
             expected = f"expected {len(self.widths)}, one for each of mrl_dims"
             yield "mrl_weights", f"{expected}, found {len(self.mrl_weights)}"

@@ -31,8 +31,8 @@ class EmbeddingMicroBatch:
 
     ids: uint64 [texts], of the texts: see `StepRecords`. records: of all texts of this process in the step, in the
     first of its micro-batches; None in the others. `items` is their number, `size` that of the texts, `sources` names
-    the records as `file:line`, `part` the file where there are several. A filler has one text and no id: its vector is
-    nobody's.
+    the records as `file:line`, `part` the file where there are several. A filler has one text and no id: its vector
+    has no part in the loss.
     """
 
     texts: TokenBatch
