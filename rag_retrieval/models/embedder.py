@@ -208,10 +208,10 @@ class EmbeddingModel(TransformerModule):
         is "mean" for an encoder and "last" for a decoder, there are no prompts, and vectors are normalized.
         pooling: see `models.pooling`. prompts: text before a text, by name, in place of the folder's of that name.
         max_length: tokens of a text; default as saved, else 512 or the model's limit. query_max_length: of a query;
-        default as saved, else max_length. include_prompt: whether the tokens of a prompt are pooled too. cls_interval:
-        with pooling cls, a long text gets another cls after every so many tokens, and their mean is taken.
-        bidirectional: let a decoder's tokens see those after them. dims: widths of a Matryoshka model; one beyond the
-        model's own adds a projection to it. dtype: of the backbone's weights; default float32.
+        default as saved, up to a given max_length, else max_length. include_prompt: whether the tokens of a prompt are
+        pooled too. cls_interval: with pooling cls, a long text gets another cls after every so many tokens, and their
+        mean is taken. bidirectional: let a decoder's tokens see those after them. dims: widths of a Matryoshka model;
+        one beyond the model's own adds a projection to it. dtype: of the backbone's weights; default float32.
 
         Raises ValueError for a reranker, an encoder-decoder, a folder whose modules are not known here, settings that
         do not fit the model or each other, and a length beyond the model's positions.

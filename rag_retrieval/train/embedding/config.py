@@ -93,7 +93,8 @@ class EmbeddingKeys(TrainingConfig):
     teacher_embedding_dim: int | None = key(
         "Width of the teacher's vectors. Where the model's is another, a projection is added.", only=VECTORS, ge=1)
     train_group_size: int = key(
-        "A positive and the hard negatives of a query at most; more take turns.", 8, only=GROUPS, ge=1)
+        "Documents of a query in a step at most: a positive and hard negatives, which take turns.", 8,
+        only=GROUPS, ge=1)
     max_example_num_per_dataset: int | None = key(
         "Train on a random sample of so many records of each file. Absent: on all.", ge=1)
     shuffle: bool = key("Records in a new order in each epoch, otherwise in that of the file.", True)
