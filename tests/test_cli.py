@@ -11,6 +11,7 @@ import pytest
 
 from rag_retrieval import cli
 from rag_retrieval.core.command import load_object
+from rag_retrieval.train.script import TRAINERS
 
 ROOT = Path(__file__).resolve().parents[1]
 VALID = {  # options with which each command would begin its work
@@ -51,16 +52,19 @@ def test_every_command_is_in_the_help_and_its_help_fits_a_screen(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert VALID.keys() == cli.COMMANDS.keys() and all(f"\n  {name} " in printed for name in cli.COMMANDS)
-    for name, command in cli.COMMANDS.items():
+    assert max(map(len, printed.splitlines())) <= 80
+    commands = {(name,): command for name, command in cli.COMMANDS.items()}
+    commands |= {("train", "--task", task): trainer for task, trainer in TRAINERS.items()}
+    for name, command in commands.items():
         keys = load_object(command.config).model_fields
         assert len(load_object(command.config).main_keys) == min(5, len(keys))
-        assert cli.main([name, "--help"]) == 0
+        assert cli.main([*name, "--help"]) == 0
         printed = capsys.readouterr().out
         assert len(printed.splitlines()) <= 45 and max(map(len, printed.splitlines())) <= 80
         words = set(printed.replace(",", " ").replace("--", " ").split())
         assert not keys.keys() - words and not re.search(r":\n+(?! )", printed), "a heading has something below it"
         for option in ("--help_all", "--help-all"):
-            assert cli.main([name, option]) == 0
+            assert cli.main([*name, option]) == 0
             printed = capsys.readouterr().out
             assert not {f"--{key}" for key in keys} - set(printed.split())
             assert max(map(len, printed.splitlines())) <= 80

@@ -190,7 +190,8 @@ def _hits(hits: object, rules: RecordRules) -> tuple[list[str], list[float]]:
     documents, labels = [], []
     hits = _filled_list(hits, "hits", "objects")
     scores_alone = rules.for_embedder and not any(isinstance(hit, dict) and rules.label_key in hit for hit in hits)
-    scores_alone = scores_alone and all(isinstance(hit, dict) and rules.teacher_key in hit for hit in hits)
+    keys = teacher_keys(rules)
+    scores_alone = scores_alone and bool(keys) and all(isinstance(hit, dict) and hit.keys() >= {*keys} for hit in hits)
     for index, hit in enumerate(hits):
         name = f"hits[{index}]"
         if not isinstance(hit, dict):
@@ -243,9 +244,13 @@ def _pos_neg_scores(data: dict, num_pos: int, num_neg: int) -> list[tuple[str, o
     return named
 
 
+def teacher_keys(rules: RecordRules) -> tuple[str, ...]:
+    return (rules.teacher_key,) if isinstance(rules.teacher_key, str) else rules.teacher_key or ()
+
+
 def _teacher_scores(data: dict, format_: str, count: int, rules: RecordRules) -> list[float]:
     """`Record.teacher_scores` of a record that is valid otherwise, exact float32."""
-    keys = (rules.teacher_key,) if isinstance(rules.teacher_key, str) else rules.teacher_key
+    keys = teacher_keys(rules)
     if format_ == "pointwise":
         named = [(key, data.get(key)) for key in keys]
     elif format_ == "hits":

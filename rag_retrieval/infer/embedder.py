@@ -46,14 +46,15 @@ class Embedder:
     model_name_or_path: a folder that was trained here, a sentence-transformers folder, any other folder of an embedding
     model, a hub name, or `package:NAME`. What it holds is read from its files.
     max_length: tokens of a text, special tokens included; default what the folder says, else 512 or the model's limit.
-    query_max_length: of a query; default as of other texts. dtype: of the weights: "fp32" (the default), "bf16",
-    "fp16". precision: of the computation with float32 weights: "fp32", "bf16", "fp16"; default half precision on CUDA
-    and float32 elsewhere. device: "cpu", "cuda:0", "mps", "npu:0"; default CUDA where there is one, else the CPU.
-    devices: several, such as ["cuda:0", "cuda:1"]: each holds a copy of the model. attn_implementation: of
-    transformers; default batches without padding. pooling: "cls", "mean", "weighted_mean", "last", "latent_attention".
-    prompts: text before a text, by name, such as {"query": "query: ", "document": "passage: "}. include_prompt: whether
-    its tokens are pooled too. cls_interval: with pooling "cls", one more cls after every so many tokens, and their
-    mean. normalize: whether vectors get length 1. bidirectional: whether a decoder's tokens see those after them.
+    query_max_length: of a query; default what the folder says, up to max_length where that is given, else as of other
+    texts. dtype: of the weights: "fp32" (the default), "bf16", "fp16". precision: of the computation with float32
+    weights: "fp32", "bf16", "fp16"; default half precision on CUDA and float32 elsewhere. device: "cpu", "cuda:0",
+    "mps", "npu:0"; default CUDA where there is one, else the CPU. devices: several, such as ["cuda:0", "cuda:1"]: each
+    holds a copy of the model. attn_implementation: of transformers; default batches without padding. pooling: "cls",
+    "mean", "weighted_mean", "last", "latent_attention". prompts: text before a text, by name, such as
+    {"query": "query: ", "document": "passage: "}. include_prompt: whether its tokens are pooled too. cls_interval: with
+    pooling "cls", one more cls after every so many tokens, and their mean. normalize: whether vectors get length 1.
+    bidirectional: whether a decoder's tokens see those after them.
     int8_ranges: a file that `calibrate` wrote; default `int8_ranges.json` in the model's folder, where it is there.
 
     Raises ValueError for a path that is not there, a folder without weights, weights that are not numbers, a reranker,

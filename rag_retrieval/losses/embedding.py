@@ -61,7 +61,7 @@ class Objective:
     """What a step minimizes: a weighted sum of losses, over the widths of Matryoshka.
 
     terms: losses with their weights. widths: of the vectors' beginnings; None: the whole vector alone. width_weights:
-    one for each width; None: 1 each. normalize: cosines, else products of the vectors as they are.
+    one for each width; None: their mean. normalize: cosines, else products of the vectors as they are.
     """
 
     terms: tuple[tuple[EmbeddingLoss, float], ...]
@@ -84,7 +84,8 @@ class Objective:
         the first counts. Where a loss needs the full width, it is there, if need be with the weight 0."""
         widths = self.widths or (dim,)
         chosen: dict[int, float] = {}
-        for width, weight in zip(widths, self.width_weights or (1.0,) * len(widths), strict=True):
+        weights = self.width_weights or (1 / len({min(width, dim) for width in widths}),) * len(widths)
+        for width, weight in zip(widths, weights, strict=True):
             chosen.setdefault(min(width, dim), weight)
         if any(loss.full_width for loss, _ in self.terms):
             chosen.setdefault(dim, 0.0)

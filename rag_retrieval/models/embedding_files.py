@@ -199,11 +199,14 @@ def choose_settings(
     """values: what the folder says. What is given wins, with a warning."""
     given = options.given("pooling", "query_max_length", "include_prompt", "cls_interval", "normalize")
     chosen = values | {name: choose_setting(name, value, values.get(name), None) for name, value in given.items()}
-    prompts = dict(values.get("prompts", {}))
-    for name, prompt in (options.prompts or {}).items():
-        for other in PROMPT_NAMES.get(name, ()):
-            prompts.pop(other, None)  # one of another name would come back where this one is empty
-        prompts[name] = prompt
+    queries = chosen.get("query_max_length")
+    if options.max_length is not None and options.query_max_length is None and queries is not None:
+        chosen["query_max_length"] = min(queries, options.max_length)  # a limit that is given holds for every text
+    given_prompts = options.prompts or {}
+    replaced = {name for names in PROMPT_NAMES.values() if given_prompts.keys() & set(names) for name in names}
+    # one of another name for the same kind would be used in place of the one given
+    prompts = {name: prompt for name, prompt in values.get("prompts", {}).items() if name not in replaced}
+    prompts |= given_prompts
     chosen |= {"prompts": prompts, "max_length": max_length, "bidirectional": bidirectional}
     if dims is not None:
         chosen["dims"] = tuple(dims)

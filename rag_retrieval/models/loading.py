@@ -440,10 +440,10 @@ def choose_max_length(
     return int(max_length)
 
 
-def check_max_length(max_length: int, model: PreTrainedModel) -> None:
+def check_max_length(max_length: int, model: PreTrainedModel, name: str = "max_length") -> None:
     limit = position_limit(model)
     if limit is not None and max_length > limit:
-        raise ValueError(f"max_length {max_length} is more than the {limit} tokens that this model has positions for")
+        raise ValueError(f"{name} {max_length} is more than the {limit} tokens that this model has positions for")
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -70,8 +70,8 @@ def open_scorer(
 def open_embedder(model_name_or_path: str | os.PathLike, options: EmbedderOptions | None = None) -> EmbeddingModel:
     """The embedding model on its device (`options.device`; with `options.devices` on the CPU), in eval mode.
 
-    A folder that does not say how its vectors are made is asked as the model of its name that is known
-    (known_embedders.json), else as the options say; a plain encoder without either pools by the mean, with a warning.
+    A folder that does not say how its vectors are made gets pooling and prompts of the known model of its name
+    (known_embedders.json), else those of the options; a plain encoder without either pools by the mean, with a warning.
     Raises ValueError for a path that is not there, a reranker, weights that are not numbers, a decoder that does not
     say how its vectors are made, and options that do not fit.
     """

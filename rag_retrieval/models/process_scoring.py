@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from rag_retrieval.core.distributed import gather, is_distributed, on_all, on_main
 from rag_retrieval.models.calibration import probabilities_of
-from rag_retrieval.models.inputs import check_pairs
+from rag_retrieval.models.inputs import check_flag, check_pairs
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.scoring import (
     BatchModel,
@@ -55,6 +55,7 @@ def score_over_processes(
     is compute_score. Raises ValueError on every process when their pairs or options differ, and an error on every
     process when one of them fails.
     """
+    check_flag("normalize", normalize)
     options = ScoringOptions(batch_size, max_length, precision)
     if is_distributed():
         on_all(lambda: check_options(scorer, options, [scorer.device]))

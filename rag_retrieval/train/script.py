@@ -19,7 +19,7 @@ from rag_retrieval.core.signals import Interrupted, TrainingStopped, exit_code, 
 TRAINERS = {  # by the `task` of a configuration
     task: Command(
         "train",
-        f"train {what} from a YAML file; --task {other} trains {the_other}",
+        f"train {what}; --task {other} trains {the_other}",
         config=f"rag_retrieval.train.{task}.config:{config}",
         run="rag_retrieval.train.script:train",
         work=(f"rag_retrieval.train.{task}.run",),

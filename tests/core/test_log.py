@@ -10,6 +10,8 @@ import subprocess
 import sys
 import termios
 
+import pytest
+
 from rag_retrieval.core import log
 from rag_retrieval.core.log import Progress, launched_rank, set_up_logging
 
@@ -82,6 +84,7 @@ def test_on_a_terminal_a_bar_with_rate_and_time_left_fits_80_columns_below_the_l
     assert max(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line)) for line in text.split("\n")) <= 80
 
 
+@pytest.mark.slow  # two processes import torch
 def test_a_command_shows_no_bar_of_a_loading_model_whenever_it_imports_transformers():
     loads = "import rag_retrieval.models.loading\nfrom transformers.utils.logging import tqdm\n"
     loads += "list(tqdm(range(3), desc='Loading weights'))\n"

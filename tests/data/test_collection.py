@@ -50,6 +50,13 @@ def test_ids_of_records_rise_with_their_place_in_the_file(collection):
     assert ids == sorted(ids) and list(made.documents.values()) == [f"d{place}" for place in range(12)]
 
 
+def test_one_query_with_two_prompts_is_two_queries(collection):
+    records = [{"query": "a", "pos": ["one"]}, {"query": "a", "pos": ["two"], "prompt": "say: "}]
+    made = collection(records)
+    assert list(made.queries.values()) == ["a", "a"] and list(made.prompts.values()) == ["say: "]
+    assert made.queries.keys() & made.prompts.keys() == {list(made.queries)[1]}
+
+
 def test_soft_labels_are_relevant_from_their_middle_on(collection):
     hits = [{"content": "one", "label": 0.1}, {"content": "two", "label": 0.9}]
     made = collection([{"query": "a", "hits": hits}, {"query": "b", "hits": [{"content": "one", "label": 0.2}]}])

@@ -288,6 +288,9 @@ def test_hits_may_have_a_teacher_s_scores_alone(tmp_path):
     assert "'label'" in error_of(path, teacher_key="t")
     mixed = write_lines(tmp_path / "b.jsonl", [{"query": "q", "hits": [hits[0] | {"label": 1}, hits[1]]}])
     assert "hits[1]" in error_of(mixed, for_embedder=True, teacher_key="t")
+    both = [hit | {"u": 1} for hit in hits]
+    path = write_lines(tmp_path / "c.jsonl", [{"query": "q", "hits": both}])
+    assert read(path, for_embedder=True, teacher_key=("t", "u"))[0].labels == [1, 1]
 
 
 def test_of_a_text_alone_nothing_but_the_query_is_read(tmp_path):

@@ -149,6 +149,10 @@ def test_widths_beyond_the_model_are_cut_to_it():
     assert objective().widths_of(12) == ((12,), (1.0,))
 
 
+def test_without_weights_the_loss_is_the_mean_over_the_widths_that_the_model_has():
+    assert objective(widths=(4, 8, 16, 32)).widths_of(12) == ((4, 8, 12), (1 / 3, 1 / 3, 1 / 3))
+
+
 def test_autocast_and_no_grad_of_the_caller_change_nothing():
     step = random_step()
     expected = gradients(step, objective(temperature=0.1))

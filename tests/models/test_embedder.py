@@ -321,3 +321,21 @@ def test_other_families_give_the_vectors_of_sentence_transformers(tmp_path, fami
     assert model.settings.pooling == ("last" if model.causal else "mean")
     model.save_pretrained(tmp_path / "saved")
     assert_equal_elsewhere(model, tmp_path / "saved", [text for text in TEXTS if text])
+
+
+def test_a_querys_limit_beyond_the_positions_is_refused(base_folders):
+    with pytest.raises(ValueError, match="query_max_length 4096"):
+        EmbeddingModel.from_pretrained(base_folders["bert"], query_max_length=4096)
+
+
+def test_a_prompt_under_any_name_of_its_kind_replaces_the_folders(base_folders, tmp_path):
+    EmbeddingModel.from_pretrained(base_folders["bert"], prompts=PROMPTS).save_pretrained(tmp_path / "ours")
+    encoder = EmbeddingModel.from_pretrained(tmp_path / "ours", prompts={"passage": "p: "}).text_encoder
+    assert (encoder.prompt_for("document"), encoder.prompt_for("query")) == ("p: ", "query: ")
+
+
+def test_a_model_that_is_trained_without_widths_does_not_keep_those_of_its_base(base_folders, tmp_path):
+    EmbeddingModel.from_pretrained(base_folders["bert"], dims=[16]).save_pretrained(tmp_path / "base")
+    EmbeddingModel.from_pretrained(tmp_path / "base", dims=()).save_pretrained(tmp_path / "again")
+    assert EmbeddingModel.from_pretrained(tmp_path / "base").settings.dims == (16,)
+    assert EmbeddingModel.from_pretrained(tmp_path / "again").settings.dims == ()

@@ -223,6 +223,15 @@ def test_a_querys_own_limit_is_saved(base_folders, tmp_path):
     assert [len(encoder.encode([" ".join(ENGLISH)], kind)[0]) for kind in ("query", "document")] == [9, 40]
 
 
+def test_a_limit_that_is_given_holds_for_queries_too(base_folders, tmp_path):
+    EmbeddingModel.from_pretrained(base_folders["bert"], max_length=40, query_max_length=30).save_pretrained(tmp_path)
+    for given, expected in ((20, 20), (35, 30), (None, 30)):
+        encoder = EmbeddingModel.from_pretrained(tmp_path, max_length=given).text_encoder
+        assert encoder.max_length_of("query") == expected
+    both = EmbeddingModel.from_pretrained(tmp_path, max_length=20, query_max_length=25).text_encoder
+    assert both.max_length_of("query") == 25
+
+
 def test_weights_of_another_shape_are_named(base_folders, tmp_path):
     folder = copy_as(base_folders["bert"], "other", tmp_path)
     weights = load_file(tmp_path / "other" / "model.safetensors")

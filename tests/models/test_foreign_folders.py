@@ -36,7 +36,7 @@ def test_the_length_that_sentence_transformers_trained_with_holds(make, tmp_path
     expected = theirs(tmp_path / "base", tmp_path / "saved", max_length=48)
     with caplog.at_level(logging.INFO):
         np.testing.assert_allclose(ours(tmp_path / "saved"), expected, atol=1e-5)
-    assert "at most 48 tokens per pair (model_max_length of its tokenizer)" in caplog.text
+    assert "at most 48 tokens (model_max_length of its tokenizer)" in caplog.text
     assert np.abs(ours(tmp_path / "saved", max_length=512) - expected).max() > 0.01
     scorer = CrossEncoder.from_pretrained(tmp_path / "saved")
     assert scorer.pair_encoder.max_length == 48
@@ -48,7 +48,7 @@ def test_max_seq_length_of_older_versions_holds_over_the_tokenizer_s(tmp_path, c
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 40, "do_lower_case": false}')
     with caplog.at_level(logging.INFO):
         np.testing.assert_allclose(ours(folder), theirs(folder, max_length=40), atol=1e-5)
-    assert "at most 40 tokens per pair (max_seq_length of sentence_bert_config.json)" in caplog.text
+    assert "at most 40 tokens (max_seq_length of sentence_bert_config.json)" in caplog.text
 
 
 def test_a_limit_beyond_the_positions_is_cut_to_them_and_no_number_is_no_limit(tmp_path):

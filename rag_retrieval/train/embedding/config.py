@@ -41,6 +41,11 @@ def _reads(what: str) -> Any:
     return lambda config: any(loss.reads == what for loss in config.losses)
 
 
+def _default_metric(config: "EmbeddingKeys") -> str:
+    graded = config.record_kind == "label" and not is_beir_folder(config.val_dataset)
+    return "spearman" if graded else "ndcg@10"
+
+
 TEACHER_LOSS = Only("runs with teacher_loss_type", lambda config: config.teacher_loss_type is not None)
 TEACHER_SCORES = Only("losses that learn from teacher scores", lambda config: config.reads_teacher)
 VECTORS = Only("losses that learn a teacher's vectors", _reads("teacher_vectors"))
@@ -56,7 +61,7 @@ class EmbeddingKeys(TrainingConfig):
 
     aliases: ClassVar = TrainingConfig.aliases | ALIASES
     validation_keys: ClassVar = TrainingConfig.validation_keys | {"train_label_key"}
-    main_keys: ClassVar = ("model_name_or_path", "train_dataset", "loss_type", "output_dir")
+    main_keys: ClassVar = ("model_name_or_path", "train_dataset", "loss_type", "batch_size", "output_dir")
     groups: ClassVar = TrainingConfig.groups | {"task": "Embedder", "train_dataset": "Data", "loss_type": "Loss"}
 
     # Embedder
@@ -88,7 +93,8 @@ class EmbeddingKeys(TrainingConfig):
     teacher_embedding_dim: int | None = key(
         "Width of the teacher's vectors. Where the model's is another, a projection is added.", only=VECTORS, ge=1)
     train_group_size: int = key(
-        "A positive and the hard negatives of a query at most; more take turns.", 8, only=GROUPS, ge=1)
+        "Documents of a query in a step at most: a positive and hard negatives, which take turns.", 8,
+        only=GROUPS, ge=1)
     max_example_num_per_dataset: int | None = key(
         "Train on a random sample of so many records of each file. Absent: on all.", ge=1)
     shuffle: bool = key("Records in a new order in each epoch, otherwise in that of the file.", True)
@@ -102,12 +108,13 @@ class EmbeddingKeys(TrainingConfig):
         only=VALIDATED, derive=lambda config: True)
     metric_for_best_model: str | None = key(
         f"Validation figure that decides which checkpoint is best: loss, spearman (of graded pairs) or one of "
-        f"{PATTERNS}. Default ndcg@10; spearman for a loss on graded pairs.", only=VALIDATED,
-        derive=lambda config: "spearman" if config.record_kind == "label" else "ndcg@10")
+        f"{PATTERNS}. Default ndcg@10; spearman for a loss on graded pairs, where val_dataset has them.",
+        only=VALIDATED, derive=_default_metric)
 
     # Loss
     loss_type: str = key(
-        f"One of {', '.join(EMBEDDING_LOSSES)}, or a function of your own, my_package.losses:my_loss.", "info_nce")
+        f"What is learned. One of {', '.join(EMBEDDING_LOSSES)}, or a function of your own, my_package.losses:my_loss.",
+        "info_nce")
     teacher_loss_type: str | None = key(
         f"Second loss, on teacher scores, beside loss_type: one of {', '.join(TEACHER_LOSSES)}.")
     teacher_weight: float | None = key(
@@ -118,8 +125,8 @@ class EmbeddingKeys(TrainingConfig):
         "Several keys: of several teachers, whose scores are averaged once each has the same mean entropy.",
         only=TEACHER_SCORES, derive=lambda config: "teacher_score", min_length=1)
     guide_model: ModelName | None = key(
-        "Embedding model whose cosines tell false negatives. Its vectors of all texts are computed before the first "
-        "step and kept in the cache.", only=GUIDED, min_length=1)
+        "Embedding model whose cosines decide what is a false negative. Its vectors of all texts are computed "
+        "before the first step and kept in the cache.", only=GUIDED, min_length=1)
     negatives_cross_device: bool = key(
         "The texts of all processes are negatives of a query, otherwise those of its own process alone.", True)
     use_mrl: bool = key("Matryoshka: the loss is taken over several widths, so that vectors can be cut.", False)
@@ -174,7 +181,7 @@ class EmbeddingKeys(TrainingConfig):
 
     @property
     def width_weights(self) -> list[float] | None:
-        return self.widths and (self.mrl_weights or [1 / len(self.widths)] * len(self.widths))
+        return self.mrl_weights if self.use_mrl else None
 
     @property
     def record_kind(self) -> Literal["positives", "label", "teacher_vectors"]:
@@ -223,6 +230,9 @@ class EmbeddingKeys(TrainingConfig):
         judge = getattr(self, "false_negative_judge", None)
         if judge in ("guide", "teacher") and self.false_negative_margin is None:
             yield "false_negative_margin", f"is missing; false_negative_judge {judge} needs it, 0 say"
+        hard_mode = getattr(self, "hardness_mode", None)
+        if hard_mode == "in_batch_negatives" and self.hardness_strength and not self.use_inbatch_neg:
+            yield "hardness_mode", f"{hard_mode} are none with use_inbatch_neg false; give hard_negatives"
         if self.mrl_weights and len(self.mrl_weights) != len(self.widths):
             expected = f"expected {len(self.widths)}, one for each of mrl_dims"
             yield "mrl_weights", f"{expected}, found {len(self.mrl_weights)}"

@@ -1,4 +1,4 @@
-"""Vectors of a guide model for every text of the training data, by which false negatives are told (GISTEmbed,
+"""Vectors of a guide model for every text of the training data, by which false negatives are found (GISTEmbed,
 https://arxiv.org/abs/2402.16829). They are computed once and kept in the cache, so that a step only looks them up.
 """
 

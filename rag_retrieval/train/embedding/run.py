@@ -127,8 +127,16 @@ def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
+    if not config.normalize:  # the loss compares by the product, so the saved model does
+        model.settings = replace(model.settings, similarity="dot")
     if config.teacher_embedding_dim is not None:
         model.add_projection(config.teacher_embedding_dim)
+    if config.use_mrl and max(config.widths) < model.dim:
+        logger.warning(
+            "mrl_dims: a vector has %d numbers, of which those beyond %d are in no loss; add %d to mrl_dims, or cut "
+            "the vectors in use",
+            model.dim, max(config.widths), model.dim,
+        )  # fmt: skip
     if config.use_mrl and config.mrl_dims is None:
         widths = sorted({min(width, model.dim) for width in config.widths})
         model.settings = replace(model.settings, dims=tuple(widths))

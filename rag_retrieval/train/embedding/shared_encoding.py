@@ -14,8 +14,8 @@ from torch import nn
 
 from rag_retrieval.core.distributed import gather, process_count, process_index
 from rag_retrieval.data.collection import Collection
-from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
+from rag_retrieval.train.embedding.training_data import encode_queries
 from rag_retrieval.train.task import TrainingError
 from rag_retrieval.train.validation import forward_in_memory
 
@@ -49,8 +49,11 @@ class SharedEncoding:
         blocks = [*blocks_of(collection.queries, 0), *blocks_of(documents, self.num_queries)]
         self.batches: list[tuple[list[int], TokenBatch]] = []  # places among texts
         for first, part in blocks[process_index() :: process_count()]:
-            is_query = first < self.num_queries
-            encoded = encode_queries(encoder, collection, part) if is_query else encoder.encode(part, "document")
+            if first < self.num_queries:
+                prompts = [collection.prompts.get(query, "") for query in part]
+                encoded = encode_queries(encoder, [collection.queries[query] for query in part], prompts)
+            else:
+                encoded = encoder.encode(part, "document")
             lengths = [[len(text)] for text in encoded]
             for forward in plan_by_tokens(lengths, max_tokens, padded=padded, max_pairs=batch_size):
                 batch = make_batch([encoded[place] for place in forward])
@@ -100,12 +103,3 @@ def blocks_of(keys: Iterable[str], first: int) -> list[tuple[int, list[str]]]:
     """(place of its first key, keys) of each block. first: the place of the first key of all."""
     keys = list(keys)
     return [(first + start, keys[start : start + BLOCK]) for start in range(0, len(keys), BLOCK)]
-
-
-def encode_queries(encoder: Any, collection: Collection, ids: list[str]) -> list[EncodedPair]:
-    encoded = encoder.encode([collection.queries[query] for query in ids], "query")
-    for place, query in enumerate(ids):
-        if query in collection.prompts:
-            text, prompt = collection.queries[query], collection.prompts[query]
-            (encoded[place],) = encoder.encode([text], "query", prompt=prompt)
-    return encoded

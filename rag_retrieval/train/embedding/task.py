@@ -72,8 +72,8 @@ class EmbeddingOptions:
 
 class EmbeddingTask(SavedModel):
     """objectives: by the `part` of the micro-batches that they are for. reopen: opens a folder that training wrote.
-    hosts: the processes' group for what is on the CPU; None without others. guide: vectors that tell false negatives;
-    None where no loss reads them. The rest: see `SavedModel`."""
+    hosts: the processes' group for what is on the CPU; None without others. guide: vectors by which false negatives are
+    found; None where no loss reads them. The rest: see `SavedModel`."""
 
     unit = "texts"
     memory_advice = (

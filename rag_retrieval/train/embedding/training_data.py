@@ -31,8 +31,8 @@ class EmbeddingMicroBatch:
 
     ids: uint64 [texts], of the texts: see `StepRecords`. records: of all texts of this process in the step, in the
     first of its micro-batches; None in the others. `items` is their number, `size` that of the texts, `sources` names
-    the records as `file:line`, `part` the file where there are several. A filler has one text and no id: its vector is
-    nobody's.
+    the records as `file:line`, `part` the file where there are several. A filler has one text and no id: its vector
+    has no part in the loss.
     """
 
     texts: TokenBatch
@@ -173,16 +173,10 @@ class EmbeddingSteps(Dataset):
         return queries, documents
 
     def _encode(self, queries: dict[int, int], documents: dict[int, int]) -> list[Any]:
-        """Token ids of the queries, then of the documents. A record's prompt stands in place of the model's own."""
+        """Token ids of the queries, then of the documents."""
         store = self.store
         texts = [store.query(group) for group in queries.values()]
-        prompts = [store.prompts[group] for group in queries.values()]
-        encoded = self.encoder.encode(texts, "query")
-        for prompt in set(prompts) - {""}:
-            places = [place for place, own in enumerate(prompts) if own == prompt]
-            own = self.encoder.encode([texts[place] for place in places], "query", prompt=prompt)
-            for place, text in zip(places, own, strict=True):
-                encoded[place] = text
+        encoded = encode_queries(self.encoder, texts, [store.prompts[group] for group in queries.values()])
         return encoded + self.encoder.encode([store.pair(pair).document for pair in documents.values()], "document")
 
     def step_records(self, examples: Sequence[Example]) -> StepRecords:
@@ -215,6 +209,17 @@ class EmbeddingSteps(Dataset):
         """One text of weight zero, for a process that has fewer micro-batches than another."""
         texts, no_ids = make_batch(self.encoder.encode(["filler"], "document")), np.empty(0, np.uint64)
         return EmbeddingMicroBatch(texts, no_ids, 0, None, (0,), 0, [], self.file.name)
+
+
+def encode_queries(encoder: Any, texts: Sequence[str], prompts: Sequence[str]) -> list[Any]:
+    """Token ids. prompts: of each text, in place of the model's own; "" for that."""
+    encoded = encoder.encode(texts, "query")
+    for prompt in set(prompts) - {""}:
+        places = [place for place, own in enumerate(prompts) if own == prompt]
+        own = encoder.encode([texts[place] for place in places], "query", prompt=prompt)
+        for place, text in zip(places, own, strict=True):
+            encoded[place] = text
+    return encoded
 
 
 def records_of(store: RecordStore, kind: RecordKind, most: int | None = None, seed: int = 0) -> np.ndarray:

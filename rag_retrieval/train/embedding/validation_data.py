@@ -86,7 +86,7 @@ def make_validation(
     return EmbeddingValidation(
         collection,
         encoding,
-        cosine=model.settings.similarity == "cosine",
+        cosine=objective.normalize,
         names=[name for name in dict.fromkeys(names) if name not in ("loss", "spearman")],
         measures=measures,
         device=accelerator.device,

@@ -63,5 +63,12 @@ def test_an_option_without_what_it_needs_is_ignored(key, value, needed):
     assert not config.ignored and list(config.loss_options[key]) == list(value)
 
 
+def test_weights_of_in_batch_negatives_need_some():
+    without = {"use_inbatch_neg": False, "hardness_strength": 5.0}
+    assert "hard_negatives" in problems(**without)["hardness_mode"]
+    EmbeddingConfig(**REQUIRED, **without, hardness_mode="hard_negatives")
+    EmbeddingConfig(**REQUIRED, hardness_strength=5.0)
+
+
 def test_the_judge_of_false_negatives_needs_a_margin():
     assert "teacher" in problems(false_negative_judge="teacher")["false_negative_margin"]

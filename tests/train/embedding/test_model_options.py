@@ -10,6 +10,8 @@ from training_runs import train
 
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.token_batch import make_batch
+from rag_retrieval.train.embedding.config import EmbeddingConfig
+from rag_retrieval.train.embedding.run import load_embedder
 
 TEXTS = ["what is a panda?", "The giant panda is a bear that lives in China. " * 3]
 
@@ -49,3 +51,15 @@ def test_a_run_trains_and_saves_the_model_that_its_keys_ask_for(settings, qwen2,
     with torch.no_grad():
         vectors = model(make_batch(model.text_encoder.encode(TEXTS, "query")))
     assert vectors.shape == (2, model.dim) and torch.isfinite(vectors).all()
+
+
+def test_a_model_that_is_trained_by_products_is_compared_by_them(settings):
+    assert load_embedder(EmbeddingConfig(**settings(normalize=False))).settings.similarity == "dot"
+    assert load_embedder(EmbeddingConfig(**settings())).settings.similarity == "cosine"
+
+
+def test_numbers_beyond_the_widest_width_are_told(settings, caplog):
+    load_embedder(EmbeddingConfig(**settings(use_mrl=True, mrl_dims=[16, 32])))
+    assert "mrl_dims" not in caplog.text
+    load_embedder(EmbeddingConfig(**settings(use_mrl=True, mrl_dims=[16, 8])))
+    assert "mrl_dims" in caplog.text and "32" in caplog.text

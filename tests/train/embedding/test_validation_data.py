@@ -224,3 +224,15 @@ def test_embedders_are_validated_before_the_first_step_unless_told_otherwise(con
     assert config(val_dataset=file).eval_on_start is True and config().eval_on_start is None
     assert validation_of(config(val_dataset=file)).start.name == "validation_start.json"
     assert validation_of(config(val_dataset=file, eval_on_start=False)).start is None
+
+
+def test_graded_pairs_decide_by_their_correlation_and_a_beir_folder_by_its_ranks(config, records, tmp_path):
+    folder = str(write_toy(tmp_path / "toy"))
+    assert config(loss_type="cosent", val_dataset=records(RECORDS)).metric_for_best_model == "spearman"
+    assert config(loss_type="cosent", val_dataset=folder).metric_for_best_model == "ndcg@10"
+
+
+def test_vectors_are_compared_as_the_loss_compares_them(config, records):
+    made = config(val_dataset=records(RECORDS))
+    assert validation_of(made).cosine
+    assert not validation_of(made, objective_of({"info_nce": 1.0}, {}, normalize=False)).cosine
