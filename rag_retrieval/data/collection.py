@@ -9,7 +9,6 @@ import numpy as np
 
 from rag_retrieval.data.beir import Pool, Qrels, find_optional, read_folder, read_pool, read_qrels
 from rag_retrieval.data.store import RecordStore
-from rag_retrieval.metrics import is_relevant, relevance_threshold
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Collection:
     """queries, documents: texts by id, documents by rising id (as bytes). qrels: grades by the ids of query and
     document; each query has an entry.
     prompts: of queries that have one of their own, by id. pool: the only documents that are ranked for a query; None
-    where all are. relevant_from: the smallest grade of a relevant document."""
+    where all are. positives: ids of queries with those of their relevant documents; None: those of grade 1 and more."""
 
     source: str
     queries: dict[str, str]
@@ -25,35 +24,43 @@ class Collection:
     qrels: Qrels
     prompts: dict[str, str] = field(default_factory=dict)
     pool: Pool | None = None
-    relevant_from: float = 1.0
+    positives: set[tuple[str, str]] | None = None
 
     @cached_property
     def checksum(self) -> int:
-        """Of ids, texts and grades."""
+        """Of ids, texts, grades and what is relevant."""
         value = 0
-        for part in (self.queries, self.documents, self.qrels, self.prompts, self.pool or {}):
+        for part in (self.queries, self.documents, self.qrels, self.relevance, self.prompts, self.pool or {}):
             for item in part.items():
                 value = zlib.crc32(repr(item).encode(), value)
         return value
 
+    @cached_property
+    def relevance(self) -> Qrels:
+        """1 for a relevant document and 0 for another, of all that `qrels` has."""
+        return {
+            query: {
+                document: float(grade >= 1 if self.positives is None else (query, document) in self.positives)
+                for document, grade in grades.items()
+            }
+            for query, grades in self.qrels.items()
+        }
+
     @property
     def without_relevant(self) -> list[str]:
         """Ids of the queries that no document is relevant for, so that no ranking of them is better than another."""
-        return [query for query, grades in self.qrels.items() if not self._relevant(list(grades.values())).any()]
+        return [query for query, relevance in self.relevance.items() if not any(relevance.values())]
 
     @property
     def not_in_corpus(self) -> list[str]:
         """Ids of relevant documents that no search can find, since the corpus has them not."""
         absent = {
             document
-            for grades in self.qrels.values()
-            for document, grade in grades.items()
-            if document not in self.documents and self._relevant(grade)
+            for relevance in self.relevance.values()
+            for document, is_relevant in relevance.items()
+            if document not in self.documents and is_relevant
         }
         return sorted(absent)
-
-    def _relevant(self, grades) -> np.ndarray:
-        return is_relevant(grades, self.relevant_from)
 
 
 def is_beir_folder(source: str | Path) -> bool:
@@ -71,10 +78,11 @@ def beir_collection(source: str | Path, split: str) -> Collection:
 
 def store_collection(store: RecordStore, source: str) -> Collection:
     """The queries of ranking records, each against the documents of all records. A text counts once, as a query and as
-    a document, with the highest of its grades.
+    a document, with the highest of its grades. Relevant is what is a positive of the query in any record: see
+    `records.positives`.
 
     store: for embedders, whose ids say what texts are equal. An id is a number in the order of the file: of equal
-    scores the later document ranks first. What is relevant is for `relevance_threshold` to decide.
+    scores the later document ranks first.
     """
     first_groups, query_of = first_of_each(store.query_ids)
     first_pairs, document_of = first_of_each(store.document_ids)
@@ -87,8 +95,9 @@ def store_collection(store: RecordStore, source: str) -> Collection:
         grades, document = qrels[number(query)], number(document)
         grades[document] = max(label, grades.get(document, label))
     prompts = {query: prompt for query, prompt in prompts.items() if prompt}
-    threshold = relevance_threshold(store.labels)
-    return Collection(source, queries, documents, qrels, prompts, relevant_from=threshold)
+    pairs = np.flatnonzero(store.positives)
+    positives = {(number(of_pairs[pair]), number(document_of[pair])) for pair in pairs.tolist()}
+    return Collection(source, queries, documents, qrels, prompts, positives=positives)
 
 
 def first_of_each(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -200,6 +200,7 @@ class EmbeddingModel(TransformerModule):
         dtype: torch.dtype | str | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
+        cut_lengths: bool = False,
     ) -> "EmbeddingModel":
         """Load a base model or a trained embedding model, on the CPU.
 
@@ -212,12 +213,14 @@ class EmbeddingModel(TransformerModule):
         pooled too. cls_interval: with pooling cls, a long text gets another cls after every so many tokens, and their
         mean is taken. bidirectional: let a decoder's tokens see those after them. dims: widths of a Matryoshka model;
         one beyond the model's own adds a projection to it. dtype: of the backbone's weights; default float32.
+        cut_lengths: cut lengths to the positions that the model has.
 
         Raises ValueError for a reranker, an encoder-decoder, a folder whose modules are not known here, settings that
-        do not fit the model or each other, and a length beyond the model's positions.
+        do not fit the model or each other, and, unless cut_lengths, a length beyond the model's positions.
         """
         options = options_among(locals(), EmbedderOptions)
-        return cls.load(ModelFiles(resolve_model_path(model_name_or_path)), options, dims)
+        files = ModelFiles(resolve_model_path(model_name_or_path))
+        return cls.load(files, options, dims, cut_lengths=cut_lengths)
 
     @classmethod
     def load(
@@ -226,6 +229,7 @@ class EmbeddingModel(TransformerModule):
         options: EmbedderOptions,
         dims: Sequence[int] | None = None,
         trained_only: bool = False,
+        cut_lengths: bool = False,
     ) -> "EmbeddingModel":
         """`from_pretrained` of files that were looked up. trained_only: raise ValueError for a model without all of
         its weights and a decoder that does not say how its vectors are made, and warn of such an encoder."""
@@ -246,9 +250,13 @@ class EmbeddingModel(TransformerModule):
         else:
             set_encoder_pad_token(model, tokenizer)
         check_vocabulary(path, model, tokenizer)
+        limit = position_limit(model)
+        if cut_lengths and limit is not None:
+            given = options.given("max_length", "query_max_length")
+            options = options.model_copy(update={name: min(length, limit) for name, length in given.items()})
         saved_length = files.max_seq_length if trained else None
         if saved_length is not None:
-            saved_length = min(saved_length, position_limit(model) or saved_length)
+            saved_length = min(saved_length, limit or saved_length)
         max_length = choose_max_length(options.max_length, saved_length, files, tokenizer, model, trained)
         tokenizer.model_max_length = max_length  # other libraries truncate by it
         if "pooling" not in known | saved and options.pooling is None:

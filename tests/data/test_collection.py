@@ -18,10 +18,10 @@ def collection(tmp_path):
     return make
 
 
-def by_text(collection) -> dict[str, dict[str, float]]:
+def by_text(collection, qrels=None) -> dict[str, dict[str, float]]:
     return {
         collection.queries[query]: {collection.documents[document]: grade for document, grade in grades.items()}
-        for query, grades in collection.qrels.items()
+        for query, grades in (qrels or collection.qrels).items()
     }
 
 
@@ -29,7 +29,7 @@ def test_every_query_of_records_is_asked_of_the_documents_of_all(collection):
     made = collection([{"query": "a", "pos": ["one"], "neg": ["two"]}, {"query": "b", "pos": ["three", "two"]}])
     assert list(made.documents.values()) == ["one", "two", "three"]
     assert by_text(made) == {"a": {"one": 1, "two": 0}, "b": {"three": 1, "two": 1}}
-    assert made.pool is None and made.relevant_from == 1
+    assert made.pool is None and made.relevance == made.qrels
 
 
 def test_equal_texts_of_records_are_one_query_and_one_document(collection):
@@ -57,11 +57,27 @@ def test_one_query_with_two_prompts_is_two_queries(collection):
     assert made.queries.keys() & made.prompts.keys() == {list(made.queries)[1]}
 
 
-def test_soft_labels_are_relevant_from_their_middle_on(collection):
-    hits = [{"content": "one", "label": 0.1}, {"content": "two", "label": 0.9}]
-    made = collection([{"query": "a", "hits": hits}, {"query": "b", "hits": [{"content": "one", "label": 0.2}]}])
-    assert made.relevant_from == pytest.approx(0.5)
-    assert [made.queries[query] for query in made.without_relevant] == ["b"]
+def test_relevant_is_what_training_calls_a_positive_and_grades_stay(collection):
+    """Whatever the labels of other queries: above the lowest of the query's own, or in pos."""
+    records = [
+        {"query": "a", "hits": [{"content": name, "label": label} for name, label in (("one", 0.1), ("two", 0.3))]},
+        {"query": "b", "pos": ["one"], "neg": ["three"], "pos_scores": [-2], "neg_scores": [-1]},
+        {"query": "c", "content": "one", "label": 9},
+        {"query": "c", "content": "two", "label": 5},
+        {"query": "d", "hits": [{"content": "one", "label": 0}, {"content": "two", "label": 0}]},
+    ]
+    made = collection(records)
+    labels = {"a": {"one": 0.1, "two": 0.3}, "b": {"one": -2, "three": -1}, "c": {"one": 9, "two": 5}}
+    assert by_text(made) == {query: pytest.approx(grades) for query, grades in labels.items()} | {
+        "d": {"one": 0, "two": 0}
+    }
+    assert by_text(made, made.relevance) == {
+        "a": {"one": 0, "two": 1},
+        "b": {"one": 1, "three": 0},
+        "c": {"one": 1, "two": 0},
+        "d": {"one": 0, "two": 0},
+    }
+    assert [made.queries[query] for query in made.without_relevant] == ["d"]
 
 
 def test_a_beir_split_has_its_own_queries_and_the_whole_corpus_by_id(tmp_path):

@@ -3,6 +3,7 @@
 The names of losses and the keys of their options come from the table of losses, `EMBEDDING_LOSSES`.
 """
 
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self, get_origin
 
@@ -33,6 +34,7 @@ SPLIT_VALIDATION = Only(
     lambda config: VALIDATED.applies(config) and (HUB_VALIDATION.applies(config) or is_beir_folder(config.val_dataset)),
 )
 DEFAULT_WIDTHS = (64, 128, 256, 512, 768)
+WHOLE_VECTOR = sys.maxsize  # a width, which the objective cuts to the model's
 TEACHER_LOSSES = [name for name, loss in EMBEDDING_LOSSES.items() if loss.reads == "teacher_score"]
 OPTIONS = {option.name: option for loss in EMBEDDING_LOSSES.values() for option in loss.options}
 
@@ -132,9 +134,10 @@ class EmbeddingKeys(TrainingConfig):
     use_mrl: bool = key("Matryoshka: the loss is taken over several widths, so that vectors can be cut.", False)
     mrl_dims: Annotated[list[int] | None, NAMES] = key(
         "Widths of use_mrl. One beyond the model's adds a projection to that width. Absent: 64, 128, 256, 512 and 768 "
-        "as far as the model's.", only=MATRYOSHKA, min_length=1)
+        "as far as the model's, and the model's own.", only=MATRYOSHKA, min_length=1)
     mrl_weights: Annotated[list[float] | None, NAMES] = key(
-        "Weight of the loss at each width. Absent: their mean.", only=MATRYOSHKA, min_length=1)
+        "Weight of the loss at each width. Absent: their mean. Without mrl_dims: of 64, 128, 256, 512 and 768 alone.",
+        only=MATRYOSHKA, min_length=1)
 
     @field_validator("metric_for_best_model", mode="after")
     @classmethod
@@ -177,7 +180,9 @@ class EmbeddingKeys(TrainingConfig):
     @property
     def widths(self) -> list[int] | None:
         """Of Matryoshka, for `objective_of`, which cuts them to the model's; None without it."""
-        return (self.mrl_dims or list(DEFAULT_WIDTHS)) if self.use_mrl else None
+        if not self.use_mrl:
+            return None
+        return self.mrl_dims or [*DEFAULT_WIDTHS, *([] if self.mrl_weights else [WHOLE_VECTOR])]
 
     @property
     def width_weights(self) -> list[float] | None:

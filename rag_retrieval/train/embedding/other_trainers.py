@@ -51,6 +51,7 @@ WITHOUT_EFFECT = {  # and why
 }
 TRUE, FALSE = ("true", "1", "yes", "on", ""), ("false", "0", "no", "off")  # a flag without a value is true
 PADDLE_DEFAULTS = {"query_max_len": 32, "margin": 0.2}
+PADDLE_MATRYOSHKA = {"mrl_weights": [1.0] * 5}  # of 64 to 768 alone, whatever the model's width
 
 
 def translate(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]], dict[str, str]]:
@@ -80,6 +81,8 @@ def translate(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str,
         values |= meant
     if "do_train" in unused and values.get("fine_tune_type") not in ABSENT:  # a command of PaddleNLP
         values = PADDLE_DEFAULTS | values
+        if str(values.get("use_mrl")).lower() in TRUE and values.get("mrl_dims") in ABSENT:
+            values = PADDLE_MATRYOSHKA | values
     return values, problems, unused
 
 

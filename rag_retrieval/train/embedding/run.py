@@ -126,7 +126,17 @@ def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
         dims=config.mrl_dims or (),
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
+        cut_lengths=True,
     )
+    lengths = {"passage_max_len": model.settings.max_length, "query_max_len": model.settings.query_max_length}
+    for name, length in lengths.items():
+        if length < getattr(config, name):
+            if name in config.model_fields_set:
+                raise ValueError(
+                    f"{name} {getattr(config, name)} is more than the {length} tokens that this model has positions "
+                    f"for; give {length} or fewer"
+                )
+            logger.info("%s: %d, the tokens that this model has positions for, as none is given", name, length)
     if not config.normalize:  # the loss compares by the product, so the saved model does
         model.settings = replace(model.settings, similarity="dot")
     if config.teacher_embedding_dim is not None:

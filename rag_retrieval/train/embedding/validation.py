@@ -109,7 +109,11 @@ class EmbeddingValidation:
 
     def _per_query(self, queries: Vectors, documents: Vectors, names: Sequence[str]) -> PerQuery:
         run = ranked(self.collection, queries, documents, self.depth, self.device)
-        return query_metrics(self.collection.qrels, run, names, self.collection.relevant_from)
+        per_query = query_metrics(self.collection.relevance, run, names)
+        graded = [name for name in names if parse_metric(name)[0].reads == "grades"]
+        for name, values in query_metrics(self.collection.qrels, run, graded, relevant_from=-math.inf).items():
+            per_query[name] = {query: values[query] for query in per_query[name]}
+        return per_query
 
     def _check_spread(self, cosine: float, step: int) -> None:
         if cosine > ONE_DIRECTION:

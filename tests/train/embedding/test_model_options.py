@@ -1,17 +1,20 @@
 """What the keys of the model make of a run: every pooling, projections and decoders are trained, saved and opened."""
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import set_seed
-from tiny_models import tiny_qwen2
+from tiny_models import tiny_bert, tiny_qwen2
 from training_runs import train
+from transformers import AutoConfig, AutoModel
 
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.token_batch import make_batch
+from rag_retrieval.train.embedding import config
 from rag_retrieval.train.embedding.config import EmbeddingConfig
-from rag_retrieval.train.embedding.run import load_embedder
+from rag_retrieval.train.embedding.run import configured_objective, load_embedder
 
 TEXTS = ["what is a panda?", "The giant panda is a bear that lives in China. " * 3]
 
@@ -63,3 +66,35 @@ def test_numbers_beyond_the_widest_width_are_told(settings, caplog):
     assert "mrl_dims" not in caplog.text
     load_embedder(EmbeddingConfig(**settings(use_mrl=True, mrl_dims=[16, 8])))
     assert "mrl_dims" in caplog.text and "32" in caplog.text
+
+
+@pytest.mark.parametrize("changes, trained", [({}, (4, 8, 32)), ({"mrl_weights": [1, 1]}, (4, 8))])
+def test_default_widths_and_the_models_own_are_trained(settings, caplog, monkeypatch, changes, trained):
+    monkeypatch.setattr(config, "DEFAULT_WIDTHS", (4, 8))
+    made = EmbeddingConfig(**settings(use_mrl=True, **changes))
+    model = load_embedder(made)
+    assert configured_objective(made).widths_of(model.dim)[0] == model.settings.dims == trained
+    assert ("mrl_dims" in caplog.text) == (32 not in trained)
+
+
+@pytest.fixture
+def short_model(tmp_path):
+    """With 64 positions."""
+    folder = tiny_bert(tmp_path / "short")
+    AutoModel.from_config(AutoConfig.from_pretrained(folder, max_position_embeddings=64)).save_pretrained(folder)
+    return folder
+
+
+def test_default_lengths_are_cut_to_the_positions_of_the_model(settings, short_model, caplog):
+    caplog.set_level(logging.INFO)
+    values = settings(model_name_or_path=short_model)
+    model = load_embedder(EmbeddingConfig(**{name: value for name, value in values.items() if "max_len" not in name}))
+    assert (model.text_encoder.max_length_of("document"), model.text_encoder.max_length_of("query")) == (64, 64)
+    assert "passage_max_len: 64" in caplog.text and "query_max_len: 64" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["query_max_len", "passage_max_len"])
+def test_a_given_length_beyond_the_positions_is_an_error_of_its_key(settings, short_model, key):
+    load_embedder(EmbeddingConfig(**settings(model_name_or_path=short_model, **{key: 64})))
+    with pytest.raises(ValueError, match=f"^{key} 65 .* 64 "):
+        load_embedder(EmbeddingConfig(**settings(model_name_or_path=short_model, **{key: 65})))

@@ -43,7 +43,8 @@ def test_a_command_of_paddle_nlp_has_its_defaults(read):
     assert (config.fine_tune_type, config.gradient_checkpointing, config.use_mrl) == ("sft", True, True)
     assert (config.batch_size, config.train_group_size, config.pooling) == (64, 4, "cls")
     assert (config.temperature, config.margin, config.query_max_len) == (0.02, 0.2, 32)
-    assert config.widths == [64, 128, 256, 512, 768] and config.mrl_dims is None
+    assert config.widths == [64, 128, 256, 512, 768] and config.mrl_dims is None and config.mrl_weights == [1] * 5
+    assert "mrl_weights" not in read(PADDLE.replace("--use_matryoshka", "")).model_fields_set
     assert config.ignored.startswith("ignored in this run: do_train (")
     assert read(PADDLE + " --query_max_len 64 --margin 0").query_max_len == 64
 

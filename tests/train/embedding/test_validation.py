@@ -108,6 +108,19 @@ def test_metrics_are_those_of_a_slow_search_of_the_whole_corpus(toy, cosine):
         assert values["queries"] == 4 and values["queries_without_relevant"] == 0
 
 
+def test_grades_are_gains_and_positives_are_what_is_found(toy):
+    """Without the positives the document of grade 0.5 is not relevant, and q9 is in no mean."""
+    qrels = {"q8": {"d8-0": 0.5, "d8-1": 0.25}, "q9": {"d9-0": 0.5, "d9-1": 0.5}}
+    queries = {query: toy.queries[query] for query in qrels}
+    made = Collection("toy", queries, toy.documents, qrels, positives={("q8", "d8-0")})
+    values = validation_of(made, names=["ndcg@40", "mrr@1000"])(Table(), 0)
+    ranks = {document: rank for rank, document in enumerate(slow_ranking(made, "q8", Table(), True), start=1)}
+    gains = sum(grade / math.log2(ranks[name] + 1) for name, grade in qrels["q8"].items() if ranks[name] <= 40)
+    assert values["mrr@1000"] == pytest.approx(1 / ranks["d8-0"])
+    assert values["ndcg@40"] == pytest.approx(gains / (0.5 + 0.25 / math.log2(3)))
+    assert (values["queries"], values["queries_without_relevant"]) == (1, 1)
+
+
 def test_a_query_with_a_pool_is_ranked_against_it_alone(toy):
     pool = {query: [f"d{query[1:]}-{place}" for place in range(6)] for query in toy.queries}
     pooled = Collection("toy", toy.queries, toy.documents, toy.qrels, pool=pool)
