@@ -23,7 +23,7 @@ from speed_report import describe, machine, versions
 
 TRAINING_WORKS = ("train_lognormal", "train_bf16", "train_decoder", "train_medquad")
 SCORING_WORKS = ("score_many", "score_query", "score_prompt")
-WORKS = TRAINING_WORKS + SCORING_WORKS + ("encode", "onnx")
+WORKS = TRAINING_WORKS + SCORING_WORKS + ("train_embedding", "encode", "onnx")
 NOT_ON_CUDA = ("train_bf16", "train_medquad", "onnx")  # unless named: all runs in bf16 there, and these need --data
 MODELS = {"cpu": ("minilm", "small_qwen2"), "cuda": ("xlm_roberta_large", "qwen2.5_1.5b")}
 BATCHES = (1, 2, 4, 8, 16, 32)  # pairs
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_environment(options)
     import torch
     import transformers
+    from speed_embedding_training import run_train_embedding
     from speed_encoding import run_encode
     from speed_onnx import describe_onnx, run_onnx
     from speed_works import run_work
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         with tempfile.TemporaryDirectory() as scratch:  # of each work: large models are 6 GB
             os.environ["RAG_RETRIEVAL_CACHE"] = str(Path(scratch) / "cache")
-            run = {"onnx": run_onnx, "encode": run_encode}.get(work, partial(run_work, work))
+            runs = {"onnx": run_onnx, "encode": run_encode, "train_embedding": run_train_embedding}
+            run = runs.get(work, partial(run_work, work))
             result = run(options, Path(scratch))
         print((describe_onnx if work == "onnx" else describe)(result) + "\n", flush=True)
         row = result | {"machine": machine(options.device), "versions": versions(), "command": written}
@@ -72,16 +74,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of torch and the tokenizers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="timed optimizer steps of a round, 32 pairs each")
+    parser.add_argument("--queries-per-step", type=int, default=32, help="of train_embedding, with 4 documents each")
     parser.add_argument("--pairs", type=int, default=10_000, help="of score_many")
     parser.add_argument("--texts", type=int, default=10_000, help="of encode")
-    parser.add_argument("--max-len", type=int, default=256, help="tokens of a text of encode")
+    parser.add_argument("--max-len", type=int, default=256, help="tokens of a text of encode and train_embedding")
     parser.add_argument("--repeats", type=int, default=10, help="calls of a round with one query's candidates")
-    sizes = "pairs that sentence-transformers trains on at once, accumulated to 32; each is a side of its own"
+    sizes = "pairs that sentence-transformers trains on at once, accumulated to 32; each is a side of its own (of "
+    sizes += "train_embedding, texts of a mini-batch of its cached loss)"
     parser.add_argument("--st-batch", type=int, nargs="*", default=[1, 8, 32], choices=BATCHES, help=sizes)
     parser.add_argument("--workers", type=int, default=0, help="loading processes of each trainer")
     parser.add_argument("--old", type=Path, help="checkout of an older commit as one more side (a git worktree)")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain loop out")
-    parser.add_argument("--data", type=Path, help="folder in BEIR layout for train_medquad, encode and onnx")
+    parser.add_argument("--data", type=Path, help="folder in BEIR layout for train_medquad, embedders and onnx")
     parser.add_argument("--model", type=Path, help="folder of a trained model, for onnx")
     parser.add_argument("--queries", type=int, default=100, help="judged queries of onnx, at most")
     parser.add_argument("--depth", type=int, default=30, help="candidates of each query of onnx")

@@ -15,7 +15,7 @@ import torch
 from speed_data import draw_examples, make_model_folder, single_token_words
 from speed_floor import cpu_now, gemm_rate, gemm_shapes, model_cost
 from speed_report import OURS, THEIRS, spread, summary_of_side
-from speed_training import DTYPES, SEED
+from speed_training import DTYPES, SEED, Took
 from speed_works import TRIAL_PAIRS, check_agreement, say, take_turns, time_calls
 
 BATCHES = (4, 8, 16, 32, 64, 128)  # texts, tried for the other side
@@ -59,11 +59,6 @@ def run_encode(options: argparse.Namespace, scratch: Path) -> dict:
     agreement = {"of": "numbers of vectors", "largest_difference": check_agreement("vectors", *numbers, job.dtype)}
     flops = model_cost(job.model).forward_flops(lengths)
     floors = [flops / gemm["flops_per_second"]] * options.rounds
-    cpu_rate, shares = None, None
-    if on_cpu:
-        cpu_rate, _ = gemm_rate(gemm_shapes(job.model, "cpu"), DTYPES[job.dtype], "cpu", clock=cpu_now)
-        floor = flops / cpu_rate
-        shares = {name: spread([floor / each.cpu_seconds for each in rounds]) for name, rounds in took.items()}
     return {
         "work": "encode",
         "model": options.encoder,
@@ -81,12 +76,22 @@ def run_encode(options: argparse.Namespace, scratch: Path) -> dict:
         "gemm": gemm,
         "floor_seconds": floors[0],
         "sides": {name: summary_of_side(rounds, took[OURS], floors, 1) for name, rounds in took.items()},
-        "cpu_gemm_flops_per_second": cpu_rate,
-        "cpu_share_of_floor": shares,
+        **(cpu_floor(job, took, [flops] * options.rounds) if on_cpu else {}),
         "agreement": agreement,
         "their_batch": batch,
         "their_trials": trials,
     }
+
+
+def cpu_floor(job, took: dict[str, list[Took]], flops: list[float]) -> dict:
+    """The machine's best product and the share of it that each side reaches, both in CPU seconds. flops: of what each
+    round computes."""
+    rate, _ = gemm_rate(gemm_shapes(job.model, "cpu"), DTYPES[job.dtype], "cpu", clock=cpu_now)
+    shares = {
+        name: spread([each / rate / own.cpu_seconds for each, own in zip(flops, rounds, strict=True)])
+        for name, rounds in took.items()
+    }
+    return {"cpu_gemm_flops_per_second": rate, "cpu_share_of_floor": shares}
 
 
 def make_embedder_folder(options: argparse.Namespace, scratch: Path) -> Path:

@@ -71,13 +71,13 @@ def describe(result: dict) -> str:
         f"  floor: {1000 * result['floor_seconds']:.1f} ms a {unit} at {gemm['flops_per_second'] / 1e9:.0f} GFLOP/s "
         f"({shape})",
     ]
-    if unit == "step":
+    if shares := result.get("cpu_share_of_floor"):
+        of_sides = ", ".join(f"{name} {ranged(share, 1, 2)}" for name, share in shares.items())
+        lines.append(f"  of the floor in CPU seconds: {of_sides}")
+    if "planning_share" in result:
         lines.append(f"  tokenization and planning: {100 * result['planning_share']:.1f}% of a step of ours")
-    else:
+    if "their_trials" in result:
         trials = ", ".join(f"{size}: {value:.3f} s" for size, value in result["their_trials"].items())
-        if shares := result.get("cpu_share_of_floor"):
-            of_sides = ", ".join(f"{name} {ranged(share, 1, 2)}" for name, share in shares.items())
-            lines.append(f"  of the floor in CPU seconds: {of_sides}")
         lines.append(f"  {THEIRS} computes {result['their_batch']} {texts} at once, its best in a trial ({trials})")
     names = (f"ms a {unit} (range)", "of the floor", "times ours (range)", "CPU ms", "times ours in CPU s", "GPU MiB")
     return "\n".join([*lines, row("", names), *(row(name, cells(side)) for name, side in result["sides"].items())])

@@ -141,26 +141,29 @@ def run_ours(trainer, clock: StepClock) -> None:
 
 
 def our_trainer(job: Job, first: int, output_dir: Path, log_interval: int = 10):
+    from rag_retrieval.train.reranker.run import RerankerTraining
+
+    return trainer_at(RerankerTraining(our_config(job, output_dir, log_interval)), first)
+
+
+def trainer_at(training, first: int):
     """The trainer that `rag_retrieval.train.run` builds, about to take optimizer step `first`."""
     from accelerate.state import AcceleratorState
     from transformers import set_seed
 
     from rag_retrieval.train.checkpoints import TrainState
     from rag_retrieval.train.launch import build_accelerator
-    from rag_retrieval.train.reranker.run import RerankerTraining
     from rag_retrieval.train.run import build_trainer, provenance
     from rag_retrieval.train.setup import prepare_for_training
 
-    config = our_config(job, output_dir, log_interval)
     AcceleratorState._reset_state(reset_partial_state=True)  # else it keeps the precision of an earlier run
-    accelerator = build_accelerator(config)
-    training = RerankerTraining(config)
+    accelerator = build_accelerator(training.config)
     sources = training.open_data()
-    set_seed(config.seed)
+    set_seed(training.config.seed)
     model = training.load_model()
-    adapter = prepare_for_training(model, config)
+    adapter = prepare_for_training(model, training.config)
     state = TrainState("speed", step=first)
-    origin = provenance(config, sources, accelerator)
+    origin = provenance(training.config, sources, accelerator)
     return build_trainer(training, accelerator, model, adapter, state, origin)
 
 
@@ -176,6 +179,16 @@ def our_config(job: Job, output_dir: Path, log_interval: int):
         "loss_type": "listwise_ce" if job.grouped else "point_ce",
         "output_dir": str(output_dir),
         "batch_size": PAIRS_PER_STEP // job.documents,
+        "log_interval": log_interval,
+    }
+    values |= our_settings(job)
+    grouped = {"train_group_size": job.documents} if job.grouped else {}
+    return RerankerConfig(**values | grouped | (job.formats._asdict() if job.formats else {}))
+
+
+def our_settings(job: Job) -> dict:
+    """Of any trainer of ours."""
+    return {
         "lr": LR,
         "weight_decay": WEIGHT_DECAY,
         "max_grad_norm": MAX_GRAD_NORM,
@@ -184,10 +197,7 @@ def our_config(job: Job, output_dir: Path, log_interval: int):
         "mixed_precision": "bf16" if job.dtype == "bf16" else "no",
         "num_workers": job.workers,
         "seed": SEED,
-        "log_interval": log_interval,
     }
-    grouped = {"train_group_size": job.documents} if job.grouped else {}
-    return RerankerConfig(**values | grouped | (job.formats._asdict() if job.formats else {}))
 
 
 def plan_steps(job: Job) -> float:
@@ -230,40 +240,54 @@ def their_losses(job: Job, steps: int) -> list[float]:
 def their_trainer(job: Job, first: int, steps: int, batch: int, clock: StepClock):
     """The trainer, and the list to which each of its forward passes will add a loss."""
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments, losses
-    from transformers import PrinterCallback, TrainerCallback
-
-    class Marks(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            clock.step_done()
+    from transformers import PrinterCallback
 
     model = their_model(job, torch.float32)
     settings = CrossEncoderTrainingArguments(
-        output_dir=str(job.scratch / "theirs"),
-        max_steps=steps,
         per_device_train_batch_size=batch // job.documents,
         gradient_accumulation_steps=PAIRS_PER_STEP // batch,
-        batch_sampler=in_order,
-        learning_rate=LR,
-        weight_decay=WEIGHT_DECAY,
-        lr_scheduler_type="constant",
-        max_grad_norm=MAX_GRAD_NORM,
-        seed=SEED,
-        bf16=job.dtype == "bf16",
-        use_cpu=job.device == "cpu",  # else transformers refuses bf16 without a GPU
-        dataloader_num_workers=job.workers,
-        dataloader_pin_memory=job.device == "cuda",
-        save_strategy="no",
-        report_to="none",
         logging_steps=10,
-        disable_tqdm=True,
+        **their_settings(job, steps),
     )
     loss = GroupCrossEntropy(model) if job.grouped else losses.BinaryCrossEntropyLoss(model)
     values = []
     loss.register_forward_hook(lambda module, inputs, value: values.append(value.detach()))
     rows = as_dataset(their_rows(job, first, steps))
-    trainer = CrossEncoderTrainer(model=model, args=settings, train_dataset=rows, loss=loss, callbacks=[Marks()])
+    trainer = CrossEncoderTrainer(model=model, args=settings, train_dataset=rows, loss=loss, callbacks=[marks(clock)])
     trainer.remove_callback(PrinterCallback)
     return trainer, values
+
+
+def their_settings(job: Job, steps: int) -> dict:
+    """Of any trainer of theirs."""
+    return {
+        "output_dir": str(job.scratch / "theirs"),
+        "max_steps": steps,
+        "batch_sampler": in_order,
+        "learning_rate": LR,
+        "weight_decay": WEIGHT_DECAY,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": MAX_GRAD_NORM,
+        "seed": SEED,
+        "bf16": job.dtype == "bf16",
+        "use_cpu": job.device == "cpu",  # else transformers refuses bf16 without a GPU
+        "dataloader_num_workers": job.workers,
+        "dataloader_pin_memory": job.device == "cuda",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def marks(clock: StepClock):
+    """A callback that tells the clock of each step."""
+    from transformers import TrainerCallback
+
+    class Marks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.step_done()
+
+    return Marks()
 
 
 def in_order(dataset, batch_size: int, drop_last: bool, **options):

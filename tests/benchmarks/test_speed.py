@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import speed
 import speed_checkouts
 import speed_data
+import speed_embedding_training
 import speed_floor
 import speed_report
 import speed_training
@@ -220,7 +221,8 @@ def test_sides_that_disagree_are_refused():
 def test_a_gpu_gets_large_bf16_models_and_work_without_data(capsys):
     options = speed.parse(["--device", "cuda", "--out", "file"])
     assert (options.encoder, options.decoder, options.dtype) == ("xlm_roberta_large", "qwen2.5_1.5b", "bf16")
-    assert options.work == ["train_lognormal", "train_decoder", "score_many", "score_query", "score_prompt", "encode"]
+    rerankers = ["train_lognormal", "train_decoder", "score_many", "score_query", "score_prompt"]
+    assert options.work == [*rerankers, "train_embedding", "encode"]
     with pytest.raises(SystemExit):
         speed.parse(["--device", "cuda", "--dtype", "float32", "--out", "file"])
     assert "half precision" in capsys.readouterr().err
@@ -269,3 +271,49 @@ def test_a_small_run_of_both_sides_end_to_end(tmp_path, capsys):
     assert rows["score_prompt"]["tokens_of_a_pair"] > 85 + 16  # the shortest drawn pair
     printed = capsys.readouterr().out
     assert "train_medquad: skipped, it needs --data" in printed and "times ours in CPU s" in printed
+
+
+# --- training an embedder ---
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("settings_restored")
+def test_an_embedders_step_beside_both_losses_end_to_end(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    out = tmp_path / "speed.jsonl"
+    sizes = ["--rounds", "2", "--steps", "1", "--queries-per-step", "4", "--st-batch", "2", "--threads", "1"]
+    speed.main(["--work", "train_embedding", "--encoder", "tiny_xlm_roberta", *sizes, "--out", str(out)])
+    row = json.loads(out.read_text())
+    sides = ["ours", "sentence-transformers", "sentence-transformers, cached 2"]
+    check_result(row, sides)
+    assert row["queries"] == 4 and row["pairs"] == 4 * (1 + 1 + 3) and list(row["cpu_share_of_floor"]) == sides
+    assert all(share["least"] > 0 for share in row["cpu_share_of_floor"].values())
+
+
+def test_losses_or_gradients_that_disagree_stop_the_work(monkeypatch):
+    job = SimpleNamespace(dtype="float32")
+    monkeypatch.setattr(speed_embedding_training, "our_first_step", lambda job: (2.0, 10.0))
+    for theirs, wrong in (((2.0001, 10.0), None), ((2.0003, 10.0), "loss"), ((2.0, 10.002), "gradient norm")):
+        monkeypatch.setattr(speed_embedding_training, "their_first_step", lambda job, size, theirs=theirs: theirs)
+        if wrong is None:
+            found = speed_embedding_training.compare_first_steps(job, {"side": None})
+            assert found["largest_difference"] == pytest.approx(5e-5)  # 0.0001 / 2
+        else:
+            with pytest.raises(speed_works.Disagreement, match=f"^{wrong} of the first step: ours .* side"):
+                speed_embedding_training.compare_first_steps(job, {"side": None})
+
+
+def test_no_text_of_an_embedders_step_stands_in_two_of_its_records(monkeypatch):
+    import quality
+
+    from rag_retrieval.data import beir
+
+    texts = [("q", "abcd"), ("q", "efgh"), ("r", "aijk"), ("s", "lmn"), ("t", "opuv")]  # taken: first and last
+    records = [{"query": query, "pos": [of[0]], "neg": list(of[1:])} for query, of in texts]
+    monkeypatch.setattr(quality, "training_records", lambda *of, **options: records)
+    monkeypatch.setattr(beir, "read_folder", lambda folder: None)
+    options = SimpleNamespace(data=Path("folder"))
+    examples = speed_embedding_training.make_examples(options, 2, None)
+    assert [(example.query, "".join(example.documents)) for example in examples] == [("q", "abcd"), ("t", "opuv")]
+    with pytest.raises(ValueError, match="folder gives 2 queries; 3 are needed"):
+        speed_embedding_training.make_examples(options, 3, None)

@@ -57,6 +57,7 @@ def test_without_a_terminal_a_line_is_logged_when_it_is_due_and_on_the_main_proc
 
 def run_job(code: str = JOB, **streams) -> subprocess.Popen:
     settings = os.environ | {"COLUMNS": "80", "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+    settings.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # which a command leaves in the process of the tests
     return subprocess.Popen([sys.executable, "-c", code], env=settings, **streams)
 
 
