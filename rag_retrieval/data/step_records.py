@@ -39,18 +39,18 @@ class StepRecords:
 
 
 class KnownPositives:
-    """The positives of each query over all records of several stores, which have text ids."""
+    """The positives of each query, under any prompt, over all records of several stores, which have text ids."""
 
     def __init__(self, stores: Sequence[RecordStore]):
         self.stores = list(stores)
-        self._orders = [np.argsort(store.query_ids, kind="stable") for store in self.stores]
-        self._sorted = [store.query_ids[order] for store, order in zip(self.stores, self._orders, strict=True)]
+        self._orders = [np.argsort(store.query_text_ids, kind="stable") for store in self.stores]
+        self._sorted = [store.query_text_ids[order] for store, order in zip(self.stores, self._orders, strict=True)]
 
-    def of(self, query_id: np.uint64) -> np.ndarray:
-        """Ids of documents, uint64, each once. query_id: as in the stores, without the mark."""
+    def of(self, query_text_id: np.uint64) -> np.ndarray:
+        """Ids of documents, uint64, each once. query_text_id: as in the stores."""
         found = []
         for store, order, ids in zip(self.stores, self._orders, self._sorted, strict=True):
-            first, stop = np.searchsorted(ids, query_id), np.searchsorted(ids, query_id, "right")
+            first, stop = np.searchsorted(ids, query_text_id), np.searchsorted(ids, query_text_id, "right")
             for group in order[first:stop]:
                 pairs = slice(store.group_offsets[group], store.group_offsets[group] + store.group_sizes[group])
                 found.append(store.document_ids[pairs][store.positives[pairs]])

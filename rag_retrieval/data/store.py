@@ -2,8 +2,8 @@
 
 A store is a folder of columns (`columns`) in which the pairs of a group stand side by side: of each group `query`,
 `first` (its first pair) and `size`; of each pair `document`, `group`, `label`, `positive`, `line`, and `teacher` where
-a teacher's scores are read. For embedders there are `prompt` and `query_id` of each group and `document_id` of each
-pair too. `meta.json` holds sizes and summary.
+a teacher's scores are read. For embedders there are `prompt`, `query_id` and `query_text_id` of each group and
+`document_id` of each pair too. `meta.json` holds sizes and summary.
 
 A file of pairs has one group per record unless it is opened with `group_by_query=True`; then pairs of the same query
 form one group wherever they stand, triples too, and pair order is no longer file order.
@@ -118,6 +118,11 @@ class RecordStore:
     def query_ids(self) -> np.ndarray:
         """uint64 [groups], as `document_ids`, of prompt and query. Only in a store for embedders."""
         return self._numbers("query_id")
+
+    @cached_property
+    def query_text_ids(self) -> np.ndarray:
+        """uint64 [groups], likewise, of the query without its prompt. Only in a store for embedders."""
+        return self._numbers("query_text_id")
 
     @cached_property
     def document_ids(self) -> np.ndarray:

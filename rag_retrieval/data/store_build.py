@@ -19,17 +19,17 @@ from rag_retrieval.data.records import ONE_POSITIVE_EXPECTED, BadLines, DataErro
 from rag_retrieval.data.summary import StoreSummary, label_histogram
 from rag_retrieval.data.teachers import average_teachers
 
-FORMAT_VERSION = 3  # raise it whenever the same source would give another store
+FORMAT_VERSION = 4  # raise it whenever the same source would give another store
 CHUNK = 1 << 13  # groups or pairs handled at once
 KINDS = {"hits": 0, "pos_neg": 0, "text": 0, "pointwise": 1, "triple": 2}  # of records; 0: groups of their own
 POINTWISE, TRIPLE = 1, 2
 
 # The numbers of a store: array's character and numpy's dtype. Of each pair:
 PAIR = {"label": "f", "positive": "B", "line": "q", "teacher": "f", "document_id": "Q"}
-# Of each group: first (its first pair), size and query_id. Of each pair too: group.
+# Of each group: first (its first pair), size, query_id and query_text_id (without its prompt). Of each pair too: group.
 DTYPES = {
     **{"label": "f4", "positive": "?", "line": "i8", "teacher": "f4", "document_id": "u8"},
-    **{"first": "i8", "size": "i8", "query_id": "u8", "group": "i4"},
+    **{"first": "i8", "size": "i8", "query_id": "u8", "query_text_id": "u8", "group": "i4"},
 }
 # While building. Of each run of pairs, which becomes a group: kind, key (a hash of the query, two numbers), query_hash.
 # Of each pair: pair_hash, of query and document. query_hash and pair_hash are sorted in place when they are counted.
@@ -75,7 +75,7 @@ def _write_records(folder: Path, records: Iterable[Record], group_by_query: bool
     numbers = BUILDING | {"size": "q"} | {column: PAIR[column] for column in pair_columns}
     texts, with_ids = ["query", "document"], "document_id" in pair_columns
     if with_ids:
-        numbers, texts = numbers | {"query_id": "Q"}, [*texts, "prompt"]
+        numbers, texts = numbers | {"query_id": "Q", "query_text_id": "Q"}, [*texts, "prompt"]
     counts = {"records": 0, "pairs": 0, "empty_documents": 0}
     run, size = None, 0
     with ColumnWriter(folder, numbers, texts) as writer:
@@ -96,6 +96,7 @@ def _write_records(folder: Path, records: Iterable[Record], group_by_query: bool
                 if with_ids:
                     writer.add_text("prompt", record.prompt.encode())
                     columns["query_id"].frombytes(text_id(record.prompt + record.query))
+                    columns["query_text_id"].frombytes(text_id(record.query))
             if with_ids:
                 columns["document_id"].frombytes(b"".join(map(text_id, record.documents)))
             for document in documents:
@@ -135,7 +136,7 @@ def _merge_runs(folder: Path, pair_columns: list[str]) -> None:
     _rewrite(folder, "document", [*pair_columns, "pair_hash"], _row_chunks(starts[order], sizes[order]))
     _rewrite(folder, "query", ["kind"], _row_chunks(leaders, np.ones_like(leaders)))
     if "document_id" in pair_columns:
-        _rewrite(folder, "prompt", ["query_id"], _row_chunks(leaders, np.ones_like(leaders)))
+        _rewrite(folder, "prompt", ["query_id", "query_text_id"], _row_chunks(leaders, np.ones_like(leaders)))
     merged = np.zeros(len(leaders), np.int64)
     np.add.at(merged, numbers, sizes)
     _replace(folder / "size", merged)

@@ -28,6 +28,7 @@ class EmbeddingLoss:
     parts: of a loss that is the sum of others of the table, their names and weights; it has no function of its own.
     reads: what the records must have. label_range: what labels must be within, both ends included; None: any numbers.
     options: what a configuration may set; option_values: what is set, by it or by the table.
+    own_texts: a record's value is of its own texts alone, whatever else is in the step.
     full_width: it compares with vectors of the full width, so that Matryoshka's widths do not apply.
     """
 
@@ -38,6 +39,7 @@ class EmbeddingLoss:
     option_values: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     label_range: tuple[float, float] | None = None
+    own_texts: bool = False
     full_width: bool = False
     parts: Mapping[str, float] = field(default_factory=dict)
 
@@ -121,13 +123,15 @@ _ALL = (
                   option_values={"directions": ("query_to_doc", "query_to_query", "doc_to_doc"),
                                  "false_negative_margin": 0.1, "temperature": 0.01}),
     EmbeddingLoss("cosent", f"{_CONTRASTIVE}:cosent", "label", (WIDE_TEMPERATURE,)),
-    EmbeddingLoss("cosine_regression", f"{_CONTRASTIVE}:cosine_regression", "label", label_range=(-1, 1)),
-    EmbeddingLoss("margin_mse", f"{_DISTILLATION}:margin_mse", "teacher_score", (WIDE_TEMPERATURE,)),
+    EmbeddingLoss("cosine_regression", f"{_CONTRASTIVE}:cosine_regression", "label", label_range=(-1, 1),
+                  own_texts=True),
+    EmbeddingLoss("margin_mse", f"{_DISTILLATION}:margin_mse", "teacher_score", (WIDE_TEMPERATURE,), own_texts=True),
     EmbeddingLoss("kl_distillation", f"{_DISTILLATION}:kl_distillation", "teacher_score",
-                  (TEMPERATURE, TEACHER_TEMPERATURE), aliases=("kl_div",)),
+                  (TEMPERATURE, TEACHER_TEMPERATURE), aliases=("kl_div",), own_texts=True),
     EmbeddingLoss("m3_distillation", f"{_DISTILLATION}:m3_distillation", "teacher_score",
                   (TEMPERATURE, TEACHER_TEMPERATURE, IN_BATCH), aliases=("m3_kd_loss",)),
-    EmbeddingLoss("teacher_cosine", f"{_DISTILLATION}:teacher_cosine", "teacher_vectors", full_width=True),
+    EmbeddingLoss("teacher_cosine", f"{_DISTILLATION}:teacher_cosine", "teacher_vectors", own_texts=True,
+                  full_width=True),
     EmbeddingLoss("teacher_similarity", f"{_DISTILLATION}:teacher_similarity", "teacher_vectors"),
     EmbeddingLoss("teacher_triplet", f"{_DISTILLATION}:teacher_triplet", "teacher_vectors", (TRIPLET_MARGIN,)),
     EmbeddingLoss("stella", "", "teacher_vectors", (TRIPLET_MARGIN,),

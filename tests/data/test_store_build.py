@@ -225,11 +225,12 @@ def test_ids_and_prompts_go_where_their_records_go(tmp_path, monkeypatch, chunk)
     alone = open_store(write(tmp_path / "b.jsonl", records), RecordRules(for_embedder=True))
     assert store.query_ids.tolist() == alone.query_ids[[0, 1, 4]].tolist()
     assert [store.prompts[group] for group in range(3)] == [""] * 3
+    assert store.query_text_ids.tolist() == store.query_ids.tolist()
 
 
 def test_a_store_has_ids_only_where_they_are_asked_for(tmp_path):
     path = write(tmp_path / "a.jsonl", pointwise(("a", "x", 1)))
     names = {file.name for file in open_store(path).files}
     assert names == {file.name for file in open_store(path, RecordRules(for_embedder=True)).files} - {
-        "query_id", "document_id", "prompt", "prompt.offsets"
+        "query_id", "query_text_id", "document_id", "prompt", "prompt.offsets"
     }  # fmt: skip

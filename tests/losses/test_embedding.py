@@ -3,7 +3,9 @@
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from step_samples import gradients, random_step
@@ -43,6 +45,26 @@ def test_the_options_are_keyword_arguments_of_the_function_with_the_same_default
     assert {option.name: option.default for option in options} == {o.name: o.default for o in loss.options}
     assert loss.option_values.keys() <= {option.name for option in loss.options}
     assert loss.function.__doc__
+
+
+@every_function
+def test_a_loss_of_own_texts_is_the_same_whatever_else_is_in_the_step(loss):
+    step = random_step()
+    if loss.reads == "teacher_vectors":
+        taught = np.random.default_rng(0).normal(size=(7, 12)).astype(np.float32)
+        step = replace(step, records=replace(step.records, teacher_vectors=taught))
+    records = step.records
+    own = records.negative_ids[: records.negative_offsets[2]].tolist() + records.positive_ids[:2].tolist()
+    other_queries = ~np.isin(step.query_ids, records.query_ids[:2])[:, None]
+    other_documents = ~np.isin(step.document_ids, own)[:, None]
+    changed = replace(
+        step,
+        queries=step.queries + torch.from_numpy(other_queries) * torch.randn(step.queries.shape),
+        documents=step.documents + torch.from_numpy(other_documents) * torch.randn(step.documents.shape),
+    )
+    objective = objective_of({loss.name: 1.0})
+    same = torch.equal(gradients(step, objective).losses[:2], gradients(changed, objective).losses[:2])
+    assert same == loss.own_texts
 
 
 def test_a_sum_of_losses_has_their_weights_options_and_needs():

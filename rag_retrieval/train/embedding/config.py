@@ -48,10 +48,19 @@ def _default_metric(config: "EmbeddingKeys") -> str:
     return "spearman" if graded else "ndcg@10"
 
 
+def _reads_other_records(config: "EmbeddingKeys") -> bool:
+    alone = getattr(config, "use_inbatch_neg", None) is False
+    return any(
+        not loss.own_texts and not (alone and "use_inbatch_neg" in {option.name for option in loss.options})
+        for loss in config.losses
+    )
+
+
 TEACHER_LOSS = Only("runs with teacher_loss_type", lambda config: config.teacher_loss_type is not None)
 TEACHER_SCORES = Only("losses that learn from teacher scores", lambda config: config.reads_teacher)
 VECTORS = Only("losses that learn a teacher's vectors", _reads("teacher_vectors"))
 GROUPS = Only("losses that learn from positives", lambda config: config.record_kind == "positives")
+IN_BATCH = Only("losses that compare with other records' texts", _reads_other_records)
 GUIDED = Only(
     "false_negative_judge guide", lambda config: getattr(config, "false_negative_judge", None) == "guide"
 )
@@ -129,8 +138,9 @@ class EmbeddingKeys(TrainingConfig):
     guide_model: ModelName | None = key(
         "Embedding model whose cosines decide what is a false negative. Its vectors of all texts are computed "
         "before the first step and kept in the cache.", only=GUIDED, min_length=1)
-    negatives_cross_device: bool = key(
-        "The texts of all processes are negatives of a query, otherwise those of its own process alone.", True)
+    negatives_cross_device: bool | None = key(
+        "The texts of all processes are negatives of a query, otherwise those of its own process alone. Default true.",
+        only=IN_BATCH, derive=lambda config: True)
     use_mrl: bool = key("Matryoshka: the loss is taken over several widths, so that vectors can be cut.", False)
     mrl_dims: Annotated[list[int] | None, NAMES] = key(
         "Widths of use_mrl. One beyond the model's adds a projection to that width. Absent: 64, 128, 256, 512 and 768 "

@@ -88,7 +88,7 @@ class EmbeddingTraining:
         if kept is None:
             kept = graph_tokens(model, accelerator, config.gradient_checkpointing)
             logger.info("max_tokens_with_graph: about %s tokens of a step fit in memory", f"{kept:,}")
-        options = EmbeddingOptions(config.seed, kept, not packs, config.negatives_cross_device)
+        options = EmbeddingOptions(config.seed, kept, not packs, config.negatives_cross_device is not False)
         objectives = {file.name: self.objective for file in self.files}
         task = EmbeddingTask(
             model,

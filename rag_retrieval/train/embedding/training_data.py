@@ -184,7 +184,7 @@ class EmbeddingSteps(Dataset):
         groups = np.array([example.group for example in examples])
         pairs = np.array([example.pair for example in examples])
         negatives, negative_offsets = ragged([example.negatives for example in examples], "i8")
-        known = [self.known_positives.of(query) for query in store.query_ids[groups]]
+        known = [self.known_positives.of(query) for query in store.query_text_ids[groups]]
         known_ids, known_offsets = ragged(known, "u8")
         query_ids, scores = store.query_ids[groups] ^ QUERY_MARK, store.teacher_scores
         return StepRecords(

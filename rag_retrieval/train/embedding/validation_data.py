@@ -79,7 +79,7 @@ def make_validation(
         options = SamplingOptions(config.seed, config.train_group_size, shuffle=False)
         file = TrainingFile(config.val_dataset, "", store, config.record_kind, records_of(store, config.record_kind))
         records = EmbeddingSteps(file, model.text_encoder, StepShape(1, 1, 1), options)
-        processes = accelerator.num_processes if config.negatives_cross_device else 1
+        processes = 1 if config.negatives_cross_device is False else accelerator.num_processes
         step = config.batch_size * config.gradient_accumulation_steps * processes
         if len(file.records):
             measures["loss"] = RecordLoss(records, objective, step, accelerator.device)

@@ -72,3 +72,25 @@ def test_weights_of_in_batch_negatives_need_some():
 
 def test_the_judge_of_false_negatives_needs_a_margin():
     assert "teacher" in problems(false_negative_judge="teacher")["false_negative_margin"]
+
+
+@pytest.mark.parametrize(
+    ("applies", "changes"),
+    [
+        (True, {}),
+        (True, {"loss_type": "cosent"}),
+        (True, {"loss_type": "my_package.losses:mine"}),
+        (True, {"use_inbatch_neg": False, "loss_type": "cosent"}),
+        (True, {"teacher_loss_type": "margin_mse"}),
+        (False, {"use_inbatch_neg": False}),
+        (False, {"use_inbatch_neg": False, "teacher_loss_type": "m3_distillation"}),
+        (False, {"loss_type": "cosine_regression"}),
+        (False, {"loss_type": "kl_distillation"}),
+    ],
+)
+def test_negatives_of_other_processes_are_for_losses_that_read_other_records(applies, changes):
+    for value in (True, False):
+        config = EmbeddingConfig(**REQUIRED, **changes, negatives_cross_device=value)
+        assert ("negatives_cross_device" in (config.ignored or "")) != applies
+        assert config.negatives_cross_device is (value if applies else None)
+    assert EmbeddingConfig(**REQUIRED, **changes).negatives_cross_device is (True if applies else None)

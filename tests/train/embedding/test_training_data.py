@@ -127,6 +127,20 @@ def test_every_positive_of_a_query_in_the_data_is_known(steps):
     assert [set(row.tolist()) for row in known] == [{ids[name] for name in names} for names in ("abc", "abc", "eg")]
 
 
+def test_a_positive_of_a_query_is_known_under_every_prompt(steps):
+    records = [
+        {"query": "one", "pos": ["a"]},
+        {"query": "one", "pos": ["b"], "prompt": "say: "},
+        {"query": "two", "pos": ["c"], "prompt": "say: "},
+    ]
+    data = steps(records, batch_size=3, shuffle=False)
+    a, b, c = data.store.document_ids.tolist()
+    records = data[0, 0][0].records
+    known = np.split(records.known_positive_ids, records.known_positive_offsets[1:-1])
+    assert [set(row.tolist()) for row in known] == [{a, b}, {a, b}, {c}]
+    assert len(set(records.query_ids.tolist())) == 3, "they are three queries all the same"
+
+
 def test_a_record_shows_one_positive_in_a_pass_and_negatives_in_turns(steps):
     data = steps([{"query": "q", "pos": ["a", "b", "c"], "neg": list("uvwxyz")}], batch_size=1, group_size=3)
     shown = [data.example(pass_number, 0) for pass_number in range(3)]
