@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rag_retrieval.data.step_records import StepRecords, ragged
+from rag_retrieval.data.step_records import StepRecords, first_of_each, ragged
 from rag_retrieval.losses.embedding import Objective
-from rag_retrieval.losses.step_targets import distinct, targets_of
+from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.losses.step_vectors import StepGradients, vector_gradients
 
 DIM = 12
@@ -70,7 +70,7 @@ def random_step(records: int = 7, seed: int = 0) -> Step:
         numbers.normal(size=len(negatives)).astype(np.float32), numbers.random(records).round(1).astype(np.float32),
     )  # fmt: skip
     texts = np.concatenate([positives, negatives])
-    query_ids, document_ids = queries[distinct(queries)], texts[distinct(texts)]
+    query_ids, document_ids = (of[first_of_each(of)[0]] for of in (queries, texts))
     torch.manual_seed(seed)
     return Step(torch.randn(len(query_ids), DIM), torch.randn(len(document_ids), DIM), query_ids, document_ids, record)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rag_retrieval.data.beir import Pool, Qrels, find_optional, read_folder, read_pool, read_qrels
+from rag_retrieval.data.step_records import first_of_each
 from rag_retrieval.data.store import RecordStore
 
 
@@ -98,13 +99,6 @@ def store_collection(store: RecordStore, source: str) -> Collection:
     pairs = np.flatnonzero(store.positives)
     positives = {(number(of_pairs[pair]), number(document_of[pair])) for pair in pairs.tolist()}
     return Collection(source, queries, documents, qrels, prompts, positives=positives)
-
-
-def first_of_each(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(positions of the first copy of each id, ascending; for each position which of these it is a copy of)."""
-    _, first, copies = np.unique(ids, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    return first[order], np.argsort(order)[copies]
 
 
 def number(place: int) -> str:

@@ -57,6 +57,13 @@ class KnownPositives:
         return np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
 
 
+def first_of_each(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(positions of the first copy of each id, ascending; for each position which of these it is a copy of)."""
+    _, first, copies = np.unique(ids, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return first[order], np.argsort(order)[copies]
+
+
 def ragged(rows: Sequence[np.ndarray], dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """The values of all rows, one row after another, and where each begins, int64 [rows + 1]."""
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)

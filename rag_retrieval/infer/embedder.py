@@ -23,7 +23,7 @@ from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
 from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, NO_LIMIT, position_limit
 from rag_retrieval.models.open import open_embedder
-from rag_retrieval.models.options import embedder_options
+from rag_retrieval.models.options import EmbedderOptions, options_among
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.settings import resolve_model_path
 from rag_retrieval.models.text_scoring import CHUNK_TEXTS, score_texts
@@ -81,22 +81,7 @@ class Embedder:
         bidirectional: bool | None = None,
         int8_ranges: str | os.PathLike | None = None,
     ):
-        options = embedder_options(
-            max_length=max_length,
-            query_max_length=query_max_length,
-            precision=precision,
-            dtype=dtype,
-            device=device,
-            devices=devices,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-            pooling=pooling,
-            prompts=prompts,
-            include_prompt=include_prompt,
-            cls_interval=cls_interval,
-            normalize=normalize,
-            bidirectional=bidirectional,
-        )
+        options = options_among(locals(), EmbedderOptions)
         devices = None if options.devices is None else check_devices(options.devices)
         model = open_embedder(model_name_or_path, options)
         self._shared = SharedModel(model, choose_precision(options.precision), devices)

@@ -42,12 +42,6 @@ class StepTargets:
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
-def distinct(ids: np.ndarray) -> np.ndarray:
-    """Positions of the first copy of each id, ascending: int64. Index gathered vectors and ids with it, so that of
-    equal texts on two processes the lower process's copy is the one that counts."""
-    return np.sort(np.unique(ids, return_index=True)[1])
-
-
 def targets_of(
     query_ids: np.ndarray, document_ids: np.ndarray, records: Sequence[StepRecords], process: int = 0
 ) -> StepTargets:

@@ -151,11 +151,6 @@ def model_options(**values: Any) -> ModelOptions:
     return _checked(ModelOptions, values)
 
 
-def embedder_options(**values: Any) -> EmbedderOptions:
-    """As `model_options`, of an embedding model."""
-    return _checked(EmbedderOptions, values)
-
-
 def _checked(kind: type[Options], values: Mapping[str, Any]) -> Options:
     try:
         return kind(**values)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from step_samples import step_records
 
-from rag_retrieval.losses.step_targets import distinct, targets_of
+from rag_retrieval.data.step_records import first_of_each
+from rag_retrieval.losses.step_targets import targets_of
 
 
 def ids(*values: int) -> np.ndarray:
@@ -72,7 +73,7 @@ def test_a_process_without_records_has_targets_without_rows():
 
 
 def test_distinct_takes_the_first_copy_in_order():
-    assert distinct(ids(5, 9, 5, 1, 9)).tolist() == [0, 1, 3]
+    assert first_of_each(ids(5, 9, 5, 1, 9))[0].tolist() == [0, 1, 3]
 
 
 def test_a_text_that_the_step_does_not_have_is_an_error_of_ours():

@@ -15,8 +15,7 @@ import torch
 from filelock import FileLock
 
 from rag_retrieval.core.files import content_digest
-from rag_retrieval.data.collection import first_of_each
-from rag_retrieval.data.step_records import QUERY_MARK
+from rag_retrieval.data.step_records import QUERY_MARK, first_of_each
 from rag_retrieval.data.store import RecordStore, cache_folder
 from rag_retrieval.models.open import open_embedder
 from rag_retrieval.models.options import EmbedderOptions

@@ -11,14 +11,13 @@ from accelerate import Accelerator
 from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.data.summary import TokenLengths, summary
+from rag_retrieval.models.loading import NO_LIMIT
 from rag_retrieval.train.embedding.config import EmbeddingConfig
 from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
 from rag_retrieval.train.run_data import distinct_names, sampled_pairs
 from rag_retrieval.train.steps import CarriedSteps, StepShape
 
 logger = logging.getLogger(__name__)
-
-UNLIMITED = 1 << 30  # tokens
 
 
 def open_training_files(config: EmbeddingConfig) -> list[TrainingFile]:
@@ -142,7 +141,7 @@ def token_lengths(store: RecordStore, encoder: Any) -> list[TokenLengths]:
     return [
         TokenLengths(
             kind,
-            np.array([len(text) for text in encoder.encode(texts[kind], kind, max_length=UNLIMITED)]),
+            np.array([len(text) for text in encoder.encode(texts[kind], kind, max_length=NO_LIMIT)]),
             encoder.max_length_of(kind),
             sampled,
         )

@@ -22,10 +22,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from rag_retrieval.core.distributed import gather
-from rag_retrieval.data.step_records import StepRecords
+from rag_retrieval.data.step_records import StepRecords, first_of_each
 from rag_retrieval.losses.embedding import Objective
 from rag_retrieval.losses.embedding_report import log_values, same_direction_problem, zero_loss_problem
-from rag_retrieval.losses.step_targets import distinct, targets_of
+from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.losses.step_vectors import vector_gradients
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.scoring import evaluating
@@ -150,7 +150,8 @@ class EmbeddingTask(SavedModel):
         all_vectors = gather_rows(vectors, counts)
         ids = np.concatenate([texts.ids for texts in everyone])
         is_query = np.concatenate([texts.is_query for texts in everyone])
-        queries, documents = (of[distinct(ids[of])] for of in (np.flatnonzero(is_query), np.flatnonzero(~is_query)))
+        # of equal texts on two processes the lower process's copy is the one that counts
+        queries, documents = (of[first_of_each(ids[of])[0]] for of in map(np.flatnonzero, (is_query, ~is_query)))
         targets = targets_of(ids[queries], ids[documents], [texts.records for texts in everyone], process)
         device = vectors.device
         places = [torch.from_numpy(of).to(device) for of in (queries, documents)]

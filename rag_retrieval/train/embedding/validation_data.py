@@ -16,9 +16,9 @@ from accelerate import Accelerator
 
 from rag_retrieval.core.distributed import StartError
 from rag_retrieval.data.beir import find_file, find_optional, find_qrels
-from rag_retrieval.data.collection import Collection, beir_collection, first_of_each, is_beir_folder, store_collection
+from rag_retrieval.data.collection import Collection, beir_collection, is_beir_folder, store_collection
 from rag_retrieval.data.records import RecordRules
-from rag_retrieval.data.step_records import QUERY_MARK
+from rag_retrieval.data.step_records import QUERY_MARK, first_of_each
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.losses.embedding import Objective
 from rag_retrieval.losses.step_targets import targets_of
