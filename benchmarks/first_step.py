@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -109,24 +110,28 @@ def first_step(source: Path, cache: Path, output: Path, model: str) -> tuple[dic
     command = [sys.executable, __file__, "--laps", str(time.perf_counter()), str(laps_file)]
     with output.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen([*command, "--config", config_file], env=environment, stdout=log, stderr=log)
-        own, workers = watch_memory(process)
+        samples = watch_memory(process)
     if not laps_file.exists():
         sys.exit(f"the run ended before its first step; see {log.name}")
-    return json.loads(laps_file.read_text()), own, workers
+    seen = json.loads(laps_file.read_text())
+    own, workers = (max(each) for each in zip(*samples, seen["memory"], strict=True))
+    return seen["laps"], own, workers
 
 
-def watch_memory(process: subprocess.Popen) -> tuple[int, int]:
-    """The highest private bytes of the process and of its largest child, once it has ended."""
-    own, workers = [0], [0]
+def watch_memory(process: subprocess.Popen) -> list[tuple[int, int]]:
+    """`memory_now` of the process from time to time until it has ended."""
+    samples = []
     while process.poll() is None:
-        try:
-            own.append(private_memory(process.pid))
-            for child in psutil.Process(process.pid).children(recursive=True):
-                workers.append(private_memory(child.pid))
-        except psutil.Error:
-            pass  # it ended meanwhile
+        with suppress(psutil.Error):  # it ended meanwhile
+            samples.append(memory_now(process.pid))
         time.sleep(SAMPLE_EVERY)
-    return max(own), max(workers)
+    return samples
+
+
+def memory_now(pid: int) -> tuple[int, int]:
+    """Private bytes of a process and of its largest child, 0 without one."""
+    children = psutil.Process(pid).children(recursive=True)
+    return private_memory(pid), max((private_memory(child.pid) for child in children), default=0)
 
 
 # ---- in the process of the run ------------------------------------------------------------------------
@@ -148,7 +153,8 @@ def train_with_laps(started: float, laps_file: Path, arguments: list[str]) -> in
 
     def stop() -> None:
         note("logged")
-        laps_file.write_text(json.dumps(laps))
+        # the workers wait with further batches: a short run may end between two looks of `watch_memory`
+        laps_file.write_text(json.dumps({"laps": laps, "memory": memory_now(os.getpid())}))
         raise KeyboardInterrupt
 
     before(run, "run", lambda: note("imports"))
