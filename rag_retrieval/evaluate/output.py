@@ -17,13 +17,14 @@ from rich.text import Text
 
 from rag_retrieval.core.files import write_text
 from rag_retrieval.evaluate.calibration import ProbabilityErrors
-from rag_retrieval.evaluate.evaluation import Evaluation, QueryChange
+from rag_retrieval.evaluate.evaluation import RerankerEvaluation
 from rag_retrieval.evaluate.scoring import RESULT_FILE
+from rag_retrieval.evaluate.systems import Evaluation, QueryChange
 from rag_retrieval.metrics import means
 from rag_retrieval.significance import Comparison
 
 
-def write_evaluation(evaluation: Evaluation) -> None:
+def write_evaluation(evaluation: RerankerEvaluation) -> None:
     """Both files into the evaluation's output_dir, each whole or not at all."""
     rows = [query_row(evaluation, query) for query in evaluation.data.qrels]
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
@@ -32,7 +33,7 @@ def write_evaluation(evaluation: Evaluation) -> None:
     write_text(evaluation.output_dir / RESULT_FILE, result + "\n")
 
 
-def query_row(evaluation: Evaluation, query: str) -> dict:
+def query_row(evaluation: RerankerEvaluation, query: str) -> dict:
     row = {
         "query_id": query,
         "query": evaluation.data.queries[query],
@@ -48,7 +49,7 @@ def query_row(evaluation: Evaluation, query: str) -> dict:
     return {**row, **figures, "baseline": baseline}
 
 
-def result_of(evaluation: Evaluation) -> dict:
+def result_of(evaluation: RerankerEvaluation) -> dict:
     """Everything but the queries' own figures, as JSON values."""
     systems = {"model": evaluation.after, "baseline": evaluation.before, "ceiling": evaluation.ceiling}
     return {
@@ -87,7 +88,7 @@ GAPS_IN_WORDS = {
 }
 
 
-def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
+def describe_evaluation(evaluation: RerankerEvaluation, columns: int) -> str:
     """What a person wants to know, for a terminal of `columns` columns."""
     data, metric = evaluation.data, evaluation.config.measures[0]
     lines = [

@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from rag_retrieval.core.files import write_text
 from rag_retrieval.data.beir import Qrels, Run
 from rag_retrieval.evaluate.calibration import reliability, scored_pairs
-from rag_retrieval.evaluate.evaluation import Evaluation, QueryChange, System
+from rag_retrieval.evaluate.evaluation import RerankerEvaluation
 from rag_retrieval.evaluate.output import (
     COMPARISON_HEAD,
     comparison_cells,
@@ -33,6 +33,7 @@ from rag_retrieval.evaluate.output import (
     describe_test,
     on_one_line,
 )
+from rag_retrieval.evaluate.systems import Evaluation, QueryChange, System
 from rag_retrieval.metrics import means, parse_metric
 from rag_retrieval.models.calibration import Calibration, probabilities_of
 from rag_retrieval.train.run_folder import METRICS_FILE
@@ -63,7 +64,7 @@ img { max-width: 100%; height: auto; display: block; margin: .6rem 0; }
 """
 
 
-def write_report(evaluation: Evaluation) -> Path:
+def write_report(evaluation: RerankerEvaluation) -> Path:
     """report.html and figures/ in the evaluation's output_dir; the path of the page.
 
     Raises ValueError where the configuration names a training run that is none.
@@ -84,7 +85,7 @@ def write_report(evaluation: Evaluation) -> Path:
 # ---- the page --------------------------------------------------------------------------------------------
 
 
-def page_of(evaluation: Evaluation, images: dict[str, bytes]) -> str:
+def page_of(evaluation: RerankerEvaluation, images: dict[str, bytes]) -> str:
     data, config = evaluation.data, evaluation.config
     title = f"{evaluation.after.name} on {data.name}"
     facts = (
@@ -130,7 +131,7 @@ def row(first: str, numbers: Iterable[str], kind: str = "") -> str:
     return f'<tr class="{kind}"><td>{escape(first)}</td>{cells}</tr>'
 
 
-def systems_table(evaluation: Evaluation) -> str:
+def systems_table(evaluation: RerankerEvaluation) -> str:
     names = evaluation.config.measures
 
     def row_of(system: System, kind: str = "") -> str:
@@ -175,7 +176,7 @@ def change_block(evaluation: Evaluation, change: QueryChange, kind: str) -> list
 # ---- the figures -----------------------------------------------------------------------------------------
 
 
-def draw_figures(evaluation: Evaluation) -> dict[str, Figure]:
+def draw_figures(evaluation: RerankerEvaluation) -> dict[str, Figure]:
     """Figures by name, in the order of the page; the training curves only where a run is known."""
     config, data = evaluation.config, evaluation.data
     scores, relevant = scored_pairs(evaluation.after.run, data.qrels, config.relevant_from)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 from rich.cells import cell_len
 
 from rag_retrieval.evaluate.calibration import ProbabilityErrors
-from rag_retrieval.evaluate.evaluation import QueryChange, RankChange
 from rag_retrieval.evaluate.output import change_lines, describe_probabilities, rendered
+from rag_retrieval.evaluate.systems import QueryChange, RankChange
 from rag_retrieval.models.calibration import Calibration
 
 
