@@ -1,5 +1,7 @@
 """What every evaluation has: systems that rank the queries, their figures, and where one gains and loses."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +113,14 @@ def default_output_dir(model: str, data_name: str) -> Path:
     """runs/evaluate/MODEL-DATA; a run's model is called by its run: runs/my/model is `my`."""
     parts = [part for part in Path(model.removeprefix(PACKAGE_PREFIX)).parts if part not in ("/", "model")]
     return Path("runs") / "evaluate" / "-".join([parts[-1] if parts else "model", *data_name.split()])
+
+
+def short_names(retrievers: Sequence[str]) -> list[str]:
+    """The last part of each path, `my` of runs/my/model; the whole path where two end alike."""
+    parts = [[part for part in Path(retriever).parts if part not in ("/", "model")] for retriever in retrievers]
+    short = [own[-1] if own else "model" for own in parts]
+    counts = Counter(short)
+    return [name if counts[name] == 1 else name_of(own) for name, own in zip(short, retrievers, strict=True)]
 
 
 def largest_changes(
