@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from rag_retrieval.core.log import Progress
-from rag_retrieval.infer.torch_backend import SharedModel
+from rag_retrieval.infer.torch_backend import SharedModel, digest_of_model
 from rag_retrieval.models.devices import check_devices, choose_device, choose_precision
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
@@ -240,6 +241,12 @@ class Embedder:
             file = Path(save_to)
             self.int8_ranges.save(file / RANGES_FILE if file.is_dir() else file)
         return self.int8_ranges
+
+    def fingerprint(self) -> str:
+        """A digest of everything that decides on vectors: weights, prompts, lengths, number formats, kind of device."""
+        encoder, kind = self.model.text_encoder, self.model.device.type
+        about = [asdict(self.model.settings), asdict(encoder.template), self._shared.precision, kind]
+        return digest_of_model(self.model, [*about, encoder.tokenizer.backend_tokenizer.to_str()])
 
     def _checked_limit(self, kind: str | None, prompt: str | None, max_length: int | None) -> int:
         """Tokens of a text at most. ValueError where prompt and special tokens leave none of them."""
