@@ -279,24 +279,22 @@ def test_an_embedder_can_be_copied_and_pickled(embedders):
 
 
 def test_the_event_loop_runs_while_texts_are_encoded(embedder):
-    expected, started = embedder.encode_queries(TEXTS, dim=8), threading.Event()
+    expected = embedder.encode_queries(TEXTS, dim=8)
+    entered, may_go_on = threading.Event(), threading.Event()
 
     def wait(module, arguments):
-        started.set()
-        time.sleep(0.2)
+        entered.set()
+        assert may_go_on.wait(60), "the event loop did not run"
 
     embedder.model.register_forward_pre_hook(wait)
 
-    async def encode_and_tick() -> tuple[np.ndarray, int]:
-        work, ticks = asyncio.create_task(embedder.aencode(TEXTS, kind="query", dim=8)), 0
-        while not work.done():
-            await asyncio.sleep(0.01)
-            ticks += started.is_set()
-        return await work, ticks
+    async def encode() -> np.ndarray:
+        work = asyncio.create_task(embedder.aencode(TEXTS, kind="query", dim=8))
+        assert await asyncio.to_thread(entered.wait, 60)
+        may_go_on.set()
+        return await work
 
-    found, ticks = asyncio.run(encode_and_tick())
-    np.testing.assert_array_equal(found, expected)
-    assert ticks > 1
+    np.testing.assert_array_equal(asyncio.run(encode()), expected)
 
 
 def test_precision_of_the_computation_is_an_option_of_opening(embedders, folders):
