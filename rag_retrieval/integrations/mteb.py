@@ -57,15 +57,14 @@ class EmbedderEncoder:
         self.embedder = model if isinstance(model, Embedder) else Embedder(model)
         self.instructions = {"query": query_instruction, "document": document_instruction}
         self._used: set[tuple[str, str | None]] = set()
-        opened = self.embedder.model
+        backend = self.embedder.backend
         self.mteb_model_meta = model_meta(
-            opened.model.name_or_path,
-            [self.embedder.fingerprint(), self.instructions],
-            n_parameters=sum(each.numel() for each in opened.parameters()),
-            max_tokens=opened.text_encoder.max_length,
-            embed_dim=self.embedder.dim,
-            similarity_fn_name=ScoringFunction(opened.settings.similarity),
-            use_instructions=bool(opened.text_encoder.prompts),
+            backend.name,
+            [backend.fingerprint(), self.instructions],
+            max_tokens=backend.text_encoder.max_length,
+            embed_dim=backend.dim,
+            similarity_fn_name=ScoringFunction(backend.settings.similarity),
+            use_instructions=bool(backend.settings.prompts),
         )
 
     def encode(
@@ -88,7 +87,7 @@ class EmbedderEncoder:
 
     def prompt_for(self, task: TaskMetadata, prompt_type: PromptType | None) -> str:
         """Logged once for a task and kind."""
-        encoder, kind = self.embedder.model.text_encoder, prompt_type and prompt_type.value
+        encoder, kind = self.embedder.backend.text_encoder, prompt_type and prompt_type.value
         name = get_prompt_name(dict(encoder.prompts), task, prompt_type)
         prompt = self.instructions.get(kind)
         if prompt is None:
@@ -160,7 +159,7 @@ def run(config: MtebConfig) -> str:
     tasks, model = [open_task(name, config.split) for name in config.tasks], open_model(config)
     for task in tasks:
         if not isinstance(model, EmbedderEncoder) and not isinstance(task, AbsTaskRetrieval):
-            raise ValueError(f"tasks: {task.metadata.name} is no retrieval task; measure an embedding model alone on it")
+            raise ValueError(f"tasks: {task.metadata.name} is no retrieval task; it takes an embedding model alone")
     cache = mteb.ResultCache(config.output_folder)
     lines = []
     for task in tasks:

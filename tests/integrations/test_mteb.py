@@ -90,16 +90,16 @@ def test_given_instructions_stand_in_place_of_all_prompts(encoder):
 def test_reranking_has_our_figures_by_vectors_and_by_a_reranker(encoder, model_folders):
     assert_equal_to_ours(scores_of(encoder, LocalReranking()), listed(own_run(encoder.embedder)))
     reranker = Reranker(model_folders["bert"], device="cpu")
-    run = {
-        query: dict(zip(documents, reranker.compute_score([(QUERIES[query], DOCUMENTS[each]) for each in documents])))
-        for query, documents in LISTED.items()
-    }
+    run = {}
+    for query, documents in LISTED.items():
+        scores = reranker.compute_score([(QUERIES[query], DOCUMENTS[each]) for each in documents])
+        run[query] = dict(zip(documents, scores.tolist(), strict=True))
     assert_equal_to_ours(scores_of(RerankerCrossEncoder(reranker), LocalReranking()), run)
 
 
 def test_the_likeness_of_pairs_has_spearmans_coefficient_of_our_vectors(encoder):
     scores = scores_of(encoder, LocalSts())
-    first, second, labels = zip(*PAIRS)
+    first, second, labels = zip(*PAIRS, strict=True)
     left, right = (encoder.embedder.encode(list(each), "similar: ") for each in (first, second))
     assert scores["spearman"] == pytest.approx(spearmanr((left * right).sum(axis=1), labels).statistic, abs=1e-9)
     assert scores["cosine_spearman"] == pytest.approx(scores["spearman"], abs=1e-9)
@@ -116,10 +116,10 @@ def test_the_adapters_are_what_mteb_asks_for(encoder, model_folders):
 
 def test_the_revision_changes_with_everything_that_decides_on_vectors(folder, tmp_path):
     options = [{}, {"max_length": 20}, {"pooling": "cls"}, {"prompts": {"query": "q: "}}, {"precision": "bf16"}]
-    found = [Embedder(folder, device="cpu", **each).fingerprint() for each in options]
-    other = tiny_bert(tmp_path / "other", seed=1)
-    found.append(Embedder(other, device="cpu", pooling="mean", prompts=TASK_PROMPTS, max_length=24).fingerprint())
-    assert len(set(found)) == len(found) and found[0] == Embedder(folder, device="cpu").fingerprint()
+    found = [Embedder(folder, device="cpu", **each).backend.fingerprint() for each in options]
+    same = {"device": "cpu", "pooling": "mean", "prompts": TASK_PROMPTS, "max_length": 24}
+    found.append(Embedder(tiny_bert(tmp_path / "other", seed=1), **same).backend.fingerprint())
+    assert len(set(found)) == len(found) and found[0] == Embedder(folder, device="cpu").backend.fingerprint()
 
 
 # ---- the command
