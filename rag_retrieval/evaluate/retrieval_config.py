@@ -19,8 +19,7 @@ from rag_retrieval.metrics import parse_metric
 from rag_retrieval.models.options import EmbedderOptions, LongDocumentOptions
 from rag_retrieval.retrieval.bm25 import BM25
 from rag_retrieval.retrieval.config import IndexOptions
-
-INDEX_FILE = "index.json"
+from rag_retrieval.retrieval.index_files import INDEX_FILE
 
 
 def is_index(retriever: str) -> bool:

@@ -151,9 +151,10 @@ def write_report(evaluation: RetrievalEvaluation) -> None:
     if evaluation.before is not evaluation.after:
         figures["gains"] = report.gains_figure(evaluation)
     images = report.save_figures(evaluation.output_dir, figures)
-    rows = [*evaluation.systems, *evaluation.ceilings]
+    measures, systems = evaluation.config.measures, evaluation.systems
+    best = max(systems, key=lambda system: means(system.per_query)[measures[0]])
     body = [report.note(facts(evaluation)), "<h2>Figures</h2>"]
-    body.append(report.systems_table(rows, evaluation.after, evaluation.config.measures))
+    body.append(report.systems_table([*systems, *evaluation.ceilings], best, measures))
     if rows := [report.row(name, cells) for name, *cells in comparison_rows(evaluation)]:
         body += ["<h2>Differences</h2>", report.note(comparison_title(evaluation))]
         body.append(report.html_table(("ranked by", *COMPARISON_HEAD), rows))

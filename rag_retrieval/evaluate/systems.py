@@ -117,7 +117,8 @@ def default_output_dir(model: str, data_name: str) -> Path:
 
 def short_names(retrievers: Sequence[str]) -> list[str]:
     """The last part of each path, `my` of runs/my/model; the whole path where two end alike."""
-    parts = [[part for part in Path(retriever).parts if part not in ("/", "model")] for retriever in retrievers]
+    paths = [Path(retriever.removeprefix(PACKAGE_PREFIX)) for retriever in retrievers]
+    parts = [[part for part in path.parts if part not in ("/", "model")] for path in paths]
     short = [own[-1] if own else "model" for own in parts]
     counts = Counter(short)
     return [name if counts[name] == 1 else name_of(own) for name, own in zip(short, retrievers, strict=True)]
