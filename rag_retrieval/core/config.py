@@ -43,6 +43,9 @@ class Only(NamedTuple):
     applies: Callable[[Any], bool]
 
 
+RAY = Only("engine ray", lambda config: config.engine == "ray")
+
+
 def key(
     description: str,
     default: Any = None,
@@ -149,6 +152,27 @@ def failure(
         for name, text in problems
     ]
     return ValidationError.from_exception_data(config_class.__name__, details)
+
+
+class EngineOptions(Config):
+    """Who does the shards of a long work; see `core.shards`."""
+
+    groups: ClassVar[Mapping[str, str]] = {"engine": "Sharing the work"}
+
+    engine: Literal["local", "ray"] = key(
+        "Who does the work: local, this process, or all processes of accelerate launch; ray, the workers of a Ray "
+        "cluster, all of which must see the files under the same names.",
+        "local",
+    )
+    ray_address: str | None = key(
+        "Of a running Ray cluster, such as auto or HOST:6379. Absent: Ray on this machine, for the time of the run.",
+        only=RAY, min_length=1,
+    )  # fmt: skip
+    ray_workers: int | None = key(
+        "Ray workers, each with a model of its own. Absent: one for each GPU of the cluster, or without GPUs one for "
+        "each machine.",
+        only=RAY, ge=1,
+    )  # fmt: skip
 
 
 # Texts that name something outside

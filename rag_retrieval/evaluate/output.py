@@ -6,16 +6,14 @@
 run.trec, the third file, is written by the scoring, before anything is measured.
 """
 
-import io
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
 from rag_retrieval.core.files import write_text
+from rag_retrieval.core.terminal import on_one_line, plain_table, rendered
 from rag_retrieval.evaluate.calibration import ProbabilityErrors
 from rag_retrieval.evaluate.evaluation import Evaluation, QueryChange
 from rag_retrieval.evaluate.scoring import RESULT_FILE
@@ -122,29 +120,6 @@ def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
     return rendered([*lines, *tables, *more, f"\nwritten to {evaluation.output_dir}{page}"], columns)
 
 
-def rendered(parts: list[RenderableType], columns: int) -> str:
-    """Text in `columns` columns, where a Chinese character takes two. A plain text is never broken or cut, a `Text` is
-    cut at the end of the terminal."""
-    text = io.StringIO()
-    console = Console(file=text, width=columns, markup=False, highlight=False, emoji=False, color_system=None)
-    for part in parts:
-        if isinstance(part, str):
-            console.print(part, soft_wrap=True)
-        else:
-            console.print(part, no_wrap=True, overflow="ellipsis")
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
-
-
-def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Columns without lines, all but the first to the right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-    for place, title in enumerate(head):
-        table.add_column(title, justify="right" if place else "left", no_wrap=True)
-    for cells in rows:
-        table.add_row(*cells)
-    return table
-
-
 COMPARISON_HEAD = ("difference", "95% interval", "p", "gained", "lost", "same")
 
 
@@ -182,6 +157,3 @@ def change_lines(evaluation: Evaluation, change: QueryChange) -> list[Text]:
         lines.append(f"    grade {grade:<3} rank {ranks:<12} {on_one_line(data.documents[document.document])}")
     return [Text(line) for line in lines]
 
-
-def on_one_line(text: str) -> str:
-    return " ".join(text.split())

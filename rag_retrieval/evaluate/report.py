@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rag_retrieval.core.files import write_text
+from rag_retrieval.core.terminal import on_one_line
 from rag_retrieval.data.beir import Qrels, Run
 from rag_retrieval.evaluate.calibration import reliability, scored_pairs
 from rag_retrieval.evaluate.evaluation import Evaluation, QueryChange, System
@@ -31,7 +32,6 @@ from rag_retrieval.evaluate.output import (
     comparison_cells,
     describe_probabilities,
     describe_test,
-    on_one_line,
 )
 from rag_retrieval.metrics import means, parse_metric
 from rag_retrieval.models.calibration import Calibration, probabilities_of

@@ -14,7 +14,8 @@ from rag_retrieval.core.files import WorkFolder
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.words import AUTO, WORDS_VERSION
 from rag_retrieval.retrieval.bm25 import Bm25Search, build_bm25
-from rag_retrieval.retrieval.candidates import FusedSearch, Search
+from rag_retrieval.retrieval.candidates import Search
+from rag_retrieval.retrieval.fusion import FusedSearch, Fusion
 
 BM25_LIBRARIES = ("bm25s", "Stemmer", "jieba")
 
@@ -50,7 +51,9 @@ def make_search(options: SearchOptions, corpus: Corpus, work: WorkFolder) -> Sea
     if options.candidates == "bm25":
         return _words(options, corpus, work)
     dense = _vectors(options, corpus, work)
-    return dense if options.candidates == "dense" else FusedSearch([_words(options, corpus, work), dense])
+    if options.candidates == "dense":
+        return dense
+    return FusedSearch({"bm25": _words(options, corpus, work), "dense": dense}, Fusion())
 
 
 def _words(options: SearchOptions, corpus: Corpus, work: WorkFolder) -> Bm25Search:

@@ -10,7 +10,7 @@ from core.config_samples import Sample
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from rag_retrieval.core.config import expected, shown_value
+from rag_retrieval.core.config import EngineOptions, expected, shown_value
 
 
 def test_values_are_converted_and_the_rest_has_defaults():
@@ -87,3 +87,8 @@ def test_reading_a_configuration_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}
     )
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_what_only_ray_reads_is_ignored_by_name_elsewhere():
+    assert "ray_workers (only for engine ray)" in EngineOptions(ray_workers=2).ignored
+    assert EngineOptions(engine="ray", ray_workers=2).ignored is None

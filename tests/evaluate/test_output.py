@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 from rich.cells import cell_len
 
+from rag_retrieval.core.terminal import rendered
 from rag_retrieval.evaluate.calibration import ProbabilityErrors
 from rag_retrieval.evaluate.evaluation import QueryChange, RankChange
-from rag_retrieval.evaluate.output import change_lines, describe_probabilities, rendered
+from rag_retrieval.evaluate.output import change_lines, describe_probabilities
 from rag_retrieval.models.calibration import Calibration
 
 
@@ -23,10 +24,6 @@ def test_texts_are_cut_to_the_terminal_with_two_column_characters():
     assert lines[1].startswith("    grade 1   rank 3 -> 1  ") and cell_len(lines[1]) >= 59
     assert "grade -   rank 1 -> -" in lines[2] and lines[2].endswith("[red]water[/red] :smile:")
     assert "grade 0   rank - -> 12" in lines[3]
-
-
-def test_a_line_of_text_is_never_broken():
-    assert rendered(["x" * 200, "runs/a b/" + "y" * 100], 80).splitlines() == ["x" * 200, "runs/a b/" + "y" * 100]
 
 
 def test_probabilities_say_what_made_them():

@@ -1,0 +1,93 @@
+"""The lists of several searches as one: by reciprocal ranks, or by weighted scores. `fit_fusion` finds the weights.
+
+Scores of two searches share no scale. A score after fusion orders the documents of one query, and says nothing about
+relevance or about another query.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rag_retrieval.core.files import read_json
+from rag_retrieval.retrieval.candidates import Candidates, Search
+
+FUSION_FILE = "fusion.json"  # in the folder of an index
+RRF_K = 60  # Cormack, Clarke and Büttcher, SIGIR 2009
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How the lists of stages become one list. A document that a list does not have gets 0 of it.
+
+    weights: None adds 1 / (60 + rank) over the lists, ranks from 1 (reciprocal rank fusion). By stage, each at least 0
+    and one above: adds weight x (score - lowest) / (highest - lowest), where lowest and highest are those of the
+    stage's list of this query, and the fraction is 1 where they are equal. A stage of weight 0 is left out. Raises
+    ValueError for other weights.
+    """
+
+    weights: Mapping[str, float] | None = None
+
+    def __post_init__(self):
+        values = list((self.weights or {"": 1.0}).values())
+        if not all(isinstance(value, (int, float)) and 0 <= value < np.inf for value in values) or not any(values):
+            raise ValueError(f"weights: expected numbers of at least 0, one of them above 0; found {self.weights}")
+
+    @classmethod
+    def read(cls, file: str | Path) -> "Fusion":
+        """Raises ValueError for a file that `fit-fusion` did not write."""
+        try:
+            return cls(read_json(Path(file))["weights"])
+        except (KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file}: expected a file that rag-retrieval fit-fusion wrote; write it again") from error
+
+    def used(self, stages: Sequence[str]) -> list[str]:
+        """Those of the stages that play a part. ValueError where the weights are of other stages."""
+        if self.weights is None:
+            return list(stages)
+        used = [stage for stage in stages if self.weights.get(stage)]
+        needed = {stage for stage, weight in self.weights.items() if weight}
+        if needed - set(used) or set(stages) - set(self.weights):
+            names = f"{', '.join(self.weights)}, and searched are {', '.join(stages)}"
+            raise ValueError(f"fusion: the weights are of {names}; fit them for these, or take reciprocal ranks")
+        return used
+
+    def shares(self, stage: str, candidates: Candidates) -> np.ndarray:
+        """What each document of a stage's list gets of it: [candidates], float64."""
+        if self.weights is None:
+            return 1 / (RRF_K + 1 + np.arange(len(candidates.rows)))
+        return self.weights[stage] * spread(candidates.scores)
+
+    def fuse(self, lists: Mapping[str, Candidates], judged: np.ndarray, depth: int) -> Candidates:
+        """The best `depth` documents, equal scores by row. A judged document in no list has the score 0."""
+        used = {stage: lists[stage] for stage in self.used(list(lists))}
+        rows = np.concatenate([candidates.rows for candidates in used.values()])
+        shares = np.concatenate([self.shares(stage, candidates) for stage, candidates in used.items()])
+        documents, place = np.unique(rows, return_inverse=True)
+        scores = np.bincount(place, shares, len(documents)).astype(np.float32)
+        judged_scores = np.array([scores[documents == row].sum() for row in judged], np.float32)
+        order = np.lexsort((documents, -scores))[:depth]
+        return Candidates(documents[order], scores[order], judged_scores)
+
+
+def spread(scores: np.ndarray) -> np.ndarray:
+    """The highest at 1, the lowest at 0, the others between; all at 1 where they are equal: [candidates], float64."""
+    if not len(scores):
+        return np.zeros(0)
+    scores = scores.astype(np.float64)
+    lowest, highest = scores.min(), scores.max()
+    return (scores - lowest) / (highest - lowest) if highest > lowest else np.ones(len(scores))
+
+
+class FusedSearch:
+    """Every search that plays a part to the full depth, then fused. searches: by the name of their stage."""
+
+    def __init__(self, searches: Mapping[str, Search], fusion: Fusion):
+        self.searches, self.fusion = {stage: searches[stage] for stage in fusion.used(list(searches))}, fusion
+        self.words = "".join(search.words for search in self.searches.values())
+
+    def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
+        found = {stage: search.search(queries, judged, depth) for stage, search in self.searches.items()}
+        of_query = [{stage: lists[place] for stage, lists in found.items()} for place in range(len(queries))]
+        return [self.fusion.fuse(lists, rows, depth) for lists, rows in zip(of_query, judged, strict=True)]
