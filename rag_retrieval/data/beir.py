@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rag_retrieval.core.files import atomic_write
-from rag_retrieval.data.readers import entry_text, row_objects, read_records, text_lines
+from rag_retrieval.data.readers import entry_text, read_records, row_objects, text_lines
 from rag_retrieval.data.records import BadLines, DataError, Record, RecordRules, describe_labels
 from rag_retrieval.metrics import trec_order
 

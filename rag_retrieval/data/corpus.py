@@ -21,6 +21,7 @@ from rag_retrieval.data.documents import Document, json_value
 from rag_retrieval.data.records import DataError
 
 NUMBERS = {"text.hash": "Q", "id.hash": "Q"}
+TEXTS = ("text", "id", "metadata")
 
 
 def text_hash(text: str) -> int:
@@ -35,7 +36,7 @@ def _hash(content: bytes) -> int:
 def build_corpus(documents: Iterable[Document], folder: Path) -> "Corpus":
     """Write the columns into the existing folder. Raises DataError for metadata that JSON cannot hold, and where two
     documents have one id."""
-    with ColumnWriter(folder, NUMBERS, ("text", "id", "metadata")) as writer:
+    with ColumnWriter(folder, NUMBERS, TEXTS) as writer:
         for document in documents:
             id_ = document.id.encode()
             writer.add_text("text", document.text.encode())
@@ -52,7 +53,8 @@ def _json(document: Document) -> bytes:
     try:
         return json.dumps(document.metadata, ensure_ascii=False, allow_nan=False, default=json_value).encode()
     except (ValueError, TypeError) as error:  # NaN, half of a character pair, bytes
-        raise DataError(f"{document.place}: metadata that JSON cannot hold: {error}; mend it or leave it out.") from None
+        found = f"{document.place}: found metadata that JSON cannot hold ({error})"
+        raise DataError(f"{found}; mend it, or leave it out.") from None
 
 
 def _refuse_repeated_ids(corpus: "Corpus") -> None:
@@ -61,7 +63,7 @@ def _refuse_repeated_ids(corpus: "Corpus") -> None:
         first, second = int(order[place]), int(order[place + 1])
         if corpus.id(first) == corpus.id(second):
             found = f"documents {first + 1:,} and {second + 1:,} of the corpus have the same id, {corpus.id(first)!r}"
-            raise DataError(f"{found}; give each document its own.")
+            raise DataError(f"{found}; give each its own.")
 
 
 class Corpus:
@@ -69,6 +71,9 @@ class Corpus:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._texts, self._ids, self._metadata = (Texts(folder, name) for name in TEXTS)
+        self.text_hashes = read_column(folder / "text.hash", "u8")  # uint64 [documents]: `text_hash` of each
+        self._id_hashes = read_column(folder / "id.hash", "u8")
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -100,29 +105,12 @@ class Corpus:
         return next(iter(_rows_with(text_hash(text), *self._texts_by_hash)), None)
 
     @cached_property
-    def text_hashes(self) -> np.ndarray:
-        """uint64 [documents]: `text_hash` of each."""
-        return read_column(self.folder / "text.hash", "u8")
-
-    @cached_property
     def ids_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
-        return _sorted_with_rows(read_column(self.folder / "id.hash", "u8"))
+        return _sorted_with_rows(self._id_hashes)
 
     @cached_property
     def _texts_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
         return _sorted_with_rows(self.text_hashes)
-
-    @cached_property
-    def _texts(self) -> Texts:
-        return Texts(self.folder, "text")
-
-    @cached_property
-    def _ids(self) -> Texts:
-        return Texts(self.folder, "id")
-
-    @cached_property
-    def _metadata(self) -> Texts:
-        return Texts(self.folder, "metadata")
 
 
 def _sorted_with_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

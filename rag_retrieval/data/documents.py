@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import regex
 
+from rag_retrieval.core.files import content_of, digest_of
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.beir import document_text, find_optional
 from rag_retrieval.data.readers import SUFFIXES, entry_text, row_objects
@@ -53,18 +54,30 @@ def read_documents(source: str | Path, passage_tokens: int = PASSAGE_TOKENS) -> 
     passage_tokens: of a passage of a text file, at most. Raises DataError for a source that is none of the above, at
     the first bad row, and where there is no document.
     """
-    source = Path(source)
-    corpus = find_optional(source, "corpus.jsonl") if source.is_dir() else None
-    found = False
-    if corpus or source.name.lower().endswith(ROW_SUFFIXES) and source.is_file():
-        documents = _rows(corpus or source, needs_ids=corpus is not None)
-    else:
-        documents = _passages(source, passage_tokens)
+    source, found = Path(source), False
+    rows = row_file(source)
+    documents = _passages(source, passage_tokens) if rows is None else _rows(rows, needs_ids=source.is_dir())
     for document in documents:
         found = True
         yield document
     if not found:
-        raise DataError(f"{corpus or source}: found no documents; expected at least one.")
+        raise DataError(f"{rows or source}: found no documents; expected at least one.")
+
+
+def row_file(source: Path) -> Path | None:
+    """The file of rows that a source is, or that a folder in BEIR layout has; None for texts and everything else."""
+    if source.is_dir():
+        return find_optional(source, "corpus.jsonl")
+    return source if source.is_file() and source.name.lower().endswith(ROW_SUFFIXES) else None
+
+
+def source_content(source: str | Path) -> str:
+    """A digest of what `read_documents` reads. Raises DataError as it does for a source that is not there."""
+    source = Path(source)
+    rows = row_file(source)
+    if rows is not None:
+        return content_of(rows)
+    return digest_of([(str(file.relative_to(source)), content_of(file)) for file in text_files(source)])
 
 
 def _rows(file: Path, needs_ids: bool) -> Iterator[Document]:

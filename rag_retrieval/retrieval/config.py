@@ -1,12 +1,14 @@
 """The keys of an index: what is built from a corpus, and the command that builds, changes and exports it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rag_retrieval.core.config import FileOrFolder, ModelName, Only, OutputPath, key
+from rag_retrieval.core.config import EngineOptions, FileOrFolder, ModelName, Only, OutputPath, key
 from rag_retrieval.data.documents import PASSAGE_TOKENS
+from rag_retrieval.data.readers import text_lines
 from rag_retrieval.data.words import AUTO
 from rag_retrieval.models.options import EmbedderOptions
 from rag_retrieval.models.vectors import VectorPrecision
@@ -68,11 +70,11 @@ BUILDS = Only("building an index (with corpus)", lambda config: config.corpus is
 ENCODES = Only("work with an embedder", lambda config: config.embedder is not None or config.add is not None)
 
 
-class IndexConfig(IndexOptions):
+class IndexConfig(IndexOptions, EngineOptions):
     """One run of the command: build, change, or export an index."""
 
     main_keys: ClassVar = ("corpus", "output", "embedder", "bm25", "add", "remove", "parquet")
-    groups: ClassVar = IndexOptions.groups | {"corpus": "Index"}
+    groups: ClassVar = IndexOptions.groups | EngineOptions.groups | {"corpus": "Index"}
     only_for: ClassVar = (
         IndexOptions.only_for
         | dict.fromkeys(("device", "devices"), ENCODES)
@@ -93,3 +95,12 @@ class IndexConfig(IndexOptions):
             yield "corpus", "is missing; give the documents, or add, remove or parquet with an index that is there"
         if self.corpus is not None and (self.add or self.remove):
             yield "corpus", "builds an index, and add and remove change one; give the one or the other"
+
+    def index_options(self) -> IndexOptions:
+        """These alone."""
+        names = self.model_fields_set & IndexOptions.model_fields.keys()
+        return IndexOptions(**{name: getattr(self, name) for name in names})
+
+    def ids_to_remove(self) -> list[str]:
+        """Those that the file has, one a line."""
+        return [] if self.remove is None else [line for _, line in text_lines(Path(self.remove))]

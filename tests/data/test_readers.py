@@ -18,8 +18,8 @@ from rag_retrieval.data.readers import (
     DatasetName,
     entry_text,
     is_file,
-    row_objects,
     read_records,
+    row_objects,
 )
 from rag_retrieval.data.records import DataError, RecordRules
 
