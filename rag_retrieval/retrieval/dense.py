@@ -55,7 +55,7 @@ def encode_with(embedder: Embedder, kind: str, options: IndexOptions) -> Encode:
 
     Raises ValueError for a model that asks for a distance, unless its vectors have length 1.
     """
-    settings = embedder.model.settings
+    settings = embedder.settings
     if settings.similarity not in ("cosine", "dot") and not settings.normalize:
         raise ValueError(
             f"embedder: this model compares vectors by the {settings.similarity} distance, and an index by their inner "
