@@ -207,7 +207,7 @@ def test_the_page_s_evaluations_of_retrievers_run(tmp_path):
 
 def test_the_page_s_command_of_flag_embedding_prints_its_dict(tmp_path):
     (command,) = commands_of(DOCS / "evaluation.md", "rag-retrieval evaluate --encoder")
-    options = f"--encoder {tiny_bert(tmp_path / 'my')} --corpus_embeddings {tmp_path / 'v'} --output_dir {tmp_path / 'o'}"
-    text = run_command(command, ROOT, options)
+    options = f"--encoder {tiny_bert(tmp_path / 'my')} --corpus_embeddings {tmp_path / 'v'}"
+    text = run_command(command, ROOT, f"{options} --output_dir {tmp_path / 'o'}")
     assert re.search(r"^\{'MRR@1': [\d.]+, 'MRR@10': .*'Recall@100': [\d.]+\}$", text, flags=re.MULTILINE)
     assert (tmp_path / "v" / "corpus_embeddings_rank0.npy").is_file()

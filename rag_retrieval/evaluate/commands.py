@@ -19,16 +19,16 @@ COLUMNS = 100  # of a report where stdout is no terminal
 EVALUATIONS = {
     kind: Command(
         "evaluate",
-        f"measure {what}; --{other} measures {the_other}",
+        f"measure {what}; --{other}: {the_other}",
         config=f"rag_retrieval.evaluate.{config}",
         run=f"rag_retrieval.evaluate.commands:{run}",
         work=(work,),
         interrupted="the same command continues where this one stopped",
     )
     for kind, what, other, the_other, config, run, work in (
-        ("reranker", "a reranker on judged queries", "retriever", "retrievers", "config:EvaluationConfig",
+        ("reranker", "a reranker on judged queries", "retriever", "a corpus search", "config:EvaluationConfig",
          "evaluate", "rag_retrieval.evaluate.evaluation"),
-        ("retriever", "retrievers over a whole corpus", "model", "a reranker on given candidates",
+        ("retriever", "searches of a whole corpus", "model", "a reranker on candidates",
          "retrieval_config:RetrievalEvaluationConfig", "evaluate_retrieval", "rag_retrieval.evaluate.retrieval"),
     )
 }  # fmt: skip
