@@ -39,7 +39,10 @@ class Miner:
     def mine(self, queries: Sequence[Query]) -> Iterator[Mined]:
         """One for each query, in order; the search is done for all at once before the first."""
         texts, positives = [query.text for query in queries], [query.positives for query in queries]
-        for query, candidates in zip(queries, self.search.search(texts, positives, self.depth), strict=True):
+        found = self.search.search(texts, positives, self.depth)
+        if self.guide is not None:
+            found = guided(self.guide, queries, found, self.corpus)
+        for query, candidates in zip(queries, found, strict=True):
             yield self._mine(query, candidates)
 
     def _mine(self, query: Query, candidates: Candidates) -> Mined:
@@ -112,6 +115,36 @@ def dense_encoder(config: MiningConfig, device: str) -> DenseEncoder:
     )
 
 
+class RandomSearch:
+    """Documents drawn by the seed and the query's text, each once, all with the score 0. count: of the corpus."""
+
+    words = ""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+
+    def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
+        depth = min(depth, self.count)
+        none = np.zeros(depth, np.float32)
+        rows = [generator(self.seed, f"candidates of {text}").choice(self.count, depth, replace=False) for text in queries]
+        return [
+            Candidates(drawn, none, np.zeros(len(asked), np.float32)) for drawn, asked in zip(rows, judged, strict=True)
+        ]
+
+
+def guided(
+    guide: Embedder, queries: Sequence[Query], found: Sequence[Candidates], corpus: Corpus
+) -> Iterator[Candidates]:
+    """The same candidates in their order, with similarities of the guide for scores; a document is encoded once."""
+    asked = [np.concatenate([each.rows, query.positives]) for query, each in zip(queries, found, strict=True)]
+    rows = np.unique(np.concatenate(asked))
+    documents = guide.encode_documents([corpus.text(row) for row in rows.tolist()])
+    vectors = guide.encode_queries([query.text for query in queries])
+    for vector, each, of_query in zip(vectors, found, asked, strict=True):
+        scores = guide.similarity(vector, documents[np.searchsorted(rows, of_query)])[0]
+        yield Candidates(each.rows, scores[: len(each.rows)], scores[len(each.rows) :])
+
+
 def _rounded(scores: np.ndarray) -> list[float]:
     """Six decimals: more than float16 vectors or a reranker give, and lines stay readable."""
     return [round(score, 6) for score in scores.tolist()]
@@ -181,6 +214,9 @@ def draw(query: Query, fit: np.ndarray, rules: MiningConfig, dropped: Counter) -
     dropped["not_drawn"] += len(fit) - count
     if rules.sampling == "top":
         return fit[:count]
-    digest = hashlib.blake2b(query.text.encode(), digest_size=8).digest()
-    generator = np.random.default_rng([rules.seed, int.from_bytes(digest, "little")])
-    return np.sort(generator.choice(fit, count, replace=False))
+    return np.sort(generator(rules.seed, query.text).choice(fit, count, replace=False))
+
+
+def generator(seed: int, text: str) -> np.random.Generator:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest, "little")])
