@@ -9,6 +9,7 @@ RankNet or listwise cross entropy, which needs a margin.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from rag_retrieval.models.options import LongDocumentOptions
 from rag_retrieval.models.settings import ModelFiles, model_content, resolve_model_path
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.index import DenseEncoder, SearchOptions, make_search
+
+if TYPE_CHECKING:
+    from rag_retrieval.infer.embedder import Embedder
 
 
 class Miner:
@@ -124,16 +128,15 @@ class RandomSearch:
         self.count, self.seed = count, seed
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
-        depth = min(depth, self.count)
-        none = np.zeros(depth, np.float32)
-        rows = [generator(self.seed, f"candidates of {text}").choice(self.count, depth, replace=False) for text in queries]
-        return [
-            Candidates(drawn, none, np.zeros(len(asked), np.float32)) for drawn, asked in zip(rows, judged, strict=True)
-        ]
+        count, found = min(depth, self.count), []
+        for text, asked in zip(queries, judged, strict=True):
+            rows = generator(self.seed, f"candidates of {text}").choice(self.count, count, replace=False)
+            found.append(Candidates(rows, np.zeros(count, np.float32), np.zeros(len(asked), np.float32)))
+        return found
 
 
 def guided(
-    guide: Embedder, queries: Sequence[Query], found: Sequence[Candidates], corpus: Corpus
+    guide: "Embedder", queries: Sequence[Query], found: Sequence[Candidates], corpus: Corpus
 ) -> Iterator[Candidates]:
     """The same candidates in their order, with similarities of the guide for scores; a document is encoded once."""
     asked = [np.concatenate([each.rows, query.positives]) for query, each in zip(queries, found, strict=True)]
