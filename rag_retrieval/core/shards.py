@@ -95,14 +95,15 @@ def run_shards(
 
                 on_main(lambda: make_with_ray(shards, missing, work, engine, report))
             else:
-                on_all(lambda: make_locally(shards, missing, work, report))
+                on_all(lambda: make_locally(shards, missing, cache(work.open_here), report))
         on_main(shards.remove_temporaries)
     return [shards.path(number) for number in range(len(sizes))]
 
 
-def make_locally(shards: "ShardFolder", missing: list[int], work: ShardWork, report: Callable[[int], None]) -> None:
+def make_locally(
+    shards: "ShardFolder", missing: list[int], opened: Callable[[], MakeShard], report: Callable[[int], None]
+) -> None:
     """Returns when all of the missing shards are there, made by this process or another."""
-    opened = cache(work.open_here)
     last_change = time.monotonic()
     while missing:
         claimed = []  # by other processes; when one of them is killed, its shard is free
