@@ -13,21 +13,21 @@ from rag_retrieval.data.words import AUTO
 from rag_retrieval.models.options import POOLINGS, LongDocumentOptions, ModelOptions
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
-CANDIDATES = ("bm25", "dense", "fused", "random")  # others are searches of an index
-UNSCORED = ("fused", "random")  # whose scores say nothing of relevance
+FUSED, RANDOM = "fused", "random"  # candidates whose scores say nothing of relevance
+CANDIDATES = ("bm25", "dense", FUSED, RANDOM)  # without an index, whose searches may have other names
 MARGINS = ("absolute_margin", "relative_margin", "max_score")
 
 BEIR = Only("data in BEIR layout", lambda config: os.path.isdir(config.data))
 RECORDS = Only("data that are a file of records", lambda config: not os.path.isdir(config.data))
 WORDS = Only("candidates bm25 and fused without index", lambda config: config.index is None
-             and config.candidates in ("bm25", "fused"))  # fmt: skip
+             and config.candidates in ("bm25", FUSED))  # fmt: skip
 DENSE = Only("candidates dense and fused without index", lambda config: config.index is None
-             and config.candidates in ("dense", "fused"))  # fmt: skip
+             and config.candidates in ("dense", FUSED))  # fmt: skip
 RERANKER = Only("runs with a reranker", lambda config: config.reranker is not None)
 MODELS = Only(
     "runs with a model",
     lambda config: config.reranker is not None or config.guide is not None
-    or chosen_candidates(config) not in ("bm25", "random"),
+    or chosen_candidates(config) not in ("bm25", RANDOM),
 )  # fmt: skip
 SEEDED = Only(
     "sampling random, candidates random and faiss_index",
@@ -205,7 +205,7 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
         elif last - first + 1 < wanted:
             found = f"ranks {first} to {last} hold {last - first + 1} candidates"
             yield "num_negatives", f"{found}, which cannot give {wanted} negatives; widen the window or ask for fewer"
-        if self.candidates in UNSCORED and self.reranker is self.guide is None:
+        if self.candidates in (FUSED, RANDOM) and self.reranker is self.guide is None:
             for name in MARGINS:
                 if getattr(self, name) is not None:
                     found = f"compares scores, and those of {self.candidates} candidates say nothing of relevance"
@@ -213,7 +213,7 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
 
 
 def chosen_candidates(config: MiningConfig) -> str:
-    return config.candidates or ("fused" if config.index else "dense" if config.dense_model else "bm25")
+    return config.candidates or (FUSED if config.index else "dense" if config.dense_model else "bm25")
 
 
 def summary_file(output: str) -> Path:
