@@ -76,8 +76,8 @@ class Source(NamedTuple):
 
 
 def open_source(config: MiningConfig, work: WorkFolder) -> Source:
-    """Of the index that is named, or of one that is built of the corpus. Raises ValueError for candidates that the index
-    does not have."""
+    """Of the index that is named, or of one built from the corpus. Raises ValueError for candidates that the index does
+    not have."""
     if not Path(config.data).exists():
         raise DataError(f"{config.data}: no such file or folder; the current folder is {Path.cwd()}.")
     if config.index is None and config.candidates == RANDOM:

@@ -238,8 +238,11 @@ def test_a_reranker_alone_runs_from_the_command(model_folders, tmp_path, capsys)
     assert code == 0 and np.isfinite(float(printed.split("ndcg_at_10 ")[1].split()[0]))
 
 
-@pytest.mark.parametrize("options", ["--candidates bm25", "--candidates bm25 --reranker B --depth 5",
-                                     "--model A --reranker B", "--model A --candidates fused --query_instruction q:"])  # fmt: skip
+PIPELINES = ("--candidates bm25", "--candidates bm25 --reranker B --depth 5", "--model A --reranker B",
+             "--model A --candidates fused --query_instruction q:")  # fmt: skip
+
+
+@pytest.mark.parametrize("options", PIPELINES)
 def test_a_pipeline_runs_from_the_command(options, folder, model_folders, tmp_path, capsys):
     options = options.replace("A", folder).replace("B", model_folders["bert"]).split()
     code, printed, _ = run(

@@ -162,7 +162,7 @@ def test_random_candidates_are_other_documents_for_each_query_and_seed():
     assert alone.rows.tolist() == found[3].rows.tolist()
     assert RandomSearch(20, 8).search(queries[3:4], none[:1], 5)[0].rows.tolist() != alone.rows.tolist()
     counts = np.bincount(np.concatenate([each.rows for each in found]), minlength=20)
-    assert 70 < counts.min() and counts.max() < 130, "100 each, with a deviation of 9"
+    assert counts.min() > 70 and counts.max() < 130, "100 each, with a deviation of 9"
     assert len(RandomSearch(3, 7).search(["q"], none[:1], 5)[0].rows) == 3, "a corpus has no more"
 
 
