@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from mining_samples import ANIMALS, PLACES, write_jsonl
 
+from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.index import Index
 
 QUERIES = ["which panda lives near a river", "the tiger sleeps", "大熊猫吃什么", "zebra"]
@@ -27,12 +28,13 @@ def corpus_file(path: Path, rows: list[dict] | None = None) -> Path:
 def results(index: Index, depth: int = 12) -> dict[str, list[list[tuple[str, float]]]]:
     """(id, score) of what every search finds for each query, and the scores of two judged documents."""
     judged = [np.array([0, len(index) - 1])] * len(QUERIES)
+
+    def shown(found: Candidates) -> list[tuple[str, float]]:
+        ids = [*map(index.documents.id, found.rows.tolist()), "judged", "judged"]
+        return list(zip(ids, np.round([*found.scores, *found.judged_scores], 4).tolist(), strict=True))
+
     return {
-        name: [
-            [(index.documents.id(row), round(float(score), 4)) for row, score in zip(found.rows, found.scores, strict=True)]
-            + [("judged", round(float(score), 4)) for score in found.judged_scores]
-            for found in search.search(QUERIES, judged, depth)
-        ]
+        name: [shown(found) for found in search.search(QUERIES, judged, depth)]
         for name, search in index.searches.items()
     }
 

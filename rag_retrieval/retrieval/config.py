@@ -73,7 +73,7 @@ ENCODES = Only("work with an embedder", lambda config: config.embedder is not No
 class IndexConfig(IndexOptions, EngineOptions):
     """One run of the command: build, change, or export an index."""
 
-    main_keys: ClassVar = ("corpus", "output", "embedder", "bm25", "add", "remove", "parquet")
+    main_keys: ClassVar = ("corpus", "output", "embedder", "bm25", "add")
     groups: ClassVar = IndexOptions.groups | EngineOptions.groups | {"corpus": "Index"}
     only_for: ClassVar = (
         IndexOptions.only_for

@@ -55,7 +55,7 @@ def encode_with(embedder: Embedder, kind: str, options: IndexOptions) -> Encode:
 
     Raises ValueError for a model that asks for a distance, unless its vectors have length 1.
     """
-    settings = embedder.model.settings
+    settings = embedder.settings
     if settings.similarity not in ("cosine", "dot") and not settings.normalize:
         raise ValueError(
             f"embedder: this model compares vectors by the {settings.similarity} distance, and an index by their inner "
@@ -84,8 +84,8 @@ def open_ranges(device: torch.device, corpus: Path, options: IndexOptions) -> Ma
 def open_shards(
     device: torch.device, corpus: Path, options: IndexOptions, ranges: Path | None, old: tuple[Path, list[Path]] | None
 ) -> MakeShard:
-    """Makes shards of vectors. ranges: the part of the index that `open_ranges` made. old: a corpus and its shards, in the same precisions: the
-    vector of a document that has the same id and text there is copied."""
+    """Makes shards of vectors. ranges: the part of the index that `open_ranges` made. old: a corpus and its shards, in
+    the same precisions: the vector of a document that has the same id and text there is copied."""
     documents = Corpus(corpus)
     int8_ranges = read_ranges(ranges)
     encode = cache(lambda: encode_with(open_embedder(options, device), "document", options))

@@ -34,7 +34,8 @@ def test_rows_of_json_lines_gzip_and_parquet_are_the_same_documents(tmp_path):
     packed = tmp_path / "c.jsonl.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert read(packed) == [*EXPECTED, ("c.jsonl.gz#3", "no id", {})]
-    columns = {"_id": ["a", "7"], "title": ["Panda", None], "text": ["eats bamboo", "猫吃鱼"], "day": [date(2020, 1, 2)] * 2}
+    columns = {"_id": ["a", "7"], "title": ["Panda", None], "text": ["eats bamboo", "猫吃鱼"]}
+    columns["day"] = [date(2020, 1, 2)] * 2
     pq.write_table(pa.table(columns), tmp_path / "c.parquet")
     assert read(tmp_path / "c.parquet")[0] == ("a", "Panda eats bamboo", {"day": date(2020, 1, 2)})
     (tmp_path / "built").mkdir()
@@ -65,7 +66,8 @@ def test_a_folder_of_texts_gives_passages_with_their_place(tmp_path):
         ("b.txt#1", "one two\n\nthree four\r\n\r\nfive"), ("guide/a.md#1", "# Set up\n\nRun it.")]  # fmt: skip
     for _, text, metadata in read(tmp_path, passage_tokens=2):
         assert texts[metadata["file"]][metadata["start"] : metadata["end"]] == text
-    assert read(tmp_path / "b.txt", passage_tokens=4)[1] == ("b.txt#2", "five", {"file": "b.txt", "start": 23, "end": 27})
+    place = {"file": "b.txt", "start": 23, "end": 27}
+    assert read(tmp_path / "b.txt", passage_tokens=4)[1] == ("b.txt#2", "five", place)
 
 
 def passages(text, limit):
@@ -101,7 +103,7 @@ def test_passages_of_100_000_characters_leave_nothing_out():
         ("c.jsonl", b'{"_id": 1.5, "text": "x"}', "c.jsonl:1: _id is the number 1.5; expected a string."),
         ("c.txt", b" \n", "c.txt: found no documents; expected at least one."),
         ("c.txt", b"caf\xe9", "c.txt: found the byte 0xe9 at byte offset 3; expected UTF-8."),
-        ("c.pdf", b"x", "c.pdf: found the suffix '.pdf'; expected .jsonl, .jsonl.gz, .json, .json.gz, .parquet, a folder"),
+        ("c.pdf", b"x", "c.pdf: found the suffix '.pdf'; expected .jsonl, .jsonl.gz, .json, .json.gz, .parquet,"),
         ("d/c.pdf", b"x", "d: found neither corpus.jsonl nor corpus.jsonl.gz, nor texts in it; expected"),
         ("d/e", b"x", "d/nowhere: no such file or folder; expected"),
     ],

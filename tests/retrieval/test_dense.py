@@ -89,8 +89,9 @@ def test_without_faiss_the_error_says_what_to_install(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "factory, search, on_disk",
-    [("Flat", None, False), ("IVF4,Flat", "nprobe=4", True), ("PCA8,IVF4,SQ8", "nprobe=4", True), ("HNSW8", None, False)],
-)
+    [("Flat", None, False), ("IVF4,Flat", "nprobe=4", True), ("PCA8,IVF4,SQ8", "nprobe=4", True),
+     ("HNSW8", None, False)],
+)  # fmt: skip
 def test_faiss_finds_what_the_exact_search_finds(tmp_path, factory, search, on_disk, capfd):
     pytest.importorskip("faiss")
     vectors = stored(tmp_path, "float16")
