@@ -30,10 +30,10 @@ from rag_retrieval.evaluate.systems import check_relevant
 from rag_retrieval.evaluate.vector_files import Documents, document_vectors, search_vectors
 from rag_retrieval.metrics import is_relevant
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.dense import encode_with, open_embedder
 from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
 from rag_retrieval.retrieval.index import Index, build_index
 from rag_retrieval.retrieval.index_files import fingerprint
+from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 
 logger = logging.getLogger(__name__)
 
