@@ -37,6 +37,20 @@ COMMANDS = {
             interrupted=CONTINUES,
         ),
         Command(
+            "search",
+            "search an index, and rerank what is found",
+            config="rag_retrieval.retrieval.search:SearchConfig",
+            run="rag_retrieval.retrieval.search:run",
+            work=("rag_retrieval.retrieval.retriever",),
+        ),
+        Command(
+            "fit-fusion",
+            "fit how much each stage of an index counts",
+            config="rag_retrieval.retrieval.fit_fusion:FitFusionConfig",
+            run="rag_retrieval.retrieval.fit_fusion:run",
+            work=("rag_retrieval.retrieval.retriever",),
+        ),
+        Command(
             "mine",
             "find hard negatives in a corpus",
             config="rag_retrieval.mining.config:MiningConfig",
