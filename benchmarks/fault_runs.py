@@ -41,7 +41,7 @@ PHASES = {
 }
 SLOW = 0.2  # seconds that a slow process loses in each step
 FILE_LIMIT = 30_000  # bytes, less than the weights of the tiny model
-PATIENCE = 120.0  # seconds until a run counts as hanging
+PATIENCE = 600.0  # seconds until a run counts as hanging
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from training_runs import embedding_records, grouped_records, write_jsonl, write
 
 STEPS = 24  # of the whole run: 2 epochs of 12
 RECORDS_PER_STEP, EPOCHS = 4, 2
-ONE_MINUTE = 60.0
 
 
 RERANKER = {"model_type": "bert_encoder", "max_len": 48, "train_dataset_type": "grouped", "loss_type": "listwise_ce"}
@@ -69,7 +68,7 @@ def main() -> int:
     cases = list(quick_cases() if arguments.quick else all_cases(numbers))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         os.environ["RAG_RETRIEVAL_CACHE"] = f"{folder}/cache"
-        rows = run_cases(cases, Path(folder), arguments.task)
+        rows = run_cases(cases, Path(folder), arguments.task, arguments.within)
     print_table(rows)
     return int(any({row.ended_right, row.resumed, row.equal} != {row.times} for row in rows.values()))
 
@@ -78,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="reranker", help="what is trained")
     parser.add_argument("--quick", action="store_true", help="one fault of each kind that needs no luck")
+    parser.add_argument("--within", type=float, default=60, help="seconds in which a run with a fault must end")
     parser.add_argument("--folder", help="where to work; default the system's folder for temporary files")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     return parser.parse_args()
@@ -157,7 +157,7 @@ def spoil(run: Path, how: str) -> None:
 # --- the runs ---
 
 
-def run_cases(cases: list[Case], folder: Path, task: str) -> dict[tuple[str, int], Row]:
+def run_cases(cases: list[Case], folder: Path, task: str, within: float) -> dict[tuple[str, int], Row]:
     undisturbed = {}
     for processes in sorted({case.processes for case in cases}):
         config = configure(folder, f"whole-{processes}", processes, task)
@@ -167,17 +167,18 @@ def run_cases(cases: list[Case], folder: Path, task: str) -> dict[tuple[str, int
     rows: dict[tuple[str, int], Row] = {}
     for number, case in enumerate(cases):
         row = rows.setdefault((case.name, case.processes), Row())
-        run_case(case, configure(folder, f"run-{number}", case.processes, task), undisturbed[case.processes], row)
+        config = configure(folder, f"run-{number}", case.processes, task)
+        run_case(case, config, undisturbed[case.processes], row, within)
         print(f"{number + 1}/{len(cases)} {case.name}, {case.processes}: {row}", file=sys.stderr, flush=True)
     return rows
 
 
-def run_case(case: Case, config: Path, expected: dict[str, torch.Tensor], row: Row) -> None:
+def run_case(case: Case, config: Path, expected: dict[str, torch.Tensor], row: Row, within: float) -> None:
     run = config.with_suffix("")
     hurt = start(case.processes, config, config.with_suffix(".log"), fault=case.fault)
     row.times += 1
     row.slowest = max(row.slowest, hurt.seconds)
-    row.ended_right += ended_as_expected(case, hurt)
+    row.ended_right += ended_as_expected(case, hurt, within)
     gone = run.with_name(run.name + "-gone")
     if gone.exists():
         gone.rename(run)
@@ -195,10 +196,10 @@ def run_case(case: Case, config: Path, expected: dict[str, torch.Tensor], row: R
     row.equal += final.keys() == expected.keys() and all(torch.equal(final[key], expected[key]) for key in final)
 
 
-def ended_as_expected(case: Case, outcome: Outcome) -> bool:
-    """Whether the run ended within a minute, and as the case says."""
+def ended_as_expected(case: Case, outcome: Outcome, within: float) -> bool:
+    """Whether the run ended within so many seconds, and as the case says."""
     right_code = outcome.code != 0 if case.code is None else outcome.code == case.code
-    right = right_code and case.says in outcome.log and not outcome.hung and outcome.seconds < ONE_MINUTE
+    right = right_code and case.says in outcome.log and not outcome.hung and outcome.seconds < within
     if not right:
         print(f"{case}: code {outcome.code}, {outcome.seconds:.0f} s\n{outcome.log}", file=sys.stderr)
     return right

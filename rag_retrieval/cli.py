@@ -51,6 +51,13 @@ COMMANDS = {
             work=("rag_retrieval.retrieval.retriever",),
         ),
         Command(
+            "mteb",
+            "measure a model on tasks of MTEB",
+            config="rag_retrieval.integrations.mteb_config:MtebConfig",
+            run="rag_retrieval.integrations.mteb:run",
+            interrupted="what was measured is kept, and the same command continues",
+        ),
+        Command(
             "mine",
             "find hard negatives in a corpus",
             config="rag_retrieval.mining.config:MiningConfig",

@@ -15,7 +15,7 @@ from rag_retrieval.models.process_scoring import score_over_processes
 def run(rank: int, world: int, model: str, folder: str) -> None:
     """Join a gloo group of `world` processes, score, and write what came to `folder/RANK.pt`."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=60), world_size=world, rank=rank)
+    dist.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=600), world_size=world, rank=rank)
     scorer, pairs, found = CrossEncoder.from_pretrained(model), some_pairs(60), {}
     found["one chunk"] = score_over_processes(scorer, pairs)
     scoring.CHUNK_TEXTS = process_scoring.CHUNK_TEXTS = 25

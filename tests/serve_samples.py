@@ -1,5 +1,6 @@
 """A rerank service for tests: in this process over ASGI, or on a free loopback port in a thread."""
 
+import asyncio
 import json
 import threading
 import time
@@ -46,7 +47,8 @@ class GatedBackend:
 def running_service(
     backend, token: bytes | None = None, long_document: str = "truncate", batch_tokens: int = BATCH_TOKENS, **options
 ) -> Iterator[RerankService]:
-    """options: of ServeConfig."""
+    """options: of ServeConfig; without a timeout among them none ends, however slow the machine."""
+    options = {"timeout": 3600} | options
     model, metrics = RerankModel("tiny", backend, long_document), ServerMetrics()
     with Batcher(model.score, batch_tokens, metrics.count_batch) as batcher:
         service = RerankService(ServeConfig(model="tiny", **options), model, batcher, metrics, token)
@@ -75,7 +77,7 @@ def listening(service: RerankService) -> Iterator[str]:
 
 def answers(address: str) -> bool:
     try:
-        return httpx.get(f"{address}/health").status_code == 200
+        return httpx.get(f"{address}/health", timeout=60).status_code == 200
     except httpx.TransportError:
         return False
 
@@ -85,6 +87,13 @@ def wait_until(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.01)
+
+
+def skip_time(seconds: float) -> None:
+    """The clock of the running event loop jumps ahead: what was due within so many seconds is due now."""
+    loop = asyncio.get_running_loop()
+    before = loop.time
+    loop.time = lambda: before() + seconds
 
 
 async def call_asgi(app, body: dict, gone) -> list[dict]:

@@ -18,6 +18,9 @@ VALID = {  # options with which each command would begin its work
     "train": "--model_name_or_path o/m --model_type bert_encoder --train_dataset o/d --loss_type point_ce "
     "--output_dir out",
     "evaluate": "--model o/m --data .",
+    "mteb": "--model o/m --tasks SciFact",
+    "search": "--index . --query q",
+    "fit-fusion": "--index . --data .",
     "mine": "--data . --output o.jsonl",
     "distill": "--dataset o/d --teachers o/m --output o.jsonl",
     "export": "--model o/m --output out",
@@ -43,7 +46,7 @@ def started(name: str, options: str, folder: Path, **words: str) -> subprocess.P
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     """Exit code, stdout, stderr."""
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert "Traceback" not in err and "Exception ignored" not in err, err
     return process.returncode, out, err
 
@@ -104,7 +107,7 @@ def test_a_stdout_that_is_full_closed_or_not_read_leaves_no_traceback(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "rag_retrieval.cli", "train", "--help"]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=600)
     os.close(writing)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 

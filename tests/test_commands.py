@@ -27,7 +27,7 @@ def commands_of(readme: Path, start: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.startswith(start)]
 
 
-def run_command(command: str, folder: Path, options: str, timeout: int = 280, threads: str | None = "1") -> str:
+def run_command(command: str, folder: Path, options: str, timeout: int = 600, threads: str | None = "1") -> str:
     """Run a documented line in a shell, with `options` added before a redirection. Returns what it printed."""
     head, arrow, redirection = command.partition(" > ")
     environment = os.environ | {

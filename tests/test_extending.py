@@ -137,7 +137,7 @@ def test_an_entry_in_the_table_of_losses_makes_its_option_a_key(package):
         "run(config)\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{package}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "margin: 0.25" in (package / "run" / "training_config.yaml").read_text()
 

@@ -202,7 +202,7 @@ def test_both_readmes_are_short_and_show_the_same_commands():
 
 
 def run_in(folder: Path, command: list[str], **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, **kwargs)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])

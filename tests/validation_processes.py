@@ -17,7 +17,7 @@ from rag_retrieval.train.embedding.validation import EmbeddingValidation
 def run(rank: int, world: int, model: str, folder: str) -> None:
     """Join a gloo group of `world` processes, validate, and write what came to `folder/RANK.pt`."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=60), world_size=world, rank=rank)
+    dist.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=600), world_size=world, rank=rank)
     torch.save(validated(model, Path(folder) / "toy"), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch import nn
 
-from rag_retrieval.infer.onnx_folder import INPUTS, OUTPUT
+from rag_retrieval.infer.onnx_folder import INPUTS, RerankerDescription
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import evaluating
 
@@ -76,7 +76,7 @@ def write_graph(scorer: PairScorer, file: Path) -> None:
                 inputs,
                 file,
                 input_names=list(names),
-                output_names=[OUTPUT],
+                output_names=[RerankerDescription.output],
                 dynamic_shapes=tuple(dynamic for _ in names),
                 opset_version=OPSET,
                 dynamo=True,
@@ -112,7 +112,7 @@ def beside(file: Path) -> Path:
 def score_head(model: onnx.ModelProto) -> list[str]:
     """Names of the products that give the scores: of those before the output, the last on each way."""
     makers = {output: node for node in model.graph.node for output in node.output}
-    heads, seen, waiting = [], set(), [OUTPUT]
+    heads, seen, waiting = [], set(), [RerankerDescription.output]
     while waiting:
         node = makers.get(waiting.pop())
         if node is None or node.name in seen:

@@ -22,7 +22,7 @@ from rag_retrieval.export.onnx_graph import input_names, write_graph
 from rag_retrieval.export.quantize import quantize_int8
 from rag_retrieval.export.verify import CheckData, Verification, check_float32, check_int8, read_check_data
 from rag_retrieval.infer.onnx_backend import OnnxBackend
-from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
+from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, RerankerDescription, write_description
 from rag_retrieval.models.calibration import write_calibration
 from rag_retrieval.models.open import open_scorer
 from rag_retrieval.models.pair_encoding import EncodedPair
@@ -122,7 +122,7 @@ def write_float32(scorer: PairScorer, config: ExportConfig, folder: Path) -> Onn
         write_calibration(folder, scorer.calibration)
     write_graph(scorer, folder / MODEL_FILE)
     source = {"model": name_of(config.model), "class": type(scorer.model).__name__}
-    description = OnnxDescription(
+    description = RerankerDescription(
         model_type=scorer.model_type,
         max_length=scorer.pair_encoder.max_length,
         template=scorer.pair_encoder.template,

@@ -1,4 +1,4 @@
-"""What computes scores for the Reranker: torch, ONNX Runtime or OpenVINO, and which of them a folder is opened with.
+"""What computes for Reranker and Embedder: torch, ONNX Runtime or OpenVINO, and which of them a folder is opened with.
 
 Most options of a model are decided when it is exported. Nothing here imports torch, transformers or onnxruntime before
 a folder needs it: an ONNX folder runs where torch is not installed.
@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from rag_retrieval.infer.onnx_folder import DESCRIPTION_FILE
+from rag_retrieval.core.log import Progress
+from rag_retrieval.infer.onnx_folder import EmbedderDescription, RerankerDescription, holds
 from rag_retrieval.models.calibration import Calibration
-from rag_retrieval.models.options import ModelOptions
+from rag_retrieval.models.embedding_files import EmbedderSettings
+from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
+from rag_retrieval.models.text_encoding import TextEncoder
 
 if TYPE_CHECKING:
+    from rag_retrieval.models.embedder import EmbeddingModel
     from rag_retrieval.models.prompts import Prompt
 
-EXPORTED_OPTIONS = ("model_type", "max_length", "device")  # that an exported folder takes
+# that an exported folder takes; the other options were decided when it was exported
+EXPORTED_OPTIONS = ("model_type", "max_length", "device", "query_max_length", "prompts", "normalize")
 FLOAT32 = (None, "fp32")
 
 
@@ -48,6 +53,29 @@ class Backend(Protocol):
         """Let the model go, so that its memory is free once nothing else holds it; scoring then raises ValueError."""
 
 
+class EmbedderBackend(Protocol):
+    """Vectors of encoded texts. Several threads may call `run` at once; a copy or pickle is a backend too."""
+
+    name: str  # folder or hub name of the model
+    model: "EmbeddingModel"  # of torch; ValueError for an exported folder, which has none
+    settings: EmbedderSettings
+    text_encoder: TextEncoder  # texts to EncodedPair
+    dim: int  # numbers of a vector
+    devices: int  # that compute at once
+
+    def run(self, texts: Sequence[EncodedPair], batch_size: int, progress: Progress | None = None) -> np.ndarray:
+        """Vectors in input order, not normalized: [texts, dim], float32. batch_size: texts of one forward at most."""
+
+    def check_max_length(self, max_length: int) -> None:
+        """Raises ValueError for more tokens of a text than the model takes."""
+
+    def fingerprint(self) -> str:
+        """A digest of everything that decides on vectors: weights, prompts, lengths, number formats, kind of device."""
+
+    def close(self) -> None:
+        """Let the model go, so that its memory is free once nothing else holds it; `run` then raises ValueError."""
+
+
 def open_backend(
     model_name_or_path: str | os.PathLike, options: ModelOptions | None = None, question: "Prompt | None" = None
 ) -> Backend:
@@ -58,7 +86,7 @@ def open_backend(
     """
     options = options or ModelOptions()
     folder = Path(model_name_or_path).expanduser()
-    if (folder / DESCRIPTION_FILE).is_file():
+    if holds(folder, RerankerDescription):
         return open_exported_backend(folder, options)
     from rag_retrieval.infer.torch_backend import open_torch_backend
 
@@ -68,10 +96,10 @@ def open_backend(
 def open_exported_backend(folder: Path, options: ModelOptions) -> Backend:
     """ONNX Runtime's, or OpenVINO's where `model_type` is "openvino"."""
     check_options(folder, options)
-    from rag_retrieval.infer.onnx_backend import OnnxBackend, OpenVinoBackend
+    from rag_retrieval.infer.onnx_backend import OnnxBackend, OpenVino
 
     if options.model_type == "openvino":
-        return OpenVinoBackend(folder, options.max_length)
+        return OnnxBackend(folder, options.max_length, runtime=OpenVino)
     backend = OnnxBackend(folder, options.max_length, options.device or "cpu")
     if options.model_type not in (None, "onnx", backend.model_type):
         raise ValueError(
@@ -81,12 +109,30 @@ def open_exported_backend(folder: Path, options: ModelOptions) -> Backend:
     return backend
 
 
-def check_options(folder: Path, options: ModelOptions) -> None:
+def open_embedder_backend(
+    model_name_or_path: str | os.PathLike, options: EmbedderOptions | None = None
+) -> EmbedderBackend:
+    """Raises ValueError for a folder that is not there or holds no embedder, and for options that it cannot take;
+    ImportError for a missing runtime."""
+    options = options or EmbedderOptions()
+    folder = Path(model_name_or_path).expanduser()
+    if holds(folder, EmbedderDescription):
+        check_options(folder, options)
+        from rag_retrieval.infer.onnx_backend import OnnxEmbedder
+
+        return OnnxEmbedder(folder, options)
+    from rag_retrieval.infer.torch_backend import open_torch_embedder
+
+    return open_torch_embedder(model_name_or_path, options)
+
+
+def check_options(folder: Path, options: OpeningOptions) -> None:
+    """Raises ValueError for an option that an exported folder cannot take."""
     for name in ("precision", "dtype"):
         if getattr(options, name) not in FLOAT32:
             raise ValueError(f"{name}: {folder} is an ONNX folder, whose precision was chosen when it was exported")
     if options.model_type == "openvino" and options.device not in (None, "cpu"):
         raise ValueError(f'device: OpenVINO runs on "cpu" here, found {options.device!r}')
-    for name, field in ModelOptions.model_fields.items():
+    for name, field in type(options).model_fields.items():
         if name not in (*EXPORTED_OPTIONS, "precision", "dtype") and getattr(options, name) != field.default:
             raise ValueError(f"{name}: {folder} is an ONNX folder, where it cannot be changed; leave it out")

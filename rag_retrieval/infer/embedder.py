@@ -1,7 +1,7 @@
 """`Embedder`: vectors of texts, from any folder that holds an embedding model.
 
 Prompts, pooling, maximum lengths and whether vectors have length 1 are what the folder says; where they are asked for
-here, what is said here holds.
+here, what is said here holds. Nothing here imports torch before a model of torch is opened.
 """
 
 import asyncio
@@ -11,18 +11,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
-import torch
 
 from rag_retrieval.core.log import Progress
-from rag_retrieval.infer.torch_backend import SharedModel
-from rag_retrieval.models.devices import check_devices, choose_device, choose_precision
-from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.infer.backend import EmbedderBackend, open_embedder_backend
+from rag_retrieval.models.embedding_files import EmbedderSettings
 from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
-from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, NO_LIMIT, position_limit
-from rag_retrieval.models.open import open_embedder
 from rag_retrieval.models.options import EmbedderOptions, options_among
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.settings import resolve_model_path
@@ -37,14 +33,21 @@ from rag_retrieval.models.vectors import (
     to_precision,
 )
 
+if TYPE_CHECKING:
+    import torch
+
+    from rag_retrieval.models.embedder import EmbeddingModel
+
 logger = logging.getLogger(__name__)
 
 
 class Embedder:
     """A model that gives a vector for a text. Several threads may call one.
 
-    model_name_or_path: a folder that was trained here, a sentence-transformers folder, any other folder of an embedding
-    model, a hub name, or `package:NAME`. What it holds is read from its files.
+    model_name_or_path: a folder that was trained or exported here, a sentence-transformers folder, any other folder of
+    an embedding model, a hub name, or `package:NAME`. What it holds is read from its files.
+    model_type: of an exported folder "openvino" takes that runtime in place of ONNX Runtime; such a folder takes no
+    other option that changes the graph.
     max_length: tokens of a text, special tokens included; default what the folder says, else 512 or the model's limit.
     query_max_length: of a query; default what the folder says, up to max_length where that is given, else as of other
     texts. dtype: of the weights: "fp32" (the default), "bf16", "fp16". precision: of the computation with float32
@@ -65,12 +68,13 @@ class Embedder:
         self,
         model_name_or_path: str | os.PathLike,
         *,
+        model_type: str | None = None,
         max_length: int | None = None,
         query_max_length: int | None = None,
         precision: str | None = None,
-        dtype: str | torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        devices: Sequence[str | torch.device] | None = None,
+        dtype: "str | torch.dtype | None" = None,
+        device: "str | torch.device | None" = None,
+        devices: "Sequence[str | torch.device] | None" = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
         pooling: str | None = None,
@@ -82,20 +86,24 @@ class Embedder:
         int8_ranges: str | os.PathLike | None = None,
     ):
         options = options_among(locals(), EmbedderOptions)
-        devices = None if options.devices is None else check_devices(options.devices)
-        model = open_embedder(model_name_or_path, options)
-        self._shared = SharedModel(model, choose_precision(options.precision), devices)
+        self.backend: EmbedderBackend = open_embedder_backend(model_name_or_path, options)
         saved = Path(resolve_model_path(model_name_or_path)) / RANGES_FILE
         self.int8_ranges = Int8Ranges.read(int8_ranges or saved) if int8_ranges or saved.is_file() else None
 
     @property
-    def model(self) -> EmbeddingModel:
-        return self._shared.model
+    def model(self) -> "EmbeddingModel":
+        """The module of torch. Raises ValueError for an exported folder, which has none."""
+        return self.backend.model
+
+    @property
+    def settings(self) -> EmbedderSettings:
+        """How a text becomes a vector."""
+        return self.backend.settings
 
     @property
     def dim(self) -> int:
         """Numbers of a whole vector."""
-        return self.model.dim
+        return self.backend.dim
 
     def encode(
         self,
@@ -130,7 +138,7 @@ class Embedder:
         texts = [check_text(f"texts[{place}]", text) for place, text in enumerate(listed)]
         check_number("batch_size", batch_size, 1, "texts")
         max_length = self._checked_limit(kind, prompt, max_length)
-        normalize = self.model.settings.normalize if normalize is None else normalize
+        normalize = self.settings.normalize if normalize is None else normalize
         check_flag("normalize", normalize)
         dim = self.dim if dim is None else dim
         check_number("dim", dim, 1, "numbers")
@@ -140,20 +148,20 @@ class Embedder:
         if show_progress_bar is None:
             show_progress_bar = len(texts) > 10 * batch_size and sys.stderr.isatty()
         cut = 0
-        encode = partial(self.model.text_encoder.encode, kind=kind, prompt=prompt, max_length=max_length)
+        encode = partial(self.backend.text_encoder.encode, kind=kind, prompt=prompt, max_length=max_length)
         with Progress(len(texts), "encoding", "texts", shown=show_progress_bar) as progress:
 
             def vectors(encoded: list[EncodedPair]) -> np.ndarray:
                 nonlocal cut
                 cut += sum(text.truncated for text in encoded)
-                found = self._shared.run(encoded, batch_size, progress)
+                found = self.backend.run(encoded, batch_size, progress)
                 if not np.isfinite(found).all():
                     raise ValueError(
                         "the model gave a vector that is not finite; in fp16 a model may overflow: use bf16 or fp32"
                     )
                 return to_precision(finish(found, dim, normalize), precision, ranges)
 
-            rows = score_texts(texts, encode, vectors, CHUNK_TEXTS * len(self._shared.models))
+            rows = score_texts(texts, encode, vectors, CHUNK_TEXTS * self.backend.devices)
             progress.update(len(texts) - progress.done)  # those that repeat others
         if cut:
             logger.info("%d of %d texts were cut at %d tokens", cut, len(texts), max_length)
@@ -217,7 +225,7 @@ class Embedder:
         Each of the two is what `encode` gave, in any precision; a single vector counts as one row. Raises ValueError
         for vectors of different dim.
         """
-        kind = self.model.settings.similarity
+        kind = self.settings.similarity
         return similarity(np.atleast_2d(queries), np.atleast_2d(documents), kind, self.int8_ranges)
 
     def calibrate(
@@ -235,22 +243,33 @@ class Embedder:
         `int8_ranges.json`: in the model's folder every Embedder of it finds them. Raises ValueError for fewer than two.
         """
         vectors = self.encode_documents(documents, dim=dim, normalize=normalize, batch_size=batch_size)
-        self.int8_ranges = ranges_of(vectors, self.model.settings.normalize if normalize is None else normalize)
+        self.int8_ranges = ranges_of(vectors, self.settings.normalize if normalize is None else normalize)
         if save_to is not None:
             file = Path(save_to)
             self.int8_ranges.save(file / RANGES_FILE if file.is_dir() else file)
         return self.int8_ranges
 
+    def close(self) -> None:
+        """Let the model go: its memory, on a device too, is free once nothing else holds it. Encoding then raises
+        ValueError."""
+        self.backend.close()
+
+    def __enter__(self) -> "Embedder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
     def _checked_limit(self, kind: str | None, prompt: str | None, max_length: int | None) -> int:
         """Tokens of a text at most. ValueError where prompt and special tokens leave none of them."""
-        encoder = self.model.text_encoder
+        encoder = self.backend.text_encoder
         if kind not in (None, "query", "document", *encoder.prompts):
             known = ", ".join(dict.fromkeys(("query", "document", *encoder.prompts)))
             raise ValueError(f"kind: this model has no prompt {kind!r}; it knows {known}")
         limit = encoder.max_length_of(kind) if max_length is None else max_length
         check_number("max_length", limit, 1, "tokens")
-        self.model.check_max_length(limit)
-        fixed = len(encoder.encode([""], kind, prompt, max_length=NO_LIMIT)[0])
+        self.backend.check_max_length(limit)
+        fixed = encoder.fixed_tokens(encoder.prompt_for(kind) if prompt is None else prompt)
         if fixed >= limit:
             raise ValueError(f"max_length {limit} is too small: prompt and special tokens take {fixed} tokens")
         return limit
@@ -291,28 +310,34 @@ class Embedding:
         mrl_dims: Sequence[int] = (),
         temperature: float = 0.02,
         all_gather: bool = False,
-        device: str | torch.device | None = None,
+        device: "str | torch.device | None" = None,
     ) -> "Embedding":
         """use_mrl, mrl_dims, temperature, all_gather: of training there, without effect here. Raises as `Embedder`."""
         return cls(Embedder(model_name_or_path, device=device))
 
-    def to(self, device: str | torch.device) -> "Embedding":
+    def to(self, device: "str | torch.device") -> "Embedding":
+        from rag_retrieval.models.devices import choose_device
+
         self.embedder.model.to(choose_device(device))
         return self
 
     def encode(
         self,
         sentences: Sequence[str],
-        device: str | torch.device | None = None,
+        device: "str | torch.device | None" = None,
         max_len: int | None = None,
         batch_size: int = 512,
         prompt: str = "",
-    ) -> torch.Tensor:
+    ) -> "torch.Tensor":
         """Vectors in the order given: [sentences, dim], float32, on the CPU, of length 1 where the model says so.
 
         device: where the model is moved before; None leaves it. max_len: tokens of a text, default 512 or the model's
         limit. batch_size: texts of one forward at most. prompt: text before each. Raises ValueError as `Embedder`.
         """
+        import torch
+
+        from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, position_limit
+
         if device is not None:
             self.to(device)
         if max_len is None:

@@ -6,25 +6,32 @@ not there is an error. Nothing in this file imports torch.
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic
 
 import numpy as np
 
 from rag_retrieval.core.files import content_digest, digest_of
+from rag_retrieval.core.log import Progress
 from rag_retrieval.infer.onnx_folder import (
-    DESCRIPTION_FILE,
     MODEL_FILE,
-    OUTPUT,
     TOKENIZER_FILE,
-    OnnxDescription,
+    Description,
+    EmbedderDescription,
+    RerankerDescription,
     Run,
+    check_length,
     pair_encoder,
     read_description,
-    score_padded,
+    read_tokenizer,
+    run_padded,
 )
 from rag_retrieval.models.calibration import read_calibration
-from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
+from rag_retrieval.models.embedding_files import choose_settings
+from rag_retrieval.models.options import EmbedderOptions
+from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.text_encoding import TextEncoder
 from rag_retrieval.models.token_batch import CPU_TOKENS, CUDA_TOKENS
 
 if TYPE_CHECKING:
@@ -33,10 +40,92 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class OnnxBackend:
-    """See `rag_retrieval.infer.backend.Backend`. Several threads may call `score` at once: a session allows it."""
+class OnnxRuntime:
+    """A graph in ONNX Runtime. Several threads may compute at once: a session allows it."""
 
-    runtime, package = "ONNX Runtime", "onnxruntime"
+    name, package = "ONNX Runtime", "onnxruntime"
+
+    def __init__(self, file: Path, output: str, device: str, threads: int):
+        """output: of the graph, that is read. Raises as `open_session`."""
+        self._session, self._output = open_session(file, device, threads), output
+
+    def runner(self) -> Run:
+        """Computes padded inputs, for one caller."""
+        return lambda inputs: self._session.run([self._output], inputs)[0]
+
+
+class OpenVino:
+    """The same graph, read by Intel's runtime on the CPU.
+
+    OpenVINO's own default computes in bfloat16 on CPUs that have it, and a score then differs by hundredths; here it
+    computes in float32.
+    """
+
+    name, package = "OpenVINO", "openvino"
+
+    def __init__(self, file: Path, output: str, device: str, threads: int):
+        try:
+            import openvino
+        except ImportError as error:
+            raise ImportError("OpenVINO is not installed; run: pip install -e '.[openvino]'") from error
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        try:
+            self._model = openvino.Core().compile_model(str(file), "CPU", settings)
+        except Exception as error:  # RuntimeError with pages of its own sources
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{file}: OpenVINO cannot read it ({reason:.300}); use ONNX Runtime") from error
+        self._output = output
+
+    def runner(self) -> Run:
+        request = self._model.create_infer_request()  # not shared, so that several threads may compute at once
+        return lambda inputs: request.infer(inputs)[self._output]
+
+
+class OnnxFolder(Generic[Description]):
+    """An exported model: one result for each text. Several threads may call `run` at once; a copy or pickle opens the
+    folder again."""
+
+    kind: type[Description]
+
+    def __init__(self, folder: str | os.PathLike, device: str = "cpu", threads: int | None = None, runtime=OnnxRuntime):
+        """device: "cpu", "cuda" or "cuda:1". threads: that one forward uses on the CPU; None: OMP_NUM_THREADS, else the
+        cores that this process may use. runtime: `OnnxRuntime` or `OpenVino`.
+
+        Raises ValueError for a folder that is damaged and a device that is not there, ImportError without the package.
+        """
+        self.folder, self.name, self.device, self.runtime = Path(folder), str(folder), device, runtime
+        self.description: Description = read_description(self.folder, self.kind)
+        self.max_tokens = CPU_TOKENS if device == "cpu" else CUDA_TOKENS
+        self._graph = runtime(self.folder / MODEL_FILE, self.kind.output, device, default_threads(threads))
+
+    def run(self, texts: Sequence[EncodedPair], batch_size: int, progress: Progress | None = None) -> np.ndarray:
+        """Results in input order, float32. batch_size: texts of one forward at most. ValueError after `close`."""
+        graph = self._graph
+        if graph is None:
+            raise ValueError(f"{self.folder} is closed; open it again")
+        names, pad = self.description.inputs, self.description.pad_token_id
+        return run_padded(graph.runner(), texts, names, pad, batch_size, self.max_tokens, progress)
+
+    def digest(self, *about) -> str:
+        """Of the files that decide on results, the runtime and the kind of device, and `about`."""
+        files = [*self.folder.glob(f"{MODEL_FILE}*"), self.folder / TOKENIZER_FILE, self.folder / self.kind.file]
+        return digest_of(
+            [content_digest(sorted(files)), self.runtime.package, self.device.partition(":")[0], *about]
+        )
+
+    def close(self) -> None:
+        """Let the model go, so that its memory is free once nothing else holds it."""
+        self._graph = None
+
+    def __reduce__(self):
+        """A session cannot be copied."""
+        return type(self), self._arguments
+
+
+class OnnxBackend(OnnxFolder[RerankerDescription]):
+    """A reranker: see `rag_retrieval.infer.backend.Backend`."""
+
+    kind = RerankerDescription
 
     def __init__(
         self,
@@ -44,79 +133,66 @@ class OnnxBackend:
         max_length: int | None = None,
         device: str = "cpu",
         threads: int | None = None,
+        runtime=OnnxRuntime,
     ):
-        """max_length: tokens per pair, None for the folder's own. device: "cpu", "cuda" or "cuda:1". threads: that one
-        forward uses on the CPU; None: OMP_NUM_THREADS, else the cores that this process may use.
-
-        Raises ValueError for a folder that is damaged and a device that is not there, ImportError without the package.
-        """
-        self._arguments = (folder, max_length, device, threads)
-        self.folder, self.name, self.device = Path(folder), str(folder), device
-        self.description: OnnxDescription = read_description(self.folder)
-        self.pair_encoder: PairEncoder = pair_encoder(self.folder, self.description, max_length)
+        """max_length: tokens per pair, None for the folder's own; ValueError for more than were exported."""
+        super().__init__(folder, device, threads, runtime)
+        self._arguments = (folder, max_length, device, threads, runtime)
+        self.pair_encoder = pair_encoder(self.folder, self.description, max_length)
         self.model_type = self.description.model_type
         self.calibration = read_calibration(str(self.folder))
-        self.max_tokens = CPU_TOKENS if device == "cpu" else CUDA_TOKENS
-        self._session = self._open(self.folder / MODEL_FILE, default_threads(threads))
-
-    def _open(self, file: Path, threads: int):
-        return open_session(file, self.device, threads)
-
-    def _runner(self) -> Run:
-        """Computes padded inputs, for one call of `score`."""
-        return lambda inputs: self._session.run([OUTPUT], inputs)[0]
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
-        if self._session is None:
-            raise ValueError(f"{self.folder} is closed; open it again")
-        names, pad = self.description.inputs, self.description.pad_token_id
-        return score_padded(self._runner(), pairs, names, pad, batch_size, self.max_tokens)
+        return self.run(pairs, batch_size)
 
     def at_layer(self, layer: int) -> "OnnxBackend":
         raise ValueError(f"cutoff_layers: {self.folder} was exported with one head; leave it out")
 
     def describe(self) -> str:
         tokens, precision = self.pair_encoder.max_length, self.description.precision
-        return f"{self.model_type} in {self.runtime}, {tokens} tokens, {precision}"
+        return f"{self.model_type} in {self.runtime.name}, {tokens} tokens, {precision}"
 
     def fingerprint(self) -> str:
-        files = [*self.folder.glob(f"{MODEL_FILE}*"), self.folder / TOKENIZER_FILE, self.folder / DESCRIPTION_FILE]
-        encoder = self.pair_encoder
-        about = [self.package, self.device.partition(":")[0], encoder.max_length, encoder.split_special_tokens]
-        return digest_of([content_digest(sorted(files)), *about])
-
-    def close(self) -> None:
-        self._session = None
-
-    def __reduce__(self):
-        """For copies and pickles, which open the folder again: a session cannot be copied."""
-        return type(self), self._arguments
+        return self.digest(self.pair_encoder.max_length, self.pair_encoder.split_special_tokens)
 
 
-class OpenVinoBackend(OnnxBackend):
-    """The same folder, read by Intel's runtime on the CPU.
+class OnnxEmbedder(OnnxFolder[EmbedderDescription]):
+    """An embedder: see `rag_retrieval.infer.backend.EmbedderBackend`."""
 
-    OpenVINO's own default computes in bfloat16 on CPUs that have it, and a score then differs by hundredths; here it
-    computes in float32.
-    """
+    kind = EmbedderDescription
+    devices = 1
 
-    runtime, package = "OpenVINO", "openvino"
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        options: EmbedderOptions | None = None,
+        threads: int | None = None,
+    ):
+        """options: of which prompts, lengths, normalize, device and model_type count. ValueError for lengths beyond
+        what was exported."""
+        options = options or EmbedderOptions()
+        runtime = OpenVino if options.model_type == "openvino" else OnnxRuntime
+        super().__init__(folder, options.device or "cpu", threads, runtime)
+        self._arguments = (folder, options, threads)
+        saved = self.description.settings
+        for name, length in options.given("max_length", "query_max_length").items():
+            check_length(self.folder, self.description, length, name)
+        max_length = options.max_length or saved.max_length
+        self.settings = choose_settings(asdict(saved), options, None, max_length, saved.bidirectional)
+        prompts, limits = self.settings.prompts, self.settings.max_lengths
+        tokenizer, template = read_tokenizer(self.folder), self.description.template
+        self.text_encoder = TextEncoder(tokenizer, template, prompts, limits, self.settings.default_prompt)
+        self.dim = self.description.dim
 
-    def _open(self, file: Path, threads: int):
-        try:
-            import openvino
-        except ImportError as error:
-            raise ImportError("OpenVINO is not installed; run: pip install -e '.[openvino]'") from error
-        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        try:
-            return openvino.Core().compile_model(str(file), "CPU", settings)
-        except Exception as error:  # RuntimeError with pages of its own sources
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{file}: OpenVINO cannot read it ({reason:.300}); use ONNX Runtime") from error
+    @property
+    def model(self):
+        raise ValueError(f"{self.folder} is an ONNX folder, which holds no model of torch")
 
-    def _runner(self) -> Run:
-        request = self._session.create_infer_request()  # not shared, so that several threads may compute at once
-        return lambda inputs: request.infer(inputs)[0]
+    def check_max_length(self, max_length: int) -> None:
+        check_length(self.folder, self.description, max_length)
+
+    def fingerprint(self) -> str:
+        return self.digest(asdict(self.settings))
 
 
 def default_threads(threads: int | None) -> int:

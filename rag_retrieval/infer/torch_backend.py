@@ -1,4 +1,4 @@
-"""Models of torch on one device or on several, for any number of threads; the Reranker's backend of such a model."""
+"""Models of torch on one device or on several, for any number of threads: backends of Reranker and Embedder."""
 
 import copy
 import hashlib
@@ -14,9 +14,10 @@ import torch
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.models.devices import check_devices, choose_precision
+from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.llm_decoder import LLMDecoder
-from rag_retrieval.models.open import open_scorer
-from rag_retrieval.models.options import ModelOptions
+from rag_retrieval.models.open import open_embedder, open_scorer
+from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.prompts import Prompt
@@ -66,6 +67,26 @@ class SharedModel(Generic[Model]):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state | {"lock": Lock()})
+
+
+class TorchEmbedder(SharedModel[EmbeddingModel]):
+    """See `rag_retrieval.infer.backend.EmbedderBackend`."""
+
+    def __init__(
+        self, model: EmbeddingModel, precision: Precision | None = None, devices: list[torch.device] | None = None
+    ):
+        super().__init__(model, precision, devices)
+        self.settings, self.text_encoder, self.dim = model.settings, model.text_encoder, model.dim
+        self.devices = len(self.models)
+
+    def check_max_length(self, max_length: int) -> None:
+        self.check_is_open()
+        self.model.check_max_length(max_length)
+
+    def fingerprint(self) -> str:
+        encoder, kind = self.text_encoder, self.model.device.type  # whose digits differ
+        about = [asdict(self.settings), asdict(encoder.template), self.precision, kind]
+        return digest_of_model(self.model, [*about, encoder.tokenizer.backend_tokenizer.to_str()])
 
 
 class TorchBackend:
@@ -134,6 +155,16 @@ def open_torch_backend(
     model_name_or_path: str | os.PathLike, options: ModelOptions, question: Prompt | None = None
 ) -> TorchBackend:
     """Raises ValueError as `open_scorer`, and for devices and a precision that are not there."""
-    devices = None if options.devices is None else check_devices(options.devices)
+    devices = devices_of(options)
     scorer = open_scorer(model_name_or_path, options, question)
     return TorchBackend(scorer, choose_precision(options.precision), devices)
+
+
+def open_torch_embedder(model_name_or_path: str | os.PathLike, options: EmbedderOptions) -> TorchEmbedder:
+    """Raises ValueError as `open_embedder`, and for devices and a precision that are not there."""
+    devices = devices_of(options)
+    return TorchEmbedder(open_embedder(model_name_or_path, options), choose_precision(options.precision), devices)
+
+
+def devices_of(options: OpeningOptions) -> list[torch.device] | None:
+    return None if options.devices is None else check_devices(options.devices)

@@ -113,7 +113,7 @@ class EmbeddingModel(TransformerModule):
             lambda texts: of_order_one(self._padded_pooling(texts)),
             lambda texts: of_order_one(self._packed_pooling(texts)),
             batch,
-            reads_one_token=self.reads_one_token,
+            reads_one_token=self.settings.reads_one_token,
         )
 
     @property
@@ -130,10 +130,6 @@ class EmbeddingModel(TransformerModule):
         """Numbers in a vector."""
         widths = [head.out_features for head in self.heads.values() if isinstance(head, Projection)]
         return widths[-1] if widths else self.width
-
-    @property
-    def reads_one_token(self) -> bool:
-        return self.settings.pooling in ("cls", "last") and self.settings.cls_interval is None
 
     @property
     def shares_queries(self) -> bool:
@@ -154,7 +150,7 @@ class EmbeddingModel(TransformerModule):
         packing = Packing(batch, self.causal and last, self.device, self.first_position, last)
         # [row, hidden], or [texts, hidden] where the last layer computes no more (`prune_last_layer`)
         hidden = packed_outputs(self.model, batch, packing).last_hidden_state[0]
-        if self.reads_one_token:
+        if self.settings.reads_one_token:
             return pooled_states(hidden, packing).float()
         return packed_sums(self._attend_to_latents(hidden), self._token_weights(batch), batch.lengths)
 
@@ -163,7 +159,7 @@ class EmbeddingModel(TransformerModule):
         if self._has_cache:
             inputs["use_cache"] = False
         hidden = self.model(**inputs).last_hidden_state
-        if self.reads_one_token:
+        if self.settings.reads_one_token:
             places = batch.lengths - 1 if self.settings.pooling == "last" else np.zeros_like(batch.lengths)
             return hidden[torch.arange(len(batch), device=hidden.device), on_device(places, self.device)].float()
         return padded_sums(self._attend_to_latents(hidden), self._token_weights(batch), batch.lengths)
@@ -270,8 +266,7 @@ class EmbeddingModel(TransformerModule):
         template = choose_template(files, tokenizer, settings, is_decoder, eos_token)
         if "token_type_ids" not in inspect.signature(model.forward).parameters:
             template = replace(template, has_types=False)
-        lengths = {"document": max_length, "query": settings.query_max_length or max_length}
-        encoder = TextEncoder(tokenizer, template, settings.prompts, lengths, settings.default_prompt)
+        encoder = TextEncoder(tokenizer, template, settings.prompts, settings.max_lengths, settings.default_prompt)
         heads = {each.folder: load_head(files, each) for each in read_heads(files)}
         embedder = cls(model, encoder, settings, new_parameters, causal, heads, options.attn_implementation)
         if settings.pooling == "latent_attention" and LATENT_FOLDER not in heads:

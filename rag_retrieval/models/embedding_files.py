@@ -78,6 +78,15 @@ class EmbedderSettings:
     cls_interval: int | None = None
     dims: tuple[int, ...] = ()
 
+    @property
+    def max_lengths(self) -> dict[str, int]:
+        """Of texts, by kind, in tokens."""
+        return {"document": self.max_length, "query": self.query_max_length or self.max_length}
+
+    @property
+    def reads_one_token(self) -> bool:
+        return self.pooling in ("cls", "last") and self.cls_interval is None
+
 
 # ---- reading --------------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ from rag_retrieval.models.settings import (
 
 logger = logging.getLogger(__name__)
 
+NO_EXPORT = "model_type {} is for folders that rag-retrieval export wrote, and {} is none"
+
 
 def load_reranker(model_name_or_path: str | os.PathLike, **options) -> PairScorer:
     """The trained `CrossEncoder` or `LLMDecoder` in a folder, a hub name or `package:NAME`, in eval mode.
@@ -78,6 +80,8 @@ def open_embedder(model_name_or_path: str | os.PathLike, options: EmbedderOption
     options = options or EmbedderOptions()
     device = first_device(options)
     files = ModelFiles(resolve_model_path(model_name_or_path))
+    if options.model_type is not None:
+        raise ValueError(NO_EXPORT.format(options.model_type, files.path) + "; leave it out")
     model = EmbeddingModel.load(files, options, trained_only=True)
     check_numbers(files.path, model)
     return model.to(device).eval()
@@ -95,8 +99,7 @@ def choose_model_type(files: ModelFiles, options: ModelOptions) -> str:
     if options.model_type is not None:
         if options.model_type not in MODEL_TYPES:
             raise ValueError(
-                f"model_type {options.model_type} is for folders that rag-retrieval export wrote, and {files.path} is "
-                f"none; expected one of {', '.join(MODEL_TYPES)}"
+                NO_EXPORT.format(options.model_type, files.path) + f"; expected one of {', '.join(MODEL_TYPES)}"
             )
         return options.model_type
     saved = read_settings(files.path)

@@ -74,6 +74,9 @@ class OpeningOptions(Config):
 class EmbedderOptions(OpeningOptions):
     """How to open an embedding model."""
 
+    model_type: Literal["onnx", "openvino"] | None = Field(
+        None, description="Of an exported folder; openvino runs it with that runtime in place of ONNX Runtime."
+    )
     max_length: int | None = Field(
         None,
         ge=1,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 
 from rag_retrieval.models.pair_encoding import EncodedPair, TokenizerCopy, tokenize
 
@@ -26,7 +26,7 @@ class TextTemplate:
     """prefix, suffix: special tokens around every text. has_types: whether the family has segment ids, all 0 here.
     cls_interval: a long text gets the prefix's one token again after every so many tokens, itself counted (MCLS of
     BGE-M3, https://arxiv.org/abs/2402.03216); None for none. truncate_left: a text that is too long loses its
-    beginning.
+    beginning. empty_token: what stands for an empty text of a family without special tokens.
     """
 
     prefix: tuple[int, ...]
@@ -34,6 +34,7 @@ class TextTemplate:
     has_types: bool = False
     cls_interval: int | None = None
     truncate_left: bool = False
+    empty_token: int = 0
 
 
 def text_template(tokenizer: "PreTrainedTokenizerBase") -> TextTemplate:
@@ -42,7 +43,12 @@ def text_template(tokenizer: "PreTrainedTokenizerBase") -> TextTemplate:
     owners = encoded.sequence_ids()  # None for a special token
     own = [place for place, owner in enumerate(owners) if owner is not None]
     ids = encoded["input_ids"]
-    return TextTemplate(tuple(ids[: own[0]]), tuple(ids[own[-1] + 1 :]), "token_type_ids" in encoded)
+    return TextTemplate(
+        tuple(ids[: own[0]]),
+        tuple(ids[own[-1] + 1 :]),
+        has_types="token_type_ids" in encoded,
+        empty_token=tokenizer.eos_token_id or 0,
+    )
 
 
 def append_eos(tokenizer: "PreTrainedTokenizerBase", template: TextTemplate, eos_token: str) -> TextTemplate:
@@ -70,7 +76,7 @@ class TextEncoder:
     texts without a kind. max_lengths: tokens of a text with everything around it, by kind; "document" holds for others.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: "PreTrainedTokenizerBase | Tokenizer"
     template: TextTemplate
     prompts: Mapping[str, str]
     max_lengths: Mapping[str, int]
@@ -82,7 +88,7 @@ class TextEncoder:
             object.__setattr__(self, "private", TokenizerCopy(self.tokenizer))
         for kind in ("query", "document", None):
             prompt, limit = self.prompt_for(kind), self.max_length_of(kind)
-            fixed = len(self.join([], tokenize(self.private.current().fast, [prompt])[0]))
+            fixed = self.fixed_tokens(prompt)
             if fixed >= limit:
                 raise ValueError(
                     f"max_length {limit} of a {kind or 'text'} is too small: special tokens and the prompt {prompt!r} "
@@ -105,6 +111,10 @@ class TextEncoder:
         """The text before texts of this kind, "" for none. kind: "query", "document", the name of a prompt, or None."""
         names = PROMPT_NAMES.get(kind, (kind or self.default_prompt,))
         return next((self.prompts[name] for name in names if name in self.prompts), "")
+
+    def fixed_tokens(self, prompt: str) -> int:
+        """Tokens of an empty text after this prompt."""
+        return len(self.join([], tokenize(self.private.current().fast, [prompt])[0]))
 
     def encode(
         self, texts: Sequence[str], kind: str | None = None, prompt: str | None = None, max_length: int | None = None
@@ -150,7 +160,7 @@ class TextEncoder:
             start += len(prefix)
         ids = np.concatenate((prefix, ids, template.suffix), dtype=np.int32, casting="unsafe")
         if not len(ids):  # an empty text of a family without special tokens
-            ids = np.array([self.tokenizer.eos_token_id or 0], np.int32)
+            ids = np.array([template.empty_token], np.int32)
         types = np.zeros_like(ids) if template.has_types else None
         return EncodedPair(ids, types, dropped > 0, start)
 

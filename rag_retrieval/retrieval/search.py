@@ -21,6 +21,7 @@ from rag_retrieval.data.readers import text_lines
 from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
 
 if TYPE_CHECKING:
+    from rag_retrieval.infer.reranker import Reranker
     from rag_retrieval.retrieval.retriever import Retriever, SearchResult, SearchResults
 
 RRF = "rrf"
@@ -42,7 +43,7 @@ def default_format(config: "SearchConfig") -> str:
 class SearchConfig(ModelOptions, LongDocumentOptions):
     """One search."""
 
-    main_keys: ClassVar = ("index", "query", "queries", "reranker", "top_k", "output", "output_format")
+    main_keys: ClassVar = ("index", "query", "queries", "reranker", "output")
     groups: ClassVar = ModelOptions.groups | {"long_document": "Long documents", "index": "Search", "output": "Output"}
     only_for: ClassVar = dict.fromkeys(
         [*ModelOptions.model_fields.keys() - {"device"}, *LongDocumentOptions.model_fields], RERANKED
@@ -105,17 +106,20 @@ def read_queries(file: Path) -> dict[str, str]:
 
 
 def open_retriever(config: SearchConfig) -> "Retriever":
-    from rag_retrieval.infer.backend import open_backend
-    from rag_retrieval.infer.reranker import Reranker
     from rag_retrieval.retrieval.fusion import Fusion
     from rag_retrieval.retrieval.retriever import Retriever
 
-    reranker = config.reranker and Reranker.from_backend(open_backend(config.reranker, config.model_options()))
     fusion = config.fusion and (Fusion() if config.fusion == RRF else Fusion.read(config.fusion))
     names = ("stages", "depth", "device", "batch_size", "normalize", "long_document", "overlap")
-    return Retriever(
-        config.index, reranker=reranker, fusion=fusion, **{name: getattr(config, name) for name in names}
-    )
+    options = {name: getattr(config, name) for name in names}
+    return Retriever(config.index, reranker=open_reranker(config), fusion=fusion, **options)
+
+
+def open_reranker(config: SearchConfig) -> "Reranker | None":
+    from rag_retrieval.infer.backend import open_backend
+    from rag_retrieval.infer.reranker import Reranker
+
+    return config.reranker and Reranker.from_backend(open_backend(config.reranker, config.model_options()))
 
 
 def shown(config: SearchConfig, retriever: "Retriever", queries: dict[str, str]) -> Iterator[str]:

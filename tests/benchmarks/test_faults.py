@@ -35,7 +35,7 @@ def test_an_expected_end_has_its_code_message_and_time():
     ]
     case = faults.Case("a row", 1, Fault("SIGTERM to one"), says="stopped by SIGTERM")
     for code, log, hung, seconds, right in cases:
-        assert faults.ended_as_expected(case, Outcome(code, seconds, log, hung)) == right
+        assert faults.ended_as_expected(case, Outcome(code, seconds, log, hung), within=60) == right
 
 
 @pytest.mark.parametrize(("how", "size"), [("truncate", 500), ("unlink", None)])
@@ -52,9 +52,10 @@ def test_the_largest_file_of_the_newest_checkpoint_is_damaged(tmp_path, how, siz
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("task", faults.TASKS)
 def test_a_few_real_faults_end_as_expected_and_resume_to_equal_weights(task):
-    program = [sys.executable, "benchmarks/faults.py", "--task", task, "--quick"]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    program = [sys.executable, "benchmarks/faults.py", "--task", task, "--quick", "--within", "600"]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 faults, 5 of them ended with the weights of the run without them" in done.stdout

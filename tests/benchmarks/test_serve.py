@@ -56,7 +56,7 @@ def test_refusals_broken_connections_and_wrong_answers_are_counted_apart():
 def test_a_small_run_answers_everything_right_or_refuses_it(tmp_path, monkeypatch, capsys):
     model = tiny_bert(tmp_path / "model", head_labels=1)
     arguments = ["--model", model, "--concurrencies", "1", "4", "--seconds", "1", "--questions", "10"]
-    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments, "--serve", "--queue_requests", "16"])
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments, "--serve", "--queue_requests", "16", "--timeout", "3600"])
     serve_benchmark.main()
     printed = capsys.readouterr().out
     rows = [line.split()[-4:] for line in printed.splitlines() if "at once" in line or "afterwards" in line]

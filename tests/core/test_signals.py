@@ -69,7 +69,7 @@ def test_a_second_signal_really_ends_the_process():
     program = (
         "import time\nfrom rag_retrieval.core.signals import StopRequest, on_signals\nrequest = StopRequest()\n"
         "with on_signals(request.note):\n    print('ready', flush=True)\n"
-        "    while not request.number:\n        time.sleep(0.01)\n    print('noted', flush=True)\n    time.sleep(60)\n"
+        "    while not request.number:\n        time.sleep(0.01)\n    print('noted', flush=True)\n    time.sleep(300)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
@@ -77,14 +77,14 @@ def test_a_second_signal_really_ends_the_process():
     assert process.stdout.readline() == b"noted\n"
     time.sleep(signals.REPEAT + 0.1)  # what comes sooner after the first is taken for the same signal
     process.send_signal(signal.SIGINT)
-    assert process.wait(50) == 130
+    assert process.wait(60) == 130
 
 
 def wait_as_worker(ready, done) -> None:
-    threading.Thread(target=time.sleep, args=(30,), daemon=True).start()  # as another library's fork handler
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # as another library's fork handler
     ignore_stop_in_worker(0)
     ready.set()
-    done.wait(30)
+    done.wait(60)
 
 
 def test_a_worker_outlives_signals_that_are_sent_to_all():
@@ -92,9 +92,9 @@ def test_a_worker_outlives_signals_that_are_sent_to_all():
     ready, done = context.Event(), context.Event()
     worker = context.Process(target=wait_as_worker, args=(ready, done), daemon=True)
     worker.start()
-    assert ready.wait(30)
+    assert ready.wait(60)
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(worker.pid, number)
     done.set()
-    worker.join(30)
+    worker.join(60)
     assert worker.exitcode == 0

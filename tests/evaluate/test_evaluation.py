@@ -275,16 +275,16 @@ def test_gaps_in_the_data_are_in_the_terminal_and_the_result(config, toy, tmp_pa
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(config, toy, tmp_path):
     alone = evaluate_reranker(config)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "rag_retrieval.cli"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--model", config.model, "--data", str(toy), "--depth", "4", "--output_dir", str(tmp_path / "two")]
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [*launch, "evaluate", *options],
+        [*launch, "-m", "rag_retrieval.cli", "evaluate", *options],
         cwd=root,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1

@@ -53,7 +53,7 @@ def push(hub, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     environment["HF_HUB_DISABLE_XET"] = "1"  # more than a test should imitate; LFS carries the same files
     command = [sys.executable, "-m", "rag_retrieval.cli", "push", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_a_folder_that_another_command_writes_to_is_refused(model, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import inspect
 import logging
 import pickle
@@ -9,6 +10,7 @@ import re
 import shutil
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -225,7 +227,7 @@ def test_a_vector_that_is_not_finite_is_an_error(embedder):
 def test_two_devices_give_the_vectors_of_one(embedders, folders):
     both = Embedder(folders["mean"], devices=["cpu", "cpu"])
     np.testing.assert_allclose(both.encode(TEXTS, batch_size=2), embedders["mean"].encode(TEXTS), atol=1e-5)
-    first, second = both._shared.models
+    first, second = both.backend.models
     assert second.text_encoder is first.text_encoder
 
 
@@ -277,24 +279,22 @@ def test_an_embedder_can_be_copied_and_pickled(embedders):
 
 
 def test_the_event_loop_runs_while_texts_are_encoded(embedder):
-    expected, started = embedder.encode_queries(TEXTS, dim=8), threading.Event()
+    expected = embedder.encode_queries(TEXTS, dim=8)
+    entered, may_go_on = threading.Event(), threading.Event()
 
     def wait(module, arguments):
-        started.set()
-        time.sleep(0.2)
+        entered.set()
+        assert may_go_on.wait(60), "the event loop did not run"
 
     embedder.model.register_forward_pre_hook(wait)
 
-    async def encode_and_tick() -> tuple[np.ndarray, int]:
-        work, ticks = asyncio.create_task(embedder.aencode(TEXTS, kind="query", dim=8)), 0
-        while not work.done():
-            await asyncio.sleep(0.01)
-            ticks += started.is_set()
-        return await work, ticks
+    async def encode() -> np.ndarray:
+        work = asyncio.create_task(embedder.aencode(TEXTS, kind="query", dim=8))
+        assert await asyncio.to_thread(entered.wait, 60)
+        may_go_on.set()
+        return await work
 
-    found, ticks = asyncio.run(encode_and_tick())
-    np.testing.assert_array_equal(found, expected)
-    assert ticks > 1
+    np.testing.assert_array_equal(asyncio.run(encode()), expected)
 
 
 def test_precision_of_the_computation_is_an_option_of_opening(embedders, folders):
@@ -317,6 +317,21 @@ def test_every_option_of_opening_is_an_argument_that_reaches_the_model(folders):
     assert embedder.model.dtype == torch.bfloat16 and not embedder.model.packs
     assert not Embedder(folders["mean"], device="cpu", include_prompt=False).model.settings.include_prompt
     assert Embedder(folders["last"], device="cpu", bidirectional=True).model.settings.bidirectional
+
+
+def test_a_closed_embedder_lets_its_model_go_and_says_so(folders):
+    with Embedder(folders["mean"], device="cpu") as embedder:
+        assert embedder.encode("water").shape == (HIDDEN,)
+        model = weakref.ref(embedder.model)
+    gc.collect()
+    assert model() is None
+    with pytest.raises(ValueError, match="mean is closed; open it again"):
+        embedder.encode("water")
+
+
+def test_an_option_of_exported_folders_is_refused_for_others(folders):
+    with pytest.raises(ValueError, match="model_type openvino is for folders that rag-retrieval export wrote"):
+        Embedder(folders["mean"], model_type="openvino")
 
 
 def test_a_reranker_is_no_embedder(tmp_path):

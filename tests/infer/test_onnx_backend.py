@@ -128,12 +128,12 @@ def test_the_number_of_threads_is_given_or_of_the_environment_or_of_the_cores(mo
         default_threads(None)
     with pytest.raises(ValueError, match="^threads must be"):
         default_threads(0)
-    session = OnnxBackend(folders["bert"][1], threads=2)._session
+    session = OnnxBackend(folders["bert"][1], threads=2)._graph._session
     assert session.get_session_options().intra_op_num_threads == 2
 
 
 def test_the_cpu_is_used_unless_a_gpu_is_asked_for(backend):
-    assert backend._session.get_providers() == ["CPUExecutionProvider"]
+    assert backend._graph._session.get_providers() == ["CPUExecutionProvider"]
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0", "mps"])

@@ -9,18 +9,17 @@ import pytest
 from tiny_models import bert_tokenizer
 
 from rag_retrieval.infer.onnx_folder import (
-    DESCRIPTION_FILE,
-    OnnxDescription,
+    RerankerDescription,
     padded_inputs,
     pair_encoder,
     read_description,
-    score_padded,
+    run_padded,
     write_description,
 )
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, PairTemplate, encoder_template
 
 DECODER = PairTemplate([1], [7, 8], [9], None, "query: ", "document: ", "?", " ", (4,), (5, 6), "<s>")
-DESCRIPTION = OnnxDescription(
+DESCRIPTION = RerankerDescription(
     model_type="llm_decoder",
     max_length=64,
     template=DECODER,
@@ -41,13 +40,13 @@ def folder(tmp_path):
 
 
 def test_a_description_comes_back_as_it_was(folder):
-    assert read_description(folder) == DESCRIPTION
+    assert read_description(folder, RerankerDescription) == DESCRIPTION
     template = encoder_template(bert_tokenizer())
     encoder = replace(
         DESCRIPTION, template=template, model_type="bert_encoder", inputs=(*DESCRIPTION.inputs, "token_type_ids")
     )
     write_description(folder, encoder)
-    assert read_description(folder) == encoder and template.types is not None
+    assert read_description(folder, RerankerDescription) == encoder and template.types is not None
 
 
 @pytest.mark.parametrize(
@@ -64,36 +63,36 @@ def test_a_description_comes_back_as_it_was(folder):
     ],
 )
 def test_a_damaged_description_is_reported_with_file_and_reason(folder, change, reason):
-    file = folder / DESCRIPTION_FILE
+    file = folder / RerankerDescription.file
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=f"{DESCRIPTION_FILE}: damaged .*{reason}.*export the model again"):
-        read_description(folder)
+    with pytest.raises(ValueError, match=f"{RerankerDescription.file}: damaged .*{reason}.*export the model again"):
+        read_description(folder, RerankerDescription)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"a"'])
 def test_a_file_that_is_no_description_is_damaged(folder, text):
-    (folder / DESCRIPTION_FILE).write_text(text)
+    (folder / RerankerDescription.file).write_text(text)
     with pytest.raises(ValueError, match="damaged"):
-        read_description(folder)
+        read_description(folder, RerankerDescription)
 
 
 def test_lists_of_other_things_than_token_ids_are_damaged(folder):
-    file = folder / DESCRIPTION_FILE
+    file = folder / RerankerDescription.file
     values = json.loads(file.read_text())
     for name, part in (("prefix", ["[CLS]"]), ("suffix", 9), ("query_end", [-1]), ("types", [[0], 0, [0], "1", [1]])):
         file.write_text(json.dumps(values | {"template": values["template"] | {name: part}}))
         with pytest.raises(ValueError, match=f"template.{name}"):
-            read_description(folder)
+            read_description(folder, RerankerDescription)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", DESCRIPTION_FILE])
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", RerankerDescription.file])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"no {name}"):
-        read_description(folder)
+        read_description(folder, RerankerDescription)
     shutil.rmtree(folder)
-    with pytest.raises(ValueError, match=f"no {DESCRIPTION_FILE} that can be read"):
-        read_description(folder)
+    with pytest.raises(ValueError, match=f"no {RerankerDescription.file} that can be read"):
+        read_description(folder, RerankerDescription)
 
 
 def test_pairs_are_encoded_as_with_transformers(folder):
@@ -144,7 +143,7 @@ def test_scores_come_in_input_order_and_no_forward_is_beyond_its_bounds():
 
     for batch_size, max_tokens in ((1, 100), (3, 100), (256, 12), (256, 1), (2, 7)):
         shapes.clear()
-        scores = score_padded(run, pairs, NAMES, 0, batch_size, max_tokens)
+        scores = run_padded(run, pairs, NAMES, 0, batch_size, max_tokens)
         assert scores.tolist() == [0, 100, 200, 300, 400, 500, 600] and scores.dtype == np.float32
         assert sum(rows for rows, _ in shapes) == 7
         assert all(rows <= batch_size and (rows * longest <= max_tokens or rows == 1) for rows, longest in shapes)
@@ -152,5 +151,5 @@ def test_scores_come_in_input_order_and_no_forward_is_beyond_its_bounds():
 
 
 def test_no_pairs_give_no_scores_and_no_forward():
-    scores = score_padded(lambda inputs: pytest.fail("a forward of nothing"), [], NAMES, 0, 8, 100)
+    scores = run_padded(lambda inputs: pytest.fail("a forward of nothing"), [], NAMES, 0, 8, 100)
     assert scores.shape == (0,) and scores.dtype == np.float32

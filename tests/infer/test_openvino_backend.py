@@ -20,7 +20,7 @@ pytest.importorskip("onnxscript")
 from exported_samples import exported  # noqa: E402
 
 from rag_retrieval import Reranker  # noqa: E402
-from rag_retrieval.infer.onnx_backend import OpenVinoBackend  # noqa: E402
+from rag_retrieval.infer.onnx_backend import OnnxBackend, OpenVino  # noqa: E402
 from rag_retrieval.models.llm_decoder import DEFAULT_FORMATS  # noqa: E402
 
 
@@ -45,21 +45,21 @@ def test_scores_are_those_of_torch_in_input_order(load_tiny, folder_of, family):
     expected = load_tiny(family).compute_score(pairs).numpy()
     formats = DEFAULT_FORMATS if family == "qwen2" else {}
     reranker = Reranker(folder_of(family, **formats), model_type="openvino")
-    assert type(reranker.backend) is OpenVinoBackend
+    assert reranker.backend.runtime is OpenVino
     for batch_size in (256, 7):
         assert np.abs(reranker.compute_score(pairs, batch_size=batch_size) - expected).max() < 1e-4
 
 
 def test_an_int8_folder_ranks_like_the_float32_one(folder_of):
     pairs = some_pairs(40)
-    exact = OpenVinoBackend(folder_of("bert"))
+    exact = OnnxBackend(folder_of("bert"), runtime=OpenVino)
     encoded = exact.pair_encoder.encode(pairs)
-    small = OpenVinoBackend(folder_of("bert", quantize="int8", force=True))
+    small = OnnxBackend(folder_of("bert", quantize="int8", force=True), runtime=OpenVino)
     assert np.corrcoef(exact.score(encoded, 256), small.score(encoded, 256))[0, 1] > 0.95
 
 
 def test_threads_that_share_a_backend_get_the_scores_of_one(folder_of):
-    backend = OpenVinoBackend(folder_of("bert"), threads=1)
+    backend = OnnxBackend(folder_of("bert"), threads=1, runtime=OpenVino)
     batches = [backend.pair_encoder.encode(some_pairs(count)) for count in (5, 20, 33, 40)]
     expected = [backend.score(pairs, 8) for pairs in batches]
     with ThreadPoolExecutor(4) as pool:

@@ -81,7 +81,7 @@ def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, model_fol
     def command(hold: str, output: Path) -> list[str]:
         return [sys.executable, "-c", HELD, hold, "mine", *options, "--output", str(output)]
 
-    assert subprocess.run(command("on", tmp_path / "whole.jsonl"), env=environment, timeout=240).returncode == 0
+    assert subprocess.run(command("on", tmp_path / "whole.jsonl"), env=environment, timeout=600).returncode == 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         output = tmp_path / f"{number.name}.jsonl"
         run = subprocess.Popen(command("hold", output), env=environment, stderr=subprocess.PIPE)
@@ -90,11 +90,11 @@ def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, model_fol
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.01)
         run.send_signal(number)
-        errors = run.communicate(timeout=60)[1].decode()
+        errors = run.communicate(timeout=600)[1].decode()
         assert run.returncode == (-9 if number == signal.SIGKILL else 128 + number)
         if number != signal.SIGKILL:
             assert "the same command continues where this one stopped" in errors
         assert not output.exists()
         assert len(list(work.glob("parts-*.partial/*.jsonl"))) == 3
-        assert subprocess.run(command("on", output), env=environment, timeout=240).returncode == 0
+        assert subprocess.run(command("on", output), env=environment, timeout=600).returncode == 0
         assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -5,12 +5,19 @@ import copy
 import gzip
 import json
 import threading
-import time
 
 import httpx
 import numpy as np
 import pytest
-from serve_samples import GatedBackend, call_asgi, client_of, random_documents, running_service, wait_until
+from serve_samples import (
+    GatedBackend,
+    call_asgi,
+    client_of,
+    random_documents,
+    running_service,
+    skip_time,
+    wait_until,
+)
 
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.calibration import Calibration
@@ -194,7 +201,7 @@ def test_small_requests_are_not_stuck_behind_large_ones_that_are_tokenized(backe
             if task.query == "large":
                 pieces.append(len(texts))
                 if len(pieces) > 8:
-                    assert gate.wait(20)
+                    assert gate.wait(60)
             return encode(task, texts, encoded)
 
         monkeypatch.setattr(service.model, "encode", gated)
@@ -218,22 +225,36 @@ def test_small_requests_are_not_stuck_behind_large_ones_that_are_tokenized(backe
 
 
 def test_a_request_that_is_over_is_not_tokenized_to_its_end(backend, monkeypatch):
-    with running_service(backend, timeout=0.5) as service:
-        encode, pieces = service.model.encode, []
+    """Its time ends while the third piece is tokenized."""
+    with running_service(backend, timeout=600) as service:
+        encode, pieces, third, gate = service.model.encode, [], threading.Event(), threading.Event()
 
-        def slow(task, texts, encoded):
+        def held(task, texts, encoded):
             pieces.append(len(texts))
-            time.sleep(0.2)
+            if len(pieces) == 3:
+                third.set()
+                assert gate.wait(60)
             return encode(task, texts, encoded)
 
-        monkeypatch.setattr(service.model, "encode", slow)
-        response = ask(service, json={"query": QUERY, "texts": [f"{number}" + " a" * 30_000 for number in range(40)]})
-        assert response.status_code == 504
-        wait_until(lambda: service.pieces.left == {})
-        assert len(pieces) < 40
+        monkeypatch.setattr(service.model, "encode", held)
+        body = {"query": QUERY, "texts": [f"{number}" + " a" * 30_000 for number in range(40)]}
+
+        async def time_ends() -> httpx.Response:
+            async with client_of(service) as client:
+                request = asyncio.create_task(client.post("/rerank", json=body))
+                await asyncio.to_thread(third.wait, 60)
+                skip_time(600)
+                return await request
+
+        assert asyncio.run(time_ends()).status_code == 504
+        assert service.pieces.left == {}
+        gate.set()
+        assert ask(service, json=TWO_TEXTS).status_code == 200
+        assert len(pieces) == 4, "three of the first request and one of the second"
 
 
 def test_text_that_waits_to_be_tokenized_counts_towards_the_wait_for_a_turn(service):
+    service.admission.longest_wait = 15
     service.pieces._seconds_per_character = 1e-3
     service.pieces.left["large"] = 10_000_000  # it gives way after a piece of 50,000
     assert service.pieces.expected_seconds() == 50_000 * 1e-3 / 2
@@ -245,7 +266,7 @@ def test_text_that_waits_to_be_tokenized_counts_towards_the_wait_for_a_turn(serv
 
 def test_a_large_request_is_refused_where_a_small_one_would_be_served_in_time(service, monkeypatch):
     """By its own tokens: what others have of them is computed while it takes its turns."""
-    monkeypatch.setattr(service.batcher, "expected_seconds", lambda tokens=1: tokens / 10)
+    monkeypatch.setattr(service.batcher, "expected_seconds", lambda tokens=1: tokens * 20)
     assert ask(service, json={"query": QUERY, "texts": ["Paris"]}).status_code == 200
     large = ask(service, json={"query": QUERY, "texts": [f"{number} Paris" for number in range(20)]})
     assert large.status_code == 429 and int(large.headers["Retry-After"]) > 15
@@ -265,12 +286,13 @@ def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_its_size(bac
 
 
 def test_a_body_that_does_not_arrive_in_time_is_given_up(backend):
-    async def slow():
+    async def half():
         yield b"{"
-        await asyncio.sleep(10)
+        skip_time(600)
+        await asyncio.Event().wait()
 
-    with running_service(backend, timeout=0.1) as service:
-        response = ask(service, content=slow())
+    with running_service(backend, timeout=600) as service:
+        response = ask(service, content=half())
     assert response.status_code == 408 and response.json()["error_type"] == "too_slow"
 
 
@@ -301,13 +323,17 @@ def test_an_error_inside_is_answered_with_its_id_alone(service, backend, monkeyp
 
 def test_a_request_whose_time_is_over_is_dropped(backend):
     gated = GatedBackend(backend)
-    with running_service(gated, timeout=0.2) as service:
+    with running_service(gated, timeout=600) as service:
 
         async def three():
             async with client_of(service) as client:
                 computing = asyncio.create_task(client.post("/rerank", json=TWO_TEXTS))
-                await asyncio.to_thread(gated.entered.wait, 20)
-                return await asyncio.gather(computing, *[client.post("/rerank", json=TWO_TEXTS) for _ in range(2)])
+                await asyncio.to_thread(gated.entered.wait, 60)
+                waiting = [asyncio.create_task(client.post("/rerank", json=TWO_TEXTS)) for _ in range(2)]
+                while service.batcher.waiting_items() < 4:
+                    await asyncio.sleep(0.01)
+                skip_time(600)
+                return await asyncio.gather(computing, *waiting)
 
         responses = asyncio.run(three())
         assert [response.status_code for response in responses] == [504] * 3
@@ -324,7 +350,7 @@ def test_a_request_whose_client_has_gone_is_dropped_before_it_is_computed(backen
         async def leave():
             gone, stays = asyncio.Event(), asyncio.Event()
             first = asyncio.create_task(call_asgi(service.app, TWO_TEXTS, stays))
-            await asyncio.to_thread(gated.entered.wait, 20)
+            await asyncio.to_thread(gated.entered.wait, 60)
             second = asyncio.create_task(call_asgi(service.app, TWO_TEXTS | {"texts": list("abcde")}, gone))
             while service.batcher.waiting_items() < 5:
                 await asyncio.sleep(0.01)
@@ -369,7 +395,7 @@ def test_a_stopping_server_refuses_what_is_new_and_finishes_what_is_inside(backe
         async def stop():
             async with client_of(service) as client:
                 inside = asyncio.create_task(client.post("/rerank", json=TWO_TEXTS))
-                await asyncio.to_thread(gated.entered.wait, 20)
+                await asyncio.to_thread(gated.entered.wait, 60)
                 service.admission.stopping = True
                 refused, health = await client.post("/rerank", json=TWO_TEXTS), await client.get("/health")
                 gated.gate.set()

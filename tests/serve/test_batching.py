@@ -20,7 +20,7 @@ class Scorer:
     def __call__(self, pairs):
         ids = [pair.ids[0] for pair in pairs]
         self.entered.set()
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         self.batches.append(ids)
         if self.failing in ids:
             raise ValueError("this pair breaks the model")
@@ -32,7 +32,7 @@ def busy(batch_tokens: int, failing: int | None = None):
     scorer, counted = Scorer(failing), []
     batcher = Batcher(scorer, batch_tokens, lambda *counts: counted.append(counts))
     batcher.submit(numbered_pairs(0, 1))
-    assert scorer.entered.wait(20)
+    assert scorer.entered.wait(60)
     return batcher, scorer, counted
 
 
@@ -41,7 +41,7 @@ def test_what_gathers_while_the_model_is_busy_is_one_batch():
     futures = [batcher.submit(numbered_pairs(10 * number, 2)) for number in (1, 2, 3)]
     assert batcher.waiting_items() == 6
     scorer.gate.set()
-    assert [future.result(20) for future in futures] == [[10, 11], [20, 21], [30, 31]]
+    assert [future.result(60) for future in futures] == [[10, 11], [20, 21], [30, 31]]
     batcher.close()
     assert scorer.batches == [[0], [10, 11, 20, 21, 30, 31]]
     assert [(pairs, tokens) for pairs, tokens, _ in counted] == [(1, 10), (6, 60)]
@@ -51,8 +51,8 @@ def test_a_batch_holds_no_more_than_its_tokens_but_always_a_pair():
     batcher, scorer, _ = busy(batch_tokens=40)
     futures = [batcher.submit(numbered_pairs(100, 1, tokens=70)), batcher.submit(numbered_pairs(10, 6))]
     scorer.gate.set()
-    assert futures[0].result(20) == [100]
-    assert futures[1].result(20) == [10, 11, 12, 13, 14, 15]
+    assert futures[0].result(60) == [100]
+    assert futures[1].result(60) == [10, 11, 12, 13, 14, 15]
     batcher.close()
     assert scorer.batches == [[0], [100], [10, 11, 12, 13], [14, 15]]
 
@@ -61,8 +61,8 @@ def test_a_large_request_does_not_hold_up_a_small_one_and_both_get_their_scores(
     batcher, scorer, _ = busy(batch_tokens=80)
     large, small = batcher.submit(numbered_pairs(1000, 40)), batcher.submit(numbered_pairs(10, 3))
     scorer.gate.set()
-    assert small.result(20) == [10, 11, 12]
-    assert large.result(20) == list(range(1000, 1040))
+    assert small.result(60) == [10, 11, 12]
+    assert large.result(60) == list(range(1000, 1040))
     batcher.close()
     # a turn is 20 tokens, two pairs: large, small, large, and the small one's last pair
     assert scorer.batches[1] == [1000, 1001, 10, 11, 1002, 1003, 12, 1004]
@@ -74,7 +74,7 @@ def test_requests_that_fit_into_a_turn_are_served_in_the_order_in_which_they_cam
     futures = [batcher.submit(numbered_pairs(10 * number, 2)) for number in range(1, 10)]
     scorer.gate.set()
     for future in futures:
-        future.result(20)
+        future.result(60)
     batcher.close()
     expected = [10 * number + place for number in range(1, 10) for place in (0, 1)]
     assert sum(scorer.batches[1:], []) == expected
@@ -87,7 +87,7 @@ def test_a_cancelled_request_is_never_computed():
     assert gone.cancel()
     assert batcher.waiting_items() == 2
     scorer.gate.set()
-    assert there.result(20) == [20, 21]
+    assert there.result(60) == [20, 21]
     batcher.close()
     assert scorer.batches == [[0], [20, 21]]
     with pytest.raises(CancelledError):
@@ -98,7 +98,7 @@ def test_what_is_left_of_a_request_is_dropped_when_it_is_cancelled_half_way():
     scorer = Scorer()
     batcher = Batcher(scorer, 40, lambda *counts: None)
     future = batcher.submit(numbered_pairs(0, 100))
-    assert scorer.entered.wait(20)
+    assert scorer.entered.wait(60)
     assert future.cancel()
     scorer.gate.set()
     batcher.close()
@@ -109,11 +109,11 @@ def test_an_error_reaches_the_request_that_causes_it_and_no_other():
     batcher, scorer, _ = busy(batch_tokens=1000, failing=20)
     futures = [batcher.submit(numbered_pairs(10 * number, 2)) for number in (1, 2, 3)]
     scorer.gate.set()
-    assert futures[0].result(20) == [10, 11]
+    assert futures[0].result(60) == [10, 11]
     with pytest.raises(ValueError, match="this pair breaks the model"):
-        futures[1].result(20)
-    assert futures[2].result(20) == [30, 31]
-    assert batcher.submit(numbered_pairs(40, 1)).result(20) == [40]
+        futures[1].result(60)
+    assert futures[2].result(60) == [30, 31]
+    assert batcher.submit(numbered_pairs(40, 1)).result(60) == [40]
     batcher.close()
 
 
@@ -123,7 +123,7 @@ def test_closing_finishes_what_waits_and_takes_nothing_more():
     closing = threading.Thread(target=batcher.close)
     closing.start()
     scorer.gate.set()
-    closing.join(20)
+    closing.join(60)
     assert future.result(0) == list(range(10, 30))
     assert not batcher.is_alive
     with pytest.raises(RuntimeError, match="closed"):
@@ -145,7 +145,7 @@ def test_the_expected_time_is_that_of_the_waiting_tokens_at_the_speed_so_far():
     scorer.gate.clear()
     scorer.entered.clear()
     batcher.submit(numbered_pairs(0, 1))
-    assert scorer.entered.wait(20)
+    assert scorer.entered.wait(60)
     batcher.submit(numbered_pairs(1, 7))
     seconds_of_ten_tokens = counted[0][2]
     assert batcher.expected_seconds() == pytest.approx(7 * seconds_of_ten_tokens)
@@ -160,7 +160,7 @@ def test_a_large_request_is_expected_to_give_way_after_its_turn():
     scorer.gate.clear()
     scorer.entered.clear()
     batcher.submit(numbered_pairs(0, 1))
-    assert scorer.entered.wait(20)
+    assert scorer.entered.wait(60)
     for first in (100, 200, 300):
         batcher.submit(numbered_pairs(first, 50))
     seconds_of_a_turn = counted[0][2]
@@ -179,7 +179,7 @@ def test_many_threads_get_their_own_scores():
     sizes = generator.integers(1, 40, 300).tolist()
     with ThreadPoolExecutor(16) as pool:
         results = list(
-            pool.map(lambda job: batcher.submit(numbered_pairs(1000 * job[0], job[1])).result(20), enumerate(sizes))
+            pool.map(lambda job: batcher.submit(numbered_pairs(1000 * job[0], job[1])).result(60), enumerate(sizes))
         )
     batcher.close()
     assert results == [

@@ -44,7 +44,7 @@ def test_accumulation_changes_nothing(tmp_path, plain, batch_size, accumulation)
 def test_two_processes_that_accumulate_change_nothing(tmp_path, plain):
     arguments = [str(tmp_path / "run"), "2", "2"]
     done = launch(
-        ["torch.distributed.run", "--nproc_per_node", "2", "tests/contrastive_runs.py", *arguments],
+        ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/contrastive_runs.py", *arguments],
         ACCELERATE_USE_CPU="true",
     )
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ from training_runs import (
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "rag_retrieval/train/reranker/train_reranker.py"
-TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", SCRIPT]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
 CPU = {"ACCELERATE_USE_CPU": "true"}
 NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without an accelerator")
 

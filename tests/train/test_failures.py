@@ -78,13 +78,15 @@ def test_a_lost_peer_is_distinguished_from_other_errors():
 
 
 class BrokenLoader:
-    """Has one process, and an error instead of a step."""
+    """Has one process, which lives so many seconds, and an error instead of a step."""
 
     num_workers = 1
 
     def __init__(self, seconds: float, error: Exception):
         process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,), daemon=True)
         process.start()
+        if not seconds:
+            process.join(60)
         self._workers, self.error = [process], error
 
     def __iter__(self):
@@ -103,7 +105,7 @@ def test_an_error_is_a_worker_death_only_where_a_worker_has_died(error, monkeypa
     with pytest.raises(ProcessFailure, match="num_workers"):
         next(steps_of(BrokenLoader(0, error)))
     monkeypatch.setattr(failures, "DEATH_SECONDS", 0.1)
-    living = BrokenLoader(60, error)
+    living = BrokenLoader(300, error)
     with pytest.raises(type(error)):
         next(steps_of(living))
     assert not living._workers[0].is_alive()

@@ -194,7 +194,7 @@ if __name__ == "__main__":
 
 def test_steps_larger_than_the_shared_memory_arrive(tmp_path):
     (tmp_path / "load.py").write_text(WITHOUT_SHARED_MEMORY)
-    done = subprocess.run([sys.executable, tmp_path / "load.py"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, tmp_path / "load.py"], capture_output=True, text=True, timeout=600)
     assert done.stdout == "[0, 1, 2]\n", done.stderr
 
 

@@ -91,7 +91,7 @@ def test_torchrun_starts_the_script(typed, tmp_path, bert):
     script = str(TRAINER / "train_embedding.py")
     arguments = shlex.split(SHORT.replace("./bge-large-zh-v1.5", bert)) + ["--num_workers", "0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", script]
-    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "checkpoint" / "model" / "config.json").is_file()
 

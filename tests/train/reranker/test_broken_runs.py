@@ -20,7 +20,7 @@ from rag_retrieval.train.run_folder import Provenance
 from rag_retrieval.train.task import ProcessFailure
 
 SCRIPT = "rag_retrieval/train/reranker/train_reranker.py"
-TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
@@ -197,6 +197,6 @@ def test_a_ctrl_c_that_reaches_launcher_and_processes_saves_one_checkpoint(two, 
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    errors = process.communicate(timeout=240)[1]
+    errors = process.communicate(timeout=600)[1]
     assert process.returncode != 0 and "error: stopped by SIGINT after step" in errors
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1

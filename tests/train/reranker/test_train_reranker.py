@@ -127,7 +127,7 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(config, tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     program = [sys.executable, "-m", "rag_retrieval.cli", "train", "--config", config()]
-    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (130, "error: interrupted by SIGINT\n")
 
 
