@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rag_retrieval.evaluate.config import EvaluationConfig
     from rag_retrieval.export.config import ExportConfig, PushConfig
     from rag_retrieval.mining.config import MiningConfig
+    from rag_retrieval.retrieval.config import IndexConfig
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,14 @@ COMMANDS = {
             config="rag_retrieval.mining.config:MiningConfig",
             run="rag_retrieval.cli:mine",
             work=("rag_retrieval.mining.run",),
+            interrupted=CONTINUES,
+        ),
+        Command(
+            "index",
+            "encode and index a corpus, change an index, or export it",
+            config="rag_retrieval.retrieval.config:IndexConfig",
+            run="rag_retrieval.cli:index",
+            work=("rag_retrieval.retrieval.building",),
             interrupted=CONTINUES,
         ),
         Command(
@@ -149,6 +158,23 @@ def mine(config: "MiningConfig") -> str:
     logger.info("the same as JSON: %s", summary_file(config.output))
     first = f"{config.output}: {summary.lines:,} lines in {time.monotonic() - started:.0f} s"
     return f"{first}\n{summary.describe(config.num_negatives)}"
+
+
+def index(config: "IndexConfig") -> str:
+    from rag_retrieval.retrieval.index import Index, build_index
+
+    started = time.monotonic()
+    if config.corpus is not None:
+        built = build_index(config.corpus, config.output, config.index_options(), config)
+    else:
+        built = Index(config.output, device=config.device)
+    if config.add or config.remove:
+        built.update(config.add, config.ids_to_remove(), config)
+    if launched_rank() > 0:
+        return ""
+    if config.parquet is not None:
+        built.to_parquet(config.parquet)
+    return f"{config.output}: {built.describe()} in {time.monotonic() - started:.0f} s"
 
 
 def distill(config: "DistillConfig") -> str:

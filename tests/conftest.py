@@ -1,6 +1,7 @@
 """Settings of the whole test session, made before torch or transformers are imported by a test module."""
 
 import logging
+import math
 import os
 import tempfile
 
@@ -31,9 +32,11 @@ def record_cache_of_this_session():
 
 
 @pytest.fixture(autouse=True)
-def default_log_level():
-    """A command sets the level for its process, which must not reach the next test."""
+def default_log(monkeypatch):
+    """A command sets the level for its process, which must not reach the next test. On a slow machine, too, long work
+    logs no line of progress unless a test asks for it."""
     logging.getLogger("rag_retrieval").setLevel(logging.NOTSET)
+    monkeypatch.setattr("rag_retrieval.core.log.LOG_EVERY", math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ EXTRAS = {  # library: the extra of this package that installs it
     **dict.fromkeys(("bm25s", "jieba", "Stemmer", "sentence_transformers"), "mine"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
     **dict.fromkeys(("prometheus_client", "starlette", "uvicorn"), "serve"),
-    **{"faiss": "faiss", "matplotlib": "report", "mteb": "mteb", "openvino": "openvino", "peft": "lora"},
+    **{"faiss": "faiss", "matplotlib": "report", "mteb": "mteb", "openvino": "openvino", "peft": "lora", "ray": "ray"},
 }
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rag_retrieval.core.files import atomic_write
-from rag_retrieval.data.readers import entry_text, json_objects, read_records, text_lines
+from rag_retrieval.data.readers import entry_text, read_records, row_objects, text_lines
 from rag_retrieval.data.records import BadLines, DataError, Record, RecordRules, describe_labels
 from rag_retrieval.metrics import trec_order
 
@@ -87,7 +87,7 @@ def document_text(entry: dict, place: str) -> str:
 def _entries(path: Path, kind: str, spaces_in_ids: bool = False) -> Iterator[tuple[str, str, dict]]:
     """(file:line, _id, object) of each line."""
     ids = set()
-    for line, entry in json_objects(path):
+    for line, entry in row_objects(path):
         place = f"{path}:{line}"
         id_ = entry_text(entry, "_id", place)
         if id_ in ids:

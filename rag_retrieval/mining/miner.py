@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rag_retrieval.core.files import WorkFolder
 from rag_retrieval.data.corpus import Corpus, text_hash
 from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
@@ -20,21 +19,22 @@ from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.output import Mined
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.models.options import LongDocumentOptions
-from rag_retrieval.models.settings import ModelFiles, model_content, resolve_model_path
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.index import DenseEncoder, SearchOptions, make_search
+from rag_retrieval.retrieval.fusion import FusedSearch, Fusion
+from rag_retrieval.retrieval.index import Index
 
 
 class Miner:
-    """Built once for a run: loads the models, and builds what the work folder lacks."""
+    """Built once for a run: loads the models."""
 
-    def __init__(self, config: MiningConfig, corpus: Corpus, work: WorkFolder):
-        self.config, self.corpus, self.depth = config, corpus, config.last_rank
+    def __init__(self, config: MiningConfig, index: Index):
+        self.config, self.corpus, self.depth = config, index.documents, config.last_rank
         device = device_of(config)
         self.reranker = None
         if config.reranker is not None:
             self.reranker = open_reranker(config, device)
-        self.search = make_search(search_options(config, device), corpus, work)
+        fused = config.candidates == "fused"
+        self.search = FusedSearch(index.searches, Fusion()) if fused else index.searches[config.candidates]
 
     def mine(self, queries: Sequence[Query]) -> Iterator[Mined]:
         """One for each query, in order; the search is done for all at once before the first."""
@@ -79,37 +79,6 @@ def rerank(
     except ValueError as error:
         raise ValueError(f"reranker: {reranker.backend.name}, query {query.text[:60]!r}: {error}") from error
     return scores[: len(rows)], scores[len(rows) :]
-
-
-def search_options(config: MiningConfig, device: str) -> SearchOptions:
-    """With the dense model loaded, where there is one, so that a wrong name is reported before anything is indexed."""
-    encoder = None if config.candidates == "bm25" else dense_encoder(config, device)
-    words = {} if config.candidates == "dense" else {"language": config.language}
-    vectors = {} if encoder is None else {"vector_dtype": config.vector_dtype, "faiss_index": config.faiss_index}
-    return SearchOptions(config.candidates, encoder, seed=config.seed, **vectors, **words)
-
-
-def dense_encoder(config: MiningConfig, device: str) -> DenseEncoder:
-    """Raises ValueError for a model that `Embedder` refuses."""
-    from rag_retrieval.infer.embedder import Embedder
-
-    embedder = Embedder(
-        config.dense_model,
-        pooling=config.pooling,
-        max_length=config.dense_max_len,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    modules = ModelFiles(resolve_model_path(config.dense_model)).modules
-    normalized = config.similarity == "cosine" or "Normalize" in modules  # others keep their length for inner products
-    options = {"batch_size": config.dense_batch_size, "normalize": normalized, "show_progress_bar": False}
-    names = ("pooling", "document_prefix", "dense_max_len", "dense_batch_size", "similarity")
-    return DenseEncoder(
-        lambda texts: embedder.encode(texts, config.query_prefix, kind="query", **options),
-        lambda texts: embedder.encode(texts, config.document_prefix, kind="document", **options),
-        {name: getattr(config, name) for name in names} | {"model": model_content(config.dense_model)},
-        device,
-    )
 
 
 def _rounded(scores: np.ndarray) -> list[float]:
