@@ -38,6 +38,14 @@ COMMANDS = {
             interrupted=CONTINUES,
         ),
         Command(
+            "index",
+            "encode and index a corpus, change an index, or export it",
+            config="rag_retrieval.retrieval.config:IndexConfig",
+            run="rag_retrieval.cli:index",
+            work=("rag_retrieval.retrieval.building",),
+            interrupted=CONTINUES,
+        ),
+        Command(
             "search",
             "search an index, and rerank what is found",
             config="rag_retrieval.retrieval.search:SearchConfig",
@@ -64,14 +72,6 @@ COMMANDS = {
             config="rag_retrieval.mining.config:MiningConfig",
             run="rag_retrieval.cli:mine",
             work=("rag_retrieval.mining.run",),
-            interrupted=CONTINUES,
-        ),
-        Command(
-            "index",
-            "encode and index a corpus, change an index, or export it",
-            config="rag_retrieval.retrieval.config:IndexConfig",
-            run="rag_retrieval.cli:index",
-            work=("rag_retrieval.retrieval.building",),
             interrupted=CONTINUES,
         ),
         Command(
