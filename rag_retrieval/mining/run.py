@@ -9,24 +9,29 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rag_retrieval.core.files import WorkFolder, atomic_write, check_new_file, lock_file_of, locked
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.beir import find_file
 from rag_retrieval.data.corpus import Corpus
-from rag_retrieval.data.documents import source_content
+from rag_retrieval.data.documents import PASSAGE_TOKENS, source_content
 from rag_retrieval.data.records import DataError
-from rag_retrieval.mining.config import MiningConfig, summary_file
-from rag_retrieval.mining.miner import Miner, device_of
+from rag_retrieval.mining.config import FUSED, RANDOM, MiningConfig, summary_file
+from rag_retrieval.mining.miner import Miner, RandomSearch, device_of
 from rag_retrieval.mining.output import Mined, MiningSummary, lines_of, text_writer
 from rag_retrieval.mining.queries import Query, QuerySet, demand_labels_above_zero, read_queries
 from rag_retrieval.models.settings import ModelFiles, model_content, resolve_model_path
+from rag_retrieval.retrieval.building import build_documents
+from rag_retrieval.retrieval.candidates import Search
 from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.fusion import FUSION_FILE, FusedSearch, Fusion
 from rag_retrieval.retrieval.index import Index, build_index
 from rag_retrieval.retrieval.index_files import fingerprint
 
 PART = 256  # queries
-WITHOUT_EFFECT = {"data", "corpus", "split", "output", "output_format", "labels", "overwrite", "work_dir", "device"}
+WITHOUT_EFFECT = {"data", "corpus", "index", "split", "output", "output_format", "labels", "overwrite", "work_dir",
+                  "device"}  # fmt: skip
 
 
 def mine(config: MiningConfig) -> MiningSummary:
@@ -41,12 +46,12 @@ def mine(config: MiningConfig) -> MiningSummary:
     with locked(lock_file_of(output), busy):
         check_output(config, output)
         with work.locked():
-            index = open_index(config, work)
-            queries = read_queries(config.data, config.split, index.documents)
+            source = open_source(config, work)
+            queries = read_queries(config.data, config.split, source.documents)
             if config.output_format != "pos_neg" and config.labels == "relevance":
                 demand_labels_above_zero(queries)
-            parts = mine_parts(config, index, queries, work)
-            summary = write_results(config, index.documents, queries, parts)
+            parts = mine_parts(config, source, queries, work)
+            summary = write_results(config, source.documents, queries, parts)
         if config.work_dir is None:
             work.remove()
     return summary
@@ -62,20 +67,55 @@ def check_output(config: MiningConfig, output: Path) -> None:
         raise ValueError(f"output: {output} is one of the sources, which would be lost; choose another output")
 
 
-def open_index(config: MiningConfig, work: WorkFolder) -> Index:
-    """Of the candidates that are asked for, built where the work folder does not have it."""
+class Source(NamedTuple):
+    """search: what finds candidates among the documents. made_from: what it depends on, as JSON values."""
+
+    documents: Corpus
+    search: Search
+    made_from: Any
+
+
+def open_source(config: MiningConfig, work: WorkFolder) -> Source:
+    """Of the index that is named, or of one built from the corpus. Raises ValueError for candidates that the index does
+    not have."""
     if not Path(config.data).exists():
         raise DataError(f"{config.data}: no such file or folder; the current folder is {Path.cwd()}.")
+    if config.index is None and config.candidates == RANDOM:
+        documents = Corpus(build_documents(corpus_of(config), work.path, PASSAGE_TOKENS))
+        source = Source(documents, RandomSearch(len(documents), config.seed), documents.folder.name)
+    else:
+        index = own_index(config, work) if config.index is None else Index(config.index, device=device_of(config))
+        file = index.folder / FUSION_FILE
+        fusion = Fusion.read(file) if file.is_file() else Fusion()
+        source = Source(index.documents, search_of(index, fusion, config), [index.made_from, fusion.weights])
+    if config.first_rank > len(source.documents):
+        found = f"first_rank is {config.first_rank}, and there are {len(source.documents)} documents"
+        raise DataError(f"{config.data}: {found}, so that no candidate can have that rank; lower first_rank.")
+    return source
+
+
+def search_of(index: Index, fusion: Fusion, config: MiningConfig) -> Search:
+    if config.candidates == RANDOM:
+        return RandomSearch(len(index), config.seed)
+    if config.candidates == FUSED:
+        return FusedSearch(index.searches, fusion)
+    if config.candidates not in index.searches:
+        known = ", ".join((*index.searches, FUSED, RANDOM))
+        raise ValueError(f"candidates: {index.folder} has {known}; found {config.candidates}")
+    return index.searches[config.candidates]
+
+
+def corpus_of(config: MiningConfig) -> Path:
     is_folder = Path(config.data).is_dir()
-    source = find_file(Path(config.data), "corpus.jsonl").parent if is_folder else Path(config.corpus)
-    options = index_options(config)
-    made_from = [source_content(source), is_folder, fingerprint(options), config.seed]
+    return find_file(Path(config.data), "corpus.jsonl").parent if is_folder else Path(config.corpus)
+
+
+def own_index(config: MiningConfig, work: WorkFolder) -> Index:
+    """Of the candidates that are asked for, where the work folder does not have it."""
+    source, options = corpus_of(config), index_options(config)
+    made_from = [source_content(source), source.is_dir(), fingerprint(options), config.seed]
     folder = work.stage("index", made_from, lambda folder: build_index(source, folder, options), resumes=True)
-    index = Index(folder, device=options.device)
-    if config.first_rank > len(index):
-        found = f"first_rank is {config.first_rank}, and there are {len(index)} documents"
-        raise DataError(f"{source}: {found}, so that no candidate can have that rank; lower first_rank.")
-    return index
+    return Index(folder, device=options.device)
 
 
 def index_options(config: MiningConfig) -> IndexOptions:
@@ -101,15 +141,15 @@ def index_options(config: MiningConfig) -> IndexOptions:
     )
 
 
-def mine_parts(config: MiningConfig, index: Index, queries: QuerySet, work: WorkFolder) -> Path:
+def mine_parts(config: MiningConfig, source: Source, queries: QuerySet, work: WorkFolder) -> Path:
     """The folder of all parts, a file for every `PART` queries with a line for each."""
     settings = config.model_dump(exclude=WITHOUT_EFFECT)
-    for key in ("dense_model", "reranker"):
+    for key in ("dense_model", "reranker", "guide"):
         settings[key] = settings[key] and model_content(settings[key])
-    made_from = [index.folder.name, queries.digest(), settings]
+    made_from = [source.made_from, queries.digest(), settings]
 
     def build(folder: Path) -> None:
-        miner = Miner(config, index)
+        miner = Miner(config, source.documents, source.search)
         (folder / "words").write_text(miner.search.words)
         missing = [part for part in _parts(queries) if not (folder / part[0]).exists()]
         num_missing = sum(len(part) for _, part in missing)
