@@ -27,6 +27,7 @@ _PUBLIC = {
     "ModelOptions": "rag_retrieval.models.options",
     "MiningConfig": "rag_retrieval.mining.config",
     "Reranker": "rag_retrieval.infer.reranker",
+    "Retriever": "rag_retrieval.retrieval.retriever",
     "mine": "rag_retrieval.mining.run",
     "push_to_hub": "rag_retrieval.export.hub",
     "score_over_processes": "rag_retrieval.models.process_scoring",

@@ -29,6 +29,28 @@ COMMANDS = {
         TRAINERS["reranker"],
         EVALUATIONS["reranker"],
         Command(
+            "index",
+            "encode and index a corpus, change an index, or export it",
+            config="rag_retrieval.retrieval.config:IndexConfig",
+            run="rag_retrieval.cli:index",
+            work=("rag_retrieval.retrieval.building",),
+            interrupted=CONTINUES,
+        ),
+        Command(
+            "search",
+            "search an index, and rerank what is found",
+            config="rag_retrieval.retrieval.search:SearchConfig",
+            run="rag_retrieval.retrieval.search:run",
+            work=("rag_retrieval.retrieval.retriever",),
+        ),
+        Command(
+            "fit-fusion",
+            "fit how much each stage of an index counts",
+            config="rag_retrieval.retrieval.fit_fusion:FitFusionConfig",
+            run="rag_retrieval.retrieval.fit_fusion:run",
+            work=("rag_retrieval.retrieval.retriever",),
+        ),
+        Command(
             "mteb",
             "measure a model on tasks of MTEB",
             config="rag_retrieval.integrations.mteb_config:MtebConfig",
@@ -41,14 +63,6 @@ COMMANDS = {
             config="rag_retrieval.mining.config:MiningConfig",
             run="rag_retrieval.cli:mine",
             work=("rag_retrieval.mining.run",),
-            interrupted=CONTINUES,
-        ),
-        Command(
-            "index",
-            "encode and index a corpus, change an index, or export it",
-            config="rag_retrieval.retrieval.config:IndexConfig",
-            run="rag_retrieval.cli:index",
-            work=("rag_retrieval.retrieval.building",),
             interrupted=CONTINUES,
         ),
         Command(
