@@ -30,9 +30,9 @@ from rag_retrieval.evaluate.systems import check_relevant
 from rag_retrieval.evaluate.vector_files import Documents, document_vectors, search_vectors
 from rag_retrieval.metrics import is_relevant
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
 from rag_retrieval.retrieval.index import Index, build_index
 from rag_retrieval.retrieval.index_files import fingerprint
+from rag_retrieval.retrieval.retriever import Retriever
 from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 
 logger = logging.getLogger(__name__)
@@ -116,17 +116,12 @@ def remove_others(folder: Path) -> None:
 def of_index(config: RetrievalEvaluationConfig, folder: Path, name: str, judged: Judged) -> Retrieved:
     device, texts = config.device or str(own_device()), list(judged.queries.values())
     index = Index(folder, device=device)
-    none, depth = [np.zeros(0, np.int64)] * len(texts), wanted(config)
     if config.query_model is None:
-        lists = {stage: search.search(texts, none, depth) for stage, search in index.searches.items()}
-        found = [{stage: of_stage[place] for stage, of_stage in lists.items()} for place in range(len(texts))]
-        file = folder / FUSION_FILE
-        fusion = Fusion.read(file) if file.is_file() else Fusion()
-        if len(lists) > 1:
-            found = [of_query | {"fused": fusion.fuse(of_query, none[0], depth)} for of_query in found]
+        found = Retriever(index, device=device).search_stages(texts, wanted(config))
     else:
         queries = query_vectors(config, texts, width=next(index.vectors()).shape[1])
-        found = [{"dense": one} for one in index.searches["dense"].search_vectors(queries, none, depth)]
+        none = [np.zeros(0, np.int64)] * len(texts)
+        found = [{"dense": one} for one in index.searches["dense"].search_vectors(queries, none, wanted(config))]
     return of_candidates(config, name, judged, found, index.documents)
 
 

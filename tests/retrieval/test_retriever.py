@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from embedder_samples import save_by_sentence_transformers
-from rag_retrieval.retrieval.config import IndexOptions
 from tiny_models import CHINESE, ENGLISH, tiny_bert
 
 from rag_retrieval import Embedder, Reranker, Retriever
 from rag_retrieval.infer.results import EMPTY_SCORE
 from rag_retrieval.retrieval.bm25 import bm25_run
+from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.fusion import Fusion
 from rag_retrieval.retrieval.index import Index, build_index
 
