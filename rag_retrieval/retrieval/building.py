@@ -37,7 +37,7 @@ from rag_retrieval.retrieval.index_files import (
 logger = logging.getLogger(__name__)
 
 BM25_LIBRARIES = ("bm25s", "Stemmer", "jieba")
-DENSE_MODULE = "rag_retrieval.retrieval.dense"
+VECTOR_SHARDS = "rag_retrieval.retrieval.vector_shards"
 
 
 def build(source: str | Path, folder: Path, options: IndexOptions, engine: EngineOptions = LOCAL) -> None:
@@ -160,7 +160,7 @@ def build_words(state: IndexState) -> str:
 
 def encode(state: IndexState, parts: dict[str, str], engine: EngineOptions, old: IndexState | None) -> None:
     """Adds the vectors to the parts, and the ranges of int8."""
-    from rag_retrieval.retrieval.dense import precisions, shards_of
+    from rag_retrieval.retrieval.vector_shards import precisions, shards_of
 
     options, folder = state.options, state.folder.resolve()
     made_from = {name: state.made_from[name] for name in ("corpus", "model", *dense_names())}
@@ -168,7 +168,7 @@ def encode(state: IndexState, parts: dict[str, str], engine: EngineOptions, old:
     if "int8" in precisions(options).values():
         if "ranges" not in parts:
             parts["ranges"] = f"ranges-{digest_of([made_from, options.seed])}"
-            work = ShardWork(f"{DENSE_MODULE}:open_ranges", {"corpus": corpus, "options": options})
+            work = ShardWork(f"{VECTOR_SHARDS}:open_ranges", {"corpus": corpus, "options": options})
             run_shards(folder / parts["ranges"], made_from, [1], work, engine, description="ranges", unit="samples")
         made_from["ranges"] = parts["ranges"]
     parts["vectors"] = f"vectors-{digest_of([made_from, options.shard_size])}"
@@ -180,12 +180,13 @@ def encode(state: IndexState, parts: dict[str, str], engine: EngineOptions, old:
         "ranges": folder / parts["ranges"] if "ranges" in parts else None,
         "old": old and (folder / old.parts["corpus"], shards_of(folder / old.parts["vectors"])),
     }
-    work = ShardWork(f"{DENSE_MODULE}:open_shards", arguments)
+    work = ShardWork(f"{VECTOR_SHARDS}:open_shards", arguments)
     run_shards(folder / parts["vectors"], made_from, sizes, work, engine, description="encoding", unit="documents")
 
 
 def build_approximate(state: IndexState) -> str:
-    from rag_retrieval.retrieval.dense import build_faiss, open_vectors
+    from rag_retrieval.retrieval.approximate import build_faiss
+    from rag_retrieval.retrieval.vector_shards import open_vectors
 
     made_from = [state.parts["vectors"], state.options.faiss_index, state.options.seed]
     vectors = open_vectors(state.paths, state.options)[-1]

@@ -105,7 +105,7 @@ class Index:
     def _open_embedder(self) -> "Embedder":
         if DENSE not in self.searches:
             raise ValueError(f"{self.folder}: an index without vectors; build it with an embedder")
-        from rag_retrieval.retrieval.dense import encode_with, open_embedder
+        from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 
         if self._given is None:
             name, expected = self.options.embedder, self.made_from["model"]
@@ -126,7 +126,7 @@ class Index:
         return self._given
 
     def _encode_queries(self, texts: list[str]) -> np.ndarray:
-        from rag_retrieval.retrieval.dense import encode_with
+        from rag_retrieval.retrieval.vector_shards import encode_with
 
         return encode_with(self.embedder, "query", self.options)(texts)
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from rag_retrieval.models.vectors import ranges_of, to_float32, to_precision
+from rag_retrieval.retrieval.approximate import build_faiss, read_faiss
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.dense import DenseSearch, Vectors, append_vectors, build_faiss, read_faiss
+from rag_retrieval.retrieval.dense import DenseSearch
+from rag_retrieval.retrieval.vector_shards import Vectors, append_vectors
 
 VECTORS = np.random.default_rng(0).integers(-3, 4, (60, 8)).astype(np.float32)  # many equal scores
 RANGES = ranges_of(VECTORS, normalized=False)
