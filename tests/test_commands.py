@@ -173,7 +173,8 @@ def test_a_round_of_mining_with_the_model_just_trained_runs_as_the_page_has_it(t
     steps = re.search(r"```bash\n(.*?)```", section, flags=re.DOTALL)[1].replace("runs/", f"{tmp_path}/").splitlines()
     assert [step.split()[1] for step in steps] == ["train", "index", "mine", "train"]
     training, base = "--query_max_len 16 --passage_max_len 16 --num_workers 0", tiny_bert(tmp_path / "base")
-    options = [f"{training} --model_name_or_path {base} --pooling mean", "--max_length 16", "--relative_margin None", training]
+    first = f"{training} --model_name_or_path {base} --pooling mean"
+    options = [first, "--max_length 16", "--relative_margin None", training]
     for step, more in zip(steps, options, strict=True):
         run_command(step, ROOT, more)
     assert '"neg"' in (tmp_path / "second.jsonl").read_text(encoding="utf-8")
