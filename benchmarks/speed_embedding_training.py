@@ -14,6 +14,8 @@ import importlib.util
 import json
 import random
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,10 +70,13 @@ def run_train_embedding(options: argparse.Namespace, scratch: Path) -> dict:
     job.file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
     sizes = {THEIRS: None} | {f"{THEIRS}, cached {size}": size for size in sorted(set(options.st_batch))}
+    first_steps = {name: partial(their_first_step, job, size) for name, size in sizes.items()}
     flag = importlib.util.find_spec("FlagEmbedding") is not None
-    if not flag:
+    if flag:
+        first_steps[FLAG] = partial(flag_first_step, job)
+    else:
         say(f"  {FLAG} takes no part: not installed")
-    agreement = compare_first_steps(job, sizes, flag)
+    agreement = compare_first_steps(job, first_steps)
     turns = {OURS: lambda turn: train_ours(job, turn * stride, options.steps)} | {
         name: lambda turn, size=size: train_theirs(job, turn * stride, options.steps, size)
         for name, size in sizes.items()
@@ -136,12 +141,11 @@ def text_lengths(job: Job, tokenizer, steps: list[list[Example]]) -> list[int]:
     return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=job.max_len)["input_ids"]]
 
 
-def compare_first_steps(job: Job, sizes: dict[str, int | None], flag: bool) -> dict:
+def compare_first_steps(job: Job, first_steps: dict[str, Callable[[], tuple[float, float]]]) -> dict:
     """Loss and gradient norm of the first step on every side. Raises Disagreement beyond the precision's limit."""
-    ours, largest = our_first_step(job), 0.0
-    theirs = {name: their_first_step(job, size) for name, size in sizes.items()}
-    theirs |= {FLAG: flag_first_step(job)} if flag else {}
-    for name in theirs:
+    ours, largest, theirs = our_first_step(job), 0.0, {}
+    for name, first_step in first_steps.items():
+        theirs[name] = first_step()
         for what, one, other in zip(("loss", "gradient norm"), ours, theirs[name], strict=True):
             difference = abs(one - other) / abs(one)
             if not difference <= LIMITS[job.dtype]:
