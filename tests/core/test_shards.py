@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,8 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_shard(tmp_path):
 def share(tmp_path: Path, count: int, **arguments) -> multiprocessing.Process:
     """A process that works with others on the folder, as one of `accelerate launch` does."""
     (tmp_path / "work").mkdir(exist_ok=True)
-    shards, sample = ShardFolder(tmp_path / "work"), work(tmp_path, **arguments)
-    process = FORK.Process(target=make_locally, args=(shards, list(range(count)), sample, lambda number: None))
+    shards, opened = ShardFolder(tmp_path / "work"), work(tmp_path, **arguments).open_here
+    process = FORK.Process(target=make_locally, args=(shards, list(range(count)), cache(opened), lambda number: None))
     process.start()
     return process
 
