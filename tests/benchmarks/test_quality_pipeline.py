@@ -50,7 +50,7 @@ def test_every_list_is_measured_without_and_with_the_reranker_and_finished_steps
     with pytest.raises(SystemExit, match="step reranked ended with exit code 1"):
         quality_pipeline.main(arguments)
     begun = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
-    tiny_bert(tmp_path / "reranker", labels=1)
+    tiny_bert(tmp_path / "reranker", head_labels=1)
     quality_pipeline.main(arguments)
 
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
