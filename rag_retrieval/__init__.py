@@ -16,7 +16,7 @@ _PUBLIC = {
     "EvaluationConfig": "rag_retrieval.evaluate.config",
     "LLMDecoder": "rag_retrieval.models.llm_decoder",
     "ListwiseReranker": "rag_retrieval.infer.listwise",
-    "export_reranker": "rag_retrieval.export.run",
+    "export_model": "rag_retrieval.export.run",
     "evaluate_reranker": "rag_retrieval.evaluate.evaluation",
     "load_reranker": "rag_retrieval.models.open",
     "ModelOptions": "rag_retrieval.models.options",
