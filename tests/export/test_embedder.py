@@ -2,6 +2,9 @@
 
 import json
 import logging
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +20,13 @@ from exported_samples import exported, write_graph_once  # noqa: E402
 from rag_retrieval import Embedder  # noqa: E402
 from rag_retrieval.cli import main  # noqa: E402
 from rag_retrieval.export import run  # noqa: E402
+from rag_retrieval.export.hub import stage  # noqa: E402
 from rag_retrieval.export.verify import DifferenceError  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
 from rag_retrieval.infer.onnx_folder import padded_inputs  # noqa: E402
 from rag_retrieval.models.embedder import EmbeddingModel  # noqa: E402
 
+PAGE = Path(__file__).parents[2] / "docs" / "onnx.md"
 KINDS = {  # family, and options that every pooling and every part of a graph is in
     "mean": ("bert", {"prompts": PROMPTS}),
     "cls": ("xlm_roberta", {"pooling": "cls"}),
@@ -74,6 +79,19 @@ def test_a_folder_holds_all_that_its_vectors_need_and_what_was_measured(model_of
     measured = described["verification"]
     assert measured["longest"] == 512 and measured["max_difference"] < 1e-4 and measured["data"] is None
     check_vectors(model_of("mean"), folder)
+
+
+def test_the_command_and_the_block_of_the_page_run(model_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "write_graph", write_graph_once)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_of("mean"), "runs/e/model")
+    page = PAGE.read_text(encoding="utf-8")
+    (command,) = re.findall(r"^rag-retrieval (export --model runs/e/model .*)$", page, flags=re.MULTILINE)
+    assert main(command.split()) == 0
+    (block,) = re.findall(r"```python\n(.*?)```", page.partition("## Embedders")[2], flags=re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["queries"].shape == names["documents"].shape == (2, 32)
 
 
 def test_other_programs_read_vectors_of_length_one_from_free_axes(model_of, tmp_path):
@@ -145,3 +163,15 @@ def test_a_plain_encoder_is_an_embedder_where_pooling_is_given(tmp_path, monkeyp
     assert main([*command, "--pooling", "mean", "--prompts", '{"query": "查询：", "document": ""}']) == 0
     settings = Embedder(tmp_path / "out").settings
     assert settings.pooling == "mean" and settings.prompts == {"query": "查询：", "document": ""}
+
+
+def test_an_exported_folder_is_staged_with_a_card_that_says_how_to_open_it(model_of, tmp_path):
+    folder = exported(model_of("mean"), tmp_path / "out")
+    stage(folder, tmp_path / "look", "org/name", language=["zh"])
+    assert (tmp_path / "look" / "model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
+    text = (tmp_path / "look" / "README.md").read_text()
+    assert 'Embedder("org/name")' in text and "hf download org/name --local-dir org/name" in text and "- zh" in text
+    assert "query: query: " in text and "SentenceTransformer(" not in text
+    stage(model_of("mean"), tmp_path / "of_torch", "org/name")
+    text = (tmp_path / "of_torch" / "README.md").read_text()
+    assert "SentenceTransformer(" in text and "hf download" not in text
