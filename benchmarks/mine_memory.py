@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from rag_retrieval.data.corpus import Corpus, build_corpus
+from rag_retrieval.data.corpus import build_corpus
+from rag_retrieval.data.documents import read_documents
 from rag_retrieval.data.words import tokenize
 from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.run import mine
@@ -117,8 +118,8 @@ def index_with_bm25s(data: Path) -> None:
     """What bm25s needs by itself for the same index: all words in memory, sorted at once."""
     folder = data / "bm25s-corpus"
     folder.mkdir(exist_ok=True)
-    build_corpus(data / "corpus.jsonl", folder, needs_ids=False)
-    words = [cut for texts in Corpus(folder).blocks(2000) for cut in tokenize(texts)]
+    corpus = build_corpus(read_documents(data / "corpus.jsonl"), folder)
+    words = [cut for texts in corpus.blocks(2000) for cut in tokenize(texts)]
     bm25s.BM25(k1=1.2, b=0.75).index(words, show_progress=False)
 
 

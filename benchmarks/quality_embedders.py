@@ -6,7 +6,8 @@
 A row: train on `--queries` training queries with negatives from BM25's best documents, encode corpus and test queries,
 search exactly, append the figures to `--out`. `--trainer base` measures the model that both start from. `--corpus N`
 searches N documents instead of all: the relevant ones of the test queries, BM25's ten best for each, and others at
-random; figures are then higher than on the whole corpus, and compare with each other alone.
+random; figures are then higher than on the whole corpus, and compare with each other alone. Every row is also read from
+the first half, quarter and eighth of its vectors, and with documents in int8 and in bits.
 """
 
 import argparse
@@ -18,23 +19,23 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import quality
 import yaml
-from quality_tables import read_rows
+from quality_tables import decimals, difference, per_query, read_rows, seconds
 
 from rag_retrieval.data.beir import BeirFolder, Qrels, read_folder, read_pool, read_qrels
 from rag_retrieval.data.collection import Collection
-from rag_retrieval.evaluate.output import comparison_cells
 from rag_retrieval.evaluate.ranking_data import BM25, first_stage
 from rag_retrieval.metrics import PerQuery, means, query_metrics
-from rag_retrieval.significance import compare
+from rag_retrieval.models.vectors import finish, ranges_of, to_float32, to_precision
 
 TRAINERS = ("base", "ours", "sentence-transformers")
 COLUMNS = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 TESTED, DEPTH, DISTRACTORS = "ndcg@10", 100, 10
 WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.01, 1.0
 SAME = (  # what rows of one table have in common
-    "model", "queries", "negatives", "depth", "epochs", "batch_size", "max_len", "lr", "temperature", "threads",
+    "model", "queries", "depth", "epochs", "max_len", "lr", "temperature", "precision", "threads",
 )  # fmt: skip
 
 
@@ -61,6 +62,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=quality.BASE, help="base: folder, hub name or package:NAME")
     parser.add_argument("--trainer", choices=TRAINERS, default="ours")
     parser.add_argument("--keys", nargs="*", default=[], metavar="KEY=VALUE", help="more of our trainer's YAML")
+    parser.add_argument("--records", type=Path, help="training file to take instead of drawing one; for ours")
     parser.add_argument("--queries", type=int, default=1024, help="training queries")
     parser.add_argument("--negatives", type=int, default=1, help="of each, from BM25")
     parser.add_argument("--depth", type=int, default=20, help="BM25's documents to draw negatives from")
@@ -71,6 +73,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_len", type=int, default=128, help="tokens of a text, in training and test")
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--temperature", type=float, default=0.05)
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="autocast in training, both sides")
+    parser.add_argument("--encode-dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights that encode")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="empty folder to keep records and model in")
@@ -88,23 +92,43 @@ def make_row(options: argparse.Namespace) -> dict:
     with quality.work_folder(options.work) as work:
         model, training = options.model, {"seconds": 0.0, "cpu_seconds": 0.0}
         if options.trainer != "base":
-            drawn = (options.queries, options.negatives, options.depth, options.seed)
-            data = quality.write_records(quality.training_records(folder, *drawn), work / "train.jsonl")
+            drawn = (options.queries, max(options.negatives, 1), options.depth, options.seed)
+            data = options.records or draw_records(folder, drawn, options.negatives, work / "train.jsonl")
             train = train_ours if options.trainer == "ours" else train_sentence_transformers
             model, training = quality.timed(train, data, options, work)
-        per_query, searching = quality.timed(retrieve, model, collection, options.max_len)
+        vectors, searching = quality.timed(encode, model, collection, options)
+    readings = {name: search(collection, *pair) for name, pair in readings_of(*vectors).items()}
     sizes = {"test_queries": len(collection.queries), "documents": len(collection.documents)}
+    setting = {name: getattr(options, name) for name in SAME} | {"encoded in": options.encode_dtype}
     return {
-        "setting": {"data": options.data.name} | sizes | {name: getattr(options, name) for name in SAME},
-        "trainer": " ".join([options.trainer, *options.keys]),
+        "setting": {"data": options.data.name} | sizes | setting,
+        "trainer": trainer_name(options),
         "seed": options.seed,
-        "figures": means(per_query),
-        "per_query": {query: round(value, 6) for query, value in per_query[TESTED].items()},
+        "figures": means(readings["whole"]),
+        "per_query": {query: round(value, 6) for query, value in readings["whole"][TESTED].items()},
+        "readings": {name: means(per_query)[TESTED] for name, per_query in readings.items()},
         "training": training,
         "searching": searching,
         "versions": {name: version(name) for name in quality.LIBRARIES},
         "cores": os.cpu_count(),
     }
+
+
+def trainer_name(options: argparse.Namespace) -> str:
+    """What trained, and how it differs from the plain training: a row of a table for each."""
+    if options.trainer == "base":
+        return "base"
+    plain = argument_parser()
+    given = {name: getattr(options, name) for name in ("negatives", "batch_size")}
+    changed = [f"{name}={value}" for name, value in given.items() if value != plain.get_default(name)]
+    records = [options.records.name] if options.records else []
+    return " ".join([options.trainer, *changed, *records, *options.keys])
+
+
+def draw_records(folder: BeirFolder, drawn: tuple, negatives: int, path: Path) -> Path:
+    """The training file. With no negatives the queries and positives of one."""
+    records = quality.training_records(folder, *drawn)
+    return quality.write_records([record | {"neg": record["neg"][:negatives]} for record in records], path)
 
 
 def test_collection(folder: BeirFolder, test_queries: str, size: int | None) -> Collection:
@@ -125,14 +149,30 @@ def some_documents(folder: BeirFolder, qrels: Qrels, size: int) -> set[str]:
     return kept | set(random.Random(0).sample(others, max(0, min(size - len(kept), len(others)))))
 
 
-def retrieve(model: str | Path, collection: Collection, max_len: int) -> PerQuery:
-    """Of all queries, by the cosine of vectors; both trainers' models are read by the same code."""
+def encode(model: str | Path, collection: Collection, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of all queries and of all documents, of length 1; both trainers' models are read by the same code."""
     from rag_retrieval import Embedder
+
+    embedder = Embedder(model, max_length=options.max_len, normalize=True, dtype=options.encode_dtype)
+    queries = embedder.encode_queries(list(collection.queries.values()))
+    return queries, embedder.encode_documents(list(collection.documents.values()))
+
+
+def readings_of(queries: np.ndarray, documents: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The vectors whole; their first half, quarter and eighth; and with documents in int8 and in bits."""
+    widths = [documents.shape[1] // share for share in (2, 4, 8)]
+    ranges = ranges_of(documents, normalized=True)
+    stored = {name: to_precision(documents, name, ranges) for name in ("int8", "binary")}
+    return (
+        {"whole": (queries, documents)}
+        | {f"{width} wide": (finish(queries, width), finish(documents, width)) for width in widths}
+        | {name: (queries, to_float32(vectors, ranges)) for name, vectors in stored.items()}
+    )
+
+
+def search(collection: Collection, queries: np.ndarray, documents: np.ndarray) -> PerQuery:
     from rag_retrieval.train.embedding.validation import ranked
 
-    embedder = Embedder(model, max_length=max_len, normalize=True)
-    queries = embedder.encode_queries(list(collection.queries.values()))
-    documents = embedder.encode_documents(list(collection.documents.values()))
     return query_metrics(collection.qrels, ranked(collection, queries, documents, DEPTH), COLUMNS)
 
 
@@ -161,6 +201,7 @@ def train_ours(data: Path, options: argparse.Namespace, work: Path) -> Path:
         "warmup_proportion": WARMUP,
         "max_grad_norm": MAX_GRAD_NORM,
         "seed": options.seed,
+        "mixed_precision": options.precision,
         "num_workers": 0,  # as the other side, which tokenizes between two steps too
         "save_on_epoch_end": False,  # the final model is written anyway
     }
@@ -202,6 +243,7 @@ def train_sentence_transformers(data: Path, options: argparse.Namespace, work: P
         lr_scheduler_type="cosine",
         max_grad_norm=MAX_GRAD_NORM,
         seed=options.seed,
+        bf16=options.precision == "bf16",
         use_cpu=True,
         dataloader_pin_memory=False,
         save_strategy="no",
@@ -218,30 +260,41 @@ def train_sentence_transformers(data: Path, options: argparse.Namespace, work: P
 
 
 def markdown_tables(rows: list[dict]) -> str:
-    """A table for each setting, of a trainer and seed twice the later row, and the differences of all to the first."""
-    tables: dict[str, dict[tuple[str, int], dict]] = {}
+    """A table for each setting. Rows that differ in the seed alone become one; of a seed twice, the later."""
+    tables: dict[str, dict[str, dict[int, dict]]] = {}
     for row in rows:
-        tables.setdefault(json.dumps(row["setting"]), {})[row["trainer"], row["seed"]] = row
-    return "\n\n".join(markdown_table(json.loads(key), list(table.values())) for key, table in tables.items())
+        tables.setdefault(json.dumps(row["setting"]), {}).setdefault(row["trainer"], {})[row["seed"]] = row
+    return "\n\n".join(markdown_table(json.loads(key), table) for key, table in tables.items())
 
 
-def markdown_table(setting: dict, rows: list[dict]) -> str:
+def markdown_table(setting: dict, table: dict[str, dict[int, dict]]) -> str:
+    """table: rows by trainer and seed. Differences are of the seeds that both have; the base has no seed."""
+    rows = [row for seeds in table.values() for row in seeds.values()]
+    readings = list(rows[0]["readings"])[1:]
     lines = [", ".join(f"{name} {value}" for name, value in setting.items()), ""]
-    lines += [f"| trainer | seed | {' | '.join(COLUMNS)} | training, s (CPU s) | encoding and search, s (CPU s) |"]
-    lines += ["|---" * (len(COLUMNS) + 4) + "|"]
-    for row in rows:
-        figures = [f"{row['figures'][name]:.4f}" for name in COLUMNS]
-        times = [f"{row[name]['seconds']:.0f} ({row[name]['cpu_seconds']:.0f})" for name in ("training", "searching")]
-        lines.append(f"| {' | '.join([row['trainer'], str(row['seed']), *figures, *times])} |")
+    columns = [*COLUMNS, "training, s (CPU s)", "encoding, s (CPU s)", *(f"{TESTED}, {name}" for name in readings)]
+    lines += [f"| trainer | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for trainer, seeds in table.items():
+        figures = [decimals([row["figures"][name] for row in seeds.values()]) for name in COLUMNS]
+        times = [seconds([row[name] for row in seeds.values()]) for name in ("training", "searching")]
+        others = [decimals([row["readings"][name] for row in seeds.values()]) for name in readings]
+        lines.append(f"| {' | '.join([trainer, str(len(seeds)), *figures, *times, *others])} |")
     lines.append("")
-    for place, after in enumerate(rows):
-        for before in rows[:place]:
-            runs = {TESTED: before["per_query"]}, {TESTED: after["per_query"]}
-            gain, interval, p_value, *counts = comparison_cells(compare(*runs, "randomization", seed=0)[0])
-            names = " - ".join(f"{row['trainer']} (seed {row['seed']})" for row in (after, before))
-            lines.append(f"{names}: {TESTED} {gain}, {interval}, p {p_value}, {'/'.join(counts)} gained/lost/same")
+    for place, after in enumerate(table):
+        for before in list(table)[:place]:
+            lines += seeds_difference(before, after, table)
     libraries = dict.fromkeys(", ".join(f"{name} {v}" for name, v in row["versions"].items()) for row in rows)
     return "\n".join([*lines, *libraries, *dict.fromkeys(row["command"] for row in rows)])
+
+
+def seeds_difference(before: str, after: str, table: dict[str, dict[int, dict]]) -> list[str]:
+    """One line, or none where the two have no seed in common."""
+    seeds = sorted(table[after]) if before == "base" else sorted(table[before].keys() & table[after].keys())
+    if not seeds:
+        return []
+    of_base = list(table[before].values())
+    runs = [of_base if before == "base" else [table[before][seed] for seed in seeds], [table[after][s] for s in seeds]]
+    return [difference(after, before, *map(per_query, runs), len(seeds))]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,18 @@
 """Settings of the whole test session, made before torch or transformers are imported by a test module."""
 
 import logging
+import math
 import os
 import tempfile
 
+# what a shell, a cluster or a service may have set: ranks of a group, how text is shown, a proxy before 127.0.0.1, keys
+# of ours; processes that tests start would have it too
+FOREIGN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "COLUMNS", "LINES",
+           "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY",
+           "RAG_RETRIEVAL_SERVE_TOKEN", "RAG_RETRIEVAL_TRACEBACK"}  # fmt: skip
+for name in [*os.environ]:
+    if name.upper() in FOREIGN or name.startswith(("ACCELERATE_", "FSDP_", "WANDB_")):
+        del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "false"  # it would reach for the network
@@ -23,9 +32,11 @@ def record_cache_of_this_session():
 
 
 @pytest.fixture(autouse=True)
-def default_log_level():
-    """A command sets the level for its process, which must not reach the next test."""
+def default_log(monkeypatch):
+    """A command sets the level for its process, which must not reach the next test. On a slow machine, too, long work
+    logs no line of progress unless a test asks for it."""
     logging.getLogger("rag_retrieval").setLevel(logging.NOTSET)
+    monkeypatch.setattr("rag_retrieval.core.log.LOG_EVERY", math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from rag_retrieval.data.corpus import Corpus, build_corpus
+from rag_retrieval.data.documents import read_documents
 from rag_retrieval.mining.config import MiningConfig
 
 ANIMALS = ("panda", "tiger", "otter", "eagle", "whale", "horse")
@@ -47,8 +48,7 @@ def corpus_of(folder: Path, texts: list[str]) -> Corpus:
     source = write_jsonl(folder / "source.jsonl", ({"_id": f"d{i}", "text": text} for i, text in enumerate(texts)))
     built = folder / "corpus"
     built.mkdir()
-    build_corpus(source, built, needs_ids=True)
-    return Corpus(built)
+    return build_corpus(read_documents(source), built)
 
 
 def config_of(data: Path, output: Path, **options) -> MiningConfig:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rag_retrieval.core.shards import ShardWork
 
-LIMIT = 120  # seconds that anything here waits at most
+LIMIT = 600  # seconds that anything here waits at most
 
 
 def work(root: Path, **arguments) -> ShardWork:
@@ -15,9 +15,9 @@ def work(root: Path, **arguments) -> ShardWork:
     return ShardWork("shard_samples:open_numbers", {"root": str(root), **arguments})
 
 
-def open_numbers(device, root, text="a", failing=None, killing=None, wait_for=None, wait_at=()):
-    """failing: a shard that raises. killing: one that kills its process, as long as root has no file `alive`. wait_at:
-    shards that wait for root's file `wait_for`."""
+def open_numbers(device, root, text="a", failing=None, killing=None, kills=1, wait_for=None, wait_at=()):
+    """failing: a shard that raises. killing: one that kills its process, the first `kills` times. wait_at: shards that
+    wait for root's file `wait_for`."""
     root = Path(root)
     append(root / "opened", f"{device} {os.getcwd()}")
 
@@ -26,7 +26,8 @@ def open_numbers(device, root, text="a", failing=None, killing=None, wait_for=No
         append(root / "begun", number)
         if number in wait_at:
             wait_until(lambda: (root / wait_for).exists())
-        if number == killing and not (root / "alive").exists():
+        if number == killing and len(lines(root / "killed")) < kills:
+            append(root / "killed", os.getpid())
             os.kill(os.getpid(), signal.SIGKILL)
         if number == failing:
             raise ValueError(f"shard {number} has a bad text")

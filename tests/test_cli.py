@@ -18,6 +18,10 @@ VALID = {  # options with which each command would begin its work
     "train": "--model_name_or_path o/m --model_type bert_encoder --train_dataset o/d --loss_type point_ce "
     "--output_dir out",
     "evaluate": "--model o/m --data .",
+    "index": "--corpus . --output out",
+    "mteb": "--model o/m --tasks SciFact",
+    "search": "--index . --query q",
+    "fit-fusion": "--index . --data .",
     "mine": "--data . --output o.jsonl",
     "distill": "--dataset o/d --teachers o/m --output o.jsonl",
     "export": "--model o/m --output out",

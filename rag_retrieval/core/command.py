@@ -33,7 +33,7 @@ EXTRAS = {  # library: the extra of this package that installs it
     **dict.fromkeys(("bm25s", "jieba", "Stemmer", "sentence_transformers"), "mine"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
     **dict.fromkeys(("prometheus_client", "starlette", "uvicorn"), "serve"),
-    **{"faiss": "faiss", "matplotlib": "report", "openvino": "openvino", "peft": "lora"},
+    **{"faiss": "faiss", "matplotlib": "report", "mteb": "mteb", "openvino": "openvino", "peft": "lora", "ray": "ray"},
 }
 
 
@@ -126,6 +126,18 @@ def load_object(name: str) -> Any:
     """What `module:name` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def load_own(key: str, name: str) -> Any:
+    """What a user's `module:name` names, for the option `key`; the current folder is searched too. ValueError where it
+    cannot be imported."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        return load_object(name)
+    except Exception as error:  # whatever a user's module raises
+        where = f"cannot be imported from sys.path or {os.getcwd()}"
+        raise ValueError(f"{key} {name}: {where}: {type(error).__name__}: {error}") from error
 
 
 def with_extra(error: ImportError) -> ImportError:

@@ -11,6 +11,7 @@ the same bytes, where a shard's bytes depend on nothing but its number: on one k
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,6 +29,8 @@ from rag_retrieval.core.config import EngineOptions
 from rag_retrieval.core.distributed import SLOWEST, on_all, on_main, own_device, process_index
 from rag_retrieval.core.files import flush_one, flush_to_disk, locked, read_json, write_json
 from rag_retrieval.core.log import Progress
+
+logger = logging.getLogger(__name__)
 
 MakeShard = Callable[[int, Path], None]
 POLL = 0.2  # seconds between two looks at shards that other processes make
@@ -85,6 +88,8 @@ def run_shards(
         done = on_main(lambda: [number for number in range(len(sizes)) if shards.is_finished(number)])
         missing = sorted(set(range(len(sizes))).difference(done))
         total, before = sum(sizes), sum(sizes[number] for number in done)
+        if done:
+            logger.info("%s: %s of %s %s were done before", folder, f"{before:,}", f"{total:,}", unit)
         with Progress(total, description, unit, before, shown=process_index() == 0) as progress:
 
             def report(number: int) -> None:
@@ -95,14 +100,15 @@ def run_shards(
 
                 on_main(lambda: make_with_ray(shards, missing, work, engine, report))
             else:
-                on_all(lambda: make_locally(shards, missing, work, report))
+                on_all(lambda: make_locally(shards, missing, cache(work.open_here), report))
         on_main(shards.remove_temporaries)
     return [shards.path(number) for number in range(len(sizes))]
 
 
-def make_locally(shards: "ShardFolder", missing: list[int], work: ShardWork, report: Callable[[int], None]) -> None:
+def make_locally(
+    shards: "ShardFolder", missing: list[int], opened: Callable[[], MakeShard], report: Callable[[int], None]
+) -> None:
     """Returns when all of the missing shards are there, made by this process or another."""
-    opened = cache(work.open_here)
     last_change = time.monotonic()
     while missing:
         claimed = []  # by other processes; when one of them is killed, its shard is free

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from rag_retrieval.core.log import launched_rank
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-REPEAT = 1.0  # seconds
+REPEAT = 3.0  # seconds; on a busy machine torchrun's comes a second later
 
 
 class Interrupted(KeyboardInterrupt):

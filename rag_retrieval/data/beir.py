@@ -13,12 +13,12 @@ A header may name the columns in another order and by other usual names (`HEADER
 
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rag_retrieval.core.files import atomic_write
-from rag_retrieval.data.readers import entry_text, json_objects, read_records, text_lines
+from rag_retrieval.data.readers import entry_text, read_records, row_objects, text_lines
 from rag_retrieval.data.records import BadLines, DataError, Record, RecordRules, describe_labels
 from rag_retrieval.metrics import trec_order
 
@@ -87,7 +87,7 @@ def document_text(entry: dict, place: str) -> str:
 def _entries(path: Path, kind: str, spaces_in_ids: bool = False) -> Iterator[tuple[str, str, dict]]:
     """(file:line, _id, object) of each line."""
     ids = set()
-    for line, entry in json_objects(path):
+    for line, entry in row_objects(path):
         place = f"{path}:{line}"
         id_ = entry_text(entry, "_id", place)
         if id_ in ids:
@@ -246,16 +246,21 @@ def _run_columns(fields: list[str], order: list[int] | None, path: Path, line: i
 
 
 def write_run(path: Path, run: Run, name: str) -> None:
-    """A TREC run file, whole or not at all. Scores keep every digit.
+    """A TREC run file, whole or not at all; name: see `run_lines`."""
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for query, scores in run.items():
+            file.writelines(run_lines(query, scores, name))
+
+
+def run_lines(query: str, scores: Mapping[str, float], name: str) -> Iterator[str]:
+    """The lines of one query in a TREC run file. Scores keep every digit.
 
     name: of the system, for the last column; its spaces become underscores. Documents stand by falling score and
     those of equal score as trec_eval takes them (`trec_order`), so that the ranks are those that are measured.
     """
     label = "_".join(name.split()) or "run"
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for query, scores in run.items():
-            for rank, document in enumerate(trec_order(scores), start=1):
-                file.write(f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n")
+    for rank, document in enumerate(trec_order(scores), start=1):
+        yield f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n"
 
 
 def best_of(run: Run, queries: Sequence[str], pool: Pool | None, depth: int) -> Run:

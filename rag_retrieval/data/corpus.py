@@ -1,26 +1,27 @@
-"""A corpus on disk, read in place: texts, ids, and hashes by which documents are looked up.
+"""A corpus on disk, read in place: texts, ids, metadata, and hashes by which documents are looked up.
 
-`build_corpus` streams a corpus file into a folder of columns (`columns`), `Corpus` maps them. A document is a row,
-counted from 0 in the file's order; its text is title, space and body, or the body alone without a title.
+`build_corpus` streams documents (`documents`) into a folder of columns (`columns`), `Corpus` maps them. A document is a
+row, counted from 0 in the order given.
 
 `text_hash` is of the text without regard to white space and case: two documents with the same one are the same to
 mining, whatever their ids.
 """
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from rag_retrieval.core.log import Progress
-from rag_retrieval.data.beir import document_text
 from rag_retrieval.data.columns import ColumnWriter, Texts, read_column
-from rag_retrieval.data.readers import entry_text, json_objects
+from rag_retrieval.data.documents import Document, json_value
 from rag_retrieval.data.records import DataError
 
-NUMBERS = {"text.hash": "Q", "id.hash": "Q", "line": "q"}  # line: in the corpus file, from 1
+NUMBERS = {"text.hash": "Q", "id.hash": "Q"}
+TEXTS = ("text", "id", "metadata")
 
 
 def text_hash(text: str) -> int:
@@ -32,37 +33,37 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def build_corpus(source: Path, folder: Path, needs_ids: bool) -> None:
-    """Write the columns of a corpus file into the existing folder; DataError at the first bad line.
-
-    needs_ids: whether every line must have an `_id` of its own; without, a line lacking one gets "".
-    """
-    with (
-        ColumnWriter(folder, NUMBERS, ("text", "id")) as writer,
-        Progress(source.stat().st_size, "reading the corpus", "B") as progress,
-    ):
-        for line, entry in json_objects(source, progress.update):
-            place = f"{source}:{line}"
-            id_ = entry_text(entry, "_id", place).encode() if needs_ids or "_id" in entry else b""
-            text = document_text(entry, place)
-            writer.add_text("text", text.encode())
+def build_corpus(documents: Iterable[Document], folder: Path) -> "Corpus":
+    """Write the columns into the existing folder. Raises DataError for metadata that JSON cannot hold, and where two
+    documents have one id."""
+    with ColumnWriter(folder, NUMBERS, TEXTS) as writer:
+        for document in documents:
+            id_ = document.id.encode()
+            writer.add_text("text", document.text.encode())
             writer.add_text("id", id_)
-            writer.numbers["text.hash"].append(text_hash(text))
+            writer.add_text("metadata", _json(document) if document.metadata else b"")
+            writer.numbers["text.hash"].append(text_hash(document.text))
             writer.numbers["id.hash"].append(_hash(id_))
-            writer.numbers["line"].append(line)
-    if not (folder / "line").stat().st_size:
-        raise DataError(f"{source}: found no documents; expected one per line.")
-    if needs_ids:
-        _refuse_repeated_ids(Corpus(folder), source)
+    corpus = Corpus(folder)
+    _refuse_repeated_ids(corpus)
+    return corpus
 
 
-def _refuse_repeated_ids(corpus: "Corpus", source: Path) -> None:
+def _json(document: Document) -> bytes:
+    try:
+        return json.dumps(document.metadata, ensure_ascii=False, allow_nan=False, default=json_value).encode()
+    except (ValueError, TypeError) as error:  # NaN, half of a character pair, bytes
+        found = f"{document.place}: found metadata that JSON cannot hold ({error})"
+        raise DataError(f"{found}; mend it, or leave it out.") from None
+
+
+def _refuse_repeated_ids(corpus: "Corpus") -> None:
     hashes, order = corpus.ids_by_hash
     for place in np.flatnonzero(hashes[1:] == hashes[:-1]):
         first, second = int(order[place]), int(order[place + 1])
         if corpus.id(first) == corpus.id(second):
-            found = f"the _id {corpus.id(first)!r} is already that of line {corpus.lines[first]}"
-            raise DataError(f"{source}:{corpus.lines[second]}: {found}; give each document its own.")
+            found = f"documents {first + 1:,} and {second + 1:,} of the corpus have the same id, {corpus.id(first)!r}"
+            raise DataError(f"{found}; give each its own.")
 
 
 class Corpus:
@@ -70,15 +71,24 @@ class Corpus:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._texts, self._ids, self._metadata = (Texts(folder, name) for name in TEXTS)
+        self.text_hashes = read_column(folder / "text.hash", "u8")  # uint64 [documents]: `text_hash` of each
+        self._id_hashes = read_column(folder / "id.hash", "u8")
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self._ids)
 
     def text(self, row: int) -> str:
         return self._texts[row]
 
     def id(self, row: int) -> str:
         return self._ids[row]
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        return json.loads(self._metadata[row] or "{}")
+
+    def document(self, row: int) -> Document:
+        return Document(self.id(row), self.text(row), self.metadata(row), f"document {row + 1}")
 
     def blocks(self, size: int, start: int = 0) -> Iterator[list[str]]:
         """Texts of `size` rows at a time from `start` on, the last block shorter."""
@@ -95,29 +105,12 @@ class Corpus:
         return next(iter(_rows_with(text_hash(text), *self._texts_by_hash)), None)
 
     @cached_property
-    def lines(self) -> np.ndarray:
-        return read_column(self.folder / "line", "i8")
-
-    @cached_property
-    def text_hashes(self) -> np.ndarray:
-        """uint64 [documents]: `text_hash` of each."""
-        return read_column(self.folder / "text.hash", "u8")
-
-    @cached_property
     def ids_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
-        return _sorted_with_rows(read_column(self.folder / "id.hash", "u8"))
+        return _sorted_with_rows(self._id_hashes)
 
     @cached_property
     def _texts_by_hash(self) -> tuple[np.ndarray, np.ndarray]:
         return _sorted_with_rows(self.text_hashes)
-
-    @cached_property
-    def _texts(self) -> Texts:
-        return Texts(self.folder, "text")
-
-    @cached_property
-    def _ids(self) -> Texts:
-        return Texts(self.folder, "id")
 
 
 def _sorted_with_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

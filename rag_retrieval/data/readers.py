@@ -323,11 +323,12 @@ def _rows(source: str | Path, split: str) -> Rows:
 # ---- files that are read to the first bad line
 
 
-def json_objects(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[tuple[int, dict]]:
-    """(line, object) of every line that is not blank. Raises DataError at the first bad line. on_bytes: see
-    `byte_lines`."""
+def row_objects(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[tuple[int, dict]]:
+    """(line, object) of every line of JSON that is not blank, or (row, object) of a Parquet file. Raises DataError at
+    the first bad one. on_bytes: see `byte_lines`."""
     try:
-        for line, entry in _json_rows(path, on_bytes):
+        is_parquet = path.name.lower().endswith(".parquet")
+        for line, entry in _parquet_rows(path) if is_parquet else _json_rows(path, on_bytes):
             if not isinstance(entry, dict):
                 fault = entry if isinstance(entry, RecordError) else "found JSON that is no object; expected an object."
                 raise DataError(f"{path}:{line}: {fault}")

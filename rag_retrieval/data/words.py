@@ -35,8 +35,8 @@ CACHED_WORDS = 1 << 17  # distinct words whose stems are kept in memory
 # \w of `regex` includes combining marks and joiners, without which a Hindi word falls apart
 _WORD = regex.compile(r"(?:(?<!\w['’])\w+|\w\w+)(?:\+\+|#(?!\w))?")
 # Line_Break=SA: the scripts of South East Asia that put no space between words
-_UNSPACED = r"[\p{Line_Break=SA}\p{Hiragana}\p{Katakana}\p{Hangul}ー]\p{M}*"
-_STRETCH = regex.compile(rf"(?P<chinese>\p{{Han}}+)|(?P<bigrams>(?:{_UNSPACED})+)|(?:(?!\p{{Han}}|{_UNSPACED}).)+")
+UNSPACED = r"[\p{Line_Break=SA}\p{Hiragana}\p{Katakana}\p{Hangul}ー]\p{M}*"
+_STRETCH = regex.compile(rf"(?P<chinese>\p{{Han}}+)|(?P<bigrams>(?:{UNSPACED})+)|(?:(?!\p{{Han}}|{UNSPACED}).)+")
 _SCRIPTS = [(regex.compile(rf"\p{{{script}}}"), language) for script, language in SCRIPT_LANGUAGES.items()]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import NAMES, EscapedText, ModelName, Only, OutputPath, key
+from rag_retrieval.core.config import NAMES, EngineOptions, EscapedText, ModelName, Only, OutputPath, key
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName, is_file
 from rag_retrieval.models.options import ModelOptions
 from rag_retrieval.models.prompts import PROMPTS, Prompt, check_places
@@ -21,11 +21,14 @@ def _by_language(part: str) -> Callable[["DistillConfig"], str]:
     return lambda config: getattr(PROMPTS[config.language], part)
 
 
-class DistillConfig(ModelOptions):
+class DistillConfig(ModelOptions, EngineOptions):
     """The configuration of one run. The options for opening a model hold for every teacher."""
 
     main_keys: ClassVar = ("dataset", "teachers", "output", "max_length", "batch_size")
-    groups: ClassVar = ModelOptions.groups | {"dataset": "Data", "teachers": "Teachers", "batch_size": "Scoring"}
+    groups: ClassVar = (
+        EngineOptions.groups | ModelOptions.groups
+        | {"dataset": "Data", "teachers": "Teachers", "batch_size": "Scoring"}
+    )  # fmt: skip
 
     dataset: DatasetName = Field(min_length=1, description=f"The pairs to score: {DATASET_HELP}.")
     split: str = key("Split of a hub dataset.", "train", only=HUB, min_length=1)

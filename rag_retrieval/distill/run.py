@@ -4,14 +4,16 @@ Teachers are rerankers, and causal language models that are asked yes or no. The
 logits: that of probabilities would lose what a sure teacher says about the order of documents, since sigmoid(9) and
 sigmoid(12) are both nearly 1. A teacher whose logits are larger counts for more.
 
-Every process reads all records and scores only its own parts; nothing but the plan is exchanged. A run that is killed
-loses the parts in work, and may continue with another number of processes.
+A part is a stretch of whole records. Which records it holds, and so which pairs share a forward pass, depends on the
+data and `pairs_per_part` alone: parts are shards (see `core.shards`), and all that is exchanged is the plan.
 """
 
 import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -19,14 +21,14 @@ import numpy as np
 import torch
 
 from rag_retrieval.core.command import CommandFailure
-from rag_retrieval.core.distributed import on_all, on_main, own_device, process_count, process_group, process_index
-from rag_retrieval.core.files import check_new_file, content_digest, lock_file_of, locked
-from rag_retrieval.core.log import Progress
+from rag_retrieval.core.config import EngineOptions
+from rag_retrieval.core.distributed import on_main, own_device, process_group
+from rag_retrieval.core.files import atomic_write, check_new_file, content_digest, lock_file_of, locked
+from rag_retrieval.core.shards import MakeShard, ShardWork, remove_shards, run_shards
 from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, read_records
-from rag_retrieval.data.records import Record, RecordRules
+from rag_retrieval.data.records import DataError, Record, RecordRules
 from rag_retrieval.distill.config import DistillConfig
 from rag_retrieval.distill.output import ScoreSummary, scored_line
-from rag_retrieval.distill.parts import Part, PartFolder, plan_parts, records_of
 from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.infer.torch_backend import TorchBackend
@@ -36,12 +38,22 @@ from rag_retrieval.models.settings import YES_NO_NAMES, RerankerSettings, model_
 logger = logging.getLogger(__name__)
 
 SAMPLE = 1000  # pairs whose tokens are counted
-WITHOUT_EFFECT = {"output", "overwrite", "trust_remote_code", "devices"}
+PART_FILE = "scored.jsonl"
+WITHOUT_EFFECT = {"output", "overwrite", "trust_remote_code", "devices", *EngineOptions.model_fields}
 QUESTION_KEYS = ("language", "system", "instruction", "prompt", "yes_token", "no_token")
 
 
 class TeacherError(CommandFailure):
     """A teacher gave a score that is not finite."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """`records` records from `first` on, counted from 0, and the pairs in them."""
+
+    first: int
+    records: int
+    pairs: int
 
 
 def distill(config: DistillConfig) -> ScoreSummary:
@@ -51,28 +63,40 @@ def distill(config: DistillConfig) -> ScoreSummary:
     ValueError for a mistake in data, teachers or output (DataError names the lines), TeacherError for a score that is
     not finite, and RuntimeError on the other processes.
     """
+    output = Path(config.output)
+    folder = output.with_name(f"{output.name}.parts")
     with process_group(), ExitStack() as lock:  # which the main process alone takes
-        folder = PartFolder(Path(config.output))
-        parts = on_main(lambda: prepare(config, folder, lock))
-        teachers = on_all(lambda: load_teachers(config, own_device()))
-        on_main(lambda: report_teachers(config, teachers))
-        on_all(lambda: score_parts(config, folder, parts, teachers))  # the main process waits for the slowest
-        return on_main(lambda: finish(folder, parts))
+        made_from, parts = on_main(lambda: prepare(config, output, lock))
+        arguments = {"config": config, "parts": parts, "planned": made_from["device"]}
+        work = ShardWork("rag_retrieval.distill.run:open_teachers", arguments)
+        shown = {"description": "scoring", "unit": "pairs"}
+        pairs = [part.pairs for part in parts]
+        shards = run_shards(folder, made_from, pairs, work, config, overwrite=config.overwrite, **shown)
+        return on_main(lambda: finish(output, folder, list(zip(parts, shards, strict=True))))
 
 
-def prepare(config: DistillConfig, folder: PartFolder, lock: ExitStack) -> list[Part]:
-    """Check everything that can be checked without a teacher, and take the folder of the parts."""
-    busy = f"output: another process is writing {folder.output}; wait for it, or take another"
-    lock.enter_context(locked(lock_file_of(folder.output), busy))
-    check_new_file(folder.output, config.overwrite)
-    if is_file(config.dataset) and checked_path(config.dataset).resolve() == folder.output.resolve():
-        raise ValueError(f"output: {folder.output} is the dataset, whose other keys would be lost; take another output")
-    run = described(config)
+def prepare(config: DistillConfig, output: Path, lock: ExitStack) -> tuple[dict, list[Part]]:
+    """Check everything that can be checked without a teacher. Returns what the scores depend on, and the parts."""
+    busy = f"output: another process is writing {output}; wait for it, or take another"
+    lock.enter_context(locked(lock_file_of(output), busy))
+    check_new_file(output, config.overwrite)
+    if is_file(config.dataset) and checked_path(config.dataset).resolve() == output.resolve():
+        raise ValueError(f"output: {output} is the dataset, whose other keys would be lost; take another output")
     parts = plan_parts(records(config), config.pairs_per_part)
-    folder.begin(run, config.overwrite)
-    done = sum(part.pairs for part in parts if folder.is_finished(part))
-    logger.info("%s: %s pairs in %d parts, %s scored before",
-                config.dataset, f"{sum(part.pairs for part in parts):,}", len(parts), f"{done:,}")  # fmt: skip
+    logger.info("%s: %s pairs in %d parts", config.dataset, f"{sum(part.pairs for part in parts):,}", len(parts))
+    return described(config), parts
+
+
+def plan_parts(records: Iterable[Record], pairs_per_part: int) -> list[Part]:
+    """Parts of whole records, each closed as soon as it has `pairs_per_part` pairs."""
+    parts, first, pairs, count = [], 0, 0, 0
+    for count, record in enumerate(records, start=1):
+        pairs += len(record.documents)
+        if pairs >= pairs_per_part:
+            parts.append(Part(first, count - first, pairs))
+            first, pairs = count, 0
+    if pairs:
+        parts.append(Part(first, count - first, pairs))
     return parts
 
 
@@ -147,26 +171,61 @@ def report_teachers(config: DistillConfig, teachers: list[Reranker]) -> None:
             logger.warning("%s and are cut; max_length sets another limit", longer)
 
 
-def score_parts(config: DistillConfig, folder: PartFolder, parts: list[Part], teachers: list[Reranker]) -> None:
-    """Score this process's share of the parts that are missing, every n-th of them."""
-    missing = on_main(lambda: [place for place, part in enumerate(parts) if not folder.is_finished(part)])
-    own = [parts[place] for place in missing[process_index() :: process_count()]]
-    main, waiting = process_index() == 0, list(parts)
-    total, done = sum(part.pairs for part in parts), folder.take_finished(waiting)
-    with Progress(total, "scoring", "pairs", done, shown=main) as progress:
-        for part, part_records in records_of(own, records(config) if own else ()):
-            pairs = [(record.query, document) for record in part_records for document in record.documents]
-            scores = iter(mean_logits(teachers, pairs, config.batch_size).tolist())
-            lines = [scored_line(record, [next(scores) for _ in record.documents]) for record in part_records]
-            folder.write(part, lines)
-            if main:  # what the other processes have finished is seen in the folder
-                progress.update(folder.take_finished(waiting))
+class PartReader:
+    """The records of parts; of parts in rising order in one pass over the data."""
+
+    def __init__(self, read: Callable[[], Iterator[Record]]):
+        self.read, self.place, self.records = read, 0, read()
+
+    def records_of(self, part: Part) -> list[Record]:
+        if part.first < self.place:
+            self.place, self.records = 0, self.read()
+        skipped = part.first - self.place
+        found = list(islice(self.records, skipped, skipped + part.records))
+        self.place = part.first + part.records
+        return found
 
 
-def finish(folder: PartFolder, parts: list[Part]) -> ScoreSummary:
+def open_teachers(device: torch.device, config: DistillConfig, parts: list[Part], planned: str) -> MakeShard:
+    """Scores parts. Raises ValueError where a worker has another kind of device than was planned."""
+    if config.device is None and device.type != planned:
+        found = f"a worker computes on {device.type}, and the first process on {planned}, whose digits differ"
+        raise ValueError(f"device: {found}; say device: {device.type}")
+    teachers = load_teachers(config, device)
+    report_teachers(config, teachers)
+    reader = PartReader(lambda: records(config))
+
+    def make(number: int, folder: Path) -> None:
+        found = reader.records_of(parts[number])
+        if len(found) != parts[number].records:
+            raise DataError(f"{config.dataset}: changed while it was scored; restore it, or say overwrite: true")
+        pairs = [(record.query, document) for record in found for document in record.documents]
+        scores = iter(mean_logits(teachers, pairs, config.batch_size).tolist())
+        lines = [scored_line(record, [next(scores) for _ in record.documents]) for record in found]
+        (folder / PART_FILE).write_text("".join(lines), encoding="utf-8")
+
+    return make
+
+
+def finish(output: Path, folder: Path, parts: Sequence[tuple[Part, Path]]) -> ScoreSummary:
+    """All parts one after another as the output, whole or not at all; then they are removed."""
     summary = ScoreSummary()
-    for line in folder.lines(parts):
-        record = json.loads(line)
-        summary.add(record.get("hits") or [record])
-    folder.finish(parts)
+    with atomic_write(output) as temporary, temporary.open("wb") as file:
+        for part, shard in parts:
+            lines = (shard / PART_FILE).read_bytes().splitlines(keepends=True)
+            try:
+                found = [json.loads(line) for line in lines]
+            except ValueError:
+                found = []
+            if len(found) != part.records:
+                raise ValueError(
+                    f"{shard / PART_FILE}: damaged, expected {part.records} records, a line for each; delete {shard}, "
+                    "and the same command scores that part again"
+                )
+            for record in found:
+                summary.add(record.get("hits") or [record])
+            file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    remove_shards(folder)
     return summary

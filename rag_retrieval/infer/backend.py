@@ -69,6 +69,9 @@ class EmbedderBackend(Protocol):
     def check_max_length(self, max_length: int) -> None:
         """Raises ValueError for more tokens of a text than the model takes."""
 
+    def fingerprint(self) -> str:
+        """A digest of everything that decides on vectors: weights, prompts, lengths, number formats, kind of device."""
+
     def close(self) -> None:
         """Let the model go, so that its memory is free once nothing else holds it; `run` then raises ValueError."""
 

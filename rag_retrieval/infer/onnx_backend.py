@@ -191,6 +191,9 @@ class OnnxEmbedder(OnnxFolder[EmbedderDescription]):
     def check_max_length(self, max_length: int) -> None:
         check_length(self.folder, self.description, max_length)
 
+    def fingerprint(self) -> str:
+        return self.digest(asdict(self.settings))
+
 
 def default_threads(threads: int | None) -> int:
     """Raises ValueError for less than one thread, given or in OMP_NUM_THREADS."""

@@ -83,6 +83,11 @@ class TorchEmbedder(SharedModel[EmbeddingModel]):
         self.check_is_open()
         self.model.check_max_length(max_length)
 
+    def fingerprint(self) -> str:
+        encoder, kind = self.text_encoder, self.model.device.type  # whose digits differ
+        about = [asdict(self.settings), asdict(encoder.template), self.precision, kind]
+        return digest_of_model(self.model, [*about, encoder.tokenizer.backend_tokenizer.to_str()])
+
 
 class TorchBackend:
     """See `rag_retrieval.infer.backend.Backend`. scorer, precision, devices: as of `SharedModel`."""

@@ -11,13 +11,12 @@ run starts: a sum that is a mean, or one that padding changes, would train somet
 """
 
 import inspect
-import os
 import re
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from rag_retrieval.losses import ALIASES, LOSSES, Loss, function_at
+from rag_retrieval.core.command import load_own
+from rag_retrieval.losses import ALIASES, LOSSES, Loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +48,7 @@ def loss_named(name: str, dataset_type: Literal["pointwise", "grouped"]) -> Loss
 def own_function(path: str, *arguments: str) -> Callable:
     """A user's function at `module:function`, imported; ValueError where it is not there or does not take so many
     arguments. arguments: their names, for the message."""
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
-    try:
-        function = function_at(path)
-    except Exception as error:  # whatever a user's module raises
-        where = f"cannot be imported from sys.path or {os.getcwd()}"
-        raise ValueError(f"loss_type {path}: {where}: {type(error).__name__}: {error}") from error
+    function = load_own("loss_type", path)
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:

@@ -1,36 +1,53 @@
 """The keys of mining: types, ranges and meanings, and which values do not fit each other."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import FileOrFolder, ModelName, Only, OutputPath, key
+from rag_retrieval.core.config import FileOrFolder, FolderPath, ModelName, Only, OutputPath, key, shown_value
 from rag_retrieval.data.words import AUTO
 from rag_retrieval.models.options import POOLINGS, LongDocumentOptions, ModelOptions
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
+FUSED, RANDOM = "fused", "random"  # candidates whose scores say nothing of relevance
+CANDIDATES = ("bm25", "dense", FUSED, RANDOM)  # without an index, whose searches may have other names
 MARGINS = ("absolute_margin", "relative_margin", "max_score")
 
 BEIR = Only("data in BEIR layout", lambda config: os.path.isdir(config.data))
 RECORDS = Only("data that are a file of records", lambda config: not os.path.isdir(config.data))
-WORDS = Only("candidates bm25 and fused", lambda config: config.candidates != "dense")
+WORDS = Only("candidates bm25 and fused without index", lambda config: config.index is None
+             and config.candidates in ("bm25", FUSED))  # fmt: skip
+DENSE = Only("candidates dense and fused without index", lambda config: config.index is None
+             and config.candidates in ("dense", FUSED))  # fmt: skip
 RERANKER = Only("runs with a reranker", lambda config: config.reranker is not None)
-MODELS = Only("runs with a model", lambda config: config.reranker is not None or config.candidates != "bm25")
+MODELS = Only(
+    "runs with a model",
+    lambda config: config.reranker is not None or config.guide is not None
+    or chosen_candidates(config) not in ("bm25", RANDOM),
+)  # fmt: skip
 SEEDED = Only(
-    "sampling random and faiss_index", lambda config: config.sampling == "random" or config.faiss_index is not None
+    "sampling random, candidates random and faiss_index",
+    lambda config: "random" in (config.sampling, config.candidates) or config.faiss_index is not None,
 )
-DENSE = Only("candidates dense and fused", lambda config: config.candidates != "bm25")
+SEARCH_OF_FAISS = Only("FlagEmbedding: here device says where vectors are compared", lambda config: False)
+RANGE = re.compile(r"(\d+)-(\d+)")
 
 
 class MiningConfig(ModelOptions, LongDocumentOptions):
     """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply".
 
-    The options for opening a model are the reranker's; device and trust_remote_code are those of dense_model too.
+    The options for opening a model are the reranker's; device and trust_remote_code are those of dense_model and guide
+    too. The other names are those of FlagEmbedding's hn_mine.py.
     """
 
+    aliases: ClassVar = ModelOptions.aliases | {
+        "input_file": "data", "output_file": "output", "candidate_pool": "corpus", "negative_number": "num_negatives",
+        "embedder_name_or_path": "dense_model",
+    }  # fmt: skip
     main_keys: ClassVar = ("data", "output", "candidates", "num_negatives", "reranker")
     groups: ClassVar = {
         "long_document": "Long documents", "model_type": "Opening the reranker", "data": "Data",
@@ -51,6 +68,10 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
         "The documents, JSON lines with text and, if they have one, title (.jsonl, .jsonl.gz).",
         only=RECORDS, min_length=1,
     )  # fmt: skip
+    index: FolderPath | None = key(
+        "An index that `rag-retrieval index` wrote: its documents are mined, in place of corpus, by its searches.",
+        min_length=1,
+    )
     output: OutputPath = Field(
         min_length=1, description="The file to write, .jsonl or .jsonl.gz, from the current folder."
     )
@@ -69,9 +90,11 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
         min_length=1,
     )
 
-    candidates: Literal["bm25", "dense", "fused"] = key(
-        "Where they come from: words, vectors, or both by reciprocal rank fusion.", "bm25"
-    )
+    candidates: str | None = key(
+        "Where they come from: bm25 (words), dense (vectors), fused (both by reciprocal rank fusion), random (any "
+        "document), or another search of the index. Default fused with an index, dense with dense_model, else bm25.",
+        derive=lambda config: chosen_candidates(config), min_length=1,
+    )  # fmt: skip
     language: str | None = key(
         "Of the words: auto (by the script of each word; Latin is English), plain (words as they are), or a Snowball "
         "stemmer such as german.", only=WORDS, derive=lambda config: AUTO, min_length=1
@@ -106,17 +129,27 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
     )  # fmt: skip
 
     num_negatives: int = key("Negatives per query, at most.", 7, ge=1)
-    first_rank: int = key("First rank of the window that negatives come from, counted from 1.", 1, ge=1)
-    last_rank: int = key("Last rank of that window; also how many candidates are fetched.", 100, ge=1)
+    range_for_sampling: str | None = key(
+        "first_rank and last_rank as FlagEmbedding writes them: 2-200 leaves the first 2 out and ends with rank 200."
+    )
+    first_rank: int = key(
+        "First rank of the window that negatives come from, counted from 1.", 1,
+        derive=lambda config: config.sampled_ranks[0] if config.range_for_sampling else 1, ge=1,
+    )  # fmt: skip
+    last_rank: int = key(
+        "Last rank of that window; also how many candidates are fetched.", 100,
+        derive=lambda config: config.sampled_ranks[1] if config.range_for_sampling else 100, ge=1,
+    )  # fmt: skip
     sampling: Literal["random", "top"] = key(
         "Draw among the candidates that fit, by the seed, or take the best ranked.", "random"
     )
     absolute_margin: float | None = key(
         "A negative scores at least this much less than the query's lowest positive. With a reranker and none of "
-        "absolute_margin, relative_margin, max_score: 0.",
-        derive=lambda config: 0.0 if config.reranker and config.relative_margin is config.max_score is None else None,
+        "absolute_margin, relative_margin, max_score: 0. With a guide too.",
+        derive=lambda config: 0.0
+        if (config.reranker or config.guide) and config.relative_margin is config.max_score is None else None,
         ge=0,
-    )
+    )  # fmt: skip
     relative_margin: float | None = key(
         "The same as a fraction of the positive's score: 0.05 keeps what has up to 95%.", ge=0, lt=1
     )
@@ -126,7 +159,12 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
         "max_score, and in the output.",
         min_length=1,
     )
+    guide: ModelName | None = key(
+        "An embedding model, folder, hub name or package:NAME, whose similarities do the same, for less computation.",
+        min_length=1,
+    )
     seed: int = key("Seed of the draw, and of a FAISS index.", 42, only=SEEDED, ge=0)
+    use_gpu_for_searching: bool | None = key("Accepted, so that commands run unchanged.", only=SEARCH_OF_FAISS)
 
     @field_validator("output")
     @classmethod
@@ -135,21 +173,47 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
             raise ValueError(f"expected a name that ends in {' or '.join(OUTPUT_SUFFIXES)}, found {name}")
         return name
 
+    @field_validator("range_for_sampling")
+    @classmethod
+    def _is_range(cls, text: str) -> str:
+        if not RANGE.fullmatch(text):
+            raise ValueError(f"expected two numbers such as 2-200, found {text}")
+        return text
+
+    @property
+    def sampled_ranks(self) -> tuple[int, int]:
+        """Of `range_for_sampling`, which counts from 0 and leaves its end out."""
+        first, end = RANGE.fullmatch(self.range_for_sampling).groups()
+        return int(first) + 1, int(end)
+
     def problems(self) -> Iterator[tuple[str, str]]:
-        if os.path.isfile(self.data) and self.corpus is None:
-            yield "corpus", "is missing; a file of records needs the documents to mine from: add corpus"
-        if self.candidates != "bm25" and self.dense_model is None:
+        if self.index is not None and self.corpus is not None:
+            yield "corpus", "is given, and so is index, which has its own documents; give one of them"
+        if os.path.isfile(self.data) and self.corpus is self.index is None:
+            yield "corpus", "is missing; a file of records needs the documents to mine from: add corpus or index"
+        if self.index is None and self.candidates not in CANDIDATES:
+            yield "candidates", f"expected one of {', '.join(CANDIDATES)}, found {shown_value(self.candidates)}"
+        if DENSE.applies(self) and self.dense_model is None:
             yield "dense_model", f"is missing; candidates {self.candidates} needs a model for the vectors"
+        if self.reranker is not None and self.guide is not None:
+            yield "guide", "is given, and so is reranker; the scores of one of them decide"
+        if self.range_for_sampling is not None and self.model_fields_set & {"first_rank", "last_rank"}:
+            yield "range_for_sampling", "is given, and so are first_rank or last_rank, which say the same; keep one"
         first, last, wanted = self.first_rank, self.last_rank, self.num_negatives
         if last < first:
             yield "last_rank", f"expected at least first_rank, {first}, found {last}"
         elif last - first + 1 < wanted:
             found = f"ranks {first} to {last} hold {last - first + 1} candidates"
             yield "num_negatives", f"{found}, which cannot give {wanted} negatives; widen the window or ask for fewer"
-        if self.candidates == "fused" and self.reranker is None:
+        if self.candidates in (FUSED, RANDOM) and self.reranker is self.guide is None:
             for name in MARGINS:
                 if getattr(self, name) is not None:
-                    yield name, "compares scores, and fused candidates have ranks alone; add a reranker or remove this"
+                    found = f"compares scores, and those of {self.candidates} candidates say nothing of relevance"
+                    yield name, f"{found}; add a reranker or a guide, or remove this"
+
+
+def chosen_candidates(config: MiningConfig) -> str:
+    return config.candidates or (FUSED if config.index else "dense" if config.dense_model else "bm25")
 
 
 def summary_file(output: str) -> Path:

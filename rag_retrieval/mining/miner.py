@@ -1,4 +1,4 @@
-"""From queries to their negatives: search, leave out, score with a reranker where one is given, draw.
+"""From queries to their negatives: search, leave out, score with a reranker or a guide where one is given, draw.
 
 The lowest score of a query's positives sets the limit of the margins. One positive with a low score (none of its words
 in the query, say) can leave a query without a negative; the summary counts those. A reranker's scores are logits:
@@ -9,37 +9,43 @@ RankNet or listwise cross entropy, which needs a margin.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rag_retrieval.core.files import WorkFolder
 from rag_retrieval.data.corpus import Corpus, text_hash
 from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.mining.config import MiningConfig
+from rag_retrieval.mining.config import MODELS, MiningConfig
 from rag_retrieval.mining.output import Mined
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.models.options import LongDocumentOptions
-from rag_retrieval.models.settings import ModelFiles, model_content, resolve_model_path
-from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.index import DenseEncoder, SearchOptions, make_search
+from rag_retrieval.retrieval.candidates import Candidates, Search
+
+if TYPE_CHECKING:
+    from rag_retrieval.infer.embedder import Embedder
 
 
 class Miner:
-    """Built once for a run: loads the models, and builds what the work folder lacks."""
+    """Built once for a run: loads the models."""
 
-    def __init__(self, config: MiningConfig, corpus: Corpus, work: WorkFolder):
-        self.config, self.corpus, self.depth = config, corpus, config.last_rank
-        device = device_of(config)
-        self.reranker = None
+    def __init__(self, config: MiningConfig, corpus: Corpus, search: Search):
+        self.config, self.corpus, self.search, self.depth = config, corpus, search, config.last_rank
+        device, self.reranker, self.guide = device_of(config), None, None
         if config.reranker is not None:
             self.reranker = open_reranker(config, device)
-        self.search = make_search(search_options(config, device), corpus, work)
+        if config.guide is not None:
+            from rag_retrieval.infer.embedder import Embedder
+
+            self.guide = Embedder(config.guide, device=device, trust_remote_code=config.trust_remote_code)
 
     def mine(self, queries: Sequence[Query]) -> Iterator[Mined]:
         """One for each query, in order; the search is done for all at once before the first."""
         texts, positives = [query.text for query in queries], [query.positives for query in queries]
-        for query, candidates in zip(queries, self.search.search(texts, positives, self.depth), strict=True):
+        found = self.search.search(texts, positives, self.depth)
+        if self.guide is not None:
+            found = guided(self.guide, queries, found, self.corpus)
+        for query, candidates in zip(queries, found, strict=True):
             yield self._mine(query, candidates)
 
     def _mine(self, query: Query, candidates: Candidates) -> Mined:
@@ -81,35 +87,33 @@ def rerank(
     return scores[: len(rows)], scores[len(rows) :]
 
 
-def search_options(config: MiningConfig, device: str) -> SearchOptions:
-    """With the dense model loaded, where there is one, so that a wrong name is reported before anything is indexed."""
-    encoder = None if config.candidates == "bm25" else dense_encoder(config, device)
-    words = {} if config.candidates == "dense" else {"language": config.language}
-    vectors = {} if encoder is None else {"vector_dtype": config.vector_dtype, "faiss_index": config.faiss_index}
-    return SearchOptions(config.candidates, encoder, seed=config.seed, **vectors, **words)
+class RandomSearch:
+    """Documents drawn by the seed and the query's text, each once, all with the score 0. count: of the corpus."""
+
+    words = ""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+
+    def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
+        count, found = min(depth, self.count), []
+        for text, asked in zip(queries, judged, strict=True):
+            rows = generator(self.seed, f"candidates of {text}").choice(self.count, count, replace=False)
+            found.append(Candidates(rows, np.zeros(count, np.float32), np.zeros(len(asked), np.float32)))
+        return found
 
 
-def dense_encoder(config: MiningConfig, device: str) -> DenseEncoder:
-    """Raises ValueError for a model that `Embedder` refuses."""
-    from rag_retrieval.infer.embedder import Embedder
-
-    embedder = Embedder(
-        config.dense_model,
-        pooling=config.pooling,
-        max_length=config.dense_max_len,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    modules = ModelFiles(resolve_model_path(config.dense_model)).modules
-    normalized = config.similarity == "cosine" or "Normalize" in modules  # others keep their length for inner products
-    options = {"batch_size": config.dense_batch_size, "normalize": normalized, "show_progress_bar": False}
-    names = ("pooling", "document_prefix", "dense_max_len", "dense_batch_size", "similarity")
-    return DenseEncoder(
-        lambda texts: embedder.encode(texts, config.query_prefix, kind="query", **options),
-        lambda texts: embedder.encode(texts, config.document_prefix, kind="document", **options),
-        {name: getattr(config, name) for name in names} | {"model": model_content(config.dense_model)},
-        device,
-    )
+def guided(
+    guide: "Embedder", queries: Sequence[Query], found: Sequence[Candidates], corpus: Corpus
+) -> Iterator[Candidates]:
+    """The same candidates in their order, with similarities of the guide for scores; a document is encoded once."""
+    asked = [np.concatenate([each.rows, query.positives]) for query, each in zip(queries, found, strict=True)]
+    rows = np.unique(np.concatenate(asked))
+    documents = guide.encode_documents([corpus.text(row) for row in rows.tolist()])
+    vectors = guide.encode_queries([query.text for query in queries])
+    for vector, each, of_query in zip(vectors, found, asked, strict=True):
+        scores = guide.similarity(vector, documents[np.searchsorted(rows, of_query)])[0]
+        yield Candidates(each.rows, scores[: len(each.rows)], scores[len(each.rows) :])
 
 
 def _rounded(scores: np.ndarray) -> list[float]:
@@ -122,7 +126,7 @@ def device_of(config: MiningConfig) -> str:
 
     Raises ValueError for a device that this machine lacks.
     """
-    if config.candidates == "bm25" and config.reranker is None:
+    if not MODELS.applies(config):
         return "cpu"
     from rag_retrieval.models.devices import choose_device
 
@@ -181,6 +185,9 @@ def draw(query: Query, fit: np.ndarray, rules: MiningConfig, dropped: Counter) -
     dropped["not_drawn"] += len(fit) - count
     if rules.sampling == "top":
         return fit[:count]
-    digest = hashlib.blake2b(query.text.encode(), digest_size=8).digest()
-    generator = np.random.default_rng([rules.seed, int.from_bytes(digest, "little")])
-    return np.sort(generator.choice(fit, count, replace=False))
+    return np.sort(generator(rules.seed, query.text).choice(fit, count, replace=False))
+
+
+def generator(seed: int, text: str) -> np.random.Generator:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest, "little")])

@@ -9,20 +9,29 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from rag_retrieval.core.files import WorkFolder, atomic_write, check_new_file, content_of, lock_file_of, locked
+from rag_retrieval.core.files import WorkFolder, atomic_write, check_new_file, lock_file_of, locked
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.beir import find_file
-from rag_retrieval.data.corpus import Corpus, build_corpus
+from rag_retrieval.data.corpus import Corpus
+from rag_retrieval.data.documents import PASSAGE_TOKENS, source_content
 from rag_retrieval.data.records import DataError
-from rag_retrieval.mining.config import MiningConfig, summary_file
-from rag_retrieval.mining.miner import Miner
+from rag_retrieval.mining.config import FUSED, RANDOM, MiningConfig, summary_file
+from rag_retrieval.mining.miner import Miner, RandomSearch, device_of
 from rag_retrieval.mining.output import Mined, MiningSummary, lines_of, text_writer
 from rag_retrieval.mining.queries import Query, QuerySet, demand_labels_above_zero, read_queries
-from rag_retrieval.models.settings import model_content
+from rag_retrieval.models.settings import ModelFiles, model_content, resolve_model_path
+from rag_retrieval.retrieval.building import build_documents
+from rag_retrieval.retrieval.candidates import Search
+from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.fusion import FUSION_FILE, FusedSearch, Fusion
+from rag_retrieval.retrieval.index import Index, build_index
+from rag_retrieval.retrieval.index_files import fingerprint
 
 PART = 256  # queries
-WITHOUT_EFFECT = {"data", "corpus", "split", "output", "output_format", "labels", "overwrite", "work_dir", "device"}
+WITHOUT_EFFECT = {"data", "corpus", "index", "split", "output", "output_format", "labels", "overwrite", "work_dir",
+                  "device"}  # fmt: skip
 
 
 def mine(config: MiningConfig) -> MiningSummary:
@@ -37,12 +46,12 @@ def mine(config: MiningConfig) -> MiningSummary:
     with locked(lock_file_of(output), busy):
         check_output(config, output)
         with work.locked():
-            corpus = open_corpus(config, work)
-            queries = read_queries(config.data, config.split, corpus)
+            source = open_source(config, work)
+            queries = read_queries(config.data, config.split, source.documents)
             if config.output_format != "pos_neg" and config.labels == "relevance":
                 demand_labels_above_zero(queries)
-            parts = mine_parts(config, corpus, queries, work)
-            summary = write_results(config, corpus, queries, parts)
+            parts = mine_parts(config, source, queries, work)
+            summary = write_results(config, source.documents, queries, parts)
         if config.work_dir is None:
             work.remove()
     return summary
@@ -58,30 +67,89 @@ def check_output(config: MiningConfig, output: Path) -> None:
         raise ValueError(f"output: {output} is one of the sources, which would be lost; choose another output")
 
 
-def open_corpus(config: MiningConfig, work: WorkFolder) -> Corpus:
+class Source(NamedTuple):
+    """search: what finds candidates among the documents. made_from: what it depends on, as JSON values."""
+
+    documents: Corpus
+    search: Search
+    made_from: Any
+
+
+def open_source(config: MiningConfig, work: WorkFolder) -> Source:
+    """Of the index that is named, or of one built from the corpus. Raises ValueError for candidates that the index does
+    not have."""
     if not Path(config.data).exists():
         raise DataError(f"{config.data}: no such file or folder; the current folder is {Path.cwd()}.")
+    if config.index is None and config.candidates == RANDOM:
+        documents = Corpus(build_documents(corpus_of(config), work.path, PASSAGE_TOKENS))
+        source = Source(documents, RandomSearch(len(documents), config.seed), documents.folder.name)
+    else:
+        index = own_index(config, work) if config.index is None else Index(config.index, device=device_of(config))
+        file = index.folder / FUSION_FILE
+        fusion = Fusion.read(file) if file.is_file() else Fusion()
+        source = Source(index.documents, search_of(index, fusion, config), [index.made_from, fusion.weights])
+    if config.first_rank > len(source.documents):
+        found = f"first_rank is {config.first_rank}, and there are {len(source.documents)} documents"
+        raise DataError(f"{config.data}: {found}, so that no candidate can have that rank; lower first_rank.")
+    return source
+
+
+def search_of(index: Index, fusion: Fusion, config: MiningConfig) -> Search:
+    if config.candidates == RANDOM:
+        return RandomSearch(len(index), config.seed)
+    if config.candidates == FUSED:
+        return FusedSearch(index.searches, fusion)
+    if config.candidates not in index.searches:
+        known = ", ".join((*index.searches, FUSED, RANDOM))
+        raise ValueError(f"candidates: {index.folder} has {known}; found {config.candidates}")
+    return index.searches[config.candidates]
+
+
+def corpus_of(config: MiningConfig) -> Path:
     is_folder = Path(config.data).is_dir()
-    source = find_file(Path(config.data), "corpus.jsonl") if is_folder else Path(config.corpus)
-    if not source.is_file():
-        raise DataError(f"{source}: no such file; expected the documents as JSON lines.")
-    made_from = [content_of(source), is_folder]
-    corpus = Corpus(work.stage("corpus", made_from, lambda folder: build_corpus(source, folder, is_folder)))
-    if config.first_rank > len(corpus):
-        found = f"first_rank is {config.first_rank}, and there are {len(corpus)} documents"
-        raise DataError(f"{source}: {found}, so that no candidate can have that rank; lower first_rank.")
-    return corpus
+    return find_file(Path(config.data), "corpus.jsonl").parent if is_folder else Path(config.corpus)
 
 
-def mine_parts(config: MiningConfig, corpus: Corpus, queries: QuerySet, work: WorkFolder) -> Path:
+def own_index(config: MiningConfig, work: WorkFolder) -> Index:
+    """Of the candidates that are asked for, where the work folder does not have it."""
+    source, options = corpus_of(config), index_options(config)
+    made_from = [source_content(source), source.is_dir(), fingerprint(options), config.seed]
+    folder = work.stage("index", made_from, lambda folder: build_index(source, folder, options), resumes=True)
+    return Index(folder, device=options.device)
+
+
+def index_options(config: MiningConfig) -> IndexOptions:
+    """Raises ValueError for a device that this machine lacks."""
+    words = {"bm25": config.candidates != "dense", "language": config.language}
+    if config.candidates == "bm25":
+        return IndexOptions(**words)
+    prefixes = {"query": config.query_prefix, "document": config.document_prefix}
+    modules = ModelFiles(resolve_model_path(config.dense_model)).modules
+    return IndexOptions(
+        **words,
+        embedder=config.dense_model,
+        device=device_of(config),
+        trust_remote_code=config.trust_remote_code,
+        pooling=config.pooling,
+        prompts={kind: prefix for kind, prefix in prefixes.items() if prefix is not None} or None,
+        max_length=config.dense_max_len,
+        normalize=config.similarity == "cosine" or "Normalize" in modules,  # others keep their length
+        batch_size=config.dense_batch_size,
+        vector_precision=config.vector_dtype,
+        faiss_index=config.faiss_index,
+        seed=config.seed,
+    )
+
+
+def mine_parts(config: MiningConfig, source: Source, queries: QuerySet, work: WorkFolder) -> Path:
     """The folder of all parts, a file for every `PART` queries with a line for each."""
     settings = config.model_dump(exclude=WITHOUT_EFFECT)
-    for key in ("dense_model", "reranker"):
+    for key in ("dense_model", "reranker", "guide"):
         settings[key] = settings[key] and model_content(settings[key])
-    made_from = [corpus.folder.name, queries.digest(), settings]
+    made_from = [source.made_from, queries.digest(), settings]
 
     def build(folder: Path) -> None:
-        miner = Miner(config, corpus, work)
+        miner = Miner(config, source.documents, source.search)
         (folder / "words").write_text(miner.search.words)
         missing = [part for part in _parts(queries) if not (folder / part[0]).exists()]
         num_missing = sum(len(part) for _, part in missing)

@@ -1,5 +1,7 @@
 """The nearest vectors of queries, exactly, in blocks: no matrix of all queries and all vectors exists."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 
@@ -8,31 +10,44 @@ SEARCHED = 1 << 14  # with so many vectors
 ROWS = 0xFFFFFFFF  # the lower half of a key
 
 
+def as_float32(block: np.ndarray) -> np.ndarray:
+    return block.astype(np.float32)
+
+
 @torch.inference_mode()
 def nearest(
-    queries: np.ndarray, vectors: np.ndarray, depth: int, device: str | torch.device = "cpu"
+    queries: np.ndarray,
+    vectors: np.ndarray | Sequence[np.ndarray],
+    depth: int,
+    device: str | torch.device = "cpu",
+    decode: Callable[[np.ndarray], np.ndarray] = as_float32,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows int64, inner products float32), both [queries, min(depth, vectors)], best first; of equal ones the lower
     row first.
 
-    queries: float32 [queries, width]. vectors: [vectors, width] of any float type, in memory or mapped from a file.
-    At most `ASKED` x `SEARCHED` products exist at once, on the device: some 300 MB.
+    queries: float32 [queries, width]. vectors: [vectors, width] in memory or mapped from a file, or several such arrays
+    whose rows count on. decode: a block of them to float32. At most `ASKED` x `SEARCHED` products exist at once, on the
+    device: some 300 MB.
     """
-    depth = min(depth, len(vectors))
+    parts = [vectors] if isinstance(vectors, np.ndarray) else vectors
+    depth = min(depth, sum(map(len, parts)))
     starts = range(0, max(len(queries), 1), ASKED)
-    best = torch.cat([_nearest(queries[start : start + ASKED], vectors, depth, device) for start in starts])
+    best = torch.cat([_nearest(queries[start : start + ASKED], parts, depth, device, decode) for start in starts])
     return (ROWS - (best & ROWS)).numpy(), _scores(best).numpy()
 
 
-def _nearest(queries: np.ndarray, vectors: np.ndarray, depth: int, device: str | torch.device) -> torch.Tensor:
+def _nearest(queries, parts, depth: int, device: str | torch.device, decode) -> torch.Tensor:
     """The keys of the best, falling: int64 [queries, depth], on the CPU."""
     queries = torch.from_numpy(queries).to(device)
     best = torch.empty((len(queries), 0), dtype=torch.int64, device=device)
-    for start in range(0, len(vectors), SEARCHED):
-        block = torch.from_numpy(vectors[start : start + SEARCHED].astype(np.float32)).to(device)
-        keys = _keys(queries @ block.T, start)
-        best = torch.cat([best, keys.topk(min(depth, len(block))).values], dim=1)
-        best = best.topk(min(depth, best.shape[1])).values
+    first_row = 0
+    for part in parts:
+        for start in range(0, len(part), SEARCHED):
+            block = torch.from_numpy(decode(part[start : start + SEARCHED])).to(device)
+            keys = _keys(queries @ block.T, first_row)
+            best = torch.cat([best, keys.topk(min(depth, len(block))).values], dim=1)
+            best = best.topk(min(depth, best.shape[1])).values
+            first_row += len(block)
     return best.cpu()
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KNOWN_PROMPTS = Path(__file__).with_name("known_prompts.json")
 PLACES = ("{query}", "{document}")
 QUERY, DOCUMENT = "query-goes-here", "document-goes-here"  # marks that survive a template's own trimming
-TEMPLATE_SECONDS = 2  # that a folder's chat template may run
+TEMPLATE_SECONDS = 2  # of CPU time that a folder's chat template may run
 
 
 # ---- the question, by language --------------------------------------------------------------------------
@@ -160,11 +160,11 @@ def check_no_powers(template: str) -> None:
 
 @contextmanager
 def time_limit(name: str, seconds: float) -> Iterator[None]:
-    """TimeoutError when Python code of this thread runs longer: a template may loop without an end."""
-    end, before = time.monotonic() + seconds, sys.gettrace()
+    """TimeoutError when Python code of this thread takes more CPU time: a template may loop without an end."""
+    end, before = time.thread_time() + seconds, sys.gettrace()
 
     def trace(frame, event, argument):
-        if time.monotonic() > end:
+        if time.thread_time() > end:
             raise TimeoutError(f"{name} runs for more than {seconds} seconds; it may have an endless loop")
         return trace
 

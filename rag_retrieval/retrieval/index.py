@@ -1,85 +1,191 @@
-"""The search that a configuration asks for: by words, by vectors, or both fused, over what a work folder keeps.
+"""`Index`: the documents of a corpus with what they are searched by, words or vectors or both, in one folder.
 
 torch is not imported where words alone are searched.
 """
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+import threading
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rag_retrieval.core.files import WorkFolder
+from rag_retrieval.core.config import EngineOptions
+from rag_retrieval.core.files import atomic_write
+from rag_retrieval.core.log import Progress
 from rag_retrieval.data.corpus import Corpus
-from rag_retrieval.data.words import AUTO, WORDS_VERSION
-from rag_retrieval.retrieval.bm25 import Bm25Search, build_bm25
+from rag_retrieval.models.settings import model_content
+from rag_retrieval.retrieval.bm25 import BM25, Bm25Search
 from rag_retrieval.retrieval.candidates import Search
-from rag_retrieval.retrieval.fusion import FusedSearch, Fusion
+from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.index_files import IndexState
 
-BM25_LIBRARIES = ("bm25s", "Stemmer", "jieba")
+if TYPE_CHECKING:
+    from rag_retrieval.infer.embedder import Embedder
 
-
-@dataclass(frozen=True)
-class DenseEncoder:
-    """queries, documents: texts to vectors, float32 [texts, width]. made_from: what decides on those of documents, as
-    JSON values. device: where vectors are compared."""
-
-    queries: Callable[[list[str]], np.ndarray]
-    documents: Callable[[list[str]], np.ndarray]
-    made_from: dict[str, Any]
-    device: str
+DENSE = "dense"
+EXPORTED = 4096  # rows written to Parquet at once
+SAME_VECTOR = 0.98  # least cosine of a document's vector with itself, in any precision
+LOCAL = EngineOptions()
 
 
-@dataclass(frozen=True)
-class SearchOptions:
-    """candidates: bm25, dense, or fused (both by reciprocal rank). encoder: for dense and fused. vector_dtype:
-    float16 or float32, on disk. faiss_index: a factory string of FAISS; None searches exactly. seed: of the sample
-    that FAISS trains on. language: of the words of bm25, see `words.tokenize`.
+def build_index(
+    source: str | Path, folder: str | Path, options: IndexOptions | None = None, engine: EngineOptions = LOCAL
+) -> "Index":
+    """Build what the folder does not have: documents, words, vectors. The same call after a kill continues.
+
+    source: see `data.documents`. Under `accelerate launch` every process calls it, and they share the encoding.
+    Raises DataError for a source that cannot be read or has one id twice; ValueError for an index in the folder that
+    is made from something else, with each name that differs, for a folder that holds other things, where another
+    process writes there, and for a model that cannot be opened.
+    """
+    from rag_retrieval.retrieval.building import build
+
+    build(source, Path(folder), options or IndexOptions(), engine)
+    return Index(folder)
+
+
+class Index:
+    """An index that was built. Several threads may search one.
+
+    documents: the corpus, by row. searches: "bm25" and "dense", those that the index has. made_from: all that it
+    depends on, by name. recall: the part of the nearest documents that an approximate dense search finds, as it was
+    measured when the index was built; None where the search is exact.
+
+    embedder: in place of the one that the index names, which is opened when it is first needed. device: for that.
+    Raises ValueError for a folder without a finished index, a damaged one, and, when a model is opened, for another
+    model than the index was made with.
     """
 
-    candidates: Literal["bm25", "dense", "fused"]
-    encoder: DenseEncoder | None = None
-    vector_dtype: Literal["float16", "float32"] = "float16"
-    faiss_index: str | None = None
-    seed: int = 0
-    language: str = AUTO
+    def __init__(self, folder: str | Path, *, embedder: "Embedder | None" = None, device: str | None = None):
+        self.folder = Path(folder)
+        self._given, self._device = embedder, device
+        self._embedder: Embedder | None = None
+        self._lock = threading.Lock()
+        self._open()
 
+    def _open(self) -> None:
+        """Everything is mapped here, so that an update that removes the files does no harm."""
+        state = IndexState.read(self.folder)
+        if state is None:
+            found = "no finished index" if self.folder.is_dir() else "no such folder"
+            raise ValueError(f"{self.folder}: {found}; rag-retrieval index writes one, or continues one")
+        try:
+            state.check_files()
+            documents, searches = Corpus(state.path("corpus")), self._searches(state)
+        except (ValueError, OSError):
+            if IndexState.read(self.folder) == state:
+                raise
+            return self._open()  # another process switched to a newer one
+        self.made_from, self.recall, self.options = state.made_from, state.recall, state.options
+        self.documents, self.searches = documents, searches
 
-def make_search(options: SearchOptions, corpus: Corpus, work: WorkFolder) -> Search:
-    """Builds what the work folder does not have. Raises ValueError for an index that cannot be."""
-    if options.candidates == "bm25":
-        return _words(options, corpus, work)
-    dense = _vectors(options, corpus, work)
-    if options.candidates == "dense":
-        return dense
-    return FusedSearch({"bm25": _words(options, corpus, work), "dense": dense}, Fusion())
+    def _searches(self, state: IndexState) -> dict[str, Search]:
+        searches: dict[str, Search] = {}
+        if "bm25" in state.parts:
+            searches[BM25] = Bm25Search(state.path("bm25"))
+        if "vectors" in state.parts:
+            from rag_retrieval.retrieval.dense import open_search
 
+            searches[DENSE] = open_search(state.paths, state.options, self._encode_queries, self._device)
+        return searches
 
-def _words(options: SearchOptions, corpus: Corpus, work: WorkFolder) -> Bm25Search:
-    missing = [name for name in BM25_LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"candidates from words need {', '.join(missing)}; run: pip install -e '.[mine]'")
-    made_from = [corpus.folder.name, WORDS_VERSION, options.language]
-    return Bm25Search(work.stage("bm25", made_from, lambda folder: build_bm25(corpus, folder, options.language)))
+    def __len__(self) -> int:
+        return len(self.documents)
 
+    @property
+    def embedder(self) -> "Embedder":
+        """The model of the vectors. ValueError for an index without, and where it is not the one that made them."""
+        with self._lock:
+            if self._embedder is None:
+                self._embedder = self._open_embedder()
+        return self._embedder
 
-def _vectors(options: SearchOptions, corpus: Corpus, work: WorkFolder) -> Search:
-    from rag_retrieval.retrieval.dense import DenseSearch, build_faiss, build_vectors, open_vectors, read_faiss
+    def _open_embedder(self) -> "Embedder":
+        if DENSE not in self.searches:
+            raise ValueError(f"{self.folder}: an index without vectors; build it with an embedder")
+        from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 
-    encoder = options.encoder
-    folder = work.stage(
-        "vectors",
-        [corpus.folder.name, encoder.made_from, options.vector_dtype],
-        lambda folder: build_vectors(corpus, encoder.documents, folder, options.vector_dtype),
-        resumes=True,
-    )
-    vectors, index = open_vectors(folder), None
-    if options.faiss_index is not None:
-        place = work.stage(
-            "faiss",
-            [folder.name, options.faiss_index, options.seed],
-            lambda folder: build_faiss(vectors, options.faiss_index, options.seed, folder),
-        )
-        index = read_faiss(place)
-    return DenseSearch(vectors, encoder.queries, encoder.device, index)
+        if self._given is None:
+            name, expected = self.options.embedder, self.made_from["model"]
+            found = model_content(name)
+            if found != expected:
+                raise ValueError(
+                    f"{self.folder}: {name} now holds another model than the index was made with (model: was "
+                    f"{expected}, now {found}); bring that model back, or build the index again"
+                )
+            return open_embedder(self.options, self._device)
+        own, vectors = encode_with(self._given, "document", self.options), self.searches[DENSE].finest
+        first, stored = own([self.documents.text(0)])[0], vectors.rows(np.zeros(1, np.int64))[0]
+        if vectors.similarity(first, stored) < SAME_VECTOR:
+            raise ValueError(
+                f"{self.folder}: the given embedder has another vector for the first document than the index; expected "
+                f"the model and options of the index: {json.dumps(self.made_from, ensure_ascii=False)}"
+            )
+        return self._given
+
+    def _encode_queries(self, texts: list[str]) -> np.ndarray:
+        from rag_retrieval.retrieval.vector_shards import encode_with
+
+        return encode_with(self.embedder, "query", self.options)(texts)
+
+    def describe(self) -> str:
+        """`9,358 documents; bm25 (english 7,482), dense (float16)`, and the recall of an approximate search."""
+        kinds = {DENSE: self.options.faiss_index or self.options.vector_precision}
+        shown = [f"{name} ({kinds.get(name) or search.words})" for name, search in self.searches.items()]
+        recall = "" if self.recall is None else f"; finds {self.recall:.1%} of the 10 nearest (documents as queries)"
+        return f"{len(self):,} documents; {', '.join(shown)}{recall}"
+
+    # ---- changes
+
+    def add(self, source: str | Path, engine: EngineOptions = LOCAL) -> None:
+        """Add the documents of a source; one whose id is there already takes the place of the old one. The folder
+        changes as a whole or not at all, and only new documents are encoded. Raises as `build_index`."""
+        self.update(source, (), engine)
+
+    def remove(self, ids: Collection[str]) -> None:
+        """Take documents out. Raises DataError for ids that no document has, and where none would be left."""
+        self.update(None, ids)
+
+    def update(self, source: str | Path | None, ids: Collection[str], engine: EngineOptions = LOCAL) -> None:
+        """Both in one change."""
+        from rag_retrieval.retrieval.building import update
+
+        update(self.folder, source, ids, engine)
+        self._open()
+
+    # ---- export
+
+    def vectors(self, size: int = EXPORTED) -> Iterator[np.ndarray]:
+        """The finest vectors of all documents in their order, as float32, at most `size` at a time. ValueError for an
+        index without."""
+        if DENSE not in self.searches:
+            raise ValueError(f"{self.folder}: an index without vectors; build it with an embedder")
+        return self.searches[DENSE].finest.blocks(size)
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write id, text, metadata (as JSON) and vector (a FixedSizeList of float32) of every document, whole or not
+        at all. Memory does not grow with the index."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        blocks, row, writer = self.vectors(), 0, None
+        with atomic_write(Path(path)) as temporary, Progress(len(self), "exporting", "documents") as progress:
+            try:
+                for vectors in blocks:
+                    documents = [self.documents.document(row + place) for place in range(len(vectors))]
+                    metadata = [json.dumps(document.metadata, ensure_ascii=False) for document in documents]
+                    table = pa.table({
+                        "id": pa.array([document.id for document in documents], pa.string()),
+                        "text": pa.array([document.text for document in documents], pa.string()),
+                        "metadata": pa.array(metadata, pa.string()),
+                        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
+                    })  # fmt: skip
+                    writer = writer or pq.ParquetWriter(temporary, table.schema)
+                    writer.write_table(table)
+                    row += len(vectors)
+                    progress.update(len(vectors))
+            finally:
+                if writer:
+                    writer.close()

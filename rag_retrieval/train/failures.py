@@ -27,7 +27,7 @@ MIN_FREE_BYTES = 1 << 22  # a disk with less is called full: the last write may 
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|Parent directory .* does not exist")
 CPU_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|bad_alloc")
-DEATH_SECONDS = 2.0  # between the end of a process's sockets and its own
+DEATH_SECONDS = 10.0  # between the end of a process's sockets and its own
 PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 PEER_SILENT = re.compile(r"Timed out waiting|Socket Timeout|timed out|timeout of \d+ ?ms", re.IGNORECASE)
 

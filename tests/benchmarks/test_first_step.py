@@ -33,5 +33,5 @@ def test_a_start_ends_with_its_first_step_and_all_laps(tmp_path):
     laps, own, worker = first_step.first_step(source, tmp_path / "cache", tmp_path / "run", model)
     assert list(laps) == [*first_step.LAPS, "logged"]
     assert list(laps.values()) == sorted(laps.values())
-    assert own > worker > 10 * first_step.MIB
+    assert min(own, worker) > 10 * first_step.MIB
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1

@@ -2,6 +2,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from beir_samples import write_toy
 from tiny_models import tiny_bert
@@ -13,6 +14,7 @@ import quality_embedders
 from quality_tables import read_rows
 
 from rag_retrieval.data.beir import read_folder
+from rag_retrieval.models.vectors import finish
 
 
 @pytest.fixture
@@ -39,21 +41,50 @@ def test_some_documents_are_the_relevant_ones_the_best_of_bm25_and_others(toy):
     assert len(quality_embedders.test_collection(folder, "all", None).documents) == 72
 
 
-def test_rows_of_one_setting_stand_in_a_table_with_their_differences():
-    def row(trainer, figure, **setting):
-        per_query = {"q1": figure, "q2": figure / 2}
-        return {
-            "setting": {"data": "toy", **setting}, "trainer": trainer, "seed": 0, "per_query": per_query,
-            "figures": dict.fromkeys(quality_embedders.COLUMNS, figure), "versions": {"torch": "2"},
-            "training": {"seconds": 3, "cpu_seconds": 2}, "searching": {"seconds": 1, "cpu_seconds": 1},
-            "command": f"python {trainer}",
-        }  # fmt: skip
+def result(trainer, figure, seed=0, **setting):
+    return {
+        "setting": {"data": "toy", **setting}, "trainer": trainer, "seed": seed,
+        "per_query": {"q1": figure, "q2": figure / 2}, "readings": {"whole": figure, "int8": figure / 4},
+        "figures": dict.fromkeys(quality_embedders.COLUMNS, figure), "versions": {"torch": "2"},
+        "training": {"seconds": 3, "cpu_seconds": 2}, "searching": {"seconds": 1, "cpu_seconds": 1},
+        "command": f"python {trainer} {seed}",
+    }  # fmt: skip
 
-    text = quality_embedders.markdown_tables([row("base", 0.5), row("ours", 0.75), row("ours", 0.9, lr=1)])
+
+def test_rows_of_one_setting_stand_in_a_table_with_their_differences():
+    text = quality_embedders.markdown_tables([result("base", 0.5), result("ours", 0.75), result("ours", 0.9, lr=1)])
     first, second = text.split("\n\ndata toy, lr 1")
-    assert "| ours | 0 | 0.7500 | 0.7500 | 0.7500 | 0.7500 | 3 (2) | 1 (1) |" in first
-    assert "ours (seed 0) - base (seed 0): ndcg@10 +0.1875" in first and "python base" in first
+    assert "| ours | 1 | 0.7500 | 0.7500 | 0.7500 | 0.7500 | 3 (2) | 1 (1) | 0.1875 |" in first
+    assert "ours - base: ndcg@10 +0.1875" in first and "python base" in first
     assert "0.9000" in second and " - " not in second
+
+
+def test_seeds_are_averaged_and_the_base_stands_beside_all_of_them():
+    ours = [result("ours", 0.8, seed) for seed in (0, 1)] + [result("ours", 0.6, 2)]
+    text = quality_embedders.markdown_tables([result("base", 0.4), *ours, result("st", 0.6, 1), result("st", 0.2, 2)])
+    assert "| ours | 3 | 0.7333 (0.6000 to 0.8000) |" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("ours - base")]
+    assert "+0.2500" in line and "(3 seeds)" in line  # (.7333 - .4) x (1 + 1/2) / 2
+    (line,) = [line for line in text.splitlines() if line.startswith("st - ours")]
+    assert "-0.2250" in line and "(2 seeds)" in line  # seeds 1 and 2: (.4 - .7) x .75
+
+
+def test_without_negatives_the_questions_and_answers_are_those_of_one(toy, tmp_path):
+    drawn = (8, 1, 4, 0)
+    of = [quality_embedders.draw_records(read_folder(toy), drawn, count, tmp_path / f"{count}") for count in (0, 1)]
+    none, one = ([json.loads(line) for line in path.read_text().splitlines()] for path in of)
+    assert len(none) == 8 and none == [record | {"neg": []} for record in one] and all(record["neg"] for record in one)
+
+
+def test_vectors_are_read_whole_cut_and_in_fewer_bits():
+    queries = finish(np.array([[3, 1, 1, 1, 0, 0, 0, 4]]))
+    documents = finish(np.array([[1, 0, 0, 0, 0, 0, 0, 9], [2, 1, 1, 1, 1, 1, 1, 1]]))
+    readings = quality_embedders.readings_of(queries, documents)
+    assert list(readings) == ["whole", "4 wide", "2 wide", "1 wide", "int8", "binary"]
+    best = {name: int((left @ right.T).argmax()) for name, (left, right) in readings.items()}
+    assert best == {"whole": 0, "4 wide": 1, "2 wide": 1, "1 wide": 0, "int8": 0, "binary": 1}
+    assert set(readings["binary"][1].ravel()) == {-1, 1}
+    assert abs(readings["int8"][1] - documents).max() < 0.01
 
 
 @pytest.mark.slow
@@ -62,6 +93,7 @@ def test_both_trainers_start_from_the_base_and_are_measured_alike(toy, tmp_path)
     tiny_bert(tmp_path / "bert")
     out = tmp_path / "rows.jsonl"
     rows = [run(toy, out, "--trainer", trainer) for trainer in quality_embedders.TRAINERS]
+    assert [row["trainer"] for row in rows] == ["base", "ours batch_size=4", "sentence-transformers batch_size=4"]
     assert len({json.dumps(row["setting"]) for row in rows}) == 1
     base, *trained = (row["figures"] for row in rows)
     for figures in trained:

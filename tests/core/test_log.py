@@ -78,7 +78,8 @@ def shown_on_a_terminal(code: str = JOB) -> str:
 
 def test_on_a_terminal_a_bar_with_rate_and_time_left_fits_80_columns_below_the_lines():
     text = shown_on_a_terminal()
-    assert "250/1,000 documents" in text and "1,000/1,000 documents" in text and "/s, 0:00:0" in text
+    assert "250/1,000 documents" in text and "1,000/1,000 documents" in text
+    assert re.search(r"/s, \d+:\d\d:\d\d", text)
     assert " left" in text and "loss 0.5" in text
     assert "a line of [b]text[/b] " + "x" * 100 in text.replace("\r\n", "")
     assert text.count("word" * 5) == 10, "lines break between words"

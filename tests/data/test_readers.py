@@ -18,8 +18,8 @@ from rag_retrieval.data.readers import (
     DatasetName,
     entry_text,
     is_file,
-    json_objects,
     read_records,
+    row_objects,
 )
 from rag_retrieval.data.records import DataError, RecordRules
 
@@ -380,21 +380,21 @@ def test_bad_lines_of_triples_are_collected(tmp_path):
 
 def first_error(path):
     with pytest.raises(DataError) as caught:
-        list(json_objects(path))
+        list(row_objects(path))
     return str(caught.value)
 
 
 def test_objects_come_with_their_lines_and_blank_lines_are_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"a": 1}\n\n{"a": "猫"}'.encode())
-    assert list(json_objects(path)) == [(1, {"a": 1}), (3, {"a": "猫"})]
+    assert list(row_objects(path)) == [(1, {"a": 1}), (3, {"a": "猫"})]
 
 
 def test_the_bytes_reported_add_up_to_the_size_on_disk(tmp_path):
     for name, data in (("a.jsonl", b"{}\n" * 5000), ("a.jsonl.gz", gzip.compress(b"{}\n" * 5000))):
         (tmp_path / name).write_bytes(data)
         counts = []
-        assert len(list(json_objects(tmp_path / name, counts.append))) == 5000
+        assert len(list(row_objects(tmp_path / name, counts.append))) == 5000
         assert sum(counts) == len(data)
 
 

@@ -49,7 +49,7 @@ def test_arrays_are_views_of_the_mapped_file_and_not_copies(tmp_path):
         assert not values.flags.owndata
         assert not values.flags.writeable
     address = store.labels.__array_interface__["data"][0]
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     ranges = [([int(end, 16) for end in fields[0].split("-")], fields[-1]) for fields in maps]
     [mapped] = [name for (start, stop), name in ranges if start <= address < stop]
     assert mapped == str(store.folder / "label")

@@ -31,10 +31,10 @@ from yes_no_samples import YES_NO, tiny_causal
 from rag_retrieval import CrossEncoder, LLMDecoder, Reranker
 from rag_retrieval.cli import main
 from rag_retrieval.core.files import lock_file_of, locked
-from rag_retrieval.data.records import DataError
+from rag_retrieval.data.records import DataError, Record
 from rag_retrieval.distill import run as run_module
 from rag_retrieval.distill.config import DistillConfig
-from rag_retrieval.distill.run import TeacherError, distill, load_teachers, mean_logits
+from rag_retrieval.distill.run import Part, PartReader, TeacherError, distill, load_teachers, mean_logits, plan_parts
 from rag_retrieval.infer.torch_backend import TorchBackend
 
 
@@ -102,6 +102,28 @@ def stop_after(monkeypatch, parts: int) -> list[int]:
     return scored
 
 
+def record(documents: int, query: str = "q") -> Record:
+    return Record(query, ["d"] * documents, [1.0] * documents, [True] * documents, "hits", 1)
+
+
+def test_a_part_is_closed_by_the_record_that_fills_it():
+    plan = plan_parts(map(record, [2, 1, 4, 9, 1, 1]), pairs_per_part=3)
+    assert plan == [Part(0, 2, 3), Part(2, 1, 4), Part(3, 1, 9), Part(4, 2, 2)]
+    assert plan_parts([record(3)], 3) == [Part(0, 1, 3)]
+    assert plan_parts([], 3) == []
+
+
+@pytest.mark.parametrize("order, passes", [([0, 1, 2, 3], 1), ([1, 3], 1), ([3, 1, 2], 2), ([2, 2], 2)])
+def test_the_records_of_parts_are_found_in_any_order_and_in_rising_order_in_one_pass(order, passes):
+    records = [record(documents, f"q{place}") for place, documents in enumerate([2, 1, 4, 9, 1, 1])]
+    plan, opened = plan_parts(records, 3), []
+    reader = PartReader(lambda: opened.append(0) or iter(records))
+    expected = [["q0", "q1"], ["q2"], ["q3"], ["q4", "q5"]]
+    for place in order:
+        assert [one.query for one in reader.records_of(plan[place])] == expected[place]
+    assert len(opened) == passes
+
+
 def test_a_stopped_run_continues_to_the_same_bytes(keys, tmp_path, monkeypatch):
     config = DistillConfig(**keys)
     distill(config)
@@ -123,14 +145,60 @@ def test_other_data_or_teachers_do_not_reuse_finished_parts(keys, monkeypatch, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 2)
         distill(DistillConfig(**keys))
-    with pytest.raises(ValueError, match=r"parts of a run that differs:\n  teachers: was \['bert [0-9a-f]{32}'\]"):
+    with pytest.raises(ValueError, match=r"work of a run that differs:\n  teachers: was \['bert [0-9a-f]{32}'\]"):
         distill(DistillConfig(**keys | {"teachers": [model_folders["xlm_roberta"]]}))
     with open(keys["dataset"], "a") as file:
         file.write(json.dumps({"query": "q", "content": "d", "label": 1}) + "\n")
-    with pytest.raises(ValueError, match=r"parts of a run that differs:\n  dataset: was '[0-9a-f]{8}', now"):
+    with pytest.raises(ValueError, match=r"finished work of a run that differs:\n  dataset: was '[0-9a-f]{8}', now"):
         distill(DistillConfig(**keys))
     distill(DistillConfig(**keys, overwrite=True))
     assert len(read(keys["output"])) == 61
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: text.partition("\n")[2]])
+def test_a_damaged_part_is_named_and_scored_again_once_it_is_deleted(keys, tmp_path, monkeypatch, damage):
+    config = DistillConfig(**keys)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 3)
+        distill(config)
+    file = tmp_path / "out.jsonl.parts" / "shard-000001" / "scored.jsonl"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(ValueError, match=f"{file}: damaged.*a line for each; delete {file.parent}, and"):
+        distill(config)
+    assert not Path(keys["output"]).exists()
+    shutil.rmtree(file.parent)
+    assert distill(config).records == 60
+
+
+def test_data_that_change_while_they_are_scored_are_refused(keys, monkeypatch):
+    def shorten(device, config, parts, planned):
+        lines = Path(keys["dataset"]).read_text().splitlines(keepends=True)
+        Path(keys["dataset"]).write_text("".join(lines[:30]))
+        return open_teachers(device, config, parts, planned)
+
+    open_teachers = run_module.open_teachers
+    monkeypatch.setattr(run_module, "open_teachers", shorten)
+    with pytest.raises(DataError, match="data.jsonl: changed while it was scored"):
+        distill(DistillConfig(**keys))
+
+
+def test_a_worker_on_another_kind_of_device_than_planned_is_refused(keys):
+    with pytest.raises(ValueError, match="device: a worker computes on cpu, and the first process on cuda"):
+        run_module.open_teachers(CPU, DistillConfig(**keys), [], planned="cuda")
+
+
+def test_a_folder_of_something_else_where_parts_go_is_refused_and_kept(keys, tmp_path):
+    (tmp_path / "out.jsonl.parts").mkdir()
+    (tmp_path / "out.jsonl.parts" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out.jsonl.parts .*notes.txt"):
+        distill(DistillConfig(**keys, overwrite=True))
+    assert (tmp_path / "out.jsonl.parts" / "notes.txt").read_text() == "mine"
+
+
+def test_an_output_that_is_a_folder_is_refused_whatever_may_be_overwritten(keys):
+    Path(keys["output"]).mkdir()
+    with pytest.raises(ValueError, match="out.jsonl is a folder; give the name of a file"):
+        distill(DistillConfig(**keys, overwrite=True))
 
 
 def test_a_second_run_on_one_output_is_refused(keys):
@@ -214,24 +282,24 @@ def command(keys: dict, tmp_path: Path) -> list[str]:
     return ["rag_retrieval.cli", "distill", "--config", str(file)]
 
 
-# a process that waits after its third part, to be killed
+# a process that waits in its fourth part, to be killed
 HELD = """
 import sys, time
 from rag_retrieval.cli import main
-from rag_retrieval.distill.parts import PartFolder
-write, written = PartFolder.write, []
-def held_write(self, part, lines):
-    if len(written) == 3:
+from rag_retrieval.distill import run
+score, scored = run.mean_logits, []
+def held_score(*arguments):
+    scored.append(arguments)
+    if len(scored) > 3:
         time.sleep(300)
-    write(self, part, lines)
-    written.append(part)
-PartFolder.write = held_write
+    return score(*arguments)
+run.mean_logits = held_score
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-def test_two_killed_processes_continue_to_the_bytes_of_one(keys, tmp_path):
+def test_one_killed_process_ends_both_and_the_next_run_continues_to_the_bytes_of_one(keys, tmp_path):
     keys |= {"dataset": write_jsonl(tmp_path / "many.jsonl", grouped_records(60)), "pairs_per_part": 20}
     distill(DistillConfig(**keys))
     whole = Path(keys["output"]).read_bytes()
@@ -243,18 +311,44 @@ def test_two_killed_processes_continue_to_the_bytes_of_one(keys, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     process = subprocess.Popen(two, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
     parts = Path(keys["output"] + ".parts")
-    while process.poll() is None and len(list(parts.glob("*.jsonl"))) < 6:
+    while process.poll() is None and len(list(parts.glob("shard-*"))) < 6:
         time.sleep(0.02)
-    launcher_and_workers = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in launcher_and_workers:  # workers have a session of their own
-        one.kill()
-    process.communicate()
-    assert len(list(parts.glob("*.jsonl"))) == 6 and not Path(keys["output"]).exists()
+    workers = psutil.Process(process.pid).children(recursive=True)
+    workers[0].kill()
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode != 0 and b"SIGKILL" in errors and not any(worker.is_running() for worker in workers)
+    assert len(list(parts.glob("shard-*"))) == 6 and not Path(keys["output"]).exists()
     done = launch([*engine_command("config/ddp.yaml", 2, "-m"), *command(keys, tmp_path)])
     assert done.returncode == 0, done.stderr
     assert Path(keys["output"]).read_bytes() == whole
     assert done.stdout.count("60 records") == 1, "one process tells"
-    assert ", 0 scored before" not in done.stderr and "scored before" in done.stderr
+    assert " pairs were done before" in done.stderr
+
+
+@pytest.mark.slow
+def test_ray_workers_write_the_bytes_of_one_process_and_none_is_left(keys, tmp_path):
+    distill(DistillConfig(**keys))
+    whole = Path(keys["output"]).read_bytes()
+    keys["output"] = str(tmp_path / "ray.jsonl")
+    keys["dataset"] = str(Path(keys["dataset"]).relative_to(tmp_path))  # found from the current folder
+    _, *options = command(keys, tmp_path)
+    started = [sys.executable, "-c", LISTED, *options, "--engine", "ray", "--ray_workers", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert Path(keys["output"]).read_bytes() == whole
+    assert done.stdout.splitlines()[-1] == "children: []" and "60 records" in done.stdout
+
+
+# the command, and then the processes that it started and left
+LISTED = """
+import sys
+import psutil
+from rag_retrieval.cli import main
+code = main(sys.argv[1:])
+print("children:", [child.cmdline() for child in psutil.Process().children(recursive=True)])
+sys.exit(code)
+"""
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ ADAPTERS = {
     "langchain": ("langchain_core", "langchain-core", "langchain"),
     "llama_index": ("llama_index", "llama-index-core", "llama-index"),
     "haystack": ("haystack", "haystack-ai", "haystack"),
+    "mteb": ("mteb", "mteb", "mteb"),
 }
 
 

@@ -70,8 +70,15 @@ def test_a_configuration_can_be_made_from_another_one():
         (["--num_negative", "3"], "num_negative", "num_negatives"),
         (["--candidates", "dense"], "dense_model", "is missing"),
         (["--data", "records.jsonl"], "corpus", "is missing"),
-        (["--candidates", "fused", "--dense_model", "o/m", "--relative_margin", "0.1"], "relative_margin", "ranks"),
+        (["--candidates", "fused", "--dense_model", "o/m", "--relative_margin", "0.1"], "relative_margin", "relevance"),
         (["--reranker", "./none"], "reranker", "{folder}/none"),
+        (["--candidates", "words"], "candidates", "bm25, dense, fused, random, found words"),
+        (["--candidates", "random", "--absolute_margin", "0"], "absolute_margin", "say nothing of relevance"),
+        (["--reranker", "o/m", "--guide", "o/m"], "guide", "and so is reranker"),
+        (["--range_for_sampling", "10"], "range_for_sampling", "such as 2-200"),
+        (["--range_for_sampling", "0-9", "--first_rank", "2"], "range_for_sampling", "keep one"),
+        (["--range_for_sampling", "5-5"], "last_rank", "expected at least first_rank, 6, found 5"),
+        (["--data", "records.jsonl", "--corpus", "corpus.jsonl", "--index", "beir"], "corpus", "give one of them"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_key_and_cause(folder, options, key, named):
@@ -83,7 +90,8 @@ def test_a_mistake_is_one_line_that_names_key_and_cause(folder, options, key, na
 def test_keys_that_do_not_apply_are_ignored_by_name():
     config = load(*BEIR, "--pooling", "cls", "--corpus", "corpus.jsonl")
     assert (config.pooling, config.corpus) == (None, None)
-    assert "pooling (only for candidates dense and fused)" in config.ignored and "corpus" in config.ignored
+    assert "pooling (only for candidates dense and fused without index)" in config.ignored
+    assert "corpus" in config.ignored
     records = ("--data", "records.jsonl", "--corpus", "corpus.jsonl", "--output", "o.jsonl")
     assert load(*records).ignored is None and "split" in load(*records, "--split", "dev").ignored
 
@@ -124,3 +132,32 @@ def test_options_of_a_model_are_ignored_by_name_without_one():
     assert MiningConfig(data="beir", output="o.jsonl", reranker="m", **values).ignored is None
     dense = MiningConfig(data="beir", output="o.jsonl", candidates="dense", dense_model="m", device="cpu")
     assert dense.ignored is None and dense.device == "cpu"
+
+
+def test_flagembeddings_command_runs_with_its_own_names(folder):
+    """Its ranks count from 0 and leave the end out: [2:200] are ranks 3 to 200."""
+    options = "--input_file records.jsonl --output_file mined.jsonl --range_for_sampling 2-200 --negative_number 15"
+    options += " --candidate_pool corpus.jsonl --embedder_name_or_path owner/model --use_gpu_for_searching"
+    config = load(*options.split())
+    assert (config.data, config.corpus) == (f"{folder}/records.jsonl", f"{folder}/corpus.jsonl")
+    assert (config.output, config.num_negatives, config.dense_model) == ("mined.jsonl", 15, "owner/model")
+    assert (config.first_rank, config.last_rank, config.candidates) == (3, 200, "dense")
+    assert config.ignored.count("only for") == 1 and "use_gpu_for_searching" in config.ignored
+
+
+def test_an_index_has_the_documents_and_the_searches(folder):
+    """Its searches may have any name; how words and vectors are made is its own affair."""
+    config = load("--data", "records.jsonl", "--output", "o.jsonl", "--index", "beir")
+    assert (config.index, config.candidates, config.language) == (f"{folder}/beir", "fused", None)
+    options = ("--candidates", "lexical", "--dense_model", "owner/model", "--language", "german")
+    config = load("--data", "records.jsonl", "--output", "o.jsonl", "--index", "beir", *options)
+    assert (config.candidates, config.dense_model) == ("lexical", None)
+    assert "dense_model" in config.ignored and "language" in config.ignored
+
+
+def test_a_guide_decides_on_margins_as_a_reranker_does():
+    assert load(*BEIR, "--guide", "owner/model").absolute_margin == 0
+    assert load(*BEIR, "--guide", "owner/model", "--relative_margin", "0.05").absolute_margin is None
+    fused = ("--candidates", "fused", "--dense_model", "owner/model", "--relative_margin", "0.05", "--device", "cpu")
+    assert load(*BEIR, *fused, "--guide", "owner/model").ignored is None
+    assert load(*BEIR, "--candidates", "random", "--sampling", "top", "--seed", "3").ignored is None

@@ -1,4 +1,4 @@
-"""The dense model of mining: opened as every embedding model, with the options that mining has."""
+"""The dense model of mining: an index with the options that mining has."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,9 @@ from tiny_models import tiny_bert
 from transformers import AutoModel, AutoTokenizer
 
 from rag_retrieval.mining.config import MiningConfig
-from rag_retrieval.mining.miner import dense_encoder
+from rag_retrieval.mining.run import index_options
+from rag_retrieval.retrieval.index_files import fingerprint
+from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 
 TEXTS = ["panda", "The giant panda is a bear and eats bamboo all day.", "猫", ""]
 
@@ -30,9 +32,16 @@ def sentence_folder(folder, tmp_path_factory):
     return str(path)
 
 
-def load(model, **options):
+def options_of(model, **options):
     keys = {"dense_batch_size": 3, "similarity": "dot"} | options
-    return dense_encoder(MiningConfig(data="d", output="o.jsonl", candidates="dense", dense_model=model, **keys), "cpu")
+    return index_options(MiningConfig(data="d", output="o.jsonl", candidates="dense", dense_model=model, **keys))
+
+
+def load(model, **options):
+    """(encode queries, encode documents)"""
+    options = options_of(model, device="cpu", **options)
+    embedder = open_embedder(options)
+    return encode_with(embedder, "query", options), encode_with(embedder, "document", options)
 
 
 @torch.inference_mode()
@@ -53,21 +62,21 @@ def directions(vectors):
 
 @pytest.mark.parametrize("pooling", [None, "mean", "cls"])
 def test_vectors_of_a_plain_folder_are_those_of_each_text_alone(folder, pooling):
-    found = load(folder, pooling=pooling).documents(TEXTS)
+    found = load(folder, pooling=pooling)[1](TEXTS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, one_by_one(folder, TEXTS, pooling), atol=1e-5)
 
 
 def test_prefixes_go_before_queries_and_documents(folder):
-    encoder = load(folder, query_prefix="query: ", document_prefix="passage: ", similarity="cosine")
-    for encode, prefix in ((encoder.queries, "query: "), (encoder.documents, "passage: ")):
+    both = load(folder, query_prefix="query: ", document_prefix="passage: ", similarity="cosine")
+    for encode, prefix in zip(both, ("query: ", "passage: "), strict=True):
         expected = directions(one_by_one(folder, [prefix + text for text in TEXTS], "mean"))
         np.testing.assert_allclose(encode(TEXTS), expected, atol=1e-5)
 
 
 def test_long_texts_are_cut_at_the_maximum(folder):
     long = "panda bear " * 400
-    found = load(folder, dense_max_len=6, similarity="cosine").documents([long])
+    found = load(folder, dense_max_len=6, similarity="cosine")[1]([long])
     np.testing.assert_allclose(found, directions(one_by_one(folder, [long], "mean", max_len=6)), atol=1e-5)
     with pytest.raises(ValueError, match="more than the 512 tokens"):
         load(folder, dense_max_len=600)
@@ -75,13 +84,13 @@ def test_long_texts_are_cut_at_the_maximum(folder):
 
 def test_a_sentence_transformers_folder_pools_and_prompts_as_it_says(folder, sentence_folder):
     """Without its library; its vectors have the length that it gives them, unless angles are compared."""
-    encoder = load(sentence_folder)
+    encode_queries, encode_documents = load(sentence_folder)
     queries = one_by_one(folder, [f"query: {text}" for text in TEXTS], "cls")
-    np.testing.assert_allclose(encoder.queries(TEXTS), queries, atol=2e-5)
-    np.testing.assert_allclose(encoder.documents(TEXTS), one_by_one(folder, TEXTS, "cls"), atol=2e-5)
-    other = load(sentence_folder, query_prefix="ask: ").queries(TEXTS)
+    np.testing.assert_allclose(encode_queries(TEXTS), queries, atol=2e-5)
+    np.testing.assert_allclose(encode_documents(TEXTS), one_by_one(folder, TEXTS, "cls"), atol=2e-5)
+    other = load(sentence_folder, query_prefix="ask: ")[0](TEXTS)
     np.testing.assert_allclose(other, one_by_one(folder, [f"ask: {text}" for text in TEXTS], "cls"), atol=2e-5)
-    lengths = np.linalg.norm(load(sentence_folder, similarity="cosine").documents(TEXTS), axis=1)
+    lengths = np.linalg.norm(load(sentence_folder, similarity="cosine")[1](TEXTS), axis=1)
     np.testing.assert_allclose(lengths, 1, atol=1e-6)
 
 
@@ -90,9 +99,8 @@ def test_a_reranker_is_no_dense_model(tmp_path):
         load(tiny_bert(tmp_path / "reranker", head_labels=1))
 
 
-def test_what_decides_on_the_vectors_of_documents_names_them(folder, sentence_folder):
-    first = load(folder, query_prefix="query: ").made_from
-    assert load(folder, query_prefix="ask: ").made_from == first, "queries do not decide on them"
+def test_what_decides_on_the_vectors_names_them(folder, sentence_folder):
+    first = fingerprint(options_of(folder, query_prefix="query: "))
     for changes in ({"document_prefix": "p: "}, {"pooling": "cls"}, {"dense_max_len": 9}, {"similarity": "cosine"}):
-        assert load(folder, query_prefix="query: ", **changes).made_from != first
-    assert load(sentence_folder, query_prefix="query: ").made_from != first
+        assert fingerprint(options_of(folder, query_prefix="query: ", **changes)) != first
+    assert fingerprint(options_of(sentence_folder, query_prefix="query: ")) != first

@@ -5,10 +5,10 @@ import pytest
 from mining_samples import corpus_of
 from tiny_models import TEXTS
 
-from rag_retrieval import Reranker
+from rag_retrieval import Embedder, Reranker
 from rag_retrieval.infer.torch_backend import TorchBackend
 from rag_retrieval.mining.config import MiningConfig
-from rag_retrieval.mining.miner import below_positives, draw, fit_places, rerank
+from rag_retrieval.mining.miner import RandomSearch, below_positives, draw, fit_places, guided, rerank
 from rag_retrieval.mining.queries import Query
 from rag_retrieval.models.options import LongDocumentOptions
 from rag_retrieval.retrieval.candidates import Candidates
@@ -150,3 +150,31 @@ def test_the_best_are_taken_in_order_without_a_draw():
 
 def test_fewer_that_fit_are_all_taken():
     assert draw(query("a"), np.array([4, 6]), rules(), Counter()).tolist() == [4, 6]
+
+
+def test_random_candidates_are_other_documents_for_each_query_and_seed():
+    """Each once, the same for the same seed and query whatever the other queries are, and all of them equally often."""
+    queries, none = [f"question {place}" for place in range(400)], [np.zeros(2, np.int64)] * 400
+    found = RandomSearch(20, 7).search(queries, none, 5)
+    assert all(len(set(each.rows.tolist())) == 5 and not each.scores.any() for each in found)
+    assert [len(each.judged_scores) for each in found] == [2] * 400
+    alone = RandomSearch(20, 7).search(queries[3:4], none[:1], 5)[0]
+    assert alone.rows.tolist() == found[3].rows.tolist()
+    assert RandomSearch(20, 8).search(queries[3:4], none[:1], 5)[0].rows.tolist() != alone.rows.tolist()
+    counts = np.bincount(np.concatenate([each.rows for each in found]), minlength=20)
+    assert counts.min() > 70 and counts.max() < 130, "100 each, with a deviation of 9"
+    assert len(RandomSearch(3, 7).search(["q"], none[:1], 5)[0].rows) == 3, "a corpus has no more"
+
+
+def test_a_guides_scores_are_similarities_of_its_vectors_in_the_order_of_the_candidates(base_folders, tmp_path):
+    guide = Embedder(base_folders["bert"], device="cpu", pooling="mean", prompts={"query": "query: "})
+    corpus = corpus_of(tmp_path, list(TEXTS))
+    asked = [Query("panda", np.array([2, 5]), [1.0, 1.0]), Query("水", np.array([5]), [1.0])]
+    none = np.zeros(0, np.float32)
+    found = [Candidates(np.array(rows), none, none) for rows in ([7, 0, 3], [3])]
+    for query, before, after in zip(asked, found, guided(guide, asked, found, corpus), strict=True):
+        vector = guide.encode_queries(query.text)
+        rows = [*before.rows.tolist(), *query.positives.tolist()]
+        expected = guide.encode_documents([TEXTS[row] for row in rows]) @ vector
+        assert after.rows.tolist() == before.rows.tolist()
+        np.testing.assert_allclose(np.concatenate([after.scores, after.judged_scores]), expected, atol=1e-5)

@@ -13,8 +13,8 @@ from rag_retrieval.data.readers import read_records
 from rag_retrieval.data.records import DataError, RecordRules
 from rag_retrieval.data.store import open_store
 from rag_retrieval.mining import miner, run
-from rag_retrieval.mining.miner import dense_encoder
-from rag_retrieval.mining.run import mine
+from rag_retrieval.mining.run import index_options, mine
+from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def test_a_killed_run_keeps_its_parts_and_continues_to_the_same_bytes(data, base
 
 def test_a_kept_work_folder_serves_other_settings_and_never_other_data(data, tmp_path, monkeypatch):
     built = []
-    build = run.build_corpus
-    monkeypatch.setattr(run, "build_corpus", lambda *arguments: (built.append(1), build(*arguments)))
+    build = run.build_index
+    monkeypatch.setattr(run, "build_index", lambda *arguments: (built.append(1), build(*arguments)))
     work = {"work_dir": str(tmp_path / "work")}
     mine(config_of(data, tmp_path / "a.jsonl", **work))
     mine(config_of(data, tmp_path / "b.jsonl", num_negatives=1, **work))
@@ -225,13 +225,13 @@ def test_missing_data_are_reported(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         mine(config_of(tmp_path / "nowhere", tmp_path / "out.jsonl"))
     source = write_jsonl(tmp_path / "r.jsonl", [{"query": "q", "pos": ["a"]}])
-    with pytest.raises(DataError, match="nowhere.jsonl: no such file; expected the documents"):
+    with pytest.raises(DataError, match="nowhere.jsonl: no such file or folder; expected"):
         mine(config_of(source, tmp_path / "out.jsonl", corpus=str(tmp_path / "nowhere.jsonl")))
 
 
 def test_missing_libraries_are_named_with_the_install_command(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("rag_retrieval.retrieval.index.BM25_LIBRARIES", ("bm25s", "no_such_library"))
-    with pytest.raises(ValueError, match=r"need no_such_library; run: pip install -e '.\[mine\]'"):
+    monkeypatch.setattr("rag_retrieval.retrieval.building.BM25_LIBRARIES", ("bm25s", "no_such_library"))
+    with pytest.raises(ValueError, match=r"needs no_such_library; run: pip install -e '.\[mine\]'"):
         mine(config_of(data, tmp_path / "out.jsonl"))
 
 
@@ -260,9 +260,10 @@ def test_a_window_beyond_the_corpus_is_refused(data, tmp_path):
 def test_dense_scores_are_cosines(data, base, tmp_path):
     config = config_of(data, tmp_path / "out.jsonl", **ways(base)["dense"], vector_dtype="float32")
     mine(config)
-    encoder = dense_encoder(config, "cpu")
+    options = index_options(config)
+    encode_queries, encode = (encode_with(open_embedder(options), kind, options) for kind in ("query", "document"))
     for line in read_output(tmp_path / "out.jsonl")[:5]:
-        query, documents = encoder.queries([line["query"]])[0], encoder.documents(line["pos"] + line["neg"])
+        query, documents = encode_queries([line["query"]])[0], encode(line["pos"] + line["neg"])
         scores = line["candidate_scores"]["pos"] + line["candidate_scores"]["neg"]
         np.testing.assert_allclose(documents @ query, scores, atol=1e-5)
 

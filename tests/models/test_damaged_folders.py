@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -75,10 +74,8 @@ def test_a_chat_template_that_is_broken_fails_or_never_ends_is_named(tmp_path):
     endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     for template in ("{% for", "{{ 1 / 0 }}", endless, "{{ 9 ** 9 ** 9 }}", "{{ [9**(9**9)] }}"):
         (folder / "chat_template.jinja").write_text(template)
-        start = time.monotonic()
         with pytest.raises(ValueError, match="chat template"):
             load_reranker(folder, device="cpu")
-        assert time.monotonic() - start < 60
 
 
 def test_options_of_a_call_in_a_chat_template_are_no_power(tmp_path):

@@ -1,104 +1,141 @@
+"""Vectors in shards, and the nearest of them by every search, against a plain loop over all."""
+
 import sys
 
 import numpy as np
 import pytest
-from mining_samples import corpus_of
 
-from rag_retrieval.retrieval import dense
-from rag_retrieval.retrieval.dense import DenseSearch, build_faiss, build_vectors, open_vectors, read_faiss
+from rag_retrieval.models.vectors import ranges_of, to_float32, to_precision
+from rag_retrieval.retrieval.approximate import build_faiss, read_faiss
+from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.dense import DenseSearch
+from rag_retrieval.retrieval.vector_shards import Vectors, append_vectors
 
-WIDTH = 5
-
-
-def fake_encode(texts):
-    """A vector from the text's number: the same for the same text, whatever stands beside it."""
-    return np.array(
-        [np.random.default_rng(len(text) + 31 * sum(text.encode())).normal(size=WIDTH) for text in texts], "f4"
-    )
+VECTORS = np.random.default_rng(0).integers(-3, 4, (60, 8)).astype(np.float32)  # many equal scores
+RANGES = ranges_of(VECTORS, normalized=False)
+QUERIES = np.random.default_rng(1).normal(size=(5, 8)).round().astype(np.float32)
+JUDGED = [np.array(rows, np.int64) for rows in ([3], [], [0, 59], [20], [19, 20])]
 
 
-def test_vectors_are_mapped_and_rounded_to_their_type(tmp_path):
-    texts = [f"text {row}" for row in range(10)]
-    build_vectors(corpus_of(tmp_path, texts), fake_encode, tmp_path, "float16")
-    vectors = open_vectors(tmp_path)
-    assert vectors.dtype == np.float16 and isinstance(vectors.base.base, np.memmap)
-    np.testing.assert_array_equal(vectors, fake_encode(texts).astype(np.float16))
+def stored(tmp_path, precision, name="vectors", sizes=(20, 20, 19, 1)):
+    shards, start = [], 0
+    for number, size in enumerate(sizes):
+        shards.append(tmp_path / f"shard-{number:06d}")
+        shards[-1].mkdir(exist_ok=True)
+        part = to_precision(VECTORS[start : start + size], precision, RANGES)
+        for half in (part[: size // 2], part[size // 2 :]):
+            append_vectors(shards[-1] / f"{name}.npy", half, size)
+        start += size
+    return Vectors(shards, name, RANGES)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 59, 60, 61, 130])
-def test_a_stopped_encoding_continues_after_its_last_whole_block(tmp_path, monkeypatch, kept):
-    monkeypatch.setattr(dense, "ENCODED", 3)  # 60 bytes
-    corpus = corpus_of(tmp_path, [f"text {row}" for row in range(10)])
-    whole, resumed, encoded = tmp_path / "whole", tmp_path / "resumed", []
-    whole.mkdir(), resumed.mkdir()
-    build_vectors(corpus, fake_encode, whole, "float32")
-    (resumed / "vectors").write_bytes((whole / "vectors").read_bytes()[:kept])
-
-    def counting(texts):
-        encoded.extend(texts)
-        return fake_encode(texts)
-
-    build_vectors(corpus, counting, resumed, "float32")
-    assert (resumed / "vectors").read_bytes() == (whole / "vectors").read_bytes()
-    assert len(encoded) == 1 + 10 - kept // 60 * 3, "one text tells the width"
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary"])
+def test_the_exact_search_over_shards_is_that_over_all_decoded_vectors(tmp_path, precision):
+    vectors = stored(tmp_path, precision)
+    assert isinstance(vectors.parts[0], np.memmap)
+    decoded = to_float32(to_precision(VECTORS, precision, RANGES), RANGES)
+    np.testing.assert_array_equal(np.concatenate(list(vectors.blocks(7))), decoded)
+    found = DenseSearch(vectors, None, "cpu").search_vectors(QUERIES, JUDGED, 9)
+    for candidates, query, judged in zip(found, QUERIES, JUDGED, strict=True):
+        scores = decoded @ query
+        expected = sorted(range(60), key=lambda row: (-round(float(scores[row]), 4), row))[:9]
+        np.testing.assert_allclose(candidates.scores, scores[expected], rtol=1e-5)
+        np.testing.assert_allclose(candidates.judged_scores, scores[judged], rtol=1e-5)
+        if precision != "int8":  # whose equal scores differ in the last bit
+            assert candidates.rows.tolist() == expected
 
 
-def test_a_vector_that_is_not_finite_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="not finite"):
-        build_vectors(corpus_of(tmp_path, ["a"]), lambda texts: np.array([[np.nan]]), tmp_path, "float32")
+def test_a_finer_copy_scores_the_best_anew(tmp_path):
+    coarse, finer = stored(tmp_path, "binary"), stored(tmp_path, "float32", "finer")
+    found = DenseSearch(coarse, None, "cpu", finer, factor=3).search_vectors(QUERIES, JUDGED, 4)
+    bits = to_float32(to_precision(VECTORS, "binary"))
+    for candidates, query, judged in zip(found, QUERIES, JUDGED, strict=True):
+        first, scores = bits @ query, VECTORS @ query
+        twelve = sorted(range(60), key=lambda row: (-first[row], row))[:12]
+        assert candidates.rows.tolist() == sorted(twelve, key=lambda row: (-scores[row], row))[:4]
+        assert candidates.scores.tolist() == scores[candidates.rows].tolist()
+        assert candidates.judged_scores.tolist() == scores[judged].tolist()
 
 
-def test_candidates_are_the_nearest_and_the_judged_have_their_own_scores():
-    vectors = np.random.default_rng(0).integers(-2, 3, (40, WIDTH)).astype(np.float16)
-    queries, judged = ["a", "bb"], [np.array([3]), np.array([0, 39])]
-    search = DenseSearch(vectors, lambda texts: np.round(fake_encode(texts) * 2), "cpu")
-    for found, vector, asked in zip(search.search(queries, judged, 4), search.encode(queries), judged, strict=True):
-        scores = vectors.astype(np.float32) @ vector
-        assert found.rows.tolist() == sorted(range(40), key=lambda row: (-scores[row], row))[:4]
-        assert found.scores.tolist() == scores[found.rows].tolist()
-        assert found.judged_scores.tolist() == scores[asked].tolist()
+def test_recall_is_the_part_of_the_nearest_that_is_found(tmp_path):
+    finer = stored(tmp_path, "float32", "finer")
+    assert DenseSearch(stored(tmp_path, "float16", "half"), None, "cpu", finer).recall(0) == 1
+    search = DenseSearch(stored(tmp_path, "binary"), None, "cpu", finer, factor=1)
+    found = search.search_vectors(VECTORS, [np.zeros(0, np.int64)] * 60, 11)
+    parts = []
+    for row, candidates in enumerate(found):
+        scores = VECTORS @ VECTORS[row]
+        nearest = sorted(range(60), key=lambda other: (-scores[other], other))[:11]
+        nearest = [other for other in nearest if other != row]
+        parts.append(np.mean([other in candidates.rows for other in nearest]))
+    assert search.recall(0) == pytest.approx(np.mean(parts)) and np.mean(parts) < 0.9
 
 
-VECTORS = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float16)
+def test_shards_are_read_by_any_rows_in_any_order(tmp_path):
+    rows = np.array([59, 0, 20, 19, 20, 40])
+    assert stored(tmp_path, "float32").rows(rows).tolist() == VECTORS[rows].tolist()
+
+
+# ---- FAISS
+
+
+def options(factory):
+    return IndexOptions(embedder="model", faiss_index=factory)
 
 
 def test_without_faiss_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match="faiss_index needs FAISS; run: pip install faiss-cpu"):
-        build_faiss(VECTORS, "Flat", 0, tmp_path)
+        build_faiss(stored(tmp_path, "float16"), options("Flat"), tmp_path)
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
-def test_faiss_finds_what_the_exact_search_finds(tmp_path, factory):
+@pytest.mark.parametrize(
+    "factory, search, on_disk",
+    [("Flat", None, False), ("IVF4,Flat", "nprobe=4", True), ("PCA8,IVF4,SQ8", "nprobe=4", True),
+     ("HNSW8", None, False)],
+)  # fmt: skip
+def test_faiss_finds_what_the_exact_search_finds(tmp_path, factory, search, on_disk, capfd):
     pytest.importorskip("faiss")
-    build_faiss(VECTORS, factory, 0, tmp_path)
-    index = read_faiss(tmp_path)
-    if factory.startswith("IVF"):
-        index.nprobe = 4  # all lists
-    queries, judged = [str(row) for row in range(20)], [np.array([row]) for row in range(20)]
-
-    def encode(texts):
-        return VECTORS[[int(text) for text in texts]].astype(np.float32)
-
-    exact = DenseSearch(VECTORS, encode, "cpu").search(queries, judged, 7)
-    by_faiss = DenseSearch(VECTORS, encode, "cpu", index).search(queries, judged, 7)
-    for found, expected in zip(by_faiss, exact, strict=True):
+    vectors = stored(tmp_path, "float16")
+    (tmp_path / "built").mkdir()
+    build_faiss(vectors, options(factory), tmp_path / "built")
+    moved = (tmp_path / "built").rename(tmp_path / "moved")
+    assert {file.name for file in moved.iterdir()} == ({"index", "lists"} if on_disk else {"index"})
+    by_faiss = DenseSearch(vectors, None, "cpu", index=read_faiss(moved, search), factor=3)
+    exact = DenseSearch(vectors, None, "cpu")
+    for found, expected in zip(
+        by_faiss.search_vectors(QUERIES, JUDGED, 7), exact.search_vectors(QUERIES, JUDGED, 7), strict=True
+    ):
         assert found.rows.tolist() == expected.rows.tolist()
-        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
-        np.testing.assert_allclose(found.judged_scores, expected.judged_scores, rtol=1e-5)
+        assert found.scores.tolist() == expected.scores.tolist()
+        assert found.judged_scores.tolist() == expected.judged_scores.tolist()
+    assert capfd.readouterr().out == ""
 
 
-def test_an_index_that_faiss_cannot_make_is_refused(tmp_path):
+@pytest.mark.parametrize("factory", ["IVF4,PQ4x4fs", "IVF4,Flat,RFlat"])
+def test_an_ivf_index_that_cannot_lie_on_the_disk_is_held_in_memory(tmp_path, factory):
     pytest.importorskip("faiss")
+    vectors = stored(tmp_path, "float16")
+    build_faiss(vectors, options(factory), tmp_path)
+    found = DenseSearch(vectors, None, "cpu", index=read_faiss(tmp_path, "nprobe=4"), factor=8)
+    assert found.recall(0) == 1 and not (tmp_path / "lists").exists()
+
+
+def test_an_index_or_a_parameter_that_faiss_does_not_know_is_refused(tmp_path):
+    pytest.importorskip("faiss")
+    vectors = stored(tmp_path, "float16")
     with pytest.raises(ValueError, match="faiss_index 'Flut': FAISS cannot make this index"):
-        build_faiss(VECTORS, "Flut", 0, tmp_path)
+        build_faiss(vectors, options("Flut"), tmp_path)
+    build_faiss(vectors, options("Flat"), tmp_path)
+    with pytest.raises(ValueError, match="faiss_search 'probes=4': this index takes no such parameter"):
+        read_faiss(tmp_path, "probes=4")
 
 
-def test_what_faiss_did_not_fill_is_left_out():
+def test_what_faiss_did_not_fill_is_left_out(tmp_path):
     class Short:
         def search(self, encoded, depth):
             return np.array([[0.5, 0.25, -1]], np.float32), np.array([[7, 2, -1]])
 
-    found = DenseSearch(VECTORS, lambda texts: np.zeros((1, 8), np.float32), "cpu", Short())
-    found = found.search(["a"], [np.array([0])], 3)[0]
-    assert found.rows.tolist() == [7, 2] and found.scores.tolist() == [0.5, 0.25]
+    found = DenseSearch(stored(tmp_path, "float32"), None, "cpu", index=Short())
+    (found,) = found.search_vectors(QUERIES[:1], JUDGED[:1], 3)
+    assert sorted(found.rows.tolist()) == [2, 7]

@@ -1,5 +1,6 @@
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_a_window_gives_the_mean_loss_and_the_last_rate_and_norm():
+    before = time.monotonic()
     window = LogWindow(2, "pairs")
     window.started -= 10
     window.pause(5)
     window.add(loss=1.0, norm=3.0, size=40, lr=0.1)
     window.add(loss=2.0, norm=4.0, size=60, lr=0.2)
     values = window.values()
-    assert values["pairs_per_second"] == pytest.approx(100 * 2 / 5, rel=0.01)
+    assert 100 * 2 / (5 + time.monotonic() - before) <= values["pairs_per_second"] <= 100 * 2 / 5
     assert {**values, "pairs_per_second": 0} == {
         "loss": 1.5,
         "lr": 0.2,
@@ -74,11 +76,11 @@ def tracking(folder: Path, log_with=None, run_config=None) -> Tracking:
 def test_without_a_terminal_there_are_log_lines(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     made = tracking(tmp_path)
-    made.progress.started -= 60  # ten steps in a minute leave nine minutes
+    made.progress.started -= 6000  # ten steps in it leave 15 hours
     for _ in range(10):
         made.step_done()
     made.train(10, VALUES)
-    assert caplog.messages[-1].startswith("step 10/100  loss 0.2500  lr 1.00e-04  1000 pairs/s  0:09:0")
+    assert caplog.messages[-1].startswith("step 10/100  loss 0.2500  lr 1.00e-04  1000 pairs/s  15:")
     made.train(10, VALUES | {"loss/a": 0.5, "chance_loss/a": 0.7})
     assert caplog.messages[-1].startswith("step 10/100  loss 0.2500  loss/a 0.5000  lr 1.00e-04")
     made.evaluation(10, {"loss": 0.5, "ndcg@10": 0.75, "queries": 10}, "  (best ndcg@10 so far)")

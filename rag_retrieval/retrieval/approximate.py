@@ -1,0 +1,115 @@
+"""Indexes of FAISS over the vectors of a corpus, by any factory string.
+
+An IVF index is made shard by shard, and its lists are merged on the disk, from where they are searched, so that
+neither is bounded by memory. Every other index is made and held in memory: "Flat" takes 4 bytes a number.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from rag_retrieval.core.log import Progress
+from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.vector_shards import Vectors
+
+FAISS_SAMPLE = 1 << 18  # vectors that an index such as IVF is trained on
+FAISS_ADDED = 1 << 14  # vectors added at once
+LISTS_SEARCHED = 16  # by default one of so many
+
+
+def build_faiss(vectors: Vectors, options: IndexOptions, folder: Path) -> None:
+    """Write an index by inner product into the existing folder. Raises ValueError where FAISS is missing or cannot make
+    such an index."""
+    faiss = _import_faiss()
+    try:
+        index = faiss.index_factory(vectors.dim, options.faiss_index, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            rows = np.random.default_rng(options.seed).permutation(len(vectors))[:FAISS_SAMPLE]
+            index.train(vectors.rows(np.sort(rows)))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise ValueError(f"faiss_index {options.faiss_index!r}: FAISS cannot make this index ({reason})") from error
+    with Progress(len(vectors), "indexing vectors", "documents") as progress:
+        if has_lists(index):
+            index = _merged_on_disk(index, vectors, folder, progress)
+        else:
+            for block in vectors.blocks(FAISS_ADDED):
+                index.add(block)
+                progress.update(len(block))
+    faiss.write_index(index, str(folder / "index"))
+
+
+def has_lists(index) -> bool:
+    """Whether it is an IVF index whose lists can lie on the disk: one with a refinement or for "fast scan" cannot."""
+    faiss = _import_faiss()
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is None or isinstance(index, faiss.IndexRefine):
+        return False
+    return isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.ArrayInvertedLists)
+
+
+def _merged_on_disk(index, vectors: Vectors, folder: Path, progress: Progress):
+    faiss = _import_faiss()
+    from faiss.contrib.ondisk import merge_ondisk
+
+    faiss.write_index(index, str(folder / "trained"))
+    row, files = 0, []
+    for number, part in enumerate(vectors.parts):
+        of_part = faiss.read_index(str(folder / "trained"))
+        for start in range(0, len(part), FAISS_ADDED):
+            block = vectors.decode(part[start : start + FAISS_ADDED])
+            of_part.add_with_ids(block, np.arange(row, row + len(block)))
+            row += len(block)
+            progress.update(len(block))
+        files.append(folder / f"part-{number}")
+        faiss.write_index(of_part, str(files[-1]))
+    with without_stdout():
+        merge_ondisk(index, [str(file) for file in files], str(folder / "lists"))
+    for file in [*files, folder / "trained"]:
+        file.unlink()
+    return index
+
+
+def read_faiss(folder: Path, faiss_search: str | None):
+    """faiss_search: parameters such as nprobe=32. Raises ValueError for one that this index does not have."""
+    faiss = _import_faiss()
+    with without_stdout():
+        index = faiss.read_index(str(folder / "index"), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        ivf.nprobe = max(1, ivf.nlist // LISTS_SEARCHED)
+    if faiss_search is not None:
+        try:
+            faiss.ParameterSpace().set_index_parameters(index, faiss_search)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[-200:]
+            raise ValueError(f"faiss_search {faiss_search!r}: this index takes no such parameter ({reason})") from error
+    return index
+
+
+@contextmanager
+def without_stdout() -> Iterator[None]:
+    """For calls in which FAISS prints: stdout is for the results of a command."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C has buffered goes to where it was printed to
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
+
+
+def _import_faiss():
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError("faiss_index needs FAISS; run: pip install faiss-cpu, or leave faiss_index out") from None
+    return faiss

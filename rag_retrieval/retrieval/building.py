@@ -1,0 +1,204 @@
+"""Builds and changes the folder of an index, part by part.
+
+An update writes new parts beside the old ones, then index.json, then removes the old: a reader finds the one index or
+the other, and a killed update leaves the old one and is continued by the same call. Encoding is done for new documents
+alone; everything else is made anew, so that an index after updates searches as one does that was built of the same
+documents in the same order: those that stay, then those that came.
+"""
+
+import importlib.util
+import logging
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from rag_retrieval.core.config import EngineOptions
+from rag_retrieval.core.distributed import on_main, process_group
+from rag_retrieval.core.files import STAGE_NAME, WorkFolder, content_of, digest_of, flush_to_disk, locked
+from rag_retrieval.core.shards import LOCAL, ShardWork, run_shards
+from rag_retrieval.data.corpus import Corpus, build_corpus
+from rag_retrieval.data.documents import Document, read_documents, row_file, source_content
+from rag_retrieval.data.records import DataError
+from rag_retrieval.retrieval.bm25 import build_bm25
+from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.index_files import (
+    IndexState,
+    check_folder,
+    check_same,
+    dense_names,
+    fingerprint,
+    sizes_of,
+)
+
+logger = logging.getLogger(__name__)
+
+BM25_LIBRARIES = ("bm25s", "Stemmer", "jieba")
+VECTOR_SHARDS = "rag_retrieval.retrieval.vector_shards"
+
+
+def build(source: str | Path, folder: Path, options: IndexOptions, engine: EngineOptions = LOCAL) -> None:
+    """See `index.build_index`."""
+    with writing(folder):
+        before, depends_on = on_main(lambda: (IndexState.read(folder), fingerprint(options)))
+        corpus = on_main(lambda: build_documents(source, folder, options.passage_tokens))
+        made_from = {"corpus": corpus_name(corpus)} | depends_on
+        if row_file(Path(source)) is None:
+            made_from["passage_tokens"] = options.passage_tokens
+        parts = {}
+        if before:
+            check_same(folder, before.made_from, made_from)
+            made_from, parts = before.made_from | made_from, before.parts
+            options = with_kept_parts(options, before.options)
+        state = IndexState(folder, made_from, options, {"corpus": corpus.name} | parts, {})
+        finish(state, engine, old=None)
+
+
+def with_kept_parts(options: IndexOptions, before: IndexOptions) -> IndexOptions:
+    """The options, and those of the parts that the index has and nobody asks for now."""
+    words = options if options.bm25 else before
+    dense = options if options.embedder is not None else before
+    faiss = dense if dense.faiss_index is not None else before
+    kept = {name: getattr(words, name) for name in ("bm25", "language")}
+    return dense.model_copy(update=kept | {name: getattr(faiss, name) for name in ("faiss_index", "faiss_search")})
+
+
+def build_documents(source: str | Path, folder: Path, passage_tokens: int) -> Path:
+    made_from = [source_content(source), passage_tokens if row_file(Path(source)) is None else None]
+
+    def write(part: Path) -> None:
+        build_corpus(read_documents(source, passage_tokens), part)
+
+    return WorkFolder(folder).stage("corpus", made_from, write)
+
+
+def corpus_name(corpus: Path) -> str:
+    """What identifies documents in their order, whatever file they came from."""
+    return f"{len(Corpus(corpus)):,} documents, {content_of(corpus)}"
+
+
+def update(folder: Path, source: str | Path | None, ids: Collection[str], engine: EngineOptions = LOCAL) -> None:
+    """See `Index.add` and `Index.remove`."""
+    with writing(folder):
+        before = on_main(lambda: IndexState.read(folder))
+        if before is None:
+            raise ValueError(f"{folder}: there is no index that could be changed; build it first")
+        corpus = on_main(lambda: change_documents(before, source, ids))
+        made_from = before.made_from | {"corpus": corpus_name(corpus)}
+        # int8 vectors that are copied keep their ranges
+        parts = {kind: name for kind, name in before.parts.items() if kind == "ranges"} | {"corpus": corpus.name}
+        finish(replace(before, made_from=made_from, parts=parts), engine, old=before)
+
+
+def change_documents(before: IndexState, source: str | Path | None, ids: Collection[str]) -> Path:
+    old, work = Corpus(before.path("corpus")), WorkFolder(before.folder)
+    removed = set(ids)
+    unknown = sorted(id_ for id_ in removed if old.row_of_id(id_) is None)
+    if unknown:
+        shown = ", ".join(map(repr, unknown[:3]))
+        raise DataError(f"{before.folder}: {len(unknown):,} of the ids to remove are in no document, such as {shown}.")
+    new = source and Corpus(build_documents(source, before.folder, before.options.passage_tokens))
+
+    def documents() -> Iterator[Document]:
+        for row in range(len(old)):
+            id_ = old.id(row)
+            if id_ not in removed and (not new or new.row_of_id(id_) is None):
+                yield old.document(row)
+        yield from map(new.document, range(len(new))) if new else ()
+
+    made_from = [before.parts["corpus"], new and new.folder.name, sorted(removed)]
+    changed = work.stage("corpus", made_from, lambda part: build_corpus(documents(), part))
+    if not len(Corpus(changed)):
+        raise DataError(f"{before.folder}: no document would be left; remove the folder instead.")
+    return changed
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold the lock of the index, as one of the processes of a launch. Raises ValueError where others hold it."""
+    busy = f"{folder}: another process writes this index; wait for it, or take another output"
+    with process_group(), ExitStack() as lock:  # which the main process alone takes
+
+        def take() -> None:
+            check_folder(folder)
+            lock.enter_context(locked(folder / ".lock", busy))
+
+        on_main(take)
+        yield
+
+
+def finish(state: IndexState, engine: EngineOptions, old: IndexState | None) -> None:
+    """Build the parts that are missing, then switch to them. old: the index whose vectors are copied for the documents
+    that it has too."""
+    options, parts = state.options, dict(state.parts)
+    state = replace(state, parts=parts)
+    if options.bm25 and "bm25" not in parts:
+        parts["bm25"] = on_main(lambda: build_words(state))
+    if options.embedder is not None:
+        from rag_retrieval.retrieval.dense import open_search
+
+        if "vectors" not in parts:
+            encode(state, parts, engine, old)
+        if options.faiss_index is not None and "faiss" not in parts:
+            parts["faiss"] = on_main(lambda: build_approximate(state))
+        search = open_search(state.paths, options, lambda texts: np.zeros(0), options.device)
+        state = replace(state, recall=on_main(lambda: None if search.is_exact else search.recall(options.seed)))
+    on_main(lambda: switch(state))
+
+
+def build_words(state: IndexState) -> str:
+    missing = [name for name in BM25_LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"an index of words needs {', '.join(missing)}; run: pip install -e '.[mine]'")
+    made_from = [state.made_from["corpus"], state.made_from["words"]]
+    corpus, language = Corpus(state.path("corpus")), state.options.language
+    return WorkFolder(state.folder).stage("bm25", made_from, lambda part: build_bm25(corpus, part, language)).name
+
+
+def encode(state: IndexState, parts: dict[str, str], engine: EngineOptions, old: IndexState | None) -> None:
+    """Adds the vectors to the parts, and the ranges of int8."""
+    from rag_retrieval.retrieval.vector_shards import precisions, shards_of
+
+    options, folder = state.options, state.folder.resolve()
+    made_from = {name: state.made_from[name] for name in ("corpus", "model", *dense_names())}
+    corpus = folder / parts["corpus"]
+    if "int8" in precisions(options).values():
+        if "ranges" not in parts:
+            parts["ranges"] = f"ranges-{digest_of([made_from, options.seed])}"
+            work = ShardWork(f"{VECTOR_SHARDS}:open_ranges", {"corpus": corpus, "options": options})
+            run_shards(folder / parts["ranges"], made_from, [1], work, engine, description="ranges", unit="samples")
+        made_from["ranges"] = parts["ranges"]
+    parts["vectors"] = f"vectors-{digest_of([made_from, options.shard_size])}"
+    total, size = len(Corpus(corpus)), options.shard_size
+    sizes = [min(size, total - start) for start in range(0, total, size)]
+    arguments = {
+        "corpus": corpus,
+        "options": options,
+        "ranges": folder / parts["ranges"] if "ranges" in parts else None,
+        "old": old and (folder / old.parts["corpus"], shards_of(folder / old.parts["vectors"])),
+    }
+    work = ShardWork(f"{VECTOR_SHARDS}:open_shards", arguments)
+    run_shards(folder / parts["vectors"], made_from, sizes, work, engine, description="encoding", unit="documents")
+
+
+def build_approximate(state: IndexState) -> str:
+    from rag_retrieval.retrieval.approximate import build_faiss
+    from rag_retrieval.retrieval.vector_shards import open_vectors
+
+    made_from = [state.parts["vectors"], state.options.faiss_index, state.options.seed]
+    vectors = open_vectors(state.paths, state.options)[-1]
+    stage = WorkFolder(state.folder).stage
+    return stage("faiss", made_from, lambda part: build_faiss(vectors, state.options, part)).name
+
+
+def switch(state: IndexState) -> None:
+    """Let the index be the one of these parts, and remove all others."""
+    for path in state.paths.values():
+        flush_to_disk(path)
+    replace(state, sizes=sizes_of(state.folder, state.parts)).write()
+    for path in state.folder.iterdir():
+        if STAGE_NAME.fullmatch(path.name) and path.name not in state.parts.values():
+            shutil.rmtree(path)
