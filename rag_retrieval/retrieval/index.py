@@ -19,7 +19,7 @@ from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import BM25, Bm25Search
 from rag_retrieval.retrieval.candidates import Search
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.index_files import IndexState
+from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
@@ -42,8 +42,9 @@ def build_index(
     """
     from rag_retrieval.retrieval.building import build
 
-    build(source, Path(folder), options or IndexOptions(), engine)
-    return Index(folder)
+    options = options or IndexOptions()
+    build(source, Path(folder), options, engine)
+    return Index(folder, **options.given(*LOCAL_KEYS))
 
 
 class Index:
@@ -133,6 +134,13 @@ class Index:
                 f"the model and options of the index: {json.dumps(self.made_from, ensure_ascii=False)}"
             )
         return self._given
+
+    def close(self) -> None:
+        """Close the embedder that was opened here; a search by vectors opens it again."""
+        with self._lock:
+            if self._embedder is not None and self._embedder is not self._given:
+                self._embedder.close()
+            self._embedder = None
 
     def _encode_queries(self, texts: list[str]) -> np.ndarray:
         from rag_retrieval.retrieval.vector_shards import encode_with
