@@ -4,38 +4,51 @@ Nothing is imported before it is needed, so that `--help`, mistakes and Ctrl-C a
 """
 
 import logging
-import shutil
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from rag_retrieval.core.command import Command, prepare_streams, print_result, run_command
 from rag_retrieval.core.log import launched_rank
+from rag_retrieval.evaluate.commands import EVALUATIONS, evaluate_any
 from rag_retrieval.train.script import TRAINERS, train_any
 
 if TYPE_CHECKING:
     from rag_retrieval.distill.config import DistillConfig
-    from rag_retrieval.evaluate.config import EvaluationConfig
     from rag_retrieval.export.config import ExportConfig, PushConfig
     from rag_retrieval.mining.config import MiningConfig
     from rag_retrieval.retrieval.config import IndexConfig
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = 100  # of a report where stdout is no terminal
 CONTINUES = "the same command continues where this one stopped"
 
 COMMANDS = {
     command.name: command
     for command in (
         TRAINERS["reranker"],
+        EVALUATIONS["reranker"],
         Command(
-            "evaluate",
-            "measure a reranker on judged queries",
-            config="rag_retrieval.evaluate.config:EvaluationConfig",
-            run="rag_retrieval.cli:evaluate",
-            work=("rag_retrieval.evaluate.evaluation",),
+            "index",
+            "encode and index a corpus, change an index, or export it",
+            config="rag_retrieval.retrieval.config:IndexConfig",
+            run="rag_retrieval.cli:index",
+            work=("rag_retrieval.retrieval.building",),
             interrupted=CONTINUES,
+        ),
+        Command(
+            "search",
+            "search an index, and rerank what is found",
+            config="rag_retrieval.retrieval.search:SearchConfig",
+            run="rag_retrieval.retrieval.search:run",
+            work=("rag_retrieval.retrieval.retriever",),
+        ),
+        Command(
+            "fit-fusion",
+            "fit how much each stage of an index counts",
+            config="rag_retrieval.retrieval.fit_fusion:FitFusionConfig",
+            run="rag_retrieval.retrieval.fit_fusion:run",
+            work=("rag_retrieval.retrieval.retriever",),
         ),
         Command(
             "mteb",
@@ -50,14 +63,6 @@ COMMANDS = {
             config="rag_retrieval.mining.config:MiningConfig",
             run="rag_retrieval.cli:mine",
             work=("rag_retrieval.mining.run",),
-            interrupted=CONTINUES,
-        ),
-        Command(
-            "index",
-            "encode and index a corpus, change an index, or export it",
-            config="rag_retrieval.retrieval.config:IndexConfig",
-            run="rag_retrieval.cli:index",
-            work=("rag_retrieval.retrieval.building",),
             interrupted=CONTINUES,
         ),
         Command(
@@ -112,27 +117,14 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [None]
     if name == "train":
         return train_any(rest)
+    if name == "evaluate":
+        return evaluate_any(rest)
     if name in COMMANDS:
         return run_command(COMMANDS[name], rest)
     if name in ("-h", "--help"):
         return print_result(HELP)
     print(f"error: {f'unknown command {name!r}' if name else 'a command is missing'}\n\n{HELP}", file=sys.stderr)
     return 2
-
-
-def evaluate(config: "EvaluationConfig") -> str:
-    from rag_retrieval.evaluate.evaluation import evaluate_reranker
-    from rag_retrieval.evaluate.output import describe_evaluation, write_evaluation
-
-    evaluation = evaluate_reranker(config)
-    if launched_rank() > 0:
-        return ""
-    write_evaluation(evaluation)
-    if config.report:
-        from rag_retrieval.evaluate.report import write_report
-
-        write_report(evaluation)
-    return describe_evaluation(evaluation, shutil.get_terminal_size((COLUMNS, 24)).columns)
 
 
 def mine(config: "MiningConfig") -> str:

@@ -20,6 +20,8 @@ VALID = {  # options with which each command would begin its work
     "evaluate": "--model o/m --data .",
     "index": "--corpus . --output out",
     "mteb": "--model o/m --tasks SciFact",
+    "search": "--index . --query q",
+    "fit-fusion": "--index . --data .",
     "mine": "--data . --output o.jsonl",
     "distill": "--dataset o/d --teachers o/m --output o.jsonl",
     "export": "--model o/m --output out",

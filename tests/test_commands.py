@@ -185,8 +185,29 @@ def test_an_uninstalled_checkout_trains_from_any_folder(tmp_path):
 
 def test_the_page_s_evaluation_runs_and_writes_its_report(tmp_path):
     pytest.importorskip("matplotlib")
-    command = commands_of(DOCS / "evaluation.md", "rag-retrieval evaluate")[0]
+    command = commands_of(DOCS / "evaluation.md", "rag-retrieval evaluate --model runs/quickstart")[0]
     options = f"--model {tiny_bert(tmp_path / 'base', head_labels=1)} --output_dir {tmp_path / 'out'}"
     text = run_command(command, ROOT, options)
     assert "200 queries, 3,977 pairs" in text and "(calibrated on stdlib_grouped.dev.jsonl: temperature " in text
     assert (tmp_path / "out" / "report.html").is_file() and (tmp_path / "base" / "calibration.json").is_file()
+
+
+def test_the_page_s_evaluations_of_retrievers_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    embedder, reranker = tiny_bert(tmp_path / "my"), tiny_bert(tmp_path / "b", head_labels=1)
+    first, *others = commands_of(DOCS / "evaluation.md", "rag-retrieval evaluate --retriever")
+    options = f"--retriever bm25,{embedder} --reranker {reranker} --depth 5 --measures ndcg@5 --pooling mean"
+    text = run_command(first, ROOT, f"{options} --output_dir {tmp_path / 'out'}")
+    assert "stdlib_beir test: 200 queries, the best 5 documents" in text and "my reranked" in text
+    assert (tmp_path / "out" / "report.html").is_file()
+    (pairs,) = [command for command in others if "pairs.jsonl" in command]
+    data = "--data example_data/stdlib_pointwise.dev.jsonl"
+    assert "Spearman" in run_command(pairs, ROOT, f"--retriever {embedder} {data} --output_dir {tmp_path / 'pairs'}")
+
+
+def test_the_page_s_command_of_flag_embedding_prints_its_dict(tmp_path):
+    (command,) = commands_of(DOCS / "evaluation.md", "rag-retrieval evaluate --encoder")
+    options = f"--encoder {tiny_bert(tmp_path / 'my')} --corpus_embeddings {tmp_path / 'v'}"
+    text = run_command(command, ROOT, f"{options} --output_dir {tmp_path / 'o'}")
+    assert re.search(r"^\{'MRR@1': [\d.]+, 'MRR@10': .*'Recall@100': [\d.]+\}$", text, flags=re.MULTILINE)
+    assert (tmp_path / "v" / "corpus_embeddings_rank0.npy").is_file()

@@ -52,6 +52,12 @@ def of_mine(folder: str, options: dict):
     return open_reranker(config, device_of(config)).backend
 
 
+def of_search(folder: str, options: dict):
+    from rag_retrieval.retrieval.search import SearchConfig, open_reranker
+
+    return open_reranker(warned(SearchConfig(index="i", query="q", reranker=folder, **options))).backend
+
+
 def of_distill(folder: str, options: dict):
     from rag_retrieval.distill.run import load_teachers
 
@@ -82,7 +88,7 @@ def of_export(folder: str, options: dict):
     return scored.call_args.args[1]
 
 
-ENTRIES = (of_reranker, of_load_reranker, of_evaluate, of_mine, of_distill, of_serve, of_export)
+ENTRIES = (of_reranker, of_load_reranker, of_evaluate, of_mine, of_search, of_distill, of_serve, of_export)
 
 
 def warned(config):

@@ -1,17 +1,21 @@
 """Text for a terminal of so many columns, where a Chinese character takes two."""
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a text of a corpus must not move the cursor
 
-def rendered(parts: list[RenderableType], columns: int) -> str:
-    """Text in `columns` columns. A plain text is never broken or cut, a `Text` is cut at the end of the terminal."""
+
+def rendered(parts: list[RenderableType], columns: int, styled: bool = False) -> str:
+    """Text in `columns` columns. A plain text is never broken or cut, a `Text` is cut at the end of the terminal.
+    styled: whether styles become escape codes, where TERM says that the terminal has some."""
     text = io.StringIO()
-    console = _console(text, columns)
+    console = _console(text, columns, styled)
     for part in parts:
         if isinstance(part, str):
             console.print(part, soft_wrap=True)
@@ -44,8 +48,10 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def on_one_line(text: str) -> str:
-    return " ".join(text.split())
+    """White space and control characters become single spaces."""
+    return " ".join(CONTROLS.sub(" ", text).split())
 
 
-def _console(file: io.StringIO, columns: int) -> Console:
-    return Console(file=file, width=columns, markup=False, highlight=False, emoji=False, color_system=None)
+def _console(file: io.StringIO, columns: int, styled: bool = False) -> Console:
+    plain = {"markup": False, "highlight": False, "emoji": False, "color_system": "auto" if styled else None}
+    return Console(file=file, width=columns, force_terminal=styled, **plain)

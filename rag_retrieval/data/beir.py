@@ -13,7 +13,7 @@ A header may name the columns in another order and by other usual names (`HEADER
 
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -246,16 +246,21 @@ def _run_columns(fields: list[str], order: list[int] | None, path: Path, line: i
 
 
 def write_run(path: Path, run: Run, name: str) -> None:
-    """A TREC run file, whole or not at all. Scores keep every digit.
+    """A TREC run file, whole or not at all; name: see `run_lines`."""
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for query, scores in run.items():
+            file.writelines(run_lines(query, scores, name))
+
+
+def run_lines(query: str, scores: Mapping[str, float], name: str) -> Iterator[str]:
+    """The lines of one query in a TREC run file. Scores keep every digit.
 
     name: of the system, for the last column; its spaces become underscores. Documents stand by falling score and
     those of equal score as trec_eval takes them (`trec_order`), so that the ranks are those that are measured.
     """
     label = "_".join(name.split()) or "run"
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for query, scores in run.items():
-            for rank, document in enumerate(trec_order(scores), start=1):
-                file.write(f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n")
+    for rank, document in enumerate(trec_order(scores), start=1):
+        yield f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n"
 
 
 def best_of(run: Run, queries: Sequence[str], pool: Pool | None, depth: int) -> Run:

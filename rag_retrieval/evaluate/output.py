@@ -7,7 +7,9 @@ run.trec, the third file, is written by the scoring, before anything is measured
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -15,22 +17,26 @@ from rich.text import Text
 from rag_retrieval.core.files import write_text
 from rag_retrieval.core.terminal import on_one_line, plain_table, rendered
 from rag_retrieval.evaluate.calibration import ProbabilityErrors
-from rag_retrieval.evaluate.evaluation import Evaluation, QueryChange
+from rag_retrieval.evaluate.evaluation import RerankerEvaluation
 from rag_retrieval.evaluate.scoring import RESULT_FILE
+from rag_retrieval.evaluate.systems import Evaluation, QueryChange
 from rag_retrieval.metrics import means
 from rag_retrieval.significance import Comparison
 
 
-def write_evaluation(evaluation: Evaluation) -> None:
+def write_evaluation(evaluation: RerankerEvaluation) -> None:
     """Both files into the evaluation's output_dir, each whole or not at all."""
     rows = [query_row(evaluation, query) for query in evaluation.data.qrels]
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    write_text(evaluation.output_dir / "per_query.jsonl", "".join(lines))
-    result = json.dumps(result_of(evaluation), ensure_ascii=False, allow_nan=False, indent=2)
-    write_text(evaluation.output_dir / RESULT_FILE, result + "\n")
+    write_files(evaluation.output_dir, rows, result_of(evaluation))
 
 
-def query_row(evaluation: Evaluation, query: str) -> dict:
+def write_files(output_dir: Path, queries: Iterable[dict], result: dict) -> None:
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in queries]
+    write_text(output_dir / "per_query.jsonl", "".join(lines))
+    write_text(output_dir / RESULT_FILE, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+
+
+def query_row(evaluation: RerankerEvaluation, query: str) -> dict:
     row = {
         "query_id": query,
         "query": evaluation.data.queries[query],
@@ -46,7 +52,7 @@ def query_row(evaluation: Evaluation, query: str) -> dict:
     return {**row, **figures, "baseline": baseline}
 
 
-def result_of(evaluation: Evaluation) -> dict:
+def result_of(evaluation: RerankerEvaluation) -> dict:
     """Everything but the queries' own figures, as JSON values."""
     systems = {"model": evaluation.after, "baseline": evaluation.before, "ceiling": evaluation.ceiling}
     return {
@@ -85,9 +91,9 @@ GAPS_IN_WORDS = {
 }
 
 
-def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
+def describe_evaluation(evaluation: RerankerEvaluation, columns: int) -> str:
     """What a person wants to know, for a terminal of `columns` columns."""
-    data, metric = evaluation.data, evaluation.config.measures[0]
+    data = evaluation.data
     lines = [
         f"{data.name}: {len(evaluation.measured):,} queries, {data.num_pairs:,} pairs; candidates from {data.source}",
         *([f"words that BM25 counted: {data.words}"] if data.words else []),
@@ -113,11 +119,18 @@ def describe_evaluation(evaluation: Evaluation, columns: int) -> str:
             f"{too_long:.1%} of the pairs are longer than {evaluation.max_len} tokens (long_document: "
             f"{evaluation.config.long_document})",
         ]
+    return rendered([*lines, *tables, *more, *describe_changes(evaluation)], columns)
+
+
+def describe_changes(evaluation: Evaluation) -> list[RenderableType]:
+    """The queries that gained and lost most, and where everything is written."""
+    lines: list[RenderableType] = []
     for title, changes in zip(("gained", "lost"), evaluation.changes, strict=True):
-        more.append(f"\nqueries that {title} most ({metric}):" if changes else f"\nno query {title}")
-        more += [line for change in changes for line in change_lines(evaluation, change)]
+        metric = evaluation.config.measures[0]
+        lines.append(f"\nqueries that {title} most ({metric}):" if changes else f"\nno query {title}")
+        lines += [line for change in changes for line in change_lines(evaluation, change)]
     page = "; the page: report.html" if evaluation.config.report else ""
-    return rendered([*lines, *tables, *more, f"\nwritten to {evaluation.output_dir}{page}"], columns)
+    return [*lines, f"\nwritten to {evaluation.output_dir}{page}"]
 
 
 COMPARISON_HEAD = ("difference", "95% interval", "p", "gained", "lost", "same")

@@ -117,9 +117,14 @@ def first_stage(
         run = best_of(read_run(file, queries, folder.documents), queries, pool, wanted)
     if not ignore_identical_ids:
         return FirstStage(run, source, words, 0)
-    identical = sum(query in documents for query, documents in run.items())
+    kept, identical = without_identical_ids(run, depth)
+    return FirstStage(kept, source, words, identical)
+
+
+def without_identical_ids(run: Run, depth: int) -> tuple[Run, int]:
+    """At most `depth` documents of each query without the one of its own id, and how many queries had such a one."""
     kept = {
         query: dict([(document, score) for document, score in documents.items() if document != query][:depth])
         for query, documents in run.items()
     }
-    return FirstStage(kept, source, words, identical)
+    return kept, sum(query in documents for query, documents in run.items())

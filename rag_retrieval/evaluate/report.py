@@ -12,7 +12,7 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import cycle
 from pathlib import Path
@@ -26,13 +26,14 @@ from rag_retrieval.core.files import write_text
 from rag_retrieval.core.terminal import on_one_line
 from rag_retrieval.data.beir import Qrels, Run
 from rag_retrieval.evaluate.calibration import reliability, scored_pairs
-from rag_retrieval.evaluate.evaluation import Evaluation, QueryChange, System
+from rag_retrieval.evaluate.evaluation import RerankerEvaluation
 from rag_retrieval.evaluate.output import (
     COMPARISON_HEAD,
     comparison_cells,
     describe_probabilities,
     describe_test,
 )
+from rag_retrieval.evaluate.systems import Evaluation, QueryChange, System
 from rag_retrieval.metrics import means, parse_metric
 from rag_retrieval.models.calibration import Calibration, probabilities_of
 from rag_retrieval.train.run_folder import METRICS_FILE
@@ -63,36 +64,55 @@ img { max-width: 100%; height: auto; display: block; margin: .6rem 0; }
 """
 
 
-def write_report(evaluation: Evaluation) -> Path:
+def write_report(evaluation: RerankerEvaluation) -> Path:
     """report.html and figures/ in the evaluation's output_dir; the path of the page.
 
     Raises ValueError where the configuration names a training run that is none.
     """
-    folder = evaluation.output_dir / "figures"
+    images = save_figures(evaluation.output_dir, draw_figures(evaluation))
+    title = f"{evaluation.after.name} on {evaluation.data.name}"
+    return write_page(evaluation.output_dir, title, body_of(evaluation, images))
+
+
+def save_figures(output_dir: Path, figures: dict[str, Figure]) -> dict[str, bytes]:
+    """As figures/NAME.png; the images by name."""
+    folder = output_dir / "figures"
     folder.mkdir(exist_ok=True)
     images = {}
-    for name, figure in draw_figures(evaluation).items():
+    for name, figure in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DPI)
         images[name] = buffer.getvalue()
         (folder / f"{name}.png").write_bytes(images[name])
-    page = evaluation.output_dir / "report.html"
-    write_text(page, page_of(evaluation, images))
+    return images
+
+
+def write_page(output_dir: Path, title: str, body: list[str]) -> Path:
+    """report.html. body: HTML, without the title."""
+    page = output_dir / "report.html"
+    write_text(
+        page,
+        f'<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n",
+    )
     return page
 
 
 # ---- the page --------------------------------------------------------------------------------------------
 
 
-def page_of(evaluation: Evaluation, images: dict[str, bytes]) -> str:
+def body_of(evaluation: RerankerEvaluation, images: dict[str, bytes]) -> list[str]:
     data, config = evaluation.data, evaluation.config
-    title = f"{evaluation.after.name} on {data.name}"
     facts = (
         f"{len(evaluation.measured):,} queries, {data.num_pairs:,} pairs; candidates from {data.source}, at most "
         f"{config.depth} for a query; a document of grade {config.relevant_from} or more is relevant"
     )
-    body = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(facts)}</p>']
-    body += ["<h2>Figures</h2>", systems_table(evaluation)]
+    body = [note(facts), "<h2>Figures</h2>"]
+    rows = [evaluation.before, evaluation.after, evaluation.ceiling]
+    body.append(systems_table(rows, evaluation.after, config.measures))
     body += comparison_section(evaluation)
     body += section("Gain of each query", images, ["gains"])
     body += changes_section(evaluation)
@@ -100,15 +120,12 @@ def page_of(evaluation: Evaluation, images: dict[str, bytes]) -> str:
         body += section("Training", images, ["training"])
     if evaluation.probabilities is not None:
         body += section("Scores and probabilities", images, ["scores", "reliability"])
-        body.append(f'<p class="note">{escape(describe_probabilities(evaluation.probabilities))}</p>')
-    body += section("Data", images, [name for name in ("grades", "tokens") if name in images])
-    return (
-        f'<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
+        body.append(note(describe_probabilities(evaluation.probabilities)))
+    return body + section("Data", images, [name for name in ("grades", "tokens") if name in images])
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def section(title: str, images: dict[str, bytes], names: list[str]) -> list[str]:
@@ -130,24 +147,22 @@ def row(first: str, numbers: Iterable[str], kind: str = "") -> str:
     return f'<tr class="{kind}"><td>{escape(first)}</td>{cells}</tr>'
 
 
-def systems_table(evaluation: Evaluation) -> str:
-    names = evaluation.config.measures
-
-    def row_of(system: System, kind: str = "") -> str:
+def systems_table(systems: Iterable[System], strong: System, measures: Sequence[str]) -> str:
+    """A row for each system, and the one that counts in strong letters."""
+    rows = []
+    for system in systems:
         values = means(system.per_query)
-        return row(system.name, (f"{values[name]:.4f}" for name in names), kind)
-
-    rows = [row_of(evaluation.before), row_of(evaluation.after, "strong"), row_of(evaluation.ceiling)]
-    return html_table(["ranked by", *names], rows)
+        cells = (f"{values[name]:.4f}" for name in measures)
+        rows.append(row(system.name, cells, "strong" if system is strong else ""))
+    return html_table(["ranked by", *measures], rows)
 
 
 def comparison_section(evaluation: Evaluation) -> list[str]:
     if not evaluation.comparisons:
         return []
     rows = [row(comparison.metric, comparison_cells(comparison)) for comparison in evaluation.comparisons]
-    note = f"The baseline is {evaluation.before.name}; {describe_test(evaluation.config.significance)}."
-    head = ("metric", *COMPARISON_HEAD)
-    return ["<h2>Difference to the baseline</h2>", f'<p class="note">{escape(note)}</p>', html_table(head, rows)]
+    about = f"The baseline is {evaluation.before.name}; {describe_test(evaluation.config.significance)}."
+    return ["<h2>Difference to the baseline</h2>", note(about), html_table(("metric", *COMPARISON_HEAD), rows)]
 
 
 def changes_section(evaluation: Evaluation) -> list[str]:
@@ -175,13 +190,11 @@ def change_block(evaluation: Evaluation, change: QueryChange, kind: str) -> list
 # ---- the figures -----------------------------------------------------------------------------------------
 
 
-def draw_figures(evaluation: Evaluation) -> dict[str, Figure]:
+def draw_figures(evaluation: RerankerEvaluation) -> dict[str, Figure]:
     """Figures by name, in the order of the page; the training curves only where a run is known."""
     config, data = evaluation.config, evaluation.data
     scores, relevant = scored_pairs(evaluation.after.run, data.qrels, config.relevant_from)
-    first = config.measures[0]
-    before, after = (np.array(list(s.per_query[first].values())) for s in (evaluation.before, evaluation.after))
-    figures = {"gains": gains_figure(after - before, first)}
+    figures = {"gains": gains_figure(evaluation)}
     folder = find_run(config.training_run, config.model)
     if folder is not None:
         figures["training"] = training_figure(read_curves(folder))
@@ -250,7 +263,7 @@ def training_figure(curves: dict[tuple[str, str], Curve]) -> Figure:
         marker = "o" if "validation" in (panel, name) else None
         axes[panel].plot(*zip(*curve, strict=True), label=name, color=next(colors[panel]), marker=marker, markersize=4)
     for name, panel in axes.items():
-        _finish(panel, name, "step", "")
+        finish_axes(panel, name, "step", "")
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if name == "learning rate":
             panel.yaxis.set_major_formatter("{x:.1e}")
@@ -278,7 +291,7 @@ def grades_figure(qrels: Qrels, candidates: Run) -> Figure:
         axes.text(total[place], place, text, va="center", fontsize=9)
     axes.set_xlim(0, max(total) * 1.15)
     axes.legend(frameon=False)
-    _finish(axes, "grades", "documents", "grade", grid="x")
+    finish_axes(axes, "grades", "documents", "grade", grid="x")
     return figure
 
 
@@ -292,7 +305,7 @@ def scores_figure(scores: np.ndarray, relevant: np.ndarray) -> Figure:
             label = f"{name} ({own.sum():,})"
             axes.hist(scores[own], edges, density=True, alpha=0.55, color=color, label=label)
     axes.legend(frameon=False)
-    _finish(axes, "scores of candidates", "score", "density")
+    finish_axes(axes, "scores of candidates", "score", "density")
     return figure
 
 
@@ -312,7 +325,7 @@ def reliability_figure(scores: np.ndarray, relevant: np.ndarray, calibration: Ca
         axes.scatter(x, y, s=area, color=color, alpha=0.6, linewidths=0)
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     axes.legend(frameon=False, loc="upper left")
-    _finish(axes, "reliability", "probability", "share that is relevant")
+    finish_axes(axes, "reliability", "probability", "share that is relevant")
     return figure
 
 
@@ -325,12 +338,16 @@ def tokens_figure(lengths: np.ndarray, max_len: int) -> Figure:
     axes.hist(np.minimum(lengths, most), bins=50, color=BLUE, alpha=0.7)
     axes.axvline(max_len, color=ORANGE, label=f"limit of {max_len}: {np.mean(lengths > max_len):.1%} are truncated")
     axes.legend(frameon=False)
-    _finish(axes, "tokens of a pair", "tokens (longer ones at the right end)", "pairs")
+    finish_axes(axes, "tokens of a pair", "tokens (longer ones at the right end)", "pairs")
     return figure
 
 
-def gains_figure(differences: np.ndarray, metric: str) -> Figure:
-    """The difference of every query, the largest loss first. differences: [queries]."""
+def gains_figure(evaluation: Evaluation) -> Figure:
+    """The difference of every query by the first measure, the largest loss first."""
+    metric = evaluation.config.measures[0]
+    systems = (evaluation.before, evaluation.after)
+    before, after = (np.array(list(system.per_query[metric].values())) for system in systems)
+    differences = after - before
     figure = Figure(figsize=WIDE, layout="constrained")
     axes = figure.subplots()
     ordered = np.sort(differences)
@@ -342,11 +359,11 @@ def gains_figure(differences: np.ndarray, metric: str) -> Figure:
     axes.axhline(mean, color=GREEN, linestyle="--", linewidth=1.2, label=f"mean {mean:+.4f}")
     axes.legend(frameon=False, loc="upper left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish(axes, f"{metric}: gain of each query over the baseline", "queries, by gain", "gain")
+    finish_axes(axes, f"{metric}: gain of each query over the baseline", "queries, by gain", "gain")
     return figure
 
 
-def _finish(axes: Axes, title: str, x: str, y: str, grid: str = "y") -> None:
+def finish_axes(axes: Axes, title: str, x: str, y: str, grid: str = "y") -> None:
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

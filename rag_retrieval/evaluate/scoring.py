@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 PART_PAIRS = {"cpu": 1024, "cuda": 16_384}  # of a part, about: whole queries
 RESULT_FILE = "result.json"
 AnyReranker = Reranker | ListwiseReranker
-IDENTITY_KEYS = ("model", "data", "split")  # of the configuration: a folder holds results of one value of each
+# of the configuration: a folder holds results of one value of each
+IDENTITY_KEYS = ("model", "retriever", "query_model", "reranker", "data", "split")
 
 
 def score_candidates(reranker: AnyReranker, name: str, data: RankingData, file: Path, config: EvaluationConfig) -> Run:
@@ -217,11 +218,10 @@ def _take(folder: Path, config: dict, lock: ExitStack) -> None:
     lock.enter_context(locked(folder / ".lock", busy))
     try:
         before = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["config"]
-        # from Python a path may be relative, where the command's was absolute
         other = [
-            f"{key} {before[key]}"
+            f"{key} {', '.join(names_in(before[key]))}"
             for key in IDENTITY_KEYS
-            if key in before and Path(before[key]).resolve() != Path(config[key]).resolve()
+            if before.get(key) and places_in(before[key]) != places_in(config.get(key))
         ]
     except (OSError, ValueError, KeyError, TypeError):  # no results there that can be read
         other = []
@@ -229,3 +229,12 @@ def _take(folder: Path, config: dict, lock: ExitStack) -> None:
         raise ValueError(
             f"output_dir: {folder} has the results of {', '.join(other)}; give another output_dir, or remove it"
         )
+
+
+def names_in(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def places_in(value: str | list[str] | None) -> list[Path]:
+    """From Python a path may be relative, where the command's was absolute."""
+    return [Path(name).resolve() for name in names_in(value)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.core.log import Progress
-from rag_retrieval.evaluate.evaluation import name_of
+from rag_retrieval.evaluate.systems import name_of
 from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.export.onnx_graph import input_names, write_graph
 from rag_retrieval.export.quantize import quantize_int8

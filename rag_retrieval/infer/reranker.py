@@ -273,3 +273,12 @@ class Reranker:
             ]
             ranked.append(RerankResults(query, results, score_type))
         return ranked
+
+
+def open_reranker(model: Reranker | str | os.PathLike, device: "str | torch.device | None" = None) -> Reranker:
+    """The Reranker itself, or that of a folder, hub name or `package:NAME`. Raises ValueError as `Reranker`."""
+    if isinstance(model, Reranker):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return Reranker(model, device=device)
+    raise ValueError(f"reranker: expected a Reranker, or the name or folder of one; found {type(model).__name__}")

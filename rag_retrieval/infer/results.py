@@ -5,8 +5,8 @@ The order is always that of the logits: probabilities are equal where two high l
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class RerankResults(Sequence):
     query: str
     results: list[RerankResult]
     score_type: ScoreType
+    result_type: ClassVar[type[RerankResult]] = RerankResult
 
     def __len__(self) -> int:
         return len(self.results)
@@ -89,7 +90,7 @@ class RerankResults(Sequence):
             import pandas
         except ImportError as error:
             raise ImportError("to_pandas needs pandas: pip install pandas") from error
-        return pandas.DataFrame(self.to_dict()["results"], columns=list(RerankResult.__dataclass_fields__))
+        return pandas.DataFrame(self.to_dict()["results"], columns=[of.name for of in fields(self.result_type)])
 
 
 def best_first(logits: np.ndarray) -> np.ndarray:

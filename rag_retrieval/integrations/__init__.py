@@ -3,19 +3,7 @@
 Each module derives a class from its framework's, so importing it needs the framework; nothing else imports one.
 """
 
-import os
 from typing import Any
-
-from rag_retrieval.infer.reranker import Reranker
-
-
-def open_reranker(model: Reranker | str | os.PathLike) -> Reranker:
-    """The Reranker itself, or that of a folder, hub name or `package:NAME`. Raises ValueError as `Reranker`."""
-    if isinstance(model, Reranker):
-        return model
-    if isinstance(model, (str, os.PathLike)):
-        return Reranker(model)
-    raise ValueError(f"model: expected a Reranker, or the name or folder of one; found {type(model).__name__}")
 
 
 def rerank_options(adapter: object) -> dict[str, Any]:

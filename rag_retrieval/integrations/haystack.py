@@ -10,8 +10,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.integrations import missing_library, open_reranker
+from rag_retrieval.infer.reranker import Reranker, open_reranker
+from rag_retrieval.integrations import missing_library
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 
 try:

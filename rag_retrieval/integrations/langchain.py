@@ -9,9 +9,9 @@ Documents are copied before a score is written into their metadata: a store may 
 from collections.abc import Sequence
 from typing import Any
 
-from rag_retrieval.infer.reranker import Reranker
+from rag_retrieval.infer.reranker import Reranker, open_reranker
 from rag_retrieval.infer.results import RerankResults
-from rag_retrieval.integrations import missing_library, open_reranker, rerank_options
+from rag_retrieval.integrations import missing_library, rerank_options
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 
 try:

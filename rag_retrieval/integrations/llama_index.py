@@ -8,8 +8,8 @@ that was trained on bare passages wants metadata_mode=MetadataMode.NONE.
 
 from typing import Any
 
-from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.integrations import missing_library, open_reranker, rerank_options
+from rag_retrieval.infer.reranker import Reranker, open_reranker
+from rag_retrieval.integrations import missing_library, rerank_options
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 
 try:

@@ -19,8 +19,8 @@ from rag_retrieval.core.command import load_own
 from rag_retrieval.core.files import digest_of
 from rag_retrieval.data.collection import Collection, beir_collection, is_beir_folder
 from rag_retrieval.infer.embedder import Embedder
-from rag_retrieval.infer.reranker import Reranker
-from rag_retrieval.integrations import missing_library, open_reranker
+from rag_retrieval.infer.reranker import Reranker, open_reranker
+from rag_retrieval.integrations import missing_library
 from rag_retrieval.integrations.mteb_config import MtebConfig
 from rag_retrieval.models.options import EmbedderOptions, OpeningOptions
 

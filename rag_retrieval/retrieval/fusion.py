@@ -1,4 +1,4 @@
-"""The lists of several searches as one: by reciprocal ranks, or by weighted scores. `fit_fusion` finds the weights.
+"""The lists of several searches as one: by reciprocal ranks, or by weighted scores (`fit_fusion` finds the weights).
 
 Scores of two searches share no scale. A score after fusion orders the documents of one query, and says nothing about
 relevance or about another query.

@@ -16,9 +16,9 @@ from rag_retrieval import EvaluationConfig, Reranker, evaluate_reranker, load_re
 from rag_retrieval.cli import main
 from rag_retrieval.data.beir import read_run
 from rag_retrieval.evaluate import scoring
-from rag_retrieval.evaluate.evaluation import RankChange, changed_documents, largest_changes
 from rag_retrieval.evaluate.output import describe_evaluation, result_of, write_evaluation
 from rag_retrieval.evaluate.report import write_report
+from rag_retrieval.evaluate.systems import RankChange, System, changed_documents, largest_changes
 from rag_retrieval.infer.listwise import ListwiseReranker
 from rag_retrieval.metrics import LOGGED_METRICS, query_metrics, run_metrics
 from rag_retrieval.models.calibration import read_calibration
@@ -319,12 +319,12 @@ def test_queries_are_ordered_by_the_size_of_their_change():
     qrels = {"q1": {"a": 1}, "q2": {"b": 2, "a": 1}, "q3": {"c": 1}}
     before = {"q1": ranked("c", "b", "a"), "q2": ranked("b", "a"), "q3": ranked("c")}
     after = {"q1": ranked("a", "b", "c"), "q2": ranked("a", "b"), "q3": ranked("c")}
-    figures = [query_metrics(qrels, run, ["ndcg@10"]) for run in (before, after)]
-    gained, lost = largest_changes(qrels, *figures, (before, after), "ndcg@10")
+    systems = [System("", run, query_metrics(qrels, run, ["ndcg@10"])) for run in (before, after)]
+    gained, lost = largest_changes(qrels, *systems, "ndcg@10")
     assert ([change.query for change in gained], [change.query for change in lost]) == (["q1"], ["q2"])
     assert gained[0].before == pytest.approx(0.5) and gained[0].after == 1
     assert [document.as_text() for document in gained[0].documents] == [("1", "3 -> 1"), ("-", "1 -> 3")]
-    assert largest_changes(qrels, figures[0], figures[0], (before, before), "ndcg@10") == ([], [])
+    assert largest_changes(qrels, systems[0], systems[0], "ndcg@10") == ([], [])
 
 
 def test_a_chat_model_is_measured_by_the_order_that_it_answers(config, tmp_path, monkeypatch, caplog):

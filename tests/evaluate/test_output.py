@@ -6,8 +6,8 @@ from rich.cells import cell_len
 
 from rag_retrieval.core.terminal import rendered
 from rag_retrieval.evaluate.calibration import ProbabilityErrors
-from rag_retrieval.evaluate.evaluation import QueryChange, RankChange
 from rag_retrieval.evaluate.output import change_lines, describe_probabilities
+from rag_retrieval.evaluate.systems import QueryChange, RankChange
 from rag_retrieval.models.calibration import Calibration
 
 

@@ -1,0 +1,210 @@
+"""`evaluate_retriever`: search a whole corpus with one retriever or several, rerank, measure every stage, compare.
+
+Indexes are built and candidates scored by all processes of a launch together; the main process searches and sends the
+others what it found.
+"""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rag_retrieval.core.distributed import on_main, own_device, process_group
+from rag_retrieval.data.beir import Qrels, Run, write_run
+from rag_retrieval.evaluate.ranking_data import RankingData
+from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig
+from rag_retrieval.evaluate.retrievers import Judged, Retrieved, file_name, read_judged, retrieve
+from rag_retrieval.evaluate.scoring import locked_output_dir, score_candidates
+from rag_retrieval.evaluate.systems import (
+    Evaluation,
+    System,
+    compared,
+    default_output_dir,
+    largest_changes,
+    name_of,
+    short_names,
+    system_of,
+)
+from rag_retrieval.infer.backend import open_backend
+from rag_retrieval.infer.reranker import Reranker
+from rag_retrieval.metrics import is_relevant, means, parse_metric, perfect_run, trec_order
+from rag_retrieval.models.options import ModelOptions
+from rag_retrieval.significance import Comparison
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the relevant documents of all measured queries are: among the first k, ranked below, not found within the
+    depth, or not in the corpus at all, which no search mends."""
+
+    first: int
+    below: int
+    not_found: int
+    not_in_corpus: int
+
+
+@dataclass(frozen=True)
+class RetrievalEvaluation(Evaluation):
+    """systems: a row for each stage of each retriever. before: the row that the others are compared with; after: the
+    last. ceilings: a perfect order of each retriever's candidates, which no reranker surpasses. of_each: comparisons
+    of each system but `before`, by its name. places: by system, with k of the first measure. recall: by system, of the
+    first 1, 2, ... depth documents: float64 [depth]."""
+
+    systems: list[System]
+    ceilings: list[System]
+    of_each: dict[str, list[Comparison]]
+    places: dict[str, Places]
+    recall: dict[str, np.ndarray]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each system: its name and its means."""
+        return [{"name": system.name, **means(system.per_query)} for system in [*self.systems, *self.ceilings]]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """The table, by name. ImportError without pandas."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from error
+        return pandas.DataFrame(self.table()).set_index("name")
+
+    def _repr_html_(self) -> str:
+        """The table, for a notebook."""
+        head = "".join(f"<th>{escape(name)}</th>" for name in ("", *self.config.measures))
+        body = ""
+        for name, *figures in (row.values() for row in self.table()):
+            cells = (escape(name), *(f"{figure:.4f}" for figure in figures))
+            body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def evaluate_retriever(config: RetrievalEvaluationConfig, indexes: Path | None = None) -> RetrievalEvaluation:
+    """Search `config.data` with every retriever, rerank where there is a reranker, measure, and compare.
+
+    Under `accelerate launch` every process calls it. Indexes and scores are kept in `config.output_dir`, and the same
+    call continues with them. Raises ValueError for models, indexes, data or files that cannot be used, and where
+    `config.output_dir` is in use or has the results of other retrievers, another reranker or other data. indexes: a
+    folder for those that are made here, which several evaluations share; None: in the output_dir.
+    """
+    with process_group():
+        if config.report and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("a report needs matplotlib; run: pip install -e '.[report]'")
+        judged = read_judged(config)
+        names = short_names(config.retriever)
+        output_dir = Path(config.output_dir or default_output_dir("+".join(names), judged.name))
+        with locked_output_dir(output_dir, config.model_dump(mode="json")):
+            (output_dir / "runs").mkdir(exist_ok=True)
+            pairs = zip(config.retriever, names, strict=True)
+            place = indexes or output_dir / "indexes"
+            found = [retrieve(config, retriever, name, judged, place) for retriever, name in pairs]
+            reranked = rerank(config, found, judged, output_dir)
+            return measure(config, judged, found, reranked, output_dir)
+
+
+def rerank(
+    config: RetrievalEvaluationConfig, found: Sequence[Retrieved], judged: Judged, output_dir: Path
+) -> dict[str, Run]:
+    """The candidates of each retriever with the reranker's scores, by the retriever's name; none without a reranker."""
+    if config.reranker is None:
+        return {}
+    options = ModelOptions(**config.given("device", "devices", "dtype", "precision", "trust_remote_code"))
+    if options.device is None and options.devices is None:
+        options = options.model_copy(update={"device": own_device()})
+    reranker, name = Reranker.from_backend(open_backend(config.reranker, options)), name_of(config.reranker)
+    runs = {}
+    for one in found:
+        data = RankingData(judged.name, one.texts, judged.queries, judged.qrels, one.candidates, one.name)
+        runs[one.name] = score_candidates(reranker, name, data, run_file(output_dir, f"{one.name} reranked"), config)
+    return runs
+
+
+def measure(
+    config: RetrievalEvaluationConfig,
+    judged: Judged,
+    found: Sequence[Retrieved],
+    reranked: dict[str, Run],
+    output_dir: Path,
+) -> RetrievalEvaluation:
+    """All figures of all rows; the runs that are not reranked are written."""
+    systems, ceilings, absent = [], [], {}
+    for one in found:
+        on_main(lambda one=one: write_runs(one, output_dir))
+        rows = one.systems | ({f"{one.name} reranked": reranked[one.name]} if reranked else {})
+        absent |= dict.fromkeys(rows, one.absent)
+        systems += [system_of(name, run, judged.qrels, config) for name, run in rows.items()]
+        best = perfect_run(judged.qrels, one.candidates)
+        ceilings.append(system_of(f"{one.name} perfect order", best, judged.qrels, config))
+    before, after = baseline_of(config, systems), systems[-1]
+    last, texts = found[-1], {document: text for one in found for document, text in one.texts.items()}
+    data = RankingData(judged.name, texts, judged.queries, judged.qrels, last.candidates, last.name,
+                       identical_ids=max(one.identical_ids for one in found))  # fmt: skip
+    of_each = {system.name: compared(before, system, config) for system in systems if system is not before}
+    return RetrievalEvaluation(
+        config=config,
+        data=data,
+        before=before,
+        after=after,
+        comparisons=of_each.get(after.name, []),
+        changes=largest_changes(judged.qrels, before, after, config.measures[0]),
+        output_dir=output_dir,
+        systems=systems,
+        ceilings=ceilings,
+        of_each=of_each,
+        places={system.name: places_of(system, judged.qrels, absent[system.name], config) for system in systems},
+        recall={system.name: recall_by_depth(system, judged.qrels, config) for system in systems},
+    )
+
+
+def baseline_of(config: RetrievalEvaluationConfig, systems: list[System]) -> System:
+    if config.baseline is None:
+        return systems[0]
+    by_name = {system.name: system for system in systems}
+    if config.baseline not in by_name:
+        raise ValueError(f"baseline: found no row {config.baseline!r}; expected one of {', '.join(by_name)}")
+    return by_name[config.baseline]
+
+
+def write_runs(found: Retrieved, output_dir: Path) -> None:
+    for name, run in found.systems.items():
+        write_run(run_file(output_dir, name), run, name)
+
+
+def run_file(output_dir: Path, system: str) -> Path:
+    return output_dir / "runs" / f"{file_name(system)}.trec"
+
+
+def places_of(system: System, qrels: Qrels, absent: set[str], config: RetrievalEvaluationConfig) -> Places:
+    counts = Counter()
+    for query in system.per_query[config.measures[0]]:
+        ranks = {document: rank for rank, document in enumerate(trec_order(system.run.get(query, {})), start=1)}
+        for document, grade in qrels[query].items():
+            if is_relevant(grade, config.relevant_from):
+                rank = ranks.get(document)
+                missing = "not_in_corpus" if document in absent else "not_found"
+                counts[missing if rank is None else "first" if rank <= first_cutoff(config) else "below"] += 1
+    return Places(*(counts[field] for field in Places.__dataclass_fields__))
+
+
+def first_cutoff(config: RetrievalEvaluationConfig) -> int:
+    """Documents that the first measure looks at, at most the depth."""
+    return min(parse_metric(config.measures[0])[1] or config.depth, config.depth)
+
+
+def recall_by_depth(system: System, qrels: Qrels, config: RetrievalEvaluationConfig) -> np.ndarray:
+    """The mean share of the relevant documents among the first 1, 2, ... depth: float64 [depth]."""
+    queries = system.per_query[config.measures[0]]
+    total = np.zeros(config.depth)
+    for query in queries:
+        grades = [qrels[query].get(document, 0) for document in trec_order(system.run.get(query, {}))]
+        ranks = np.flatnonzero(is_relevant(grades, config.relevant_from))
+        steps = np.bincount(ranks, minlength=config.depth)[: config.depth]
+        total += np.cumsum(steps) / is_relevant(list(qrels[query].values()), config.relevant_from).sum()
+    return total / len(queries)

@@ -1,0 +1,207 @@
+"""What each retriever finds for judged queries: words, an embedder, an index, vectors in files, or a TREC run."""
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rag_retrieval.core.distributed import on_main, own_device
+from rag_retrieval.core.files import digest_of
+from rag_retrieval.data.beir import (
+    BeirFolder,
+    Qrels,
+    Run,
+    best_of,
+    find_file,
+    find_optional,
+    query_texts,
+    read_folder,
+    read_qrels,
+    read_run,
+)
+from rag_retrieval.data.corpus import Corpus
+from rag_retrieval.evaluate.ranking_data import without_identical_ids
+from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig, is_index
+from rag_retrieval.evaluate.systems import check_relevant
+from rag_retrieval.evaluate.vector_files import Documents, document_vectors, search_vectors
+from rag_retrieval.metrics import is_relevant
+from rag_retrieval.retrieval.candidates import Candidates
+from rag_retrieval.retrieval.index import Index, build_index
+from rag_retrieval.retrieval.index_files import fingerprint
+from rag_retrieval.retrieval.retriever import Retriever
+from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
+
+logger = logging.getLogger(__name__)
+
+DIGEST = 16  # characters
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The judged queries of a split: texts by id, grades by query and document."""
+
+    name: str
+    queries: dict[str, str]
+    qrels: Qrels
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What one retriever found. name: in tables. stages: runs by the name of the stage, the last of which a reranker
+    gets. texts: of all documents found, by id. absent: relevant documents that its corpus lacks. identical_ids: queries
+    that found a document with their own id, which was left out."""
+
+    name: str
+    stages: dict[str, Run]
+    texts: dict[str, str]
+    absent: set[str]
+    identical_ids: int
+
+    @property
+    def candidates(self) -> Run:
+        return list(self.stages.values())[-1]
+
+    @property
+    def systems(self) -> dict[str, Run]:
+        """Runs by the name of their row."""
+        several = len(self.stages) > 1
+        return {f"{self.name} {stage}" if several else self.name: run for stage, run in self.stages.items()}
+
+
+def read_judged(config: RetrievalEvaluationConfig) -> Judged:
+    path = Path(config.data)
+    folder = BeirFolder(path, {}, query_texts(find_file(path, "queries.jsonl")))
+    judged = Judged(f"{path.resolve().name} {config.split}", folder.queries, read_qrels(folder, config.split))
+    check_relevant(judged.name, judged.qrels, config)
+    if find_optional(path, f"candidates.{config.split}.tsv"):
+        logger.warning("%s: the whole corpus is searched, not the lists of candidates.%s.tsv", path, config.split)
+    return Judged(judged.name, {query: folder.queries[query] for query in judged.qrels}, judged.qrels)
+
+
+def retrieve(
+    config: RetrievalEvaluationConfig, retriever: str, name: str, judged: Judged, indexes: Path
+) -> Retrieved:
+    if Path(retriever).is_file():
+        return on_main(lambda: of_run_file(config, retriever, name, judged))
+    if config.corpus_embeddings is not None:
+        return of_vector_files(config, retriever, name, judged)
+    folder = Path(retriever)
+    if not is_index(retriever):
+        folder = build_own_index(config, retriever, indexes / file_name(name))
+    return on_main(lambda: of_index(config, folder, name, judged))
+
+
+def build_own_index(config: RetrievalEvaluationConfig, retriever: str, place: Path) -> Path:
+    """The index of `config.data` by this retriever, which is made where it is missing. Its name holds a digest of model
+    and options; one that others made before is removed."""
+    options = config.index_options(retriever)
+    folder = place.with_name(f"{place.name}-{on_main(lambda: digest_of(fingerprint(options)))}")
+    on_main(lambda: remove_others(folder))
+    build_index(config.data, folder, options)
+    return folder
+
+
+def remove_others(folder: Path) -> None:
+    beginning, end = folder.name[:-DIGEST], re.compile(f"[0-9a-f]{{{DIGEST}}}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for other in folder.parent.iterdir():
+        if other != folder and other.name.startswith(beginning) and end.fullmatch(other.name[len(beginning) :]):
+            shutil.rmtree(other)
+
+
+def of_index(config: RetrievalEvaluationConfig, folder: Path, name: str, judged: Judged) -> Retrieved:
+    device, texts = config.device or str(own_device()), list(judged.queries.values())
+    index = Index(folder, device=device)
+    if config.query_model is None:
+        found = Retriever(index, device=device).search_stages(texts, wanted(config))
+    else:
+        queries = query_vectors(config, texts, width=next(index.vectors()).shape[1])
+        none = [np.zeros(0, np.int64)] * len(texts)
+        found = [{"dense": one} for one in index.searches["dense"].search_vectors(queries, none, wanted(config))]
+    return of_candidates(config, name, judged, found, index.documents)
+
+
+def of_vector_files(config: RetrievalEvaluationConfig, retriever: str, name: str, judged: Judged) -> Retrieved:
+    documents, options = Documents(read_folder(config.data).documents), config.index_options(retriever)
+    embedder = open_embedder(options, own_device())
+    encode = encode_with(embedder, "document", options)
+    parts = document_vectors(Path(config.corpus_embeddings), documents.texts, encode, embedder.dim)
+
+    def search() -> Retrieved:
+        queries = query_vectors(config, list(judged.queries.values()), embedder.dim)
+        found = search_vectors(queries, parts, wanted(config), own_device())
+        return of_candidates(config, name, judged, [{"dense": one} for one in found], documents)
+
+    return on_main(search)
+
+
+def query_vectors(config: RetrievalEvaluationConfig, texts: list[str], width: int) -> np.ndarray:
+    """By the query model, or the only retriever: float32 [texts, width]. Raises ValueError for another width."""
+    name = config.query_model or config.retriever[0]
+    options = config.index_options(name)
+    vectors = encode_with(open_embedder(options, own_device()), "query", options)(texts)
+    if vectors.shape[1] != width:
+        raise ValueError(f"query_model: vectors of {name} have {vectors.shape[1]} numbers, and those of the documents "
+                         f"{width}; give two models that were trained together")  # fmt: skip
+    return vectors
+
+
+def of_candidates(
+    config: RetrievalEvaluationConfig,
+    name: str,
+    judged: Judged,
+    found: Sequence[dict[str, Candidates]],
+    documents: Corpus | Documents,
+) -> Retrieved:
+    stages: dict[str, Run] = {stage: {} for stage in found[0]}
+    texts: dict[str, str] = {}
+    for query, of_query in zip(judged.queries, found, strict=True):
+        for stage, candidates in of_query.items():
+            ids = {row: documents.id(row) for row in candidates.rows.tolist()}
+            texts |= {id_: documents.text(row) for row, id_ in ids.items() if id_ not in texts}
+            stages[stage][query] = dict(zip(ids.values(), candidates.scores.tolist(), strict=True))
+    return retrieved(config, name, judged, stages, texts, lambda id_: documents.row_of_id(id_) is not None)
+
+
+def of_run_file(config: RetrievalEvaluationConfig, file: str, name: str, judged: Judged) -> Retrieved:
+    corpus = read_folder(config.data).documents
+    run = best_of(read_run(file, judged.queries, corpus), list(judged.queries), None, wanted(config))
+    texts = {document: corpus[document] for scores in run.values() for document in scores}
+    return retrieved(config, name, judged, {"run": run}, texts, corpus.__contains__)
+
+
+def retrieved(
+    config: RetrievalEvaluationConfig,
+    name: str,
+    judged: Judged,
+    stages: dict[str, Run],
+    texts: dict[str, str],
+    is_in_corpus: Callable[[str], bool],
+) -> Retrieved:
+    relevant = {
+        document
+        for grades in judged.qrels.values()
+        for document, grade in grades.items()
+        if is_relevant(grade, config.relevant_from)
+    }
+    absent = {document for document in relevant if not is_in_corpus(document)}
+    if len(absent) == len(relevant):
+        raise ValueError(f"{name}: has none of the {len(relevant)} relevant documents of {judged.name}, such as "
+                         f"{min(relevant)}; expected an index of the corpus of {config.data}")  # fmt: skip
+    identical = 0
+    if config.ignore_identical_ids:
+        kept = {stage: without_identical_ids(run, config.depth) for stage, run in stages.items()}
+        stages, identical = {stage: run for stage, (run, _) in kept.items()}, max(count for _, count in kept.values())
+    return Retrieved(name, stages, texts, absent, identical)
+
+
+def wanted(config: RetrievalEvaluationConfig) -> int:
+    return config.depth + config.ignore_identical_ids  # one more, in place of one that may be left out
+
+
+def file_name(name: str) -> str:
+    return "-".join(name.replace("/", " ").split())

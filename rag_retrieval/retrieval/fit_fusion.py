@@ -1,0 +1,181 @@
+"""Weights of a fusion from judged queries, and the command `fit-fusion`.
+
+Every combination of weights in steps of 0.05 is measured, so the same lists give the same weights. What the best one
+reaches on the queries that chose it says too much. So the queries are dealt into five parts, each is measured with the
+weights that the other four choose, and by this figure the weights must beat each stage alone and reciprocal ranks.
+Where they do not, the best of those is taken: where one side only hurts, the other side alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from rag_retrieval.core.config import Config, FolderPath, OutputPath, key
+from rag_retrieval.core.files import write_json
+from rag_retrieval.core.terminal import plain_table, rendered
+from rag_retrieval.data.beir import BeirFolder, find_file, query_texts, read_qrels
+from rag_retrieval.data.records import DataError
+from rag_retrieval.metrics import PATTERNS, Qrels, Ranking, is_relevant, metric_value, parse_metric
+from rag_retrieval.retrieval.candidates import Candidates
+from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
+
+STEPS = 20  # of a weight between 0 and 1
+FOLDS = 5  # parts of the queries
+RRF, WEIGHTS = "reciprocal ranks", "fitted weights"
+
+
+@dataclass(frozen=True)
+class FusionFit:
+    """chosen: a stage, `RRF` or `WEIGHTS`. fusion: what it means. weights: the best over all queries, chosen or not.
+    values: the mean metric of each stage alone, of RRF, and of fitted weights on queries that did not choose them.
+    fold_weights: what each four fifths of the queries chose."""
+
+    chosen: str
+    fusion: Fusion
+    metric: str
+    queries: int
+    values: dict[str, float]
+    weights: dict[str, float]
+    fold_weights: list[dict[str, float]]
+
+    def save(self, file: Path, **about: str | int) -> None:
+        """What `Fusion.read` reads, with what it was fitted on."""
+        figures = {name: value for name, value in asdict(self).items() if name not in ("fusion", "weights")}
+        write_json(file, {"weights": self.fusion.weights, "fitted": about | {"best_weights": self.weights} | figures})
+
+    def describe(self) -> str:
+        rows = [(f"  {name}", f"{value:.4f}", "*" * (name == self.chosen)) for name, value in self.values.items()]
+        weights = [", ".join(f"{stage} {weight:.2f}" for stage, weight in each.items()) for each in self.fold_weights]
+        table = plain_table((f"{self.queries:,} queries", self.metric, "taken"), rows)
+        lines = [f"best weights: {', '.join(f'{stage} {weight:.2f}' for stage, weight in self.weights.items())}"]
+        lines += [f"without one fifth of the queries: {'; '.join(dict.fromkeys(weights))}"]
+        lines += [f"{WEIGHTS} are measured on the fifth that did not choose them"]
+        return rendered([table, *lines], 200)
+
+
+class _JudgedQuery:
+    """The lists of one query as arrays over the documents in any of them, for many weights.
+
+    spreads, ranks: what a stage of weight 1 gives to each document: [stages, documents]. found: whether it has it. A
+    document with the id of the query is not ranked, as in BEIR.
+    """
+
+    def __init__(
+        self, query: str, lists: Mapping[str, Candidates], grades: Mapping[str, float], id_of: Callable[[int], str]
+    ):
+        rows = np.unique(np.concatenate([candidates.rows for candidates in lists.values()]))
+        ids = [id_of(row) for row in rows.tolist()]
+        self.id_order = np.argsort(np.argsort(np.array([id_.encode() for id_ in ids], np.bytes_)))
+        self.grades = np.array([grades.get(id_, 0) for id_ in ids], np.float32)
+        self.judged = np.array(list(grades.values()), np.float32)
+        others = np.array(ids) != query
+        self.found = np.array([np.isin(rows, candidates.rows) & others for candidates in lists.values()])
+        self.spreads, self.ranks = (np.zeros(self.found.shape) for _ in range(2))
+        even = Fusion(dict.fromkeys(lists, 1.0))
+        for place, (stage, candidates) in enumerate(lists.items()):
+            of_stage = np.searchsorted(rows, candidates.rows)
+            self.spreads[place, of_stage] = even.shares(stage, candidates)
+            self.ranks[place, of_stage] = Fusion().shares(stage, candidates)
+
+    def value(self, metric: str, weights: np.ndarray, shares: np.ndarray, highest: float) -> float:
+        """weights: [stages]. shares: `spreads` or `ranks`."""
+        ranked = np.flatnonzero(self.found[weights > 0].any(axis=0))
+        scores = (weights @ shares[:, ranked]).astype(np.float32)
+        order = ranked[np.lexsort((self.id_order[ranked], scores))[::-1]]  # of equal scores as `metrics.trec_order`
+        return metric_value(metric, Ranking(self.grades[order], self.judged, 1.0, highest))
+
+
+def fit_fusion(
+    found: Mapping[str, Mapping[str, Candidates]], qrels: Qrels, id_of: Callable[[int], str], metric: str = "ndcg@10"
+) -> FusionFit:
+    """found: by query and stage, two stages at least, the same of every query. id_of: of a document's row.
+
+    Queries without a relevant document (a grade of at least 1) are left out. Raises ValueError for fewer than five.
+    """
+    names = sorted(query for query in found if is_relevant(list(qrels[query].values()), 1).any())
+    if len(names) < FOLDS:
+        raise ValueError(f"fit-fusion needs at least {FOLDS} queries with a relevant document, found {len(names)}")
+    stages = list(found[names[0]])
+    queries = [_JudgedQuery(name, found[name], qrels[name], id_of) for name in names]
+    highest = max(grade for grades in qrels.values() for grade in grades.values())
+    grid = np.array(list(_combinations(len(stages))))
+    values = np.array([[query.value(metric, weights, query.spreads, highest) for query in queries] for weights in grid])
+    rrf = [query.value(metric, np.ones(len(stages)), query.ranks, highest) for query in queries]
+    folds = [np.arange(len(names)) % FOLDS == fold for fold in range(FOLDS)]
+    chosen_by_fold = [_best(grid, values[:, ~fold].mean(axis=1)) for fold in folds]
+    held_out = np.concatenate([values[best, fold] for best, fold in zip(chosen_by_fold, folds, strict=True)])
+    alone = {stage: values[grid[:, place] == 1].mean() for place, stage in enumerate(stages)}
+    figures = {name: float(value) for name, value in (alone | {RRF: np.mean(rrf), WEIGHTS: held_out.mean()}).items()}
+    chosen = max(figures, key=lambda name: round(figures[name], 6))  # the first of equal ones, so a stage before both
+    best = _by_stage(stages, grid[_best(grid, values.mean(axis=1))])
+    of_stage = {stage: float(stage == chosen) for stage in stages}
+    weights = {RRF: None, WEIGHTS: best}.get(chosen, of_stage)
+    fold_weights = [_by_stage(stages, grid[one]) for one in chosen_by_fold]
+    return FusionFit(chosen, Fusion(weights), metric, len(names), figures, best, fold_weights)
+
+
+def _combinations(stages: int) -> Iterator[tuple[float, ...]]:
+    """All weights of so many stages in steps of 1 / STEPS whose sum is 1."""
+    for counts in product(range(STEPS + 1), repeat=stages - 1):
+        if sum(counts) <= STEPS:
+            yield tuple(count / STEPS for count in (*counts, STEPS - sum(counts)))
+
+
+def _best(grid: np.ndarray, means: np.ndarray) -> int:
+    """The row of the grid with the highest mean; of several, the one nearest to their middle."""
+    equal = np.flatnonzero(means >= means.max() - 1e-9)
+    return int(equal[np.abs(grid[equal] - grid[equal].mean(axis=0)).sum(axis=1).argmin()])
+
+
+def _by_stage(stages: Sequence[str], weights: np.ndarray) -> dict[str, float]:
+    return dict(zip(stages, weights.tolist(), strict=True))
+
+
+# ---- the command
+
+
+class FitFusionConfig(Config):
+    """One fit."""
+
+    main_keys: ClassVar = ("index", "data", "split", "metric", "output")
+
+    index: FolderPath = Field(min_length=1, description="Folder that rag-retrieval index wrote, of two stages or more.")
+    data: FolderPath = Field(
+        min_length=1, description="Folder in BEIR layout with judged queries, whose documents have the index's ids."
+    )
+    split: str = key("The qrels/SPLIT.tsv to fit on, not the one that is measured on.", "dev", min_length=1)
+    metric: str = key(f"What is maximised, one of {PATTERNS}.", "ndcg@10", min_length=1)
+    depth: int = key("Documents of each stage, as many as searches will ask for.", 100, ge=1)
+    output: OutputPath | None = key(f"The file to write. Absent: {FUSION_FILE} in the index, for all its searches.")
+    device: str | None = key("Such as cpu or cuda:0. Absent: a GPU if there is one.", min_length=1)
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, name: str) -> str:
+        parse_metric(name)
+        return name
+
+
+def run(config: FitFusionConfig) -> str:
+    from rag_retrieval.retrieval.retriever import Retriever
+
+    folder = Path(config.data)
+    texts = query_texts(find_file(folder, "queries.jsonl"))
+    qrels = read_qrels(BeirFolder(folder, {}, texts), config.split)
+    retriever = Retriever(config.index, fusion=Fusion(), depth=config.depth, device=config.device)
+    documents = retriever.index.documents
+    if len(retriever.stages) < 2:
+        raise ValueError(f"{config.index}: its only stage is {retriever.stages[0]}; a fusion needs two")
+    if all(documents.row_of_id(document) is None for grades in qrels.values() for document in grades):
+        raise DataError(f"{folder}: none of the judged documents is in {config.index}; give the data of this index")
+    lists = retriever.search_stages([texts[query] for query in qrels])
+    found = {query: {stage: of[stage] for stage in retriever.stages} for query, of in zip(qrels, lists, strict=True)}
+    fit = fit_fusion(found, qrels, documents.id, config.metric)
+    file = Path(config.output) if config.output else Path(config.index) / FUSION_FILE
+    fit.save(file, data=folder.name, split=config.split, depth=config.depth)
+    return f"{fit.describe()}\n{file}: {fit.chosen}"

@@ -1,0 +1,200 @@
+"""`Retriever`: the documents of an index that answer a query, found in stages.
+
+    bm25, dense     searches of the index, each to `depth` documents
+    fused           their lists as one, where there are two or more
+    reranked        the list before it in the order of a Reranker's scores, where there is one
+
+torch is not imported for an index of words alone, without a reranker.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from rag_retrieval.data.corpus import Corpus
+from rag_retrieval.infer.reranker import Reranker, open_reranker
+from rag_retrieval.infer.results import RerankResult, RerankResults
+from rag_retrieval.models.inputs import check_list, check_number, check_text
+from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.retrieval.candidates import Candidates
+from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
+from rag_retrieval.retrieval.index import Index
+
+if TYPE_CHECKING:
+    from rag_retrieval.infer.embedder import Embedder
+
+FUSED, RERANKED = "fused", "reranked"  # stages after the searches
+DEPTH = 100  # documents
+
+
+@dataclass(frozen=True)
+class SearchResult(RerankResult):
+    """One document, as a RerankResult. doc_id, text, metadata: as the index has them. document_index: its row there.
+    slice, truncated: of the reranking.
+
+    score: of the last stage. scores, ranks: by stage, of those that found the document; ranks from 1.
+    """
+
+    scores: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SearchResults(RerankResults):
+    """Results of one query, best first, as RerankResults. score_type: what the scores are: after a reranking as there,
+    else the name of the last stage."""
+
+    results: list[SearchResult]
+    score_type: str
+    result_type: ClassVar[type[SearchResult]] = SearchResult
+
+
+class Retriever:
+    """A search over an index, perhaps with a reranker after it. Several threads may call one.
+
+    index: a folder that `rag-retrieval index` wrote, or an open Index. reranker: a Reranker, or the folder, hub name or
+    `package:NAME` of one. embedder: an open Embedder in place of the one that the index names. stages: those of the
+    index to search; default all that play a part in the fusion. fusion: how several become one; default what
+    `fit-fusion` left in the index, else reciprocal ranks. depth: documents that each stage finds at most, and that are
+    reranked. device: of models that are opened here. batch_size and all after it: of the reranking, as for
+    `Reranker.rerank`.
+
+    Raises ValueError for a folder without an index, a stage that it does not have, weights of other stages, and what
+    `Reranker` refuses.
+    """
+
+    def __init__(
+        self,
+        index: str | os.PathLike | Index,
+        *,
+        reranker: str | os.PathLike | Reranker | None = None,
+        embedder: "Embedder | None" = None,
+        stages: Sequence[str] | None = None,
+        fusion: Fusion | None = None,
+        depth: int = DEPTH,
+        device: str | None = None,
+        batch_size: int = 256,
+        normalize: bool = False,
+        long_document: str = LONG_DOCUMENT_DEFAULT,
+        overlap: int = OVERLAP,
+    ):
+        check_number("depth", depth, 1, "documents")
+        self.index = index if isinstance(index, Index) else Index(index, embedder=embedder, device=device)
+        self.stages, self.fusion = self._checked_stages(stages), None
+        if len(self.stages) > 1:
+            file = self.index.folder / FUSION_FILE
+            fusion = fusion or (Fusion.read(file) if file.is_file() else Fusion())
+            used = fusion.used(self.stages)
+            self.stages = used if stages is None else self.stages
+            self.fusion = fusion if len(self.stages) > 1 else None
+        self._opened = reranker is not None and not isinstance(reranker, Reranker)
+        self.reranker = None if reranker is None else open_reranker(reranker, device)
+        self.depth = depth
+        self.options = {"batch_size": batch_size, "normalize": normalize}
+        self.options |= {"long_document": long_document, "overlap": overlap}
+
+    def search(self, query: str, top_k: int = 10) -> SearchResults:
+        """The best `top_k` documents, fewer where fewer were found; with equal scores in the order of the stage before.
+
+        Raises ValueError for a query that is no text, and after `close`.
+        """
+        return self._search([check_text("query", query)], top_k)[0]
+
+    def search_many(self, queries: Sequence[str], top_k: int = 10) -> list[SearchResults]:
+        """`search` for several queries, which are encoded together."""
+        listed = check_list("queries", queries)
+        return self._search([check_text(f"queries[{place}]", query) for place, query in enumerate(listed)], top_k)
+
+    async def asearch(self, query: str, top_k: int = 10) -> SearchResults:
+        """`search` in a thread, so that the event loop is not blocked."""
+        return await asyncio.to_thread(self.search, query, top_k)
+
+    def search_stages(self, queries: Sequence[str], depth: int | None = None) -> list[dict[str, Candidates]]:
+        """For each query what every stage found, by its name, in the order in which they work; the last is the result.
+
+        depth: in place of the Retriever's.
+        """
+        depth = self.depth if depth is None else depth
+        return [lists for lists, _ in self._stages(queries, depth, self.index.documents)]
+
+    def close(self) -> None:
+        """Let the Reranker go that was opened here."""
+        if self._opened:
+            self.reranker.close()
+
+    def __enter__(self) -> "Retriever":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _checked_stages(self, stages: Sequence[str] | None) -> list[str]:
+        known = list(self.index.searches)
+        names = known if stages is None else check_list("stages", stages)
+        if not names or set(names) - set(known) or len(set(names)) < len(names):
+            raise ValueError(f"stages: expected some of {', '.join(known)}, each once; found {names}")
+        return names
+
+    def _search(self, queries: list[str], top_k: int) -> list[SearchResults]:
+        check_number("top_k", top_k, 1, "documents")
+        documents = self.index.documents
+        found = self._stages(queries, max(self.depth, top_k), documents)
+        return [
+            SearchResults(query, found_documents(lists, reranked, documents, top_k), score_type_of(lists, reranked))
+            for query, (lists, reranked) in zip(queries, found, strict=True)
+        ]
+
+    def _stages(
+        self, queries: Sequence[str], depth: int, documents: Corpus
+    ) -> Iterator[tuple[dict[str, Candidates], RerankResults | None]]:
+        """For each query what the stages found, and what the reranking said. One call of the Reranker for each: in a
+        larger batch the last bits of a score would depend on the other queries."""
+        nothing = np.zeros(0, np.int64)
+        searches = {stage: self.index.searches[stage] for stage in self.stages}
+        found = {stage: one.search(queries, [nothing] * len(queries), depth) for stage, one in searches.items()}
+        for place, query in enumerate(queries):
+            lists, reranked = {stage: of_stage[place] for stage, of_stage in found.items()}, None
+            if self.fusion is not None:
+                lists[FUSED] = self.fusion.fuse(lists, nothing, depth)
+            if self.reranker is not None:
+                first = list(lists.values())[-1]
+                texts = [documents.text(row) for row in first.rows.tolist()]
+                reranked = self.reranker.rerank(query, texts, **self.options)
+                rows = first.rows[[result.document_index for result in reranked]]
+                scores = np.array([result.score for result in reranked], np.float32)
+                lists[RERANKED] = Candidates(rows, scores, first.judged_scores)
+            yield lists, reranked
+
+
+def score_type_of(lists: dict[str, Candidates], reranked: RerankResults | None) -> str:
+    return list(lists)[-1] if reranked is None else reranked.score_type
+
+
+def found_documents(
+    lists: dict[str, Candidates], reranked: RerankResults | None, documents: Corpus, top_k: int
+) -> list[SearchResult]:
+    """The best of the last list, with what every stage says of them."""
+    last = list(lists.values())[-1]
+    places = {stage: {row: place for place, row in enumerate(of.rows.tolist())} for stage, of in lists.items()}
+    results = []
+    for place, row in enumerate(last.rows[:top_k].tolist()):
+        found = {stage: of[row] for stage, of in places.items() if row in of}
+        results.append(
+            SearchResult(
+                doc_id=documents.id(row),
+                text=documents.text(row),
+                score=float(last.scores[place]),
+                rank=place + 1,
+                metadata=documents.metadata(row),
+                document_index=row,
+                slice=reranked[place].slice if reranked else None,
+                truncated=reranked[place].truncated if reranked else False,
+                scores={stage: float(lists[stage].scores[of]) for stage, of in found.items()},
+                ranks={stage: of + 1 for stage, of in found.items()},
+            )
+        )
+    return results

@@ -1,0 +1,185 @@
+"""The command `search`: one query or a file of them, as text for a terminal, as JSON lines, or as a TREC run."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+from rich.console import RenderableType
+from rich.text import Text
+
+from rag_retrieval.core.config import NAMES, FolderPath, Location, ModelName, Only, OutputPath, key
+from rag_retrieval.core.files import atomic_write, check_new_file
+from rag_retrieval.core.log import Progress
+from rag_retrieval.core.terminal import rendered, wrapped
+from rag_retrieval.data.beir import query_texts, run_lines
+from rag_retrieval.data.readers import text_lines
+from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from rag_retrieval.infer.reranker import Reranker
+    from rag_retrieval.retrieval.retriever import Retriever, SearchResult, SearchResults
+
+RRF = "rrf"
+COLUMNS = 100  # where stdout is no terminal
+TEXT_LINES = 3  # of a document's text
+INDENT = "   "
+TOGETHER = 256  # queries that are encoded at once
+MANY = Only("runs with queries", lambda config: config.queries is not None)
+RERANKED = Only("runs with a reranker", lambda config: config.reranker is not None)
+WRITTEN = Only("runs with output", lambda config: config.output is not None)
+
+
+def default_format(config: "SearchConfig") -> str:
+    if config.output is None:
+        return "text"
+    return "json" if Path(config.output).suffix in (".json", ".jsonl") else "trec"
+
+
+class SearchConfig(ModelOptions, LongDocumentOptions):
+    """One search."""
+
+    main_keys: ClassVar = ("index", "query", "queries", "reranker", "output")
+    groups: ClassVar = ModelOptions.groups | {"long_document": "Long documents", "index": "Search", "output": "Output"}
+    only_for: ClassVar = dict.fromkeys(
+        [*ModelOptions.model_fields.keys() - {"device"}, *LongDocumentOptions.model_fields], RERANKED
+    )
+
+    index: FolderPath = Field(min_length=1, description="Folder that rag-retrieval index wrote.")
+    query: str | None = key("What is searched for.", min_length=1)
+    queries: Annotated[str, Location(file=True)] | None = key(
+        "A file of queries: JSON lines with _id and text, or a text with one in each line, whose id is its number.",
+        min_length=1,
+    )
+    reranker: ModelName | None = key(
+        "Folder, hub name, or package:NAME of a reranker for what is found.", min_length=1
+    )
+    top_k: int = key("Documents of a query.", 10, ge=1)
+    depth: int = key("Documents that each stage finds at most, and that are reranked.", 100, ge=1)
+    stages: Annotated[list[str], NAMES] | None = key(
+        "Those of the index to search. Absent: all that count in the fusion.", min_length=1
+    )
+    fusion: Annotated[str, Location(file=True, words=(RRF,))] | None = key(
+        "A file that fit-fusion wrote, or rrf for reciprocal ranks. Absent: the index's own, else reciprocal ranks.",
+        min_length=1,
+    )
+    batch_size: int = key("Pairs of one forward, at most.", 256, only=RERANKED, ge=1)
+    normalize: bool = key("Show values in [0, 1] instead of logits.", False, only=RERANKED)
+    output: OutputPath | None = key("A file for the results. Absent: they are printed.", min_length=1)
+    overwrite: bool = key("Replace a file that is there.", False, only=WRITTEN)
+    output_format: Literal["text", "json", "trec"] = key(
+        "Text for people, a JSON object for each query on a line, or a TREC run. Absent: text where the results are "
+        "printed, json for an output that ends in .json or .jsonl, else trec.", "text", derive=default_format
+    )  # fmt: skip
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if (self.query is None) == (self.queries is None):
+            yield "query", f"{'is missing' if self.query is None else 'given with queries'}; give query or queries"
+
+
+def run(config: SearchConfig) -> str:
+    if config.output is not None:
+        check_new_file(Path(config.output), config.overwrite)
+    queries = {"1": config.query} if config.queries is None else read_queries(Path(config.queries))
+    with closing(open_retriever(config)) as retriever:
+        texts = shown(config, retriever, queries)
+        if config.output is None:
+            return "".join(texts).rstrip("\n")
+        with atomic_write(Path(config.output)) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(texts)
+    return f"{config.output}: {len(queries):,} quer{'y' if len(queries) == 1 else 'ies'}"
+
+
+def read_queries(file: Path) -> dict[str, str]:
+    """Texts by id. Raises DataError at a bad line, and ValueError for a file without a query."""
+    if file.name.lower().endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
+        queries = query_texts(file)
+    else:
+        queries = {str(line): text.strip() for line, text in text_lines(file)}
+    if not queries:
+        raise ValueError(f"{file}: found no queries; expected one in each line")
+    return queries
+
+
+def open_retriever(config: SearchConfig) -> "Retriever":
+    from rag_retrieval.retrieval.fusion import Fusion
+    from rag_retrieval.retrieval.retriever import Retriever
+
+    fusion = config.fusion and (Fusion() if config.fusion == RRF else Fusion.read(config.fusion))
+    names = ("stages", "depth", "device", "batch_size", "normalize", "long_document", "overlap")
+    options = {name: getattr(config, name) for name in names}
+    return Retriever(config.index, reranker=open_reranker(config), fusion=fusion, **options)
+
+
+def open_reranker(config: SearchConfig) -> "Reranker | None":
+    from rag_retrieval.infer.backend import open_backend
+    from rag_retrieval.infer.reranker import Reranker
+
+    return config.reranker and Reranker.from_backend(open_backend(config.reranker, config.model_options()))
+
+
+def shown(config: SearchConfig, retriever: "Retriever", queries: dict[str, str]) -> Iterator[str]:
+    """What is printed or written of each query."""
+    ids, texts = list(queries), list(queries.values())
+    columns = shutil.get_terminal_size((COLUMNS, 24)).columns
+    with Progress(len(ids), "searching", "queries", shown=len(ids) > 1) as progress:
+        for start in range(0, len(ids), TOGETHER):
+            found = retriever.search_many(texts[start : start + TOGETHER], config.top_k)
+            for id_, results in zip(ids[start : start + TOGETHER], found, strict=True):
+                if config.output_format == "json":
+                    yield json_line(id_ if config.queries else None, results)
+                elif config.output_format == "trec":
+                    yield from run_lines(id_, trec_scores(results), Path(config.index).resolve().name)
+                else:
+                    styled = config.output is None and sys.stdout.isatty()
+                    yield rendered(list(as_text(results, columns)), columns, styled) + "\n\n"
+                progress.update()
+
+
+def json_line(query_id: str | None, results: "SearchResults") -> str:
+    values = json.loads(results.to_json())
+    return json.dumps({"query_id": query_id} | values if query_id else values, ensure_ascii=False) + "\n"
+
+
+def trec_scores(results: "SearchResults") -> dict[str, float]:
+    """Raises ValueError for an id with spaces, which separate the columns of a run."""
+    for result in results:
+        if result.doc_id.split() != [result.doc_id]:
+            raise ValueError(f"the document id {result.doc_id!r} has spaces, which a TREC run cannot hold; take json")
+    return {result.doc_id: result.score for result in results}
+
+
+def as_text(results: "SearchResults", columns: int) -> Iterator[RenderableType]:
+    """Of each document rank and id, its scores with ranks, metadata, and the text or its best slice, cut."""
+    yield from wrapped(results.query, columns)
+    if not results:
+        yield "nothing found"
+    room = max(1, columns - len(INDENT))
+    for result in results:
+        yield ""
+        yield Text(f"{result.rank}. {result.doc_id}", style="bold")
+        for line in [*wrapped(describe_scores(result), room), *describe_metadata(result.metadata, room)]:
+            yield INDENT + line
+        start, end = result.slice or (0, len(result.text))
+        for line in wrapped("…" * (start > 0) + result.text[start:end], room, TEXT_LINES):
+            yield INDENT + line
+
+
+def describe_scores(result: "SearchResult") -> str:
+    """The last stage first: `reranked 4.21 (1), fused 0.0325 (2), bm25 12.3 (1)`; the numbers in brackets are ranks."""
+    stages = reversed(result.scores)
+    return ", ".join(f"{stage} {result.scores[stage]:.4g} ({result.ranks[stage]})" for stage in stages)
+
+
+def describe_metadata(metadata: dict, columns: int) -> Iterable[str]:
+    """The place in a file, where `index` cut a passage out of it; all else in one line."""
+    others = dict(metadata)
+    if {"file", "start", "end"} <= others.keys():
+        file, start, end = (others.pop(name) for name in ("file", "start", "end"))
+        yield from wrapped(f"{file}, characters {start} to {end}", columns)
+    if others:
+        yield from wrapped(json.dumps(others, ensure_ascii=False), columns, 1)
