@@ -1,6 +1,8 @@
 """`rag-retrieval index` as users call it: built, changed, exported, killed, on a full disk, by several processes."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -21,6 +23,7 @@ from rag_retrieval.cli import main
 from rag_retrieval.retrieval.index import Index
 
 ROOT = Path(__file__).resolve().parents[2]
+FORK = multiprocessing.get_context("fork")
 LIMIT = 600  # seconds that a process here may take
 ADDED = [{"_id": "new", "text": "A new panda."}, {"_id": "z1", "text": "大熊猫"}]
 
@@ -156,31 +159,31 @@ PLACES = (
     "rag_retrieval.retrieval.building.switch",
     "rag_retrieval.retrieval.index_files.write_json",
 )
-# `python -c KILLED PLACE command`: the process kills itself at the second call of PLACE, or at its only one
-KILLED = """
-import importlib, os, signal, sys
-from rag_retrieval.cli import main
-name, times = sys.argv[1].rpartition(".")[::2], []
-module = importlib.import_module(name[0])
-real = getattr(module, name[1])
-def killed(*arguments):
-    times.append(1)
-    if len(times) == (2 if name[1] == "append_vectors" else 1):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments)
-setattr(module, name[1], killed)
-sys.exit(main(sys.argv[2:]))
-"""
 
 
 def killed_at(place: str, command: list[str]) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", KILLED, place, *command], env=environment, timeout=LIMIT,
-                          capture_output=True)  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    """The command in a process that kills itself at its first call of the place (at the second, of several)."""
+    process = FORK.Process(target=run_and_be_killed, args=(place, command))
+    process.start()
+    process.join(LIMIT)
+    assert process.exitcode == -signal.SIGKILL, place
 
 
-@pytest.mark.slow
+def run_and_be_killed(place: str, command: list[str]) -> None:
+    module, _, name = place.rpartition(".")
+    module, calls = importlib.import_module(module), []
+    real = getattr(module, name)
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == (2 if name == "append_vectors" else 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    setattr(module, name, killed)
+    main(command)
+
+
 def test_a_build_that_is_killed_anywhere_continues_to_the_same_files(whole, corpus, model, tmp_path):
     command = build_options(corpus, tmp_path / "index", model)
     for place in PLACES:
@@ -190,7 +193,6 @@ def test_a_build_that_is_killed_anywhere_continues_to_the_same_files(whole, corp
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
-@pytest.mark.slow
 def test_an_update_that_is_killed_anywhere_leaves_the_old_index(corpus, model, tmp_path):
     folder = tmp_path / "index"
     assert main(build_options(corpus, folder, model)) == 0
