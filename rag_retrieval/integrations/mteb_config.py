@@ -1,7 +1,7 @@
 """The keys of `rag-retrieval mteb`; those of PaddleNLP's command are among them. Nothing here imports mteb."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,9 @@ from rag_retrieval.core.config import NAMES, EscapedText, ModelName, Only, Outpu
 from rag_retrieval.models.options import EmbedderOptions, OpeningOptions
 
 EMBEDDER = Only("runs with a model", lambda config: config.model is not None)
+RERANKED = Only(
+    "runs that search and rerank", lambda config: config.reranker is not None and config.candidates is not None
+)
 TOKENIZER = Only("PaddleNLP: here the model's folder says which tokens stand around a text", lambda config: False)
 
 
@@ -27,8 +30,15 @@ class MtebConfig(EmbedderOptions):
 
     model: ModelName | None = key("Folder, hub name, or package:NAME of an embedding model.", min_length=1)
     reranker: ModelName | None = key(
-        "The same of a reranker. Alone it orders the documents that a reranking task lists.", min_length=1
+        "The same of a reranker. Alone it orders the documents that a reranking task lists; with a model or candidates "
+        "what they find in the corpus.", min_length=1
+    )  # fmt: skip
+    candidates: Literal["bm25", "dense", "fused"] | None = key(
+        "How the corpus of a retrieval task is searched: by words, vectors, or both (fused), in an index of ours. "
+        "Default dense with a model and a reranker; absent with one of them, which then is MTEB's to call.",
+        derive=lambda config: "dense" if config.model and config.reranker else None,
     )
+    depth: int = key("Documents of a query that are reranked.", 100, only=RERANKED, ge=1)
     tasks: Annotated[tuple[str, ...], NAMES] = Field(
         min_length=1,
         description="Names of MTEB's tasks, folders in BEIR layout, or own task classes as module:Class, between "
@@ -51,5 +61,5 @@ class MtebConfig(EmbedderOptions):
     add_eos_token: bool | None = key("The same.", only=TOKENIZER)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.model is None and self.reranker is None:
-            yield "model", "is missing; give an embedding model, a reranker, or both"
+        if self.model is None and (self.candidates in ("dense", "fused") or self.reranker is self.candidates is None):
+            yield "model", "is missing; give an embedding model, a reranker, or candidates bm25"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from shard_samples import contents, lines, wait_until, work
+from shard_samples import LIMIT, contents, lines, wait_until, work
 
 from rag_retrieval.core.config import EngineOptions
 from rag_retrieval.core.ray_engine import plan_workers
@@ -16,6 +16,7 @@ from rag_retrieval.core.shards import ShardError, run_shards
 
 TESTS = Path(__file__).resolve().parents[1]
 MADE_FROM = {"model": "m"}
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
 @pytest.mark.parametrize(
@@ -64,9 +65,9 @@ def cluster():
         patch.setenv("PYTHONPATH", str(TESTS))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         cluster = importlib.import_module("ray.cluster_utils").Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+            initialize_head=True, head_node_args={**NODE, "include_dashboard": False}
         )
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(**NODE)
         yield cluster
         cluster.shutdown()
 
@@ -94,12 +95,12 @@ def test_a_shard_that_ends_every_worker_is_named_after_the_others_are_made(tmp_p
 
 @pytest.mark.slow
 def test_a_machine_that_leaves_is_done_without(tmp_path, cluster, one_process):
-    node = cluster.add_node(num_cpus=1)
+    node = cluster.add_node(**NODE)
     leaving = subprocess.Popen(
         [sys.executable, "-c", KILLER, str(tmp_path), str(node.all_processes["raylet"][0].process.pid)],
     )
     assert run(tmp_path, engine(cluster, 3), wait_at=(0, 1, 2), wait_for="go") == one_process
-    assert leaving.wait(60) == 0 and sorted(lines(tmp_path / "made")) == list("01234567")
+    assert leaving.wait(LIMIT) == 0 and sorted(lines(tmp_path / "made")) == list("01234567")
 
 
 # ends a machine's Ray and its workers when every worker has begun a shard; then lets the others go on
@@ -136,7 +137,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_call_goes_on(tmp_p
     started = psutil.Process(driver.pid).children(recursive=True)
     workers = [process for process in started if "ray::Worker" in "".join(process.cmdline())]
     driver.kill()
-    driver.wait(60)
+    driver.wait(LIMIT)
     wait_until(lambda: not any(process.is_running() for process in workers))
     assert len(workers) == 2 and sorted(lines(tmp_path / "made")) == list("0123567")
     assert run(tmp_path, EngineOptions()) == one_process

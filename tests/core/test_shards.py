@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from shard_samples import contents, lines, wait_until, work
+from shard_samples import LIMIT, contents, lines, wait_until, work
 
 from rag_retrieval.core.shards import ShardFolder, make_locally, remove_shards, run_shards
 
@@ -145,17 +145,17 @@ def test_processes_share_the_shards_and_all_wait_for_the_last_one(tmp_path):
     assert first.is_alive() and second.is_alive() and not (tmp_path / "work" / "shard-000000").exists()
     (tmp_path / "go").touch()
     for process in (first, second):
-        process.join(60)
+        process.join(LIMIT)
         assert process.exitcode == 0
     assert sorted(map(int, lines(tmp_path / "made"))) == list(range(20)) and len(lines(tmp_path / "opened")) == 2
 
 
 def test_the_shard_of_a_killed_process_is_made_by_another(tmp_path):
     killed = share(tmp_path, 6, killing=2)
-    killed.join(60)
+    killed.join(LIMIT)
     assert killed.exitcode == -signal.SIGKILL and lines(tmp_path / "made") == ["0", "1"]
     other = share(tmp_path, 6)
-    other.join(60)
+    other.join(LIMIT)
     assert other.exitcode == 0 and lines(tmp_path / "made") == list("012345")
     assert list((tmp_path / "work").glob(".shard-*.tmp")), "what was half written lies aside"
     (tmp_path / "work" / "manifest.json").write_text(json.dumps({"made_from": MADE_FROM, "shards": 6}))
@@ -175,7 +175,7 @@ def test_a_process_that_outlived_its_job_is_waited_for_and_not_disturbed(tmp_pat
     wait_until(lambda: lines(tmp_path / "made") == ["0", "2", "3", "4"])
     (tmp_path / "go").touch()
     for process in (orphan, next_job):
-        process.join(60)
+        process.join(LIMIT)
         assert process.exitcode == 0
     assert sorted(lines(tmp_path / "made")) == list("01234")
 
@@ -188,7 +188,7 @@ def test_a_second_job_in_a_folder_is_refused(tmp_path):
         with pytest.raises(ValueError, match="work: another job works here"):
             run(tmp_path, overwrite=overwrite)
     (tmp_path / "go").touch()
-    first.join(60)
+    first.join(LIMIT)
     assert first.exitcode == 0 and lines(tmp_path / "made") == list("01234")
 
 

@@ -315,7 +315,7 @@ def test_one_killed_process_ends_both_and_the_next_run_continues_to_the_bytes_of
         time.sleep(0.02)
     workers = psutil.Process(process.pid).children(recursive=True)
     workers[0].kill()
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode != 0 and b"SIGKILL" in errors and not any(worker.is_running() for worker in workers)
     assert len(list(parts.glob("shard-*"))) == 6 and not Path(keys["output"]).exists()
     done = launch([*engine_command("config/ddp.yaml", 2, "-m"), *command(keys, tmp_path)])
@@ -334,7 +334,7 @@ def test_ray_workers_write_the_bytes_of_one_process_and_none_is_left(keys, tmp_p
     _, *options = command(keys, tmp_path)
     started = [sys.executable, "-c", LISTED, *options, "--engine", "ray", "--ray_workers", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert Path(keys["output"]).read_bytes() == whole
     assert done.stdout.splitlines()[-1] == "children: []" and "60 records" in done.stdout

@@ -30,8 +30,10 @@ from scipy.stats import spearmanr  # noqa: E402
 from tiny_models import tiny_bert  # noqa: E402
 
 from rag_retrieval import Embedder, Reranker, cli  # noqa: E402
-from rag_retrieval.integrations.mteb import EmbedderEncoder, RerankerCrossEncoder  # noqa: E402
+from rag_retrieval.integrations.mteb import EmbedderEncoder, RerankerCrossEncoder, RetrieverSearch  # noqa: E402
 from rag_retrieval.metrics import run_metrics  # noqa: E402
+from rag_retrieval.retrieval.bm25 import bm25_run  # noqa: E402
+from rag_retrieval.retrieval.config import IndexOptions  # noqa: E402
 
 TASK_PROMPTS = PROMPTS | {"LocalRetrieval-query": "find: ", "STS": "similar: "}
 
@@ -105,9 +107,39 @@ def test_the_likeness_of_pairs_has_spearmans_coefficient_of_our_vectors(encoder)
     assert scores["cosine_spearman"] == pytest.approx(scores["spearman"], abs=1e-9)
 
 
+def test_a_retriever_searches_each_corpus_by_vectors_words_or_both(folder, encoder):
+    options = {"embedder": folder, "device": "cpu", "vector_precision": "float32"}
+    dense = RetrieverSearch(IndexOptions(bm25=False, **options | {"prompts": {"query": "find: "}}))
+    assert_equal_to_ours(scores_of(dense, LocalRetrieval()), own_run(encoder.embedder, "find: ", "passage: "))
+    words = RetrieverSearch(IndexOptions())
+    found, _ = bm25_run(DOCUMENTS, QUERIES, None, 100)
+    assert scores_of(words, LocalRetrieval())["ndcg_at_10"] == pytest.approx(
+        run_metrics(QRELS, found, ["ndcg@10"])["ndcg@10"], abs=5.1e-6
+    )
+    both = RetrieverSearch(IndexOptions(**options))
+    assert scores_of(both, LocalRetrieval())["ndcg_at_10"] > scores_of(dense, LocalRetrieval())["ndcg_at_10"]
+    names = [model.mteb_model_meta.name for model in (dense, words, both)]
+    assert names == ["local/run", "local/bm25", "local/bm25+run"]
+    with pytest.raises(ValueError, match="LocalReranking lists the documents of each query"):
+        scores_of(dense, LocalReranking())
+
+
+def test_a_retriever_reranks_its_first_documents_and_gives_no_others(folder, encoder, model_folders):
+    reranker = Reranker(model_folders["bert"], device="cpu")
+    search = RetrieverSearch(IndexOptions(embedder=folder, device="cpu", bm25=False), reranker, depth=6)
+    run = {}
+    for query, scores in own_run(encoder.embedder).items():
+        best = sorted(scores, key=scores.get, reverse=True)[:6]
+        found = reranker.compute_score([(QUERIES[query], DOCUMENTS[document]) for document in best])
+        run[query] = dict(zip(best, found.tolist(), strict=True))
+    assert_equal_to_ours(scores_of(search, LocalRetrieval()), run)
+
+
 def test_the_adapters_are_what_mteb_asks_for(encoder, model_folders):
     assert isinstance(encoder, EncoderProtocol) and not isinstance(encoder, SearchProtocol)
     assert isinstance(RerankerCrossEncoder(model_folders["bert"]), CrossEncoderProtocol)
+    search = RetrieverSearch(IndexOptions())
+    assert isinstance(search, SearchProtocol) and not isinstance(search, (EncoderProtocol, CrossEncoderProtocol))
     meta = encoder.mteb_model_meta
     assert (meta.name, meta.embed_dim, meta.max_tokens) == ("local/run", 32, 24)
     kinds = [PromptType.query, PromptType.document, None]
@@ -185,6 +217,7 @@ def test_a_beir_folder_is_a_task_without_a_hub(folder, tmp_path, capsys):
     "options, words",
     [
         ("--tasks SciFact", "--model: is missing"),
+        ("--tasks SciFact --candidates fused --reranker RERANKER", "--model: is missing"),
         ("--model MODEL --tasks SciFactt", "tasks: .*SciFact"),
         ("--model MODEL --tasks integrations.mteb_tasks:Nothing", "tasks .*Nothing.* cannot be imported"),
         ("--model MODEL --tasks integrations.mteb_tasks:LocalSts --split dev", "split: LocalSts is measured on test"),
@@ -203,6 +236,19 @@ def test_a_reranker_alone_runs_from_the_command(model_folders, tmp_path, capsys)
     options = ["--tasks", "integrations.mteb_tasks:LocalReranking", "--output_folder", tmp_path, "--max_length", "64"]
     code, printed, _ = run(capsys, "--reranker", model_folders["bert"], *options)
     assert code == 0 and np.isfinite(float(printed.split("ndcg_at_10 ")[1].split()[0]))
+
+
+PIPELINES = ("--candidates bm25", "--candidates bm25 --reranker B --depth 5", "--model A --reranker B",
+             "--model A --candidates fused --query_instruction q:")  # fmt: skip
+
+
+@pytest.mark.parametrize("options", PIPELINES)
+def test_a_pipeline_runs_from_the_command(options, folder, model_folders, tmp_path, capsys):
+    options = options.replace("A", folder).replace("B", model_folders["bert"]).split()
+    code, printed, _ = run(
+        capsys, *options, "--tasks", "integrations.mteb_tasks:LocalRetrieval", "--output_folder", tmp_path
+    )
+    assert code == 0 and 0 < float(printed.split("ndcg_at_10 ")[1].split()[0]) < 1
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
