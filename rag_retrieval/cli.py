@@ -75,7 +75,7 @@ COMMANDS = {
         ),
         Command(
             "export",
-            "write a trained reranker as ONNX",
+            "write a reranker or embedder as ONNX",
             config="rag_retrieval.export.config:ExportConfig",
             run="rag_retrieval.cli:export",
             work=("rag_retrieval.export.run",),
@@ -142,12 +142,13 @@ def mine(config: "MiningConfig") -> str:
 
 def index(config: "IndexConfig") -> str:
     from rag_retrieval.retrieval.index import Index, build_index
+    from rag_retrieval.retrieval.index_files import LOCAL_KEYS
 
     started = time.monotonic()
     if config.corpus is not None:
         built = build_index(config.corpus, config.output, config.index_options(), config)
     else:
-        built = Index(config.output, device=config.device)
+        built = Index(config.output, **config.given(*LOCAL_KEYS))
     if config.add or config.remove:
         built.update(config.add, config.ids_to_remove(), config)
     if launched_rank() > 0:
@@ -167,9 +168,9 @@ def distill(config: "DistillConfig") -> str:
 
 
 def export(config: "ExportConfig") -> str:
-    from rag_retrieval.export.run import export_reranker
+    from rag_retrieval.export.run import export_model
 
-    return export_reranker(config).describe()
+    return export_model(config).describe()
 
 
 def push(config: "PushConfig") -> str:

@@ -114,7 +114,8 @@ def open_source(config: MiningConfig, folder: Path) -> Source:
         documents = Corpus(folder)
         source = Source(documents, RandomSearch(len(documents), config.seed), documents.folder.name)
     else:
-        index, file = Index(folder, device=device_of(config)), folder / FUSION_FILE
+        index = Index(folder, device=device_of(config), trust_remote_code=config.trust_remote_code)
+        file = folder / FUSION_FILE
         fusion = Fusion.read(file) if file.is_file() else Fusion()
         source = Source(index.documents, search_of(index, fusion, config), [index.made_from, fusion.weights])
     if config.first_rank > len(source.documents):

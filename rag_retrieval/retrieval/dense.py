@@ -23,13 +23,12 @@ from rag_retrieval.retrieval.vector_shards import Encode, Vectors, open_vectors
 RECALL_QUERIES, RECALL_DEPTH = 200, 10
 
 
-def open_search(
-    paths: Mapping[str, Path], options: IndexOptions, encode: Encode, device: str | torch.device | None
-) -> "DenseSearch":
-    """device: where vectors are compared; None for the machine's own choice."""
+def open_search(paths: Mapping[str, Path], options: IndexOptions, encode: Encode) -> "DenseSearch":
+    """paths: of the parts of an index."""
     vectors, *finer = open_vectors(paths, options)
     index = read_faiss(paths["faiss"], options.faiss_search) if "faiss" in paths else None
-    return DenseSearch(vectors, encode, choose_device(device), *finer, index=index, factor=options.rescore_factor)
+    device, factor = choose_device(options.device), options.rescore_factor
+    return DenseSearch(vectors, encode, device, *finer, index=index, factor=factor)
 
 
 class DenseSearch:
@@ -73,16 +72,16 @@ class DenseSearch:
         return lists
 
     def recall(self, seed: int) -> float:
-        """The part of the nearest `RECALL_DEPTH` by the finest vectors that the search finds, on average over documents
-        drawn by the seed as queries. A document itself does not count."""
+        """The part of the nearest `RECALL_DEPTH` by the finest vectors that the search finds, over documents drawn by
+        the seed as queries. A document itself does not count; 1 where there is no other."""
         drawn = np.random.default_rng(seed).permutation(len(self.vectors))[:RECALL_QUERIES]
         queries, depth = self.finest.rows(drawn), RECALL_DEPTH + 1
         exact, _ = nearest(queries, self.finest.parts, depth, self.device, self.finest.decode)
         none = [np.zeros(0, np.int64)] * len(drawn)
         found = self.search_vectors(queries, none, depth)
-        pairs = zip(drawn.tolist(), exact.tolist(), found, strict=True)
-        parts = [
-            len(set(best) - {row} & set(candidates.rows.tolist())) / max(len(set(best) - {row}), 1)
-            for row, best, candidates in pairs
-        ]
-        return float(np.mean(parts))
+        num_found = num_nearest = 0
+        for row, best, candidates in zip(drawn.tolist(), exact.tolist(), found, strict=True):
+            others = set(best) - {row}
+            num_found += len(others.intersection(candidates.rows.tolist()))
+            num_nearest += len(others)
+        return num_found / num_nearest if num_nearest else 1.0
