@@ -177,5 +177,6 @@ def run(config: FitFusionConfig) -> str:
     found = {query: {stage: of[stage] for stage in retriever.stages} for query, of in zip(qrels, lists, strict=True)}
     fit = fit_fusion(found, qrels, documents.id, config.metric)
     file = Path(config.output) if config.output else Path(config.index) / FUSION_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
     fit.save(file, data=folder.name, split=config.split, depth=config.depth)
     return f"{fit.describe()}\n{file}: {fit.chosen}"

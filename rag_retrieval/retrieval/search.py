@@ -15,7 +15,7 @@ from rich.text import Text
 from rag_retrieval.core.config import NAMES, FolderPath, Location, ModelName, Only, OutputPath, key
 from rag_retrieval.core.files import atomic_write, check_new_file
 from rag_retrieval.core.log import Progress
-from rag_retrieval.core.terminal import rendered, wrapped
+from rag_retrieval.core.terminal import on_one_line, rendered, wrapped
 from rag_retrieval.data.beir import query_texts, run_lines
 from rag_retrieval.data.readers import text_lines
 from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
@@ -84,6 +84,7 @@ class SearchConfig(ModelOptions, LongDocumentOptions):
 def run(config: SearchConfig) -> str:
     if config.output is not None:
         check_new_file(Path(config.output), config.overwrite)
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     queries = {"1": config.query} if config.queries is None else read_queries(Path(config.queries))
     with closing(open_retriever(config)) as retriever:
         texts = shown(config, retriever, queries)
@@ -161,7 +162,7 @@ def as_text(results: "SearchResults", columns: int) -> Iterator[RenderableType]:
     room = max(1, columns - len(INDENT))
     for result in results:
         yield ""
-        yield Text(f"{result.rank}. {result.doc_id}", style="bold")
+        yield Text(f"{result.rank}. {on_one_line(result.doc_id)}", style="bold")
         for line in [*wrapped(describe_scores(result), room), *describe_metadata(result.metadata, room)]:
             yield INDENT + line
         start, end = result.slice or (0, len(result.text))

@@ -24,6 +24,7 @@ CORPUS = [
     {"_id": "ice", "text": "Water freezes at 0 degrees."},
     {"_id": "茶", "text": "水在一百度沸腾，泡茶的水要开。" * 15, "来源": "百科"},
     {"_id": "iron", "text": "Iron melts at 1538 degrees.\x1b[31m"},
+    {"_id": "\x1b[31mred\u202eline", "text": "violet"},
 ]
 
 
@@ -73,6 +74,8 @@ def test_a_terminal_gets_bold_ids_and_a_file_gets_none(search, monkeypatch, tmp_
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     out = search("--query", "iron")[1]
     assert "\x1b[1m1. iron\x1b[0m" in out and out.count("\x1b") == 2, "none of a document's own"
+    out = search("--query", "violet")[1]
+    assert "1. [31mred line" in out and out.count("\x1b") == 2 and "\u202e" not in out
     search("--query", "iron", "--output_format", "text", "--output", "o.txt")
     assert "\x1b" not in (tmp_path / "o.txt").read_text()
 
@@ -112,8 +115,8 @@ def test_a_run_of_many_queries_is_read_back(search, tmp_path):
     assert code == 2 and "run.trec exists" in error and error.count("\n") == 1
     assert search("--queries", "queries.txt", "--output", "run.trec", "--overwrite", "--top_k", "1")[0] == 0
     assert len(read_run("run.trec")["1"]) == 1
-    assert search("--queries", "queries.txt", "--output", "run.jsonl")[0] == 0
-    assert json.loads((tmp_path / "run.jsonl").read_text().splitlines()[0])["query_id"] == "1"
+    assert search("--queries", "queries.txt", "--output", "new/run.jsonl")[0] == 0
+    assert json.loads((tmp_path / "new" / "run.jsonl").read_text().splitlines()[0])["query_id"] == "1"
 
 
 def test_a_run_that_fails_leaves_no_file(search, tmp_path):
@@ -157,7 +160,7 @@ def test_the_best_slice_is_shown(search, model):
         (["--query", "a", "--fusion", "q.txt"], "q.txt: expected a file that rag-retrieval fit-fusion wrote"),
         (["--query", "a", "--reranker", "./nothing"], "--reranker: found no folder ./nothing"),
         (["--query", "a", "--output", "folder"], "output: "),
-        (["--query", "a", "--output", "nothing/o.trec"], "No such file"),
+        (["--query", "a", "--output", "q.txt/o.trec"], "q.txt"),
     ],
 )
 def test_a_mistake_is_one_line(search, tmp_path, options, expected):
