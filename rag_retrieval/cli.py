@@ -140,12 +140,13 @@ def mine(config: "MiningConfig") -> str:
 
 def index(config: "IndexConfig") -> str:
     from rag_retrieval.retrieval.index import Index, build_index
+    from rag_retrieval.retrieval.index_files import LOCAL_KEYS
 
     started = time.monotonic()
     if config.corpus is not None:
         built = build_index(config.corpus, config.output, config.index_options(), config)
     else:
-        built = Index(config.output, device=config.device)
+        built = Index(config.output, **config.given(*LOCAL_KEYS))
     if config.add or config.remove:
         built.update(config.add, config.ids_to_remove(), config)
     if launched_rank() > 0:

@@ -96,6 +96,8 @@ def _id(entry: dict, place: str) -> str:
     name = "id" if "id" in entry and "_id" not in entry else "_id"
     if type(entry.get(name)) is int:
         return str(entry[name])
+    if entry.get(name) == "":
+        raise DataError(f"{place}: {name} is empty; give the document one, or leave the key out.")
     return entry_text(entry, name, place)
 
 

@@ -84,7 +84,7 @@ def open_source(config: MiningConfig, work: WorkFolder) -> Source:
         documents = Corpus(build_documents(corpus_of(config), work.path, PASSAGE_TOKENS))
         source = Source(documents, RandomSearch(len(documents), config.seed), documents.folder.name)
     else:
-        index = own_index(config, work) if config.index is None else Index(config.index, device=device_of(config))
+        index = own_index(config, work) if config.index is None else open_index(Path(config.index), config)
         file = index.folder / FUSION_FILE
         fusion = Fusion.read(file) if file.is_file() else Fusion()
         source = Source(index.documents, search_of(index, fusion, config), [index.made_from, fusion.weights])
@@ -115,7 +115,11 @@ def own_index(config: MiningConfig, work: WorkFolder) -> Index:
     source, options = corpus_of(config), index_options(config)
     made_from = [source_content(source), source.is_dir(), fingerprint(options), config.seed]
     folder = work.stage("index", made_from, lambda folder: build_index(source, folder, options), resumes=True)
-    return Index(folder, device=options.device)
+    return open_index(folder, config)
+
+
+def open_index(folder: Path, config: MiningConfig) -> Index:
+    return Index(folder, device=device_of(config), trust_remote_code=config.trust_remote_code)
 
 
 def index_options(config: MiningConfig) -> IndexOptions:

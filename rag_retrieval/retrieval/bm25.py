@@ -9,6 +9,7 @@ A document that shares no word with the query is not found, so a list may be sho
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def _place_scores(folder: Path, lengths: np.ndarray, num_words: int) -> None:
     weights = np.log1p((len(lengths) - sizes + 0.5) / (sizes + 0.5)).astype(np.float32)
     norms = K1 * (1 - B + B * lengths / lengths.mean())
     columns = {
-        name: np.lib.format.open_memmap(folder / f"{name}.csc.index.npy", "w+", dtype, (int(ends[-1]),))
+        name: _mapped_column(folder / f"{name}.csc.index.npy", dtype, int(ends[-1]))
         for name, dtype in (("data", np.float32), ("indices", np.int32))
     }
     free = ends[:-1].copy()  # where the next posting of each word goes
@@ -97,6 +98,14 @@ def _place_scores(folder: Path, lengths: np.ndarray, num_words: int) -> None:
             progress.update(len(block))
     for column in columns.values():
         column.flush()
+
+
+def _mapped_column(file: Path, dtype: type, count: int) -> np.ndarray:
+    """Its room on the disk is taken first: writing to a map on a full disk would end the process by SIGBUS."""
+    column = np.lib.format.open_memmap(file, "w+", dtype, (count,))
+    with file.open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    return column
 
 
 def _blocks(postings: Path):

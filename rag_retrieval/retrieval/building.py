@@ -9,10 +9,11 @@ documents in the same order: those that stay, then those that came.
 import importlib.util
 import logging
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,10 +81,12 @@ def corpus_name(corpus: Path) -> str:
     return f"{len(Corpus(corpus)):,} documents, {content_of(corpus)}"
 
 
-def update(folder: Path, source: str | Path | None, ids: Collection[str], engine: EngineOptions = LOCAL) -> None:
-    """See `Index.add` and `Index.remove`."""
+def update(
+    folder: Path, source: str | Path | None, ids: Collection[str], engine: EngineOptions, local: Mapping[str, Any]
+) -> None:
+    """See `Index.update`. local: options of `LOCAL_KEYS`."""
     with writing(folder):
-        before = on_main(lambda: IndexState.read(folder))
+        before = on_main(lambda: IndexState.read(folder, local))
         if before is None:
             raise ValueError(f"{folder}: there is no index that could be changed; build it first")
         corpus = on_main(lambda: change_documents(before, source, ids))
@@ -101,6 +104,9 @@ def change_documents(before: IndexState, source: str | Path | None, ids: Collect
         shown = ", ".join(map(repr, unknown[:3]))
         raise DataError(f"{before.folder}: {len(unknown):,} of the ids to remove are in no document, such as {shown}.")
     new = source and Corpus(build_documents(source, before.folder, before.options.passage_tokens))
+    replaced = sum(old.row_of_id(new.id(row)) is not None for row in range(len(new))) if new else 0
+    if new:
+        logger.info("%s: %d documents, %d of them replace one of the same id", source, len(new), replaced)
 
     def documents() -> Iterator[Document]:
         for row in range(len(old)):
@@ -144,7 +150,7 @@ def finish(state: IndexState, engine: EngineOptions, old: IndexState | None) -> 
             encode(state, parts, engine, old)
         if options.faiss_index is not None and "faiss" not in parts:
             parts["faiss"] = on_main(lambda: build_approximate(state))
-        search = open_search(state.paths, options, lambda texts: np.zeros(0), options.device)
+        search = open_search(state.paths, options, lambda texts: np.zeros(0))
         state = replace(state, recall=on_main(lambda: None if search.is_exact else search.recall(options.seed)))
     on_main(lambda: switch(state))
 

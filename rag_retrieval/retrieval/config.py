@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from rag_retrieval.core.config import EngineOptions, FileOrFolder, ModelName, Only, OutputPath, key
-from rag_retrieval.data.documents import PASSAGE_TOKENS
+from rag_retrieval.data.documents import PASSAGE_TOKENS, row_file
 from rag_retrieval.data.readers import text_lines
 from rag_retrieval.data.words import AUTO
 from rag_retrieval.models.options import EmbedderOptions
@@ -66,7 +66,14 @@ class IndexOptions(EmbedderOptions):
             yield "embedder", "is missing, and bm25 is false; an index needs one of them"
 
 
-BUILDS = Only("building an index (with corpus)", lambda config: config.corpus is not None)
+BUILDS = Only("building an index", lambda config: config.corpus is not None)
+BUILDS_WORDS = Only("building an index with bm25", lambda config: config.corpus is not None and config.bm25)
+BUILDS_VECTORS = Only(
+    "building an index with an embedder", lambda config: config.corpus is not None and config.embedder is not None
+)
+BUILDS_PASSAGES = Only(
+    "building an index of texts", lambda config: config.corpus is not None and row_file(Path(config.corpus)) is None
+)
 ENCODES = Only("work with an embedder", lambda config: config.embedder is not None or config.add is not None)
 
 
@@ -76,9 +83,10 @@ class IndexConfig(IndexOptions, EngineOptions):
     main_keys: ClassVar = ("corpus", "output", "embedder", "bm25", "add")
     groups: ClassVar = IndexOptions.groups | EngineOptions.groups | {"corpus": "Index"}
     only_for: ClassVar = (
-        IndexOptions.only_for
-        | dict.fromkeys(("device", "devices"), ENCODES)
-        | dict.fromkeys(("embedder", "bm25", "passage_tokens", "shard_size", "seed"), BUILDS)
+        dict.fromkeys(EmbedderOptions.model_fields, BUILDS_VECTORS)
+        | dict.fromkeys(("device", "devices", "trust_remote_code"), ENCODES)
+        | dict.fromkeys(("embedder", "bm25", "seed"), BUILDS)
+        | {"language": BUILDS_WORDS, "passage_tokens": BUILDS_PASSAGES}
     )
 
     corpus: FileOrFolder | None = key(

@@ -23,13 +23,12 @@ from rag_retrieval.retrieval.vector_shards import Encode, Vectors, open_vectors
 RECALL_QUERIES, RECALL_DEPTH = 200, 10
 
 
-def open_search(
-    paths: Mapping[str, Path], options: IndexOptions, encode: Encode, device: str | torch.device | None
-) -> "DenseSearch":
-    """device: where vectors are compared; None for the machine's own choice."""
+def open_search(paths: Mapping[str, Path], options: IndexOptions, encode: Encode) -> "DenseSearch":
+    """paths: of the parts of an index."""
     vectors, *finer = open_vectors(paths, options)
     index = read_faiss(paths["faiss"], options.faiss_search) if "faiss" in paths else None
-    return DenseSearch(vectors, encode, choose_device(device), *finer, index=index, factor=options.rescore_factor)
+    device, factor = choose_device(options.device), options.rescore_factor
+    return DenseSearch(vectors, encode, device, *finer, index=index, factor=factor)
 
 
 class DenseSearch:

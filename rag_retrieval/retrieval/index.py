@@ -19,7 +19,7 @@ from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import BM25, Bm25Search
 from rag_retrieval.retrieval.candidates import Search
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.index_files import IndexState
+from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
@@ -42,8 +42,9 @@ def build_index(
     """
     from rag_retrieval.retrieval.building import build
 
-    build(source, Path(folder), options or IndexOptions(), engine)
-    return Index(folder)
+    options = options or IndexOptions()
+    build(source, Path(folder), options, engine)
+    return Index(folder, **options.given(*LOCAL_KEYS))
 
 
 class Index:
@@ -53,21 +54,30 @@ class Index:
     depends on, by name. recall: the part of the nearest documents that an approximate dense search finds, as it was
     measured when the index was built; None where the search is exact.
 
-    embedder: in place of the one that the index names, which is opened when it is first needed. device: for that.
-    Raises ValueError for a folder without a finished index, a damaged one, and, when a model is opened, for another
-    model than the index was made with.
+    embedder: in place of the one that the index names, which is opened when it is first needed. device, devices,
+    trust_remote_code: for that, see `Embedder`. Raises ValueError for a folder without a finished index, a damaged one,
+    and, when a model is opened, for another model than the index was made with.
     """
 
-    def __init__(self, folder: str | Path, *, embedder: "Embedder | None" = None, device: str | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        embedder: "Embedder | None" = None,
+        device: str | None = None,
+        devices: list[str] | None = None,
+        trust_remote_code: bool = False,
+    ):
         self.folder = Path(folder)
-        self._given, self._device = embedder, device
+        self._given = embedder
+        self._local = {"device": device, "devices": devices, "trust_remote_code": trust_remote_code}
         self._embedder: Embedder | None = None
         self._lock = threading.Lock()
         self._open()
 
     def _open(self) -> None:
         """Everything is mapped here, so that an update that removes the files does no harm."""
-        state = IndexState.read(self.folder)
+        state = IndexState.read(self.folder, self._local)
         if state is None:
             found = "no finished index" if self.folder.is_dir() else "no such folder"
             raise ValueError(f"{self.folder}: {found}; rag-retrieval index writes one, or continues one")
@@ -75,7 +85,7 @@ class Index:
             state.check_files()
             documents, searches = Corpus(state.path("corpus")), self._searches(state)
         except (ValueError, OSError):
-            if IndexState.read(self.folder) == state:
+            if IndexState.read(self.folder, self._local) == state:
                 raise
             return self._open()  # another process switched to a newer one
         self.made_from, self.recall, self.options = state.made_from, state.recall, state.options
@@ -88,7 +98,7 @@ class Index:
         if "vectors" in state.parts:
             from rag_retrieval.retrieval.dense import open_search
 
-            searches[DENSE] = open_search(state.paths, state.options, self._encode_queries, self._device)
+            searches[DENSE] = open_search(state.paths, state.options, self._encode_queries)
         return searches
 
     def __len__(self) -> int:
@@ -115,7 +125,7 @@ class Index:
                     f"{self.folder}: {name} now holds another model than the index was made with (model: was "
                     f"{expected}, now {found}); bring that model back, or build the index again"
                 )
-            return open_embedder(self.options, self._device)
+            return open_embedder(self.options)
         own, vectors = encode_with(self._given, "document", self.options), self.searches[DENSE].finest
         first, stored = own([self.documents.text(0)])[0], vectors.rows(np.zeros(1, np.int64))[0]
         if vectors.similarity(first, stored) < SAME_VECTOR:
@@ -124,6 +134,13 @@ class Index:
                 f"the model and options of the index: {json.dumps(self.made_from, ensure_ascii=False)}"
             )
         return self._given
+
+    def close(self) -> None:
+        """Close the embedder that was opened here; a search by vectors opens it again."""
+        with self._lock:
+            if self._embedder is not None and self._embedder is not self._given:
+                self._embedder.close()
+            self._embedder = None
 
     def _encode_queries(self, texts: list[str]) -> np.ndarray:
         from rag_retrieval.retrieval.vector_shards import encode_with
@@ -152,7 +169,7 @@ class Index:
         """Both in one change."""
         from rag_retrieval.retrieval.building import update
 
-        update(self.folder, source, ids, engine)
+        update(self.folder, source, ids, engine, self._local)
         self._open()
 
     # ---- export

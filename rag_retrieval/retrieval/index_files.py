@@ -8,6 +8,7 @@
 A part is a folder whose name holds a digest of all that it was made from. Nothing here imports torch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from rag_retrieval.retrieval.config import IndexOptions
 
 INDEX_FILE = "index.json"
 FORMAT = 1  # raise it whenever an older index cannot be read any more
-LOCAL_KEYS = {"device", "devices"}  # of a machine, not of the index
+# of who opens the index: a folder that came from elsewhere must not decide that its model's code is run
+LOCAL_KEYS = {"device", "devices", "trust_remote_code"}
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,17 @@ class IndexState:
     recall: float | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> "IndexState | None":
-        """None where there is no index, or one that is not finished. Raises ValueError for another format."""
+    def read(cls, folder: Path, local: Mapping[str, Any] | None = None) -> "IndexState | None":
+        """None where there is no index, or one that is not finished. local: options of `LOCAL_KEYS`. Raises ValueError
+        for another format."""
         if not (folder / INDEX_FILE).exists():
             return None
         values = read_json(folder / INDEX_FILE)
         found = values.pop("format", None)
         try:
             if found == FORMAT:
-                return cls(folder, **values | {"options": IndexOptions(**values["options"])})
+                options = IndexOptions(**values["options"] | (local or {}))
+                return cls(folder, **values | {"options": options})
         except (TypeError, KeyError, ValueError):
             found = "damaged"
         found = f"{folder / INDEX_FILE}: found format {found}, and this version reads {FORMAT}"

@@ -87,7 +87,7 @@ def open_vectors(paths: Mapping[str, Path], options: IndexOptions) -> list[Vecto
 # ---- encoding
 
 
-def open_embedder(options: IndexOptions, device: str | torch.device | None = None) -> Embedder:
+def open_embedder(options: IndexOptions, device: torch.device | None = None) -> Embedder:
     """With every option that was given. device: where the options name none."""
     given = options.given(*EmbedderOptions.model_fields)
     if device is not None and not given.keys() & {"device", "devices"}:

@@ -101,6 +101,7 @@ def test_passages_of_100_000_characters_leave_nothing_out():
         ("c.jsonl", b'{"_id": "a"}', "c.jsonl:1: found no 'text' among the keys '_id'; add it."),
         ("c.jsonl", b'{"_id": "a", "text": "x", "title": 4}', "c.jsonl:1: title is the number 4; expected a string."),
         ("c.jsonl", b'{"_id": 1.5, "text": "x"}', "c.jsonl:1: _id is the number 1.5; expected a string."),
+        ("c.jsonl", b'{"_id": "", "text": "x"}', "c.jsonl:1: _id is empty; give the document one, or"),
         ("c.txt", b" \n", "c.txt: found no documents; expected at least one."),
         ("c.txt", b"caf\xe9", "c.txt: found the byte 0xe9 at byte offset 3; expected UTF-8."),
         ("c.pdf", b"x", "c.pdf: found the suffix '.pdf'; expected .jsonl, .jsonl.gz, .json, .json.gz, .parquet,"),

@@ -242,7 +242,7 @@ def test_a_second_writer_is_refused(copied, corpus):
 def test_index_json_names_everything_that_the_index_depends_on(built):
     made_from = json.loads((built / "index.json").read_text())["made_from"]
     assert made_from.keys() == {
-        "corpus", "words", "model", "model_type", "dtype", "precision", "trust_remote_code", "max_length",
+        "corpus", "words", "model", "model_type", "dtype", "precision", "max_length",
         "attn_implementation", "query_max_length", "pooling", "prompts", "include_prompt", "cls_interval", "normalize",
         "bidirectional", "dim", "vector_precision", "rescore_precision",
     }  # fmt: skip
