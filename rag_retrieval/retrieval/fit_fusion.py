@@ -153,6 +153,7 @@ class FitFusionConfig(Config):
     depth: int = key("Documents of each stage, as many as searches will ask for.", 100, ge=1)
     output: OutputPath | None = key(f"The file to write. Absent: {FUSION_FILE} in the index, for all its searches.")
     device: str | None = key("Such as cpu or cuda:0. Absent: a GPU if there is one.", min_length=1)
+    trust_remote_code: bool = key("Run Python code that comes with the embedder.", False)
 
     @field_validator("metric")
     @classmethod
@@ -167,7 +168,8 @@ def run(config: FitFusionConfig) -> str:
     folder = Path(config.data)
     texts = query_texts(find_file(folder, "queries.jsonl"))
     qrels = read_qrels(BeirFolder(folder, {}, texts), config.split)
-    retriever = Retriever(config.index, fusion=Fusion(), depth=config.depth, device=config.device)
+    options = {"device": config.device, "trust_remote_code": config.trust_remote_code}
+    retriever = Retriever(config.index, fusion=Fusion(), depth=config.depth, **options)
     documents = retriever.index.documents
     if len(retriever.stages) < 2:
         raise ValueError(f"{config.index}: its only stage is {retriever.stages[0]}; a fusion needs two")

@@ -46,7 +46,8 @@ class SearchConfig(ModelOptions, LongDocumentOptions):
     main_keys: ClassVar = ("index", "query", "queries", "reranker", "output")
     groups: ClassVar = ModelOptions.groups | {"long_document": "Long documents", "index": "Search", "output": "Output"}
     only_for: ClassVar = dict.fromkeys(
-        [*ModelOptions.model_fields.keys() - {"device"}, *LongDocumentOptions.model_fields], RERANKED
+        ModelOptions.model_fields.keys() - {"device", "trust_remote_code"} | LongDocumentOptions.model_fields.keys(),
+        RERANKED,
     )
 
     index: FolderPath = Field(min_length=1, description="Folder that rag-retrieval index wrote.")
@@ -111,7 +112,7 @@ def open_retriever(config: SearchConfig) -> "Retriever":
     from rag_retrieval.retrieval.retriever import Retriever
 
     fusion = config.fusion and (Fusion() if config.fusion == RRF else Fusion.read(config.fusion))
-    names = ("stages", "depth", "device", "batch_size", "normalize", "long_document", "overlap")
+    names = ("stages", "depth", "device", "trust_remote_code", "batch_size", "normalize", "long_document", "overlap")
     options = {name: getattr(config, name) for name in names}
     return Retriever(config.index, reranker=open_reranker(config), fusion=fusion, **options)
 
