@@ -59,11 +59,11 @@ def run_onnx(options: argparse.Namespace, scratch: Path) -> dict:
 
 def export_both(model: Path, scratch: Path) -> dict[str, Path]:
     """The folders of float32 and of int8, which is kept whatever it costs: the table says what that is."""
-    from rag_retrieval import ExportConfig, export_reranker
+    from rag_retrieval import ExportConfig, export_model
 
     folders = {ONNX: scratch / "float32", INT8: scratch / "int8"}
-    export_reranker(ExportConfig(model=str(model), output=str(folders[ONNX])))
-    export_reranker(ExportConfig(model=str(model), output=str(folders[INT8]), quantize="int8", force=True))
+    export_model(ExportConfig(model=str(model), output=str(folders[ONNX])))
+    export_model(ExportConfig(model=str(model), output=str(folders[INT8]), quantize="int8", force=True))
     return folders
 
 

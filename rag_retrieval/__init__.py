@@ -20,7 +20,7 @@ _PUBLIC = {
     "LLMDecoder": "rag_retrieval.models.llm_decoder",
     "ListwiseReranker": "rag_retrieval.infer.listwise",
     "build_index": "rag_retrieval.retrieval.index",
-    "export_reranker": "rag_retrieval.export.run",
+    "export_model": "rag_retrieval.export.run",
     "evaluate_reranker": "rag_retrieval.evaluate.evaluation",
     "evaluate_retriever": "rag_retrieval.evaluate.retrieval",
     "load_reranker": "rag_retrieval.models.open",

@@ -75,7 +75,7 @@ COMMANDS = {
         ),
         Command(
             "export",
-            "write a trained reranker as ONNX",
+            "write a reranker or embedder as ONNX",
             config="rag_retrieval.export.config:ExportConfig",
             run="rag_retrieval.cli:export",
             work=("rag_retrieval.export.run",),
@@ -166,9 +166,9 @@ def distill(config: "DistillConfig") -> str:
 
 
 def export(config: "ExportConfig") -> str:
-    from rag_retrieval.export.run import export_reranker
+    from rag_retrieval.export.run import export_model
 
-    return export_reranker(config).describe()
+    return export_model(config).describe()
 
 
 def push(config: "PushConfig") -> str:

@@ -81,11 +81,11 @@ def of_export(folder: str, options: dict):
     config = warned(ExportConfig(model=folder, output=f"{folder}-onnx", **options))
     with (
         mock.patch.object(run, "read_check_data"),
-        mock.patch.object(run, "own_scores", side_effect=Opened) as scored,
+        mock.patch.object(run, "own_results", side_effect=Opened) as scored,
         pytest.raises(Opened),
     ):
-        run.export_reranker(config)
-    return scored.call_args.args[1]
+        run.export_model(config)
+    return scored.call_args.args[1].model
 
 
 ENTRIES = (of_reranker, of_load_reranker, of_evaluate, of_mine, of_search, of_distill, of_serve, of_export)

@@ -185,14 +185,14 @@ def of_load_reranker(folder: Path, tmp_path: Path) -> list[float]:
 
 def of_export(folder: Path, tmp_path: Path) -> list[float]:
     """What the exported model is compared with."""
-    from rag_retrieval.export.run import own_scores
+    from rag_retrieval.export.config import ExportConfig
+    from rag_retrieval.export.run import own_results
+    from rag_retrieval.export.source import open_source
     from rag_retrieval.export.verify import CheckData
-    from rag_retrieval.models.open import open_scorer
-    from rag_retrieval.models.options import ModelOptions
 
-    scorer = open_scorer(folder, ModelOptions(device="cpu"))
-    encoded = scorer.pair_encoder.encode([(QUERY, text) for text in DOCUMENTS])
-    return own_scores(str(folder), scorer, CheckData(encoded, len(encoded), None)).tolist()
+    source = open_source(ExportConfig(model=str(folder), output="unused"))
+    encoded = source.encode([(QUERY, text) for text in DOCUMENTS])
+    return own_results(str(folder), source, CheckData(source, encoded, len(DOCUMENTS), None)).tolist()
 
 
 ENTRIES = (of_rerank, of_evaluate, of_mine, of_distill, of_serve, of_langchain, of_llama_index, of_haystack)

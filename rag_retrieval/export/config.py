@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, ModelName, Only, OutputPath, key
-from rag_retrieval.models.options import ModelOptions
+from rag_retrieval.models.options import EmbedderOptions, ModelOptions
 
 SCORING = Only("commands that score; export is in float32 on one device", lambda config: False)
 CHECKED = Only("exports with data", lambda config: config.data is not None)
@@ -15,15 +15,15 @@ INT8 = Only("quantize int8", lambda config: config.quantize is not None)
 SENT = Only("uploads, without dry_run", lambda config: config.dry_run is None)
 
 
-class ExportConfig(ModelOptions):
-    """One export. `force` lifts the limits of int8 alone: a float32 graph that differs from the model is wrong, and is
-    never kept."""
+class ExportConfig(ModelOptions, EmbedderOptions):
+    """One export, of a reranker or an embedder: the folder says which. `force` lifts the limits of int8 alone: a
+    float32 graph that differs from the model is wrong, and is never kept."""
 
     main_keys: ClassVar = ("model", "output", "quantize", "data", "force")
     groups: ClassVar = ModelOptions.groups | {"model": "Export"}
     only_for: ClassVar = dict.fromkeys(("devices", "dtype", "precision"), SCORING)
 
-    model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the trained reranker.")
+    model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the trained model.")
     output: OutputPath = Field(min_length=1, description="Folder to write; one that holds files is refused.")
     quantize: Literal["int8"] | None = key(
         "Weights and products in 8 bits: smaller, faster on a CPU, and a little less exact."

@@ -1,4 +1,4 @@
-"""The ONNX graph of a reranker: padded token ids in, one score for each pair out.
+"""The ONNX graph of a model: padded token ids in, one score or one vector for each text out.
 
 Positions are given to the model, as the packed forward numbers them.
 """
@@ -14,81 +14,147 @@ import onnx
 import torch
 from torch import nn
 
-from rag_retrieval.infer.onnx_folder import INPUTS, RerankerDescription
+from rag_retrieval.infer.onnx_folder import PROMPT_TOKENS, EmbedderDescription, RerankerDescription
+from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.pooling import unscaled_weights
 from rag_retrieval.models.scoring import evaluating
+from rag_retrieval.models.transformer import TransformerModule
 
 OPSET = 18
-TRACED = (3, 17)  # pairs, tokens: numbers that no dimension of a model has
+TRACED = (3, 17)  # texts, tokens: numbers that no dimension of a model has
 EXTERNAL_FROM = 1_500_000_000  # bytes of weights; a file of ONNX itself ends at 2 GiB
 
 
-class ScoreGraph(nn.Module):
-    """What is traced: `PairScorer.scores_of` with positions, from the inputs of the ONNX graph, in their order."""
+class Graph(nn.Module):
+    """What is traced. Its forward takes the inputs of the ONNX graph in their order and gives `outputs`.
 
-    def __init__(self, scorer: PairScorer):
+    texts: what the first axis is called. outputs: names. The first one is what our backend reads.
+    """
+
+    texts: str
+    outputs: tuple[str, ...]
+
+    def __init__(self, model: TransformerModule):
         super().__init__()
-        self.scorer = scorer
-        body = scorer.model if not scorer.causal else getattr(scorer.model, scorer.model.base_model_prefix)
+        self.model = model
+        hugging_face = model.model
+        body = getattr(hugging_face, hugging_face.base_model_prefix, hugging_face) if model.causal else hugging_face
         self.takes_positions = "position_ids" in inspect.signature(body.forward).parameters
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None) -> torch.Tensor:
-        """Each [pairs, longest], int64. Returns [pairs], float32."""
+    def model_inputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of the Hugging Face model. Each of the two is [texts, longest], int64."""
         inputs = {"input_ids": input_ids}
-        if not self.scorer.causal:  # padding is at the right, which no token of a causal model attends to
+        if not self.model.causal:  # padding is at the right, which no token of a causal model attends to
             inputs["attention_mask"] = attention_mask
-        if token_type_ids is not None:
-            inputs["token_type_ids"] = token_type_ids
         if self.takes_positions:
             inputs["position_ids"] = self.positions(input_ids)
-        return self.scorer.scores_of(inputs, attention_mask.sum(dim=1))
+        return inputs
 
     def positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """As `Packing` numbers them: RoBERTa's family gives its padding token no number, also inside a text."""
-        padding = self.scorer.first_position - 1
+        padding = self.model.first_position - 1
         if padding < 0:
             return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         real = (input_ids != padding).long()
         return real.cumsum(dim=1) * real + padding
 
 
-def input_names(scorer: PairScorer) -> tuple[str, ...]:
-    return INPUTS if scorer.pair_encoder.template.types is not None else INPUTS[:2]
+class ScoreGraph(Graph):
+    """`PairScorer.scores_of`, with positions."""
+
+    texts, outputs = "pairs", (RerankerDescription.output,)
+
+    def __init__(self, scorer: PairScorer):
+        super().__init__(scorer)
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None) -> torch.Tensor:
+        """Each [pairs, longest], int64. Returns [pairs], float32."""
+        inputs = self.model_inputs(input_ids, attention_mask)
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        return self.model.scores_of(inputs, attention_mask.sum(dim=1))
 
 
-def write_graph(scorer: PairScorer, file: Path) -> None:
-    """Trace the scorer and write `file`, with the weights in `file`.data where they are too many for one file.
+class VectorGraph(Graph):
+    """`EmbeddingModel.forward` of a padded batch, and the same of length 1 where the model normalizes."""
 
-    The scorer's attention is changed for good: it can only be thrown away. Raises ValueError where the family's code
-    cannot be traced.
+    texts, outputs = "texts", (EmbedderDescription.output, "sentence_embedding")
+
+    def __init__(self, embedder: EmbeddingModel):
+        super().__init__(embedder)
+
+    def forward(self, input_ids, attention_mask, prompt_tokens=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first two [texts, longest], prompt_tokens [texts], int64. Returns two of [texts, dim], float32."""
+        embedder = self.model
+        inputs = self.model_inputs(input_ids, attention_mask)
+        if embedder.text_encoder.template.has_types:
+            inputs["token_type_ids"] = torch.zeros_like(input_ids)
+        states = embedder.states_of(inputs)
+        lengths = attention_mask.sum(dim=1)
+        settings = embedder.settings
+        if settings.pooling == "cls" and settings.reads_one_token:
+            pooled = states[:, 0].float()
+        elif settings.reads_one_token:
+            pooled = states[torch.arange(len(lengths)), lengths - 1].float()
+        else:
+            weights = self.weights(attention_mask, lengths, prompt_tokens)
+            pooled = (embedder.attend_to_latents(states).float() * weights[..., None]).sum(dim=1)
+        vectors = embedder.project(pooled)
+        return vectors, nn.functional.normalize(vectors) if settings.normalize else vectors.clone()
+
+    def weights(self, mask: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+        """`token_weights` of a padded batch: [texts, longest], float32."""
+        places = torch.arange(mask.shape[1], device=mask.device)[None]
+        starts = None if starts is None else starts[:, None]
+        settings, suffix = self.model.settings, len(self.model.text_encoder.template.suffix)
+        arguments = (settings.pooling, places, lengths[:, None], starts, settings.cls_interval, suffix)
+        weights = (unscaled_weights(*arguments) * mask).float()
+        return weights / weights.sum(dim=1, keepdim=True).clamp(min=1.0)
+
+
+def write_graph(graph: Graph, inputs: tuple[str, ...], file: Path) -> None:
+    """Trace the graph and write `file`, with the weights in `file`.data where they are too many for one file.
+
+    inputs: their names, in order. The model's attention is changed for good: it can only be thrown away. Raises
+    ValueError where the family's code cannot be traced.
     """
-    scorer.model.set_attn_implementation("eager")  # half as many nodes as sdpa, and as fast
-    names = input_names(scorer)
-    ids = torch.arange(TRACED[0] * TRACED[1]).view(TRACED) % len(scorer.tokenizer)
-    mask = (torch.arange(TRACED[1]) < torch.tensor([[17], [9], [4]])).long()
-    inputs = (ids, mask, torch.zeros_like(ids))[: len(names)]
-    dynamic = {0: "pairs", 1: "length"}
-    size = sum(value.numel() * value.element_size() for value in scorer.model.state_dict().values())
-    with evaluating(scorer), quiet():
+    model = graph.model
+    model.model.set_attn_implementation("eager")  # half as many nodes as sdpa, and as fast
+    examples, shapes = example_inputs(inputs, len(model.tokenizer), graph.texts)
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    with evaluating(graph), quiet():
         try:
             torch.onnx.export(
-                ScoreGraph(scorer),
-                inputs,
+                graph,
+                examples,
                 file,
-                input_names=list(names),
-                output_names=[RerankerDescription.output],
-                dynamic_shapes=tuple(dynamic for _ in names),
+                input_names=list(inputs),
+                output_names=list(graph.outputs),
+                dynamic_shapes=shapes,
                 opset_version=OPSET,
                 dynamo=True,
                 external_data=size >= EXTERNAL_FROM,
                 verbose=False,
             )
+        except OSError:  # of writing the file
+            raise
         except Exception as error:  # whatever a family's own code raises when it is traced
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"a {scorer.config.model_type} cannot be written as ONNX with the installed torch "
+                f"a {model.config.model_type} cannot be written as ONNX with the installed torch "
                 f"({type(error).__name__}: {reason:.300})"
             ) from error
+
+
+def example_inputs(names: tuple[str, ...], vocabulary: int, texts: str) -> tuple[tuple[torch.Tensor, ...], tuple]:
+    """What is traced, and the free axes of each."""
+    ids = torch.arange(TRACED[0] * TRACED[1]).view(TRACED) % vocabulary
+    mask = (torch.arange(TRACED[1]) < torch.tensor([[17], [9], [4]])).long()
+    known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    known[PROMPT_TOKENS] = torch.tensor([2, 1, 0])
+    axes = {0: texts, 1: "length"}
+    return tuple(known[name] for name in names), tuple({0: texts} if name == PROMPT_TOKENS else axes for name in names)
 
 
 @contextmanager
@@ -109,17 +175,17 @@ def beside(file: Path) -> Path:
     return file.with_name(f"{file.name}.data")
 
 
-def score_head(model: onnx.ModelProto) -> list[str]:
-    """Names of the products that give the scores: of those before the output, the last on each way."""
+def last_products(model: onnx.ModelProto, output: str) -> list[str]:
+    """Names of the products that give an output: of those before it, the last on each way."""
     makers = {output: node for node in model.graph.node for output in node.output}
-    heads, seen, waiting = [], set(), [RerankerDescription.output]
+    found, seen, waiting = [], set(), [output]
     while waiting:
         node = makers.get(waiting.pop())
         if node is None or node.name in seen:
             continue
         seen.add(node.name)
         if node.op_type in ("MatMul", "Gemm"):
-            heads.append(node.name)
+            found.append(node.name)
         else:
             waiting.extend(node.input)
-    return heads
+    return found

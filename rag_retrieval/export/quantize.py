@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from rag_retrieval.export.onnx_graph import EXTERNAL_FROM, beside, quiet, score_head
+from rag_retrieval.export.onnx_graph import EXTERNAL_FROM, beside, last_products, quiet
 
 # symmetric: 1 to 255 around 128, which is zero; an all-zero token keeps a scale above 0
 ZERO, STEPS, LEAST = np.uint8(128), 127, np.float32(1e-20)
@@ -28,8 +28,10 @@ CONSTANTS = {
 }
 
 
-def quantize_int8(source: Path, target: Path) -> None:
+def quantize_int8(source: Path, target: Path, head: str | None) -> None:
     """Write `target`: signed weights with a scale for each output channel, activations with one for each token.
+
+    head: an output whose last product stays in float32; None for a model that ends without one.
 
     Weights take 7 of their 8 bits. On x86 processors without VNNI the sum of two full products overflows 16 bits, and
     the scores would be others there than on the machine where they were checked; measured on a MiniLM, the eighth bit
@@ -39,7 +41,7 @@ def quantize_int8(source: Path, target: Path) -> None:
 
     model = onnx.load(source)
     weight_bytes = sum(file.stat().st_size for file in (source, beside(source)) if file.is_file())
-    heads = score_head(model)
+    heads = [] if head is None else last_products(model, head)
     lookups = [node for node in model.graph.node if node.op_type == "Gather"]
     other_lookups = [node.name for node in lookups if node.input[1] != "input_ids"]  # not of a token's embedding
     # a Gemm is first made a MatMul, under this new name

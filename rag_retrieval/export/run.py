@@ -1,7 +1,7 @@
-"""`export_reranker`: a trained reranker as ONNX, in float32 or int8, compared with the model before the folder is kept.
+"""`export_model`: a reranker or embedder as ONNX, in float32 or int8, compared with it before the folder is kept.
 
-Everything is written beside the output folder and renamed at the end. An export that fails, or that does not score as
-its model, leaves nothing behind.
+Everything is written beside the output folder and renamed at the end. An export that fails, or that does not compute
+what its model computes, leaves nothing behind.
 """
 
 import os
@@ -18,19 +18,15 @@ from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.core.log import Progress
 from rag_retrieval.evaluate.systems import name_of
 from rag_retrieval.export.config import ExportConfig
-from rag_retrieval.export.onnx_graph import input_names, write_graph
+from rag_retrieval.export.onnx_graph import write_graph
 from rag_retrieval.export.quantize import quantize_int8
+from rag_retrieval.export.source import Source, open_source
 from rag_retrieval.export.verify import CheckData, Verification, check_float32, check_int8, read_check_data
-from rag_retrieval.infer.onnx_backend import OnnxBackend
-from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, RerankerDescription, write_description
-from rag_retrieval.models.calibration import write_calibration
-from rag_retrieval.models.open import open_scorer
+from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
 from rag_retrieval.models.pair_encoding import EncodedPair
-from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.scoring import run_encoded
-from rag_retrieval.models.settings import write_settings
 
-BATCH_SIZE = 256  # pairs of one forward at most, while comparing
+BATCH_SIZE = 256  # texts of one forward at most, while comparing
 LIBRARIES = ("rag-retrieval", "torch", "transformers", "onnx", "onnxruntime")
 
 
@@ -47,7 +43,7 @@ class Exported:
         return "\n".join([*lines, *(f"  kept by --force although {problem}" for problem in self.problems)])
 
 
-def export_reranker(config: ExportConfig) -> Exported:
+def export_model(config: ExportConfig) -> Exported:
     """Write `config.output` and return what was measured.
 
     Raises ValueError for a model, data or an output folder that cannot be used, and DifferenceError for a float32 graph
@@ -60,18 +56,18 @@ def export_reranker(config: ExportConfig) -> Exported:
 
 
 def write_folder(config: ExportConfig, output: Path) -> Exported:
-    scorer = open_scorer(config.model, config.model_options().model_copy(update={"device": config.device or "cpu"}))
-    check = read_check_data(config, scorer.pair_encoder)
-    expected = own_scores(config.model, scorer, check)
+    source = open_source(config)
+    check = read_check_data(config, source)
+    expected = own_results(config.model, source, check)
     with folder_aside(output) as folder:
-        description = write_float32(scorer, config, folder)
+        description = write_float32(source, config, folder)
         # int8 is what is compared on all pairs; its float32 graph needs to be right, no more
-        compared = check.samples if config.quantize else len(check.encoded)
-        exported = exported_scores(folder, check.encoded[:compared])
-        check_float32(expected[:compared], exported)
+        texts = check.sample_texts if config.quantize else len(check.encoded)
+        exported = exported_results(source, folder, check.encoded[:texts])
+        check_float32(source.compared(expected[:texts]), source.compared(exported))
         if config.quantize:
-            description = quantize_folder(folder, description)
-            exported = exported_scores(folder, check.encoded)
+            description = quantize_folder(folder, description, source.head)
+            exported = exported_results(source, folder, check.encoded)
         verification = check.compare(expected, exported)
         problems = check_int8(verification, config.force) if config.quantize else []
         measured = asdict(verification) | {"kept_by_force": problems}
@@ -88,17 +84,17 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"output: {folder} holds files; name a new folder, or empty it first")
 
 
-def own_scores(model: str, scorer: PairScorer, check: CheckData) -> np.ndarray:
-    """[pairs], float32. Raises ValueError for scores that are not finite."""
-    with Progress(len(check.encoded), "scoring with the model", "pairs") as progress:
-        scores = run_encoded([scorer], check.encoded, BATCH_SIZE, "no", progress).numpy()
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{model}: gives the score {scores[~np.isfinite(scores)][0]}; are there NaN in its weights?")
-    return scores
+def own_results(model: str, source: Source, check: CheckData) -> np.ndarray:
+    """[texts] or [texts, dim], float32. Raises ValueError for results that are not finite."""
+    with Progress(len(check.encoded), "computing with the model", "texts") as progress:
+        results = run_encoded([source.model], check.encoded, BATCH_SIZE, "no", progress).numpy()
+    if not np.isfinite(results).all():
+        raise ValueError(f"{model}: computes {results[~np.isfinite(results)][0]}; are there NaN in its weights?")
+    return results
 
 
-def exported_scores(folder: Path, pairs: Sequence[EncodedPair]) -> np.ndarray:
-    return OnnxBackend(folder).score(pairs, BATCH_SIZE)
+def exported_results(source: Source, folder: Path, texts: Sequence[EncodedPair]) -> np.ndarray:
+    return source.open_exported(folder).run(texts, BATCH_SIZE)
 
 
 @contextmanager
@@ -113,36 +109,33 @@ def folder_aside(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_float32(scorer: PairScorer, config: ExportConfig, folder: Path) -> OnnxDescription:
+def write_float32(source: Source, config: ExportConfig, folder: Path) -> OnnxDescription:
     """A whole folder, not yet compared."""
-    scorer.config.save_pretrained(folder)
-    scorer.tokenizer.save_pretrained(folder)
-    write_settings(folder, scorer.settings)
-    if scorer.calibration is not None:
-        write_calibration(folder, scorer.calibration)
-    write_graph(scorer, folder / MODEL_FILE)
-    source = {"model": name_of(config.model), "class": type(scorer.model).__name__}
-    description = RerankerDescription(
-        model_type=scorer.model_type,
-        max_length=scorer.pair_encoder.max_length,
-        template=scorer.pair_encoder.template,
-        pad_token_id=scorer.tokenizer.pad_token_id,
-        inputs=input_names(scorer),
+    model = source.model
+    model.config.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    source.write_files(folder)
+    made_from = {"model": name_of(config.model), "class": type(model.model).__name__}
+    description = source.describe(
+        pad_token_id=model.tokenizer.pad_token_id,
+        inputs=(),
         precision="float32",
-        source=source | {"versions": {name: version(name) for name in LIBRARIES}},
+        source=made_from | {"versions": {name: version(name) for name in LIBRARIES}},
         verification={},
     )
+    description = replace(description, inputs=description.expected_inputs)
+    write_graph(source.graph(), description.inputs, folder / MODEL_FILE)
     write_description(folder, description)
     return description
 
 
-def quantize_folder(folder: Path, description: OnnxDescription) -> OnnxDescription:
-    """Replace the float32 graph."""
+def quantize_folder(folder: Path, description: OnnxDescription, head: str | None) -> OnnxDescription:
+    """Replace the float32 graph. head: as of `quantize_int8`."""
     float32 = folder / "float32"
     float32.mkdir()
     for file in folder.glob(f"{MODEL_FILE}*"):
         os.rename(file, float32 / file.name)
-    quantize_int8(float32 / MODEL_FILE, folder / MODEL_FILE)
+    quantize_int8(float32 / MODEL_FILE, folder / MODEL_FILE, head)
     shutil.rmtree(float32)
     description = replace(description, precision="int8")
     write_description(folder, description)

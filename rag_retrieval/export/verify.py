@@ -1,7 +1,7 @@
-"""How far the scores of an exported model are from those of the model it was made from, and how far they may be.
+"""How far an exported model is from the model it was made from, and how far it may be.
 
 int8 is judged by the order of documents, not by the size of differences: its scores are off by a tenth or more and
-still rank alike. float32 has to give the model's scores.
+still rank alike. float32 has to give the model's scores, or its vectors.
 """
 
 import warnings
@@ -15,11 +15,12 @@ from rag_retrieval.core.command import CommandFailure
 from rag_retrieval.data.beir import Run
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.export.config import ExportConfig
+from rag_retrieval.export.source import Source
 from rag_retrieval.metrics import run_metrics
-from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
+from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.retrieval.bm25 import BM25
 
-FLOAT32_LIMIT = 1e-4  # largest difference of a score, relative where scores exceed 1
+FLOAT32_LIMIT = 1e-4  # largest difference of a score or of a number of a vector, relative where they exceed 1
 LEAST_CORRELATION = 0.98  # of int8: Spearman's, over all pairs
 LARGEST_LOSS = 0.01  # of int8: nDCG@10
 MEASURE = "ndcg@10"
@@ -47,13 +48,14 @@ STEPS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987)  # tokens o
 
 
 class DifferenceError(CommandFailure):
-    """The exported model does not score as the model it was made from."""
+    """The exported model does not compute what the model computes that it was made from."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """pairs: number compared. shortest, longest: tokens. max_difference: of scores. rank_correlation: Spearman's, over
-    all pairs. data, queries, ndcg_before, ndcg_after: nDCG@10 of model and export, None without data."""
+    """pairs: number compared. shortest, longest: tokens. max_difference: of scores, or of the numbers of vectors.
+    rank_correlation: Spearman's, of the scores of all pairs; an embedder's are similarities.
+    data, queries, ndcg_before, ndcg_after: nDCG@10 of model and export, None without data."""
 
     pairs: int
     shortest: int
@@ -80,13 +82,14 @@ class Verification:
 
 
 def check_float32(expected: np.ndarray, exported: np.ndarray) -> None:
-    """Raises DifferenceError beyond FLOAT32_LIMIT, and for a score that is not finite."""
+    """Scores or vectors. Raises DifferenceError beyond FLOAT32_LIMIT, and for a number that is not finite."""
+    expected, exported = expected.ravel(), exported.ravel()
     allowed = FLOAT32_LIMIT * np.maximum(1.0, np.abs(expected))
     wrong = np.flatnonzero(~(np.abs(expected - exported) <= allowed))
     if wrong.size:
         place = wrong[np.argmax(np.abs(expected - exported)[wrong])]
         raise DifferenceError(
-            f"the ONNX graph does not compute what the model computes: {wrong.size} of {expected.size} scores differ "
+            f"the ONNX graph does not compute what the model computes: {wrong.size} of {expected.size} numbers differ "
             f"by more than {FLOAT32_LIMIT}, such as {exported[place]:.6f} where the model gives {expected[place]:.6f}; "
             "nothing was written. Exporting this family does not work with the installed torch"
         )
@@ -117,26 +120,34 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class CheckData:
-    """encoded: the sample's pairs, then all candidates of the data in their order. data: None where none were given."""
+    """encoded: the texts of the sample's pairs, then of all candidates of the data in their order. samples: pairs of
+    the sample. data: None where none were given."""
 
+    source: Source
     encoded: list[EncodedPair]
     samples: int
     data: RankingData | None
 
+    @property
+    def sample_texts(self) -> int:
+        return self.samples * self.source.texts_of_a_pair
+
     def compare(self, expected: np.ndarray, exported: np.ndarray) -> Verification:
-        """expected, exported: scores of all pairs, of the model and of its export.
+        """expected, exported: results of all texts, of the model and of its export.
 
         The rank correlation is over the data's pairs alone, where there are any.
         """
-        lengths = [len(pair) for pair in self.encoded]
-        largest, on_data = float(np.abs(expected - exported).max()), {}
+        lengths, compared = [len(text) for text in self.encoded], self.source.compared
+        largest, on_data = float(np.abs(compared(expected) - compared(exported)).max()), {}
+        expected, exported = self.source.scores(expected), self.source.scores(exported)
+        pairs = len(expected)
         if self.data is not None:
             expected, exported = expected[self.samples :], exported[self.samples :]
             runs, qrels = map(self.run_of, (expected, exported)), self.data.qrels
             before, after = (run_metrics(qrels, run, (MEASURE,))[MEASURE] for run in runs)
             on_data = dict(data=self.data.name, queries=len(qrels), ndcg_before=before, ndcg_after=after)
         correlation = rank_correlation(expected, exported)
-        return Verification(len(lengths), min(lengths), max(lengths), largest, correlation, **on_data)
+        return Verification(pairs, min(lengths), max(lengths), largest, correlation, **on_data)
 
     def run_of(self, scores: np.ndarray) -> Run:
         """scores: of the data's pairs, in order."""
@@ -147,18 +158,18 @@ class CheckData:
         }
 
 
-def read_check_data(config: ExportConfig, encoder: PairEncoder) -> CheckData:
+def read_check_data(config: ExportConfig, source: Source) -> CheckData:
     """Raises ValueError for data that cannot be read."""
-    samples = sample_pairs(encoder)
+    samples = sample_pairs(source)
     if config.data is None:
-        return CheckData(encoder.encode(samples), len(samples), None)
+        return CheckData(source, source.encode(samples), len(samples), None)
     data = first_queries(read_ranking_data(config.data, config.split, BM25, config.depth), config.queries)
     pairs = [
         (data.queries[query], data.documents[document])
         for query, documents in data.candidates.items()
         for document in documents
     ]
-    return CheckData(encoder.encode([*samples, *pairs]), len(samples), data)
+    return CheckData(source, source.encode([*samples, *pairs]), len(samples), data)
 
 
 def first_queries(data: RankingData, count: int) -> RankingData:
@@ -169,28 +180,28 @@ def first_queries(data: RankingData, count: int) -> RankingData:
     return replace(data, qrels=qrels, candidates=candidates)
 
 
-def sample_pairs(encoder: PairEncoder) -> list[tuple[str, str]]:
+def sample_pairs(source: Source) -> list[tuple[str, str]]:
     """(query, document) pairs of our own: documents of one token, of lengths between, and of more than the model reads.
 
     A graph that was traced at one length, or that pads wrongly, is right for pairs like the traced ones and for no
     others. For every length there are two pairs, with other queries and other sentences in front.
     """
-    budget = encoder.budget
+    budget = source.budget
     lengths = [tokens for tokens in STEPS if tokens < budget] + [budget, 2 * budget]
     queries = cycle(QUERIES)
     pairs = [("a", "b"), ("", SENTENCES[0])]
     for place, tokens in enumerate(lengths):
         for start in (place, place + len(SENTENCES) // 2):
-            pairs.append((next(queries), document_of(encoder, tokens, start)))
+            pairs.append((next(queries), document_of(source, tokens, start)))
     return pairs
 
 
-def document_of(encoder: PairEncoder, tokens: int, start: int) -> str:
+def document_of(source: Source, tokens: int, start: int) -> str:
     """Sentences in turn from number `start`, cut to about `tokens` tokens."""
     text = ""
     for sentence in islice(cycle(SENTENCES), start, start + tokens + len(SENTENCES)):
         text += sentence
-        count = len(encoder.text_ids([text], "document")[0])
+        count = source.count(text)
         if count >= tokens:
             break
     return text[: max(1, round(len(text) * tokens / count))]

@@ -138,12 +138,15 @@ class EmbeddingModel(TransformerModule):
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
         """Vectors of the texts, not normalized: [texts, dim], float32, on the model's device."""
-        vectors = self._packed_pooling(batch) if self.packs else self._padded_pooling(batch)
-        with torch.autocast(vectors.device.type, enabled=False):
+        return self.project(self._packed_pooling(batch) if self.packs else self._padded_pooling(batch))
+
+    def project(self, pooled: torch.Tensor) -> torch.Tensor:
+        """[texts, hidden] to [texts, dim], float32."""
+        with torch.autocast(pooled.device.type, enabled=False):
             for head in self.heads.values():
                 if isinstance(head, Projection):
-                    vectors = head(vectors)
-        return vectors
+                    pooled = head(pooled)
+        return pooled
 
     def _packed_pooling(self, batch: TokenBatch) -> torch.Tensor:
         last = self.settings.pooling == "last"
@@ -152,19 +155,21 @@ class EmbeddingModel(TransformerModule):
         hidden = packed_outputs(self.model, batch, packing).last_hidden_state[0]
         if self.settings.reads_one_token:
             return pooled_states(hidden, packing).float()
-        return packed_sums(self._attend_to_latents(hidden), self._token_weights(batch), batch.lengths)
+        return packed_sums(self.attend_to_latents(hidden), self._token_weights(batch), batch.lengths)
 
     def _padded_pooling(self, batch: TokenBatch) -> torch.Tensor:
-        inputs = padded_inputs(batch, self.tokenizer.pad_token_id, self.device)
-        if self._has_cache:
-            inputs["use_cache"] = False
-        hidden = self.model(**inputs).last_hidden_state
+        hidden = self.states_of(padded_inputs(batch, self.tokenizer.pad_token_id, self.device))
         if self.settings.reads_one_token:
             places = batch.lengths - 1 if self.settings.pooling == "last" else np.zeros_like(batch.lengths)
             return hidden[torch.arange(len(batch), device=hidden.device), on_device(places, self.device)].float()
-        return padded_sums(self._attend_to_latents(hidden), self._token_weights(batch), batch.lengths)
+        return padded_sums(self.attend_to_latents(hidden), self._token_weights(batch), batch.lengths)
 
-    def _attend_to_latents(self, states: torch.Tensor) -> torch.Tensor:
+    def states_of(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of the Hugging Face model's own inputs, each [texts, longest]: [texts, longest, hidden]."""
+        cache = {"use_cache": False} if self._has_cache else {}
+        return self.model(**inputs, **cache).last_hidden_state
+
+    def attend_to_latents(self, states: torch.Tensor) -> torch.Tensor:
         for head in self.heads.values():
             if isinstance(head, LatentAttention):
                 states = head(states)
@@ -295,9 +300,13 @@ class EmbeddingModel(TransformerModule):
         if dims or hasattr(config, "matryoshka_dimensions"):  # so that vLLM lets a request name a width
             config.is_matryoshka, config.matryoshka_dimensions = bool(dims), dims
         self.save_weights(folder, state_dict)
+        self.write_settings(folder)
+        self.save_heads(folder, self.state_dict() if state_dict is None else state_dict)
+
+    def write_settings(self, folder: Path) -> None:
+        """The small files that say how vectors are made."""
         heads = [HeadFiles(head.saved_as, name, head.saved_values()) for name, head in self.heads.items()]
         write_settings(folder, self.settings, self.width, heads)
-        self.save_heads(folder, self.state_dict() if state_dict is None else state_dict)
 
     def save_heads(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
         """The weights outside of `model`, of a state of this module, where `load_heads` finds them."""
@@ -317,12 +326,17 @@ class EmbeddingModel(TransformerModule):
 
 
 def refuse_reranker(files: ModelFiles) -> None:
-    """Raises ValueError for a reranker of any program: its states tell of a pair, not of a text."""
-    ours = find_file(files.path, SETTINGS_FILE) is not None
-    if ours or files.architecture.endswith(CLASSIFIER) or files.logit_score is not None:
+    """Raises ValueError for a reranker: its states tell of a pair, not of a text."""
+    if is_reranker(files):
         raise ValueError(
             f"{files.path} is a reranker ({files.architecture}); give an embedding model, or a base model to train one"
         )
+
+
+def is_reranker(files: ModelFiles) -> bool:
+    """Whether the folder holds a reranker of any program."""
+    ours = find_file(files.path, SETTINGS_FILE) is not None
+    return ours or files.architecture.endswith(CLASSIFIER) or files.logit_score is not None
 
 
 def load_backbone(

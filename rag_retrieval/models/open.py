@@ -13,7 +13,8 @@ import torch
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.decoder_template import INSTRUCTION
 from rag_retrieval.models.devices import choose_device
-from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.models.embedder import EmbeddingModel, is_reranker
+from rag_retrieval.models.embedding_files import is_embedder, known_embedder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.loading import check_numbers, model_type_of
 from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions, model_options
@@ -85,6 +86,11 @@ def open_embedder(model_name_or_path: str | os.PathLike, options: EmbedderOption
     model = EmbeddingModel.load(files, options, trained_only=True)
     check_numbers(files.path, model)
     return model.to(device).eval()
+
+
+def holds_embedder(files: ModelFiles) -> bool:
+    """Whether it is an embedding model: its folder says how its vectors are made, or it has the name of a known one."""
+    return not is_reranker(files) and (is_embedder(files) or bool(known_embedder(files)))
 
 
 def first_device(options: OpeningOptions) -> torch.device:

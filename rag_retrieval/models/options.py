@@ -4,12 +4,13 @@ The configuration of a command that opens a model inherits from `ModelOptions` a
 `open_backend` or `open_scorer`. Nothing here imports torch.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from rag_retrieval.core.config import NAMES, Config, EscapedText, Only, key
+from rag_retrieval.core.config import NAMES, Config, EscapedText, Only, key, shown_value
 from rag_retrieval.core.config_reader import error_message
 
 LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
@@ -28,6 +29,16 @@ SLICED = Only(
 def number_format(value: Any) -> Any:
     """fp32, bf16 or fp16 for its other spellings (torch.bfloat16, "no", and YAML's reading of a bare no)."""
     return NUMBER_FORMATS.get(str(value).removeprefix("torch."), value)
+
+
+def from_json(value: Any) -> Any:
+    """What a text of the command line stands for; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError(f'expected texts by name, as {{"query": "query: "}}, found {shown_value(value)}') from None
 
 
 Options = TypeVar("Options", bound="OpeningOptions")
@@ -66,6 +77,13 @@ class OpeningOptions(Config):
         "model allows it.",
     )
 
+    def only(self, kind: type[Options], device: Any = None) -> Options:
+        """The options of this kind alone, of a configuration that has other keys too. device: where they name none."""
+        values = {name: getattr(self, name) for name in kind.model_fields}
+        if values["device"] is None and values["devices"] is None:
+            values["device"] = device
+        return kind(**values)
+
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the named options that are not None."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -86,8 +104,10 @@ class EmbedderOptions(OpeningOptions):
     pooling: Literal[POOLINGS] | None = Field(
         None, description="How token states become a vector. Absent: what the folder says, or a known model's own."
     )
-    prompts: dict[str, str] | None = Field(
-        None, description="Text before a text, by name: query and document. In place of the folder's of that name."
+    prompts: Annotated[dict[str, str] | None, BeforeValidator(from_json)] = Field(
+        None,
+        description='Text before a text, by name: query and document, as {"query": "query: "}. In place of the '
+        "folder's of that name.",
     )
     include_prompt: bool | None = Field(None, description="Whether the tokens of a prompt are pooled too.")
     cls_interval: int | None = Field(
@@ -129,11 +149,8 @@ class ModelOptions(OpeningOptions):
     no_token: EscapedText | None = Field(None, description='yes_no: the other answer; "" reads yes alone.')
 
     def model_options(self, device: Any = None) -> "ModelOptions":
-        """These options alone, of a configuration that has other keys too. device: where they name none."""
-        values = {name: getattr(self, name) for name in ModelOptions.model_fields}
-        if values["device"] is None and values["devices"] is None:
-            values["device"] = device
-        return ModelOptions(**values)
+        """See `only`."""
+        return self.only(ModelOptions, device)
 
 
 class LongDocumentOptions(Config):

@@ -10,11 +10,15 @@ Every pooling but that of one token is a weight for each token, made on the host
 batches; the sum over a text's tokens is taken in float32.
 """
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 
 from rag_retrieval.models.packing import on_device
 from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges
+
+Numbers = TypeVar("Numbers", np.ndarray, torch.Tensor)
 
 
 def token_weights(
@@ -26,15 +30,31 @@ def token_weights(
     cls_interval: of MCLS, tokens from one cls to the next; suffix: tokens after a text, which are no cls.
     """
     places = concatenated_ranges(np.zeros_like(batch.lengths), batch.lengths)  # of each token in its text
-    if cls_interval is not None:
-        inside = places < np.repeat(np.maximum(batch.lengths - suffix, 1), batch.lengths)
-        weights = (inside & (places % cls_interval == 0)).astype(np.float64)
-    else:
-        weights = places + 1.0 if pooling == "weighted_mean" else np.ones(len(places))
-    if not include_prompt:
-        weights *= places >= np.repeat(batch.starts, batch.lengths)
+    lengths, starts = (np.repeat(values, batch.lengths) for values in (batch.lengths, batch.starts))
+    starts = None if include_prompt else starts
+    weights = unscaled_weights(pooling, places, lengths, starts, cls_interval, suffix).astype(np.float64)
     sums = np.add.reduceat(weights, np.cumsum(batch.lengths) - batch.lengths)
     return (weights / np.repeat(np.maximum(sums, 1.0), batch.lengths)).astype(np.float32)
+
+
+def unscaled_weights(
+    pooling: str,
+    places: Numbers,
+    lengths: Numbers,
+    starts: Numbers | None,
+    cls_interval: int | None,
+    suffix: int,
+) -> Numbers:
+    """The weights before they are divided by their sum, of arrays or tensors, whole numbers or bool.
+
+    places: of each token in its text; lengths: of its text; starts: tokens that do not count at the beginning of its
+    text, None where all do.
+    """
+    if cls_interval is not None:
+        weights = (places % cls_interval == 0) & ((places < lengths - suffix) | (places == 0))
+    else:
+        weights = places + 1 if pooling == "weighted_mean" else places >= 0
+    return weights if starts is None else weights * (places >= starts)
 
 
 def packed_sums(states: torch.Tensor, weights: np.ndarray, lengths: np.ndarray) -> torch.Tensor:

@@ -23,6 +23,7 @@ from rag_retrieval.train.run_folder import CONFIGURATION_FILE, DATA_FILE, METRIC
 
 CARD = "README.md"
 MARK = "<!-- written by rag_retrieval; remove this line to keep what you change here -->"
+EXPORTED = "An ONNX folder, for ONNX Runtime or OpenVINO. First: `hf download {name} --local-dir {name}`"
 LOCAL_ONLY_KEYS = {
     *("output_dir", "overwrite_output_dir", "resume", "resume_with_changes"),
     *("num_workers", "wait_minutes", "log_with"),
@@ -56,13 +57,15 @@ class RunRecord:
 @dataclass(frozen=True)
 class Kind:
     """What a trainer says of the models that it makes. tag, title: of the hub's kind of task, as an id and in words.
-    tags: further ones. use: code, with {name} for the model's. description, meaning: of a model's folder and its run:
-    what it is, and what its output says."""
+    tags: further ones. use: code, with {name} for the model's. elsewhere: the same of other libraries, which
+    open no exported folder. description, meaning: of a model's folder and its run: what it is, and what its output
+    says."""
 
     tag: str
     title: str
     tags: Sequence[str]
     use: str
+    elsewhere: str
     description: Callable[[Path, RunRecord | None], str]
     meaning: Callable[[Path, RunRecord | None], str]
 
@@ -87,13 +90,16 @@ def write_card(model: Path, run: Path, about: About, kind: Kind) -> None:
 
 def model_card(model: Path, run: RunRecord | None, about: About, kind: Kind) -> str:
     """The text of the card. run: what made the model, where that is known."""
+    exported = any(model.glob("*.onnx"))
     sections = [
         f"---\n{front_matter(run, about, kind)}\n---",
         MARK,
         f"# {about.name}",
         kind.description(model, run),
         "## Use",
+        *([EXPORTED.format(name=about.name)] if exported else []),
         kind.use.format(name=about.name),
+        *([] if exported else [kind.elsewhere.format(name=about.name)]),
         kind.meaning(model, run),
     ]
     if run is not None:

@@ -31,9 +31,9 @@ from yes_no_samples import YES_NO, tiny_causal  # noqa: E402
 
 from rag_retrieval import CrossEncoder, LLMDecoder  # noqa: E402
 from rag_retrieval.export import onnx_graph  # noqa: E402
-from rag_retrieval.export.onnx_graph import score_head, write_graph  # noqa: E402
+from rag_retrieval.export.onnx_graph import ScoreGraph, last_products, write_graph  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
-from rag_retrieval.infer.onnx_folder import padded_inputs  # noqa: E402
+from rag_retrieval.infer.onnx_folder import INPUTS, padded_inputs  # noqa: E402
 from rag_retrieval.models.pair_encoding import EncodedPair  # noqa: E402
 from rag_retrieval.models.token_batch import make_batch  # noqa: E402
 
@@ -103,14 +103,20 @@ def check_scores(scorer, file) -> None:
     draw = np.random.default_rng(1)
     batches = [random_pairs(scorer, *size, draw) for size in SIZES]
     expected = [own_scores(scorer, pairs) for pairs in batches]
-    write_graph_once(scorer, file)
+    names = write_scores_once(scorer, file)
     session = open_session(file, "cpu", 1)
-    names = [node.name for node in session.get_inputs()]
-    assert names == list(onnx_graph.input_names(scorer))
+    assert [node.name for node in session.get_inputs()] == list(names)
     for pairs, wanted in zip(batches, expected, strict=True):
         (found,) = session.run(["scores"], padded_inputs(pairs, names, scorer.tokenizer.pad_token_id))
         assert found.shape == wanted.shape and found.dtype == np.float32
         assert np.abs(found - wanted).max() < 1e-4 * max(1, np.abs(wanted).max())
+
+
+def write_scores_once(scorer, file) -> tuple[str, ...]:
+    """Names of the inputs."""
+    names = INPUTS if scorer.pair_encoder.template.types is not None else INPUTS[:2]
+    write_graph_once(ScoreGraph(scorer), names, file)
+    return names
 
 
 def own_scores(scorer, pairs: list[EncodedPair]) -> np.ndarray:
@@ -121,7 +127,7 @@ def own_scores(scorer, pairs: list[EncodedPair]) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["bert", "qwen2"])
 def test_the_score_head_is_the_one_last_product(load_tiny, tmp_path, family):
-    write_graph_once(load_tiny(family), tmp_path / "model.onnx")
+    write_scores_once(load_tiny(family), tmp_path / "model.onnx")
     assert head_shapes(tmp_path / "model.onnx") == [{1, 32}]
 
 
@@ -131,7 +137,7 @@ def head_shapes(file) -> list[set[int]]:
     shapes = {value.name: set(value.dims) for value in model.graph.initializer}
     shapes |= {value.name: {dim.dim_value for dim in value.type.tensor_type.shape.dim}
                for value in model.graph.value_info}  # fmt: skip
-    heads = score_head(model)
+    heads = last_products(model, "scores")
     return [shapes[node.input[1]] for node in model.graph.node if node.name in heads]
 
 
@@ -141,7 +147,7 @@ def test_weights_of_a_large_model_stand_beside_the_graph(load_tiny, tmp_path, mo
     scorer = load_tiny("bert")
     pairs = random_pairs(scorer, 3, 9, np.random.default_rng(0))
     expected = own_scores(scorer, pairs)
-    write_graph(scorer, tmp_path / "model.onnx")
+    write_graph(ScoreGraph(scorer), INPUTS, tmp_path / "model.onnx")
     weights = sum(value.nbytes for value in scorer.model.parameters())
     assert (tmp_path / "model.onnx.data").stat().st_size > 0.9 * weights
     session = open_session(tmp_path / "model.onnx", "cpu", 1)
@@ -158,4 +164,4 @@ def test_a_family_that_cannot_be_traced_is_named(load_tiny, tmp_path, monkeypatc
 
     monkeypatch.setattr(onnx_graph.torch.onnx, "export", fail)
     with pytest.raises(ValueError, match="a bert cannot be written as ONNX .*RuntimeError: no such operator"):
-        write_graph(scorer, tmp_path / "model.onnx")
+        write_graph(ScoreGraph(scorer), INPUTS, tmp_path / "model.onnx")

@@ -1,4 +1,4 @@
-"""`export_reranker` end to end on tiny models: what a folder holds, and that what is refused leaves nothing behind."""
+"""`export_model` end to end on tiny models: what a folder holds, and that what is refused leaves nothing behind."""
 
 import json
 
@@ -18,7 +18,7 @@ from rag_retrieval import CrossEncoder, Reranker  # noqa: E402
 from rag_retrieval.cli import main  # noqa: E402
 from rag_retrieval.core.files import lock_file_of, locked  # noqa: E402
 from rag_retrieval.export import run, verify  # noqa: E402
-from rag_retrieval.export.onnx_graph import score_head  # noqa: E402
+from rag_retrieval.export.onnx_graph import last_products  # noqa: E402
 from rag_retrieval.export.verify import DifferenceError  # noqa: E402
 
 WORDS = ("mountain", "river", "planet", "copper")
@@ -70,7 +70,7 @@ def test_int8_has_small_weights_a_float32_head_and_nearly_the_same_scores(model,
     shapes = {value.name: list(value.dims) for value in graph.initializer}
     scales = [shapes[node.input[1].replace("_quantized", "_scale")] for node in products]
     assert scales.count([64]) == 2 and scales.count([32]) == 11, "a scale for each output channel"
-    assert len(score_head(graph_of(small))) == 1, "the head is a product of floats still"
+    assert len(last_products(graph_of(small), "scores")) == 1, "the head is a product of floats still"
     lookups = [node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids"]
     assert [kinds[node.input[0]] for node in lookups] == [onnx.TensorProto.UINT8]
     pairs = some_pairs(40)
@@ -104,8 +104,8 @@ def assert_nothing_left(tmp_path) -> None:
 
 
 def test_a_graph_that_does_not_compute_the_model_s_scores_is_refused_even_with_force(model, tmp_path, monkeypatch):
-    scores = run.exported_scores
-    monkeypatch.setattr(run, "exported_scores", lambda *arguments: scores(*arguments) + 3e-4)
+    results = run.exported_results
+    monkeypatch.setattr(run, "exported_results", lambda *arguments: results(*arguments) + 3e-4)
     for options in ({"force": True}, {"quantize": "int8"}):
         with pytest.raises(DifferenceError, match="does not compute what the model computes"):
             exported(model, tmp_path / "out", **options)

@@ -1,10 +1,14 @@
 """Differences and rank correlations of scores, and what is refused, by hand arithmetic."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from rag_retrieval import ExportConfig
+from rag_retrieval.export import source
+from rag_retrieval.export.source import RerankerSource
 from rag_retrieval.export.verify import (
     DifferenceError,
     Verification,
@@ -28,7 +32,7 @@ def test_float32_may_differ_by_one_in_ten_thousand_and_relatively_beyond_one():
     expected = np.array([0.0, 1.0, -20.0])
     check_float32(expected, expected + [0.9e-4, -0.9e-4, 1.9e-3])
     for wrong in ([1.1e-4, 0, 0], [0, 0, 2.1e-3], [0, math.nan, 0]):
-        with pytest.raises(DifferenceError, match="1 of 3 scores differ by more than 0.0001"):
+        with pytest.raises(DifferenceError, match="1 of 3 numbers differ by more than 0.0001"):
             check_float32(expected, expected + wrong)
 
 
@@ -61,10 +65,16 @@ def test_a_verification_is_described_in_one_line():
     )
 
 
+def reranker_source(scorer) -> RerankerSource:
+    with mock.patch.object(source, "open_scorer", return_value=scorer):
+        return RerankerSource(ExportConfig(model="m", output="o"), "cpu")
+
+
 @pytest.mark.parametrize(("family", "max_length"), [("bert", 512), ("bert", 16), ("xlm_roberta", 100), ("llama", 300)])
 def test_lengths_go_from_the_shortest_to_the_limit_in_small_steps(load_tiny, family, max_length):
-    encoder = load_tiny(family, max_length=max_length).pair_encoder
-    encoded = encoder.encode(sample_pairs(encoder))
+    of_model = reranker_source(load_tiny(family, max_length=max_length))
+    encoder = of_model.encoder
+    encoded = encoder.encode(sample_pairs(of_model))
     documents = [len(pair) - pair.document_start - len(encoder.template.suffix) for pair in encoded]
     one_letter = len(encoder.text_ids(["b"], "document")[0])  # with what a decoder's format puts around it
     assert min(documents) == one_letter and max(map(len, encoded)) == max_length
@@ -74,7 +84,7 @@ def test_lengths_go_from_the_shortest_to_the_limit_in_small_steps(load_tiny, fam
 
 
 def test_there_are_english_and_chinese_texts_and_an_empty_query(load_tiny):
-    pairs = sample_pairs(load_tiny("bert").pair_encoder)
+    pairs = sample_pairs(reranker_source(load_tiny("bert")))
     for words in ("file", "文件"):
         assert any(words in query for query, _ in pairs) and any(words in document for _, document in pairs)
     assert any(not query for query, _ in pairs) and len(set(pairs)) == len(pairs) > 20

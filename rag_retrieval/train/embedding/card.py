@@ -14,9 +14,8 @@ embedder = Embedder("{name}")
 queries = embedder.encode_queries(["what is a panda?"])
 documents = embedder.encode_documents(["The giant panda is a bear.", "Paris is a city."])
 print(embedder.similarity(queries, documents))
-```
-
-```python
+```"""
+ELSEWHERE = """```python
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{name}")
@@ -62,6 +61,7 @@ EMBEDDER = Kind(
     "Information Retrieval",
     ("sentence-transformers", "feature-extraction", "embedding"),
     use=USE,
+    elsewhere=ELSEWHERE,
     description=description,
     meaning=meaning,
 )

@@ -13,9 +13,8 @@ from rag_retrieval import Reranker
 
 reranker = Reranker("{name}")
 results = reranker.rerank("what is a panda?", ["The giant panda is a bear.", "Paris is a city."], top_k=1)
-```
-
-```python
+```"""
+ELSEWHERE = """```python
 from sentence_transformers import CrossEncoder
 
 scores = CrossEncoder("{name}").predict([["what is a panda?", "The giant panda is a bear."]])
@@ -68,5 +67,11 @@ def meaning(model: Path, run: RunRecord | None) -> str:
 
 
 RERANKER = Kind(
-    "text-ranking", "Reranking", ("reranker", "cross-encoder"), use=USE, description=description, meaning=meaning
+    "text-ranking",
+    "Reranking",
+    ("reranker", "cross-encoder"),
+    use=USE,
+    elsewhere=ELSEWHERE,
+    description=description,
+    meaning=meaning,
 )
