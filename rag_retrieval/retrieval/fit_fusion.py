@@ -50,12 +50,13 @@ class FusionFit:
 
     def describe(self) -> str:
         rows = [(f"  {name}", f"{value:.4f}", "*" * (name == self.chosen)) for name, value in self.values.items()]
-        weights = [", ".join(f"{stage} {weight:.2f}" for stage, weight in each.items()) for each in self.fold_weights]
         table = plain_table((f"{self.queries:,} queries", self.metric, "taken"), rows)
-        lines = [f"best weights: {', '.join(f'{stage} {weight:.2f}' for stage, weight in self.weights.items())}"]
-        lines += [f"without one fifth of the queries: {'; '.join(dict.fromkeys(weights))}"]
-        lines += [f"{WEIGHTS} are measured on the fifth that did not choose them"]
-        return rendered([table, *lines], 200)
+        best, *parts = dict.fromkeys(
+            ", ".join(f"{stage} {weight:.2f}" for stage, weight in weights.items())
+            for weights in (self.weights, *self.fold_weights)
+        )
+        others = f" (without one fifth of the queries also {'; '.join(parts)})" if parts else ""
+        return rendered([table, f"best weights: {best}{others}"], 200)
 
 
 class _JudgedQuery:
