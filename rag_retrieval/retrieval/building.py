@@ -89,6 +89,8 @@ def update(
         before = on_main(lambda: IndexState.read(folder, local))
         if before is None:
             raise ValueError(f"{folder}: there is no index that could be changed; build it first")
+        if source is not None:
+            on_main(lambda: check_same(folder, before.made_from, fingerprint(before.options)))
         corpus = on_main(lambda: change_documents(before, source, ids))
         made_from = before.made_from | {"corpus": corpus_name(corpus)}
         # int8 vectors that are copied keep their ranges

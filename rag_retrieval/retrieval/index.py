@@ -19,7 +19,7 @@ from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import BM25, Bm25Search
 from rag_retrieval.retrieval.candidates import Search
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState
+from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState, words_of
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
@@ -94,6 +94,10 @@ class Index:
     def _searches(self, state: IndexState) -> dict[str, Search]:
         searches: dict[str, Search] = {}
         if "bm25" in state.parts:
+            was, now = state.made_from["words"], words_of(state.options)
+            if was != now:
+                found = f"words: was {was!r}, now {now!r}"
+                raise ValueError(f"{self.folder}: words are made in another way now ({found}); build the index again")
             searches[BM25] = Bm25Search(state.path("bm25"))
         if "vectors" in state.parts:
             from rag_retrieval.retrieval.dense import open_search

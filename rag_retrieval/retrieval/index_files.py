@@ -89,13 +89,17 @@ def fingerprint(options: IndexOptions) -> dict[str, Any]:
     """What an index depends on besides its documents, by name."""
     made_from: dict[str, Any] = {}
     if options.bm25:
-        made_from["words"] = f"{options.language}, version {WORDS_VERSION}"
+        made_from["words"] = words_of(options)
     if options.embedder is not None:
         made_from["model"] = model_content(options.embedder)
         made_from |= {name: getattr(options, name) for name in dense_names()}
     if options.faiss_index is not None:
         made_from["faiss_index"] = options.faiss_index
     return made_from
+
+
+def words_of(options: IndexOptions) -> str:
+    return f"{options.language}, version {WORDS_VERSION}"
 
 
 def dense_names() -> list[str]:
@@ -114,8 +118,8 @@ def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
     )
     if lines:
         raise ValueError(
-            f"output: {folder} is an index that differs:{lines}\nTake another output, or remove the folder to build it "
-            "anew"
+            f"output: {folder} is an index that differs:{lines}\nRestore these, take another output, or remove the "
+            "folder to build it anew"
         )
 
 

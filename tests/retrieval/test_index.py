@@ -110,6 +110,31 @@ def test_a_model_that_changed_since_is_not_used(corpus, model, tmp_path):
     assert index.searches["bm25"].search(QUERIES, [np.zeros(0, int)] * 4, 3)
     with pytest.raises(ValueError, match="own now holds another model than the index was made with .model: was"):
         index.searches["dense"].search(QUERIES, [np.zeros(0, int)] * 4, 3)
+    before = files_of(tmp_path / "index")
+    with pytest.raises(ValueError, match="\n  model: was '.*', now '"):
+        index.add(corpus_file(tmp_path / "a.jsonl", changed_rows()))
+    assert files_of(tmp_path / "index") == before
+    index.remove(["z1"])  # encodes nothing
+    assert len(index) == 37
+
+
+def test_words_that_are_made_in_another_way_now_are_not_searched(copied, monkeypatch):
+    monkeypatch.setattr("rag_retrieval.retrieval.index_files.WORDS_VERSION", 99)
+    with pytest.raises(ValueError, match="words: was 'auto, version .', now 'auto, version 99'.; build the"):
+        Index(copied)
+
+
+def test_a_closed_index_opens_its_embedder_again(built, model):
+    index = Index(built)
+    first = index.embedder
+    assert index.embedder is first
+    index.close()
+    assert results(index) and index.embedder is not first
+    given = Embedder(model, pooling="mean", device="cpu")
+    index = Index(built, embedder=given)
+    assert index.embedder is given
+    index.close()
+    assert given.encode("a").shape == (32,), "who opened it closes it"
 
 
 def test_an_embedder_that_is_given_must_give_the_vectors_of_the_index(built, model, tmp_path):
@@ -180,6 +205,19 @@ def test_a_reader_keeps_its_index_while_another_changes_it(copied):
     Index(copied).remove(["z1", "panda-river"])
     assert results(reader) == before and reader.documents.row_of_id("z1") == 36
     assert len(Index(copied)) == 36
+
+
+def test_an_index_that_is_switched_while_it_is_opened_is_the_new_one(copied, monkeypatch):
+    check, calls = IndexState.check_files, []
+
+    def changing(self):
+        calls.append(1)
+        if len(calls) == 1:
+            Index(copied).remove(["z1"])
+        check(self)
+
+    monkeypatch.setattr(IndexState, "check_files", changing)
+    assert len(Index(copied)) == 37 and Index(copied).documents.row_of_id("z1") is None
 
 
 # ---- attacks
