@@ -60,8 +60,8 @@ class Retriever:
     `package:NAME` of one. embedder: an open Embedder in place of the one that the index names. stages: those of the
     index to search; default all that play a part in the fusion. fusion: how several become one; default what
     `fit-fusion` left in the index, else reciprocal ranks. depth: documents that each stage finds at most, and that are
-    reranked. device: of models that are opened here. batch_size and all after it: of the reranking, as for
-    `Reranker.rerank`.
+    reranked. device, trust_remote_code: of models that are opened here. batch_size and all after it: of the reranking,
+    as for `Reranker.rerank`.
 
     Raises ValueError for a folder without an index, a stage that it does not have, weights of other stages, and what
     `Reranker` refuses.
@@ -77,13 +77,18 @@ class Retriever:
         fusion: Fusion | None = None,
         depth: int = DEPTH,
         device: str | None = None,
+        trust_remote_code: bool = False,
         batch_size: int = 256,
         normalize: bool = False,
         long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ):
         check_number("depth", depth, 1, "documents")
-        self.index = index if isinstance(index, Index) else Index(index, embedder=embedder, device=device)
+        self._opened: list[Index | Reranker] = []
+        self.index = index
+        if not isinstance(index, Index):
+            self.index = Index(index, embedder=embedder, device=device, trust_remote_code=trust_remote_code)
+            self._opened.append(self.index)
         self.stages, self.fusion = self._checked_stages(stages), None
         if len(self.stages) > 1:
             file = self.index.folder / FUSION_FILE
@@ -91,8 +96,10 @@ class Retriever:
             used = fusion.used(self.stages)
             self.stages = used if stages is None else self.stages
             self.fusion = fusion if len(self.stages) > 1 else None
-        self._opened = reranker is not None and not isinstance(reranker, Reranker)
-        self.reranker = None if reranker is None else open_reranker(reranker, device)
+        self.reranker = None
+        if reranker is not None:
+            self.reranker = open_reranker(reranker, device=device, trust_remote_code=trust_remote_code)
+            self._opened += [self.reranker] if self.reranker is not reranker else []
         self.depth = depth
         self.options = {"batch_size": batch_size, "normalize": normalize}
         self.options |= {"long_document": long_document, "overlap": overlap}
@@ -100,7 +107,7 @@ class Retriever:
     def search(self, query: str, top_k: int = 10) -> SearchResults:
         """The best `top_k` documents, fewer where fewer were found; with equal scores in the order of the stage before.
 
-        Raises ValueError for a query that is no text, and after `close`.
+        Raises ValueError for a query that is no text.
         """
         return self._search([check_text("query", query)], top_k)[0]
 
@@ -122,9 +129,9 @@ class Retriever:
         return [lists for lists, _ in self._stages(queries, depth, self.index.opened)]
 
     def close(self) -> None:
-        """Let the Reranker go that was opened here."""
-        if self._opened:
-            self.reranker.close()
+        """Let the models go that were opened here. Reranking then raises ValueError."""
+        for opened in self._opened:
+            opened.close()
 
     def __enter__(self) -> "Retriever":
         return self

@@ -150,7 +150,7 @@ def open_shards(
         found = known.row_of_id(documents.id(row)) if known else None
         return found if found is not None and known.text(found) == documents.text(row) else -1
 
-    def make(number: int, folder: Path) -> None:
+    def make(number: int, folder: Path) -> Iterator[int]:
         rows = range(len(documents))[number * options.shard_size : (number + 1) * options.shard_size]
         files = {name: folder / f"{name}.npy" for name in precisions(options)}
         for start in range(0, len(rows), ENCODED):
@@ -162,6 +162,7 @@ def open_shards(
                 fresh = None if encoded is None else to_precision(encoded, precision, int8_ranges)
                 kept = copies[name].stored(sources[sources >= 0]) if copies else None
                 append_vectors(files[name], _merged(sources < 0, fresh, kept), len(rows))
+            yield len(block)
 
     return make
 
