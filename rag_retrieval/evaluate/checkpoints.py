@@ -139,6 +139,6 @@ def curve_figure(curve: CheckpointCurve) -> "Figure":
     best = curve.best.means[curve.config.measures[0]]
     axes.plot([curve.best.step], [best], "*", color=CURVE_COLORS[0], markersize=13)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, ncols=min(len(curve.config.measures), 6), fontsize=8)
+    figure.legend(frameon=False, loc="outside right center", fontsize=8)
     finish_axes(axes, f"best by {curve.config.measures[0]}: {best:.4f} at step {curve.best.step:,}", "step", "")
     return figure
