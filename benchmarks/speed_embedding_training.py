@@ -4,14 +4,18 @@
 
 A step has `--queries-per-step` queries, each with a positive and three negatives, all documents of the step being
 negatives of the other queries. Ours is the loop that the command runs, theirs `SentenceTransformerTrainer` with
-MultipleNegativesRankingLoss, and with its cached form at each size of `--st-batch`. The texts are training records
-that `quality.py` makes of `--data`, or of log-normal length without it. No model has dropout.
+MultipleNegativesRankingLoss, and with its cached form at each size of `--st-batch`; FlagEmbedding's trainer of encoders
+joins where it is installed. The texts are training records that `quality.py` makes of `--data`, or of log-normal length
+without it. No model has dropout.
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +23,7 @@ from quality_trainers import as_dataset
 from speed_data import Example, draw_examples, single_token_words, without_dropout
 from speed_encoding import cpu_floor, make_embedder_folder
 from speed_floor import TRAINING, model_cost
-from speed_report import OURS, THEIRS, summary_of_side
+from speed_report import FLAG, OURS, THEIRS, summary_of_side
 from speed_training import (
     DTYPES,
     SEED,
@@ -47,11 +51,19 @@ def run_train_embedding(options: argparse.Namespace, scratch: Path) -> dict:
     job, tokenizer = make_job(options, scratch)
     queries, stride = options.queries_per_step, WARMUP + options.steps
     sizes = {THEIRS: None} | {f"{THEIRS}, cached {size}": size for size in sorted(set(options.st_batch))}
-    agreement = compare_first_steps(job, sizes)
+    first_steps = {name: partial(their_first_step, job, size) for name, size in sizes.items()}
+    flag = importlib.util.find_spec("FlagEmbedding") is not None
+    if flag:
+        first_steps[FLAG] = partial(flag_first_step, job)
+    else:
+        say(f"  {FLAG} takes no part: not installed")
+    agreement = compare_first_steps(job, first_steps)
     turns = {OURS: lambda turn: train_ours(job, turn * stride, options.steps)} | {
         name: lambda turn, size=size: train_theirs(job, turn * stride, options.steps, size)
         for name, size in sizes.items()
     }
+    if flag:
+        turns[FLAG] = lambda turn: train_flag(job, turn * stride, options.steps)
     took, gemm = take_turns(job, turns, options.rounds)
     starts = [turn * stride + WARMUP for turn in range(options.rounds)]
     lengths = [text_lengths(job, tokenizer, job.steps[start : start + options.steps]) for start in starts]
@@ -134,11 +146,11 @@ def text_lengths(job: Job, tokenizer, steps: list[list[Example]]) -> list[int]:
     return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=job.max_len)["input_ids"]]
 
 
-def compare_first_steps(job: Job, sizes: dict[str, int | None]) -> dict:
+def compare_first_steps(job: Job, first_steps: dict[str, Callable[[], tuple[float, float]]]) -> dict:
     """Loss and gradient norm of the first step on every side. Raises Disagreement beyond the precision's limit."""
     ours, largest, theirs = our_first_step(job), 0.0, {}
-    for name, size in sizes.items():
-        theirs[name] = their_first_step(job, size)
+    for name, first_step in first_steps.items():
+        theirs[name] = first_step()
         for what, one, other in zip(("loss", "gradient norm"), ours, theirs[name], strict=True):
             difference = abs(one - other) / abs(one)
             if not difference <= LIMITS[job.dtype]:
@@ -245,3 +257,60 @@ def their_trainer(job: Job, first: int, steps: int, size: int | None, clock: Ste
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, values
+
+
+# --- FlagEmbedding's ---
+
+
+def train_flag(job: Job, first: int, steps: int) -> Took:
+    clock = StepClock(steps, job.device)
+    flag_trainer(job, first, WARMUP + steps, clock)[0].train()
+    return clock.took()
+
+
+def flag_first_step(job: Job) -> tuple[float, float]:
+    """Loss and gradient norm."""
+    trainer, losses = flag_trainer(job, 0, 1, StepClock(1, job.device))
+    trainer.train()
+    norm = next(line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line)
+    return float(losses[0]), float(norm)
+
+
+def flag_trainer(job: Job, first: int, steps: int, clock: StepClock):
+    """As `their_trainer`, from the same arguments as its command. Its records are taken in the order of the file."""
+    from FlagEmbedding.abc.finetune.embedder import (
+        AbsEmbedderDataArguments,
+        AbsEmbedderModelArguments,
+        AbsEmbedderTrainingArguments,
+    )
+    from FlagEmbedding.finetune.embedder.encoder_only.base import EncoderOnlyEmbedderRunner
+    from torch.utils.data import SequentialSampler
+    from transformers import PrinterCallback
+
+    folder = Path(tempfile.mkdtemp(dir=job.scratch))
+    lines, queries = job.file.read_text(encoding="utf-8").splitlines(), len(job.steps[0])
+    file = folder / "records.jsonl"
+    file.write_text("\n".join(lines[first * queries : (first + steps) * queries]) + "\n", encoding="utf-8")
+    settings = {name: value for name, value in their_settings(job, steps).items() if name != "batch_sampler"}
+    data = AbsEmbedderDataArguments(
+        train_data=[str(file)],
+        cache_path=str(folder / "cache"),
+        train_group_size=1 + NEGATIVES,
+        query_max_len=job.max_len,
+        passage_max_len=job.max_len,
+    )
+    training = AbsEmbedderTrainingArguments(
+        **settings | {"output_dir": str(folder / "out")},
+        per_device_train_batch_size=queries,
+        logging_steps=1,
+        temperature=TEMPERATURE,
+        sentence_pooling_method="mean",
+        normalize_embeddings=True,
+    )
+    runner = EncoderOnlyEmbedderRunner(AbsEmbedderModelArguments(str(job.model)), data, training)
+    runner.trainer._get_train_sampler = lambda *_: SequentialSampler(runner.train_dataset)
+    runner.trainer.add_callback(marks(clock))
+    runner.trainer.remove_callback(PrinterCallback)
+    values: list[torch.Tensor] = []
+    runner.model.register_forward_hook(lambda module, inputs, output: values.append(output.loss.detach()))
+    return runner.trainer, values

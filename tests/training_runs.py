@@ -125,7 +125,7 @@ def engine_command(config_file: str, processes: int, script: str) -> list[str]:
     return ["accelerate.commands.launch", *arguments, script]
 
 
-def launch(command: list[str], timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+def launch(command: list[str], timeout: float = 1500, **environment: str) -> subprocess.CompletedProcess:
     """Run a launcher of this Python's environment from the repository root, one thread per process."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         environment.setdefault(name, "1")

@@ -8,7 +8,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a text of a corpus must not move the cursor
+# what would move the cursor, or turn the direction of a line
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def rendered(parts: list[RenderableType], columns: int, styled: bool = False) -> str:

@@ -275,10 +275,15 @@ class Reranker:
         return ranked
 
 
-def open_reranker(model: Reranker | str | os.PathLike, device: "str | torch.device | None" = None) -> Reranker:
+def open_reranker(
+    model: Reranker | str | os.PathLike,
+    *,
+    device: "str | torch.device | None" = None,
+    trust_remote_code: bool = False,
+) -> Reranker:
     """The Reranker itself, or that of a folder, hub name or `package:NAME`. Raises ValueError as `Reranker`."""
     if isinstance(model, Reranker):
         return model
     if isinstance(model, (str, os.PathLike)):
-        return Reranker(model, device=device)
+        return Reranker(model, device=device, trust_remote_code=trust_remote_code)
     raise ValueError(f"reranker: expected a Reranker, or the name or folder of one; found {type(model).__name__}")

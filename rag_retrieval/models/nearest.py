@@ -27,7 +27,7 @@ def nearest(
 
     queries: float32 [queries, width]. vectors: [vectors, width] in memory or mapped from a file, or several such arrays
     whose rows count on. decode: a block of them to float32. At most `ASKED` x `SEARCHED` products exist at once, on the
-    device: some 300 MB.
+    device: some 300 MB. Raises ValueError for vectors and queries whose product is no finite number.
     """
     parts = [vectors] if isinstance(vectors, np.ndarray) else vectors
     depth = min(depth, sum(map(len, parts)))
@@ -44,7 +44,11 @@ def _nearest(queries, parts, depth: int, device: str | torch.device, decode) -> 
     for part in parts:
         for start in range(0, len(part), SEARCHED):
             block = torch.from_numpy(decode(part[start : start + SEARCHED])).to(device)
-            keys = _keys(queries @ block.T, first_row)
+            scores = queries @ block.T
+            if not scores.isfinite().all():
+                rows = f"{first_row + 1:,} to {first_row + len(block):,}"
+                raise ValueError(f"a query and one of the vectors {rows} have no finite product; encode both again")
+            keys = _keys(scores, first_row)
             best = torch.cat([best, keys.topk(min(depth, len(block))).values], dim=1)
             best = best.topk(min(depth, best.shape[1])).values
             first_row += len(block)

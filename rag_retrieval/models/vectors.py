@@ -85,7 +85,8 @@ def to_precision(vectors: np.ndarray, precision: VectorPrecision, ranges: Int8Ra
     int8: floor((x - minimum) / step) - 128 of each number, where what lies outside the ranges takes the nearest level:
     int8 [texts, dim]. binary: a bit for each number, 1 where it is above 0, eight in a byte with the first one highest:
     uint8 [texts, dim / 8]. Both as `quantize_embeddings` of sentence-transformers ("int8", "ubinary"). ranges: for
-    int8. Raises ValueError for binary vectors whose dim is no multiple of 8, and a dim that is not that of the ranges.
+    int8. Raises ValueError for numbers too large for float16, for binary vectors whose dim is no multiple of 8, and for
+    a dim that is not that of the ranges.
     """
     if precision == "int8":
         check_dim(vectors, ranges)
@@ -95,6 +96,8 @@ def to_precision(vectors: np.ndarray, precision: VectorPrecision, ranges: Int8Ra
         if vectors.shape[1] % 8:
             raise ValueError(f"binary vectors have eight numbers in a byte; {vectors.shape[1]} is no multiple of 8")
         return np.packbits(vectors > 0, axis=1)
+    if precision == "float16" and np.abs(vectors).max(initial=0) > np.finfo(np.float16).max:
+        raise ValueError("a vector has a number too large for float16; take float32, or normalize")
     return vectors.astype(precision, copy=False)
 
 

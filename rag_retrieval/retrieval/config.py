@@ -80,6 +80,10 @@ ENCODES = Only("work with an embedder", lambda config: config.embedder is not No
 class IndexConfig(IndexOptions, EngineOptions):
     """One run of the command: build, change, or export an index."""
 
+    aliases: ClassVar = IndexOptions.aliases | {  # FlagEmbedding's
+        "encoder": "embedder", "index_factory": "faiss_index", "max_passage_length": "max_length",
+        "max_query_length": "query_max_length",
+    }  # fmt: skip
     main_keys: ClassVar = ("corpus", "output", "embedder", "bm25", "add")
     groups: ClassVar = IndexOptions.groups | EngineOptions.groups | {"corpus": "Index"}
     only_for: ClassVar = (

@@ -72,16 +72,16 @@ class DenseSearch:
         return lists
 
     def recall(self, seed: int) -> float:
-        """The part of the nearest `RECALL_DEPTH` by the finest vectors that the search finds, on average over documents
-        drawn by the seed as queries. A document itself does not count."""
+        """The part of the nearest `RECALL_DEPTH` by the finest vectors that the search finds, over documents drawn by
+        the seed as queries. A document itself does not count; 1 where there is no other."""
         drawn = np.random.default_rng(seed).permutation(len(self.vectors))[:RECALL_QUERIES]
         queries, depth = self.finest.rows(drawn), RECALL_DEPTH + 1
         exact, _ = nearest(queries, self.finest.parts, depth, self.device, self.finest.decode)
         none = [np.zeros(0, np.int64)] * len(drawn)
         found = self.search_vectors(queries, none, depth)
-        pairs = zip(drawn.tolist(), exact.tolist(), found, strict=True)
-        parts = [
-            len(set(best) - {row} & set(candidates.rows.tolist())) / max(len(set(best) - {row}), 1)
-            for row, best, candidates in pairs
-        ]
-        return float(np.mean(parts))
+        num_found = num_nearest = 0
+        for row, best, candidates in zip(drawn.tolist(), exact.tolist(), found, strict=True):
+            others = set(best) - {row}
+            num_found += len(others.intersection(candidates.rows.tolist()))
+            num_nearest += len(others)
+        return num_found / num_nearest if num_nearest else 1.0

@@ -50,12 +50,13 @@ class FusionFit:
 
     def describe(self) -> str:
         rows = [(f"  {name}", f"{value:.4f}", "*" * (name == self.chosen)) for name, value in self.values.items()]
-        weights = [", ".join(f"{stage} {weight:.2f}" for stage, weight in each.items()) for each in self.fold_weights]
         table = plain_table((f"{self.queries:,} queries", self.metric, "taken"), rows)
-        lines = [f"best weights: {', '.join(f'{stage} {weight:.2f}' for stage, weight in self.weights.items())}"]
-        lines += [f"without one fifth of the queries: {'; '.join(dict.fromkeys(weights))}"]
-        lines += [f"{WEIGHTS} are measured on the fifth that did not choose them"]
-        return rendered([table, *lines], 200)
+        best, *parts = dict.fromkeys(
+            ", ".join(f"{stage} {weight:.2f}" for stage, weight in weights.items())
+            for weights in (self.weights, *self.fold_weights)
+        )
+        others = f" (without one fifth of the queries also {'; '.join(parts)})" if parts else ""
+        return rendered([table, f"best weights: {best}{others}"], 200)
 
 
 class _JudgedQuery:
@@ -153,6 +154,7 @@ class FitFusionConfig(Config):
     depth: int = key("Documents of each stage, as many as searches will ask for.", 100, ge=1)
     output: OutputPath | None = key(f"The file to write. Absent: {FUSION_FILE} in the index, for all its searches.")
     device: str | None = key("Such as cpu or cuda:0. Absent: a GPU if there is one.", min_length=1)
+    trust_remote_code: bool = key("Run Python code that comes with the embedder.", False)
 
     @field_validator("metric")
     @classmethod
@@ -167,7 +169,8 @@ def run(config: FitFusionConfig) -> str:
     folder = Path(config.data)
     texts = query_texts(find_file(folder, "queries.jsonl"))
     qrels = read_qrels(BeirFolder(folder, {}, texts), config.split)
-    retriever = Retriever(config.index, fusion=Fusion(), depth=config.depth, device=config.device)
+    options = {"device": config.device, "trust_remote_code": config.trust_remote_code}
+    retriever = Retriever(config.index, fusion=Fusion(), depth=config.depth, **options)
     documents = retriever.index.documents
     if len(retriever.stages) < 2:
         raise ValueError(f"{config.index}: its only stage is {retriever.stages[0]}; a fusion needs two")
@@ -177,5 +180,6 @@ def run(config: FitFusionConfig) -> str:
     found = {query: {stage: of[stage] for stage in retriever.stages} for query, of in zip(qrels, lists, strict=True)}
     fit = fit_fusion(found, qrels, documents.id, config.metric)
     file = Path(config.output) if config.output else Path(config.index) / FUSION_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
     fit.save(file, data=folder.name, split=config.split, depth=config.depth)
     return f"{fit.describe()}\n{file}: {fit.chosen}"

@@ -21,8 +21,8 @@ RRF_K = 60  # Cormack, Clarke and Büttcher, SIGIR 2009
 class Fusion:
     """How the lists of stages become one list. A document that a list does not have gets 0 of it.
 
-    weights: None adds 1 / (60 + rank) over the lists, ranks from 1 (reciprocal rank fusion). By stage, each at least 0
-    and one above: adds weight x (score - lowest) / (highest - lowest), where lowest and highest are those of the
+    weights: None adds 1 / (60 + rank) over the lists, ranks from 1 (reciprocal rank fusion). By stage, each in [0, 1]
+    and one above 0: adds weight x (score - lowest) / (highest - lowest), where lowest and highest are those of the
     stage's list of this query, and the fraction is 1 where they are equal. A stage of weight 0 is left out. Raises
     ValueError for other weights.
     """
@@ -31,8 +31,8 @@ class Fusion:
 
     def __post_init__(self):
         values = list((self.weights or {"": 1.0}).values())
-        if not all(isinstance(value, (int, float)) and 0 <= value < np.inf for value in values) or not any(values):
-            raise ValueError(f"weights: expected numbers of at least 0, one of them above 0; found {self.weights}")
+        if not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values) or not any(values):
+            raise ValueError(f"weights: expected numbers in [0, 1], one of them above 0; found {self.weights}")
 
     @classmethod
     def read(cls, file: str | Path) -> "Fusion":

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import BM25, Bm25Search
 from rag_retrieval.retrieval.candidates import Search
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState
+from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState, words_of
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
@@ -47,12 +47,20 @@ def build_index(
     return Index(folder, **options.given(*LOCAL_KEYS))
 
 
+class Opened(NamedTuple):
+    """Documents and the searches over them, which belong together: `Index.update` replaces both at once."""
+
+    documents: Corpus
+    searches: dict[str, Search]
+
+
 class Index:
     """An index that was built. Several threads may search one.
 
-    documents: the corpus, by row. searches: "bm25" and "dense", those that the index has. made_from: all that it
-    depends on, by name. recall: the part of the nearest documents that an approximate dense search finds, as it was
-    measured when the index was built; None where the search is exact.
+    documents: the corpus, by row. searches: "bm25" and "dense", those that the index has. opened: both, for who needs
+    them of one state while another thread may update. made_from: all that the index depends on, by name. recall: the
+    part of the nearest documents that an approximate dense search finds, as it was measured when the index was built;
+    None where the search is exact.
 
     embedder: in place of the one that the index names, which is opened when it is first needed. device, devices,
     trust_remote_code: for that, see `Embedder`. Raises ValueError for a folder without a finished index, a damaged one,
@@ -89,17 +97,29 @@ class Index:
                 raise
             return self._open()  # another process switched to a newer one
         self.made_from, self.recall, self.options = state.made_from, state.recall, state.options
-        self.documents, self.searches = documents, searches
+        self.opened = Opened(documents, searches)
 
     def _searches(self, state: IndexState) -> dict[str, Search]:
         searches: dict[str, Search] = {}
         if "bm25" in state.parts:
+            was, now = state.made_from["words"], words_of(state.options)
+            if was != now:
+                found = f"words: was {was!r}, now {now!r}"
+                raise ValueError(f"{self.folder}: words are made in another way now ({found}); build the index again")
             searches[BM25] = Bm25Search(state.path("bm25"))
         if "vectors" in state.parts:
             from rag_retrieval.retrieval.dense import open_search
 
             searches[DENSE] = open_search(state.paths, state.options, self._encode_queries)
         return searches
+
+    @property
+    def documents(self) -> Corpus:
+        return self.opened.documents
+
+    @property
+    def searches(self) -> dict[str, Search]:
+        return self.opened.searches
 
     def __len__(self) -> int:
         return len(self.documents)

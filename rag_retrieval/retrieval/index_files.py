@@ -47,13 +47,14 @@ class IndexState:
         values = read_json(folder / INDEX_FILE)
         found = values.pop("format", None)
         try:
-            if found == FORMAT:
+            parts = values["parts"]
+            if found == FORMAT and "corpus" in parts and all(map(STAGE_NAME.fullmatch, parts.values())):
                 options = IndexOptions(**values["options"] | (local or {}))
                 return cls(folder, **values | {"options": options})
-        except (TypeError, KeyError, ValueError):
-            found = "damaged"
-        found = f"{folder / INDEX_FILE}: found format {found}, and this version reads {FORMAT}"
-        raise ValueError(f"{found}; remove the folder and build the index again")
+        except (TypeError, KeyError, ValueError, AttributeError):
+            pass
+        found = "damaged" if found in (FORMAT, None) else f"of the format {found}, and this version reads {FORMAT}"
+        raise ValueError(f"{folder / INDEX_FILE}: it is {found}; remove the folder and build the index again")
 
     def write(self) -> None:
         values = {"format": FORMAT, "made_from": self.made_from, "parts": self.parts, "recall": self.recall}
@@ -89,13 +90,17 @@ def fingerprint(options: IndexOptions) -> dict[str, Any]:
     """What an index depends on besides its documents, by name."""
     made_from: dict[str, Any] = {}
     if options.bm25:
-        made_from["words"] = f"{options.language}, version {WORDS_VERSION}"
+        made_from["words"] = words_of(options)
     if options.embedder is not None:
         made_from["model"] = model_content(options.embedder)
         made_from |= {name: getattr(options, name) for name in dense_names()}
     if options.faiss_index is not None:
         made_from["faiss_index"] = options.faiss_index
     return made_from
+
+
+def words_of(options: IndexOptions) -> str:
+    return f"{options.language}, version {WORDS_VERSION}"
 
 
 def dense_names() -> list[str]:
@@ -114,8 +119,8 @@ def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
     )
     if lines:
         raise ValueError(
-            f"output: {folder} is an index that differs:{lines}\nTake another output, or remove the folder to build it "
-            "anew"
+            f"output: {folder} is an index that differs:{lines}\nRestore these, take another output, or remove the "
+            "folder to build it anew"
         )
 
 

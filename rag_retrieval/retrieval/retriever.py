@@ -22,7 +22,7 @@ from rag_retrieval.models.inputs import check_list, check_number, check_text
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
-from rag_retrieval.retrieval.index import Index
+from rag_retrieval.retrieval.index import Index, Opened
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
@@ -60,8 +60,8 @@ class Retriever:
     `package:NAME` of one. embedder: an open Embedder in place of the one that the index names. stages: those of the
     index to search; default all that play a part in the fusion. fusion: how several become one; default what
     `fit-fusion` left in the index, else reciprocal ranks. depth: documents that each stage finds at most, and that are
-    reranked. device: of models that are opened here. batch_size and all after it: of the reranking, as for
-    `Reranker.rerank`.
+    reranked. device, trust_remote_code: of models that are opened here. batch_size and all after it: of the reranking,
+    as for `Reranker.rerank`.
 
     Raises ValueError for a folder without an index, a stage that it does not have, weights of other stages, and what
     `Reranker` refuses.
@@ -77,13 +77,18 @@ class Retriever:
         fusion: Fusion | None = None,
         depth: int = DEPTH,
         device: str | None = None,
+        trust_remote_code: bool = False,
         batch_size: int = 256,
         normalize: bool = False,
         long_document: str = LONG_DOCUMENT_DEFAULT,
         overlap: int = OVERLAP,
     ):
         check_number("depth", depth, 1, "documents")
-        self.index = index if isinstance(index, Index) else Index(index, embedder=embedder, device=device)
+        self._opened: list[Index | Reranker] = []
+        self.index = index
+        if not isinstance(index, Index):
+            self.index = Index(index, embedder=embedder, device=device, trust_remote_code=trust_remote_code)
+            self._opened.append(self.index)
         self.stages, self.fusion = self._checked_stages(stages), None
         if len(self.stages) > 1:
             file = self.index.folder / FUSION_FILE
@@ -91,8 +96,10 @@ class Retriever:
             used = fusion.used(self.stages)
             self.stages = used if stages is None else self.stages
             self.fusion = fusion if len(self.stages) > 1 else None
-        self._opened = reranker is not None and not isinstance(reranker, Reranker)
-        self.reranker = None if reranker is None else open_reranker(reranker, device)
+        self.reranker = None
+        if reranker is not None:
+            self.reranker = open_reranker(reranker, device=device, trust_remote_code=trust_remote_code)
+            self._opened += [self.reranker] if self.reranker is not reranker else []
         self.depth = depth
         self.options = {"batch_size": batch_size, "normalize": normalize}
         self.options |= {"long_document": long_document, "overlap": overlap}
@@ -100,7 +107,7 @@ class Retriever:
     def search(self, query: str, top_k: int = 10) -> SearchResults:
         """The best `top_k` documents, fewer where fewer were found; with equal scores in the order of the stage before.
 
-        Raises ValueError for a query that is no text, and after `close`.
+        Raises ValueError for a query that is no text.
         """
         return self._search([check_text("query", query)], top_k)[0]
 
@@ -119,12 +126,12 @@ class Retriever:
         depth: in place of the Retriever's.
         """
         depth = self.depth if depth is None else depth
-        return [lists for lists, _ in self._stages(queries, depth, self.index.documents)]
+        return [lists for lists, _ in self._stages(queries, depth, self.index.opened)]
 
     def close(self) -> None:
-        """Let the Reranker go that was opened here."""
-        if self._opened:
-            self.reranker.close()
+        """Let the models go that were opened here. Reranking then raises ValueError."""
+        for opened in self._opened:
+            opened.close()
 
     def __enter__(self) -> "Retriever":
         return self
@@ -141,20 +148,22 @@ class Retriever:
 
     def _search(self, queries: list[str], top_k: int) -> list[SearchResults]:
         check_number("top_k", top_k, 1, "documents")
-        documents = self.index.documents
-        found = self._stages(queries, max(self.depth, top_k), documents)
+        opened = self.index.opened
+        found = self._stages(queries, max(self.depth, top_k), opened)
         return [
-            SearchResults(query, found_documents(lists, reranked, documents, top_k), score_type_of(lists, reranked))
+            SearchResults(
+                query, found_documents(lists, reranked, opened.documents, top_k), score_type_of(lists, reranked)
+            )
             for query, (lists, reranked) in zip(queries, found, strict=True)
         ]
 
     def _stages(
-        self, queries: Sequence[str], depth: int, documents: Corpus
+        self, queries: Sequence[str], depth: int, opened: Opened
     ) -> Iterator[tuple[dict[str, Candidates], RerankResults | None]]:
         """For each query what the stages found, and what the reranking said. One call of the Reranker for each: in a
         larger batch the last bits of a score would depend on the other queries."""
         nothing = np.zeros(0, np.int64)
-        searches = {stage: self.index.searches[stage] for stage in self.stages}
+        searches = {stage: opened.searches[stage] for stage in self.stages}
         found = {stage: one.search(queries, [nothing] * len(queries), depth) for stage, one in searches.items()}
         for place, query in enumerate(queries):
             lists, reranked = {stage: of_stage[place] for stage, of_stage in found.items()}, None
@@ -162,7 +171,7 @@ class Retriever:
                 lists[FUSED] = self.fusion.fuse(lists, nothing, depth)
             if self.reranker is not None:
                 first = list(lists.values())[-1]
-                texts = [documents.text(row) for row in first.rows.tolist()]
+                texts = [opened.documents.text(row) for row in first.rows.tolist()]
                 reranked = self.reranker.rerank(query, texts, **self.options)
                 rows = first.rows[[result.document_index for result in reranked]]
                 scores = np.array([result.score for result in reranked], np.float32)

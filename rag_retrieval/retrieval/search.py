@@ -15,7 +15,7 @@ from rich.text import Text
 from rag_retrieval.core.config import NAMES, FolderPath, Location, ModelName, Only, OutputPath, key
 from rag_retrieval.core.files import atomic_write, check_new_file
 from rag_retrieval.core.log import Progress
-from rag_retrieval.core.terminal import rendered, wrapped
+from rag_retrieval.core.terminal import on_one_line, rendered, wrapped
 from rag_retrieval.data.beir import query_texts, run_lines
 from rag_retrieval.data.readers import text_lines
 from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
@@ -46,7 +46,8 @@ class SearchConfig(ModelOptions, LongDocumentOptions):
     main_keys: ClassVar = ("index", "query", "queries", "reranker", "output")
     groups: ClassVar = ModelOptions.groups | {"long_document": "Long documents", "index": "Search", "output": "Output"}
     only_for: ClassVar = dict.fromkeys(
-        [*ModelOptions.model_fields.keys() - {"device"}, *LongDocumentOptions.model_fields], RERANKED
+        ModelOptions.model_fields.keys() - {"device", "trust_remote_code"} | LongDocumentOptions.model_fields.keys(),
+        RERANKED,
     )
 
     index: FolderPath = Field(min_length=1, description="Folder that rag-retrieval index wrote.")
@@ -84,6 +85,7 @@ class SearchConfig(ModelOptions, LongDocumentOptions):
 def run(config: SearchConfig) -> str:
     if config.output is not None:
         check_new_file(Path(config.output), config.overwrite)
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     queries = {"1": config.query} if config.queries is None else read_queries(Path(config.queries))
     with closing(open_retriever(config)) as retriever:
         texts = shown(config, retriever, queries)
@@ -110,7 +112,7 @@ def open_retriever(config: SearchConfig) -> "Retriever":
     from rag_retrieval.retrieval.retriever import Retriever
 
     fusion = config.fusion and (Fusion() if config.fusion == RRF else Fusion.read(config.fusion))
-    names = ("stages", "depth", "device", "batch_size", "normalize", "long_document", "overlap")
+    names = ("stages", "depth", "device", "trust_remote_code", "batch_size", "normalize", "long_document", "overlap")
     options = {name: getattr(config, name) for name in names}
     return Retriever(config.index, reranker=open_reranker(config), fusion=fusion, **options)
 
@@ -161,7 +163,7 @@ def as_text(results: "SearchResults", columns: int) -> Iterator[RenderableType]:
     room = max(1, columns - len(INDENT))
     for result in results:
         yield ""
-        yield Text(f"{result.rank}. {result.doc_id}", style="bold")
+        yield Text(f"{result.rank}. {on_one_line(result.doc_id)}", style="bold")
         for line in [*wrapped(describe_scores(result), room), *describe_metadata(result.metadata, room)]:
             yield INDENT + line
         start, end = result.slice or (0, len(result.text))

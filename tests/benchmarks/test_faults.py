@@ -52,7 +52,6 @@ def test_the_largest_file_of_the_newest_checkpoint_is_damaged(tmp_path, how, siz
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("task", faults.TASKS)
 def test_a_few_real_faults_end_as_expected_and_resume_to_equal_weights(task):
     program = [sys.executable, "benchmarks/faults.py", "--task", task, "--quick", "--within", "600"]

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import random
@@ -285,6 +286,7 @@ def test_an_embedders_step_beside_both_losses_end_to_end(tmp_path):
     speed.main(["--work", "train_embedding", "--encoder", "tiny_xlm_roberta", *sizes, "--out", str(out)])
     row = json.loads(out.read_text())
     sides = ["ours", "sentence-transformers", "sentence-transformers, cached 2"]
+    sides += ["FlagEmbedding"] if importlib.util.find_spec("FlagEmbedding") else []
     check_result(row, sides)
     assert row["queries"] == 4 and row["pairs"] == 4 * (1 + 1 + 3) and list(row["cpu_share_of_floor"]) == sides
     assert all(share["least"] > 0 for share in row["cpu_share_of_floor"].values())
@@ -294,13 +296,13 @@ def test_losses_or_gradients_that_disagree_stop_the_work(monkeypatch):
     job = SimpleNamespace(dtype="float32")
     monkeypatch.setattr(speed_embedding_training, "our_first_step", lambda job: (2.0, 10.0))
     for theirs, wrong in (((2.0001, 10.0), None), ((2.0003, 10.0), "loss"), ((2.0, 10.002), "gradient norm")):
-        monkeypatch.setattr(speed_embedding_training, "their_first_step", lambda job, size, theirs=theirs: theirs)
+        first_steps = {"side": lambda theirs=theirs: theirs}
         if wrong is None:
-            found = speed_embedding_training.compare_first_steps(job, {"side": None})
+            found = speed_embedding_training.compare_first_steps(job, first_steps)
             assert found["largest_difference"] == pytest.approx(5e-5)  # 0.0001 / 2
         else:
             with pytest.raises(speed_works.Disagreement, match=f"^{wrong} of the first step: ours .* side"):
-                speed_embedding_training.compare_first_steps(job, {"side": None})
+                speed_embedding_training.compare_first_steps(job, first_steps)
 
 
 def test_no_text_of_an_embedders_step_stands_in_two_of_its_records(monkeypatch):

@@ -27,6 +27,17 @@ def test_scores_below_zero_are_in_order_and_keep_their_value():
     assert scores.tolist() == [[2, 0, -0.25, -1.5, -3]]
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused_with_the_rows_they_are_among(monkeypatch, bad):
+    monkeypatch.setattr(module, "SEARCHED", 3)
+    vectors, queries = np.ones((8, 2), np.float32), np.ones((2, 2), np.float32)
+    vectors[4, 1] = bad
+    with pytest.raises(ValueError, match="one of the vectors 4 to 6 "):
+        nearest(queries, vectors, 2)
+    with pytest.raises(ValueError, match="one of the vectors 1 to 3 "):
+        nearest(queries * bad, vectors[:4], 2)
+
+
 def test_without_a_query_or_a_vector_nothing_is_found():
     assert nearest(np.empty((0, 3), np.float32), np.ones((4, 3)), 2)[0].shape == (0, 2)
     assert nearest(np.ones((2, 3), np.float32), np.empty((0, 3)), 2)[0].shape == (2, 0)

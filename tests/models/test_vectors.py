@@ -104,6 +104,12 @@ def test_what_cannot_be_compared_is_refused(vectors, ranges):
             use(vectors, "int8", ranges)
 
 
+def test_numbers_too_large_for_float16_are_refused():
+    assert to_precision(np.array([[65504, -65504]], np.float32), "float16").tolist() == [[65504, -65504]]
+    with pytest.raises(ValueError, match="too large for float16"):
+        to_precision(np.array([[1, -65536]], np.float32), "float16")
+
+
 def test_ranges_are_saved_and_read(vectors, tmp_path):
     ranges = ranges_of(vectors, normalized=True)
     np.testing.assert_array_equal(ranges.minimum, [column.min() for column in vectors.T])

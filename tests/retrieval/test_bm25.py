@@ -71,6 +71,12 @@ def test_chinese_documents_are_found_by_their_words(tmp_path):
     assert found_by(search, "熊猫和竹子").rows.tolist() == [1]
 
 
+def test_a_column_has_its_room_on_the_disk_before_it_is_written(tmp_path):
+    """Else a full disk would end the process by SIGBUS."""
+    column = bm25._mapped_column(tmp_path / "c.npy", np.float32, 100_000)
+    assert column.shape == (100_000,) and (tmp_path / "c.npy").stat().st_blocks * 512 >= 400_000
+
+
 def test_a_corpus_without_words_is_refused(tmp_path):
     with pytest.raises(DataError, match="no document of the corpus has a word"):
         built(tmp_path, ["?", ""])

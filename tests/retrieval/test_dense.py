@@ -71,6 +71,12 @@ def test_recall_is_the_part_of_the_nearest_that_is_found(tmp_path):
     assert search.recall(0) == pytest.approx(np.mean(parts)) and np.mean(parts) < 0.9
 
 
+def test_a_single_document_misses_nothing(tmp_path):
+    append_vectors(tmp_path / "vectors.npy", VECTORS[:1], 1)
+    vectors = Vectors([tmp_path], "vectors", None)
+    assert DenseSearch(vectors, None, "cpu", finer=vectors).recall(0) == 1
+
+
 def test_shards_are_read_by_any_rows_in_any_order(tmp_path):
     rows = np.array([59, 0, 20, 19, 20, 40])
     assert stored(tmp_path, "float32").rows(rows).tolist() == VECTORS[rows].tolist()

@@ -73,7 +73,7 @@ def test_every_search_goes_to_the_full_depth_and_queries_keep_their_order():
     assert bm25.asked == dense.asked == [2]
 
 
-@pytest.mark.parametrize("weights", [{"bm25": 0, "dense": 0}, {"bm25": -1, "dense": 2}, {"bm25": "1"}, {"a": np.inf}])
+@pytest.mark.parametrize("weights", [{"bm25": 0, "dense": 0}, {"bm25": -1, "dense": 2}, {"a": "1"}, {"a": 1.1}])
 def test_weights_that_mean_nothing_are_refused(weights):
     with pytest.raises(ValueError, match="weights: .*found"):
         Fusion(weights)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_models import tiny_bert
 from rag_retrieval import Embedder
 from rag_retrieval.core.files import locked
 from rag_retrieval.data.records import DataError
+from rag_retrieval.retrieval.building import LOCAL, update
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.index import Index, build_index
 from rag_retrieval.retrieval.index_files import IndexState
@@ -110,6 +112,31 @@ def test_a_model_that_changed_since_is_not_used(corpus, model, tmp_path):
     assert index.searches["bm25"].search(QUERIES, [np.zeros(0, int)] * 4, 3)
     with pytest.raises(ValueError, match="own now holds another model than the index was made with .model: was"):
         index.searches["dense"].search(QUERIES, [np.zeros(0, int)] * 4, 3)
+    before = files_of(tmp_path / "index")
+    with pytest.raises(ValueError, match="\n  model: was '.*', now '"):
+        index.add(corpus_file(tmp_path / "a.jsonl", changed_rows()))
+    assert files_of(tmp_path / "index") == before
+    index.remove(["z1"])  # encodes nothing
+    assert len(index) == 37
+
+
+def test_words_that_are_made_in_another_way_now_are_not_searched(copied, monkeypatch):
+    monkeypatch.setattr("rag_retrieval.retrieval.index_files.WORDS_VERSION", 99)
+    with pytest.raises(ValueError, match="words: was 'auto, version .', now 'auto, version 99'.; build the"):
+        Index(copied)
+
+
+def test_a_closed_index_opens_its_embedder_again(built, model):
+    index = Index(built)
+    first = index.embedder
+    assert index.embedder is first
+    index.close()
+    assert results(index) and index.embedder is not first
+    given = Embedder(model, pooling="mean", device="cpu")
+    index = Index(built, embedder=given)
+    assert index.embedder is given
+    index.close()
+    assert given.encode("a").shape == (32,), "who opened it closes it"
 
 
 def test_an_embedder_that_is_given_must_give_the_vectors_of_the_index(built, model, tmp_path):
@@ -182,6 +209,19 @@ def test_a_reader_keeps_its_index_while_another_changes_it(copied):
     assert len(Index(copied)) == 36
 
 
+def test_an_index_that_is_switched_while_it_is_opened_is_the_new_one(copied, monkeypatch):
+    check, calls = IndexState.check_files, []
+
+    def changing(self):
+        calls.append(1)
+        if len(calls) == 1:
+            Index(copied).remove(["z1"])
+        check(self)
+
+    monkeypatch.setattr(IndexState, "check_files", changing)
+    assert len(Index(copied)) == 37 and Index(copied).documents.row_of_id("z1") is None
+
+
 # ---- attacks
 
 
@@ -213,10 +253,31 @@ def test_a_damaged_file_is_named_when_the_index_is_opened(copied):
         with pytest.raises(ValueError, match=f"{name}: is missing"):
             Index(copied)
         (copied / name).write_bytes(whole)
-    for content in ("{", "[]", '{"format": 99}', '{"format": 1, "options": {"color": 1}}'):
+    values = json.loads((copied / "index.json").read_text())
+    changes = [{"options": {"color": 1}}, {"parts": {"bm25": "bm25-0123456789abcdef"}}, {"parts": {"corpus": "../c"}},
+               {"new": 1}]  # fmt: skip
+    damaged = [{}, {"format": 1}, *(values | change for change in changes)]
+    for content in ("{", "[]", *map(json.dumps, damaged)):
         (copied / "index.json").write_text(content)
-        with pytest.raises(ValueError, match="index.json: found format"):
+        with pytest.raises(ValueError, match="index.json: it is damaged; remove the folder and build the index again"):
             Index(copied)
+    (copied / "index.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="index.json: it is of the format 99, and this version reads 1; remove"):
+        Index(copied)
+
+
+def test_a_damaged_index_is_neither_continued_nor_changed(copied, corpus, model, tmp_path):
+    state = IndexState.read(copied)
+    shard = copied / state.parts["vectors"] / "shard-000001" / "vectors.npy"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    build = partial(build_index, corpus, copied, options(model))
+    for change in (build, partial(update, copied, None, ["z1"], LOCAL, {})):
+        with pytest.raises(ValueError, match="vectors.npy: has .* bytes were written; the index is damaged"):
+            change()
+    shard.write_bytes(b"\0" * len(whole))
+    with pytest.raises(ValueError, match="000001/vectors.npy: this is no file of vectors .*; the index is damaged"):
+        Index(copied)
 
 
 def test_folders_that_are_no_index_are_refused(tmp_path, corpus):

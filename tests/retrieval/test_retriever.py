@@ -206,14 +206,17 @@ def test_wrong_queries_are_refused(index):
             call()
 
 
-def test_a_closed_retriever_closes_the_reranker_that_it_opened_alone(index, models, reranker):
-    with Retriever(index, reranker=models["reranker"], stages=["bm25"], device="cpu") as retriever:
+def test_closing_lets_the_models_go_that_were_opened_here_and_no_others(index, models, reranker):
+    with Retriever(index, reranker=models["reranker"], device="cpu") as retriever:
         assert len(retriever.search("water")) > 0
+        embedder = retriever.index.embedder
+    with pytest.raises(ValueError, match="closed"):
+        embedder.encode("water")
     with pytest.raises(ValueError, match="closed"):
         retriever.search("water")
-    with Retriever(index, reranker=reranker, stages=["bm25"]) as retriever:
-        pass
-    assert len(retriever.search("water")) > 0
+    with Retriever(Index(index, device="cpu"), reranker=reranker) as retriever:
+        embedder = retriever.index.embedder
+    assert len(embedder.encode("water")) and len(retriever.search("water")) > 0
 
 
 @pytest.mark.slow

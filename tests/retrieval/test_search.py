@@ -3,6 +3,9 @@
 import gzip
 import json
 import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 from beir_samples import write_lines
@@ -14,17 +17,23 @@ from rag_retrieval import Retriever
 from rag_retrieval.cli import main
 from rag_retrieval.data.beir import read_run
 from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.fit_fusion import WEIGHTS, FusionFit
 from rag_retrieval.retrieval.fusion import Fusion
 from rag_retrieval.retrieval.index import build_index
 
 pytest.importorskip("bm25s")
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "search.md"
 
 CORPUS = [
     {"_id": "steam", "title": "Steam", "text": "Water boils at 100 degrees. " * 15, "year": 1999},
     {"_id": "ice", "text": "Water freezes at 0 degrees."},
     {"_id": "茶", "text": "水在一百度沸腾，泡茶的水要开。" * 15, "来源": "百科"},
     {"_id": "iron", "text": "Iron melts at 1538 degrees.\x1b[31m"},
+    {"_id": "\x1b[31mred\u202eline", "text": "violet"},
 ]
+
+NAMES = ["apple", "river", "engine", "planet", "violin", "harbor", "desert", "copper"]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +82,8 @@ def test_a_terminal_gets_bold_ids_and_a_file_gets_none(search, monkeypatch, tmp_
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     out = search("--query", "iron")[1]
     assert "\x1b[1m1. iron\x1b[0m" in out and out.count("\x1b") == 2, "none of a document's own"
+    out = search("--query", "violet")[1]
+    assert "1. [31mred line" in out and out.count("\x1b") == 2 and "\u202e" not in out
     search("--query", "iron", "--output_format", "text", "--output", "o.txt")
     assert "\x1b" not in (tmp_path / "o.txt").read_text()
 
@@ -112,8 +123,8 @@ def test_a_run_of_many_queries_is_read_back(search, tmp_path):
     assert code == 2 and "run.trec exists" in error and error.count("\n") == 1
     assert search("--queries", "queries.txt", "--output", "run.trec", "--overwrite", "--top_k", "1")[0] == 0
     assert len(read_run("run.trec")["1"]) == 1
-    assert search("--queries", "queries.txt", "--output", "run.jsonl")[0] == 0
-    assert json.loads((tmp_path / "run.jsonl").read_text().splitlines()[0])["query_id"] == "1"
+    assert search("--queries", "queries.txt", "--output", "new/run.jsonl")[0] == 0
+    assert json.loads((tmp_path / "new" / "run.jsonl").read_text().splitlines()[0])["query_id"] == "1"
 
 
 def test_a_run_that_fails_leaves_no_file(search, tmp_path):
@@ -157,7 +168,7 @@ def test_the_best_slice_is_shown(search, model):
         (["--query", "a", "--fusion", "q.txt"], "q.txt: expected a file that rag-retrieval fit-fusion wrote"),
         (["--query", "a", "--reranker", "./nothing"], "--reranker: found no folder ./nothing"),
         (["--query", "a", "--output", "folder"], "output: "),
-        (["--query", "a", "--output", "nothing/o.trec"], "No such file"),
+        (["--query", "a", "--output", "q.txt/o.trec"], "q.txt"),
     ],
 )
 def test_a_mistake_is_one_line(search, tmp_path, options, expected):
@@ -176,12 +187,11 @@ def test_a_mistake_is_one_line(search, tmp_path, options, expected):
 def both(tmp_path_factory):
     """A data folder and its index of words and of random vectors, which only hurt."""
     root = tmp_path_factory.mktemp("both")
-    names = ["apple", "river", "engine", "planet", "violin", "harbor", "desert", "copper"]
-    rows = [{"_id": f"{name}-{place}", "text": f"{name} {'x ' * place}"} for name in names for place in range(4)]
+    rows = [{"_id": f"{name}-{place}", "text": f"{name} {'x ' * place}"} for name in NAMES for place in range(4)]
     write_lines(root / "data" / "corpus.jsonl", rows)
-    write_lines(root / "data" / "queries.jsonl", [{"_id": f"q{name}", "text": f"where is {name}"} for name in names])
+    write_lines(root / "data" / "queries.jsonl", [{"_id": f"q{name}", "text": f"where is {name}"} for name in NAMES])
     (root / "data" / "qrels").mkdir()
-    lines = "".join(f"q{name}\t{name}-0\t1\n" for name in names)
+    lines = "".join(f"q{name}\t{name}-0\t1\n" for name in NAMES)
     (root / "data" / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
     save_by_sentence_transformers(tiny_bert(root / "base"), root / "embedder", "mean")
     options = IndexOptions(embedder=str(root / "embedder"), device="cpu")
@@ -223,3 +233,38 @@ def test_a_fit_that_cannot_be_is_one_line(both, index, capsys, tmp_path):
         assert main(["fit-fusion", *options, "--device", "cpu"]) == 2
         error = capsys.readouterr().err
         assert expected in error and error.count("\n") == 1
+
+
+# ---- the page
+
+
+def test_the_commands_and_the_python_of_the_page_work(both, model, tmp_path, monkeypatch, capsys):
+    """With a small index and a tiny model in place of those that it names."""
+    data, index = both
+    for source, name in ((index, "runs/index"), (data, "example_data/stdlib_beir"), (model, "runs/a/model")):
+        shutil.copytree(source, tmp_path / name)
+    qrels = tmp_path / "example_data" / "stdlib_beir" / "qrels"
+    for split in ("train", "test"):
+        shutil.copy(qrels / "dev.tsv", qrels / f"{split}.tsv")
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.read_text(encoding="utf-8").partition("## Search\n")[2]
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(code, names := {})
+    assert len(names["many"]) == 2 and len(names["results"]) == 3
+    commands = re.findall(r"^rag-retrieval (?:search|fit-fusion) .*", page, flags=re.MULTILINE)
+    commands += re.findall(r"`(rag-retrieval evaluate --.*?)`", page, flags=re.DOTALL)
+    assert len(commands) == 5
+    for command in commands:
+        assert main([*shlex.split(command)[1:], "--device", "cpu"]) == 0, command
+    assert set(read_run("runs/search.trec")) == {f"q{name}" for name in NAMES}
+    assert Retriever("runs/index").stages == ["bm25"]
+
+
+def test_the_page_shows_what_a_fit_prints():
+    values = {"bm25": 0.7102, "dense": 0.7127, "reciprocal ranks": 0.7621, WEIGHTS: 0.7699}
+    weights = {"bm25": 0.4, "dense": 0.6}
+    fit = FusionFit(WEIGHTS, Fusion(weights), "ndcg@10", 1200, values, weights, [weights] * 5)
+    assert f"```\n{fit.describe()}\nruns/index/fusion.json: {WEIGHTS}\n```" in PAGE.read_text(encoding="utf-8")
+    folds = [{"bm25": 0.35, "dense": 0.65}, weights]
+    unsure = FusionFit(WEIGHTS, Fusion(weights), "ndcg@10", 9, values, weights, folds)
+    assert "also bm25 0.35, dense 0.65" in unsure.describe()

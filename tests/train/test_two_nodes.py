@@ -18,7 +18,7 @@ import pytest
 import torch
 from training_runs import ROOT, final_weights, grouped_records, train, write_yaml
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.slow
 
 PATIENCE = 600.0  # seconds
 
