@@ -22,7 +22,7 @@ from rag_retrieval.models.inputs import check_list, check_number, check_text
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
-from rag_retrieval.retrieval.index import Index
+from rag_retrieval.retrieval.index import Index, Opened
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
@@ -126,7 +126,7 @@ class Retriever:
         depth: in place of the Retriever's.
         """
         depth = self.depth if depth is None else depth
-        return [lists for lists, _ in self._stages(queries, depth, self.index.documents)]
+        return [lists for lists, _ in self._stages(queries, depth, self.index.opened)]
 
     def close(self) -> None:
         """Let the models go that were opened here. Reranking then raises ValueError."""
@@ -148,20 +148,22 @@ class Retriever:
 
     def _search(self, queries: list[str], top_k: int) -> list[SearchResults]:
         check_number("top_k", top_k, 1, "documents")
-        documents = self.index.documents
-        found = self._stages(queries, max(self.depth, top_k), documents)
+        opened = self.index.opened
+        found = self._stages(queries, max(self.depth, top_k), opened)
         return [
-            SearchResults(query, found_documents(lists, reranked, documents, top_k), score_type_of(lists, reranked))
+            SearchResults(
+                query, found_documents(lists, reranked, opened.documents, top_k), score_type_of(lists, reranked)
+            )
             for query, (lists, reranked) in zip(queries, found, strict=True)
         ]
 
     def _stages(
-        self, queries: Sequence[str], depth: int, documents: Corpus
+        self, queries: Sequence[str], depth: int, opened: Opened
     ) -> Iterator[tuple[dict[str, Candidates], RerankResults | None]]:
         """For each query what the stages found, and what the reranking said. One call of the Reranker for each: in a
         larger batch the last bits of a score would depend on the other queries."""
         nothing = np.zeros(0, np.int64)
-        searches = {stage: self.index.searches[stage] for stage in self.stages}
+        searches = {stage: opened.searches[stage] for stage in self.stages}
         found = {stage: one.search(queries, [nothing] * len(queries), depth) for stage, one in searches.items()}
         for place, query in enumerate(queries):
             lists, reranked = {stage: of_stage[place] for stage, of_stage in found.items()}, None
@@ -169,7 +171,7 @@ class Retriever:
                 lists[FUSED] = self.fusion.fuse(lists, nothing, depth)
             if self.reranker is not None:
                 first = list(lists.values())[-1]
-                texts = [documents.text(row) for row in first.rows.tolist()]
+                texts = [opened.documents.text(row) for row in first.rows.tolist()]
                 reranked = self.reranker.rerank(query, texts, **self.options)
                 rows = first.rows[[result.document_index for result in reranked]]
                 scores = np.array([result.score for result in reranked], np.float32)

@@ -27,7 +27,7 @@ class Vectors:
     """[documents, width] of all shards, mapped, in any precision. ranges: of int8."""
 
     def __init__(self, shards: Sequence[Path], name: str, ranges: Int8Ranges | None):
-        self.parts = [np.load(shard / f"{name}.npy", mmap_mode="r") for shard in shards]
+        self.parts = [open_array(shard / f"{name}.npy") for shard in shards]
         self.ranges = ranges
         self._starts = np.cumsum([0, *map(len, self.parts)])
 
@@ -64,6 +64,15 @@ class Vectors:
         """The cosine of two float32 vectors, after the first lost what this precision loses."""
         kept = self.decode(to_precision(one[None], precision_of(self.parts[0]), self.ranges))[0]
         return float(kept @ other / max(np.linalg.norm(kept) * np.linalg.norm(other), EPSILON))
+
+
+def open_array(file: Path) -> np.ndarray:
+    """Mapped. Raises ValueError that names the file."""
+    try:
+        return np.load(file, mmap_mode="r")
+    except ValueError as error:
+        found = f"{file}: this is no file of vectors ({error})"
+        raise ValueError(f"{found}; the index is damaged: copy it again, or build it again") from error
 
 
 def precision_of(stored: np.ndarray) -> str:
