@@ -22,7 +22,7 @@ from rag_retrieval.models.inputs import check_list, check_number, check_text
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
-from rag_retrieval.retrieval.index import Index
+from rag_retrieval.retrieval.index import Index, Opened
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
@@ -126,7 +126,7 @@ class Retriever:
         depth: in place of the Retriever's.
         """
         depth = self.depth if depth is None else depth
-        return [lists for lists, _ in self._stages(queries, depth, self.index.documents)]
+        return [lists for lists, _ in self._stages(queries, depth, self.index.opened)]
 
     def close(self) -> None:
         """Let the models go that were opened here. Reranking then raises ValueError."""
@@ -148,20 +148,18 @@ class Retriever:
 
     def _search(self, queries: list[str], top_k: int) -> list[SearchResults]:
         check_number("top_k", top_k, 1, "documents")
-        documents = self.index.documents
-        found = self._stages(queries, max(self.depth, top_k), documents)
-        return [
-            SearchResults(query, found_documents(lists, reranked, documents, top_k), score_type_of(lists, reranked))
-            for query, (lists, reranked) in zip(queries, found, strict=True)
-        ]
+        opened = self.index.opened
+        searched = zip(queries, self._stages(queries, max(self.depth, top_k), opened), strict=True)
+        return [_results(query, *found, opened.documents, top_k) for query, found in searched]
 
     def _stages(
-        self, queries: Sequence[str], depth: int, documents: Corpus
+        self, queries: Sequence[str], depth: int, opened: Opened
     ) -> Iterator[tuple[dict[str, Candidates], RerankResults | None]]:
         """For each query what the stages found, and what the reranking said. One call of the Reranker for each: in a
         larger batch the last bits of a score would depend on the other queries."""
         nothing = np.zeros(0, np.int64)
-        searches = {stage: self.index.searches[stage] for stage in self.stages}
+        depth = min(depth, len(opened.documents))
+        searches = {stage: opened.searches[stage] for stage in self.stages}
         found = {stage: one.search(queries, [nothing] * len(queries), depth) for stage, one in searches.items()}
         for place, query in enumerate(queries):
             lists, reranked = {stage: of_stage[place] for stage, of_stage in found.items()}, None
@@ -169,7 +167,7 @@ class Retriever:
                 lists[FUSED] = self.fusion.fuse(lists, nothing, depth)
             if self.reranker is not None:
                 first = list(lists.values())[-1]
-                texts = [documents.text(row) for row in first.rows.tolist()]
+                texts = [opened.documents.text(row) for row in first.rows.tolist()]
                 reranked = self.reranker.rerank(query, texts, **self.options)
                 rows = first.rows[[result.document_index for result in reranked]]
                 scores = np.array([result.score for result in reranked], np.float32)
@@ -177,24 +175,20 @@ class Retriever:
             yield lists, reranked
 
 
-def score_type_of(lists: dict[str, Candidates], reranked: RerankResults | None) -> str:
-    return list(lists)[-1] if reranked is None else reranked.score_type
-
-
-def found_documents(
-    lists: dict[str, Candidates], reranked: RerankResults | None, documents: Corpus, top_k: int
-) -> list[SearchResult]:
+def _results(
+    query: str, lists: dict[str, Candidates], reranked: RerankResults | None, documents: Corpus, top_k: int
+) -> SearchResults:
     """The best of the last list, with what every stage says of them."""
-    last = list(lists.values())[-1]
+    last, candidates = list(lists.items())[-1]
     places = {stage: {row: place for place, row in enumerate(of.rows.tolist())} for stage, of in lists.items()}
     results = []
-    for place, row in enumerate(last.rows[:top_k].tolist()):
+    for place, row in enumerate(candidates.rows[:top_k].tolist()):
         found = {stage: of[row] for stage, of in places.items() if row in of}
         results.append(
             SearchResult(
                 doc_id=documents.id(row),
                 text=documents.text(row),
-                score=float(last.scores[place]),
+                score=float(candidates.scores[place]),
                 rank=place + 1,
                 metadata=documents.metadata(row),
                 document_index=row,
@@ -204,4 +198,4 @@ def found_documents(
                 ranks={stage: of + 1 for stage, of in found.items()},
             )
         )
-    return results
+    return SearchResults(query, results, last if reranked is None else reranked.score_type)
