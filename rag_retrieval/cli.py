@@ -133,6 +133,8 @@ def mine(config: "MiningConfig") -> str:
 
     started = time.monotonic()
     summary = mine(config)
+    if launched_rank() > 0:
+        return ""
     logger.info("the same as JSON: %s", summary_file(config.output))
     first = f"{config.output}: {summary.lines:,} lines in {time.monotonic() - started:.0f} s"
     return f"{first}\n{summary.describe(config.num_negatives)}"

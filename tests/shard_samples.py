@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rag_retrieval.core.shards import ShardWork
@@ -15,13 +16,13 @@ def work(root: Path, **arguments) -> ShardWork:
     return ShardWork("shard_samples:open_numbers", {"root": str(root), **arguments})
 
 
-def open_numbers(device, root, text="a", failing=None, killing=None, kills=1, wait_for=None, wait_at=()):
+def open_numbers(device, root, text="a", failing=None, killing=None, kills=1, wait_for=None, wait_at=(), yields=0):
     """failing: a shard that raises. killing: one that kills its process, the first `kills` times. wait_at: shards that
-    wait for root's file `wait_for`."""
+    wait for root's file `wait_for`. yields: a count that each shard yields."""
     root = Path(root)
     append(root / "opened", f"{device} {os.getcwd()}")
 
-    def make(number: int, folder: Path) -> None:
+    def make(number: int, folder: Path) -> Iterator[int]:
         (folder / "half").touch()
         append(root / "begun", number)
         if number in wait_at:
@@ -34,6 +35,7 @@ def open_numbers(device, root, text="a", failing=None, killing=None, kills=1, wa
         (folder / "half").unlink()
         (folder / "number").write_text(f"{text}{number}" * 1000)
         append(root / "made", number)
+        yield yields
 
     return make
 

@@ -179,6 +179,15 @@ def of_haystack(folder: Path, tmp_path: Path) -> list[float]:
     return in_order({document.content: document.score for document in found})
 
 
+def of_mteb(folder: Path, tmp_path: Path) -> list[float]:
+    pytest.importorskip("mteb")
+    from rag_retrieval.integrations.mteb import RerankerCrossEncoder
+
+    task = {"task_metadata": None, "hf_split": "test", "hf_subset": "default"}
+    inputs = [{"text": [QUERY] * len(DOCUMENTS)}], [{"text": DOCUMENTS}]  # as MTEB's loaders give them
+    return RerankerCrossEncoder(str(folder)).predict(*inputs, **task).tolist()
+
+
 def of_load_reranker(folder: Path, tmp_path: Path) -> list[float]:
     return load_reranker(folder, device="cpu").compute_score([(QUERY, text) for text in DOCUMENTS]).tolist()
 
@@ -195,7 +204,8 @@ def of_export(folder: Path, tmp_path: Path) -> list[float]:
     return own_results(str(folder), source, CheckData(source, encoded, len(DOCUMENTS), None)).tolist()
 
 
-ENTRIES = (of_rerank, of_evaluate, of_mine, of_distill, of_serve, of_langchain, of_llama_index, of_haystack)
+ENTRIES = (of_rerank, of_evaluate, of_mine, of_distill, of_serve, of_langchain, of_llama_index, of_haystack,
+           of_mteb)  # fmt: skip
 OF_WEIGHTS = (of_load_reranker, of_export)  # which an exported folder does not have
 
 

@@ -38,7 +38,7 @@ class Worker:
         self.opened()
 
     def make(self, number: int) -> None:
-        make_locally(self.shards, [number], self.opened, lambda number: None)
+        make_locally(self.shards, [number], self.opened, lambda number, count=None: None)
 
 
 def make_with_ray(

@@ -17,7 +17,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +33,8 @@ from rag_retrieval.core.log import Progress
 
 logger = logging.getLogger(__name__)
 
-MakeShard = Callable[[int, Path], None]
+MakeShard = Callable[[int, Path], Iterator[int] | None]
+Report = Callable[..., None]  # of a shard's number: so many of its texts are done, or without a count, the whole shard
 POLL = 0.2  # seconds between two looks at shards that other processes make
 MANIFEST = "manifest.json"
 LOCAL = EngineOptions()
@@ -49,8 +51,9 @@ class ShardWork:
     """What makes the shards of a job.
 
     open: "module:function", called once in each worker, before its first shard, as `open(device, **arguments)`; it
-    returns make(number, folder), which writes the files of shard `number` into the empty folder. device:
-    torch.device. arguments: small and picklable, such as paths and options, never data.
+    returns make(number, folder), which writes the files of shard `number` into the empty folder, and may yield how many
+    of its texts are done since, for the progress. device: torch.device. arguments: small and picklable, such as paths
+    and options, never data.
     """
 
     open: str
@@ -87,13 +90,15 @@ def run_shards(
         on_main(lambda: shards.begin(made_from, len(sizes), overwrite, lock))
         done = on_main(lambda: [number for number in range(len(sizes)) if shards.is_finished(number)])
         missing = sorted(set(range(len(sizes))).difference(done))
-        total, before = sum(sizes), sum(sizes[number] for number in done)
+        total, before, shown = sum(sizes), sum(sizes[number] for number in done), Counter()
         if done:
             logger.info("%s: %s of %s %s were done before", folder, f"{before:,}", f"{total:,}", unit)
         with Progress(total, description, unit, before, shown=process_index() == 0) as progress:
 
-            def report(number: int) -> None:
-                progress.update(sizes[number])
+            def report(number: int, count: int | None = None) -> None:
+                count = sizes[number] - shown[number] if count is None else count
+                shown[number] += count
+                progress.update(count)
 
             if engine.engine == "ray" and missing:
                 from rag_retrieval.core.ray_engine import make_with_ray
@@ -106,14 +111,14 @@ def run_shards(
 
 
 def make_locally(
-    shards: "ShardFolder", missing: list[int], opened: Callable[[], MakeShard], report: Callable[[int], None]
+    shards: "ShardFolder", missing: list[int], opened: Callable[[], MakeShard], report: Report
 ) -> None:
     """Returns when all of the missing shards are there, made by this process or another."""
     last_change = time.monotonic()
     while missing:
         claimed = []  # by other processes; when one of them is killed, its shard is free
         for number in missing:
-            if shards.make(number, opened):
+            if shards.make(number, opened, report):
                 report(number)
                 last_change = time.monotonic()
             else:
@@ -178,7 +183,7 @@ class ShardFolder:
             + "\nRestore these to continue it, or say overwrite: true to start over, or take another output"
         )
 
-    def make(self, number: int, opened: Callable[[], MakeShard]) -> bool:
+    def make(self, number: int, opened: Callable[[], MakeShard], report: Report) -> bool:
         """Make a shard unless it is there. False where another process is making it. opened: gives what makes it."""
         with ExitStack() as claim:
             try:
@@ -186,14 +191,15 @@ class ShardFolder:
             except ValueError:
                 return False
             if not self.is_finished(number):
-                self._write(number, opened())
+                self._write(number, opened(), report)
         return True
 
-    def _write(self, number: int, make: MakeShard) -> None:
+    def _write(self, number: int, make: MakeShard, report: Report) -> None:
         temporary = self.folder / f".shard-{number:06d}.{uuid.uuid4().hex[:8]}.tmp"
         temporary.mkdir()
         try:
-            make(number, temporary)
+            for count in make(number, temporary) or ():
+                report(number, count)
             flush_to_disk(temporary)
             try:
                 os.rename(temporary, self.path(number))

@@ -154,6 +154,11 @@ def text_files(source: Path) -> list[Path]:
         if path.name.lower().endswith(TEXT_SUFFIXES) and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(source).parts)
     )  # fmt: skip
+    for file in files:
+        try:
+            str(file.relative_to(source)).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{ascii(str(file))}: the name has bytes that are no UTF-8; rename it.") from None
     if not files:
         raise DataError(f"{source}: found neither corpus.jsonl nor corpus.jsonl.gz, nor texts in it; {expected}.")
     return files

@@ -155,7 +155,6 @@ class RetrieverSearch:
     def __init__(self, options: IndexOptions, reranker: Reranker | str | os.PathLike | None = None, depth: int = 100):
         self.options, self.depth = options, depth
         self.reranker = None if reranker is None else open_reranker(reranker)
-        self._folder: TemporaryDirectory | None = None  # of the index of the task
         models, decides = [options.embedder] if options.embedder else [], [fingerprint(options)]
         if self.reranker is not None:
             models.append(self.reranker.backend.name)
@@ -170,7 +169,7 @@ class RetrieverSearch:
         with source.open("w", encoding="utf-8") as file:
             for id_, text in zip(corpus["id"], texts, strict=True):
                 file.write(json.dumps({"_id": id_, "text": text}) + "\n")
-        build_index(source, source.with_name("index"), self.options)
+        self._index = build_index(source, source.with_name("index"), self.options)
 
     def search(
         self,
@@ -189,8 +188,9 @@ class RetrieverSearch:
                 "corpus; measure an embedding model or a reranker alone"
             )
         texts = texts_of(create_dataloader(queries, task_metadata=task_metadata, prompt_type=PromptType.query))
-        retriever = Retriever(Path(self._folder.name) / "index", reranker=self.reranker, depth=self.depth)
+        retriever = Retriever(self._index, reranker=self.reranker, depth=self.depth)
         found = retriever.search_many(texts, min(top_k, self.depth) if self.reranker else top_k)
+        self._index.close()
         self._folder.cleanup()
         return {
             query: {result.doc_id: result.score for result in results}

@@ -8,7 +8,16 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import FileOrFolder, FolderPath, ModelName, Only, OutputPath, key, shown_value
+from rag_retrieval.core.config import (
+    EngineOptions,
+    FileOrFolder,
+    FolderPath,
+    ModelName,
+    Only,
+    OutputPath,
+    key,
+    shown_value,
+)
 from rag_retrieval.data.words import AUTO
 from rag_retrieval.models.options import POOLINGS, LongDocumentOptions, ModelOptions
 
@@ -37,7 +46,7 @@ SEARCH_OF_FAISS = Only("FlagEmbedding: here device says where vectors are compar
 RANGE = re.compile(r"(\d+)-(\d+)")
 
 
-class MiningConfig(ModelOptions, LongDocumentOptions):
+class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
     """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply".
 
     The options for opening a model are the reranker's; device and trust_remote_code are those of dense_model and guide
@@ -49,13 +58,12 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
         "embedder_name_or_path": "dense_model",
     }  # fmt: skip
     main_keys: ClassVar = ("data", "output", "candidates", "num_negatives", "reranker")
-    groups: ClassVar = {
+    groups: ClassVar = EngineOptions.groups | {
         "long_document": "Long documents", "model_type": "Opening the reranker", "data": "Data",
         "candidates": "Candidates", "num_negatives": "Negatives",
     }  # fmt: skip
-    only_for: ClassVar = (
-        dict.fromkeys([*ModelOptions.model_fields, "long_document"], RERANKER)
-        | dict.fromkeys(("device", "trust_remote_code"), MODELS)
+    only_for: ClassVar = dict.fromkeys([*ModelOptions.model_fields, "long_document"], RERANKER) | dict.fromkeys(
+        ("device", "trust_remote_code"), MODELS
     )
 
     data: FileOrFolder = Field(
@@ -97,7 +105,10 @@ class MiningConfig(ModelOptions, LongDocumentOptions):
     )  # fmt: skip
     language: str | None = key(
         "Of the words: auto (by the script of each word; Latin is English), plain (words as they are), or a Snowball "
-        "stemmer such as german.", only=WORDS, derive=lambda config: AUTO, min_length=1
+        "stemmer such as german.",
+        only=WORDS,
+        derive=lambda config: AUTO,
+        min_length=1,
     )
     dense_model: ModelName | None = key(
         "A sentence-transformers folder, a plain encoder's, a hub name, or package:NAME.", only=DENSE, min_length=1

@@ -7,12 +7,15 @@ source. Another set of queries may change the last bit of a score: vectors of qu
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rag_retrieval.core.files import WorkFolder, atomic_write, check_new_file, lock_file_of, locked
-from rag_retrieval.core.log import Progress
+from rag_retrieval.core.config import EngineOptions
+from rag_retrieval.core.distributed import on_main, process_group
+from rag_retrieval.core.files import WorkFolder, atomic_write, check_new_file, digest_of, lock_file_of, locked
+from rag_retrieval.core.shards import MakeShard, ShardWork, run_shards
 from rag_retrieval.data.beir import find_file
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.documents import PASSAGE_TOKENS, source_content
@@ -20,41 +23,55 @@ from rag_retrieval.data.records import DataError
 from rag_retrieval.mining.config import FUSED, RANDOM, MiningConfig, summary_file
 from rag_retrieval.mining.miner import Miner, RandomSearch, device_of
 from rag_retrieval.mining.output import Mined, MiningSummary, lines_of, text_writer
-from rag_retrieval.mining.queries import Query, QuerySet, demand_labels_above_zero, read_queries
+from rag_retrieval.mining.queries import Query, demand_labels_above_zero, read_queries
 from rag_retrieval.models.settings import ModelFiles, model_content, resolve_model_path
 from rag_retrieval.retrieval.building import build_documents
 from rag_retrieval.retrieval.candidates import Search
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.fusion import FUSION_FILE, FusedSearch, Fusion
 from rag_retrieval.retrieval.index import Index, build_index
-from rag_retrieval.retrieval.index_files import fingerprint
+from rag_retrieval.retrieval.index_files import IndexState, fingerprint
 
-PART = 256  # queries
+if TYPE_CHECKING:
+    import torch
+
+PART, MINED_FILE = 256, "mined.jsonl"  # queries of a part, and its file
 WITHOUT_EFFECT = {"data", "corpus", "index", "split", "output", "output_format", "labels", "overwrite", "work_dir",
-                  "device"}  # fmt: skip
+                  "device", *EngineOptions.model_fields}  # fmt: skip
 
 
 def mine(config: MiningConfig) -> MiningSummary:
     """Write `config.output` and, beside it, the summary as NAME.summary.json. Returns the summary.
 
-    Raises DataError for data that cannot be used, and ValueError for models, an output that exists, a work folder
-    in use, and when no query got a negative. The output is then not written, and the work folder stays.
+    Under `accelerate launch` or torchrun every process calls it, and has the same summary. Raises DataError for data
+    that cannot be used, and ValueError for models, an output that exists, a work folder in use, and when no query got a
+    negative. The output is then not written, and the work folder stays.
     """
     output = Path(config.output)
-    work = WorkFolder(Path(config.work_dir or f"{output}.work"))
-    busy = f"output: another run is writing {output}; wait for it, or choose another"
-    with locked(lock_file_of(output), busy):
-        check_output(config, output)
-        with work.locked():
-            source = open_source(config, work)
-            queries = read_queries(config.data, config.split, source.documents)
-            if config.output_format != "pos_neg" and config.labels == "relevance":
-                demand_labels_above_zero(queries)
-            parts = mine_parts(config, source, queries, work)
-            summary = write_results(config, source.documents, queries, parts)
+    work = WorkFolder(Path(config.work_dir or f"{output}.work").absolute())
+    with process_group(), ExitStack() as locks:  # which the main process alone takes
+        on_main(lambda: begin(config, output, work, locks))
+        folder = build_source(config, work)
+        made_from, queries = on_main(lambda: plan(config, folder))
+        sizes = [min(PART, queries - start) for start in range(0, queries, PART)]
+        shown = {"description": "mining", "unit": "queries"}
+        shard_work = ShardWork("rag_retrieval.mining.run:open_miner", {"config": config, "folder": folder})
+        parts = run_shards(work.path / f"parts-{digest_of(made_from)}", made_from, sizes, shard_work, config, **shown)
+        summary = on_main(lambda: write_results(config, folder, parts))
         if config.work_dir is None:
-            work.remove()
+            on_main(work.remove)
     return summary
+
+
+def begin(config: MiningConfig, output: Path, work: WorkFolder, locks: ExitStack) -> None:
+    """Take output and work folder, and check what can be checked without any work."""
+    locks.enter_context(
+        locked(lock_file_of(output), f"output: another run is writing {output}; wait for it, or choose another")
+    )
+    check_output(config, output)
+    if not Path(config.data).exists():
+        raise DataError(f"{config.data}: no such file or folder; the current folder is {Path.cwd()}.")
+    locks.enter_context(work.locked())
 
 
 def check_output(config: MiningConfig, output: Path) -> None:
@@ -75,17 +92,30 @@ class Source(NamedTuple):
     made_from: Any
 
 
-def open_source(config: MiningConfig, work: WorkFolder) -> Source:
-    """Of the index that is named, or of one built from the corpus. Raises ValueError for candidates that the index does
-    not have."""
-    if not Path(config.data).exists():
-        raise DataError(f"{config.data}: no such file or folder; the current folder is {Path.cwd()}.")
+def build_source(config: MiningConfig, work: WorkFolder) -> Path:
+    """The folder of the index that is named, or of one built from the corpus; for random documents, of a corpus. All
+    processes share the encoding."""
+    if config.index is not None:
+        return Path(config.index).absolute()
+    source = corpus_of(config)
+    if config.candidates == RANDOM:
+        return on_main(lambda: build_documents(source, work.path, PASSAGE_TOKENS))
+    options = index_options(config)
+    made_from = on_main(lambda: [source_content(source), source.is_dir(), fingerprint(options), config.seed])
+    folder = work.path / f"index-{digest_of(made_from)}"
+    if on_main(lambda: IndexState.read(folder)) is None:
+        build_index(source, folder, options, config)
+    return folder
+
+
+def open_source(config: MiningConfig, folder: Path) -> Source:
+    """Of what `build_source` gave. Raises ValueError for candidates that the index does not have."""
     if config.index is None and config.candidates == RANDOM:
-        documents = Corpus(build_documents(corpus_of(config), work.path, PASSAGE_TOKENS))
+        documents = Corpus(folder)
         source = Source(documents, RandomSearch(len(documents), config.seed), documents.folder.name)
     else:
-        index = own_index(config, work) if config.index is None else open_index(Path(config.index), config)
-        file = index.folder / FUSION_FILE
+        index = Index(folder, device=device_of(config), trust_remote_code=config.trust_remote_code)
+        file = folder / FUSION_FILE
         fusion = Fusion.read(file) if file.is_file() else Fusion()
         source = Source(index.documents, search_of(index, fusion, config), [index.made_from, fusion.weights])
     if config.first_rank > len(source.documents):
@@ -108,18 +138,6 @@ def search_of(index: Index, fusion: Fusion, config: MiningConfig) -> Search:
 def corpus_of(config: MiningConfig) -> Path:
     is_folder = Path(config.data).is_dir()
     return find_file(Path(config.data), "corpus.jsonl").parent if is_folder else Path(config.corpus)
-
-
-def own_index(config: MiningConfig, work: WorkFolder) -> Index:
-    """Of the candidates that are asked for, where the work folder does not have it."""
-    source, options = corpus_of(config), index_options(config)
-    made_from = [source_content(source), source.is_dir(), fingerprint(options), config.seed]
-    folder = work.stage("index", made_from, lambda folder: build_index(source, folder, options), resumes=True)
-    return open_index(folder, config)
-
-
-def open_index(folder: Path, config: MiningConfig) -> Index:
-    return Index(folder, device=device_of(config), trust_remote_code=config.trust_remote_code)
 
 
 def index_options(config: MiningConfig) -> IndexOptions:
@@ -145,51 +163,58 @@ def index_options(config: MiningConfig) -> IndexOptions:
     )
 
 
-def mine_parts(config: MiningConfig, source: Source, queries: QuerySet, work: WorkFolder) -> Path:
-    """The folder of all parts, a file for every `PART` queries with a line for each."""
+def plan(config: MiningConfig, folder: Path) -> tuple[dict[str, Any], int]:
+    """What the parts depend on, and the number of queries."""
+    source = open_source(config, folder)
+    queries = read_queries(config.data, config.split, source.documents)
+    if config.output_format != "pos_neg" and config.labels == "relevance":
+        demand_labels_above_zero(queries)
     settings = config.model_dump(exclude=WITHOUT_EFFECT)
     for key in ("dense_model", "reranker", "guide"):
         settings[key] = settings[key] and model_content(settings[key])
-    made_from = [source.made_from, queries.digest(), settings]
-
-    def build(folder: Path) -> None:
-        miner = Miner(config, source.documents, source.search)
-        (folder / "words").write_text(miner.search.words)
-        missing = [part for part in _parts(queries) if not (folder / part[0]).exists()]
-        num_missing = sum(len(part) for _, part in missing)
-        done = len(queries.queries) - num_missing
-        with Progress(len(queries.queries), "mining", "queries", done) as progress:
-            for name, part in missing:
-                lines = []
-                for mined in miner.mine(part):
-                    lines.append(json.dumps(asdict(mined)) + "\n")
-                    progress.update()
-                with atomic_write(folder / name) as temporary:
-                    temporary.write_text("".join(lines))
-
-    return work.stage("parts", made_from, build, resumes=True)
+    return {"source": source.made_from, "queries": queries.digest(), "part": PART} | settings, len(queries.queries)
 
 
-def _parts(queries: QuerySet) -> Iterator[tuple[str, list[Query]]]:
-    for start in range(0, len(queries.queries), PART):
-        yield f"from-{start:09d}.jsonl", queries.queries[start : start + PART]
+def open_miner(device: "torch.device", config: MiningConfig, folder: Path) -> MakeShard:
+    """Mines parts of `PART` queries: a line of the file for each."""
+    if config.device is None and device.type == "cuda":
+        config = config.model_copy(update={"device": str(device)})
+    source = open_source(config, folder)
+    queries = read_queries(config.data, config.split, source.documents).queries
+    miner = Miner(config, source.documents, source.search)
+
+    def make(number: int, folder: Path) -> Iterator[int]:
+        with (folder / MINED_FILE).open("w") as file:
+            for mined in miner.mine(queries[number * PART : (number + 1) * PART]):
+                file.write(json.dumps(asdict(mined)) + "\n")
+                yield 1
+
+    return make
 
 
-def _all_mined(queries: QuerySet, parts: Path) -> Iterator[tuple[Query, Mined]]:
-    for name, part in _parts(queries):
-        with (parts / name).open() as file:
-            for query, line in zip(part, file, strict=True):
-                yield query, Mined(**json.loads(line))
+def all_mined(queries: list[Query], parts: list[Path]) -> Iterator[tuple[Query, Mined]]:
+    """Raises ValueError for a part that is damaged."""
+    for number, part in enumerate(parts):
+        of_part = queries[number * PART : (number + 1) * PART]
+        lines = (part / MINED_FILE).read_text().splitlines()
+        try:
+            mined = [Mined(**json.loads(line)) for line in lines]
+            yield from zip(of_part, mined, strict=True)
+        except (ValueError, TypeError):
+            found = f"{part / MINED_FILE}: damaged, expected a line for each of {len(of_part)} queries"
+            raise ValueError(f"{found}; delete {part}, and the same command mines that part again") from None
 
 
-def write_results(config: MiningConfig, corpus: Corpus, queries: QuerySet, parts: Path) -> MiningSummary:
+def write_results(config: MiningConfig, folder: Path, parts: list[Path]) -> MiningSummary:
     """Both files, each under another name until it is whole; the summary first."""
+    source = open_source(config, folder)
+    corpus, queries = source.documents, read_queries(config.data, config.split, source.documents)
     num_positives = sum(len(query.positives) for query in queries.queries)
     counts = (len(corpus), queries.read, queries.without_text, len(queries.queries), num_positives)
-    summary = MiningSummary(*counts, words=(parts / "words").read_text())
+    summary = MiningSummary(*counts, words=source.search.words)
     with atomic_write(Path(config.output)) as temporary:
         with text_writer(temporary, compressed=config.output.endswith(".gz")) as file:
-            for query, mined in _all_mined(queries, parts):
+            for query, mined in all_mined(queries.queries, parts):
                 summary.add(mined, config.num_negatives)
                 if mined.negatives:
                     for line in lines_of(query, mined, corpus, config.output_format, config.labels):

@@ -51,6 +51,7 @@ def build(source: str | Path, folder: Path, options: IndexOptions, engine: Engin
             made_from["passage_tokens"] = options.passage_tokens
         parts = {}
         if before:
+            on_main(before.check_files)
             check_same(folder, before.made_from, made_from)
             made_from, parts = before.made_from | made_from, before.parts
             options = with_kept_parts(options, before.options)
@@ -89,6 +90,7 @@ def update(
         before = on_main(lambda: IndexState.read(folder, local))
         if before is None:
             raise ValueError(f"{folder}: there is no index that could be changed; build it first")
+        on_main(before.check_files)
         if source is not None:
             on_main(lambda: check_same(folder, before.made_from, fingerprint(before.options)))
         corpus = on_main(lambda: change_documents(before, source, ids))
@@ -126,7 +128,8 @@ def change_documents(before: IndexState, source: str | Path | None, ids: Collect
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold the lock of the index, as one of the processes of a launch. Raises ValueError where others hold it."""
+    """Hold the lock of the index, as one of the processes of a launch. Raises ValueError where others hold it. An error
+    of the system that names no file, as that of a full disk, gets the folder's name."""
     busy = f"{folder}: another process writes this index; wait for it, or take another output"
     with process_group(), ExitStack() as lock:  # which the main process alone takes
 
@@ -135,7 +138,12 @@ def writing(folder: Path) -> Iterator[None]:
             lock.enter_context(locked(folder / ".lock", busy))
 
         on_main(take)
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.filename is None:
+                raise OSError(error.errno, error.strerror, str(folder)) from error
+            raise
 
 
 def finish(state: IndexState, engine: EngineOptions, old: IndexState | None) -> None:

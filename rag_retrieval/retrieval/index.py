@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -47,12 +47,20 @@ def build_index(
     return Index(folder, **options.given(*LOCAL_KEYS))
 
 
+class Opened(NamedTuple):
+    """Documents and the searches over them, which belong together: `Index.update` replaces both at once."""
+
+    documents: Corpus
+    searches: dict[str, Search]
+
+
 class Index:
     """An index that was built. Several threads may search one.
 
-    documents: the corpus, by row. searches: "bm25" and "dense", those that the index has. made_from: all that it
-    depends on, by name. recall: the part of the nearest documents that an approximate dense search finds, as it was
-    measured when the index was built; None where the search is exact.
+    documents: the corpus, by row. searches: "bm25" and "dense", those that the index has. opened: both, for who needs
+    them of one state while another thread may update. made_from: all that the index depends on, by name. recall: the
+    part of the nearest documents that an approximate dense search finds, as it was measured when the index was built;
+    None where the search is exact.
 
     embedder: in place of the one that the index names, which is opened when it is first needed. device, devices,
     trust_remote_code: for that, see `Embedder`. Raises ValueError for a folder without a finished index, a damaged one,
@@ -89,7 +97,7 @@ class Index:
                 raise
             return self._open()  # another process switched to a newer one
         self.made_from, self.recall, self.options = state.made_from, state.recall, state.options
-        self.documents, self.searches = documents, searches
+        self.opened = Opened(documents, searches)
 
     def _searches(self, state: IndexState) -> dict[str, Search]:
         searches: dict[str, Search] = {}
@@ -104,6 +112,14 @@ class Index:
 
             searches[DENSE] = open_search(state.paths, state.options, self._encode_queries)
         return searches
+
+    @property
+    def documents(self) -> Corpus:
+        return self.opened.documents
+
+    @property
+    def searches(self) -> dict[str, Search]:
+        return self.opened.searches
 
     def __len__(self) -> int:
         return len(self.documents)

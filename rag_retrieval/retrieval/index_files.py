@@ -47,13 +47,14 @@ class IndexState:
         values = read_json(folder / INDEX_FILE)
         found = values.pop("format", None)
         try:
-            if found == FORMAT:
+            parts = values["parts"]
+            if found == FORMAT and "corpus" in parts and all(map(STAGE_NAME.fullmatch, parts.values())):
                 options = IndexOptions(**values["options"] | (local or {}))
                 return cls(folder, **values | {"options": options})
-        except (TypeError, KeyError, ValueError):
-            found = "damaged"
-        found = f"{folder / INDEX_FILE}: found format {found}, and this version reads {FORMAT}"
-        raise ValueError(f"{found}; remove the folder and build the index again")
+        except (TypeError, KeyError, ValueError, AttributeError):
+            pass
+        found = "damaged" if found in (FORMAT, None) else f"of the format {found}, and this version reads {FORMAT}"
+        raise ValueError(f"{folder / INDEX_FILE}: it is {found}; remove the folder and build the index again")
 
     def write(self) -> None:
         values = {"format": FORMAT, "made_from": self.made_from, "parts": self.parts, "recall": self.recall}

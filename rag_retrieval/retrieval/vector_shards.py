@@ -27,7 +27,7 @@ class Vectors:
     """[documents, width] of all shards, mapped, in any precision. ranges: of int8."""
 
     def __init__(self, shards: Sequence[Path], name: str, ranges: Int8Ranges | None):
-        self.parts = [np.load(shard / f"{name}.npy", mmap_mode="r") for shard in shards]
+        self.parts = [open_array(shard / f"{name}.npy") for shard in shards]
         self.ranges = ranges
         self._starts = np.cumsum([0, *map(len, self.parts)])
 
@@ -64,6 +64,15 @@ class Vectors:
         """The cosine of two float32 vectors, after the first lost what this precision loses."""
         kept = self.decode(to_precision(one[None], precision_of(self.parts[0]), self.ranges))[0]
         return float(kept @ other / max(np.linalg.norm(kept) * np.linalg.norm(other), EPSILON))
+
+
+def open_array(file: Path) -> np.ndarray:
+    """Mapped. Raises ValueError that names the file."""
+    try:
+        return np.load(file, mmap_mode="r")
+    except ValueError as error:
+        found = f"{file}: this is no file of vectors ({error})"
+        raise ValueError(f"{found}; the index is damaged: copy it again, or build it again") from error
 
 
 def precision_of(stored: np.ndarray) -> str:
@@ -141,7 +150,7 @@ def open_shards(
         found = known.row_of_id(documents.id(row)) if known else None
         return found if found is not None and known.text(found) == documents.text(row) else -1
 
-    def make(number: int, folder: Path) -> None:
+    def make(number: int, folder: Path) -> Iterator[int]:
         rows = range(len(documents))[number * options.shard_size : (number + 1) * options.shard_size]
         files = {name: folder / f"{name}.npy" for name in precisions(options)}
         for start in range(0, len(rows), ENCODED):
@@ -153,6 +162,7 @@ def open_shards(
                 fresh = None if encoded is None else to_precision(encoded, precision, int8_ranges)
                 kept = copies[name].stored(sources[sources >= 0]) if copies else None
                 append_vectors(files[name], _merged(sources < 0, fresh, kept), len(rows))
+            yield len(block)
 
     return make
 

@@ -125,14 +125,25 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_shard(tmp_path):
     assert len(run(tmp_path)) == 5
 
 
+def test_what_a_shard_yields_is_shown_and_the_rest_when_it_is_there(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("rag_retrieval.core.log.Progress.update", lambda self, count: shown.append(count))
+    run(tmp_path, count=2, yields=4)
+    assert shown == [4, 6, 4, 6]
+
+
 # --- several processes ---
+
+
+def nothing(number: int, count: int | None = None) -> None:
+    """Reports nothing."""
 
 
 def share(tmp_path: Path, count: int, **arguments) -> multiprocessing.Process:
     """A process that works with others on the folder, as one of `accelerate launch` does."""
     (tmp_path / "work").mkdir(exist_ok=True)
     shards, opened = ShardFolder(tmp_path / "work"), work(tmp_path, **arguments).open_here
-    process = FORK.Process(target=make_locally, args=(shards, list(range(count)), cache(opened), lambda number: None))
+    process = FORK.Process(target=make_locally, args=(shards, list(range(count)), cache(opened), nothing))
     process.start()
     return process
 
@@ -199,11 +210,14 @@ def test_without_locks_a_shard_that_another_process_finished_first_is_taken(tmp_
     monkeypatch.setattr(fcntl, "flock", refuse)
     shards = ShardFolder(tmp_path / "work")
 
+    def write_first(number: int, folder: Path) -> None:
+        (folder / "number").write_text("first")
+
     def make(number: int, folder: Path) -> None:
         (folder / "number").write_text("late")
         if not shards.is_finished(number):
-            shards.make(number, lambda: lambda number, folder: (folder / "number").write_text("first"))
+            shards.make(number, lambda: write_first, nothing)
 
     (tmp_path / "work").mkdir()
-    assert shards.make(0, lambda: make)
+    assert shards.make(0, lambda: make, nothing)
     assert contents(tmp_path / "work") == {"shard-000000/number": b"first"}

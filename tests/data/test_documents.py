@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 from datetime import date
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -117,6 +119,12 @@ def test_an_unusable_source_is_refused_with_its_place(tmp_path, name, content, m
     with pytest.raises(DataError) as caught:
         read(source)
     assert str(caught.value).startswith(f"{tmp_path}/{message}")
+
+
+def test_a_file_name_that_is_no_utf8_is_refused(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.txt")).write_text("a")
+    with pytest.raises(DataError, match=r"/bad\\udcff.txt': the name has bytes that are no UTF-8; rename it."):
+        read(tmp_path)
 
 
 def test_a_key_id_beside_the_id_is_metadata(tmp_path):

@@ -27,7 +27,7 @@ from mining_samples import write_beir  # noqa: E402
 from mteb.models import CrossEncoderProtocol, EncoderProtocol, SearchProtocol  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
-from tiny_models import tiny_bert  # noqa: E402
+from tiny_models import bring_code, tiny_bert  # noqa: E402
 
 from rag_retrieval import Embedder, Reranker, cli  # noqa: E402
 from rag_retrieval.integrations.mteb import EmbedderEncoder, RerankerCrossEncoder, RetrieverSearch  # noqa: E402
@@ -133,6 +133,12 @@ def test_a_retriever_reranks_its_first_documents_and_gives_no_others(folder, enc
         found = reranker.compute_score([(QUERIES[query], DOCUMENTS[document]) for document in best])
         run[query] = dict(zip(best, found.tolist(), strict=True))
     assert_equal_to_ours(scores_of(search, LocalRetrieval()), run)
+
+
+def test_a_retriever_runs_code_of_a_model_where_it_is_trusted(tmp_path):
+    own = bring_code(tiny_bert(tmp_path / "bert"), tmp_path / "own")
+    options = IndexOptions(embedder=own, trust_remote_code=True, pooling="mean", bm25=False, device="cpu")
+    assert 0 < scores_of(RetrieverSearch(options), LocalRetrieval())["ndcg_at_10"] < 1
 
 
 def test_the_adapters_are_what_mteb_asks_for(encoder, model_folders):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from mining_samples import animal_data, read_output
+from tiny_models import tiny_bert
+from training_runs import ROOT, engine_command, launch
 
 from rag_retrieval.cli import main
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_mining_from_yaml_prints_what_was_kept_and_dropped(tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, model_fol
         output = tmp_path / f"{number.name}.jsonl"
         run = subprocess.Popen(command("hold", output), env=environment, stderr=subprocess.PIPE)
         work = output.with_name(output.name + ".work")
-        while len(list(work.glob("parts-*.partial/*.jsonl"))) < 3:
+        while len(list(work.glob("parts-*/shard-*"))) < 3:
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.01)
         run.send_signal(number)
@@ -95,6 +95,19 @@ def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, model_fol
         if number != signal.SIGKILL:
             assert "the same command continues where this one stopped" in errors
         assert not output.exists()
-        assert len(list(work.glob("parts-*.partial/*.jsonl"))) == 3
+        assert len(list(work.glob("parts-*/shard-*"))) == 3
         assert subprocess.run(command("on", output), env=environment, timeout=600).returncode == 0
         assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_mine_the_bytes_of_one_and_one_of_them_tells(tmp_path):
+    animal_data(tmp_path / "data")
+    base = tiny_bert(tmp_path / "bert")
+    options = ["--data", str(tmp_path / "data"), "--candidates", "fused", "--dense_model", base, "--output"]
+    assert main(["mine", *options, str(tmp_path / "one.jsonl")]) == 0
+    two = ["rag_retrieval.cli", "mine", *options, str(tmp_path / "two.jsonl")]
+    done = launch([*engine_command("config/ddp.yaml", 2, "-m"), *two])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert done.stdout.count("two.jsonl: 36 lines") == 1 and not list(tmp_path.glob("*.work"))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -121,6 +122,24 @@ def test_a_killed_run_keeps_its_parts_and_continues_to_the_same_bytes(data, base
     assert len(calls) == 25 + 16, "two parts of ten were kept"
     assert resumed.read_bytes() == whole.read_bytes()
     assert (tmp_path / "resumed.summary.json").read_bytes() == (tmp_path / "whole.summary.json").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text.partition("\n")[2]])
+def test_a_damaged_part_is_named_and_mined_again_once_it_is_deleted(data, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(run, "PART", 10)
+    config = config_of(data, tmp_path / "out.jsonl", work_dir=str(tmp_path / "work"))
+    mine(config)
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    (file,) = (tmp_path / "work").glob("parts-*/shard-000002/mined.jsonl")
+    file.write_text(damage(file.read_text()))
+    again = config.model_copy(update={"overwrite": True})
+    with pytest.raises(
+        ValueError, match=f"{file}: damaged, expected a line for each of 10 queries; delete {file.parent}"
+    ):
+        mine(again)
+    shutil.rmtree(file.parent)
+    mine(again)
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_a_kept_work_folder_serves_other_settings_and_never_other_data(data, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_models import tiny_bert
 from rag_retrieval import Embedder
 from rag_retrieval.core.files import locked
 from rag_retrieval.data.records import DataError
+from rag_retrieval.retrieval.building import LOCAL, update
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.index import Index, build_index
 from rag_retrieval.retrieval.index_files import IndexState
@@ -251,10 +253,31 @@ def test_a_damaged_file_is_named_when_the_index_is_opened(copied):
         with pytest.raises(ValueError, match=f"{name}: is missing"):
             Index(copied)
         (copied / name).write_bytes(whole)
-    for content in ("{", "[]", '{"format": 99}', '{"format": 1, "options": {"color": 1}}'):
+    values = json.loads((copied / "index.json").read_text())
+    changes = [{"options": {"color": 1}}, {"parts": {"bm25": "bm25-0123456789abcdef"}}, {"parts": {"corpus": "../c"}},
+               {"new": 1}]  # fmt: skip
+    damaged = [{}, {"format": 1}, *(values | change for change in changes)]
+    for content in ("{", "[]", *map(json.dumps, damaged)):
         (copied / "index.json").write_text(content)
-        with pytest.raises(ValueError, match="index.json: found format"):
+        with pytest.raises(ValueError, match="index.json: it is damaged; remove the folder and build the index again"):
             Index(copied)
+    (copied / "index.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="index.json: it is of the format 99, and this version reads 1; remove"):
+        Index(copied)
+
+
+def test_a_damaged_index_is_neither_continued_nor_changed(copied, corpus, model, tmp_path):
+    state = IndexState.read(copied)
+    shard = copied / state.parts["vectors"] / "shard-000001" / "vectors.npy"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    build = partial(build_index, corpus, copied, options(model))
+    for change in (build, partial(update, copied, None, ["z1"], LOCAL, {})):
+        with pytest.raises(ValueError, match="vectors.npy: has .* bytes were written; the index is damaged"):
+            change()
+    shard.write_bytes(b"\0" * len(whole))
+    with pytest.raises(ValueError, match="000001/vectors.npy: this is no file of vectors .*; the index is damaged"):
+        Index(copied)
 
 
 def test_folders_that_are_no_index_are_refused(tmp_path, corpus):
