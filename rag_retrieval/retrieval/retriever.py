@@ -158,7 +158,6 @@ class Retriever:
         """For each query what the stages found, and what the reranking said. One call of the Reranker for each: in a
         larger batch the last bits of a score would depend on the other queries."""
         nothing = np.zeros(0, np.int64)
-        depth = min(depth, len(opened.documents))
         searches = {stage: opened.searches[stage] for stage in self.stages}
         found = {stage: one.search(queries, [nothing] * len(queries), depth) for stage, one in searches.items()}
         for place, query in enumerate(queries):
