@@ -55,7 +55,8 @@ def main() -> None:
 
 def measure(folder: Path, size: int, search: str) -> str:
     """A line of the table. The exact search makes the vectors, where they are not there."""
-    options = IndexOptions(embedder="no-model", bm25=False, faiss_index=None if search == EXACT else search)
+    faiss_index = None if search == EXACT else search
+    options = IndexOptions(embedder="no-model", bm25=False, device="cpu", faiss_index=faiss_index)
     paths = {"vectors": folder / "vectors"}
     with highest_memory(0.05) as highest:
         start = time.perf_counter()
@@ -65,7 +66,7 @@ def measure(folder: Path, size: int, search: str) -> str:
             paths["faiss"].mkdir(parents=True)
             build_faiss(*open_vectors(paths, options), options, paths["faiss"])
         made = time.perf_counter() - start
-        searcher = open_search(paths, options, None, "cpu")
+        searcher = open_search(paths, options, None)
         queries = queries_of(searcher.vectors)
         one, many = (seconds_of(searcher, queries, at_once) * 1000 for at_once in (1, QUERIES))
         recall = 1.0 if options.faiss_index is None else searcher.recall(0)
