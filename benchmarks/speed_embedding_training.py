@@ -47,28 +47,9 @@ ALL_GRAPHS = 1 << 20  # tokens
 
 def run_train_embedding(options: argparse.Namespace, scratch: Path) -> dict:
     """Everything that goes into the line of JSON. Raises Disagreement where the sides' first steps differ."""
-    from transformers import AutoTokenizer
-
     say("train_embedding ...")
-    folder = without_dropout(make_embedder_folder(options, scratch), scratch / "without_dropout")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    job, tokenizer = make_job(options, scratch)
     queries, stride = options.queries_per_step, WARMUP + options.steps
-    examples = make_examples(options, queries * max(options.rounds * stride, 2), tokenizer)
-    job = Job(
-        model=folder,
-        file=scratch / "records.jsonl",
-        examples=examples,
-        formats=None,
-        max_len=options.max_len,
-        dtype=options.dtype,
-        device=options.device,
-        workers=options.workers,
-        scratch=scratch,
-        steps=[examples[start : start + queries] for start in range(0, len(examples), queries)],
-    )
-    records = [{"query": query, "pos": texts[:1], "neg": texts[1:]} for query, texts, _ in examples]
-    job.file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
     sizes = {THEIRS: None} | {f"{THEIRS}, cached {size}": size for size in sorted(set(options.st_batch))}
     first_steps = {name: partial(their_first_step, job, size) for name, size in sizes.items()}
     flag = importlib.util.find_spec("FlagEmbedding") is not None
@@ -84,7 +65,6 @@ def run_train_embedding(options: argparse.Namespace, scratch: Path) -> dict:
     if flag:
         turns[FLAG] = lambda turn: train_flag(job, turn * stride, options.steps)
     took, gemm = take_turns(job, turns, options.rounds)
-
     starts = [turn * stride + WARMUP for turn in range(options.rounds)]
     lengths = [text_lengths(job, tokenizer, job.steps[start : start + options.steps]) for start in starts]
     cost = model_cost(job.model)
@@ -111,6 +91,31 @@ def run_train_embedding(options: argparse.Namespace, scratch: Path) -> dict:
         **(cpu_floor(job, took, flops) if job.device == "cpu" else {}),
         "agreement": agreement,
     }
+
+
+def make_job(options: argparse.Namespace, scratch: Path):
+    """What all sides share, as files, and the model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    folder = without_dropout(make_embedder_folder(options, scratch), scratch / "without_dropout")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    queries, stride = options.queries_per_step, WARMUP + options.steps
+    examples = make_examples(options, queries * max(options.rounds * stride, 2), tokenizer)
+    job = Job(
+        model=folder,
+        file=scratch / "records.jsonl",
+        examples=examples,
+        formats=None,
+        max_len=options.max_len,
+        dtype=options.dtype,
+        device=options.device,
+        workers=options.workers,
+        scratch=scratch,
+        steps=[examples[start : start + queries] for start in range(0, len(examples), queries)],
+    )
+    records = [{"query": query, "pos": texts[:1], "neg": texts[1:]} for query, texts, _ in examples]
+    job.file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return job, tokenizer
 
 
 def make_examples(options: argparse.Namespace, count: int, tokenizer) -> list[Example]:
@@ -162,21 +167,24 @@ def compare_first_steps(job: Job, first_steps: dict[str, Callable[[], tuple[floa
 # --- ours ---
 
 
-def train_ours(job: Job, first: int, steps: int) -> Took:
+def train_ours(job: Job, first: int, steps: int, tokens_with_graph: int | None = ALL_GRAPHS) -> Took:
+    """tokens_with_graph: of a step that are encoded once; None for what the trainer itself takes."""
     clock = StepClock(steps, job.device)
-    run_ours(our_trainer(job, first, Path(tempfile.mkdtemp(dir=job.scratch))), clock)
+    run_ours(our_trainer(job, first, Path(tempfile.mkdtemp(dir=job.scratch)), tokens_with_graph), clock)
     return clock.took()
 
 
-def our_first_step(job: Job) -> tuple[float, float]:
+def our_first_step(job: Job, tokens_with_graph: int | None = ALL_GRAPHS) -> tuple[float, float]:
     """Loss and gradient norm, from the run's own metrics file."""
     folder = Path(tempfile.mkdtemp(dir=job.scratch))
-    run_ours(our_trainer(job, 0, folder), StepClock(1, job.device))  # a step is logged before the next one ends
+    trainer = our_trainer(job, 0, folder, tokens_with_graph)
+    run_ours(trainer, StepClock(1, job.device))  # a step is logged before the next one ends
     line = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     return line["loss"], line["grad_norm"]
 
 
-def our_trainer(job: Job, first: int, output_dir: Path):
+def our_trainer(job: Job, first: int, output_dir: Path, tokens_with_graph: int | None = ALL_GRAPHS, **changes):
+    """changes: of the keys of the configuration."""
     from rag_retrieval.train.embedding.config import EmbeddingConfig
     from rag_retrieval.train.embedding.run import EmbeddingTraining
 
@@ -191,10 +199,10 @@ def our_trainer(job: Job, first: int, output_dir: Path):
         "temperature": TEMPERATURE,
         "output_dir": str(output_dir),
         "batch_size": len(job.steps[0]),
-        "max_tokens_with_graph": ALL_GRAPHS,
+        "max_tokens_with_graph": tokens_with_graph,
         "log_interval": 1,
     }
-    return trainer_at(EmbeddingTraining(EmbeddingConfig(**values | our_settings(job))), first)
+    return trainer_at(EmbeddingTraining(EmbeddingConfig(**values | our_settings(job) | changes)), first)
 
 
 # --- theirs ---

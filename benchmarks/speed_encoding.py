@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from speed_data import draw_examples, make_model_folder, single_token_words
+from speed_data import DECODERS, draw_examples, make_model_folder, single_token_words
 from speed_floor import cpu_now, gemm_rate, gemm_shapes, model_cost
 from speed_report import OURS, THEIRS, spread, summary_of_side
 from speed_training import DTYPES, SEED, Took
@@ -95,13 +95,15 @@ def cpu_floor(job, took: dict[str, list[Took]], flops: list[float]) -> dict:
 
 
 def make_embedder_folder(options: argparse.Namespace, scratch: Path) -> Path:
-    """A sentence-transformers folder: mean of the token states, of length 1, at most `--max-len` tokens."""
+    """A sentence-transformers folder: mean of the token states (of a decoder the last one), of length 1, at most
+    `--max-len` tokens."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     classifier = make_model_folder(options.encoder, scratch / "classifier", options.device)
     body = Transformer(str(classifier), max_seq_length=options.max_len)
-    modules = [body, Pooling(body.get_embedding_dimension(), pooling_mode="mean"), Normalize()]
+    pooling = "lasttoken" if options.encoder in DECODERS else "mean"
+    modules = [body, Pooling(body.get_embedding_dimension(), pooling_mode=pooling), Normalize()]
     SentenceTransformer(modules=modules, device="cpu").save(str(scratch / "embedder"))
     return scratch / "embedder"
 

@@ -15,7 +15,7 @@ from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.evaluation import evaluate_reranker
 from rag_retrieval.evaluate.retrieval import evaluate_retriever
 from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig
-from rag_retrieval.evaluate.systems import default_output_dir
+from rag_retrieval.evaluate.systems import check_matplotlib, default_output_dir
 from rag_retrieval.metrics import means
 from rag_retrieval.train.checkpoints import CheckpointStore
 from rag_retrieval.train.run_folder import read_run
@@ -55,6 +55,7 @@ def evaluate_checkpoints(config: AnyConfig) -> CheckpointCurve:
     measured before is taken from `config.output_dir`. Raises ValueError for a folder that is no run or has no
     checkpoint.
     """
+    check_matplotlib()
     run = Path(config.checkpoints)
     output_dir = Path(config.output_dir or default_output_dir(f"{run.name}-checkpoints", Path(config.data).name))
     rows, last = [], None

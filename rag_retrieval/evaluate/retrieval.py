@@ -4,10 +4,9 @@ Indexes are built and candidates scored by all processes of a launch together; t
 others what it found.
 """
 
-import importlib.util
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,13 @@ import numpy as np
 from rag_retrieval.core.distributed import on_main, own_device, process_group
 from rag_retrieval.data.beir import Qrels, Run, write_run
 from rag_retrieval.evaluate.ranking_data import RankingData
-from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig
-from rag_retrieval.evaluate.retrievers import Judged, Retrieved, file_name, read_judged, retrieve
+from rag_retrieval.evaluate.retrieval_config import SHARED, RetrievalEvaluationConfig
+from rag_retrieval.evaluate.retrievers import Retrieved, file_name, read_judged, retrieve
 from rag_retrieval.evaluate.scoring import locked_output_dir, score_candidates
 from rag_retrieval.evaluate.systems import (
     Evaluation,
     System,
+    check_matplotlib,
     compared,
     default_output_dir,
     largest_changes,
@@ -95,8 +95,8 @@ def evaluate_retriever(config: RetrievalEvaluationConfig, indexes: Path | None =
     folder for those that are made here, which several evaluations share; None: in the output_dir.
     """
     with process_group():
-        if config.report and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("a report needs matplotlib; run: pip install -e '.[report]'")
+        if config.report:
+            check_matplotlib()
         judged = read_judged(config)
         names = short_names(config.retriever)
         output_dir = Path(config.output_dir or default_output_dir("+".join(names), judged.name))
@@ -110,25 +110,25 @@ def evaluate_retriever(config: RetrievalEvaluationConfig, indexes: Path | None =
 
 
 def rerank(
-    config: RetrievalEvaluationConfig, found: Sequence[Retrieved], judged: Judged, output_dir: Path
+    config: RetrievalEvaluationConfig, found: Sequence[Retrieved], judged: RankingData, output_dir: Path
 ) -> dict[str, Run]:
     """The candidates of each retriever with the reranker's scores, by the retriever's name; none without a reranker."""
     if config.reranker is None:
         return {}
-    options = ModelOptions(**config.given("device", "devices", "dtype", "precision", "trust_remote_code"))
+    options = ModelOptions(**config.given(*SHARED))
     if options.device is None and options.devices is None:
         options = options.model_copy(update={"device": own_device()})
     reranker, name = Reranker.from_backend(open_backend(config.reranker, options)), name_of(config.reranker)
     runs = {}
     for one in found:
-        data = RankingData(judged.name, one.texts, judged.queries, judged.qrels, one.candidates, one.name)
+        data = replace(judged, documents=one.texts, candidates=one.candidates, source=one.name)
         runs[one.name] = score_candidates(reranker, name, data, run_file(output_dir, f"{one.name} reranked"), config)
     return runs
 
 
 def measure(
     config: RetrievalEvaluationConfig,
-    judged: Judged,
+    judged: RankingData,
     found: Sequence[Retrieved],
     reranked: dict[str, Run],
     output_dir: Path,
@@ -143,9 +143,9 @@ def measure(
         best = perfect_run(judged.qrels, one.candidates)
         ceilings.append(system_of(f"{one.name} perfect order", best, judged.qrels, config))
     before, after = baseline_of(config, systems), systems[-1]
-    last, texts = found[-1], {document: text for one in found for document, text in one.texts.items()}
-    data = RankingData(judged.name, texts, judged.queries, judged.qrels, last.candidates, last.name,
-                       identical_ids=max(one.identical_ids for one in found))  # fmt: skip
+    texts = {document: text for one in found for document, text in one.texts.items()}
+    identical = max(one.identical_ids for one in found)
+    data = replace(judged, documents=texts, candidates=found[-1].candidates, identical_ids=identical)
     of_each = {system.name: compared(before, system, config) for system in systems if system is not before}
     return RetrievalEvaluation(
         config=config,

@@ -36,6 +36,7 @@ WORDS = Only("retriever bm25", lambda config: BM25 in config.retriever)
 MODELS = Only("retrievers that are models", lambda config: any(map(is_model, config.retriever)))
 ONE_MODEL = Only("a single retriever, a model", lambda config: [is_model(each) for each in config.retriever] == [True])
 RERANKER = Only("runs with a reranker", lambda config: config.reranker is not None)
+SHARED = {"device", "devices", "dtype", "precision", "trust_remote_code"}  # with the reranker
 Retriever = Annotated[str, Location(file=True, folder=True, hub=True, package=True, words=(BM25,))]
 
 
@@ -86,7 +87,7 @@ class RetrievalEvaluationConfig(EmbedderOptions, LongDocumentOptions, Evaluation
     batch_size: int = key("Texts or pairs of one forward, at most.", 256, ge=1)
 
     only_for: ClassVar = (
-        dict.fromkeys(EmbedderOptions.model_fields.keys() - {"device", "dtype", "trust_remote_code"}, MODELS)
+        dict.fromkeys(EmbedderOptions.model_fields.keys() - SHARED, MODELS)
         | dict.fromkeys(EvaluationKeys.model_fields.keys() - {"data", "checkpoints"}, RETRIEVAL)
         | dict.fromkeys(("reranker", "baseline"), RETRIEVAL)
         | dict.fromkeys(LongDocumentOptions.model_fields.keys() - {"overlap"}, RERANKER)

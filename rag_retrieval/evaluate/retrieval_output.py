@@ -6,8 +6,9 @@
     report.html         the same with pictures, where it is asked for
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 from rag_retrieval.core.terminal import plain_table, rendered
@@ -20,7 +21,7 @@ from rag_retrieval.evaluate.output import (
     describe_test,
     write_files,
 )
-from rag_retrieval.evaluate.retrieval import Places, RetrievalEvaluation, first_cutoff
+from rag_retrieval.evaluate.retrieval import RetrievalEvaluation, first_cutoff
 from rag_retrieval.metrics import means
 
 if TYPE_CHECKING:
@@ -79,31 +80,32 @@ def result_of(evaluation: RetrievalEvaluation) -> dict:
     }
 
 
-# ---- text
+# ---- text and page
 
 
-def describe_retrieval(evaluation: RetrievalEvaluation, columns: int) -> str:
-    """What a person wants to know, for a terminal of `columns` columns; or, with `output_format` dict, a dict of means,
-    by the row's name where there are several rows."""
-    config = evaluation.config
-    if config.output_format == "dict":
-        dicts = {system.name: as_dict(means(system.per_query)) for system in evaluation.systems}
-        return str(dicts if len(dicts) > 1 else dicts[evaluation.after.name])
-    rows = [(f"  {name}", *cells) for name, *cells in figure_rows(evaluation)]
-    parts = [
-        facts(evaluation),
-        *(f"{count:,} {GAPS_IN_WORDS[name]}" for name, count in gaps(evaluation).items() if count),
-        "",
-        plain_table(("", *config.measures), rows),
+@dataclass(frozen=True)
+class Table:
+    """rows: the name of the system, and a text for each of `head`."""
+
+    title: str
+    head: Sequence[str]
+    rows: list[tuple[str, ...]]
+
+
+def tables(evaluation: RetrievalEvaluation) -> list[Table]:
+    """Figures; differences by the first measure, where there are some (result.json has those by all); places."""
+    config, before = evaluation.config, evaluation.before.name
+    systems = [*evaluation.systems, *evaluation.ceilings]
+    figures = [(system.name, *(f"{mean:.4f}" for mean in means(system.per_query).values())) for system in systems]
+    compared = [(name, *comparison_cells(rows[0])) for name, rows in evaluation.of_each.items() if rows]
+    tested = f"difference to {before} in {config.measures[0]} ({describe_test(config.significance)})"
+    places = [(name, *(f"{count:,}" for count in asdict(own).values())) for name, own in evaluation.places.items()]
+    head = (f"first {first_cutoff(config)}", f"below, to {config.depth}", "not found", "not in the corpus")
+    return [
+        Table("means over the queries", config.measures, figures),
+        *([Table(tested, COMPARISON_HEAD, compared)] if compared else []),
+        Table("where the relevant documents of all queries are", head, places),
     ]
-    if rows := [(f"  {name}", *cells) for name, *cells in comparison_rows(evaluation)]:
-        parts += [f"\n{comparison_title(evaluation)}:\n", plain_table(("", *COMPARISON_HEAD), rows)]
-    rows = [(f"  {name}", *cells) for name, *cells in place_rows(evaluation)]
-    parts += [f"\n{PLACES_TITLE}:\n", plain_table(("", *place_head(evaluation)), rows)]
-    return rendered([*parts, *describe_changes(evaluation)], columns)
-
-
-PLACES_TITLE = "where the relevant documents of all queries are"
 
 
 def facts(evaluation: RetrievalEvaluation) -> str:
@@ -112,35 +114,18 @@ def facts(evaluation: RetrievalEvaluation) -> str:
     return f"{found}; a document of grade {config.relevant_from} or more is relevant"
 
 
-def figure_rows(evaluation: RetrievalEvaluation) -> Iterator[tuple[str, ...]]:
-    for system in [*evaluation.systems, *evaluation.ceilings]:
-        values = means(system.per_query)
-        yield system.name, *(f"{values[name]:.4f}" for name in evaluation.config.measures)
-
-
-def comparison_title(evaluation: RetrievalEvaluation) -> str:
-    config = evaluation.config
-    return f"difference to {evaluation.before.name} in {config.measures[0]} ({describe_test(config.significance)})"
-
-
-def comparison_rows(evaluation: RetrievalEvaluation) -> Iterator[tuple[str, ...]]:
-    """By the first measure; result.json has them all."""
-    for name, comparisons in evaluation.of_each.items():
-        if comparisons:
-            yield name, *comparison_cells(comparisons[0])
-
-
-def place_head(evaluation: RetrievalEvaluation) -> tuple[str, ...]:
-    first, depth = first_cutoff(evaluation.config), evaluation.config.depth
-    return f"first {first}", f"below, to {depth}", "not found", "not in the corpus"
-
-
-def place_rows(evaluation: RetrievalEvaluation) -> Iterator[tuple[str, ...]]:
-    for name, places in evaluation.places.items():
-        yield name, *(f"{getattr(places, field.name):,}" for field in fields(Places))
-
-
-# ---- the page
+def describe_retrieval(evaluation: RetrievalEvaluation, columns: int) -> str:
+    """What a person wants to know, for a terminal of `columns` columns; or, with `output_format` dict, a dict of means,
+    by the row's name where there are several rows."""
+    if evaluation.config.output_format == "dict":
+        dicts = {system.name: as_dict(means(system.per_query)) for system in evaluation.systems}
+        return str(dicts if len(dicts) > 1 else dicts[evaluation.after.name])
+    left_out = (f"{count:,} {GAPS_IN_WORDS[name]}" for name, count in gaps(evaluation).items() if count)
+    parts = [facts(evaluation), *left_out]
+    for table in tables(evaluation):
+        rows = [(f"  {name}", *cells) for name, *cells in table.rows]
+        parts += [f"\n{table.title}:\n", plain_table(("", *table.head), rows)]
+    return rendered([*parts, *describe_changes(evaluation)], columns)
 
 
 def write_report(evaluation: RetrievalEvaluation) -> None:
@@ -151,20 +136,13 @@ def write_report(evaluation: RetrievalEvaluation) -> None:
     if evaluation.before is not evaluation.after:
         figures["gains"] = report.gains_figure(evaluation)
     images = report.save_figures(evaluation.output_dir, figures)
-    measures, systems = evaluation.config.measures, evaluation.systems
-    best = max(systems, key=lambda system: means(system.per_query)[measures[0]])
-    body = [report.note(facts(evaluation)), "<h2>Figures</h2>"]
-    body.append(report.systems_table([*systems, *evaluation.ceilings], best, measures))
-    if rows := [report.row(name, cells) for name, *cells in comparison_rows(evaluation)]:
-        body += ["<h2>Differences</h2>", report.note(comparison_title(evaluation))]
-        body.append(report.html_table(("ranked by", *COMPARISON_HEAD), rows))
-    body += report.section("Recall by depth", images, ["recall"])
-    rows = [report.row(name, cells) for name, *cells in place_rows(evaluation)]
-    body += ["<h2>Relevant documents</h2>", report.note(PLACES_TITLE)]
-    body.append(report.html_table(("ranked by", *place_head(evaluation)), rows))
+    body = [report.note(facts(evaluation))]
+    for table in tables(evaluation):
+        rows = [report.row(name, cells) for name, *cells in table.rows]
+        body += [f"<h2>{escape(table.title)}</h2>", report.html_table(("ranked by", *table.head), rows)]
+    body += report.section("recall by depth", images, ["recall"])
     if "gains" in images:
-        body += report.section("Gain of each query", images, ["gains"])
-        body += report.changes_section(evaluation)
+        body += report.section("gain of each query", images, ["gains"]) + report.changes_section(evaluation)
     report.write_page(evaluation.output_dir, f"Retrieval on {evaluation.data.name}", body)
 
 

@@ -13,7 +13,6 @@ from rag_retrieval.core.distributed import on_main, own_device
 from rag_retrieval.core.files import digest_of
 from rag_retrieval.data.beir import (
     BeirFolder,
-    Qrels,
     Run,
     best_of,
     find_file,
@@ -24,7 +23,7 @@ from rag_retrieval.data.beir import (
     read_run,
 )
 from rag_retrieval.data.corpus import Corpus
-from rag_retrieval.evaluate.ranking_data import without_identical_ids
+from rag_retrieval.evaluate.ranking_data import RankingData, without_identical_ids
 from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig, is_index
 from rag_retrieval.evaluate.systems import check_relevant
 from rag_retrieval.evaluate.vector_files import Documents, document_vectors, search_vectors
@@ -38,15 +37,6 @@ from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 logger = logging.getLogger(__name__)
 
 DIGEST = 16  # characters
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The judged queries of a split: texts by id, grades by query and document."""
-
-    name: str
-    queries: dict[str, str]
-    qrels: Qrels
 
 
 @dataclass(frozen=True)
@@ -72,18 +62,19 @@ class Retrieved:
         return {f"{self.name} {stage}" if several else self.name: run for stage, run in self.stages.items()}
 
 
-def read_judged(config: RetrievalEvaluationConfig) -> Judged:
+def read_judged(config: RetrievalEvaluationConfig) -> RankingData:
+    """Queries and grades of the split alone."""
     path = Path(config.data)
     folder = BeirFolder(path, {}, query_texts(find_file(path, "queries.jsonl")))
-    judged = Judged(f"{path.resolve().name} {config.split}", folder.queries, read_qrels(folder, config.split))
-    check_relevant(judged.name, judged.qrels, config)
+    name, qrels = f"{path.resolve().name} {config.split}", read_qrels(folder, config.split)
+    check_relevant(name, qrels, config)
     if find_optional(path, f"candidates.{config.split}.tsv"):
         logger.warning("%s: the whole corpus is searched, not the lists of candidates.%s.tsv", path, config.split)
-    return Judged(judged.name, {query: folder.queries[query] for query in judged.qrels}, judged.qrels)
+    return RankingData(name, {}, {query: folder.queries[query] for query in qrels}, qrels, {}, "")
 
 
 def retrieve(
-    config: RetrievalEvaluationConfig, retriever: str, name: str, judged: Judged, indexes: Path
+    config: RetrievalEvaluationConfig, retriever: str, name: str, judged: RankingData, indexes: Path
 ) -> Retrieved:
     if Path(retriever).is_file():
         return on_main(lambda: of_run_file(config, retriever, name, judged))
@@ -113,11 +104,11 @@ def remove_others(folder: Path) -> None:
             shutil.rmtree(other)
 
 
-def of_index(config: RetrievalEvaluationConfig, folder: Path, name: str, judged: Judged) -> Retrieved:
-    device, texts = config.device or str(own_device()), list(judged.queries.values())
-    index = Index(folder, device=device)
+def of_index(config: RetrievalEvaluationConfig, folder: Path, name: str, judged: RankingData) -> Retrieved:
+    local = config.given("device", "devices") or {"device": str(own_device())}
+    index, texts = Index(folder, trust_remote_code=config.trust_remote_code, **local), list(judged.queries.values())
     if config.query_model is None:
-        found = Retriever(index, device=device).search_stages(texts, wanted(config))
+        found = Retriever(index).search_stages(texts, wanted(config))
     else:
         queries = query_vectors(config, texts, width=next(index.vectors()).shape[1])
         none = [np.zeros(0, np.int64)] * len(texts)
@@ -125,7 +116,7 @@ def of_index(config: RetrievalEvaluationConfig, folder: Path, name: str, judged:
     return of_candidates(config, name, judged, found, index.documents)
 
 
-def of_vector_files(config: RetrievalEvaluationConfig, retriever: str, name: str, judged: Judged) -> Retrieved:
+def of_vector_files(config: RetrievalEvaluationConfig, retriever: str, name: str, judged: RankingData) -> Retrieved:
     documents, options = Documents(read_folder(config.data).documents), config.index_options(retriever)
     embedder = open_embedder(options, own_device())
     encode = encode_with(embedder, "document", options)
@@ -153,7 +144,7 @@ def query_vectors(config: RetrievalEvaluationConfig, texts: list[str], width: in
 def of_candidates(
     config: RetrievalEvaluationConfig,
     name: str,
-    judged: Judged,
+    judged: RankingData,
     found: Sequence[dict[str, Candidates]],
     documents: Corpus | Documents,
 ) -> Retrieved:
@@ -167,7 +158,7 @@ def of_candidates(
     return retrieved(config, name, judged, stages, texts, lambda id_: documents.row_of_id(id_) is not None)
 
 
-def of_run_file(config: RetrievalEvaluationConfig, file: str, name: str, judged: Judged) -> Retrieved:
+def of_run_file(config: RetrievalEvaluationConfig, file: str, name: str, judged: RankingData) -> Retrieved:
     corpus = read_folder(config.data).documents
     run = best_of(read_run(file, judged.queries, corpus), list(judged.queries), None, wanted(config))
     texts = {document: corpus[document] for scores in run.values() for document in scores}
@@ -177,7 +168,7 @@ def of_run_file(config: RetrievalEvaluationConfig, file: str, name: str, judged:
 def retrieved(
     config: RetrievalEvaluationConfig,
     name: str,
-    judged: Judged,
+    judged: RankingData,
     stages: dict[str, Run],
     texts: dict[str, str],
     is_in_corpus: Callable[[str], bool],

@@ -1,5 +1,6 @@
 """What every evaluation has: systems that rank the queries, their figures, and where one gains and loses."""
 
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,12 @@ def check_relevant(name: str, qrels: Qrels, config: EvaluationKeys) -> None:
             f"{name}: none of the {len(qrels)} judged queries has a document of grade {config.relevant_from} or more; "
             "there is nothing to measure: lower relevant_from or judge more."
         )
+
+
+def check_matplotlib() -> None:
+    """Before anything is computed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a report needs matplotlib; run: pip install -e '.[report]'")
 
 
 def system_of(name: str, run: Run, qrels: Qrels, config: EvaluationKeys) -> System:

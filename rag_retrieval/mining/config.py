@@ -19,7 +19,7 @@ from rag_retrieval.core.config import (
     shown_value,
 )
 from rag_retrieval.data.words import AUTO
-from rag_retrieval.models.options import POOLINGS, LongDocumentOptions, ModelOptions
+from rag_retrieval.models.options import POOLINGS, LongDocumentOptions, ModelOptions, OpeningOptions
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 FUSED, RANDOM = "fused", "random"  # candidates whose scores say nothing of relevance
@@ -33,11 +33,10 @@ WORDS = Only("candidates bm25 and fused without index", lambda config: config.in
 DENSE = Only("candidates dense and fused without index", lambda config: config.index is None
              and config.candidates in ("dense", FUSED))  # fmt: skip
 RERANKER = Only("runs with a reranker", lambda config: config.reranker is not None)
+JUDGE = Only("runs with a reranker or a guide", lambda config: (config.reranker or config.guide) is not None)
 MODELS = Only(
-    "runs with a model",
-    lambda config: config.reranker is not None or config.guide is not None
-    or chosen_candidates(config) not in ("bm25", RANDOM),
-)  # fmt: skip
+    "runs with a model", lambda config: JUDGE.applies(config) or chosen_candidates(config) not in ("bm25", RANDOM)
+)
 SEEDED = Only(
     "sampling random, candidates random and faiss_index",
     lambda config: "random" in (config.sampling, config.candidates) or config.faiss_index is not None,
@@ -49,8 +48,8 @@ RANGE = re.compile(r"(\d+)-(\d+)")
 class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
     """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply".
 
-    The options for opening a model are the reranker's; device and trust_remote_code are those of dense_model and guide
-    too. The other names are those of FlagEmbedding's hn_mine.py.
+    The options for opening a model are those of the reranker or the guide; device and trust_remote_code are those of
+    dense_model too. The aliases are the names of FlagEmbedding's hn_mine.py.
     """
 
     aliases: ClassVar = ModelOptions.aliases | {
@@ -62,8 +61,10 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
         "long_document": "Long documents", "model_type": "Opening the reranker", "data": "Data",
         "candidates": "Candidates", "num_negatives": "Negatives",
     }  # fmt: skip
-    only_for: ClassVar = dict.fromkeys([*ModelOptions.model_fields, "long_document"], RERANKER) | dict.fromkeys(
-        ("device", "trust_remote_code"), MODELS
+    only_for: ClassVar = (
+        dict.fromkeys([*ModelOptions.model_fields, "long_document"], RERANKER)
+        | dict.fromkeys(OpeningOptions.model_fields, JUDGE)
+        | dict.fromkeys(("device", "trust_remote_code"), MODELS)
     )
 
     data: FileOrFolder = Field(
@@ -155,10 +156,10 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
         "Draw among the candidates that fit, by the seed, or take the best ranked.", "random"
     )
     absolute_margin: float | None = key(
-        "A negative scores at least this much less than the query's lowest positive. With a reranker and none of "
-        "absolute_margin, relative_margin, max_score: 0. With a guide too.",
+        "A negative scores at least this much less than the query's lowest positive. With a reranker or a guide and "
+        "none of absolute_margin, relative_margin, max_score: 0.",
         derive=lambda config: 0.0
-        if (config.reranker or config.guide) and config.relative_margin is config.max_score is None else None,
+        if JUDGE.applies(config) and config.relative_margin is config.max_score is None else None,
         ge=0,
     )  # fmt: skip
     relative_margin: float | None = key(
@@ -216,7 +217,9 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
         elif last - first + 1 < wanted:
             found = f"ranks {first} to {last} hold {last - first + 1} candidates"
             yield "num_negatives", f"{found}, which cannot give {wanted} negatives; widen the window or ask for fewer"
-        if self.candidates in (FUSED, RANDOM) and self.reranker is self.guide is None:
+        if self.candidates == RANDOM and self.labels == "score" and not JUDGE.applies(self):
+            yield "labels", "teaches scores, and random candidates have none; add a reranker or a guide"
+        if self.candidates in (FUSED, RANDOM) and not JUDGE.applies(self):
             for name in MARGINS:
                 if getattr(self, name) is not None:
                     found = f"compares scores, and those of {self.candidates} candidates say nothing of relevance"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from beir_samples import write, write_lines, write_toy
-from embedder_samples import copy_as
+from embedder_samples import copy_as, save_by_sentence_transformers
 
 from rag_retrieval import CrossEncoder, Embedder, EvaluationConfig, RetrievalEvaluationConfig
 from rag_retrieval.cli import main
@@ -137,19 +137,20 @@ def test_pairs_are_encoded_alike_and_correlated_by_the_command(base_folders, tmp
     ]
     rows = [{"query": first, "content": second, "label": grade} for first, second, grade in pairs]
     write_lines(tmp_path / "sts.jsonl", rows)
-    model = copy_as(base_folders["bert"], "embedder", tmp_path)
-    options = ["--data", str(tmp_path / "sts.jsonl"), "--pooling", "mean", "--output_dir", str(tmp_path / "o")]
+    model = str(tmp_path / "embedder")
+    save_by_sentence_transformers(base_folders["bert"], tmp_path / "embedder", "mean", prompts={"query": "a query: "})
+    options = ["--data", str(tmp_path / "sts.jsonl"), "--output_dir", str(tmp_path / "o")]
     assert main(["evaluate", "--retriever", model, *options, "--output_format", "dict"]) == 0
     printed = ast.literal_eval(capsys.readouterr().out)
-    embedder = Embedder(model, pooling="mean", prompts={"query": "never read: "}, device="cpu")
-    left, right = (embedder.encode([pair[side] for pair in pairs], normalize=True) for side in (0, 1))
+    embedder = Embedder(model, device="cpu")
+    left, right = (embedder.encode([pair[side] for pair in pairs]) for side in (0, 1))
     cosines, grades = (left * right).sum(axis=1), [pair[2] for pair in pairs]
     assert printed["Pearson"] == pytest.approx(np.corrcoef(cosines, grades)[0, 1], abs=1e-5)
     assert printed["Spearman"] == pytest.approx(np.corrcoef(slow_ranks(cosines), slow_ranks(grades))[0, 1])
     (row,) = json.loads((tmp_path / "o/result.json").read_text())["systems"]
     assert (row["name"], row["pairs"]) == ("embedder", 4)
     other = copy_as(base_folders["bert"], "other", tmp_path)
-    assert main(["evaluate", "--retriever", f"{model},{other}", *options[:4], "--output_dir", str(tmp_path / "p")]) == 0
+    assert main(["evaluate", "--retriever", f"{model},{other}", *options[:2], "--output_dir", str(tmp_path / "p")]) == 0
     assert "sts.jsonl: 4 pairs" in (printed := capsys.readouterr().out) and "\n  other " in printed
 
 

@@ -113,7 +113,7 @@ def test_two_processes_write_a_file_each_and_find_what_one_finds(toy, base_folde
             timeout=600,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("MRR@10") == 1
+        assert done.stdout.count("'MRR@10'") == 1
     files = rank_files(tmp_path / "kept2")
     assert [len(np.load(file)) for file in files] == [36, 36]
     together = np.concatenate([np.load(file) for file in files])
