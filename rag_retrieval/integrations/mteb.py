@@ -117,15 +117,14 @@ class EmbedderEncoder:
 class RerankerCrossEncoder:
     """A Reranker as MTEB's cross-encoder (CrossEncoderProtocol), for tasks that list the documents of each query.
 
-    model: a Reranker, or the folder, hub name or package:NAME of one. long_document: as of `Reranker.rerank`.
+    model: a Reranker, or the folder, hub name or package:NAME of one.
     """
 
-    def __init__(self, model: Reranker | str | os.PathLike, long_document: str = "truncate"):
-        self.reranker, self.long_document = open_reranker(model), long_document
+    def __init__(self, model: Reranker | str | os.PathLike):
+        self.reranker = open_reranker(model)
         backend = self.reranker.backend
-        decides = [backend.fingerprint(), long_document]
         facts = {"max_tokens": self.reranker.max_length, "model_type": ["cross-encoder"]}
-        self.mteb_model_meta = model_meta([backend.name], decides, **facts)
+        self.mteb_model_meta = model_meta([backend.name], [backend.fingerprint()], **facts)
 
     def predict(
         self,
@@ -141,7 +140,7 @@ class RerankerCrossEncoder:
     ) -> np.ndarray:
         """Logits of the pairs: [pairs], float32."""
         pairs = list(zip(texts_of(inputs1), texts_of(inputs2), strict=True))
-        return self.reranker.compute_score(pairs, batch_size, long_document=self.long_document)
+        return self.reranker.compute_score(pairs, batch_size)
 
 
 class RetrieverSearch:

@@ -19,7 +19,7 @@ from rag_retrieval.core.config import (
     shown_value,
 )
 from rag_retrieval.data.words import AUTO
-from rag_retrieval.models.options import POOLINGS, LongDocumentOptions, ModelOptions
+from rag_retrieval.models.options import POOLINGS, LongDocumentOptions, ModelOptions, OpeningOptions
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 FUSED, RANDOM = "fused", "random"  # candidates whose scores say nothing of relevance
@@ -33,11 +33,10 @@ WORDS = Only("candidates bm25 and fused without index", lambda config: config.in
 DENSE = Only("candidates dense and fused without index", lambda config: config.index is None
              and config.candidates in ("dense", FUSED))  # fmt: skip
 RERANKER = Only("runs with a reranker", lambda config: config.reranker is not None)
+JUDGE = Only("runs with a reranker or a guide", lambda config: (config.reranker or config.guide) is not None)
 MODELS = Only(
-    "runs with a model",
-    lambda config: config.reranker is not None or config.guide is not None
-    or chosen_candidates(config) not in ("bm25", RANDOM),
-)  # fmt: skip
+    "runs with a model", lambda config: JUDGE.applies(config) or chosen_candidates(config) not in ("bm25", RANDOM)
+)
 SEEDED = Only(
     "sampling random, candidates random and faiss_index",
     lambda config: "random" in (config.sampling, config.candidates) or config.faiss_index is not None,
@@ -49,8 +48,8 @@ RANGE = re.compile(r"(\d+)-(\d+)")
 class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
     """The configuration of one run. A finished one has every value in it; None is "off" or "does not apply".
 
-    The options for opening a model are the reranker's; device and trust_remote_code are those of dense_model and guide
-    too. The other names are those of FlagEmbedding's hn_mine.py.
+    The options for opening a model are those of the reranker or the guide; device and trust_remote_code are those of
+    dense_model too. The aliases are the names of FlagEmbedding's hn_mine.py.
     """
 
     aliases: ClassVar = ModelOptions.aliases | {
@@ -62,8 +61,10 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
         "long_document": "Long documents", "model_type": "Opening the reranker", "data": "Data",
         "candidates": "Candidates", "num_negatives": "Negatives",
     }  # fmt: skip
-    only_for: ClassVar = dict.fromkeys([*ModelOptions.model_fields, "long_document"], RERANKER) | dict.fromkeys(
-        ("device", "trust_remote_code"), MODELS
+    only_for: ClassVar = (
+        dict.fromkeys([*ModelOptions.model_fields, "long_document"], RERANKER)
+        | dict.fromkeys(OpeningOptions.model_fields, JUDGE)
+        | dict.fromkeys(("device", "trust_remote_code"), MODELS)
     )
 
     data: FileOrFolder = Field(
@@ -73,8 +74,8 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
         "The queries of qrels/SPLIT.tsv. Default train.", only=BEIR, derive=lambda config: "train", min_length=1
     )
     corpus: FileOrFolder | None = key(
-        "The documents, JSON lines with text and, if they have one, title (.jsonl, .jsonl.gz).",
-        only=RECORDS, min_length=1,
+        "The documents, JSON lines with text and, if they have one, title (.jsonl, .jsonl.gz). Absent, and without "
+        "index: those of the records.", only=RECORDS, min_length=1,
     )  # fmt: skip
     index: FolderPath | None = key(
         "An index that `rag-retrieval index` wrote: its documents are mined, in place of corpus, by its searches.",
@@ -155,10 +156,10 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
         "Draw among the candidates that fit, by the seed, or take the best ranked.", "random"
     )
     absolute_margin: float | None = key(
-        "A negative scores at least this much less than the query's lowest positive. With a reranker and none of "
-        "absolute_margin, relative_margin, max_score: 0. With a guide too.",
+        "A negative scores at least this much less than the query's lowest positive. With a reranker or a guide and "
+        "none of absolute_margin, relative_margin, max_score: 0.",
         derive=lambda config: 0.0
-        if (config.reranker or config.guide) and config.relative_margin is config.max_score is None else None,
+        if JUDGE.applies(config) and config.relative_margin is config.max_score is None else None,
         ge=0,
     )  # fmt: skip
     relative_margin: float | None = key(
@@ -200,8 +201,6 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.index is not None and self.corpus is not None:
             yield "corpus", "is given, and so is index, which has its own documents; give one of them"
-        if os.path.isfile(self.data) and self.corpus is self.index is None:
-            yield "corpus", "is missing; a file of records needs the documents to mine from: add corpus or index"
         if self.index is None and self.candidates not in CANDIDATES:
             yield "candidates", f"expected one of {', '.join(CANDIDATES)}, found {shown_value(self.candidates)}"
         if DENSE.applies(self) and self.dense_model is None:
@@ -216,7 +215,9 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
         elif last - first + 1 < wanted:
             found = f"ranks {first} to {last} hold {last - first + 1} candidates"
             yield "num_negatives", f"{found}, which cannot give {wanted} negatives; widen the window or ask for fewer"
-        if self.candidates in (FUSED, RANDOM) and self.reranker is self.guide is None:
+        if self.candidates == RANDOM and self.labels == "score" and not JUDGE.applies(self):
+            yield "labels", "teaches scores, and random candidates have none; add a reranker or a guide"
+        if self.candidates in (FUSED, RANDOM) and not JUDGE.applies(self):
             for name in MARGINS:
                 if getattr(self, name) is not None:
                     found = f"compares scores, and those of {self.candidates} candidates say nothing of relevance"

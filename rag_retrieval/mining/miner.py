@@ -19,7 +19,7 @@ from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.mining.config import MODELS, MiningConfig
 from rag_retrieval.mining.output import Mined
 from rag_retrieval.mining.queries import Query
-from rag_retrieval.models.options import LongDocumentOptions
+from rag_retrieval.models.options import LongDocumentOptions, OpeningOptions
 from rag_retrieval.retrieval.candidates import Candidates, Search
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Miner:
         if config.guide is not None:
             from rag_retrieval.infer.embedder import Embedder
 
-            self.guide = Embedder(config.guide, device=device, trust_remote_code=config.trust_remote_code)
+            options = config.only(OpeningOptions, device)
+            self.guide = Embedder(config.guide, **options.given(*OpeningOptions.model_fields))
 
     def mine(self, queries: Sequence[Query]) -> Iterator[Mined]:
         """One for each query, in order; the search is done for all at once before the first."""

@@ -52,7 +52,11 @@ def build(source: str | Path, folder: Path, options: IndexOptions, engine: Engin
         parts = {}
         if before:
             on_main(before.check_files)
-            check_same(folder, before.made_from, made_from)
+            try:
+                check_same(folder, before.made_from, made_from)
+            except ValueError:
+                on_main(lambda: remove_others(before))  # the documents of another corpus
+                raise
             made_from, parts = before.made_from | made_from, before.parts
             options = with_kept_parts(options, before.options)
         state = IndexState(folder, made_from, options, {"corpus": corpus.name} | parts, {})
@@ -211,10 +215,15 @@ def build_approximate(state: IndexState) -> str:
 
 
 def switch(state: IndexState) -> None:
-    """Let the index be the one of these parts, and remove all others."""
+    """Let the index be the one of these parts."""
     for path in state.paths.values():
         flush_to_disk(path)
     replace(state, sizes=sizes_of(state.folder, state.parts)).write()
+    remove_others(state)
+
+
+def remove_others(state: IndexState) -> None:
+    """Parts that are not the index's: of another state, or of a build that was killed."""
     for path in state.folder.iterdir():
         if STAGE_NAME.fullmatch(path.name) and path.name not in state.parts.values():
             shutil.rmtree(path)

@@ -67,7 +67,7 @@ class Fusion:
         documents, place = np.unique(rows, return_inverse=True)
         scores = np.bincount(place, shares, len(documents)).astype(np.float32)
         judged_scores = np.array([scores[documents == row].sum() for row in judged], np.float32)
-        order = np.lexsort((documents, -scores))[:depth]
+        order = np.argsort(-scores, kind="stable")[:depth]
         return Candidates(documents[order], scores[order], judged_scores)
 
 

@@ -149,13 +149,8 @@ class Retriever:
     def _search(self, queries: list[str], top_k: int) -> list[SearchResults]:
         check_number("top_k", top_k, 1, "documents")
         opened = self.index.opened
-        found = self._stages(queries, max(self.depth, top_k), opened)
-        return [
-            SearchResults(
-                query, found_documents(lists, reranked, opened.documents, top_k), score_type_of(lists, reranked)
-            )
-            for query, (lists, reranked) in zip(queries, found, strict=True)
-        ]
+        searched = zip(queries, self._stages(queries, max(self.depth, top_k), opened), strict=True)
+        return [_results(query, *found, opened.documents, top_k) for query, found in searched]
 
     def _stages(
         self, queries: Sequence[str], depth: int, opened: Opened
@@ -179,24 +174,20 @@ class Retriever:
             yield lists, reranked
 
 
-def score_type_of(lists: dict[str, Candidates], reranked: RerankResults | None) -> str:
-    return list(lists)[-1] if reranked is None else reranked.score_type
-
-
-def found_documents(
-    lists: dict[str, Candidates], reranked: RerankResults | None, documents: Corpus, top_k: int
-) -> list[SearchResult]:
+def _results(
+    query: str, lists: dict[str, Candidates], reranked: RerankResults | None, documents: Corpus, top_k: int
+) -> SearchResults:
     """The best of the last list, with what every stage says of them."""
-    last = list(lists.values())[-1]
+    last, candidates = list(lists.items())[-1]
     places = {stage: {row: place for place, row in enumerate(of.rows.tolist())} for stage, of in lists.items()}
     results = []
-    for place, row in enumerate(last.rows[:top_k].tolist()):
+    for place, row in enumerate(candidates.rows[:top_k].tolist()):
         found = {stage: of[row] for stage, of in places.items() if row in of}
         results.append(
             SearchResult(
                 doc_id=documents.id(row),
                 text=documents.text(row),
-                score=float(last.scores[place]),
+                score=float(candidates.scores[place]),
                 rank=place + 1,
                 metadata=documents.metadata(row),
                 document_index=row,
@@ -206,4 +197,4 @@ def found_documents(
                 ranks={stage: of + 1 for stage, of in found.items()},
             )
         )
-    return results
+    return SearchResults(query, results, last if reranked is None else reranked.score_type)

@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -29,7 +28,6 @@ COLUMNS = 100  # where stdout is no terminal
 TEXT_LINES = 3  # of a document's text
 INDENT = "   "
 TOGETHER = 256  # queries that are encoded at once
-MANY = Only("runs with queries", lambda config: config.queries is not None)
 RERANKED = Only("runs with a reranker", lambda config: config.reranker is not None)
 WRITTEN = Only("runs with output", lambda config: config.output is not None)
 
@@ -87,7 +85,7 @@ def run(config: SearchConfig) -> str:
         check_new_file(Path(config.output), config.overwrite)
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     queries = {"1": config.query} if config.queries is None else read_queries(Path(config.queries))
-    with closing(open_retriever(config)) as retriever:
+    with open_retriever(config) as retriever:
         texts = shown(config, retriever, queries)
         if config.output is None:
             return "".join(texts).rstrip("\n")

@@ -69,12 +69,12 @@ def test_a_configuration_can_be_made_from_another_one():
         (["--sampling", "best"], "sampling", "random, top"),
         (["--num_negative", "3"], "num_negative", "num_negatives"),
         (["--candidates", "dense"], "dense_model", "is missing"),
-        (["--data", "records.jsonl"], "corpus", "is missing"),
         (["--candidates", "fused", "--dense_model", "o/m", "--relative_margin", "0.1"], "relative_margin", "relevance"),
         (["--reranker", "./none"], "reranker", "{folder}/none"),
         (["--candidates", "words"], "candidates", "bm25, dense, fused, random, found words"),
         (["--candidates", "random", "--absolute_margin", "0"], "absolute_margin", "say nothing of relevance"),
         (["--reranker", "o/m", "--guide", "o/m"], "guide", "and so is reranker"),
+        (["--candidates", "random", "--labels", "score"], "labels", "add a reranker or a guide"),
         (["--range_for_sampling", "10"], "range_for_sampling", "such as 2-200"),
         (["--range_for_sampling", "0-9", "--first_rank", "2"], "range_for_sampling", "keep one"),
         (["--range_for_sampling", "5-5"], "last_rank", "expected at least first_rank, 6, found 5"),
@@ -127,7 +127,8 @@ def test_the_function_takes_the_same_values_and_says_the_same():
 def test_options_of_a_model_are_ignored_by_name_without_one():
     values = {"max_length": 128, "long_document": "max_slice", "device": "cpu"}
     config = MiningConfig(data="beir", output="o.jsonl", **values)
-    assert "long_document, max_length (only for runs with a reranker)" in config.ignored and "device" in config.ignored
+    assert "long_document (only for runs with a reranker)" in config.ignored and "device" in config.ignored
+    assert "max_length (only for runs with a reranker or a guide)" in config.ignored
     assert (config.max_length, config.long_document, config.device) == (None, "truncate", None)
     assert MiningConfig(data="beir", output="o.jsonl", reranker="m", **values).ignored is None
     dense = MiningConfig(data="beir", output="o.jsonl", candidates="dense", dense_model="m", device="cpu")
@@ -159,5 +160,7 @@ def test_a_guide_decides_on_margins_as_a_reranker_does():
     assert load(*BEIR, "--guide", "owner/model").absolute_margin == 0
     assert load(*BEIR, "--guide", "owner/model", "--relative_margin", "0.05").absolute_margin is None
     fused = ("--candidates", "fused", "--dense_model", "owner/model", "--relative_margin", "0.05", "--device", "cpu")
+    assert load(*BEIR, "--guide", "owner/model", "--max_length", "64", "--dtype", "bf16").ignored is None
+    assert "query_format" in load(*BEIR, *fused, "--guide", "owner/model", "--query_format", "{}").ignored
     assert load(*BEIR, *fused, "--guide", "owner/model").ignored is None
     assert load(*BEIR, "--candidates", "random", "--sampling", "top", "--seed", "3").ignored is None

@@ -103,9 +103,10 @@ def test_random_negatives_are_any_documents_but_those_that_answer(tmp_path, base
 def test_a_guide_keeps_negatives_below_95_percent_of_the_lowest_positive(data, base, tmp_path):
     other = tiny_bert(tmp_path / "guide", seed=3)
     options = {"dense_model": base, "candidates": "fused", "last_rank": 36, "num_negatives": 4, "sampling": "top"}
-    config = config_of(data, tmp_path / "out.jsonl", guide=other, relative_margin=0.05, device="cpu", **options)
+    opened = {"device": "cpu", "max_length": 6}
+    config = config_of(data, tmp_path / "out.jsonl", guide=other, relative_margin=0.05, **opened, **options)
     summary = mine(config)
-    guide = Embedder(other, device="cpu")
+    guide = Embedder(other, **opened)
     kept = {}
     for line in read_output(tmp_path / "out.jsonl"):
         query, positive = guide.encode_queries(line["query"]), guide.encode_documents(line["pos"])

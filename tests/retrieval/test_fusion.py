@@ -45,6 +45,10 @@ def test_a_list_of_equal_scores_is_at_the_top_and_an_empty_one_is_nothing():
     found = fuse(listed(4, 2, scores=[3, 3]), listed(), weights={"bm25": 0.5, "dense": 0.5})
     assert found.rows.tolist() == [2, 4] and found.scores.tolist() == [0.5, 0.5]
     assert len(fuse(listed(), listed()).rows) == 0
+    rows = np.random.default_rng(0).permutation(900).tolist()
+    many = listed(*rows, scores=[3] * 300 + [2] * 300 + [1] * 300)
+    found = fuse(many, listed(), depth=600, weights={"bm25": 1, "dense": 1})
+    assert found.rows.tolist() == sorted(rows[:300]) + sorted(rows[300:600])
 
 
 class Recorded:

@@ -92,8 +92,10 @@ def test_another_model_or_corpus_is_refused_by_name(copied, corpus, model, tmp_p
     other = tiny_bert(tmp_path / "other", layers=1)
     with pytest.raises(ValueError, match="\n  model: was '"):
         build_index(corpus, copied, options(other))
+    names = {path.name for path in copied.iterdir()}
     with pytest.raises(ValueError, match="\n  corpus: was '38 documents, .*, now '37 documents, "):
         build_index(corpus_file(tmp_path / "c.jsonl", documents()[1:]), copied, options(model))
+    assert {path.name for path in copied.iterdir()} == names, "nothing of the other corpus stays"
     texts = tmp_path / "texts.md"
     texts.write_text("a b c")
     with pytest.raises(ValueError, match="\n  passage_tokens: was 200, now 100"):
