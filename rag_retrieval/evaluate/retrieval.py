@@ -115,9 +115,8 @@ def rerank(
     """The candidates of each retriever with the reranker's scores, by the retriever's name; none without a reranker."""
     if config.reranker is None:
         return {}
-    options = ModelOptions(**config.given(*SHARED))
-    if options.device is None and options.devices is None:
-        options = options.model_copy(update={"device": own_device()})
+    own = {} if config.devices else {"device": own_device()}
+    options = ModelOptions(**own | config.given(*SHARED))
     reranker, name = Reranker.from_backend(open_backend(config.reranker, options)), name_of(config.reranker)
     runs = {}
     for one in found:

@@ -125,7 +125,11 @@ def describe_retrieval(evaluation: RetrievalEvaluation, columns: int) -> str:
     for table in tables(evaluation):
         rows = [(f"  {name}", *cells) for name, *cells in table.rows]
         parts += [f"\n{table.title}:\n", plain_table(("", *table.head), rows)]
-    return rendered([*parts, *describe_changes(evaluation)], columns)
+    return rendered([*parts, f"\n{changed(evaluation)}:", *describe_changes(evaluation)], columns)
+
+
+def changed(evaluation: RetrievalEvaluation) -> str:
+    return f"{evaluation.after.name} beside {evaluation.before.name}"
 
 
 def write_report(evaluation: RetrievalEvaluation) -> None:
@@ -142,7 +146,7 @@ def write_report(evaluation: RetrievalEvaluation) -> None:
         body += [f"<h2>{escape(table.title)}</h2>", report.html_table(("ranked by", *table.head), rows)]
     body += report.section("recall by depth", images, ["recall"])
     if "gains" in images:
-        body += report.section("gain of each query", images, ["gains"]) + report.changes_section(evaluation)
+        body += report.section(escape(changed(evaluation)), images, ["gains"]) + report.changes_section(evaluation)
     report.write_page(evaluation.output_dir, f"Retrieval on {evaluation.data.name}", body)
 
 

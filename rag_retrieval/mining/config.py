@@ -74,8 +74,8 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
         "The queries of qrels/SPLIT.tsv. Default train.", only=BEIR, derive=lambda config: "train", min_length=1
     )
     corpus: FileOrFolder | None = key(
-        "The documents, JSON lines with text and, if they have one, title (.jsonl, .jsonl.gz).",
-        only=RECORDS, min_length=1,
+        "The documents, JSON lines with text and, if they have one, title (.jsonl, .jsonl.gz). Absent, and without "
+        "index: those of the records.", only=RECORDS, min_length=1,
     )  # fmt: skip
     index: FolderPath | None = key(
         "An index that `rag-retrieval index` wrote: its documents are mined, in place of corpus, by its searches.",
@@ -201,8 +201,6 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.index is not None and self.corpus is not None:
             yield "corpus", "is given, and so is index, which has its own documents; give one of them"
-        if os.path.isfile(self.data) and self.corpus is self.index is None:
-            yield "corpus", "is missing; a file of records needs the documents to mine from: add corpus or index"
         if self.index is None and self.candidates not in CANDIDATES:
             yield "candidates", f"expected one of {', '.join(CANDIDATES)}, found {shown_value(self.candidates)}"
         if DENSE.applies(self) and self.dense_model is None:

@@ -14,12 +14,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rag_retrieval.core.config import EngineOptions
 from rag_retrieval.core.distributed import on_main, process_group
-from rag_retrieval.core.files import WorkFolder, atomic_write, check_new_file, digest_of, lock_file_of, locked
+from rag_retrieval.core.files import (
+    WorkFolder,
+    atomic_write,
+    check_new_file,
+    content_of,
+    digest_of,
+    lock_file_of,
+    locked,
+)
 from rag_retrieval.core.shards import MakeShard, ShardWork, run_shards
 from rag_retrieval.data.beir import find_file
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.documents import PASSAGE_TOKENS, source_content
 from rag_retrieval.data.records import DataError
+from rag_retrieval.data.store import open_store
 from rag_retrieval.mining.config import FUSED, RANDOM, MiningConfig, summary_file
 from rag_retrieval.mining.miner import Miner, RandomSearch, device_of
 from rag_retrieval.mining.output import Mined, MiningSummary, lines_of, text_writer
@@ -36,6 +45,7 @@ if TYPE_CHECKING:
     import torch
 
 PART, MINED_FILE = 256, "mined.jsonl"  # queries of a part, and its file
+DOCUMENTS_FILE = "documents.jsonl"
 WITHOUT_EFFECT = {"data", "corpus", "index", "split", "output", "output_format", "labels", "overwrite", "work_dir",
                   "device", *EngineOptions.model_fields}  # fmt: skip
 
@@ -97,7 +107,7 @@ def build_source(config: MiningConfig, work: WorkFolder) -> Path:
     processes share the encoding."""
     if config.index is not None:
         return Path(config.index).absolute()
-    source = corpus_of(config)
+    source = on_main(lambda: corpus_of(config, work))
     if config.candidates == RANDOM:
         return on_main(lambda: build_documents(source, work.path, PASSAGE_TOKENS))
     options = index_options(config)
@@ -135,9 +145,20 @@ def search_of(index: Index, fusion: Fusion, config: MiningConfig) -> Search:
     return index.searches[config.candidates]
 
 
-def corpus_of(config: MiningConfig) -> Path:
-    is_folder = Path(config.data).is_dir()
-    return find_file(Path(config.data), "corpus.jsonl").parent if is_folder else Path(config.corpus)
+def corpus_of(config: MiningConfig, work: WorkFolder) -> Path:
+    """Without a corpus, the documents of the records, each text once."""
+    if Path(config.data).is_dir():
+        return find_file(Path(config.data), "corpus.jsonl").parent
+    if config.corpus is not None:
+        return Path(config.corpus)
+
+    def write(folder: Path) -> None:
+        store = open_store(config.data, group_by_query=True)
+        texts = dict.fromkeys(text for number in range(store.num_groups) for text in store.group(number).documents)
+        with (folder / DOCUMENTS_FILE).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+    return work.stage("documents", content_of(Path(config.data)), write) / DOCUMENTS_FILE
 
 
 def index_options(config: MiningConfig) -> IndexOptions:

@@ -44,6 +44,7 @@ VECTOR_SHARDS = "rag_retrieval.retrieval.vector_shards"
 def build(source: str | Path, folder: Path, options: IndexOptions, engine: EngineOptions = LOCAL) -> None:
     """See `index.build_index`."""
     with writing(folder):
+        on_main(lambda: check_libraries(options))
         before, depends_on = on_main(lambda: (IndexState.read(folder), fingerprint(options)))
         corpus = on_main(lambda: build_documents(source, folder, options.passage_tokens))
         made_from = {"corpus": corpus_name(corpus)} | depends_on
@@ -52,7 +53,11 @@ def build(source: str | Path, folder: Path, options: IndexOptions, engine: Engin
         parts = {}
         if before:
             on_main(before.check_files)
-            check_same(folder, before.made_from, made_from)
+            try:
+                check_same(folder, before.made_from, made_from)
+            except ValueError:
+                on_main(lambda: remove_others(before))  # the documents of another corpus
+                raise
             made_from, parts = before.made_from | made_from, before.parts
             options = with_kept_parts(options, before.options)
         state = IndexState(folder, made_from, options, {"corpus": corpus.name} | parts, {})
@@ -165,10 +170,18 @@ def finish(state: IndexState, engine: EngineOptions, old: IndexState | None) -> 
     on_main(lambda: switch(state))
 
 
-def build_words(state: IndexState) -> str:
+def check_libraries(options: IndexOptions) -> None:
+    """Raises ValueError for what the last stages would fail at, hours later."""
     missing = [name for name in BM25_LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
+    if options.bm25 and missing:
         raise ValueError(f"an index of words needs {', '.join(missing)}; run: pip install -e '.[mine]'")
+    if options.embedder is not None and options.faiss_index is not None:
+        from rag_retrieval.retrieval.approximate import check_faiss
+
+        check_faiss(options)
+
+
+def build_words(state: IndexState) -> str:
     made_from = [state.made_from["corpus"], state.made_from["words"]]
     corpus, language = Corpus(state.path("corpus")), state.options.language
     return WorkFolder(state.folder).stage("bm25", made_from, lambda part: build_bm25(corpus, part, language)).name
@@ -211,10 +224,15 @@ def build_approximate(state: IndexState) -> str:
 
 
 def switch(state: IndexState) -> None:
-    """Let the index be the one of these parts, and remove all others."""
+    """Let the index be the one of these parts."""
     for path in state.paths.values():
         flush_to_disk(path)
     replace(state, sizes=sizes_of(state.folder, state.parts)).write()
+    remove_others(state)
+
+
+def remove_others(state: IndexState) -> None:
+    """Parts that are not the index's: of another state, or of a build that was killed."""
     for path in state.folder.iterdir():
         if STAGE_NAME.fullmatch(path.name) and path.name not in state.parts.values():
             shutil.rmtree(path)

@@ -59,7 +59,6 @@ class Vectors:
             for start in range(0, len(part), size):
                 yield self.decode(part[start : start + size])
 
-
     def similarity(self, one: np.ndarray, other: np.ndarray) -> float:
         """The cosine of two float32 vectors, after the first lost what this precision loses."""
         kept = self.decode(to_precision(one[None], precision_of(self.parts[0]), self.ranges))[0]

@@ -78,6 +78,8 @@ def test_every_checkpoint_of_an_embedder_s_run_is_on_the_curve(embedder_run, toy
     assert run_metrics(qrels, evaluate_retriever(alone).after.run, ["map"])["map"] == pytest.approx(
         curve["checkpoints"][1]["means"]["map"]
     )
+    result = json.loads((out / "checkpoint-10/result.json").read_text())
+    assert result["systems"][0]["ndcg@10"] == values[1]
     assert (out / "figures/checkpoints.png").is_file() and "data:image/png" in (out / "report.html").read_text()
     printed = capsys.readouterr().out
     assert f"* {curve['best']['step']}" in printed and "best by ndcg@10" in printed
@@ -99,7 +101,7 @@ def test_checkpoints_of_a_reranker_order_candidates_or_what_a_retriever_finds(re
 def test_the_command_knows_what_a_run_trains(reranker_run, toy, tmp_path, capsys):
     options = ["--data", str(toy), "--measures", "mrr@10", "--output_dir", str(tmp_path / "o")]
     assert main(["evaluate", "--checkpoints", str(reranker_run), *options]) == 0
-    assert (tmp_path / "o/checkpoint-10/run.trec").is_file()
+    assert all((tmp_path / "o/checkpoint-10" / name).is_file() for name in ("run.trec", "result.json"))
     assert main(["evaluate", "--data", str(toy)]) == 2
     assert "--model: is missing" in capsys.readouterr().err
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rag_retrieval import EvaluationConfig
+from rag_retrieval import EvaluationConfig, RetrievalEvaluationConfig
 from rag_retrieval.core.config_reader import ConfigError, load_config
 
 NEEDED = ["--model", "owner/model", "--data", "beir"]
@@ -104,3 +104,42 @@ def test_a_mistake_names_its_key_and_value(folder):
         with pytest.raises(ConfigError) as error:
             load(f"--{key}", value)
         assert str(error.value).startswith(f"--{key}") and named in str(error.value)
+
+
+# ---- retrievers
+
+
+def of_retrievers(**options) -> RetrievalEvaluationConfig:
+    return RetrievalEvaluationConfig(**{"retriever": "owner/model", "data": "beir"} | options)
+
+
+def test_keys_of_retrievers_that_do_not_apply_are_named(folder):
+    for given, named in (
+        (dict(retriever="bm25", pooling="cls", faiss_index="Flat"), ("pooling", "faiss_index")),
+        (dict(language="german"), ("language",)),
+        (dict(retriever="bm25,owner/m", query_model="owner/a", corpus_embeddings="v"), ("query_model", "corpus_e")),
+        (dict(long_document="max_slice"), ("long_document",)),
+        (dict(data="dev.jsonl", depth=5, report=True, reranker="owner/r"), ("depth", "report", "reranker")),
+    ):
+        ignored = of_retrievers(**given).ignored
+        assert all(name in ignored for name in named), (given, ignored)
+    effective = dict(pooling="cls", query_model="owner/a", reranker="owner/r", long_document="max_slice", dtype="bf16")
+    assert of_retrievers(**effective).ignored is None
+    assert of_retrievers(retriever="bm25", reranker="owner/r", language="german", precision="bf16").ignored is None
+
+
+def test_retrievers_are_names_between_commas_and_paths_are_found(folder):
+    options = ["--retriever", "bm25,mine,owner/model", "--data", "beir"]
+    assert load_config(RetrievalEvaluationConfig, None, options).retriever == ("bm25", f"{folder}/mine", "owner/model")
+
+
+def test_mistakes_of_retrievers_name_their_key(folder):
+    for options, named in (
+        (["--data", "beir"], "--retriever: is missing"),
+        (["--retriever", "bm25,bm25", "--data", "beir"], "--retriever: the same twice"),
+        (["--retriever", "./gone", "--data", "beir"], "found no file or folder ./gone"),
+        (["--retriever", "bm25", "--data", "beir", "--depth", "20", "--measures", "recall@50"], "--depth: is 20"),
+        (["--retriever", "bm25", "--data", "dev.jsonl"], "--retriever: cannot compare the two texts of a pair"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            load_config(RetrievalEvaluationConfig, None, options)

@@ -1,7 +1,11 @@
 """Retrievers over a whole corpus: figures of hand-made runs, and whole evaluations with tiny models."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from beir_samples import write, write_lines, write_toy
@@ -17,6 +21,8 @@ from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.retrieval.index import build_index
 
 pytest.importorskip("bm25s")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -266,3 +272,24 @@ def test_the_result_can_be_written_as_json(hand_made, measure):
     written = json.loads(json.dumps(result_of(found), allow_nan=False))
     assert written["queries_without_relevant"] == 1 and len(written["systems"][0]["recall_by_depth"]) == 20
     assert written["systems"][0]["relevant_documents"]["not_in_corpus"] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_find_and_score_what_one_does(toy, embedder, model_folders, measure, tmp_path):
+    alone = measure("bm25", embedder, reranker=model_folders["bert"])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    options = ["--retriever", f"bm25,{embedder}", "--reranker", model_folders["bert"], "--depth", "20", "--report"]
+    done = subprocess.run(
+        [*launch, "rag_retrieval.cli", "evaluate", "--data", str(toy), *options, "--output_dir", str(tmp_path / "two")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    for system in alone.systems:
+        two = read_run(tmp_path / "two/runs" / f"{system.name.replace(' ', '-')}.trec")
+        for query, scores in system.run.items():
+            assert two[query] == pytest.approx(scores, abs=1e-5)

@@ -69,7 +69,6 @@ def test_a_configuration_can_be_made_from_another_one():
         (["--sampling", "best"], "sampling", "random, top"),
         (["--num_negative", "3"], "num_negative", "num_negatives"),
         (["--candidates", "dense"], "dense_model", "is missing"),
-        (["--data", "records.jsonl"], "corpus", "is missing"),
         (["--candidates", "fused", "--dense_model", "o/m", "--relative_margin", "0.1"], "relative_margin", "relevance"),
         (["--reranker", "./none"], "reranker", "{folder}/none"),
         (["--candidates", "words"], "candidates", "bm25, dense, fused, random, found words"),

@@ -176,6 +176,22 @@ def test_records_and_a_corpus_file_give_what_the_folder_gives(data, tmp_path):
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
+def test_records_without_a_corpus_are_mined_among_their_own_documents(tmp_path):
+    records = [
+        {"query": "which panda", "pos": ["A panda eats."], "neg": ["A tiger eats.", "The panda of the zoo."]},
+        {"query": "熊猫吃什么", "pos": ["熊猫吃竹子。"], "neg": ["老虎吃肉。", "A panda eats."]},
+    ]
+    source = write_jsonl(tmp_path / "records.jsonl", records)
+    summary = mine(config_of(source, tmp_path / "out.jsonl", candidates="random", num_negatives=4))
+    assert summary.documents == 5, "a text counts once"
+    texts = {text for record in records for text in record["pos"] + record["neg"]}
+    for line in read_output(tmp_path / "out.jsonl"):
+        assert set(line["neg"]) | set(line["pos"]) == texts
+    mine(config_of(source, tmp_path / "words.jsonl", num_negatives=4))
+    negatives = {line["query"]: line["neg"] for line in read_output(tmp_path / "words.jsonl")}
+    assert negatives["which panda"] == ["The panda of the zoo."]
+
+
 def test_graded_labels_are_kept_in_hits(tmp_path):
     documents = {"a": "panda bear", "b": "panda bamboo", "c": "panda zoo", "d": "panda toy"}
     folder = write_beir(tmp_path / "d", documents, {"q": "panda"}, [("q", "a", 3), ("q", "b", 1), ("q", "c", 0)])

@@ -233,6 +233,21 @@ def test_a_full_disk_is_one_error_and_the_same_call_goes_on(corpus, whole, model
 
 
 @pytest.mark.slow
+def test_two_workers_of_ray_build_the_same_index(corpus, model, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False)
+    try:
+        for engine in (["--engine", "local"], ["--engine", "ray", "--ray_workers", "2"]):
+            command = [*build_options(corpus, tmp_path / engine[1], model), "--vector_precision", "int8"]
+            assert main([*command, *engine]) == 0
+    finally:
+        ray.shutdown()
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
+
+
+@pytest.mark.slow
 def test_two_processes_of_accelerate_build_the_same_index(corpus, whole, model, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
               "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "rag_retrieval.cli"]  # fmt: skip
