@@ -15,7 +15,7 @@ import numpy as np
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.vector_shards import Vectors
+from rag_retrieval.retrieval.vector_shards import Vectors, drawn_rows
 
 FAISS_SAMPLE = 1 << 18  # vectors that an index such as IVF is trained on
 FAISS_ADDED = 1 << 14  # vectors added at once
@@ -29,8 +29,7 @@ def build_faiss(vectors: Vectors, options: IndexOptions, folder: Path) -> None:
     try:
         index = faiss.index_factory(vectors.dim, options.faiss_index, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            rows = np.random.default_rng(options.seed).permutation(len(vectors))[:FAISS_SAMPLE]
-            index.train(vectors.rows(np.sort(rows)))
+            index.train(vectors.rows(drawn_rows(len(vectors), FAISS_SAMPLE, options.seed)))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-200:]
         raise ValueError(f"faiss_index {options.faiss_index!r}: FAISS cannot make this index ({reason})") from error
