@@ -58,7 +58,7 @@ class SearchConfig(ModelOptions, LongDocumentOptions):
         "Folder, hub name, or package:NAME of a reranker for what is found.", min_length=1
     )
     top_k: int = key("Documents of a query.", 10, ge=1)
-    depth: int = key("Documents that each stage finds at most, and that are reranked.", 100, ge=1)
+    depth: int = key("Documents that each stage finds, and that are reranked; top_k where that is more.", 100, ge=1)
     stages: Annotated[list[str], NAMES] | None = key(
         "Those of the index to search. Absent: all that count in the fusion.", min_length=1
     )

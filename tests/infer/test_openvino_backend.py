@@ -17,10 +17,12 @@ if not os.environ.get("RAG_RETRIEVAL_TEST_OPENVINO"):
 pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
 
+from embedder_samples import FAMILIES, PROMPTS, TEXTS  # noqa: E402
 from exported_samples import exported  # noqa: E402
 
-from rag_retrieval import Reranker  # noqa: E402
+from rag_retrieval import Embedder, Reranker  # noqa: E402
 from rag_retrieval.infer.onnx_backend import OnnxBackend, OpenVino  # noqa: E402
+from rag_retrieval.models.embedder import EmbeddingModel  # noqa: E402
 from rag_retrieval.models.llm_decoder import DEFAULT_FORMATS  # noqa: E402
 
 
@@ -48,6 +50,19 @@ def test_scores_are_those_of_torch_in_input_order(load_tiny, folder_of, family):
     assert reranker.backend.runtime is OpenVino
     for batch_size in (256, 7):
         assert np.abs(reranker.compute_score(pairs, batch_size=batch_size) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(("family", "options"), [("bert", {"include_prompt": False}), ("qwen2", {})])
+def test_vectors_of_an_embedder_are_those_of_torch(tmp_path, family, options):
+    model = EmbeddingModel.from_pretrained(FAMILIES[family](tmp_path / "base"), prompts=PROMPTS, **options)
+    model.save_pretrained(tmp_path / "model")
+    of_torch = Embedder(tmp_path / "model", device="cpu")
+    embedder = Embedder(exported(tmp_path / "model", tmp_path / "onnx"), model_type="openvino")
+    assert embedder.backend.runtime is OpenVino
+    for batch_size in (256, 7):
+        for name in ("encode_queries", "encode_documents"):
+            found = getattr(embedder, name)(TEXTS, batch_size=batch_size)
+            np.testing.assert_allclose(found, getattr(of_torch, name)(TEXTS), atol=1e-4)
 
 
 def test_an_int8_folder_ranks_like_the_float32_one(folder_of):

@@ -251,6 +251,9 @@ class EmbeddingKeys(TrainingConfig):
         if self.mrl_weights and len(self.mrl_weights) != len(self.widths):
             expected = f"expected {len(self.widths)}, one for each of mrl_dims"
             yield "mrl_weights", f"{expected}, found {len(self.mrl_weights)}"
+        if self.mrl_dims and max(self.mrl_dims) > (self.teacher_embedding_dim or WHOLE_VECTOR):
+            width = f"the {self.teacher_embedding_dim} numbers of a vector (teacher_embedding_dim)"
+            yield "mrl_dims", f"{max(self.mrl_dims)} is beyond {width}; leave it out"
         if any(width < 1 for width in self.mrl_dims or ()):
             yield "mrl_dims", "expected widths of at least 1"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from rag_retrieval.core.files import content_digest
 from rag_retrieval.data.step_records import QUERY_MARK, first_of_each
@@ -42,21 +42,35 @@ class GuideVectors:
         return torch.from_numpy(self.vectors[places])
 
 
-def open_guide(model: str, stores: Sequence[RecordStore], trust_remote_code: bool = False) -> GuideVectors:
+def open_guide(
+    model: str, stores: Sequence[RecordStore], wait_minutes: float, trust_remote_code: bool = False
+) -> GuideVectors:
     """The vectors of `model` for all texts of the stores, computed unless the cache has them; one process of a machine
-    does it. Raises ValueError for a model that is no embedder."""
+    does it, and the others wait for `wait_minutes` at most. Raises ValueError for a model that is no embedder or gives
+    a vector that is not finite, and where the wait was too short."""
     identity = [VERSION, model_content(model), [content_digest(store.files) for store in stores]]
     folder = cache_folder() / f"guide-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            temporary = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
-            temporary.mkdir()
-            try:
-                write_vectors(temporary, model, stores, trust_remote_code)
-                temporary.rename(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+    lock = FileLock(f"{folder}.lock", timeout=60 * wait_minutes)
+    try:
+        with lock:
+            if not folder.is_dir():
+                build_vectors(folder, model, stores, trust_remote_code)
+    except Timeout:
+        raise ValueError(
+            f"guide_model {model}: another process has held {lock.lock_file} for {wait_minutes:g} minutes "
+            "(wait_minutes), while it computes the vectors; start again when it is done, or raise wait_minutes"
+        ) from None
     return GuideVectors(folder)
+
+
+def build_vectors(folder: Path, model: str, stores: Sequence[RecordStore], trust_remote_code: bool) -> None:
+    temporary = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        write_vectors(temporary, model, stores, trust_remote_code)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_vectors(folder: Path, name: str, stores: Sequence[RecordStore], trust_remote_code: bool) -> None:
@@ -74,6 +88,8 @@ def write_vectors(folder: Path, name: str, stores: Sequence[RecordStore], trust_
             chunk = places[start : start + CHUNK]
             texts = [stores[s].query(p) if kind == "query" else stores[s].pair(p).document for s, p in chunk.tolist()]
             found = run_encoded([model], model.text_encoder.encode(texts, kind), FORWARD).numpy()
+            if not np.isfinite(found).all():
+                raise ValueError(f"guide_model {name}: it gave a vector that is not finite; take another model")
             vectors[rows[done : done + len(chunk)]] = found
             done += len(chunk)
     vectors.flush()

@@ -54,7 +54,8 @@ class EmbeddingTraining:
         self.guide = None
         if "guide" in self.objective.reads:
             stores = [file.store for file in self.files]
-            self.guide = open_guide(self.config.guide_model, stores, self.config.trust_remote_code)
+            config = self.config
+            self.guide = open_guide(config.guide_model, stores, config.wait_minutes, config.trust_remote_code)
         sources = [
             DataSource("training", file.source, [*file.store.files, *filter(None, [file.teacher_vectors])], file.store)
             for file in self.files
@@ -113,6 +114,7 @@ def configured_objective(config: EmbeddingConfig) -> Objective:
 def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
     """The model to train, weights in float32. Raises ValueError where model and configuration do not fit."""
     prompts = {"query": config.query_instruction, "document": config.document_instruction}
+    dims, width = tuple(config.mrl_dims or ()), config.teacher_embedding_dim
     model = EmbeddingModel.from_pretrained(
         config.model_name_or_path,
         pooling=config.pooling,
@@ -123,7 +125,7 @@ def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
         cls_interval=config.cls_interval,
         normalize=config.normalize,
         bidirectional=config.bidirectional,
-        dims=config.mrl_dims or (),
+        dims=dims if width is None else (),  # the one projection is to the teacher's width
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         cut_lengths=True,
@@ -139,8 +141,9 @@ def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
             logger.info("%s: %d, the tokens that this model has positions for, as none is given", name, length)
     if not config.normalize:  # the loss compares by the product, so the saved model does
         model.settings = replace(model.settings, similarity="dot")
-    if config.teacher_embedding_dim is not None:
-        model.add_projection(config.teacher_embedding_dim)
+    if width is not None:
+        model.add_projection(width)
+        model.settings = replace(model.settings, dims=dims)
     if config.use_mrl and max(config.widths) < model.dim:
         logger.warning(
             "mrl_dims: a vector has %d numbers, of which those beyond %d are in no loss; add %d to mrl_dims, or cut "

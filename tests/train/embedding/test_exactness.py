@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from plain_embedding import plain_training
+from safetensors.torch import load_file
 from training_runs import (
     embedding_records,
     engine_command,
@@ -17,6 +18,8 @@ from training_runs import (
     train,
     write_jsonl,
 )
+
+from rag_retrieval.models.embedder import EmbeddingModel
 
 # 5 steps: warmup of round(0.4 * 5) = 2, constant to round(0.6 * 5) = 3, then half a cosine over 2
 SCHEDULE = {"warmup_proportion": 0.4, "stable_proportion": 0.2}
@@ -114,7 +117,24 @@ def validation(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def cases(values, bert_with_dropout, validation) -> dict[str, dict]:
+def with_heads(tmp_path_factory, bert) -> str:
+    """A model that attends to latent vectors and projects its own to 48 numbers."""
+    folder = tmp_path_factory.mktemp("heads") / "model"
+    model = EmbeddingModel.from_pretrained(bert, pooling="latent_attention", dims=(16, 48))
+    for name, each in model.heads.named_parameters():
+        if each.dim() > 1:  # some begin as zeros, which would keep the gradients of others at zero
+            torch.nn.init.normal_(each, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def head_weights(output_dir: str | Path) -> dict[str, torch.Tensor]:
+    files = sorted((Path(output_dir) / "model").glob("*/model.safetensors"))
+    return {f"{file.parent.name}.{name}": value for file in files for name, value in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def cases(values, bert_with_dropout, with_heads, validation) -> dict[str, dict]:
     """The configuration of each case, but for its output folder."""
     on_two = values | {"batch_size": STEP // PROCESSES, "overwrite_output_dir": False}
     dropout = on_two | {"model_name_or_path": bert_with_dropout, "max_tokens_per_batch": 100}
@@ -123,6 +143,7 @@ def cases(values, bert_with_dropout, validation) -> dict[str, dict]:
         "alone": on_two | {"negatives_cross_device": False, "max_tokens_per_batch": 100},
         "accumulated": on_two | {"batch_size": 4, "gradient_accumulation_steps": 4},
         "lora": on_two | LORA,
+        "heads": on_two | {"model_name_or_path": with_heads} | HEADS,
         "validated": on_two | validation,
         "bf16": on_two | {"mixed_precision": "bf16", "max_tokens_per_batch": 100, "max_tokens_with_graph": 600},
         "dropout": dropout | {"save_steps": 2, "num_max_checkpoints": 9},
@@ -131,6 +152,7 @@ def cases(values, bert_with_dropout, validation) -> dict[str, dict]:
     }
 
 
+HEADS = {"use_mrl": True, "mrl_dims": [16, 48], "max_tokens_per_batch": 100, "max_tokens_with_graph": 600}
 LORA = {"lora_r": 4, "lora_target_modules": "all-linear", "gradient_checkpointing": True, "max_tokens_per_batch": 100}
 
 
@@ -178,6 +200,15 @@ def test_lora_and_bf16_on_every_engine_take_the_steps_of_one_process(outputs, va
         zero3 = "zero3" in request.node.name and case == "bf16"  # its own linear function rounds once more
         losses, expected = (outcome({"output_dir": folder})[0] for folder in (outputs / case, values["output_dir"]))
         assert losses == pytest.approx(expected, rel=1e-6 if case == "lora" else 5e-2 if zero3 else 1e-2), case
+
+
+@pytest.mark.slow
+def test_every_engine_trains_latent_attention_and_projection_as_one_process(outputs, values, with_heads):
+    train(values | {"model_name_or_path": with_heads} | HEADS)
+    one, found = outcome(values), outcome({"output_dir": outputs / "heads"})
+    heads, before = head_weights(values["output_dir"]), head_weights(Path(with_heads).parent)
+    assert len(heads) == len(before) == 15 and not any(torch.equal(heads[name], before[name]) for name in before)
+    assert_same((found[0], found[1] | head_weights(outputs / "heads")), (one[0], one[1] | heads), 1e-5)
 
 
 @pytest.mark.slow

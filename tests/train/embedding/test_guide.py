@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert
 from training_runs import embedding_records, read_metrics, train, write_jsonl
 
@@ -9,6 +11,7 @@ from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.step_records import QUERY_MARK
 from rag_retrieval.data.store import open_store
 from rag_retrieval.infer.embedder import Embedder
+from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.train.embedding import guide
 from rag_retrieval.train.embedding.config import EmbeddingConfig
 from rag_retrieval.train.embedding.guide import open_guide
@@ -31,7 +34,7 @@ def stores(tmp_path, monkeypatch):
 
 def test_every_text_has_the_guide_s_vector_under_its_id(stores, other, monkeypatch):
     monkeypatch.setattr(guide, "CHUNK", 2)
-    found = open_guide(other, stores)
+    found = open_guide(other, stores, 1)
     embedder = Embedder(other, normalize=False)
     assert len(found.ids) == 5, "rain and Paris as queries; water falls, a city and rain as documents"
     for ids, expected in (
@@ -43,13 +46,32 @@ def test_every_text_has_the_guide_s_vector_under_its_id(stores, other, monkeypat
 
 
 def test_vectors_are_computed_once_for_a_model_and_its_data(stores, other, monkeypatch, bert):
-    open_guide(other, stores)
+    open_guide(other, stores, 1)
     monkeypatch.setattr(guide, "run_encoded", None)
-    assert len(open_guide(other, stores).ids) == 5
+    assert len(open_guide(other, stores, 1).ids) == 5
     for model, data in ((bert, stores), (other, stores[:1])):
         with pytest.raises(TypeError):
-            open_guide(model, data)
+            open_guide(model, data, 1)
     assert not list(guide.cache_folder().glob("*.building-*"))
+
+
+def test_a_guide_whose_vectors_are_not_finite_is_refused_and_nothing_is_kept(stores, tmp_path):
+    model = EmbeddingModel.from_pretrained(tiny_bert(tmp_path / "guide", seed=7))
+    model.save_pretrained(tmp_path / "huge")
+    weights = load_file(tmp_path / "huge" / "model.safetensors")
+    for name in ("attention.output.LayerNorm", "output.dense"):  # finite themselves, as the opener asks
+        weights[f"encoder.layer.1.{name}.bias"][0] = 3e38
+    save_file(weights, tmp_path / "huge" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="guide_model .*huge: it gave a vector that is not finite"):
+        open_guide(str(tmp_path / "huge"), stores, 1)
+    assert not [path for path in guide.cache_folder().glob("guide-*") if path.is_dir()]
+
+
+def test_a_wait_for_another_process_has_a_bound(stores, other):
+    open_guide(other, stores, 1)
+    (folder,) = (path for path in guide.cache_folder().glob("guide-*") if path.is_dir())
+    with FileLock(f"{folder}.lock"), pytest.raises(ValueError, match="has held .*lock for 0.001 minutes"):
+        open_guide(other, stores, 0.001)
 
 
 def test_a_run_leaves_out_what_its_guide_finds_as_close_as_the_positive(settings, bert, other, tmp_path):

@@ -15,6 +15,7 @@ from rag_retrieval.core.distributed import StartError
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.token_batch import make_batch
 from rag_retrieval.train.embedding import task
+from rag_retrieval.train.embedding.config import EmbeddingConfig
 from rag_retrieval.train.embedding.run import graph_tokens
 from rag_retrieval.train.embedding.train_embedding import main
 
@@ -183,6 +184,20 @@ def test_other_vectors_of_a_teacher_are_other_data(settings, tmp_path):
     np.random.default_rng(1).normal(size=(16, 40)).astype(np.float32).tofile(file)
     with pytest.raises(StartError, match="train_dataset: was .*content"):
         train(values | {"output_dir": str(tmp_path / "other"), "resume": str(folder / "checkpoint-1")})
+
+
+def test_a_teacher_s_width_is_that_of_the_one_projection_whatever_the_matryoshka_widths(settings, tmp_path):
+    texts = [{"query": f"text {place}"} for place in range(16)]
+    np.random.default_rng(0).normal(size=(16, 48)).astype(np.float32).tofile(tmp_path / "vectors.bin")
+    values = settings(texts, loss_type="stella", train_dataset_vec=[str(tmp_path / "vectors.bin")], use_mrl=True)
+    values |= {"teacher_embedding_dim": 48, "mrl_dims": [16, 40]}  # the second is beyond the model's own 32
+    del values["temperature"]
+    train(values)
+    model = EmbeddingModel.from_pretrained(Path(values["output_dir"]) / "model")
+    assert [(head.in_features, head.out_features) for head in model.heads.values()] == [(32, 48)]
+    assert model.settings.dims == (16, 40)
+    with pytest.raises(ValueError, match=r"mrl_dims(.|\n)*64 is beyond the 48 numbers of a vector"):
+        EmbeddingConfig(**values | {"mrl_dims": [16, 64]})
 
 
 def test_graphs_are_kept_as_far_as_they_are_estimated_to_fit():
