@@ -35,21 +35,26 @@ EVALUATIONS = {
 
 
 def evaluate_any(arguments: list[str]) -> int:
-    """The evaluation of retrievers where one is named or the checkpoints are an embedder's, else that of a reranker."""
+    """The evaluation of retrievers where no `model` is given and a key that only it has, or the checkpoints of an
+    embedder; else that of a reranker."""
     with on_signals(leave_at_once):
         from rag_retrieval.core.config_reader import ConfigError, asked_value
-        from rag_retrieval.evaluate.other_commands import ALIASES
+        from rag_retrieval.evaluate.config import EvaluationConfig
+        from rag_retrieval.evaluate.other_commands import TRANSLATIONS
+        from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig
         from rag_retrieval.train.run_folder import CONFIGURATION_FILE
 
-        names = ("retriever", *(name for name, key in ALIASES.items() if key == "retriever"))
+        given = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"}
+        names = {*RetrievalEvaluationConfig.model_fields, *RetrievalEvaluationConfig.aliases, *TRANSLATIONS}
+        own = names - {*EvaluationConfig.model_fields, *EvaluationConfig.aliases}
         try:
-            retrieves = any(asked_value(name, arguments, [None]) for name in names)
+            asked = {name: name in given or asked_value(name, arguments, [None]) for name in ("model", *own)}
             run = asked_value("checkpoints", arguments, [None])
-            if run and not retrieves:
-                written = str(Path(run) / CONFIGURATION_FILE)
-                retrieves = asked_value("task", ["--config", written], [None]) == "embedding"
+            written = str(Path(run or "") / CONFIGURATION_FILE)
+            trains = asked_value("task", ["--config", written], [None]) if run else None
         except ConfigError as error:
             return report(error, 2, on_all_processes=True)
+    retrieves = not asked["model"] and (any(asked.values()) or trains == "embedding")
     return run_command(EVALUATIONS["retriever" if retrieves else "reranker"], arguments)
 
 

@@ -111,8 +111,8 @@ class RetrievalEvaluationConfig(EmbedderOptions, LongDocumentOptions, Evaluation
         return IndexOptions(bm25=False, embedder=retriever, vector_precision="float32", **options)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if not self.retriever:
-            yield "retriever", "is missing; expected bm25, a model, an index or a run file, or checkpoints"
+        if not self.retriever or not all(self.retriever):
+            yield "retriever", "a name is missing; expected bm25, a model, an index or a run file, or checkpoints"
         if len(set(self.retriever)) < len(self.retriever):
             yield "retriever", "the same twice; give each once"
         if os.path.isfile(self.data) and not MODELS.applies(self):

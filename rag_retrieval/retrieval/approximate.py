@@ -15,25 +15,50 @@ import numpy as np
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.vector_shards import Vectors
+from rag_retrieval.retrieval.vector_shards import Vectors, drawn_rows
 
 FAISS_SAMPLE = 1 << 18  # vectors that an index such as IVF is trained on
 FAISS_ADDED = 1 << 14  # vectors added at once
+WIDTHS = (768, 1024, 840, 1000, 3584, 3600)  # one of them is a multiple of whatever a product quantizer may divide by
 LISTS_SEARCHED = 16  # by default one of so many
+
+
+def check_faiss(options: IndexOptions) -> None:
+    """Before anything is encoded: ValueError where FAISS is missing, where it makes no such index of vectors of any of
+    `WIDTHS`, and where the index takes no such parameters."""
+    faiss, errors = _import_faiss(), []
+    for width in [options.dim] if options.dim else WIDTHS:
+        try:
+            index = make_empty(width, options.faiss_index)
+        except ValueError as error:
+            errors.append(error)
+        else:
+            return set_parameters(faiss, index, options.faiss_search)
+    raise errors[0]
+
+
+def make_empty(width: int, name: str):
+    faiss = _import_faiss()
+    try:
+        return faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(f"faiss_index {name!r}: FAISS cannot make this index ({reason_of(error)})") from error
+
+
+def reason_of(error: RuntimeError) -> str:
+    return " ".join(str(error).split())[-200:]
 
 
 def build_faiss(vectors: Vectors, options: IndexOptions, folder: Path) -> None:
     """Write an index by inner product into the existing folder. Raises ValueError where FAISS is missing or cannot make
     such an index."""
-    faiss = _import_faiss()
-    try:
-        index = faiss.index_factory(vectors.dim, options.faiss_index, faiss.METRIC_INNER_PRODUCT)
-        if not index.is_trained:
-            rows = np.random.default_rng(options.seed).permutation(len(vectors))[:FAISS_SAMPLE]
-            index.train(vectors.rows(np.sort(rows)))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise ValueError(f"faiss_index {options.faiss_index!r}: FAISS cannot make this index ({reason})") from error
+    faiss, name = _import_faiss(), options.faiss_index
+    index = make_empty(vectors.dim, name)
+    if not index.is_trained:
+        try:
+            index.train(vectors.rows(drawn_rows(len(vectors), FAISS_SAMPLE, options.seed)))
+        except RuntimeError as error:
+            raise ValueError(f"faiss_index {name!r}: FAISS cannot train this index ({reason_of(error)})") from error
     with Progress(len(vectors), "indexing vectors", "documents") as progress:
         if has_lists(index):
             index = _merged_on_disk(index, vectors, folder, progress)
@@ -83,13 +108,17 @@ def read_faiss(folder: Path, faiss_search: str | None):
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         ivf.nprobe = max(1, ivf.nlist // LISTS_SEARCHED)
-    if faiss_search is not None:
-        try:
-            faiss.ParameterSpace().set_index_parameters(index, faiss_search)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[-200:]
-            raise ValueError(f"faiss_search {faiss_search!r}: this index takes no such parameter ({reason})") from error
+    set_parameters(faiss, index, faiss_search)
     return index
+
+
+def set_parameters(faiss, index, names: str | None) -> None:
+    if names is not None:
+        try:
+            faiss.ParameterSpace().set_index_parameters(index, names)
+        except RuntimeError as error:
+            reason = reason_of(error)
+            raise ValueError(f"faiss_search {names!r}: this index takes no such parameter ({reason})") from error
 
 
 @contextmanager

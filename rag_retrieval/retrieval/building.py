@@ -44,6 +44,7 @@ VECTOR_SHARDS = "rag_retrieval.retrieval.vector_shards"
 def build(source: str | Path, folder: Path, options: IndexOptions, engine: EngineOptions = LOCAL) -> None:
     """See `index.build_index`."""
     with writing(folder):
+        on_main(lambda: check_libraries(options))
         before, depends_on = on_main(lambda: (IndexState.read(folder), fingerprint(options)))
         corpus = on_main(lambda: build_documents(source, folder, options.passage_tokens))
         made_from = {"corpus": corpus_name(corpus)} | depends_on
@@ -169,10 +170,18 @@ def finish(state: IndexState, engine: EngineOptions, old: IndexState | None) -> 
     on_main(lambda: switch(state))
 
 
-def build_words(state: IndexState) -> str:
+def check_libraries(options: IndexOptions) -> None:
+    """Raises ValueError for what the last stages would fail at, hours later."""
     missing = [name for name in BM25_LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
+    if options.bm25 and missing:
         raise ValueError(f"an index of words needs {', '.join(missing)}; run: pip install -e '.[mine]'")
+    if options.embedder is not None and options.faiss_index is not None:
+        from rag_retrieval.retrieval.approximate import check_faiss
+
+        check_faiss(options)
+
+
+def build_words(state: IndexState) -> str:
     made_from = [state.made_from["corpus"], state.made_from["words"]]
     corpus, language = Corpus(state.path("corpus")), state.options.language
     return WorkFolder(state.folder).stage("bm25", made_from, lambda part: build_bm25(corpus, part, language)).name

@@ -60,8 +60,8 @@ class Retriever:
     `package:NAME` of one. embedder: an open Embedder in place of the one that the index names. stages: those of the
     index to search; default all that play a part in the fusion. fusion: how several become one; default what
     `fit-fusion` left in the index, else reciprocal ranks. depth: documents that each stage finds at most, and that are
-    reranked. device, trust_remote_code: of models that are opened here. batch_size and all after it: of the reranking,
-    as for `Reranker.rerank`.
+    reranked; `top_k` where that is more. device, trust_remote_code: of models that are opened here. batch_size and all
+    after it: of the reranking, as for `Reranker.rerank`.
 
     Raises ValueError for a folder without an index, a stage that it does not have, weights of other stages, and what
     `Reranker` refuses.

@@ -102,8 +102,16 @@ def test_the_command_knows_what_a_run_trains(reranker_run, toy, tmp_path, capsys
     options = ["--data", str(toy), "--measures", "mrr@10", "--output_dir", str(tmp_path / "o")]
     assert main(["evaluate", "--checkpoints", str(reranker_run), *options]) == 0
     assert all((tmp_path / "o/checkpoint-10" / name).is_file() for name in ("run.trec", "result.json"))
-    assert main(["evaluate", "--data", str(toy)]) == 2
-    assert "--model: is missing" in capsys.readouterr().err
+    for given, named in (
+        ([], "--model: is missing"),
+        (["--retriever", ""], "--retriever: a name is missing"),
+        (["--query_model", "a/b"], "--retriever: a name is missing"),
+        (["--model", "a/b", "--fp16"], "--fp16: unknown key"),
+    ):
+        assert main(["evaluate", "--data", str(toy), *given]) == 2
+        assert named in capsys.readouterr().err
+    write(tmp_path / "a.yaml", f"retriever: bm25\ndata: {toy}\noutput_dir: {tmp_path}/y\n")
+    assert main(["evaluate", "--config", str(tmp_path / "a.yaml")]) == 0 and (tmp_path / "y/runs/bm25.trec").is_file()
 
 
 def test_only_a_run_s_folder_has_checkpoints(tmp_path):

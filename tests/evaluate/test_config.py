@@ -135,7 +135,8 @@ def test_retrievers_are_names_between_commas_and_paths_are_found(folder):
 
 def test_mistakes_of_retrievers_name_their_key(folder):
     for options, named in (
-        (["--data", "beir"], "--retriever: is missing"),
+        (["--data", "beir"], "--retriever: a name is missing"),
+        (["--retriever", "bm25,", "--data", "beir"], "--retriever: a name is missing"),
         (["--retriever", "bm25,bm25", "--data", "beir"], "--retriever: the same twice"),
         (["--retriever", "./gone", "--data", "beir"], "found no file or folder ./gone"),
         (["--retriever", "bm25", "--data", "beir", "--depth", "20", "--measures", "recall@50"], "--depth: is 20"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny_models import tiny_bert
 from rag_retrieval import Embedder
 from rag_retrieval.core.files import locked
 from rag_retrieval.data.records import DataError
+from rag_retrieval.retrieval import building
 from rag_retrieval.retrieval.building import LOCAL, update
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.index import Index, build_index
@@ -43,6 +45,31 @@ def built(model, corpus, tmp_path_factory):
 @pytest.fixture
 def copied(built, tmp_path):
     return Path(shutil.copytree(built, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"faiss_index": "Flut"}, "faiss_index 'Flut': FAISS cannot make this index"),
+        ({"faiss_index": "PQ3", "dim": 32}, "faiss_index 'PQ3': FAISS cannot make this index"),
+        ({"faiss_index": "IVF2,Flat", "faiss_search": "nprove=3"}, "faiss_search 'nprove=3': this index takes no such"),
+    ],
+)
+def test_what_faiss_does_not_know_is_refused_before_anything_is_encoded(corpus, model, tmp_path, more, message):
+    pytest.importorskip("faiss")
+    with pytest.raises(ValueError, match=message):
+        build_index(corpus, tmp_path / "index", options(model, **more))
+    assert not (tmp_path / "index").exists()
+
+
+def test_missing_libraries_are_named_before_anything_is_built(corpus, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="faiss_index needs FAISS; run: pip install"):
+        build_index(corpus, tmp_path / "index", options(model, faiss_index="Flat"))
+    monkeypatch.setattr(building, "BM25_LIBRARIES", ("bm25s", "no_such_library"))
+    with pytest.raises(ValueError, match="an index of words needs no_such_library; run: pip install"):
+        build_index(corpus, tmp_path / "index", options(model))
+    assert not (tmp_path / "index").exists()
 
 
 def test_documents_come_back_with_ids_and_metadata_and_are_found_by_words_and_vectors(built, model):
