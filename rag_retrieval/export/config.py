@@ -37,8 +37,8 @@ class ExportConfig(ModelOptions, EmbedderOptions):
     max_length: int | None = Field(
         None,
         ge=1,
-        description="Longest pair, or text of an embedder, in tokens, special tokens included. Absent: what the model's "
-        "folder says, else 512.",
+        description="Longest pair, or text of an embedder, in tokens, special tokens included. Absent: what the "
+        "model's folder says, else 512.",
     )
     queries: int = key("Judged queries of the data that are checked, at most.", 100, only=CHECKED, ge=1)
     depth: int = key("BM25's candidates of each query that are scored, in documents.", 50, only=CHECKED, ge=1)
