@@ -158,7 +158,7 @@ def measure(
         ceilings=ceilings,
         of_each=of_each,
         places={system.name: places_of(system, judged.qrels, absent[system.name], config) for system in systems},
-        recall={system.name: recall_by_depth(system, judged.qrels, config) for system in systems},
+        recall={system.name: recall_by_depth(system, judged.qrels, config, len(texts)) for system in systems},
     )
 
 
@@ -197,13 +197,14 @@ def first_cutoff(config: RetrievalEvaluationConfig) -> int:
     return min(parse_metric(config.measures[0])[1] or config.depth, config.depth)
 
 
-def recall_by_depth(system: System, qrels: Qrels, config: RetrievalEvaluationConfig) -> np.ndarray:
-    """The mean share of the relevant documents among the first 1, 2, ... depth: float64 [depth]."""
-    queries = system.per_query[config.measures[0]]
-    total = np.zeros(config.depth)
+def recall_by_depth(system: System, qrels: Qrels, config: RetrievalEvaluationConfig, found: int) -> np.ndarray:
+    """The mean share of the relevant documents among the first 1, 2, ... depth: float64 [depth]. found: documents that
+    any system found, beyond which the share of none grows."""
+    queries, depth = system.per_query[config.measures[0]], max(1, min(config.depth, found))
+    total = np.zeros(depth)
     for query in queries:
         grades = [qrels[query].get(document, 0) for document in trec_order(system.run.get(query, {}))]
         ranks = np.flatnonzero(is_relevant(grades, config.relevant_from))
-        steps = np.bincount(ranks, minlength=config.depth)[: config.depth]
+        steps = np.bincount(ranks, minlength=depth)[:depth]
         total += np.cumsum(steps) / is_relevant(list(qrels[query].values()), config.relevant_from).sum()
     return total / len(queries)
