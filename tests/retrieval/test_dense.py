@@ -118,6 +118,12 @@ def test_faiss_finds_what_the_exact_search_finds(tmp_path, factory, search, on_d
     assert capfd.readouterr().out == ""
 
 
+def test_an_ivf_index_looks_through_one_list_in_16_unless_told_otherwise(tmp_path):
+    pytest.importorskip("faiss")
+    build_faiss(stored(tmp_path, "float16"), options("IVF48,Flat"), tmp_path)
+    assert [read_faiss(tmp_path, search).nprobe for search in (None, "nprobe=7")] == [3, 7]
+
+
 @pytest.mark.parametrize("factory", ["IVF4,PQ4x4fs", "IVF4,Flat,RFlat"])
 def test_an_ivf_index_that_cannot_lie_on_the_disk_is_held_in_memory(tmp_path, factory):
     pytest.importorskip("faiss")
