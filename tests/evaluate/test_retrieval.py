@@ -103,8 +103,30 @@ def test_rows_are_compared_with_the_first_or_the_one_that_is_named(hand_made, me
 
 def test_an_index_of_another_corpus_is_refused(hand_made, toy, measure, tmp_path):
     build_index(toy, tmp_path / "index")
-    with pytest.raises(ValueError, match="index: has none of the 4 relevant documents of hand test"):
+    with pytest.raises(ValueError, match="index: holds 72 documents, and .*hand 5, of which 5 are not in it"):
         measure(str(tmp_path / "index"), data=str(hand_made))
+    corpus = (toy / "corpus.jsonl").read_text()
+    write(toy / "corpus.jsonl", corpus.replace("apple text 0", "another text"))
+    with pytest.raises(ValueError, match="toy 72, of which 2 are not in it or have another text"):
+        measure(str(tmp_path / "index"))
+    write(toy / "corpus.jsonl", "".join(corpus.splitlines(keepends=True)[:70]))
+    with pytest.raises(ValueError, match="holds 72 documents, and .*toy 70, of which 0"):
+        measure(str(tmp_path / "index"))
+
+
+def test_a_run_of_other_documents_and_ids_that_no_run_can_hold_are_refused(hand_made, measure):
+    write(hand_made / "qrels/test.tsv", "q1\tgone\t1\n")
+    with pytest.raises(ValueError, match="found.trec: has none of the 1 relevant documents of hand test"):
+        measure(str(hand_made / "found.trec"), data=str(hand_made))
+    write(hand_made / "qrels/test.tsv", "q1\ta b\t1\n")
+    write_lines(hand_made / "corpus.jsonl", [{"_id": "a b", "text": "query q1"}])
+    with pytest.raises(ValueError, match="a document has the id 'a b'; expected a text without spaces"):
+        measure("bm25", data=str(hand_made))
+
+
+def test_a_depth_beyond_the_corpus_takes_no_memory(hand_made, measure):
+    found = measure("bm25", str(hand_made / "found.trec"), data=str(hand_made), depth=10**15, measures=("map",))
+    assert found.places["found.trec"].first == 2 and len(found.recall["bm25"]) == len(found.recall["found.trec"]) <= 5
 
 
 # ---- whole evaluations
@@ -270,7 +292,7 @@ def test_a_notebook_shows_the_table(hand_made, measure):
 def test_the_result_can_be_written_as_json(hand_made, measure):
     found = measure(str(hand_made / "found.trec"), data=str(hand_made))
     written = json.loads(json.dumps(result_of(found), allow_nan=False))
-    assert written["queries_without_relevant"] == 1 and len(written["systems"][0]["recall_by_depth"]) == 20
+    assert written["queries_without_relevant"] == 1 and len(written["systems"][0]["recall_by_depth"]) == 3
     assert written["systems"][0]["relevant_documents"]["not_in_corpus"] == 1
 
 
