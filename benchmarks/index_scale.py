@@ -1,4 +1,4 @@
-"""Memory, time and recall of search by vectors, exact and by FAISS, in up to 2,000,000 documents.
+"""Memory, CPU time and recall of search by vectors, exact and by FAISS, in up to 2,000,000 documents.
 
 The vectors are made for the purpose and nothing is encoded: float16 of width 384 and length 1, each near one of many
 centres, since vectors without any structure have no neighbours to find. A shard has 50,000 of them and is made, as the
@@ -31,9 +31,8 @@ PER_CENTRE = 200  # vectors
 SHARD, SEED = 50_000, 7
 QUERIES, DEPTH = 100, 100
 EXACT = "exact"
-HEAD = (
-    f"{'vectors':>10} {'search':>14} {'made s':>8} {'MiB':>7} {'one ms':>8} {'many ms':>8} {'recall':>7} {'private':>8}"
-)
+COLUMNS = {"vectors": 10, "search": 14, "built s": 8, "MiB": 7, "one ms": 8, "many ms": 8, "recall": 7, "private": 8}
+HEAD = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
 
 def main() -> None:
@@ -44,34 +43,33 @@ def main() -> None:
     options = parser.parse_args()
     print(f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}, ", end="")
     print(f"faiss {faiss.__version__}, {torch.get_num_threads()} thread(s); memory in MiB, highest")
-    print(f"one, many: milliseconds of a query alone, and among {QUERIES} at once; {DEPTH} documents each")
+    print(f"CPU time; one, many: of a query alone, and of one among {QUERIES} at once; {DEPTH} documents each")
     print(HEAD)
     for size in options.sizes:
         for search in options.searches:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row = pool.apply(measure, (options.work / str(size), size, search))
-            print(row, flush=True)
+                print(pool.apply(measure, (options.work / str(size), size, search)), flush=True)
 
 
 def measure(folder: Path, size: int, search: str) -> str:
-    """A line of the table. The exact search makes the vectors, where they are not there."""
+    """A line of the table. Vectors are made where they are not there."""
     faiss_index = None if search == EXACT else search
     options = IndexOptions(embedder="no-model", bm25=False, device="cpu", faiss_index=faiss_index)
     paths = {"vectors": folder / "vectors"}
     with highest_memory(0.05) as highest:
-        start = time.perf_counter()
         make_vectors(paths["vectors"], size)
+        start = time.process_time()
         if options.faiss_index:
             paths["faiss"] = folder / "faiss" / search.replace(",", "-")
             paths["faiss"].mkdir(parents=True)
             build_faiss(*open_vectors(paths, options), options, paths["faiss"])
-        made = time.perf_counter() - start
+        built = time.process_time() - start
         searcher = open_search(paths, options, None)
         queries = queries_of(searcher.vectors)
         one, many = (seconds_of(searcher, queries, at_once) * 1000 for at_once in (1, QUERIES))
         recall = 1.0 if options.faiss_index is None else searcher.recall(0)
     stored = sum(file.stat().st_size for file in paths[list(paths)[-1]].rglob("*") if file.is_file())
-    numbers = f"{made:>8.1f} {stored / MIB:>7.0f} {one:>8.1f} {many:>8.1f} {recall:>7.3f} {highest[0] / MIB:>8.0f}"
+    numbers = f"{built:>8.1f} {stored / MIB:>7.0f} {one:>8.1f} {many:>8.1f} {recall:>7.3f} {highest[0] / MIB:>8.0f}"
     return f"{size:>10,} {search:>14} {numbers}"
 
 
@@ -106,13 +104,13 @@ def queries_of(vectors) -> np.ndarray:
 
 
 def seconds_of(searcher, queries: np.ndarray, at_once: int) -> float:
-    """Of a query. Alone only a tenth of them are asked: exact search reads everything for each."""
+    """CPU seconds of a query. Alone only a tenth of them are asked: exact search reads everything for each."""
     asked = queries if at_once > 1 else queries[: max(1, len(queries) // 10)]
     judged = [np.zeros(0, np.int64)] * at_once
-    start = time.perf_counter()
+    start = time.process_time()
     for place in range(0, len(asked), at_once):
         searcher.search_vectors(asked[place : place + at_once], judged[: len(asked) - place], DEPTH)
-    return (time.perf_counter() - start) / len(asked)
+    return (time.process_time() - start) / len(asked)
 
 
 if __name__ == "__main__":

@@ -141,12 +141,13 @@ def mine(config: "MiningConfig") -> str:
 
 
 def index(config: "IndexConfig") -> str:
+    from rag_retrieval.retrieval.config import IndexOptions
     from rag_retrieval.retrieval.index import Index, build_index
     from rag_retrieval.retrieval.index_files import LOCAL_KEYS
 
     started = time.monotonic()
     if config.corpus is not None:
-        built = build_index(config.corpus, config.output, config.index_options(), config)
+        built = build_index(config.corpus, config.output, config.only(IndexOptions), config)
     else:
         built = Index(config.output, **config.given(*LOCAL_KEYS))
     if config.add or config.remove:

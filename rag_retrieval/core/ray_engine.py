@@ -7,6 +7,7 @@ the same command continues. What is exchanged are numbers of shards: the actors 
 
 import os
 import signal
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from rag_retrieval.core.shards import ShardError, ShardFolder, ShardWork, make_l
 
 DEATHS = 3  # of workers over one shard, or one after the other before any shard is made
 SLOWEST_START = timedelta(minutes=30)  # of all workers: a place in the cluster, and the model
+ANSWERS_WITHIN = 30.0  # seconds
 SHOWN = 500  # characters of Ray's message
 OBJECT_STORE = 100 << 20  # bytes; Ray's default is a third of the memory, and nothing is exchanged
 PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
@@ -143,12 +145,18 @@ def ray_cluster(engine: EngineOptions) -> Iterator[Any]:
         return
     on_term = signal.getsignal(signal.SIGTERM)
     address, own = engine.ray_address or "local", {}
+    host, colon, port = address.rpartition(":")
+    try:
+        if colon:  # Ray itself would try for many minutes
+            socket.create_connection((host, int(port)), timeout=ANSWERS_WITHIN).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"ray_address: nothing answers at {address} ({error}); expected HOST:PORT, or auto") from error
     if engine.ray_address is None:
         cpus = max(len(os.sched_getaffinity(0)), engine.ray_workers or 1)  # more workers than CPUs take turns
         own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "num_cpus": cpus}
     try:
         ray.init(address, log_to_driver=False, configure_logging=False, **own)
-    except (ConnectionError, ValueError) as error:
+    except ConnectionError as error:
         raise ValueError(f"ray_address: {error}") from error
     with suppress(ValueError):  # outside the main thread Ray changes nothing
         signal.signal(signal.SIGTERM, on_term)

@@ -256,10 +256,14 @@ def run_lines(query: str, scores: Mapping[str, float], name: str) -> Iterator[st
     """The lines of one query in a TREC run file. Scores keep every digit.
 
     name: of the system, for the last column; its spaces become underscores. Documents stand by falling score and
-    those of equal score as trec_eval takes them (`trec_order`), so that the ranks are those that are measured.
+    those of equal score as trec_eval takes them (`trec_order`), so that the ranks are those that are measured. Raises
+    DataError for a document whose id is no single word.
     """
     label = "_".join(name.split()) or "run"
     for rank, document in enumerate(trec_order(scores), start=1):
+        if document.split() != [document]:
+            found = f"the document id {document!r} has spaces, which a TREC run cannot hold"
+            raise DataError(f"{found}; give it another id, or take JSON for the results of a search.")
         yield f"{query} Q0 {document} {rank} {scores[document]!r} {label}\n"
 
 

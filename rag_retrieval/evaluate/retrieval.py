@@ -56,7 +56,7 @@ class RetrievalEvaluation(Evaluation):
     """systems: a row for each stage of each retriever. before: the row that the others are compared with; after: the
     last. ceilings: a perfect order of each retriever's candidates, which no reranker surpasses. of_each: comparisons
     of each system but `before`, by its name. places: by system, with k of the first measure. recall: by system, of the
-    first 1, 2, ... documents: float64 [documents found for a query at most]."""
+    first 1, 2, ... depth documents: float64 [depth]."""
 
     systems: list[System]
     ceilings: list[System]
@@ -142,7 +142,6 @@ def measure(
         best = perfect_run(judged.qrels, one.candidates)
         ceilings.append(system_of(f"{one.name} perfect order", best, judged.qrels, config))
     before, after = baseline_of(config, systems), systems[-1]
-    depth = max(len(documents) for system in systems for documents in system.run.values())  # the corpus may be small
     texts = {document: text for one in found for document, text in one.texts.items()}
     identical = max(one.identical_ids for one in found)
     data = replace(judged, documents=texts, candidates=found[-1].candidates, identical_ids=identical)
@@ -159,7 +158,7 @@ def measure(
         ceilings=ceilings,
         of_each=of_each,
         places={system.name: places_of(system, judged.qrels, absent[system.name], config) for system in systems},
-        recall={system.name: recall_by_depth(system, judged.qrels, config, depth) for system in systems},
+        recall={system.name: recall_by_depth(system, judged.qrels, config, len(texts)) for system in systems},
     )
 
 
@@ -198,13 +197,14 @@ def first_cutoff(config: RetrievalEvaluationConfig) -> int:
     return min(parse_metric(config.measures[0])[1] or config.depth, config.depth)
 
 
-def recall_by_depth(system: System, qrels: Qrels, config: RetrievalEvaluationConfig, depth: int) -> np.ndarray:
-    """The mean share of the relevant documents among the first 1, 2, ... depth: float64 [depth]."""
-    queries = system.per_query[config.measures[0]]
+def recall_by_depth(system: System, qrels: Qrels, config: RetrievalEvaluationConfig, found: int) -> np.ndarray:
+    """The mean share of the relevant documents among the first 1, 2, ... depth: float64 [depth]. found: documents that
+    any system found, beyond which the share of none grows."""
+    queries, depth = system.per_query[config.measures[0]], max(1, min(config.depth, found))
     total = np.zeros(depth)
     for query in queries:
         grades = [qrels[query].get(document, 0) for document in trec_order(system.run.get(query, {}))]
         ranks = np.flatnonzero(is_relevant(grades, config.relevant_from))
-        steps = np.bincount(ranks, minlength=depth)
+        steps = np.bincount(ranks, minlength=depth)[:depth]
         total += np.cumsum(steps) / is_relevant(list(qrels[query].values()), config.relevant_from).sum()
     return total / len(queries)

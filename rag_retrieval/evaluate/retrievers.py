@@ -3,7 +3,7 @@
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from rag_retrieval.data.beir import (
 )
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.documents import read_documents
-from rag_retrieval.data.records import DataError
 from rag_retrieval.evaluate.ranking_data import RankingData, without_identical_ids
 from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig, is_index
 from rag_retrieval.evaluate.systems import check_relevant
@@ -157,7 +156,6 @@ def of_candidates(
     for query, of_query in zip(judged.queries, found, strict=True):
         for stage, candidates in of_query.items():
             ids = {row: documents.id(row) for row in candidates.rows.tolist()}
-            check_ids(ids.values())
             texts |= {id_: documents.text(row) for row, id_ in ids.items() if id_ not in texts}
             stages[stage][query] = dict(zip(ids.values(), candidates.scores.tolist(), strict=True))
     return retrieved(config, name, judged, stages, texts, lambda id_: documents.row_of_id(id_) is not None)
@@ -172,12 +170,6 @@ def check_corpus(config: RetrievalEvaluationConfig, index: Index) -> None:
     if other or total != len(index):
         raise ValueError(f"{index.folder}: holds {len(index):,} documents, and {config.data} {total:,}, of which "
                          f"{other:,} are not in it or have another text; give an index of this corpus")  # fmt: skip
-
-
-def check_ids(ids: Iterable[str]) -> None:
-    """Raises DataError for an id that a run file, whose columns stand between spaces, cannot hold."""
-    if odd := next((id_ for id_ in ids if id_.split() != [id_]), None):
-        raise DataError(f"a document has the id {odd!r}; expected a text without spaces, as run files need it.")
 
 
 def of_run_file(config: RetrievalEvaluationConfig, file: str, name: str, judged: RankingData) -> Retrieved:

@@ -15,7 +15,7 @@ import numpy as np
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.vector_shards import Vectors
+from rag_retrieval.retrieval.vector_shards import Vectors, drawn_rows
 
 FAISS_SAMPLE = 1 << 18  # vectors that an index such as IVF is trained on
 FAISS_ADDED = 1 << 14  # vectors added at once
@@ -55,9 +55,8 @@ def build_faiss(vectors: Vectors, options: IndexOptions, folder: Path) -> None:
     faiss, name = _import_faiss(), options.faiss_index
     index = make_empty(vectors.dim, name)
     if not index.is_trained:
-        rows = np.random.default_rng(options.seed).permutation(len(vectors))[:FAISS_SAMPLE]
         try:
-            index.train(vectors.rows(np.sort(rows)))
+            index.train(vectors.rows(drawn_rows(len(vectors), FAISS_SAMPLE, options.seed)))
         except RuntimeError as error:
             raise ValueError(f"faiss_index {name!r}: FAISS cannot train this index ({reason_of(error)})") from error
     with Progress(len(vectors), "indexing vectors", "documents") as progress:

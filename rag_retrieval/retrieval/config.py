@@ -108,11 +108,6 @@ class IndexConfig(IndexOptions, EngineOptions):
         if self.corpus is not None and (self.add or self.remove):
             yield "corpus", "builds an index, and add and remove change one; give the one or the other"
 
-    def index_options(self) -> IndexOptions:
-        """These alone."""
-        names = self.model_fields_set & IndexOptions.model_fields.keys()
-        return IndexOptions(**{name: getattr(self, name) for name in names})
-
     def ids_to_remove(self) -> list[str]:
         """Those that the file has, one a line."""
         return [] if self.remove is None else [line for _, line in text_lines(Path(self.remove))]

@@ -18,7 +18,7 @@ from rag_retrieval.models.nearest import nearest
 from rag_retrieval.retrieval.approximate import read_faiss
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.vector_shards import Encode, Vectors, open_vectors
+from rag_retrieval.retrieval.vector_shards import Encode, Vectors, drawn_rows, open_vectors
 
 RECALL_QUERIES, RECALL_DEPTH = 200, 10
 
@@ -74,7 +74,7 @@ class DenseSearch:
     def recall(self, seed: int) -> float:
         """The part of the nearest `RECALL_DEPTH` by the finest vectors that the search finds, over documents drawn by
         the seed as queries. A document itself does not count; 1 where there is no other."""
-        drawn = np.random.default_rng(seed).permutation(len(self.vectors))[:RECALL_QUERIES]
+        drawn = drawn_rows(len(self.vectors), RECALL_QUERIES, seed)
         queries, depth = self.finest.rows(drawn), RECALL_DEPTH + 1
         exact, _ = nearest(queries, self.finest.parts, depth, self.device, self.finest.decode)
         none = [np.zeros(0, np.int64)] * len(drawn)

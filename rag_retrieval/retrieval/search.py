@@ -133,7 +133,8 @@ def shown(config: SearchConfig, retriever: "Retriever", queries: dict[str, str])
                 if config.output_format == "json":
                     yield json_line(id_ if config.queries else None, results)
                 elif config.output_format == "trec":
-                    yield from run_lines(id_, trec_scores(results), Path(config.index).resolve().name)
+                    scores = {result.doc_id: result.score for result in results}
+                    yield from run_lines(id_, scores, Path(config.index).resolve().name)
                 else:
                     styled = config.output is None and sys.stdout.isatty()
                     yield rendered(list(as_text(results, columns)), columns, styled) + "\n\n"
@@ -143,14 +144,6 @@ def shown(config: SearchConfig, retriever: "Retriever", queries: dict[str, str])
 def json_line(query_id: str | None, results: "SearchResults") -> str:
     values = json.loads(results.to_json())
     return json.dumps({"query_id": query_id} | values if query_id else values, ensure_ascii=False) + "\n"
-
-
-def trec_scores(results: "SearchResults") -> dict[str, float]:
-    """Raises ValueError for an id with spaces, which separate the columns of a run."""
-    for result in results:
-        if result.doc_id.split() != [result.doc_id]:
-            raise ValueError(f"the document id {result.doc_id!r} has spaces, which a TREC run cannot hold; take json")
-    return {result.doc_id: result.score for result in results}
 
 
 def as_text(results: "SearchResults", columns: int) -> Iterator[RenderableType]:

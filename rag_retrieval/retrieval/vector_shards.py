@@ -119,13 +119,19 @@ def encode_with(embedder: Embedder, kind: str, options: IndexOptions) -> Encode:
     return lambda texts: embedder.encode(texts, kind=kind, show_progress_bar=False, **shape)
 
 
+def drawn_rows(count: int, most: int, seed: int) -> np.ndarray:
+    """At most so many of the rows, each once, rising."""
+    # a permutation of 100 million rows would take 800 MB
+    return np.sort(np.random.default_rng(seed).choice(count, min(most, count), replace=False, shuffle=False))
+
+
 def open_ranges(device: torch.device, corpus: Path, options: IndexOptions) -> MakeShard:
     """Makes the one shard with the int8 ranges of the vectors of documents that the seed draws."""
 
     def make(number: int, folder: Path) -> None:
         documents = Corpus(corpus)
-        rows = np.random.default_rng(options.seed).permutation(len(documents))[:RANGES_SAMPLE]
-        texts = [documents.text(row) for row in np.sort(rows).tolist()]
+        rows = drawn_rows(len(documents), RANGES_SAMPLE, options.seed)
+        texts = [documents.text(row) for row in rows.tolist()]
         vectors = encode_with(open_embedder(options, device), "document", options)(texts)
         normalized = bool(np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3))
         sample = np.resize(vectors, (max(len(texts), 2), vectors.shape[1]))  # of one document twice the same

@@ -53,6 +53,13 @@ def run(root: Path, engine: EngineOptions, count: int = 8, **arguments) -> dict[
     return contents(root / "work")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense:x", "auto"])
+def test_an_address_without_a_cluster_is_refused(tmp_path, address):
+    with pytest.raises(ValueError, match="ray_address: "):
+        run(tmp_path, EngineOptions(engine="ray", ray_address=address))
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> dict[str, bytes]:
     return run(tmp_path_factory.mktemp("local"), EngineOptions())

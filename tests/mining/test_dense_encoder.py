@@ -1,5 +1,9 @@
 """The dense model of mining: an index with the options that mining has."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.run import index_options
+from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.index_files import fingerprint
 from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 
@@ -92,6 +97,24 @@ def test_a_sentence_transformers_folder_pools_and_prompts_as_it_says(folder, sen
     np.testing.assert_allclose(other, one_by_one(folder, [f"ask: {text}" for text in TEXTS], "cls"), atol=2e-5)
     lengths = np.linalg.norm(load(sentence_folder, similarity="cosine")[1](TEXTS), axis=1)
     np.testing.assert_allclose(lengths, 1, atol=1e-6)
+
+
+def test_an_index_compares_as_the_model_says(sentence_folder, tmp_path):
+    """Its folder has no Normalize: cosines need vectors of length 1, inner products those that it gives."""
+    lengths = {}
+    for similarity in ("cosine", "dot", "euclidean"):
+        copied = Path(shutil.copytree(sentence_folder, tmp_path / similarity))
+        file = copied / "config_sentence_transformers.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"similarity_fn_name": similarity}))
+        options = IndexOptions(embedder=str(copied), device="cpu")
+        if similarity == "euclidean":
+            with pytest.raises(ValueError, match="compares vectors by the euclidean distance, and an index by their"):
+                encode_with(open_embedder(options), "document", options)
+        else:
+            vectors = encode_with(open_embedder(options), "document", options)(TEXTS)
+            lengths[similarity] = np.linalg.norm(vectors, axis=1)
+    np.testing.assert_allclose(lengths["cosine"], 1, atol=1e-6)
+    assert abs(lengths["dot"] - 1).max() > 0.1
 
 
 def test_a_reranker_is_no_dense_model(tmp_path):

@@ -9,7 +9,7 @@ from rag_retrieval.models.vectors import ranges_of, to_float32, to_precision
 from rag_retrieval.retrieval.approximate import build_faiss, read_faiss
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.dense import DenseSearch
-from rag_retrieval.retrieval.vector_shards import Vectors, append_vectors
+from rag_retrieval.retrieval.vector_shards import Vectors, append_vectors, drawn_rows
 
 VECTORS = np.random.default_rng(0).integers(-3, 4, (60, 8)).astype(np.float32)  # many equal scores
 RANGES = ranges_of(VECTORS, normalized=False)
@@ -118,6 +118,12 @@ def test_faiss_finds_what_the_exact_search_finds(tmp_path, factory, search, on_d
     assert capfd.readouterr().out == ""
 
 
+def test_an_ivf_index_looks_through_one_list_in_16_unless_told_otherwise(tmp_path):
+    pytest.importorskip("faiss")
+    build_faiss(stored(tmp_path, "float16"), options("IVF48,Flat"), tmp_path)
+    assert [read_faiss(tmp_path, search).nprobe for search in (None, "nprobe=7")] == [3, 7]
+
+
 @pytest.mark.parametrize("factory", ["IVF4,PQ4x4fs", "IVF4,Flat,RFlat"])
 def test_an_ivf_index_that_cannot_lie_on_the_disk_is_held_in_memory(tmp_path, factory):
     pytest.importorskip("faiss")
@@ -145,3 +151,10 @@ def test_what_faiss_did_not_fill_is_left_out(tmp_path):
     found = DenseSearch(stored(tmp_path, "float32"), None, "cpu", index=Short())
     (found,) = found.search_vectors(QUERIES[:1], JUDGED[:1], 3)
     assert sorted(found.rows.tolist()) == [2, 7]
+
+
+def test_rows_are_drawn_once_each_from_any_number_of_them():
+    rows = drawn_rows(10**12, 100, seed=3)  # of which a permutation would take 8 TB
+    assert len(set(rows.tolist())) == 100 and (np.diff(rows) > 0).all()
+    assert rows.tolist() == drawn_rows(10**12, 100, seed=3).tolist() != drawn_rows(10**12, 100, seed=4).tolist()
+    assert drawn_rows(5, 100, seed=3).tolist() == [0, 1, 2, 3, 4]

@@ -206,6 +206,14 @@ def test_a_changed_index_searches_as_one_that_is_built_anew(corpus, model, tmp_p
     build_index(tmp_path / "after.jsonl", tmp_path / "index", options(model, **more))  # is the same index
 
 
+def test_int8_vectors_keep_their_ranges_when_documents_are_added(corpus, model, tmp_path):
+    index = build_index(corpus, tmp_path / "index", options(model, vector_precision="int8"))
+    vectors, ranges = np.concatenate(list(index.vectors())), IndexState.read(index.folder).parts["ranges"]
+    index.add(corpus_file(tmp_path / "added.jsonl", [{"_id": "new", "text": "zebra " * 40}]))
+    assert IndexState.read(index.folder).parts["ranges"] == ranges
+    np.testing.assert_array_equal(np.concatenate(list(index.vectors()))[:-1], vectors)
+
+
 def test_only_new_texts_are_encoded(copied, tmp_path, monkeypatch):
     index, encoded = Index(copied), []
     encode = Embedder.encode

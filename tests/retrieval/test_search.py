@@ -135,7 +135,8 @@ def test_a_run_that_fails_leaves_no_file(search, tmp_path):
     (tmp_path / "queries.txt").write_text("iron\nwater\n")
     code, _, error = search("--index", str(tmp_path / "index"), "--queries", "queries.txt", "--output", "run.trec")
     assert code == 2 and error == (
-        "error: the document id 'with space.md#1' has spaces, which a TREC run cannot hold; take json\n"
+        "error: the document id 'with space.md#1' has spaces, which a TREC run cannot hold; give it another id, "
+        "or take JSON for the results of a search.\n"
     )
     assert {path.name for path in tmp_path.iterdir()} == {"notes", "index", "queries.txt"}
 
