@@ -37,24 +37,27 @@ def correlate_pairs(config: RetrievalEvaluationConfig) -> list[PairCorrelation]:
     Raises ValueError for a model that cannot be opened; DataError for bad records, fewer than two pairs, and where all
     grades are equal.
     """
-    with process_group():
-        return on_main(lambda: measure(config))
-
-
-def measure(config: RetrievalEvaluationConfig) -> list[PairCorrelation]:
-    first, second, grades = read_pairs(Path(config.data))
-    names = short_names(config.retriever)
-    output_dir = Path(config.output_dir or default_output_dir("+".join(names), Path(config.data).name))
+    names, data = short_names(config.retriever), Path(config.data).name
+    output_dir = Path(config.output_dir or default_output_dir("+".join(names), data))
     values = config.model_dump(mode="json")
-    with locked_output_dir(output_dir, values):
-        found = []
-        for model, name in zip(config.retriever, names, strict=True):
-            sides = ((config.query_model or model, first), (model, second))
-            left, right = (finish(encode(config, own, texts)) for own, texts in sides)
-            cosines = np.einsum("ij,ij->i", left, right)
-            found.append(PairCorrelation(name, len(grades), *correlations(cosines, grades)))
-        rows = [vars(one) for one in found]
-        write_files(output_dir, [], {"data": Path(config.data).name, "systems": rows, "config": values})
+
+    def measure_and_write() -> list[PairCorrelation]:
+        found = measure(config, names)
+        write_files(output_dir, [], {"data": data, "systems": [vars(one) for one in found], "config": values})
+        return found
+
+    with process_group(), locked_output_dir(output_dir, values):
+        return on_main(measure_and_write)
+
+
+def measure(config: RetrievalEvaluationConfig, names: list[str]) -> list[PairCorrelation]:
+    first, second, grades = read_pairs(Path(config.data))
+    found = []
+    for model, name in zip(config.retriever, names, strict=True):
+        sides = ((config.query_model or model, first), (model, second))
+        left, right = (finish(encode(config, own, texts)) for own, texts in sides)
+        cosines = np.einsum("ij,ij->i", left, right)
+        found.append(PairCorrelation(name, len(grades), *correlations(cosines, grades)))
     return found
 
 
