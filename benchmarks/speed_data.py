@@ -29,11 +29,13 @@ QWEN2_1_5B = {"hidden_size": 1536, "num_hidden_layers": 28, "intermediate_size":
 QWEN3_0_6B = {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "vocab_size": 151936}
 QWEN3_0_6B |= {"head_dim": 128}
 XLM_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096, "vocab_size": 250002}
+XLM_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "vocab_size": 250002}
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "initializer_range": 0.1}
 XLM_POSITIONS = {"max_position_embeddings": LONGEST + 2, "type_vocab_size": 1}
 ENCODERS = {  # None: not made from a config but taken from a package
     "minilm": None,
     "xlm_roberta_large": XLM_LARGE | XLM_POSITIONS | {"num_attention_heads": 16},
+    "xlm_roberta_base": XLM_BASE | XLM_POSITIONS | {"num_attention_heads": 12},
     "tiny_xlm_roberta": TINY | XLM_POSITIONS | {"num_attention_heads": 2},
 }
 DECODERS = {
