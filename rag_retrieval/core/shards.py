@@ -109,9 +109,7 @@ def run_shards(
     return [shards.path(number) for number in range(len(sizes))]
 
 
-def make_locally(
-    shards: "ShardFolder", missing: list[int], opened: Callable[[], MakeShard], report: Report
-) -> None:
+def make_locally(shards: "ShardFolder", missing: list[int], opened: Callable[[], MakeShard], report: Report) -> None:
     """Returns when all of the missing shards are there, made by this process or another."""
     last_change = time.monotonic()
     while missing:

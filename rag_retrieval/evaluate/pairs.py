@@ -62,11 +62,14 @@ def measure(config: RetrievalEvaluationConfig, names: list[str]) -> list[PairCor
 
 
 def read_pairs(file: Path) -> tuple[list[str], list[str], np.ndarray]:
-    """(first texts, second texts, grades): every query with each of its documents, and the labels."""
+    """(first texts, second texts, grades)"""
     records = list(read_records(file, RecordRules()))
-    first = [record.query for record in records for _ in record.documents]
-    second = [document for record in records for document in record.documents]
-    grades = np.array([label for record in records for label in record.labels])
+    other = next((record for record in records if record.format != "pointwise"), None)
+    if other is not None:
+        raise DataError(f"{file}:{other.line}: found a {other.format} record; expected graded pairs of query, content "
+                        "and label, or to measure a search, a folder in BEIR layout.")  # fmt: skip
+    first, second = [record.query for record in records], [record.documents[0] for record in records]
+    grades = np.array([record.labels[0] for record in records])
     if len(grades) < 2 or np.ptp(grades) == 0:
         raise DataError(f"{file}: found {len(grades)} pairs and {len(np.unique(grades))} different grades; a "
                         "correlation needs two of both.")  # fmt: skip

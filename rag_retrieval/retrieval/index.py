@@ -54,6 +54,13 @@ class Opened(NamedTuple):
     searches: dict[str, Search]
 
 
+def check_embedder(embedder: object) -> None:
+    from rag_retrieval.infer.embedder import Embedder
+
+    if not isinstance(embedder, Embedder):
+        raise ValueError(f"embedder: expected an open Embedder, found {type(embedder).__name__}")
+
+
 class Index:
     """An index that was built. Several threads may search one.
 
@@ -76,6 +83,8 @@ class Index:
         devices: list[str] | None = None,
         trust_remote_code: bool = False,
     ):
+        if embedder is not None:
+            check_embedder(embedder)
         self.folder = Path(folder)
         self._given = embedder
         self._local = {"device": device, "devices": devices, "trust_remote_code": trust_remote_code}

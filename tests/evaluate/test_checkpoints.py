@@ -185,5 +185,9 @@ def test_pairs_that_cannot_be_correlated_are_refused(tmp_path, base_folders, cap
     options = ["--data", str(tmp_path / "same.jsonl"), "--output_dir", str(tmp_path / "o")]
     assert main(["evaluate", "--retriever", base_folders["bert"], *options]) == 2
     assert "found 3 pairs and 1 different grades" in capsys.readouterr().err
+    write_lines(tmp_path / "rank.jsonl", [{"query": "a", "pos": ["b"], "neg": ["c"]}])
+    ranking = ["--data", str(tmp_path / "rank.jsonl"), *options[2:]]
+    assert main(["evaluate", "--retriever", base_folders["bert"], *ranking]) == 2
+    assert "rank.jsonl:1: found a pos_neg record; expected graded pairs" in capsys.readouterr().err
     assert main(["evaluate", "--retriever", "bm25", *options]) == 2
     assert "cannot compare the two texts of a pair" in capsys.readouterr().err

@@ -26,6 +26,7 @@ def test_one_process_several_and_ray_write_the_same_vectors(tmp_path):
     commands = re.findall(r"^(?:rag-retrieval|accelerate) .*", section, flags=re.MULTILINE)
     assert len(commands) == 3
     animal_data(tmp_path / "example_data" / "stdlib_beir")
+    (tmp_path / "config").symlink_to(ROOT / "config")
     model = tiny_bert(tmp_path / "bert")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     vectors = []
