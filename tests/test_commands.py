@@ -226,6 +226,9 @@ def test_the_page_s_evaluations_of_retrievers_run(tmp_path):
     text = run_command(first, ROOT, f"{options} --output_dir {tmp_path / 'out'}")
     assert "stdlib_beir test: 200 queries, the best 5 documents" in text and "my reranked" in text
     assert (tmp_path / "out" / "report.html").is_file()
+    (short,) = commands_of(ROOT / "README.md", "rag-retrieval evaluate --retriever")
+    options = f"--reranker {reranker} --depth 5 --measures ndcg@5 --output_dir {tmp_path / 'readme'}"
+    assert "bm25 reranked" in run_command(short.partition("#")[0], ROOT, options)
     (pairs,) = [command for command in others if "pairs.jsonl" in command]
     data = "--data example_data/stdlib_pointwise.dev.jsonl"
     assert "Spearman" in run_command(pairs, ROOT, f"--retriever {embedder} {data} --output_dir {tmp_path / 'pairs'}")

@@ -175,6 +175,9 @@ class EngineOptions(Config):
     )  # fmt: skip
 
 
+LOCAL = EngineOptions()
+
+
 # Texts that name something outside
 
 

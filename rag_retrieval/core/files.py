@@ -17,6 +17,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,17 @@ def digest_of(values: Any) -> str:
 
 
 def content_of(path: Path) -> str:
-    """A digest of the whole content: of a file, or of a model's folder with the names in it."""
+    """A digest of the whole content: of a file, or of a model's folder with the names in it. A process reads it again
+    only where a file has changed."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    states = [file.stat() for file in files]
+    marks = [(state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states]
+    return _read_content(path, tuple(files), tuple(marks))
+
+
+@lru_cache(maxsize=64)
+def _read_content(path: Path, files: tuple[Path, ...], marks: tuple[tuple[int, ...], ...]) -> str:
+    """marks: what changes when a file does."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(f"{file.relative_to(path)}:{file.stat().st_size}:".encode())

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_retrieval.core.command import CommandFailure, load_object
-from rag_retrieval.core.config import EngineOptions
+from rag_retrieval.core.config import LOCAL, EngineOptions
 from rag_retrieval.core.distributed import SLOWEST, on_all, on_main, own_device, process_index
 from rag_retrieval.core.files import flush_one, flush_to_disk, locked, read_json, write_json
 from rag_retrieval.core.log import Progress
@@ -37,7 +37,6 @@ MakeShard = Callable[[int, Path], Iterator[int] | None]
 Report = Callable[..., None]  # of a shard's number: so many of its texts are done, or without a count, the whole shard
 POLL = 0.2  # seconds between two looks at shards that other processes make
 MANIFEST = "manifest.json"
-LOCAL = EngineOptions()
 FOREIGN = re.compile(r"(?!manifest\.json$|shard-\d{6,}$)[^.].*")
 TEMPORARY = re.compile(r"\.shard-(\d{6,})\.[0-9a-f]{8}\.tmp")
 
@@ -110,9 +109,7 @@ def run_shards(
     return [shards.path(number) for number in range(len(sizes))]
 
 
-def make_locally(
-    shards: "ShardFolder", missing: list[int], opened: Callable[[], MakeShard], report: Report
-) -> None:
+def make_locally(shards: "ShardFolder", missing: list[int], opened: Callable[[], MakeShard], report: Report) -> None:
     """Returns when all of the missing shards are there, made by this process or another."""
     last_change = time.monotonic()
     while missing:

@@ -2,14 +2,21 @@
 
 import io
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+COLUMNS = 100  # where stdout is no terminal
 # what would move the cursor, or turn the direction of a line
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def terminal_columns() -> int:
+    """Of stdout; `COLUMNS` where that is no terminal."""
+    return shutil.get_terminal_size((COLUMNS, 24)).columns
 
 
 def rendered(parts: list[RenderableType], columns: int, styled: bool = False) -> str:

@@ -3,7 +3,6 @@
 Heavy libraries are imported when an evaluation begins.
 """
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from rag_retrieval.evaluate.config import EvaluationConfig
     from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig
 
-COLUMNS = 100  # of a report where stdout is no terminal
 EVALUATIONS = {
     kind: Command(
         "evaluate",
@@ -61,6 +59,7 @@ def evaluate_any(arguments: list[str]) -> int:
 def evaluate(config: "EvaluationConfig") -> str:
     if config.checkpoints:
         return of_checkpoints(config)
+    from rag_retrieval.core.terminal import terminal_columns
     from rag_retrieval.evaluate.evaluation import evaluate_reranker
     from rag_retrieval.evaluate.output import describe_evaluation, write_evaluation
 
@@ -72,17 +71,19 @@ def evaluate(config: "EvaluationConfig") -> str:
         from rag_retrieval.evaluate.report import write_report
 
         write_report(evaluation)
-    return describe_evaluation(evaluation, columns())
+    return describe_evaluation(evaluation, terminal_columns())
 
 
 def evaluate_retrieval(config: "RetrievalEvaluationConfig") -> str:
     if config.checkpoints:
         return of_checkpoints(config)
+    from rag_retrieval.core.terminal import terminal_columns
+
     if Path(config.data).is_file():
         from rag_retrieval.evaluate.pairs import correlate_pairs, describe_pairs
 
         found = correlate_pairs(config)
-        return "" if launched_rank() > 0 else describe_pairs(config, found, columns())
+        return "" if launched_rank() > 0 else describe_pairs(config, found, terminal_columns())
     from rag_retrieval.evaluate.retrieval import evaluate_retriever
     from rag_retrieval.evaluate.retrieval_output import describe_retrieval, write_retrieval
 
@@ -90,18 +91,15 @@ def evaluate_retrieval(config: "RetrievalEvaluationConfig") -> str:
     if launched_rank() > 0:
         return ""
     write_retrieval(evaluation)
-    return describe_retrieval(evaluation, columns())
+    return describe_retrieval(evaluation, terminal_columns())
 
 
 def of_checkpoints(config: "EvaluationConfig | RetrievalEvaluationConfig") -> str:
+    from rag_retrieval.core.terminal import terminal_columns
     from rag_retrieval.evaluate.checkpoints import describe_curve, evaluate_checkpoints, write_curve
 
     curve = evaluate_checkpoints(config)
     if launched_rank() > 0:
         return ""
     write_curve(curve)
-    return describe_curve(curve, columns())
-
-
-def columns() -> int:
-    return shutil.get_terminal_size((COLUMNS, 24)).columns
+    return describe_curve(curve, terminal_columns())

@@ -37,33 +37,39 @@ def correlate_pairs(config: RetrievalEvaluationConfig) -> list[PairCorrelation]:
     Raises ValueError for a model that cannot be opened; DataError for bad records, fewer than two pairs, and where all
     grades are equal.
     """
-    with process_group():
-        return on_main(lambda: measure(config))
-
-
-def measure(config: RetrievalEvaluationConfig) -> list[PairCorrelation]:
-    first, second, grades = read_pairs(Path(config.data))
-    names = short_names(config.retriever)
-    output_dir = Path(config.output_dir or default_output_dir("+".join(names), Path(config.data).name))
+    names, data = short_names(config.retriever), Path(config.data).name
+    output_dir = Path(config.output_dir or default_output_dir("+".join(names), data))
     values = config.model_dump(mode="json")
-    with locked_output_dir(output_dir, values):
-        found = []
-        for model, name in zip(config.retriever, names, strict=True):
-            sides = ((config.query_model or model, first), (model, second))
-            left, right = (finish(encode(config, own, texts)) for own, texts in sides)
-            cosines = np.einsum("ij,ij->i", left, right)
-            found.append(PairCorrelation(name, len(grades), *correlations(cosines, grades)))
-        rows = [vars(one) for one in found]
-        write_files(output_dir, [], {"data": Path(config.data).name, "systems": rows, "config": values})
+
+    def measure_and_write() -> list[PairCorrelation]:
+        found = measure(config, names)
+        write_files(output_dir, [], {"data": data, "systems": [vars(one) for one in found], "config": values})
+        return found
+
+    with process_group(), locked_output_dir(output_dir, values):
+        return on_main(measure_and_write)
+
+
+def measure(config: RetrievalEvaluationConfig, names: list[str]) -> list[PairCorrelation]:
+    first, second, grades = read_pairs(Path(config.data))
+    found = []
+    for model, name in zip(config.retriever, names, strict=True):
+        sides = ((config.query_model or model, first), (model, second))
+        left, right = (finish(encode(config, own, texts)) for own, texts in sides)
+        cosines = np.einsum("ij,ij->i", left, right)
+        found.append(PairCorrelation(name, len(grades), *correlations(cosines, grades)))
     return found
 
 
 def read_pairs(file: Path) -> tuple[list[str], list[str], np.ndarray]:
-    """(first texts, second texts, grades): every query with each of its documents, and the labels."""
+    """(first texts, second texts, grades)"""
     records = list(read_records(file, RecordRules()))
-    first = [record.query for record in records for _ in record.documents]
-    second = [document for record in records for document in record.documents]
-    grades = np.array([label for record in records for label in record.labels])
+    other = next((record for record in records if record.format != "pointwise"), None)
+    if other is not None:
+        raise DataError(f"{file}:{other.line}: found a {other.format} record; expected graded pairs of query, content "
+                        "and label, or to measure a search, a folder in BEIR layout.")  # fmt: skip
+    first, second = [record.query for record in records], [record.documents[0] for record in records]
+    grades = np.array([record.labels[0] for record in records])
     if len(grades) < 2 or np.ptp(grades) == 0:
         raise DataError(f"{file}: found {len(grades)} pairs and {len(np.unique(grades))} different grades; a "
                         "correlation needs two of both.")  # fmt: skip

@@ -163,7 +163,7 @@ def recall_figure(evaluation: RetrievalEvaluation) -> "Figure":
         label = name if name.isascii() else f"row {place + 1}"  # matplotlib's font has no Chinese
         axes.plot(range(1, len(recall) + 1), recall, style, color=color, label=label, linewidth=1.6)
     axes.set_xscale("log")
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= evaluation.config.depth]
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= len(recall)]
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)

@@ -23,6 +23,7 @@ from rag_retrieval.data.beir import (
     read_run,
 )
 from rag_retrieval.data.corpus import Corpus
+from rag_retrieval.data.documents import read_documents
 from rag_retrieval.evaluate.ranking_data import RankingData, without_identical_ids
 from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig, is_index
 from rag_retrieval.evaluate.systems import check_relevant
@@ -107,6 +108,8 @@ def remove_others(folder: Path) -> None:
 def of_index(config: RetrievalEvaluationConfig, folder: Path, name: str, judged: RankingData) -> Retrieved:
     local = config.given("device", "devices") or {"device": str(own_device())}
     index, texts = Index(folder, trust_remote_code=config.trust_remote_code, **local), list(judged.queries.values())
+    if folder in map(Path, config.retriever):  # and not one that was made for these data
+        check_corpus(config, index)
     if config.query_model is None:
         found = Retriever(index).search_stages(texts, wanted(config))
     else:
@@ -156,6 +159,17 @@ def of_candidates(
             texts |= {id_: documents.text(row) for row, id_ in ids.items() if id_ not in texts}
             stages[stage][query] = dict(zip(ids.values(), candidates.scores.tolist(), strict=True))
     return retrieved(config, name, judged, stages, texts, lambda id_: documents.row_of_id(id_) is not None)
+
+
+def check_corpus(config: RetrievalEvaluationConfig, index: Index) -> None:
+    """Raises ValueError where the index does not hold the documents of the data, and no others."""
+    total = other = 0
+    for document in read_documents(config.data, index.options.passage_tokens):
+        row, total = index.documents.row_of_id(document.id), total + 1
+        other += row is None or index.documents.text(row) != document.text
+    if other or total != len(index):
+        raise ValueError(f"{index.folder}: holds {len(index):,} documents, and {config.data} {total:,}, of which "
+                         f"{other:,} are not in it or have another text; give an index of this corpus")  # fmt: skip
 
 
 def of_run_file(config: RetrievalEvaluationConfig, file: str, name: str, judged: RankingData) -> Retrieved:

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from rag_retrieval.core.config import EngineOptions
+from rag_retrieval.core.config import LOCAL, EngineOptions
 from rag_retrieval.core.distributed import on_main, process_group
 from rag_retrieval.core.files import STAGE_NAME, WorkFolder, content_of, digest_of, flush_to_disk, locked
-from rag_retrieval.core.shards import LOCAL, ShardWork, run_shards
+from rag_retrieval.core.shards import ShardWork, run_shards
 from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.documents import Document, read_documents, row_file, source_content
 from rag_retrieval.data.records import DataError
@@ -47,7 +47,7 @@ def build(source: str | Path, folder: Path, options: IndexOptions, engine: Engin
         on_main(lambda: check_libraries(options))
         before, depends_on = on_main(lambda: (IndexState.read(folder), fingerprint(options)))
         corpus = on_main(lambda: build_documents(source, folder, options.passage_tokens))
-        made_from = {"corpus": corpus_name(corpus)} | depends_on
+        made_from = {"corpus": on_main(lambda: corpus_name(corpus))} | depends_on
         if row_file(Path(source)) is None:
             made_from["passage_tokens"] = options.passage_tokens
         parts = {}
@@ -99,7 +99,7 @@ def update(
         if source is not None:
             on_main(lambda: check_same(folder, before.made_from, fingerprint(before.options)))
         corpus = on_main(lambda: change_documents(before, source, ids))
-        made_from = before.made_from | {"corpus": corpus_name(corpus)}
+        made_from = before.made_from | {"corpus": on_main(lambda: corpus_name(corpus))}
         # int8 vectors that are copied keep their ranges
         parts = {kind: name for kind, name in before.parts.items() if kind == "ranges"} | {"corpus": corpus.name}
         finish(replace(before, made_from=made_from, parts=parts), engine, old=before)

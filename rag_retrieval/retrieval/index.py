@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rag_retrieval.core.config import EngineOptions
+from rag_retrieval.core.config import LOCAL, EngineOptions
 from rag_retrieval.core.files import atomic_write
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.corpus import Corpus
@@ -23,11 +23,11 @@ from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState, words_of
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
+    from rag_retrieval.retrieval.vector_shards import Vectors
 
 DENSE = "dense"
 EXPORTED = 4096  # rows written to Parquet at once
 SAME_VECTOR = 0.98  # least cosine of a document's vector with itself, in any precision
-LOCAL = EngineOptions()
 
 
 def build_index(
@@ -54,6 +54,13 @@ class Opened(NamedTuple):
     searches: dict[str, Search]
 
 
+def check_embedder(embedder: object) -> None:
+    from rag_retrieval.infer.embedder import Embedder
+
+    if not isinstance(embedder, Embedder):
+        raise ValueError(f"embedder: expected an open Embedder, found {type(embedder).__name__}")
+
+
 class Index:
     """An index that was built. Several threads may search one.
 
@@ -76,6 +83,8 @@ class Index:
         devices: list[str] | None = None,
         trust_remote_code: bool = False,
     ):
+        if embedder is not None:
+            check_embedder(embedder)
         self.folder = Path(folder)
         self._given = embedder
         self._local = {"device": device, "devices": devices, "trust_remote_code": trust_remote_code}
@@ -133,8 +142,8 @@ class Index:
         return self._embedder
 
     def _open_embedder(self) -> "Embedder":
-        if DENSE not in self.searches:
-            raise ValueError(f"{self.folder}: an index without vectors; build it with an embedder")
+        opened = self.opened
+        vectors = self._finest(opened)
         from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 
         if self._given is None:
@@ -146,8 +155,8 @@ class Index:
                     f"{expected}, now {found}); bring that model back, or build the index again"
                 )
             return open_embedder(self.options)
-        own, vectors = encode_with(self._given, "document", self.options), self.searches[DENSE].finest
-        first, stored = own([self.documents.text(0)])[0], vectors.rows(np.zeros(1, np.int64))[0]
+        own = encode_with(self._given, "document", self.options)
+        first, stored = own([opened.documents.text(0)])[0], vectors.rows(np.zeros(1, np.int64))[0]
         if vectors.similarity(first, stored) < SAME_VECTOR:
             raise ValueError(
                 f"{self.folder}: the given embedder has another vector for the first document than the index; expected "
@@ -197,9 +206,12 @@ class Index:
     def vectors(self, size: int = EXPORTED) -> Iterator[np.ndarray]:
         """The finest vectors of all documents in their order, as float32, at most `size` at a time. ValueError for an
         index without."""
-        if DENSE not in self.searches:
+        return self._finest(self.opened).blocks(size)
+
+    def _finest(self, opened: Opened) -> "Vectors":
+        if DENSE not in opened.searches:
             raise ValueError(f"{self.folder}: an index without vectors; build it with an embedder")
-        return self.searches[DENSE].finest.blocks(size)
+        return opened.searches[DENSE].finest
 
     def to_parquet(self, path: str | Path) -> None:
         """Write id, text, metadata (as JSON) and vector (a FixedSizeList of float32) of every document, whole or not
@@ -207,11 +219,12 @@ class Index:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        blocks, row, writer = self.vectors(), 0, None
-        with atomic_write(Path(path)) as temporary, Progress(len(self), "exporting", "documents") as progress:
+        opened, row, writer = self.opened, 0, None
+        blocks, total = self._finest(opened).blocks(EXPORTED), len(opened.documents)
+        with atomic_write(Path(path)) as temporary, Progress(total, "exporting", "documents") as progress:
             try:
                 for vectors in blocks:
-                    documents = [self.documents.document(row + place) for place in range(len(vectors))]
+                    documents = [opened.documents.document(row + place) for place in range(len(vectors))]
                     metadata = [json.dumps(document.metadata, ensure_ascii=False) for document in documents]
                     table = pa.table({
                         "id": pa.array([document.id for document in documents], pa.string()),

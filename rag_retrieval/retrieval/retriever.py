@@ -84,6 +84,10 @@ class Retriever:
         overlap: int = OVERLAP,
     ):
         check_number("depth", depth, 1, "documents")
+        if not isinstance(fusion, Fusion | None):
+            raise ValueError(f"fusion: expected a Fusion, found {type(fusion).__name__}; Fusion.read opens a file")
+        if isinstance(index, Index) and embedder is not None:
+            raise ValueError("embedder: give it to the Index, which was opened before")
         self._opened: list[Index | Reranker] = []
         self.index = index
         if not isinstance(index, Index):

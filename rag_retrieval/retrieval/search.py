@@ -1,7 +1,6 @@
 """The command `search`: one query or a file of them, as text for a terminal, as JSON lines, or as a TREC run."""
 
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.text import Text
 from rag_retrieval.core.config import NAMES, FolderPath, Location, ModelName, Only, OutputPath, key
 from rag_retrieval.core.files import atomic_write, check_new_file
 from rag_retrieval.core.log import Progress
-from rag_retrieval.core.terminal import on_one_line, rendered, wrapped
+from rag_retrieval.core.terminal import on_one_line, rendered, terminal_columns, wrapped
 from rag_retrieval.data.beir import query_texts, run_lines
 from rag_retrieval.data.readers import text_lines
 from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from rag_retrieval.retrieval.retriever import Retriever, SearchResult, SearchResults
 
 RRF = "rrf"
-COLUMNS = 100  # where stdout is no terminal
 TEXT_LINES = 3  # of a document's text
 INDENT = "   "
 TOGETHER = 256  # queries that are encoded at once
@@ -125,7 +123,7 @@ def open_reranker(config: SearchConfig) -> "Reranker | None":
 def shown(config: SearchConfig, retriever: "Retriever", queries: dict[str, str]) -> Iterator[str]:
     """What is printed or written of each query."""
     ids, texts = list(queries), list(queries.values())
-    columns = shutil.get_terminal_size((COLUMNS, 24)).columns
+    columns = terminal_columns()
     with Progress(len(ids), "searching", "queries", shown=len(ids) > 1) as progress:
         for start in range(0, len(ids), TOGETHER):
             found = retriever.search_many(texts[start : start + TOGETHER], config.top_k)

@@ -233,3 +233,16 @@ def test_content_is_bytes_and_the_names_in_a_folder(tmp_path):
     before = content_of(tmp_path)
     (tmp_path / "c").rename(tmp_path / "d")
     assert content_of(tmp_path) != before
+
+
+def test_content_is_read_again_only_where_a_file_has_changed(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"old")
+    before, times = content_of(tmp_path), (1, 1)
+    hits = files._read_content.cache_info().hits
+    assert content_of(tmp_path) == before and files._read_content.cache_info().hits == hits + 1
+    os.utime(file, times)
+    (tmp_path / "other").write_bytes(b"new")
+    os.utime(tmp_path / "other", times)
+    os.replace(tmp_path / "other", file)  # of the same name, size and time
+    assert content_of(tmp_path) != before

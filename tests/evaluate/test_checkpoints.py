@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,10 +167,27 @@ def test_pairs_are_encoded_alike_and_correlated_by_the_command(base_folders, tmp
     assert "sts.jsonl: 4 pairs" in (printed := capsys.readouterr().out) and "\n  other " in printed
 
 
+@pytest.mark.slow
+def test_two_processes_correlate_pairs_once(base_folders, tmp_path):
+    rows = [{"query": "a cat", "content": text, "label": grade} for grade, text in enumerate(("cat", "a dog", "x"))]
+    write_lines(tmp_path / "sts.jsonl", rows)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    options = ["--retriever", base_folders["bert"], "--data", "sts.jsonl", "--output_dir", "o"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*launch, "rag_retrieval.cli", "evaluate", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sts.jsonl: 3 pairs") == 1
+
+
 def test_pairs_that_cannot_be_correlated_are_refused(tmp_path, base_folders, capsys):
     write_lines(tmp_path / "same.jsonl", [{"query": "a", "content": "b", "label": 1}] * 3)
     options = ["--data", str(tmp_path / "same.jsonl"), "--output_dir", str(tmp_path / "o")]
     assert main(["evaluate", "--retriever", base_folders["bert"], *options]) == 2
     assert "found 3 pairs and 1 different grades" in capsys.readouterr().err
+    write_lines(tmp_path / "rank.jsonl", [{"query": "a", "pos": ["b"], "neg": ["c"]}])
+    ranking = ["--data", str(tmp_path / "rank.jsonl"), *options[2:]]
+    assert main(["evaluate", "--retriever", base_folders["bert"], *ranking]) == 2
+    assert "rank.jsonl:1: found a pos_neg record; expected graded pairs" in capsys.readouterr().err
     assert main(["evaluate", "--retriever", "bm25", *options]) == 2
     assert "cannot compare the two texts of a pair" in capsys.readouterr().err

