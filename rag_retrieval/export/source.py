@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """texts_of_a_pair: results that a pair has. budget: tokens of a document at most."""
+    """texts_of_a_pair: results that a pair has. budget: tokens of a document at most, or of a query that may be longer.
+    """
 
     model: PairScorer | EmbeddingModel
     texts_of_a_pair: int
@@ -107,7 +108,7 @@ class EmbedderSource:
         self.folder = Path(resolve_model_path(config.model))
         self.encoder, self.settings = self.model.text_encoder, self.model.settings
         self.fixed = self.encoder.fixed_tokens(self.encoder.prompt_for("document"))
-        self.budget = self.settings.max_length - self.fixed
+        self.budget = max(self.settings.max_lengths.values()) - self.fixed
         projects = any(isinstance(head, Projection) for head in self.model.heads.values())
         self.head = EmbedderDescription.output if projects else None
 

@@ -181,7 +181,8 @@ def first_queries(data: RankingData, count: int) -> RankingData:
 
 
 def sample_pairs(source: Source) -> list[tuple[str, str]]:
-    """(query, document) pairs of our own: documents of one token, of lengths between, and of more than the model reads.
+    """(query, document) pairs of our own: documents of one token, of lengths between, and of more than the model reads;
+    and one query of more than that.
 
     A graph that was traced at one length, or that pads wrongly, is right for pairs like the traced ones and for no
     others. For every length there are two pairs, with other queries and other sentences in front.
@@ -193,6 +194,7 @@ def sample_pairs(source: Source) -> list[tuple[str, str]]:
     for place, tokens in enumerate(lengths):
         for start in (place, place + len(SENTENCES) // 2):
             pairs.append((next(queries), document_of(source, tokens, start)))
+    pairs.append((document_of(source, 2 * budget, 1), SENTENCES[0]))
     return pairs
 
 

@@ -30,7 +30,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "onnx.md"
 KINDS = {  # family, and options that every pooling and every part of a graph is in
     "mean": ("bert", {"prompts": PROMPTS}),
     "cls": ("xlm_roberta", {"pooling": "cls"}),
-    "mcls": ("bert", {"pooling": "cls", "cls_interval": 8, "max_length": 64}),
+    "mcls": ("bert", {"pooling": "cls", "cls_interval": 8, "max_length": 64, "query_max_length": 80}),
     "without_prompt": ("xlm_roberta", {"prompts": PROMPTS, "include_prompt": False, "query_max_length": 20}),
     "weighted_mean": ("bert", {"pooling": "weighted_mean", "normalize": False}),
     "latent_attention": ("bert", {"pooling": "latent_attention", "prompts": PROMPTS, "include_prompt": False}),
@@ -110,8 +110,9 @@ def test_other_programs_read_vectors_of_length_one_from_free_axes(model_of, tmp_
 def test_vectors_of_every_pooling_are_those_of_torch(model_of, tmp_path, kind):
     folder = exported(model_of(kind), tmp_path / "out")
     check_vectors(model_of(kind), folder)
-    inputs = json.loads((folder / "embedder_onnx.json").read_text())["inputs"]
-    assert ("prompt_tokens" in inputs) == (kind in ("without_prompt", "latent_attention"))
+    described = json.loads((folder / "embedder_onnx.json").read_text())
+    assert described["verification"]["longest"] == max(Embedder(folder).settings.max_lengths.values())
+    assert ("prompt_tokens" in described["inputs"]) == (kind in ("without_prompt", "latent_attention"))
 
 
 def test_a_graph_that_does_not_compute_the_vectors_is_refused(model_of, tmp_path, monkeypatch):

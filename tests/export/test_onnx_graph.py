@@ -165,3 +165,8 @@ def test_a_family_that_cannot_be_traced_is_named(load_tiny, tmp_path, monkeypatc
     monkeypatch.setattr(onnx_graph.torch.onnx, "export", fail)
     with pytest.raises(ValueError, match="a bert cannot be written as ONNX .*RuntimeError: no such operator"):
         write_graph(ScoreGraph(scorer), INPUTS, tmp_path / "model.onnx")
+
+
+def test_a_file_that_cannot_be_written_is_not_taken_for_the_family_s_fault(load_tiny, tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"):
+        write_graph(ScoreGraph(load_tiny("bert")), INPUTS, tmp_path / "gone" / "model.onnx")
