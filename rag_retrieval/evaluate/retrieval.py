@@ -34,6 +34,8 @@ from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.metrics import is_relevant, means, parse_metric, perfect_run, trec_order
 from rag_retrieval.models.options import ModelOptions
+from rag_retrieval.retrieval.fusion import combine
+from rag_retrieval.retrieval.retriever import COMBINED, RERANKED
 from rag_retrieval.significance import Comparison
 
 if TYPE_CHECKING:
@@ -111,32 +113,48 @@ def evaluate_retriever(config: RetrievalEvaluationConfig, indexes: Path | None =
 
 def rerank(
     config: RetrievalEvaluationConfig, found: Sequence[Retrieved], judged: RankingData, output_dir: Path
-) -> dict[str, Run]:
-    """The candidates of each retriever with the reranker's scores, by the retriever's name; none without a reranker."""
+) -> dict[str, dict[str, Run]]:
+    """By the retriever's name and that of the row: its candidates with the reranker's scores and, where the fusion of
+    its index has a weight for this reranker, with both scores combined. Without a reranker none."""
     if config.reranker is None:
-        return {}
+        return {one.name: {} for one in found}
     own = {} if config.devices else {"device": own_device()}
     options = ModelOptions(**own | config.given(*SHARED))
     reranker, name = Reranker.from_backend(open_backend(config.reranker, options)), name_of(config.reranker)
     runs = {}
     for one in found:
         data = replace(judged, documents=one.texts, candidates=one.candidates, source=one.name)
-        runs[one.name] = score_candidates(reranker, name, data, run_file(output_dir, f"{one.name} reranked"), config)
+        row = f"{one.name} {RERANKED}"
+        runs[one.name] = {row: score_candidates(reranker, name, data, run_file(output_dir, row), config)}
+        weight = on_main(lambda one=one: one.fusion and one.fusion.weight_of(reranker.backend.name))
+        if weight is not None:
+            combined, place = combined_run(weight, one.candidates, runs[one.name][row]), f"{one.name} {COMBINED}"
+            on_main(lambda run=combined, place=place: write_run(run_file(output_dir, place), run, place))
+            runs[one.name][place] = combined
     return runs
+
+
+def combined_run(weight: float, candidates: Run, reranked: Run) -> Run:
+    run: Run = {}
+    for query, documents in candidates.items():
+        logits = np.array([reranked[query][document] for document in documents])
+        scores = np.array(list(documents.values()))
+        run[query] = dict(zip(documents, combine(weight, scores, logits).tolist(), strict=True))
+    return run
 
 
 def measure(
     config: RetrievalEvaluationConfig,
     judged: RankingData,
     found: Sequence[Retrieved],
-    reranked: dict[str, Run],
+    reranked: dict[str, dict[str, Run]],
     output_dir: Path,
 ) -> RetrievalEvaluation:
     """All figures of all rows; the runs that are not reranked are written."""
     systems, ceilings, absent = [], [], {}
     for one in found:
         on_main(lambda one=one: write_runs(one, output_dir))
-        rows = one.systems | ({f"{one.name} reranked": reranked[one.name]} if reranked else {})
+        rows = one.systems | reranked[one.name]
         absent |= dict.fromkeys(rows, one.absent)
         systems += [system_of(name, run, judged.qrels, config) for name, run in rows.items()]
         best = perfect_run(judged.qrels, one.candidates)

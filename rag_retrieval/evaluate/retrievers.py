@@ -4,7 +4,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from rag_retrieval.evaluate.vector_files import Documents, document_vectors, sea
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.metrics import is_relevant
 from rag_retrieval.retrieval.candidates import Candidates
+from rag_retrieval.retrieval.fusion import Fusion
 from rag_retrieval.retrieval.index import DENSE, Index, build_index
 from rag_retrieval.retrieval.index_files import fingerprint
 from rag_retrieval.retrieval.retriever import Retriever
@@ -45,13 +46,15 @@ DIGEST = 16  # characters
 class Retrieved:
     """What one retriever found. name: in tables. stages: runs by the name of the stage, the last of which a reranker
     gets. texts: of all documents found, by id. absent: relevant documents that its corpus lacks. identical_ids: queries
-    that found a document with their own id, which was left out."""
+    that found a document with their own id, which was left out. fusion: of the index, which may have a weight for the
+    reranker."""
 
     name: str
     stages: dict[str, Run]
     texts: dict[str, str]
     absent: set[str]
     identical_ids: int
+    fusion: Fusion | None = None
 
     @property
     def candidates(self) -> Run:
@@ -111,13 +114,15 @@ def of_index(config: RetrievalEvaluationConfig, folder: Path, name: str, judged:
     index, texts = Index(folder, trust_remote_code=config.trust_remote_code, **local), list(judged.queries.values())
     if folder in map(Path, config.retriever):  # and not one that was made for these data
         check_corpus(config, index)
+    fusion = None
     if config.query_model is None:
-        found = Retriever(index).search_stages(texts, wanted(config))
+        retriever = Retriever(index)
+        found, fusion = retriever.search_stages(texts, wanted(config)), retriever.fusion
     else:
         queries = query_vectors(config, texts, width=next(index.vectors()).shape[1])
         none = [np.zeros(0, np.int64)] * len(texts)
         found = [{DENSE: one} for one in index.searches[DENSE].search_vectors(queries, none, wanted(config))]
-    return of_candidates(config, name, judged, found, index.documents)
+    return replace(of_candidates(config, name, judged, found, index.documents), fusion=fusion)
 
 
 def of_vector_files(config: RetrievalEvaluationConfig, retriever: str, name: str, judged: RankingData) -> Retrieved:

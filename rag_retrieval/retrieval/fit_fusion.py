@@ -4,25 +4,32 @@ Every combination of weights in steps of 0.05 is measured, so the same lists giv
 reaches on the queries that chose it says too much. So the queries are dealt into five parts, each is measured with the
 weights that the other four choose, and by this figure the weights must beat each stage alone and reciprocal ranks.
 Where they do not, the best of those is taken: where one side only hurts, the other side alone.
+
+The weight of a reranker is fitted after these, in the same way: its scores and those of the list that it read are two
+stages over the same documents, and reciprocal ranks are no choice.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import Config, FolderPath, OutputPath, key
-from rag_retrieval.core.files import write_json
+from rag_retrieval.core.config import Config, FolderPath, ModelName, OutputPath, key
 from rag_retrieval.core.terminal import plain_table, rendered
 from rag_retrieval.data.beir import BeirFolder, find_file, query_texts, read_qrels
 from rag_retrieval.data.records import DataError
+from rag_retrieval.infer.results import EMPTY_SCORE
 from rag_retrieval.metrics import PATTERNS, Qrels, Ranking, is_relevant, metric_value, parse_metric
+from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
+
+if TYPE_CHECKING:
+    from rag_retrieval.retrieval.retriever import Retriever
 
 STEPS = 20  # of a weight between 0 and 1
 FOLDS = 5  # parts of the queries
@@ -32,8 +39,8 @@ RRF, WEIGHTS = "reciprocal ranks", "fitted weights"
 @dataclass(frozen=True)
 class FusionFit:
     """chosen: a stage, `RRF` or `WEIGHTS`. fusion: what it means. weights: the best over all queries, chosen or not.
-    values: the mean metric of each stage alone, of RRF, and of fitted weights on queries that did not choose them.
-    fold_weights: what each four fifths of the queries chose."""
+    values: the mean metric of each stage alone, of RRF where it was a choice, and of fitted weights on queries that did
+    not choose them. fold_weights: what each four fifths of the queries chose."""
 
     chosen: str
     fusion: Fusion
@@ -43,10 +50,10 @@ class FusionFit:
     weights: dict[str, float]
     fold_weights: list[dict[str, float]]
 
-    def save(self, file: Path, **about: str | int) -> None:
-        """What `Fusion.read` reads, with what it was fitted on."""
+    def figures(self) -> dict[str, Any]:
+        """All but the fusion, as JSON values."""
         figures = {name: value for name, value in asdict(self).items() if name not in ("fusion", "weights")}
-        write_json(file, {"weights": self.fusion.weights, "fitted": about | {"best_weights": self.weights} | figures})
+        return {"best_weights": self.weights} | figures
 
     def describe(self) -> str:
         rows = [(f"  {name}", f"{value:.4f}", "*" * (name == self.chosen)) for name, value in self.values.items()]
@@ -92,9 +99,14 @@ class _JudgedQuery:
 
 
 def fit_fusion(
-    found: Mapping[str, Mapping[str, Candidates]], qrels: Qrels, id_of: Callable[[int], str], metric: str = "ndcg@10"
+    found: Mapping[str, Mapping[str, Candidates]],
+    qrels: Qrels,
+    id_of: Callable[[int], str],
+    metric: str = "ndcg@10",
+    ranks: bool = True,
 ) -> FusionFit:
-    """found: by query and stage, two stages at least, the same of every query. id_of: of a document's row.
+    """found: by query and stage, two stages at least, the same of every query. id_of: of a document's row. ranks:
+    whether reciprocal ranks are a choice.
 
     Queries without a relevant document (a grade of at least 1) are left out. Raises ValueError for fewer than five.
     """
@@ -106,18 +118,34 @@ def fit_fusion(
     highest = max(grade for grades in qrels.values() for grade in grades.values())
     grid = np.array(list(_combinations(len(stages))))
     values = np.array([[query.value(metric, weights, query.spreads, highest) for query in queries] for weights in grid])
-    rrf = [query.value(metric, np.ones(len(stages)), query.ranks, highest) for query in queries]
+    rrf = {RRF: np.mean([query.value(metric, np.ones(len(stages)), query.ranks, highest) for query in queries])}
     folds = [np.arange(len(names)) % FOLDS == fold for fold in range(FOLDS)]
     chosen_by_fold = [_best(grid, values[:, ~fold].mean(axis=1)) for fold in folds]
     held_out = np.concatenate([values[best, fold] for best, fold in zip(chosen_by_fold, folds, strict=True)])
     alone = {stage: values[grid[:, place] == 1].mean() for place, stage in enumerate(stages)}
-    figures = {name: float(value) for name, value in (alone | {RRF: np.mean(rrf), WEIGHTS: held_out.mean()}).items()}
+    figures = alone | (rrf if ranks else {}) | {WEIGHTS: held_out.mean()}
+    figures = {name: float(value) for name, value in figures.items()}
     chosen = max(figures, key=lambda name: round(figures[name], 6))  # the first of equal ones, so a stage before both
     best = _by_stage(stages, grid[_best(grid, values.mean(axis=1))])
     of_stage = {stage: float(stage == chosen) for stage in stages}
     weights = {RRF: None, WEIGHTS: best}.get(chosen, of_stage)
     fold_weights = [_by_stage(stages, grid[one]) for one in chosen_by_fold]
     return FusionFit(chosen, Fusion(weights), metric, len(names), figures, best, fold_weights)
+
+
+def fit_reranker(
+    found: Mapping[str, Mapping[str, Candidates]], qrels: Qrels, id_of: Callable[[int], str], metric: str = "ndcg@10"
+) -> FusionFit:
+    """The weights of a reranker and of what it read. found: by query the two lists, first what the reranker read and
+    then its own, with its logits. Documents without text come last in any case and are left out. Errors as there."""
+    return fit_fusion({query: _with_text(lists) for query, lists in found.items()}, qrels, id_of, metric, ranks=False)
+
+
+def _with_text(lists: Mapping[str, Candidates]) -> dict[str, Candidates]:
+    reranked = list(lists.values())[-1]
+    empty = reranked.rows[reranked.scores <= EMPTY_SCORE]
+    keep = {stage: ~np.isin(of.rows, empty) for stage, of in lists.items()}
+    return {stage: replace(of, rows=of.rows[keep[stage]], scores=of.scores[keep[stage]]) for stage, of in lists.items()}
 
 
 def _combinations(stages: int) -> Iterator[tuple[float, ...]]:
@@ -143,18 +171,22 @@ def _by_stage(stages: Sequence[str], weights: np.ndarray) -> dict[str, float]:
 class FitFusionConfig(Config):
     """One fit."""
 
-    main_keys: ClassVar = ("index", "data", "split", "metric", "output")
+    main_keys: ClassVar = ("index", "data", "split", "reranker", "metric", "output")
 
-    index: FolderPath = Field(min_length=1, description="Folder that rag-retrieval index wrote, of two stages or more.")
+    index: FolderPath = Field(min_length=1, description="Folder that rag-retrieval index wrote.")
     data: FolderPath = Field(
         min_length=1, description="Folder in BEIR layout with judged queries, whose documents have the index's ids."
     )
     split: str = key("The qrels/SPLIT.tsv to fit on, not the one that is measured on.", "dev", min_length=1)
+    reranker: ModelName | None = key(
+        "Folder, hub name, or package:NAME of a reranker to fit a weight for; needed where the index has one search.",
+        min_length=1,
+    )
     metric: str = key(f"What is maximised, one of {PATTERNS}.", "ndcg@10", min_length=1)
-    depth: int = key("Documents of each stage, as many as searches will ask for.", 100, ge=1)
+    depth: int = key("Documents of each stage, also of the reranker, as many as searches will ask for.", 100, ge=1)
     output: OutputPath | None = key(f"The file to write. Absent: {FUSION_FILE} in the index, for all its searches.")
     device: str | None = key("Such as cpu or cuda:0. Absent: a GPU if there is one.", min_length=1)
-    trust_remote_code: bool = key("Run Python code that comes with the embedder.", False)
+    trust_remote_code: bool = key("Run Python code that comes with a model.", False)
 
     @field_validator("metric")
     @classmethod
@@ -164,22 +196,42 @@ class FitFusionConfig(Config):
 
 
 def run(config: FitFusionConfig) -> str:
+    from rag_retrieval.infer.reranker import open_reranker
     from rag_retrieval.retrieval.retriever import Retriever
 
     folder = Path(config.data)
     texts = query_texts(find_file(folder, "queries.jsonl"))
     qrels = read_qrels(BeirFolder(folder, {}, texts), config.split)
     options = {"device": config.device, "trust_remote_code": config.trust_remote_code}
+    reranker = config.reranker and open_reranker(config.reranker, **options)
     retriever = Retriever(config.index, fusion=Fusion(), depth=config.depth, **options)
     documents = retriever.index.documents
-    if len(retriever.stages) < 2:
-        raise ValueError(f"{config.index}: its only stage is {retriever.stages[0]}; a fusion needs two")
+    if len(retriever.stages) < 2 and reranker is None:
+        raise ValueError(f"{config.index}: its only stage is {retriever.stages[0]}; a fusion needs two, or a reranker")
     if all(documents.row_of_id(document) is None for grades in qrels.values() for document in grades):
         raise DataError(f"{folder}: none of the judged documents is in {config.index}; give the data of this index")
-    lists = retriever.search_stages([texts[query] for query in qrels])
-    found = {query: {stage: of[stage] for stage in retriever.stages} for query, of in zip(qrels, lists, strict=True)}
-    fit = fit_fusion(found, qrels, documents.id, config.metric)
+    queries = {query: texts[query] for query in qrels}
+    fusion, fits, taken = Fusion(), {}, []
+    if len(retriever.stages) > 1:
+        fits["stages"] = fit_fusion(lists_of(retriever, queries, retriever.stages), qrels, documents.id, config.metric)
+        fusion, taken = fits["stages"].fusion, [fits["stages"].chosen]
+    if reranker is not None:
+        retriever = Retriever(retriever.index, reranker=reranker, fusion=fusion, depth=config.depth)
+        fits["reranker"] = fit_reranker(lists_of(retriever, queries), qrels, documents.id, config.metric)
+        weight = list(fits["reranker"].fusion.weights.values())[-1]
+        fusion = replace(fusion, reranker_weight=weight, reranker=model_content(reranker.backend.name))
+        taken.append(f"reranker {weight:.2f}")
     file = Path(config.output) if config.output else Path(config.index) / FUSION_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    fit.save(file, data=folder.name, split=config.split, depth=config.depth)
-    return f"{fit.describe()}\n{file}: {fit.chosen}"
+    about = {"data": folder.name, "split": config.split, "depth": config.depth}
+    fusion.save(file, about | {name: fit.figures() for name, fit in fits.items()})
+    return "\n".join([*(fit.describe() for fit in fits.values()), f"{file}: {', '.join(taken)}"])
+
+
+def lists_of(
+    retriever: "Retriever", queries: Mapping[str, str], stages: Sequence[str] | None = None
+) -> dict[str, dict[str, Candidates]]:
+    """What the stages found, by query; without `stages` the last two."""
+    lists = retriever.search_stages(list(queries.values()))
+    names = stages or list(lists[0])[-2:]
+    return {query: {stage: of[stage] for stage in names} for query, of in zip(queries, lists, strict=True)}

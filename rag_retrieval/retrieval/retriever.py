@@ -3,6 +3,7 @@
     bm25, dense     searches of the index, each to `depth` documents
     fused           their lists as one, where there are two or more
     reranked        the list before it in the order of a Reranker's scores, where there is one
+    combined        both scores added, where the fusion has a weight for this Reranker
 
 torch is not imported for an index of words alone, without a reranker.
 """
@@ -17,17 +18,17 @@ import numpy as np
 
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.infer.reranker import Reranker, open_reranker
-from rag_retrieval.infer.results import RerankResult, RerankResults
-from rag_retrieval.models.inputs import check_list, check_number, check_text
+from rag_retrieval.infer.results import EMPTY_SCORE, RerankResult, RerankResults, best_first, shown_scores
+from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
+from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion, combine
 from rag_retrieval.retrieval.index import Index, Opened
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
 
-FUSED, RERANKED = "fused", "reranked"  # stages after the searches
+FUSED, RERANKED, COMBINED = "fused", "reranked", "combined"  # stages after the searches
 DEPTH = 100  # documents
 
 
@@ -45,8 +46,8 @@ class SearchResult(RerankResult):
 
 @dataclass(frozen=True)
 class SearchResults(RerankResults):
-    """Results of one query, best first, as RerankResults. score_type: what the scores are: after a reranking as there,
-    else the name of the last stage."""
+    """Results of one query, best first, as RerankResults. score_type: what the scores are: as there where "reranked" is
+    the last stage, else the name of the last stage."""
 
     results: list[SearchResult]
     score_type: str
@@ -58,8 +59,10 @@ class Retriever:
 
     index: a folder that `rag-retrieval index` wrote, or an open Index. reranker: a Reranker, or the folder, hub name or
     `package:NAME` of one. embedder: an open Embedder in place of the one that the index names. stages: those of the
-    index to search; default all that play a part in the fusion. fusion: how several become one; default what
-    `fit-fusion` left in the index, else reciprocal ranks. depth: documents that each stage finds at most, and that are
+    index to search; default all that play a part in the fusion. fusion: how several become one, and the weight of the
+    reranker; default what `fit-fusion` left in the index, else reciprocal ranks; what it left is for all searches of
+    the index, and one of several that `stages` names alone does without. A weight for another reranker is not used,
+    with a warning. depth: documents that each stage finds at most, and that are
     reranked; `top_k` where that is more. device, trust_remote_code: of models that are opened here. batch_size and all
     after it: of the reranking, as for `Reranker.rerank`.
 
@@ -93,20 +96,21 @@ class Retriever:
         if not isinstance(index, Index):
             self.index = Index(index, embedder=embedder, device=device, trust_remote_code=trust_remote_code)
             self._opened.append(self.index)
-        self.stages, self.fusion = self._checked_stages(stages), None
-        if len(self.stages) > 1:
+        self.stages, self.fusion = self._checked_stages(stages), fusion
+        if fusion is None and (len(self.stages) > 1 or len(self.index.searches) == 1):
             file = self.index.folder / FUSION_FILE
-            fusion = fusion or (Fusion.read(file) if file.is_file() else Fusion())
-            used = fusion.used(self.stages)
+            self.fusion = Fusion.read(file) if file.is_file() else Fusion()
+        if self.fusion is not None:
+            used = self.fusion.used(self.stages)
             self.stages = used if stages is None else self.stages
-            self.fusion = fusion if len(self.stages) > 1 else None
-        self.reranker = None
+        self.reranker = self.reranker_weight = None
         if reranker is not None:
             self.reranker = open_reranker(reranker, device=device, trust_remote_code=trust_remote_code)
             self._opened += [self.reranker] if self.reranker is not reranker else []
-        self.depth = depth
-        self.options = {"batch_size": batch_size, "normalize": normalize}
-        self.options |= {"long_document": long_document, "overlap": overlap}
+            self.reranker_weight = self.fusion and self.fusion.weight_of(self.reranker.backend.name)
+        check_flag("normalize", normalize)
+        self.depth, self.normalize = depth, normalize
+        self.options = {"batch_size": batch_size, "long_document": long_document, "overlap": overlap}
 
     def search(self, query: str, top_k: int = 10) -> SearchResults:
         """The best `top_k` documents, fewer where fewer were found; with equal scores in the order of the stage before.
@@ -130,7 +134,7 @@ class Retriever:
         depth: in place of the Retriever's.
         """
         depth = self.depth if depth is None else depth
-        return [lists for lists, _ in self._stages(queries, depth, self.index.opened)]
+        return [lists for lists, *_ in self._stages(queries, depth, self.index.opened)]
 
     def close(self) -> None:
         """Let the models go that were opened here. Reranking then raises ValueError."""
@@ -158,31 +162,51 @@ class Retriever:
 
     def _stages(
         self, queries: Sequence[str], depth: int, opened: Opened
-    ) -> Iterator[tuple[dict[str, Candidates], RerankResults | None]]:
-        """For each query what the stages found, and what the reranking said. One call of the Reranker for each: in a
-        larger batch the last bits of a score would depend on the other queries."""
+    ) -> Iterator[tuple[dict[str, Candidates], dict[int, RerankResult], str]]:
+        """For each query what the stages found, what the reranking said of each row, and the type of the last scores.
+        One call of the Reranker for each: in a larger batch the last bits of a score would depend on the other
+        queries."""
         nothing = np.zeros(0, np.int64)
         searches = {stage: opened.searches[stage] for stage in self.stages}
         found = {stage: one.search(queries, [nothing] * len(queries), depth) for stage, one in searches.items()}
         for place, query in enumerate(queries):
-            lists, reranked = {stage: of_stage[place] for stage, of_stage in found.items()}, None
-            if self.fusion is not None:
+            lists, reranked = {stage: of_stage[place] for stage, of_stage in found.items()}, {}
+            if len(self.stages) > 1:
                 lists[FUSED] = self.fusion.fuse(lists, nothing, depth)
+            last = score_type = list(lists)[-1]
             if self.reranker is not None:
-                first = list(lists.values())[-1]
-                texts = [opened.documents.text(row) for row in first.rows.tolist()]
-                reranked = self.reranker.rerank(query, texts, **self.options)
-                rows = first.rows[[result.document_index for result in reranked]]
-                scores = np.array([result.score for result in reranked], np.float32)
-                lists[RERANKED] = Candidates(rows, scores, first.judged_scores)
-            yield lists, reranked
+                after, reranked, score_type = self._rerank(query, lists[last], opened.documents)
+                lists |= after
+            yield lists, reranked, score_type
+
+    def _rerank(
+        self, query: str, first: Candidates, documents: Corpus
+    ) -> tuple[dict[str, Candidates], dict[int, RerankResult], str]:
+        """The stages after the list `first`, what the Reranker said of each row, and the type of the last scores."""
+        texts = [documents.text(row) for row in first.rows.tolist()]
+        results = self.reranker.rerank(query, texts, **self.options)
+        order = np.array([result.document_index for result in results], np.int64)
+        rows, logits = first.rows[order], np.array([result.score for result in results], np.float32)
+        with_empty = np.where(logits > EMPTY_SCORE, logits, -np.inf)
+        scores, score_type = shown_scores(with_empty, self.reranker.backend.calibration, self.normalize)
+        stages = {RERANKED: Candidates(rows, scores.astype(np.float32), first.judged_scores)}
+        if self.reranker_weight is not None:
+            combined, score_type = combine(self.reranker_weight, first.scores[order], logits), COMBINED
+            best = best_first(combined)
+            stages[COMBINED] = Candidates(rows[best], combined[best], first.judged_scores)
+        return stages, dict(zip(rows.tolist(), results, strict=True)), score_type
 
 
 def _results(
-    query: str, lists: dict[str, Candidates], reranked: RerankResults | None, documents: Corpus, top_k: int
+    query: str,
+    lists: dict[str, Candidates],
+    reranked: dict[int, RerankResult],
+    score_type: str,
+    documents: Corpus,
+    top_k: int,
 ) -> SearchResults:
     """The best of the last list, with what every stage says of them."""
-    last, candidates = list(lists.items())[-1]
+    candidates = list(lists.values())[-1]
     places = {stage: {row: place for place, row in enumerate(of.rows.tolist())} for stage, of in lists.items()}
     results = []
     for place, row in enumerate(candidates.rows[:top_k].tolist()):
@@ -195,10 +219,10 @@ def _results(
                 rank=place + 1,
                 metadata=documents.metadata(row),
                 document_index=row,
-                slice=reranked[place].slice if reranked else None,
-                truncated=reranked[place].truncated if reranked else False,
+                slice=reranked[row].slice if reranked else None,
+                truncated=reranked[row].truncated if reranked else False,
                 scores={stage: float(lists[stage].scores[of]) for stage, of in found.items()},
                 ranks={stage: of + 1 for stage, of in found.items()},
             )
         )
-    return SearchResults(query, results, last if reranked is None else reranked.score_type)
+    return SearchResults(query, results, score_type)

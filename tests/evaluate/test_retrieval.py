@@ -11,13 +11,16 @@ import pytest
 from beir_samples import write, write_lines, write_toy
 from embedder_samples import copy_as
 
-from rag_retrieval import Embedder, Reranker, RetrievalEvaluationConfig, evaluate_retriever
+from rag_retrieval import Embedder, Reranker, RetrievalEvaluationConfig, Retriever, evaluate_retriever
 from rag_retrieval.cli import main
 from rag_retrieval.data.beir import read_run
 from rag_retrieval.evaluate.retrieval import Places
 from rag_retrieval.evaluate.retrieval_output import result_of
 from rag_retrieval.metrics import run_metrics, trec_order
 from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.models.settings import model_content
+from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.fusion import Fusion
 from rag_retrieval.retrieval.index import build_index
 
 pytest.importorskip("bm25s")
@@ -125,8 +128,6 @@ def test_a_run_without_any_relevant_document_of_the_corpus_is_refused(hand_made,
 
 def test_words_an_embedder_and_an_index_in_one_table_each_reranked(toy, embedder, model_folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from rag_retrieval.retrieval.config import IndexOptions
-
     build_index(toy, tmp_path / "both", IndexOptions(embedder=embedder, vector_precision="float32"))
     options = ["--data", "toy", "--reranker", model_folders["bert"], "--depth", "20", "--output_dir", "out", "--report"]
     assert main(["evaluate", "--retriever", "bm25,embedder,both", *options]) == 0
@@ -159,6 +160,34 @@ def test_words_an_embedder_and_an_index_in_one_table_each_reranked(toy, embedder
     assert re.findall(r'<img alt="(\w+)"', page) == ["recall", "gains"] and "<script" not in page
     assert all(f"<td>{name}</td>" in page for name in [*names, *ceilings])
     assert (tmp_path / "out/figures/recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def weighted(toy, embedder, model_folders, tmp_path):
+    """The toy's index, with a weight for a reranker."""
+    options = IndexOptions(embedder=embedder, vector_precision="float32", device="cpu")
+    index = build_index(toy, tmp_path / "weighted", options).folder
+    Fusion({"bm25": 0.5, "dense": 0.5}, 0.25, model_content(model_folders["bert"])).save(index / "fusion.json", {})
+    return str(index)
+
+
+def test_an_index_with_a_weight_for_the_reranker_has_a_row_of_both(weighted, measure, model_folders, caplog):
+    found = measure(weighted, "bm25", reranker=model_folders["bert"])
+    names = ["weighted bm25", "weighted dense", "weighted fused", "weighted reranked", "weighted combined"]
+    assert [system.name for system in found.systems] == [*names, "bm25", "bm25 reranked"]
+    run = found.systems[4].run
+    with Retriever(weighted, reranker=model_folders["bert"], depth=20, long_document="truncate") as retriever:
+        for query, results in zip(run, retriever.search_many(list(found.data.queries.values()), 20), strict=True):
+            expected = {one.doc_id: one.score for one in results}
+            assert results.score_type == "combined" and run[query] == pytest.approx(expected, abs=1e-3)
+    assert read_run(found.output_dir / "runs/weighted-combined.trec") == run
+    assert found.places["weighted combined"].first == sum(
+        f"d{query[1:]}-0" in trec_order(of)[:10] for query, of in run.items()
+    )
+    assert "another reranker" not in caplog.text
+    other = measure(weighted, reranker=model_folders["xlm_roberta"], output_dir=str(found.output_dir / "other"))
+    assert [system.name for system in other.systems] == names[:4]
+    assert caplog.text.count("fitted for another reranker and is not used") == 1
 
 
 def test_measures_are_those_of_trec_eval_on_the_written_run(toy, embedder, measure):
@@ -302,10 +331,12 @@ def test_the_result_can_be_written_as_json(hand_made, measure):
 
 
 @pytest.mark.slow
-def test_two_processes_find_and_score_what_one_does(toy, embedder, model_folders, measure, tmp_path):
-    alone = measure("bm25", embedder, reranker=model_folders["bert"])
+def test_two_processes_find_and_score_what_one_does(toy, embedder, weighted, model_folders, measure, tmp_path):
+    alone = measure("bm25", embedder, weighted, reranker=model_folders["bert"])
+    assert alone.systems[-1].name == "weighted combined"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    options = ["--retriever", f"bm25,{embedder}", "--reranker", model_folders["bert"], "--depth", "20", "--report"]
+    options = ["--retriever", f"bm25,{embedder},{weighted}", "--reranker", model_folders["bert"], "--depth", "20"]
+    options += ["--report"]
     done = subprocess.run(
         [*launch, "rag_retrieval.cli", "evaluate", "--data", str(toy), *options, "--output_dir", str(tmp_path / "two")],
         cwd=ROOT,

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from rag_retrieval.infer.results import EMPTY_SCORE
 from rag_retrieval.metrics import query_metrics
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.fit_fusion import RRF, WEIGHTS, fit_fusion
-from rag_retrieval.retrieval.fusion import Fusion
+from rag_retrieval.retrieval.fit_fusion import RRF, WEIGHTS, fit_fusion, fit_reranker
+from rag_retrieval.retrieval.fusion import Fusion, combine
 
 NOTHING = np.zeros(0, np.int64)
 GRID = [place / 20 for place in range(21)]  # weights of bm25; the rest is dense's
@@ -114,11 +115,11 @@ def test_the_order_of_the_queries_changes_nothing(tmp_path):
     found, qrels = random_lists(2, dense_helps=1)
     for name, queries in (("one", sorted(found)), ("two", sorted(found, reverse=True))):
         fit = fit_fusion({query: found[query] for query in queries}, qrels, id_of)
-        fit.save(tmp_path / name, data="toy", split="dev", depth=20)
+        fit.fusion.save(tmp_path / name, {"split": "dev", "stages": fit.figures()})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     saved = json.loads((tmp_path / "one").read_text())
     assert Fusion.read(tmp_path / "one") == fit.fusion
-    assert saved["fitted"]["split"] == "dev" and saved["fitted"]["values"] == fit.values
+    assert saved["fitted"]["split"] == "dev" and saved["fitted"]["stages"]["values"] == fit.values
 
 
 def test_three_stages_are_fitted_together():
@@ -144,3 +145,60 @@ def test_a_document_with_the_id_of_its_query_is_not_ranked():
     found = {query: lists for query in ("d0", "a", "b", "c", "e")}
     fit = fit_fusion(found, {query: {"d1": 1} for query in found}, id_of, "mrr@10")
     assert fit.values["bm25"] == pytest.approx((1 + 4 * 0.5) / 5)
+
+
+# ---- the weight of a reranker
+
+
+def reranked_lists(seed, signal, noise=1.0, queries=100, documents=20):
+    """Lists of dense, which sees the relevant documents through noise, each with a reranker's scores of all of it."""
+    generator = np.random.default_rng(seed)
+    found, qrels = {}, {}
+    for number in range(queries):
+        grades = np.zeros(documents)
+        grades[generator.choice(documents, 3, replace=False)] = 1
+        scores = {"dense": grades + generator.normal(size=documents)}
+        scores["reranked"] = 8 * (signal * grades + noise * generator.normal(size=documents)) - 4
+        found[f"q{number:03}"] = {stage: ranked(dict(enumerate(values))) for stage, values in scores.items()}
+        qrels[f"q{number:03}"] = {id_of(row): 1.0 for row in np.flatnonzero(grades).tolist()}
+    return found, qrels
+
+
+def combined_values(found, qrels, weight):
+    """By query, in the order of `combine`."""
+    run = {}
+    for query, lists in found.items():
+        by_row = [dict(zip(of.rows.tolist(), of.scores, strict=True)) for of in lists.values()]
+        scores, logits = (np.array([of[row] for row in range(len(of))], np.float32) for of in by_row)
+        run[query] = dict(zip(map(id_of, range(len(scores))), combine(weight, scores, logits).tolist(), strict=True))
+    return query_metrics(qrels, run, ["ndcg@10"])["ndcg@10"]
+
+
+def test_a_reranker_that_helps_is_mixed_in_with_the_weight_of_a_slow_search():
+    found, qrels = reranked_lists(0, signal=1)
+    fit = fit_reranker(found, qrels, id_of)
+    means = [np.mean(list(combined_values(found, qrels, weight).values())) for weight in GRID]
+    assert list(fit.values) == ["dense", "reranked", WEIGHTS] and fit.chosen == WEIGHTS
+    assert (fit.values["dense"], fit.values["reranked"]) == pytest.approx((means[0], means[20]))
+    assert means[round(20 * fit.fusion.weights["reranked"])] == pytest.approx(max(means))
+    assert 0.3 <= fit.fusion.weights["reranked"] <= 0.7
+
+
+def test_a_reranker_that_hurts_gets_no_weight_and_a_perfect_one_decides():
+    assert fit_reranker(*reranked_lists(1, signal=0), id_of).fusion.weights["reranked"] <= 0.1
+    fit = fit_reranker(*reranked_lists(1, signal=-1), id_of)
+    assert (fit.chosen, fit.fusion.weights) == ("dense", {"dense": 1.0, "reranked": 0.0})
+    fit = fit_reranker(*reranked_lists(2, signal=1, noise=0), id_of)
+    assert (fit.chosen, fit.fusion.weights) == ("reranked", {"dense": 0.0, "reranked": 1.0})
+    assert fit.values["reranked"] == 1
+
+
+def test_documents_without_text_do_not_decide_on_the_weight():
+    """Their score, far below all others, would leave the reranker no differences."""
+    found, qrels = reranked_lists(0, signal=1)
+    weights = fit_reranker(found, qrels, id_of).weights
+    for lists in found.values():
+        for stage, score in (("dense", 9), ("reranked", EMPTY_SCORE)):
+            rows = dict(zip(lists[stage].rows.tolist(), lists[stage].scores.tolist(), strict=True))
+            lists[stage] = ranked(rows | {99: score})
+    assert fit_reranker(found, qrels, id_of).weights == weights

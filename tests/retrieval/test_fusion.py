@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from rag_retrieval.infer.results import EMPTY_SCORE
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.fusion import FusedSearch, Fusion, spread
+from rag_retrieval.retrieval.fusion import FusedSearch, Fusion, combine, spread
 
 
 def listed(*rows, scores=None):
@@ -95,7 +96,26 @@ def test_a_file_of_weights_is_read_and_any_other_refused(tmp_path):
     for weights in (None, {"bm25": 0.3, "dense": 0.7}):
         file.write_text(json.dumps({"weights": weights}))
         assert Fusion.read(file) == Fusion(weights)
-    for text in ("", "{}", '{"weights": [1]}', '{"weights": {"bm25": -1}}'):
+        Fusion(weights, 0.65, "digest").save(file, {"split": "dev"})
+        assert Fusion.read(file) == Fusion(weights, 0.65, "digest")
+        assert json.loads(file.read_text())["fitted"] == {"split": "dev"}
+    for text in ("", "{}", '{"weights": [1]}', '{"weights": {"bm25": -1}}', '{"weights": null, "reranker_weight": 2}'):
         file.write_text(text)
         with pytest.raises(ValueError, match="fusion.json: expected a file that rag-retrieval fit-fusion wrote"):
             Fusion.read(file)
+
+
+def test_a_reranker_and_what_it_read_are_combined_by_hand():
+    scores = np.array([0.9, 0.7, 0.5, 99, 0.6], np.float32)  # spread: 1, 0.5, 0, none, 0.25
+    logits = np.array([-2, 6, 2, EMPTY_SCORE, 0], np.float32)  # spread: 0, 1, 0.5, none, 0.25
+    expected = [0.25, 0.875, 0.375, EMPTY_SCORE, 0.25]
+    assert combine(0.75, scores, logits).tolist() == pytest.approx(expected)
+    assert combine(0, scores, logits).tolist() == pytest.approx([1, 0.5, 0, EMPTY_SCORE, 0.25])
+    assert combine(1, scores, logits).tolist() == pytest.approx([0, 1, 0.5, EMPTY_SCORE, 0.25])
+    assert combine(0.5, scores[:0], logits[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.5, "0.5", float("nan")])
+def test_a_weight_of_a_reranker_that_means_nothing_is_refused(weight):
+    with pytest.raises(ValueError, match="reranker_weight: .*found"):
+        Fusion(None, weight)

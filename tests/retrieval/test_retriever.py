@@ -12,6 +12,7 @@ from tiny_models import CHINESE, ENGLISH, tiny_bert
 
 from rag_retrieval import Embedder, Reranker, Retriever
 from rag_retrieval.infer.results import EMPTY_SCORE
+from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import bm25_run
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.fusion import Fusion
@@ -249,3 +250,72 @@ def test_an_index_of_words_is_searched_without_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.stdout.split() == ["a", "False"], done.stderr
+
+
+# ---- a reranker and what it read, combined
+
+
+def by_row(candidates):
+    return dict(zip(candidates.rows.tolist(), candidates.scores.tolist(), strict=True))
+
+
+def share(scores, row):
+    return (scores[row] - min(scores.values())) / (max(scores.values()) - min(scores.values()))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("stages", [["bm25", "dense"], ["dense"]])
+def test_the_combined_stage_adds_the_logits_and_the_scores_before(stages, normalize, index, reranker):
+    options = {"fusion": Fusion(None, 0.75), "stages": stages, "depth": DEPTH, "device": "cpu"}
+    plain = Retriever(index, reranker=reranker, **options | {"fusion": Fusion()}).search_stages(QUERIES)
+    retriever = Retriever(index, reranker=reranker, normalize=normalize, **options)
+    together = zip(plain, retriever.search_stages(QUERIES), retriever.search_many(QUERIES, top_k=3), strict=True)
+    for before, lists, results in together:
+        assert list(lists) == [*before, "combined"]
+        assert lists["reranked"].rows.tolist() == before["reranked"].rows.tolist()
+        logits, scores = by_row(before["reranked"]), by_row(list(before.values())[-2])
+        expected = {row: 0.75 * share(logits, row) + 0.25 * share(scores, row) for row in logits}
+        order = sorted(expected, key=lambda row: -expected[row])  # equal ones as they were reranked
+        assert lists["combined"].rows.tolist() == order
+        assert [one.document_index for one in results] == order[:3] and results.score_type == "combined"
+        for place, one in enumerate(results):
+            assert one.score == one.scores["combined"] == pytest.approx(expected[one.document_index], abs=1e-4)
+            assert one.ranks["combined"] == place + 1
+            assert one.ranks["reranked"] == list(logits).index(one.document_index) + 1
+            assert 0 < one.scores["reranked"] < 1 if normalize else one.scores["reranked"] == logits[one.document_index]
+
+
+def test_what_the_reranker_read_of_a_document_stays_with_it(index, models):
+    with Reranker(models["reranker"], device="cpu", max_length=48) as short:
+        options = {"reranker": short, "depth": 20, "long_document": "max_slice", "device": "cpu"}
+        slices = {one.doc_id: one.slice for one in Retriever(index, **options).search("trains", top_k=20)}
+        combined = Retriever(index, fusion=Fusion(None, 0.1), **options).search("trains", top_k=20)
+        assert {one.doc_id: one.slice for one in combined} == slices and slices["d19"] is not None
+
+
+def test_a_weight_for_another_reranker_is_not_used_and_said(tmp_path, models, caplog):
+    """Of an index with a single search."""
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "water boils"}\n{"_id": "b", "text": "hot water"}\n')
+    folder = build_index(tmp_path / "corpus.jsonl", tmp_path / "index", IndexOptions()).folder
+    Fusion(None, 0.5, model_content(models["reranker"])).save(folder / "fusion.json", {})
+    assert list(Retriever(folder).search_stages(["water"])[0]) == ["bm25"]
+    own = Retriever(folder, reranker=models["reranker"], device="cpu")
+    assert list(own.search_stages(["water"])[0]) == ["bm25", "reranked", "combined"] and not caplog.records
+    another = tiny_bert(tmp_path / "another", head_labels=1, seed=1)
+    (lists,) = Retriever(folder, reranker=another, device="cpu").search_stages(["water"])
+    assert list(lists) == ["bm25", "reranked"]
+    assert [record.message.count("fitted for another reranker and is not used") for record in caplog.records] == [1]
+
+
+def test_a_document_without_text_stays_last_when_scores_are_combined(tmp_path, models, reranker):
+    rows = [{"_id": "a", "text": " "}, {"_id": "b", "text": "water boils"}, {"_id": "c", "text": "iron"}]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = IndexOptions(bm25=False, embedder=models["embedder"], device="cpu")
+    folder = build_index(tmp_path / "corpus.jsonl", tmp_path / "index", options).folder
+    for weight in (0, 1):
+        for normalize in (False, True):
+            given = {"reranker": reranker, "fusion": Fusion(None, weight), "normalize": normalize, "device": "cpu"}
+            results = Retriever(folder, **given).search("water")
+            assert results[2].doc_id == "a" and results[2].score == EMPTY_SCORE
+            assert [one.score for one in results[:2]] == [1, 0]
+            assert results[2].scores["reranked"] == (0 if normalize else EMPTY_SCORE)

@@ -16,6 +16,7 @@ from tiny_models import tiny_bert
 from rag_retrieval import Retriever
 from rag_retrieval.cli import main
 from rag_retrieval.data.beir import read_run
+from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.fit_fusion import WEIGHTS, FusionFit
 from rag_retrieval.retrieval.fusion import Fusion
@@ -211,12 +212,40 @@ def test_fit_fusion_writes_into_the_index_what_searches_take(both, capsys, tmp_p
     assert f"{index}/fusion.json: bm25" in out
     saved = json.loads((index / "fusion.json").read_text())
     assert saved["weights"] == {"bm25": 1.0, "dense": 0.0}
-    about = {"data": "data", "split": "dev", "depth": 10, "metric": "ndcg@10", "queries": 8, "chosen": "bm25"}
-    assert about.items() <= saved["fitted"].items()
+    assert {"data": "data", "split": "dev", "depth": 10}.items() <= saved["fitted"].items()
+    about = {"metric": "ndcg@10", "queries": 8, "chosen": "bm25"}
+    assert about.items() <= saved["fitted"]["stages"].items()
     assert Retriever(index, device="cpu").stages == ["bm25"]
     first = (index / "fusion.json").read_bytes()
     assert main(command) == 0 and (index / "fusion.json").read_bytes() == first
     (index / "fusion.json").unlink()
+
+
+def test_fit_fusion_also_fits_the_weight_of_a_reranker(both, model, capsys, tmp_path):
+    """The tiny reranker knows nothing, so that after words, which find everything, it gets no weight."""
+    data, index = both
+    file = str(tmp_path / "own.json")
+    command = ["fit-fusion", "--data", str(data), "--depth", "10", "--device", "cpu", "--output", file]
+    assert main([*command, "--index", str(index), "--reranker", model]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\n  bm25 +1\.0000 +\*\n  reranked +0\.\d{4}\n  fitted weights +[01]\.\d{4}\nbest", out)
+    assert out.endswith(f"{file}: bm25, reranker 0.00\n")
+    assert Fusion.read(file) == Fusion({"bm25": 1.0, "dense": 0.0}, 0.0, model_content(model))
+    saved = json.loads((tmp_path / "own.json").read_text())["fitted"]
+    assert saved["reranker"]["chosen"] == "bm25" and list(saved["reranker"]["values"])[:2] == ["bm25", "reranked"]
+    search = ["search", "--index", str(index), "--fusion", file, "--reranker", model, "--device", "cpu"]
+    assert main([*search, "--query", "where is apple", "--depth", "10", "--top_k", "1"]) == 0
+    assert re.search(r"1\. apple-0\n   combined 1 \(1\), reranked \S+ \(\d+\), bm25 ", capsys.readouterr().out)
+
+
+def test_an_index_of_one_search_has_a_weight_for_a_reranker(both, model, capsys, tmp_path):
+    build_index(both[0], tmp_path / "words", IndexOptions())
+    options = ["--index", str(tmp_path / "words"), "--device", "cpu"]
+    assert main(["fit-fusion", *options, "--data", str(both[0]), "--reranker", model]) == 0
+    assert capsys.readouterr().out.endswith("words/fusion.json: reranker 0.00\n")
+    assert Fusion.read(tmp_path / "words" / "fusion.json") == Fusion(None, 0.0, model_content(model))
+    with Retriever(tmp_path / "words", reranker=model, device="cpu") as retriever:
+        assert list(retriever.search("apple")[0].scores) == ["bm25", "reranked", "combined"]
 
 
 def test_a_fit_that_cannot_be_is_one_line(both, index, capsys, tmp_path):
@@ -254,7 +283,7 @@ def test_the_commands_and_the_python_of_the_page_work(both, model, tmp_path, mon
     assert len(names["many"]) == 2 and len(names["results"]) == 3
     commands = re.findall(r"^rag-retrieval (?:search|fit-fusion) .*", page, flags=re.MULTILINE)
     commands += re.findall(r"`(rag-retrieval evaluate --.*?)`", page, flags=re.DOTALL)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         assert main([*shlex.split(command)[1:], "--device", "cpu"]) == 0, command
     assert set(read_run("runs/search.trec")) == {f"q{name}" for name in NAMES}
