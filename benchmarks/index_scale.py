@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from data_memory import MIB, highest_memory
 
-from rag_retrieval.core.shards import MakeShard, ShardWork, run_shards
+from rag_retrieval.core.shard_folder import MakeShard, ShardWork
+from rag_retrieval.core.shards import run_shards
 from rag_retrieval.retrieval.approximate import build_faiss
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.dense import open_search
