@@ -28,9 +28,10 @@ from rag_retrieval.evaluate.ranking_data import RankingData, without_identical_i
 from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig, is_index
 from rag_retrieval.evaluate.systems import check_relevant
 from rag_retrieval.evaluate.vector_files import Documents, document_vectors, search_vectors
+from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.metrics import is_relevant
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.index import Index, build_index
+from rag_retrieval.retrieval.index import DENSE, Index, build_index
 from rag_retrieval.retrieval.index_files import fingerprint
 from rag_retrieval.retrieval.retriever import Retriever
 from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
@@ -115,7 +116,7 @@ def of_index(config: RetrievalEvaluationConfig, folder: Path, name: str, judged:
     else:
         queries = query_vectors(config, texts, width=next(index.vectors()).shape[1])
         none = [np.zeros(0, np.int64)] * len(texts)
-        found = [{"dense": one} for one in index.searches["dense"].search_vectors(queries, none, wanted(config))]
+        found = [{DENSE: one} for one in index.searches[DENSE].search_vectors(queries, none, wanted(config))]
     return of_candidates(config, name, judged, found, index.documents)
 
 
@@ -126,18 +127,22 @@ def of_vector_files(config: RetrievalEvaluationConfig, retriever: str, name: str
     parts = document_vectors(Path(config.corpus_embeddings), documents.texts, encode, embedder.dim)
 
     def search() -> Retrieved:
-        queries = query_vectors(config, list(judged.queries.values()), embedder.dim)
+        own = embedder if config.query_model is None else None
+        queries = query_vectors(config, list(judged.queries.values()), embedder.dim, own)
         found = search_vectors(queries, parts, wanted(config), own_device())
-        return of_candidates(config, name, judged, [{"dense": one} for one in found], documents)
+        return of_candidates(config, name, judged, [{DENSE: one} for one in found], documents)
 
     return on_main(search)
 
 
-def query_vectors(config: RetrievalEvaluationConfig, texts: list[str], width: int) -> np.ndarray:
-    """By the query model, or the only retriever: float32 [texts, width]. Raises ValueError for another width."""
+def query_vectors(
+    config: RetrievalEvaluationConfig, texts: list[str], width: int, embedder: Embedder | None = None
+) -> np.ndarray:
+    """By the embedder of the only retriever or, without it, the query model: float32 [texts, width]. Raises ValueError
+    for another width."""
     name = config.query_model or config.retriever[0]
     options = config.index_options(name)
-    vectors = encode_with(open_embedder(options, own_device()), "query", options)(texts)
+    vectors = encode_with(embedder or open_embedder(options, own_device()), "query", options)(texts)
     if vectors.shape[1] != width:
         raise ValueError(f"query_model: vectors of {name} have {vectors.shape[1]} numbers, and those of the documents "
                          f"{width}; give two models that were trained together")  # fmt: skip

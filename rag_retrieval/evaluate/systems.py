@@ -118,15 +118,17 @@ def name_of(model: str) -> str:
 
 def default_output_dir(model: str, data_name: str) -> Path:
     """runs/evaluate/MODEL-DATA; a run's model is called by its run: runs/my/model is `my`."""
+    return Path("runs") / "evaluate" / "-".join([short_name(model), *data_name.split()])
+
+
+def short_name(model: str) -> str:
     parts = [part for part in Path(model.removeprefix(PACKAGE_PREFIX)).parts if part not in ("/", "model")]
-    return Path("runs") / "evaluate" / "-".join([parts[-1] if parts else "model", *data_name.split()])
+    return parts[-1] if parts else "model"
 
 
 def short_names(retrievers: Sequence[str]) -> list[str]:
     """The last part of each path, `my` of runs/my/model; the whole path where two end alike."""
-    paths = [Path(retriever.removeprefix(PACKAGE_PREFIX)) for retriever in retrievers]
-    parts = [[part for part in path.parts if part not in ("/", "model")] for path in paths]
-    short = [own[-1] if own else "model" for own in parts]
+    short = [short_name(retriever) for retriever in retrievers]
     counts = Counter(short)
     return [name if counts[name] == 1 else name_of(own) for name, own in zip(short, retrievers, strict=True)]
 

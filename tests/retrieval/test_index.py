@@ -194,6 +194,8 @@ def rows_after(added: list[dict], removed: set[str]) -> list[dict]:
     [{}, {"vector_precision": "binary", "rescore_precision": "float16"}, {"faiss_index": "IVF2,Flat"}],
 )
 def test_a_changed_index_searches_as_one_that_is_built_anew(corpus, model, tmp_path, more):
+    if "faiss_index" in more:
+        pytest.importorskip("faiss")
     index = build_index(corpus, tmp_path / "index", options(model, **more))
     added = corpus_file(tmp_path / "added.jsonl", changed_rows())
     index.add(added)
