@@ -115,6 +115,13 @@ def test_an_index_of_other_options_is_refused_and_the_message_names_them(copied,
     assert {name: data for name, data in files_of(copied).items() if name in before} == before
 
 
+def test_another_seed_is_refused_where_something_was_drawn_by_it(copied, corpus, model, tmp_path):
+    build_index(corpus, copied, options(model, seed=7))
+    build_index(corpus, tmp_path / "int8", options(model, vector_precision="int8"))
+    with pytest.raises(ValueError, match="\n  seed: was 42, now 7\n"):
+        build_index(corpus, tmp_path / "int8", options(model, vector_precision="int8", seed=7))
+
+
 def test_another_model_or_corpus_is_refused_by_name(copied, corpus, model, tmp_path):
     other = tiny_bert(tmp_path / "other", layers=1)
     with pytest.raises(ValueError, match="\n  model: was '"):
