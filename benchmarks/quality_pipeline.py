@@ -7,8 +7,8 @@
 queries of `dev`; all figures are of its queries of `test`. A step runs in a process of its own, which is what its CPU
 seconds and memory are of, and stays in `--work`: a command that was stopped continues with the next step. A reranker
 orders the best `--depth` documents of each list and leaves those below them where they were; a pair that several lists
-have is scored once, and each list is charged for all of its own. Last of all, the scores of the last embedder and those
-of the reranker are added, with weights from `dev` too.
+have is scored once, and each list is charged for all of its own. The last row fuses the last embedder's list with the
+reranker's of its best documents, as `dev` chooses.
 """
 
 import argparse
