@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from data_memory import MIB, highest_memory
 
-from rag_retrieval.core.shards import MakeShard, ShardWork, run_shards
+from rag_retrieval.core.shard_folder import MakeShard, ShardWork
+from rag_retrieval.core.shards import run_shards
 from rag_retrieval.retrieval.approximate import build_faiss
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.dense import open_search
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for vectors and indexes; 2 GB for 2,000,000")
     parser.add_argument("--sizes", type=int, nargs="+", default=[500_000, 2_000_000], help="vectors")
     parser.add_argument("--searches", nargs="+", default=[EXACT, "IVF1024,PQ48"], help="exact, or FAISS's names")
+    parser.add_argument("--rescore_factor", type=int, default=4, help="vectors scored anew for each one asked for")
     options = parser.parse_args()
     print(f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}, ", end="")
     print(f"faiss {faiss.__version__}, {torch.get_num_threads()} thread(s); memory in MiB, highest")
@@ -48,21 +50,22 @@ def main() -> None:
     for size in options.sizes:
         for search in options.searches:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                print(pool.apply(measure, (options.work / str(size), size, search)), flush=True)
+                print(pool.apply(measure, (options.work / str(size), size, search, options.rescore_factor)), flush=True)
 
 
-def measure(folder: Path, size: int, search: str) -> str:
-    """A line of the table. Vectors are made where they are not there."""
-    faiss_index = None if search == EXACT else search
-    options = IndexOptions(embedder="no-model", bm25=False, device="cpu", faiss_index=faiss_index)
+def measure(folder: Path, size: int, search: str, rescore_factor: int = 4) -> str:
+    """A line of the table. Vectors and index are made where they are not there."""
+    approximate = {} if search == EXACT else {"faiss_index": search, "rescore_factor": rescore_factor}
+    options = IndexOptions(embedder="no-model", bm25=False, device="cpu", **approximate)
     paths = {"vectors": folder / "vectors"}
     with highest_memory(0.05) as highest:
         make_vectors(paths["vectors"], size)
         start = time.process_time()
         if options.faiss_index:
             paths["faiss"] = folder / "faiss" / search.replace(",", "-")
-            paths["faiss"].mkdir(parents=True)
-            build_faiss(*open_vectors(paths, options), options, paths["faiss"])
+            if not (paths["faiss"] / "index").exists():
+                paths["faiss"].mkdir(parents=True)
+                build_faiss(*open_vectors(paths, options), options, paths["faiss"])
         built = time.process_time() - start
         searcher = open_search(paths, options, None)
         queries = queries_of(searcher.vectors)

@@ -7,7 +7,8 @@
 queries of `dev`; all figures are of its queries of `test`. A step runs in a process of its own, which is what its CPU
 seconds and memory are of, and stays in `--work`: a command that was stopped continues with the next step. A reranker
 orders the best `--depth` documents of each list and leaves those below them where they were; a pair that several lists
-have is scored once, and each list is charged for all of its own.
+have is scored once, and each list is charged for all of its own. The last row fuses the last embedder's list with the
+reranker's of its best documents, as `dev` chooses.
 """
 
 import argparse
@@ -21,11 +22,12 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import quality
 from quality_tables import difference
 
 from rag_retrieval.core.files import read_json, write_json
-from rag_retrieval.data.beir import read_folder, read_qrels, read_run, write_run
+from rag_retrieval.data.beir import Qrels, read_folder, read_qrels, read_run, write_run
 from rag_retrieval.metrics import means, query_metrics, trec_order
 
 COLUMNS = ("ndcg@10", "mrr@10", "recall@100")
@@ -77,20 +79,25 @@ def measure(options: argparse.Namespace) -> list[dict]:
     fused = f"{BM25} + {last}"
     costs[fused] = [*costs[BM25], *costs[last], step(options, fused, search_both, last, fused)]
     scoring = step(options, RERANKED, rerank, list(costs))
+    both = f"{last} + {RERANKED}"
+    both_steps = [*costs[last], step(options, both, fuse_scores, last, both)]
     qrels = read_qrels(read_folder(options.data), "test")
     rows = []
     for name, steps in costs.items():
         share = scoring | {"cpu_seconds": scoring["cpu_seconds"] * scoring["pairs"][name] / scoring["scored"]}
-        for system, parts in ((name, steps), (f"{name}, {RERANKED}", [*steps, share])):
-            per_query = query_metrics(qrels, read_run(run_file(options.work, system)), COLUMNS)
-            rows.append({
-                "system": system,
-                "figures": means(per_query),
-                "per_query": {query: round(value, 6) for query, value in per_query[TESTED].items()},
-                "cpu_seconds": round(sum(part["cpu_seconds"] for part in parts), 1),
-                "memory_mib": max(part["memory_mib"] for part in parts),
-            })  # fmt: skip
-    return rows
+        rows += [row_of(options, name, qrels, steps), row_of(options, f"{name}, {RERANKED}", qrels, [*steps, share])]
+    return [*rows, row_of(options, both, qrels, both_steps)]
+
+
+def row_of(options: argparse.Namespace, system: str, qrels: Qrels, steps: list[dict]) -> dict:
+    per_query = query_metrics(qrels, read_run(run_file(options.work, system)), COLUMNS)
+    return {
+        "system": system,
+        "figures": means(per_query),
+        "per_query": {query: round(value, 6) for query, value in per_query[TESTED].items()},
+        "cpu_seconds": round(sum(part["cpu_seconds"] for part in steps), 1),
+        "memory_mib": max(part["memory_mib"] for part in steps),
+    }
 
 
 def step(options: argparse.Namespace, name: str, function: Callable[..., dict], *arguments) -> dict:
@@ -188,6 +195,39 @@ def rerank(options: argparse.Namespace, systems: list[str]) -> dict:
         reranked = {query: with_scores(query, found, scores, options.depth) for query, found in run.items()}
         write_run(run_file(options.work, f"{name}, {RERANKED}"), reranked, "reranked")
     return {"pairs": {name: len(top) for name, top in tops.items()}, "scored": len(pairs)}
+
+
+def fuse_scores(options: argparse.Namespace, name: str, system: str) -> dict:
+    """The embedder's list and the reranker's of its best documents as one; scores the queries of both splits itself."""
+    from rag_retrieval import Reranker
+    from rag_retrieval.retrieval.candidates import Candidates
+    from rag_retrieval.retrieval.fit_fusion import fit_fusion
+    from rag_retrieval.retrieval.retriever import Retriever
+
+    folder, lists = read_folder(options.data), {}
+    reranker = Reranker(options.reranker, max_length=options.max_len, dtype=options.dtype)
+    with Retriever(index_folder(options, name), stages=["dense"]) as retriever:
+        id_of = retriever.index.documents.id
+        for split in ("dev", "test"):
+            queries = {query: folder.queries[query] for query in read_qrels(folder, split)}
+            found = [stages["dense"] for stages in retriever.search_stages(list(queries.values()), FOUND)]
+            best = [dense.rows[: options.depth] for dense in found]
+            texts = zip(queries.values(), best, strict=True)
+            scores = reranker.compute_score([(q, folder.documents[id_of(row)]) for q, rows in texts for row in rows])
+            scores = np.split(scores, np.cumsum([len(rows) for rows in best])[:-1])
+            reranked = []
+            for rows, of_query in zip(best, scores, strict=True):
+                order = np.argsort(-of_query, kind="stable")
+                reranked.append(Candidates(rows[order], of_query[order], of_query[:0]))
+            stages = [{"dense": one, RERANKED: other} for one, other in zip(found, reranked, strict=True)]
+            lists[split] = dict(zip(queries, stages, strict=True))
+        fit = fit_fusion(lists["dev"], read_qrels(folder, "dev"), id_of)
+        run = {}
+        for query, stages in lists["test"].items():
+            fused = fit.fusion.fuse(stages, np.zeros(0, np.int64), FOUND)
+            run[query] = dict(zip(map(id_of, fused.rows.tolist()), fused.scores.tolist(), strict=True))
+    write_run(run_file(options.work, system), run, system)
+    return {"chosen": fit.chosen, "weights": fit.fusion.weights, "dev": fit.values}
 
 
 def with_scores(query: str, found: dict[str, float], scores: dict[tuple[str, str], float], depth: int) -> dict:

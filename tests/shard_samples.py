@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rag_retrieval.core.shards import ShardWork
+from rag_retrieval.core.shard_folder import ShardWork
 
 LIMIT = 600  # seconds that anything here waits at most
 

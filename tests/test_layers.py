@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "rag_retrieval"
@@ -20,6 +21,10 @@ LEVELS = [
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 
+def file_of(module: str) -> Path:
+    return PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
+
+
 def imported_modules(file: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -27,7 +32,8 @@ def imported_modules(file: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import; scripts here run from their own folder"
-            names.add(node.module)
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {node.module, *(name for name in members if file_of(name).is_file())}
     return names
 
 
@@ -46,6 +52,13 @@ def test_a_module_imports_only_from_its_own_part_and_from_lower_ones():
             if module.startswith("rag_retrieval."):
                 part = module.split(".")[1]
                 assert part == own or LEVEL_OF[part] < LEVEL_OF[own], f"{file} imports {module}"
+
+
+def test_no_module_imports_itself_through_others():
+    names = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in SOURCES}
+    imports = {name: imported_modules(file) & names.keys() for name, file in names.items()}
+    assert sum(map(len, imports.values())) > 500
+    TopologicalSorter(imports).prepare()  # raises CycleError, with the modules of a circle
 
 
 def test_losses_import_torch_numpy_and_the_standard_library_alone():

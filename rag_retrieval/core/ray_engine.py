@@ -18,7 +18,7 @@ from typing import Any
 
 from rag_retrieval.core.config import EngineOptions
 from rag_retrieval.core.distributed import SLOWEST
-from rag_retrieval.core.shards import ShardError, ShardFolder, ShardWork, make_locally
+from rag_retrieval.core.shard_folder import ShardError, ShardFolder, ShardWork, make_locally
 
 DEATHS = 3  # of workers over one shard, or one after the other before any shard is made
 SLOWEST_START = timedelta(minutes=30)  # of all workers: a place in the cluster, and the model

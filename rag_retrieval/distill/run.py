@@ -24,7 +24,8 @@ from rag_retrieval.core.command import CommandFailure
 from rag_retrieval.core.config import EngineOptions
 from rag_retrieval.core.distributed import on_main, own_device, process_group
 from rag_retrieval.core.files import atomic_write, check_new_file, content_digest, lock_file_of, locked
-from rag_retrieval.core.shards import MakeShard, ShardWork, remove_shards, run_shards
+from rag_retrieval.core.shard_folder import MakeShard, ShardFolder, ShardWork
+from rag_retrieval.core.shards import run_shards
 from rag_retrieval.data.readers import checked_path, is_file, load_hub_dataset, read_records
 from rag_retrieval.data.records import DataError, Record, RecordRules
 from rag_retrieval.distill.config import DistillConfig
@@ -227,5 +228,5 @@ def finish(output: Path, folder: Path, parts: Sequence[tuple[Part, Path]]) -> Sc
             file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
-    remove_shards(folder)
+    ShardFolder(folder).remove()
     return summary

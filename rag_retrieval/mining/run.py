@@ -23,7 +23,8 @@ from rag_retrieval.core.files import (
     lock_file_of,
     locked,
 )
-from rag_retrieval.core.shards import MakeShard, ShardWork, run_shards
+from rag_retrieval.core.shard_folder import MakeShard, ShardWork
+from rag_retrieval.core.shards import run_shards
 from rag_retrieval.data.beir import find_file
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.documents import PASSAGE_TOKENS, source_content

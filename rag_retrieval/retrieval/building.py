@@ -20,7 +20,8 @@ import numpy as np
 from rag_retrieval.core.config import LOCAL, EngineOptions
 from rag_retrieval.core.distributed import on_main, process_group
 from rag_retrieval.core.files import STAGE_NAME, WorkFolder, content_of, digest_of, flush_to_disk, locked
-from rag_retrieval.core.shards import ShardWork, run_shards
+from rag_retrieval.core.shard_folder import ShardWork
+from rag_retrieval.core.shards import run_shards
 from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.documents import Document, read_documents, row_file, source_content
 from rag_retrieval.data.records import DataError

@@ -96,6 +96,8 @@ def fingerprint(options: IndexOptions) -> dict[str, Any]:
         made_from |= {name: getattr(options, name) for name in dense_names()}
     if options.faiss_index is not None:
         made_from["faiss_index"] = options.faiss_index
+    if options.faiss_index is not None or "int8" in (options.vector_precision, options.rescore_precision):
+        made_from["seed"] = options.seed
     return made_from
 
 

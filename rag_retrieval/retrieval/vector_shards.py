@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rag_retrieval.core.shards import MakeShard
+from rag_retrieval.core.shard_folder import MakeShard
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.models.options import EmbedderOptions

@@ -56,7 +56,9 @@ def test_every_list_is_measured_without_and_with_the_reranker_and_finished_steps
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
     assert {name: now[name] for name in begun} == begun, "no finished step ran again"
     rows = read_rows(tmp_path / "rows.jsonl")
+    *rows, both = rows
     assert [row["system"] for row in rows] == [each for name in SYSTEMS for each in (name, f"{name}, reranked")]
+    assert both["system"] == "base + reranked" and 0 < both["figures"]["ndcg@10"] <= 1
     for plain, reranked in zip(rows[::2], rows[1::2], strict=True):
         assert reranked["cpu_seconds"] > plain["cpu_seconds"] and reranked["memory_mib"] > 100
         assert reranked["figures"]["recall@100"] == plain["figures"]["recall@100"]

@@ -12,7 +12,8 @@ from shard_samples import LIMIT, contents, lines, wait_until, work
 
 from rag_retrieval.core.config import EngineOptions
 from rag_retrieval.core.ray_engine import plan_workers
-from rag_retrieval.core.shards import ShardError, run_shards
+from rag_retrieval.core.shard_folder import ShardError
+from rag_retrieval.core.shards import run_shards
 
 TESTS = Path(__file__).resolve().parents[1]
 MADE_FROM = {"model": "m"}

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from shard_samples import LIMIT, contents, lines, wait_until, work
 
-from rag_retrieval.core.shards import ShardFolder, make_locally, remove_shards, run_shards
+from rag_retrieval.core.shard_folder import ShardFolder, make_locally
+from rag_retrieval.core.shards import run_shards
 
 FORK = multiprocessing.get_context("fork")
 MADE_FROM = {"model": "m1", "length": 64}
@@ -104,10 +105,10 @@ def test_a_link_or_a_file_in_place_of_the_folder_is_refused(tmp_path, kind):
 def test_removing_leaves_what_others_put_there(tmp_path):
     run(tmp_path)
     (tmp_path / "work" / "notes.txt").write_text("mine")
-    remove_shards(tmp_path / "work")
+    ShardFolder(tmp_path / "work").remove()
     assert contents(tmp_path).keys() == {"made", "begun", "opened", "work/notes.txt"}
     (tmp_path / "work" / "notes.txt").unlink()
-    remove_shards(tmp_path / "work")
+    ShardFolder(tmp_path / "work").remove()
     assert not (tmp_path / "work").exists()
 
 

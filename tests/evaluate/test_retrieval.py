@@ -315,6 +315,15 @@ def test_a_document_whose_id_no_run_can_hold_is_named(toy, measure, model_folder
         measure("bm25", reranker=model_folders["bert"])
 
 
+def test_the_python_of_the_page_works(toy, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from rag_retrieval import RetrievalEvaluationConfig.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("bm25,runs/my/model", "bm25").replace("DIR", str(toy)), names)
+    assert [row["name"] for row in names["result"].table()] == ["bm25", "bm25 perfect order"]
+
+
 def test_a_notebook_shows_the_table(hand_made, measure):
     found = measure(str(hand_made / "found.trec"), data=str(hand_made), measures=("mrr@2", "map"))
     assert found.table()[0] == {"name": "found.trec", "mrr@2": 0.25, "map": pytest.approx((1 / 2 + 2 / 3) / 6)}

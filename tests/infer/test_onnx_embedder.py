@@ -22,7 +22,7 @@ from embedder_samples import PROMPTS, TEXTS  # noqa: E402
 from exported_samples import exported  # noqa: E402
 from tiny_models import HIDDEN, tiny_bert  # noqa: E402
 
-from rag_retrieval import Embedder, Reranker  # noqa: E402
+from rag_retrieval import Embedder, IndexOptions, Reranker, build_index  # noqa: E402
 from rag_retrieval.infer.onnx_backend import OnnxEmbedder  # noqa: E402
 from rag_retrieval.models.embedder import EmbeddingModel  # noqa: E402
 from rag_retrieval.models.options import EmbedderOptions  # noqa: E402
@@ -188,3 +188,15 @@ def test_a_damaged_description_is_reported(folders, tmp_path):
         file.write_text(json.dumps(values | change))
         with pytest.raises(ValueError, match=r"embedder_onnx\.json: damaged .*export the model again"):
             Embedder(tmp_path / "copy")
+
+
+def test_an_index_is_built_and_searched_with_an_exported_folder(folders, tmp_path):
+    lines = [json.dumps({"id": str(place), "text": text}) for place, text in enumerate(TEXTS) if text]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found = []
+    for name, folder in zip(("torch", "onnx"), folders, strict=True):
+        index = build_index(tmp_path / "corpus.jsonl", tmp_path / name, IndexOptions(embedder=str(folder), bm25=False))
+        found.append(index.searches["dense"].search(TEXTS[:3], [np.array([], int)] * 3, 5))
+    for of_torch, of_onnx in zip(*found, strict=True):
+        np.testing.assert_array_equal(of_onnx.rows, of_torch.rows)
+        np.testing.assert_allclose(of_onnx.scores, of_torch.scores, atol=1e-5)

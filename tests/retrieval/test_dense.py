@@ -1,6 +1,7 @@
 """Vectors in shards, and the nearest of them by every search, against a plain loop over all."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -116,6 +117,21 @@ def test_faiss_finds_what_the_exact_search_finds(tmp_path, factory, search, on_d
         assert found.scores.tolist() == expected.scores.tolist()
         assert found.judged_scores.tolist() == expected.judged_scores.tolist()
     assert capfd.readouterr().out == ""
+
+
+def test_threads_find_by_faiss_what_one_finds(tmp_path):
+    pytest.importorskip("faiss")
+    vectors = stored(tmp_path, "float16")
+    build_faiss(vectors, options("IVF4,Flat"), tmp_path)
+    search = DenseSearch(vectors, None, "cpu", index=read_faiss(tmp_path, None), factor=2)
+
+    def found(place: int) -> tuple[list[int], list[float]]:
+        (one,) = search.search_vectors(QUERIES[[place % 5]], [JUDGED[0]], 7)
+        return one.rows.tolist(), one.scores.tolist()
+
+    expected = [found(place) for place in range(5)]
+    with ThreadPoolExecutor(16) as threads:
+        assert list(threads.map(found, range(1000))) == expected * 200
 
 
 def test_an_ivf_index_looks_through_one_list_in_16_unless_told_otherwise(tmp_path):

@@ -115,6 +115,13 @@ def test_an_index_of_other_options_is_refused_and_the_message_names_them(copied,
     assert {name: data for name, data in files_of(copied).items() if name in before} == before
 
 
+def test_another_seed_is_refused_where_something_was_drawn_by_it(copied, corpus, model, tmp_path):
+    build_index(corpus, copied, options(model, seed=7))
+    build_index(corpus, tmp_path / "int8", options(model, vector_precision="int8"))
+    with pytest.raises(ValueError, match="\n  seed: was 42, now 7\n"):
+        build_index(corpus, tmp_path / "int8", options(model, vector_precision="int8", seed=7))
+
+
 def test_another_model_or_corpus_is_refused_by_name(copied, corpus, model, tmp_path):
     other = tiny_bert(tmp_path / "other", layers=1)
     with pytest.raises(ValueError, match="\n  model: was '"):
@@ -194,6 +201,8 @@ def rows_after(added: list[dict], removed: set[str]) -> list[dict]:
     [{}, {"vector_precision": "binary", "rescore_precision": "float16"}, {"faiss_index": "IVF2,Flat"}],
 )
 def test_a_changed_index_searches_as_one_that_is_built_anew(corpus, model, tmp_path, more):
+    if "faiss_index" in more:
+        pytest.importorskip("faiss")
     index = build_index(corpus, tmp_path / "index", options(model, **more))
     added = corpus_file(tmp_path / "added.jsonl", changed_rows())
     index.add(added)
