@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -55,7 +56,7 @@ def run(root: Path, engine: EngineOptions, count: int = 8, **arguments) -> dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense:x", "auto"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense:x"])  # auto finds any cluster of this machine
 def test_an_address_without_a_cluster_is_refused(tmp_path, address):
     with pytest.raises(ValueError, match="ray_address: "):
         run(tmp_path, EngineOptions(engine="ray", ray_address=address))
@@ -90,6 +91,19 @@ def test_two_workers_of_which_one_is_killed_make_the_bytes_of_one_process(tmp_pa
     assert sorted(lines(tmp_path / "made")) == list("01234567"), "no shard is made twice"
     assert len(lines(tmp_path / "killed")) == 1 and lines(tmp_path / "begun").count("3") == 2
     assert set(lines(tmp_path / "opened")) == {f"cpu {os.getcwd()}"} and not list((tmp_path / "work").glob(".*"))
+
+
+@pytest.mark.slow
+def test_the_other_worker_makes_all_the_rest_while_one_is_slow(tmp_path, cluster, one_process):
+    def let_go() -> None:
+        wait_until(lambda: len(lines(tmp_path / "made")) == 7)
+        (tmp_path / "go").touch()
+
+    watcher = Thread(target=let_go, daemon=True)
+    watcher.start()
+    assert run(tmp_path, engine(cluster), wait_at=(0,), wait_for="go") == one_process
+    watcher.join(LIMIT)
+    assert lines(tmp_path / "made") == [*"1234567", "0"]
 
 
 @pytest.mark.slow
