@@ -60,11 +60,10 @@ class Retriever:
     index: a folder that `rag-retrieval index` wrote, or an open Index. reranker: a Reranker, or the folder, hub name or
     `package:NAME` of one. embedder: an open Embedder in place of the one that the index names. stages: those of the
     index to search; default all that play a part in the fusion. fusion: how several become one, and the weight of the
-    reranker; default what `fit-fusion` left in the index, else reciprocal ranks; what it left is for all searches of
-    the index, and one of several that `stages` names alone does without. A weight for another reranker is not used,
-    with a warning. depth: documents that each stage finds at most, and that are
-    reranked; `top_k` where that is more. device, trust_remote_code: of models that are opened here. batch_size and all
-    after it: of the reranking, as for `Reranker.rerank`.
+    reranker; default what `fit-fusion` left in the index, else reciprocal ranks. With one of several searches in
+    `stages`, what it left is not taken. A weight for another reranker is not used, with a warning. depth: documents
+    that each stage finds at most, and that are reranked; `top_k` where that is more. device, trust_remote_code: of
+    models that are opened here. batch_size and all after it: of the reranking, as for `Reranker.rerank`.
 
     Raises ValueError for a folder without an index, a stage that it does not have, weights of other stages, and what
     `Reranker` refuses.

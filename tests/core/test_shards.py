@@ -144,7 +144,7 @@ def share(tmp_path: Path, count: int, **arguments) -> multiprocessing.Process:
     """A process that works with others on the folder, as one of `accelerate launch` does."""
     (tmp_path / "work").mkdir(exist_ok=True)
     shards, opened = ShardFolder(tmp_path / "work"), work(tmp_path, **arguments).open_here
-    process = FORK.Process(target=make_locally, args=(shards, list(range(count)), cache(opened), nothing))
+    process = FORK.Process(target=make_locally, args=(shards, list(range(count)), cache(opened), nothing), daemon=True)
     process.start()
     return process
 
@@ -182,7 +182,7 @@ def test_a_process_that_outlived_its_job_is_waited_for_and_not_disturbed(tmp_pat
     wait_until(lambda: lines(tmp_path / "begun") == ["0", "1", "1"])
     with pytest.raises(ValueError, match="a process of an earlier job still works here"):
         run(tmp_path, {"model": "m2"}, overwrite=True)
-    next_job = FORK.Process(target=run, args=(tmp_path,), kwargs={"count": 5})
+    next_job = FORK.Process(target=run, args=(tmp_path,), kwargs={"count": 5}, daemon=True)
     next_job.start()
     wait_until(lambda: lines(tmp_path / "made") == ["0", "2", "3", "4"])
     (tmp_path / "go").touch()
@@ -193,7 +193,7 @@ def test_a_process_that_outlived_its_job_is_waited_for_and_not_disturbed(tmp_pat
 
 
 def test_a_second_job_in_a_folder_is_refused(tmp_path):
-    first = FORK.Process(target=run, args=(tmp_path,), kwargs={"wait_at": (1,), "wait_for": "go"})
+    first = FORK.Process(target=run, args=(tmp_path,), kwargs={"wait_at": (1,), "wait_for": "go"}, daemon=True)
     first.start()
     wait_until(lambda: lines(tmp_path / "begun") == ["0", "1"])
     for overwrite in (False, True):

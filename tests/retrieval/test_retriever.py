@@ -285,6 +285,18 @@ def test_the_combined_stage_adds_the_logits_and_the_scores_before(stages, normal
             assert 0 < one.scores["reranked"] < 1 if normalize else one.scores["reranked"] == logits[one.document_index]
 
 
+def test_equal_combined_scores_stay_in_the_order_of_the_reranker(index, reranker):
+    """Of two documents in opposite orders, each has half of the weight."""
+    options = {"fusion": Fusion(None, 0.5), "stages": ["dense"], "depth": 2, "device": "cpu"}
+    queries = [*QUERIES, "light", "sugar", "capital", "糖", "程序", "iron"]
+    found = Retriever(index, reranker=reranker, **options).search_stages(queries)
+    opposite = [of for of in found if of["dense"].rows.tolist() != of["reranked"].rows.tolist()]
+    assert opposite
+    for lists in opposite:
+        assert lists["combined"].scores.tolist() == [0.5, 0.5]
+        assert lists["combined"].rows.tolist() == lists["reranked"].rows.tolist()
+
+
 def test_what_the_reranker_read_of_a_document_stays_with_it(index, models):
     with Reranker(models["reranker"], device="cpu", max_length=48) as short:
         options = {"reranker": short, "depth": 20, "long_document": "max_slice", "device": "cpu"}

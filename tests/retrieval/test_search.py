@@ -239,10 +239,15 @@ def test_fit_fusion_also_fits_the_weight_of_a_reranker(both, model, capsys, tmp_
 
 
 def test_an_index_of_one_search_has_a_weight_for_a_reranker(both, model, capsys, tmp_path):
-    build_index(both[0], tmp_path / "words", IndexOptions())
+    data = shutil.copytree(both[0], tmp_path / "data")
+    with (data / "queries.jsonl").open("a") as queries, (data / "qrels" / "dev.tsv").open("a") as qrels:
+        queries.write('{"_id": "nothing", "text": "zzz"}\n')  # which finds no document
+        qrels.write("nothing\tapple-0\t1\n")
+    build_index(data, tmp_path / "words", IndexOptions())
     options = ["--index", str(tmp_path / "words"), "--device", "cpu"]
-    assert main(["fit-fusion", *options, "--data", str(both[0]), "--reranker", model]) == 0
-    assert capsys.readouterr().out.endswith("words/fusion.json: reranker 0.00\n")
+    assert main(["fit-fusion", *options, "--data", str(data), "--reranker", model]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("9 queries ") and out.endswith("words/fusion.json: reranker 0.00\n")
     assert Fusion.read(tmp_path / "words" / "fusion.json") == Fusion(None, 0.0, model_content(model))
     with Retriever(tmp_path / "words", reranker=model, device="cpu") as retriever:
         assert list(retriever.search("apple")[0].scores) == ["bm25", "reranked", "combined"]
