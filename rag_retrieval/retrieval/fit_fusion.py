@@ -118,12 +118,12 @@ def fit_fusion(
     highest = max(grade for grades in qrels.values() for grade in grades.values())
     grid = np.array(list(_combinations(len(stages))))
     values = np.array([[query.value(metric, weights, query.spreads, highest) for query in queries] for weights in grid])
-    rrf = {RRF: np.mean([query.value(metric, np.ones(len(stages)), query.ranks, highest) for query in queries])}
+    rrf = [query.value(metric, np.ones(len(stages)), query.ranks, highest) for query in queries if ranks]
     folds = [np.arange(len(names)) % FOLDS == fold for fold in range(FOLDS)]
     chosen_by_fold = [_best(grid, values[:, ~fold].mean(axis=1)) for fold in folds]
     held_out = np.concatenate([values[best, fold] for best, fold in zip(chosen_by_fold, folds, strict=True)])
     alone = {stage: values[grid[:, place] == 1].mean() for place, stage in enumerate(stages)}
-    figures = alone | (rrf if ranks else {}) | {WEIGHTS: held_out.mean()}
+    figures = alone | ({RRF: np.mean(rrf)} if ranks else {}) | {WEIGHTS: held_out.mean()}
     figures = {name: float(value) for name, value in figures.items()}
     chosen = max(figures, key=lambda name: round(figures[name], 6))  # the first of equal ones, so a stage before both
     best = _by_stage(stages, grid[_best(grid, values.mean(axis=1))])
