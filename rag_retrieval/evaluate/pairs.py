@@ -54,8 +54,9 @@ def measure(config: RetrievalEvaluationConfig, names: list[str]) -> list[PairCor
     first, second, grades = read_pairs(Path(config.data))
     found = []
     for model, name in zip(config.retriever, names, strict=True):
-        sides = ((config.query_model or model, first), (model, second))
-        left, right = (finish(encode(config, own, texts)) for own, texts in sides)
+        with open_embedder(config.index_options(model), own_device()) as embedder:
+            vectors = embedder.encode(first + second, batch_size=config.batch_size)
+        left, right = np.split(finish(vectors), 2)
         cosines = np.einsum("ij,ij->i", left, right)
         found.append(PairCorrelation(name, len(grades), *correlations(cosines, grades)))
     return found
@@ -74,11 +75,6 @@ def read_pairs(file: Path) -> tuple[list[str], list[str], np.ndarray]:
         raise DataError(f"{file}: found {len(grades)} pairs and {len(np.unique(grades))} different grades; a "
                         "correlation needs two of both.")  # fmt: skip
     return first, second, grades
-
-
-def encode(config: RetrievalEvaluationConfig, model: str, texts: list[str]) -> np.ndarray:
-    with open_embedder(config.index_options(model), own_device()) as embedder:
-        return embedder.encode(texts, batch_size=config.batch_size)
 
 
 def correlations(cosines: np.ndarray, grades: np.ndarray) -> tuple[float, float]:

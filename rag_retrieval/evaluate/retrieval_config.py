@@ -34,7 +34,14 @@ def is_model(retriever: str) -> bool:
 RETRIEVAL = Only("data in BEIR layout", lambda config: os.path.isdir(config.data))
 WORDS = Only("retriever bm25", lambda config: BM25 in config.retriever)
 MODELS = Only("retrievers that are models", lambda config: any(map(is_model, config.retriever)))
-ONE_MODEL = Only("a single retriever, a model", lambda config: [is_model(each) for each in config.retriever] == [True])
+SEARCHES = Only(
+    "data in BEIR layout and retrievers that are models",
+    lambda config: RETRIEVAL.applies(config) and MODELS.applies(config),
+)
+ONE_MODEL = Only(
+    "data in BEIR layout and a single retriever, a model",
+    lambda config: RETRIEVAL.applies(config) and [is_model(each) for each in config.retriever] == [True],
+)
 RERANKER = Only("runs with a reranker", lambda config: config.reranker is not None)
 SHARED = {"device", "devices", "dtype", "precision", "trust_remote_code"}  # with the reranker
 Retriever = Annotated[str, Location(file=True, folder=True, hub=True, package=True, words=(BM25,))]
@@ -65,7 +72,7 @@ class RetrievalEvaluationConfig(EmbedderOptions, LongDocumentOptions, Evaluation
     )  # fmt: skip
     faiss_index: str | None = key(
         "An index of FAISS by its factory name, such as IVF1024,Flat. Absent: exact search over all documents.",
-        only=MODELS, min_length=1,
+        only=SEARCHES, min_length=1,
     )  # fmt: skip
     corpus_embeddings: OutputPath | None = key(
         "Folder of the documents' vectors as corpus_embeddings_rank0.npy and so on, in the order of the corpus; read "

@@ -120,6 +120,7 @@ def test_keys_of_retrievers_that_do_not_apply_are_named(folder):
         (dict(retriever="bm25,owner/m", query_model="owner/a", corpus_embeddings="v"), ("query_model", "corpus_e")),
         (dict(long_document="max_slice"), ("long_document",)),
         (dict(data="dev.jsonl", depth=5, report=True, reranker="owner/r"), ("depth", "report", "reranker")),
+        (dict(data="dev.jsonl", query_model="owner/a", faiss_index="Flat"), ("query_model", "faiss_index")),
     ):
         ignored = of_retrievers(**given).ignored
         assert all(name in ignored for name in named), (given, ignored)
