@@ -70,6 +70,13 @@ class Driver:
         self.deaths: Counter[int | None] = Counter()
 
     def make(self, waiting: deque[int], workers: int, report: Callable[[int], None]) -> None:
+        try:
+            self._make(waiting, workers, report)
+        finally:
+            # kept by a traceback, they would end actors of the same numbers in this process's next session of Ray
+            self.tasks.clear()
+
+    def _make(self, waiting: deque[int], workers: int, report: Callable[[int], None]) -> None:
         for _ in range(workers):
             self._start_worker()
         while waiting or any(number is not None for _, number in self.tasks.values()):
@@ -78,11 +85,13 @@ class Driver:
                 try:
                     self.ray.get(task)
                 except self.ray.exceptions.RayActorError as error:
+                    del actor
                     self._count_death(number, error)
                     waiting.extend([] if number is None else [number])  # last: the others are made before it
                     self._start_worker()
                     continue
                 except self.ray.exceptions.RayTaskError as error:
+                    del actor
                     raise (error.cause if isinstance(error.cause, Exception) else error) from None
                 if number is not None:
                     del self.deaths[None]
