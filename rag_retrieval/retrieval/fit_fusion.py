@@ -171,7 +171,7 @@ def _by_stage(stages: Sequence[str], weights: np.ndarray) -> dict[str, float]:
 class FitFusionConfig(Config):
     """One fit."""
 
-    main_keys: ClassVar = ("index", "data", "split", "reranker", "metric", "output")
+    main_keys: ClassVar = ("index", "data", "split", "reranker", "metric")
 
     index: FolderPath = Field(min_length=1, description="Folder that rag-retrieval index wrote.")
     data: FolderPath = Field(
