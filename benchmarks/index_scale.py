@@ -72,7 +72,7 @@ def measure(folder: Path, size: int, search: str, rescore_factor: int = 4) -> st
         one, many = (seconds_of(searcher, queries, at_once) * 1000 for at_once in (1, QUERIES))
         recall = 1.0 if options.faiss_index is None else searcher.recall(0)
     stored = sum(file.stat().st_size for file in paths[list(paths)[-1]].rglob("*") if file.is_file())
-    numbers = f"{built:>8.1f} {stored / MIB:>7.0f} {one:>8.1f} {many:>8.1f} {recall:>7.3f} {highest[0] / MIB:>8.0f}"
+    numbers = f"{built:>8.1f} {stored / MIB:>7.0f} {one:>8.3f} {many:>8.3f} {recall:>7.3f} {highest[0] / MIB:>8.0f}"
     return f"{size:>10,} {search:>14} {numbers}"
 
 

@@ -20,7 +20,7 @@ def test_a_search_is_measured(tmp_path, search):
     row = index_scale.measure(tmp_path, 1000, search).split()
     assert row[:2] == ["1,000", search] and len(row) == len(index_scale.COLUMNS)
     built, stored, one, many, recall, private = map(float, row[2:])
-    assert min(built, one, many) >= 0 and private > 10 and 0.5 < recall <= 1  # times may round to 0
+    assert built >= 0 and one > 0 and many > 0 and private > 10 and 0.5 < recall <= 1
 
 
 def test_vectors_lie_around_centres_and_shards_differ(tmp_path):

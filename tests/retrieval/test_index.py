@@ -138,7 +138,8 @@ def test_another_model_or_corpus_is_refused_by_name(copied, corpus, model, tmp_p
 
 
 def test_the_same_documents_from_another_file_are_the_same_corpus(copied, model, tmp_path):
-    build_index(corpus_file(tmp_path / "other_name.jsonl"), copied, options(model))
+    before = Index(copied).made_from
+    assert build_index(corpus_file(tmp_path / "other_name.jsonl"), copied, options(model)).made_from == before
 
 
 def test_a_model_that_changed_since_is_not_used(corpus, model, tmp_path):
