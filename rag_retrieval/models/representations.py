@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-DENSE, LEXICAL, MULTI_VECTOR = "dense", "lexical", "multi_vector"
-REPRESENTATIONS = (DENSE, LEXICAL, MULTI_VECTOR)
+from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
+
+__all__ = ["DENSE", "LEXICAL", "MULTI_VECTOR", "REPRESENTATIONS", "Lexical", "Representations", "TokenVectors"]
 
 
 class Lexical(NamedTuple):
