@@ -24,6 +24,7 @@ from rag_retrieval.core.log import Progress
 from rag_retrieval.models.calibration import Calibration
 from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
+from rag_retrieval.models.representations import Representations
 from rag_retrieval.models.text_scoring import CHUNK_TEXTS, Pairs, score_texts
 from rag_retrieval.models.token_batch import (
     CPU_TOKENS,
@@ -52,7 +53,8 @@ Results = tuple[list[int], torch.Tensor]  # positions of the texts of some forwa
 class BatchModel(Protocol):
     """What a forward needs of a model, an nn.Module that gives one result for each text of a batch, in float32: the
     score of a pair, [texts], or a vector, [texts, dim]. fitting_tokens: the most that a forward may hold since one ran
-    out of memory, None where none did. dtype: of the weights."""
+    out of memory, None where none did. dtype: of the weights. An embedder gives `Representations`, of which the dense
+    vectors are the result."""
 
     fitting_tokens: int | None
     device: torch.device
@@ -62,7 +64,7 @@ class BatchModel(Protocol):
 
     def check_max_length(self, max_length: int) -> None: ...
 
-    def __call__(self, batch: TokenBatch) -> torch.Tensor: ...
+    def __call__(self, batch: TokenBatch) -> torch.Tensor | Representations: ...
 
 
 class Scorer(BatchModel, Protocol):
@@ -295,7 +297,8 @@ def forward_if_it_fits(model: BatchModel, texts: list[EncodedPair]) -> torch.Ten
     Raises torch.cuda.OutOfMemoryError for a single text that does not fit.
     """
     try:
-        return model(make_batch(texts))
+        results = model(make_batch(texts))
+        return results.dense if isinstance(results, Representations) else results
     except torch.cuda.OutOfMemoryError as error:
         if len(texts) == 1:
             raise torch.cuda.OutOfMemoryError(

@@ -125,7 +125,8 @@ class TextEncoder:
         """
         prompt = self.prompt_for(kind) if prompt is None else prompt
         limit = self.max_length_of(kind) if max_length is None else max_length
-        return [self.join(*parts, limit) for parts in self._split(prompt, texts)]
+        encoded = (self.join(*parts, limit) for parts in self._split(prompt, texts))
+        return [replace(text, is_query=kind == "query") for text in encoded]
 
     def _split(self, prompt: str, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """The ids of the prompt and those of the text, tokenized as one string: a token that lies in both is the

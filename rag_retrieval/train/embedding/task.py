@@ -134,7 +134,7 @@ class EmbeddingTask(SavedModel):
         """Vectors of the micro-batch's texts without a filler's, [texts, dim]; the same at every call, dropout too."""
         seeds = (self.options.seed, step, self.accelerator.process_index, place)
         torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        return model(batch.texts)[: len(batch.ids)]
+        return model(batch.texts).dense[: len(batch.ids)]
 
     def gradients_at(
         self,
@@ -222,7 +222,7 @@ def probe(model: EmbeddingModel) -> torch.Tensor:
     """Normalized vectors of `PROBES`, float32 [texts, dim], on the CPU, in the precision of the weights."""
     encoded = [text for kind, texts in PROBES.items() for text in model.text_encoder.encode(texts, kind)]
     with evaluating(model):  # FSDP has put autocast around the forward of this object
-        return nn.functional.normalize(type(model).forward(model, make_batch(encoded))).cpu()
+        return nn.functional.normalize(type(model).forward(model, make_batch(encoded)).dense).cpu()
 
 
 def step_texts(micro_batches: Sequence[EmbeddingMicroBatch], options: EmbeddingOptions) -> StepTexts:
