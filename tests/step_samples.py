@@ -8,8 +8,9 @@ from torch import Tensor
 
 from rag_retrieval.data.step_records import StepRecords, first_of_each, ragged
 from rag_retrieval.losses.embedding import Objective
+from rag_retrieval.losses.step_gradients import StepGradients, representation_gradients
+from rag_retrieval.losses.step_outputs import StepOutputs
 from rag_retrieval.losses.step_targets import targets_of
-from rag_retrieval.losses.step_vectors import StepGradients, vector_gradients
 
 DIM = 12
 
@@ -73,6 +74,13 @@ def random_step(records: int = 7, seed: int = 0) -> Step:
     query_ids, document_ids = (of[first_of_each(of)[0]] for of in (queries, texts))
     torch.manual_seed(seed)
     return Step(torch.randn(len(query_ids), DIM), torch.randn(len(document_ids), DIM), query_ids, document_ids, record)
+
+
+def vector_gradients(objective, queries: Tensor, documents: Tensor, targets, factor, *guide, **options):
+    """Of dense vectors alone: `StepGradients` whose queries and documents are the gradients at these."""
+    outputs = (StepOutputs(dense=each) for each in (queries, documents))
+    found = representation_gradients(objective, *outputs, targets, factor, *guide, **options)
+    return found._replace(queries=found.queries.dense, documents=found.documents.dense)
 
 
 def gradients(step: Step, objective: Objective, sizes: list[int] | None = None, **options) -> StepGradients:

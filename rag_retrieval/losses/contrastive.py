@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rag_retrieval.losses.step_vectors import Direction, StepRows
+from rag_retrieval.losses.step_rows import Direction, StepRows
 
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 MarginType = Literal["absolute", "relative"]
@@ -54,7 +54,7 @@ def info_nce(
     lowest = torch.finfo(torch.float32).min  # not -inf: a row without candidates in one direction must have a gradient
     partitions = []
     for direction in directions if use_inbatch_neg else ("own_documents",):
-        cosines, positive = step.cosines(direction), step.positive_columns(direction)
+        cosines, positive = step.scores(direction), step.positive_columns(direction)
         known = step.allowed(direction)
         allowed = known if false_negative_margin is None else known & ~false_negatives(step, direction, *filters)
         if positive is not None:
@@ -70,7 +70,7 @@ def info_nce(
                 away = torch.full_like(logits[:, :1], -margin / temperature)
                 logits = logits.scatter_add(1, positive.unsqueeze(1), away)
         partitions.append(logits.masked_fill(~allowed, lowest).logsumexp(dim=1))
-    return torch.stack(partitions).logsumexp(dim=0) - (step.positive_cosines() - margin) / temperature
+    return torch.stack(partitions).logsumexp(dim=0) - (step.positive_scores() - margin) / temperature
 
 
 def false_negatives(
@@ -80,7 +80,7 @@ def false_negatives(
     if judge == "teacher":
         return _judged_by_teacher(step, direction, margin, margin_type)
     if judge == "model":
-        scores, positive = step.cosines(direction).detach(), step.positive_cosines().detach()
+        scores, positive = step.scores(direction).detach(), step.positive_scores().detach()
     else:
         scores, positive = step.guide_cosines(direction), step.guide_cosines("own_documents")[:, 0]
     return scores > _threshold(positive, margin, margin_type)
@@ -91,7 +91,7 @@ def _judged_by_teacher(step: StepRows, direction: Direction, margin: float, marg
     above = scores > _threshold(scores[:, 0], margin, margin_type)
     if direction == "own_documents":
         return above
-    flagged = torch.zeros_like(step.cosines(direction), dtype=torch.bool)
+    flagged = torch.zeros_like(step.scores(direction), dtype=torch.bool)
     if direction == "query_to_doc":
         rows, places = (above & (step.own_documents >= 0)).nonzero(as_tuple=True)
         flagged[rows, step.own_documents[rows, places]] = True
@@ -124,11 +124,11 @@ def cosent(step: StepRows, temperature: float = 0.05) -> Tensor:
     scale is 1 / T. Labels are on any scale; only their order matters. 0 where all are equal. Memory is linear in
     the records.
     """
-    value, gradient = step.of_step("cosent", lambda: _cosent(step.pair_cosines(), step.targets.labels, temperature))
+    value, gradient = step.of_step("cosent", lambda: _cosent(step.pair_scores(), step.targets.labels, temperature))
     step.observe("own_documents", step.own_documents >= 0)
     # L couples all records; its part at the own cosines has this gradient, once for each of the R equal terms
     slope = len(gradient) * gradient[step.targets.own][step.rows]
-    cosines = step.positive_cosines()
+    cosines = step.positive_scores()
     return value + slope * (cosines - cosines.detach())
 
 
@@ -136,7 +136,7 @@ def cosine_regression(step: StepRows) -> Tensor:
     """Squared error of the cosine: (s - y)^2, float32 [rows]; y in [-1, 1], as CosineSimilarityLoss of
     sentence-transformers."""
     step.observe("own_documents", step.own_documents >= 0)
-    return (step.positive_cosines() - step.targets.labels[step.targets.own][step.rows]).square()
+    return (step.positive_scores() - step.targets.labels[step.targets.own][step.rows]).square()
 
 
 def _cosent(cosines: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The table of embedding losses, and the objective that a configuration makes of them.
 
-A loss is a function of the rows of a step (`losses/step_vectors.py`: `StepRows`) that returns one float32 value for
+A loss is a function of the rows of a step (`losses/step_rows.py`: `StepRows`) that returns one float32 value for
 each of its records; gradients, blocks, widths and processes are the caller's. To add a loss, write its function and
 enter it in `EMBEDDING_LOSSES`; a user's own loss needs no entry: `my_package.losses:my_loss`. torch is imported when a
 function is asked for.
@@ -59,17 +59,49 @@ class EmbeddingLoss:
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What a step minimizes: a weighted sum of losses, over the widths of Matryoshka.
+class SelfDistillation:
+    """The ensemble's scores teach those of each representation: see `unified.unified_loss`.
 
-    terms: losses with their weights. widths: of the vectors' beginnings; None: the whole vector alone. width_weights:
-    one for each width; None: their mean. normalize: cosines, else products of the vectors as they are.
+    weights: of each representation's loss, divided by their number already. start_step: in steps of which more than so
+    many came before; -1: from the first on. temperature, use_inbatch_neg: see `embedding_distillation`.
+    """
+
+    weights: Mapping[str, float]
+    start_step: int = -1
+    temperature: float = 0.02
+    use_inbatch_neg: bool = True
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Weights of the regularization of lexical weights: see `regularization.flops`. ramp_steps: optimizer steps over
+    which they grow quadratically from 0."""
+
+    lambda_query: float
+    lambda_document: float
+    ramp_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimizes: a weighted sum of losses on the scores of each representation, and of their ensemble.
+
+    terms: losses with their weights. widths: of the dense vectors' beginnings (Matryoshka); None: the whole vector
+    alone. width_weights: one for each width; None: their mean. normalize: cosines of dense vectors, else products.
+    loss_weights: by dense, lexical, multi_vector or ensemble, of the terms on its scores; `unified.unified` sets this
+    and what follows. ensemble_weights: of the scores in the ensemble's. multi_vector_mean: whether MaxSim is divided by
+    the number of the query's vectors.
     """
 
     terms: tuple[tuple[EmbeddingLoss, float], ...]
     widths: tuple[int, ...] | None = None
     width_weights: tuple[float, ...] | None = None
     normalize: bool = True
+    loss_weights: Mapping[str, float] = field(default_factory=lambda: {"dense": 1.0})
+    ensemble_weights: Mapping[str, float] = field(default_factory=dict)
+    self_distillation: SelfDistillation | None = None
+    flops: Flops | None = None
+    multi_vector_mean: bool = False
 
     @property
     def reads(self) -> frozenset[str]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rag_retrieval.losses.step_vectors import StepRows
+from rag_retrieval.losses.step_rows import StepRows
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -54,7 +54,7 @@ def m3_distillation(
     candidates = logits.flip(1).logcumsumexp(dim=1).flip(1)  # of c and those after it
     if use_inbatch_neg:
         others = step.allowed("query_to_doc") & ~step.is_own_document()
-        rest = (step.cosines("query_to_doc") / temperature).masked_fill(~others, LOWEST).logsumexp(dim=1)
+        rest = (step.scores("query_to_doc") / temperature).masked_fill(~others, LOWEST).logsumexp(dim=1)
         candidates = torch.logaddexp(candidates, rest.unsqueeze(1))
     return (weights * (candidates - logits)).masked_fill(~held, 0.0).sum(dim=1)
 
@@ -63,7 +63,7 @@ def _own(step: StepRows) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines, teacher scores and a mask of a record's own documents, positive first: [rows, 1 + k]."""
     held = step.own_documents >= 0
     step.observe("own_documents", held)
-    return step.cosines("own_documents"), step.teacher_scores, held
+    return step.scores("own_documents"), step.teacher_scores, held
 
 
 # ---- vectors -----------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def teacher_triplet(step: StepRows, triplet_margin: float = 0.015) -> Tensor:
 
 def _similarities(step: StepRows) -> Tensor:
     """Of the own records with all of the step: [rows, R]."""
-    return step.cosines("query_to_query")[:, step.targets.queries]
+    return step.scores("query_to_query")[:, step.targets.queries]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How an embedder's training goes: values for the log from the sums of `vector_gradients`, and what they warn of."""
+"""How an embedder's training goes: values for the log from the sums of `StepGradients.report`, and their warnings."""
 
 from collections.abc import Mapping
 

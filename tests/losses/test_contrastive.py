@@ -12,11 +12,10 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
-from step_samples import DIM, gradients, random_step, step_records
+from step_samples import DIM, gradients, random_step, step_records, vector_gradients
 
 from rag_retrieval.losses.embedding import objective_of
 from rag_retrieval.losses.step_targets import targets_of
-from rag_retrieval.losses.step_vectors import vector_gradients
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 

@@ -18,7 +18,7 @@ every_function = pytest.mark.parametrize("loss", WITH_FUNCTION.values(), ids=WIT
 
 def half_the_distance(step):
     """A user's own loss."""
-    return (1 - step.positive_cosines()) / 2
+    return (1 - step.positive_scores()) / 2
 
 
 def mean_distance(step):

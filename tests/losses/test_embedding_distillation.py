@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MarginMSELoss
-from step_samples import DIM, gradients, random_step, step_records
+from step_samples import DIM, gradients, random_step, step_records, vector_gradients
 
 from rag_retrieval.losses.embedding import objective_of
 from rag_retrieval.losses.step_targets import targets_of
-from rag_retrieval.losses.step_vectors import vector_gradients
 
 LOSSES = ("margin_mse", "kl_distillation", "m3_distillation")
 

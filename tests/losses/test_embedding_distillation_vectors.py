@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from step_samples import DIM, step_records
+from step_samples import DIM, step_records, vector_gradients
 
 from rag_retrieval.losses.embedding import objective_of
 from rag_retrieval.losses.embedding_distillation import discordant
 from rag_retrieval.losses.step_targets import targets_of
-from rag_retrieval.losses.step_vectors import vector_gradients
 
 
 def texts(records=7, width=DIM, seed=0):

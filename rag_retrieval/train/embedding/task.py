@@ -2,7 +2,7 @@
 
 Whatever the number of processes and micro-batches, the loss is that of the step's distinct texts together. Every text
 is embedded, the vectors of all processes are gathered, and the gradients at the vectors alone are taken
-(`losses.step_vectors`). Then each micro-batch back-propagates (vectors * gradients).sum(). Graphs of the first
+(`losses.step_gradients`). Then each micro-batch back-propagates (vectors * gradients).sum(). Graphs of the first
 micro-batches are kept for that, as far as memory allows; the others are embedded a second time: gradient caching, Gao
 et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (2021). No collective has a gradient,
 so that it works under every engine.
@@ -25,8 +25,9 @@ from rag_retrieval.core.distributed import gather
 from rag_retrieval.data.step_records import StepRecords, first_of_each
 from rag_retrieval.losses.embedding import Objective
 from rag_retrieval.losses.embedding_report import log_values, same_direction_problem, zero_loss_problem
+from rag_retrieval.losses.step_gradients import representation_gradients
+from rag_retrieval.losses.step_outputs import StepOutputs
 from rag_retrieval.losses.step_targets import targets_of
-from rag_retrieval.losses.step_vectors import vector_gradients
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.token_batch import make_batch
@@ -155,14 +156,14 @@ class EmbeddingTask(SavedModel):
         targets = targets_of(ids[queries], ids[documents], [texts.records for texts in everyone], process)
         device = vectors.device
         places = [torch.from_numpy(of).to(device) for of in (queries, documents)]
-        of_queries, of_documents = (all_vectors[place] for place in places)
+        outputs = [StepOutputs(dense=all_vectors[place]) for place in places]
         del all_vectors
         guide = self.guide and tuple(self.guide.of(ids[of]).to(device) for of in (queries, documents))
-        found = vector_gradients(objective, of_queries, of_documents, targets.to(device), factor, guide)
+        found = representation_gradients(objective, *outputs, targets.to(device), factor, guide)
         for name, value in found.report.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         start, result = sum(counts[:process]), torch.zeros_like(vectors)
-        for place, gradient in zip(places, (found.queries, found.documents), strict=True):
+        for place, gradient in zip(places, (found.queries.dense, found.documents.dense), strict=True):
             if len(everyone) > 1:
                 distributed.all_reduce(gradient)
             mine = (place >= start) & (place < start + len(vectors))

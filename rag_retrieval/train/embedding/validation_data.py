@@ -21,8 +21,9 @@ from rag_retrieval.data.records import RecordRules
 from rag_retrieval.data.step_records import QUERY_MARK, first_of_each
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.losses.embedding import Objective
+from rag_retrieval.losses.step_gradients import representation_gradients
+from rag_retrieval.losses.step_outputs import StepOutputs
 from rag_retrieval.losses.step_targets import targets_of
-from rag_retrieval.losses.step_vectors import vector_gradients
 from rag_retrieval.train.embedding.config import EmbeddingConfig
 from rag_retrieval.train.embedding.shared_encoding import SharedEncoding
 from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
@@ -155,8 +156,8 @@ class RecordLoss:
             targets = targets_of(query_ids, document_ids, [records]).to(self.device)
             query_rows, document_rows = self._rows(query_ids, document_ids)
             rows = queries[query_rows], documents[document_rows]
-            vectors = (torch.from_numpy(each).to(self.device) for each in rows)
-            total += vector_gradients(self.objective, *vectors, targets, 1.0).losses.sum().item()
+            outputs = (StepOutputs(dense=torch.from_numpy(each).to(self.device)) for each in rows)
+            total += representation_gradients(self.objective, *outputs, targets, 1.0).losses.sum().item()
         return total / count
 
     def _rows(self, *wanted: np.ndarray) -> list[np.ndarray]:
