@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-
 from rich.filesize import decimal
 
 from rag_retrieval.core.config import LOCAL, EngineOptions
@@ -201,8 +200,8 @@ class Index:
             candidates = self.options.token_candidates
             lines.append(f"candidates of {candidates} have {self.token_recall:.1%} of the 10 best by token vectors")
         if self.token_loss is not None:
-            kept, ndcg = self.token_loss["recall"], self.token_loss["ndcg"]
-            lines.append(f"{self.options.token_precision} finds {kept:.1%} of the 10 best of float32, nDCG@10 {ndcg:.4f}")
+            found = f"{self.token_loss['recall']:.1%} of the 10 best by float32, nDCG@10 {self.token_loss['ndcg']:.4f}"
+            lines.append(f"{self.options.token_precision} finds {found}")
         return "; ".join(lines)
 
     def _kind(self, stage: str) -> str:
