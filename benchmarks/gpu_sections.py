@@ -138,7 +138,7 @@ def vectors_and_gradient(folder: Path, kind: str, dtype: torch.dtype, texts: lis
         model.packing_problem = "compared with"
     elif not model.packs:
         raise RuntimeError(f"{kind}: not packed in {dtype} on {device}: {model.packing_problem or 'no kernel'}")
-    vectors = model(make_batch(model.text_encoder.encode(texts)))
+    vectors = model(make_batch(model.text_encoder.encode(texts))).dense
     vectors = torch.nn.functional.normalize(vectors) * vectors.shape[1] ** 0.5
     weights = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)).to(device)
     (vectors * weights).sum().backward()

@@ -13,14 +13,13 @@ FOREIGN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"
 for name in [*os.environ]:
     if name.upper() in FOREIGN or name.startswith(("ACCELERATE_", "FSDP_", "WANDB_")):
         del os.environ[name]
+# of this process and of those that tests start: threads of tiny models only wait for each other
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "false"  # it would reach for the network
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,7 @@ PROMPTS = {"query": "query: ", "document": "passage: "}
 
 @torch.no_grad()
 def vectors_of(model: EmbeddingModel, texts=TEXTS, kind=None, normalize=True) -> torch.Tensor:
-    vectors = model.eval()(make_batch(model.text_encoder.encode(texts, kind)))
+    vectors = model.eval()(make_batch(model.text_encoder.encode(texts, kind))).dense
     return torch.nn.functional.normalize(vectors) if normalize else vectors
 
 

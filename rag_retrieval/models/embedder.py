@@ -59,6 +59,7 @@ from rag_retrieval.models.options import EmbedderOptions, options_among
 from rag_retrieval.models.packed_model import packed_outputs, packing_problem, pairs_to_check, pooled_states
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pooling import packed_sums, padded_sums, token_weights
+from rag_retrieval.models.representations import Representations
 from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.settings import (
     CLASSIFIER,
@@ -136,9 +137,10 @@ class EmbeddingModel(TransformerModule):
         """Whether a prompt that consecutive texts begin with is computed once: packed, and read at the last token."""
         return self.causal and self.settings.pooling == "last" and self.packs
 
-    def forward(self, batch: TokenBatch) -> torch.Tensor:
-        """Vectors of the texts, not normalized: [texts, dim], float32, on the model's device."""
-        return self.project(self._packed_pooling(batch) if self.packs else self._padded_pooling(batch))
+    def forward(self, batch: TokenBatch) -> Representations:
+        """Those of `settings.representations`."""
+        pooled = self._packed_pooling(batch) if self.packs else self._padded_pooling(batch)
+        return Representations(self.project(pooled))
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """[texts, hidden] to [texts, dim], float32."""

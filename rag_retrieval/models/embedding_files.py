@@ -64,6 +64,9 @@ class EmbedderSettings:
     a kind. include_prompt: whether its tokens are pooled too. normalize: whether vectors are made to length 1.
     similarity: of vectors, as sentence-transformers calls it. bidirectional: whether a decoder's tokens see those after
     them. cls_interval: see `TextTemplate`. dims: the widths that a Matryoshka model was trained at.
+    representations: what a forward gives, in the order of `REPRESENTATIONS`. lexical: how its weights are made,
+    "linear" or "splade"; None without them. query_expansion, attend_to_expansion_tokens, skiplist_words: see
+    `models.multi_vector`.
     """
 
     pooling: str
@@ -77,6 +80,17 @@ class EmbedderSettings:
     bidirectional: bool = False
     cls_interval: int | None = None
     dims: tuple[int, ...] = ()
+    representations: tuple[str, ...] = ("dense",)
+    lexical: str | None = None
+    query_expansion: bool = False
+    attend_to_expansion_tokens: bool = False
+    skiplist_words: tuple[str, ...] = ()
+
+    @property
+    def multi_vector_mean(self) -> bool:
+        """Whether a MaxSim is divided by the number of the query's vectors: as in bge-m3, unless token vectors are
+        all that the model gives, as in ColBERT."""
+        return self.representations != ("multi_vector",)
 
     @property
     def max_lengths(self) -> dict[str, int]:

@@ -153,7 +153,9 @@ def kernel_problem(
         return f"no variable-length kernel for {dtype} on {device.type}"
     generator = torch.Generator().manual_seed(0)
     lengths, shared = np.array([5, 70, 68, 1], np.int32), np.array([0, 0, 60, 0], np.int32)
-    packing = Packing(TokenBatch(np.zeros(lengths.sum(), np.int32), None, lengths, shared, shared), causal, device)
+    nothing = np.zeros_like(lengths)
+    batch = TokenBatch(np.zeros(lengths.sum(), np.int32), None, lengths, shared, shared, nothing > 0, nothing)
+    packing = Packing(batch, causal, device)
     tokens = int(packing.lengths.sum())
     query, key, value = (
         torch.randn(1, count, tokens, head_size, generator=generator, dtype=torch.float32).to(device, dtype)

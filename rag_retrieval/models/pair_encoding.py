@@ -34,13 +34,16 @@ QUERY_SHARE = 0.5  # of the tokens that the fixed parts leave; beyond it a query
 class EncodedPair:
     """One pair. ids: its tokens; types: their segment ids, None for families without segments: both [tokens], int32.
 
-    document_start: tokens before the document, which pairs of one query have in common.
+    document_start: tokens before the document, which pairs of one query have in common. Of a single text: is_query,
+    whether it was encoded as a query; expansion, how many of its last tokens are mask tokens that expand a query.
     """
 
     ids: np.ndarray
     types: np.ndarray | None
     truncated: bool
     document_start: int
+    is_query: bool = False
+    expansion: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -24,12 +24,13 @@ CUDA_TOKENS = 65_536  # of one forward, until one does not fit
 
 @dataclass(eq=False)
 class TokenBatch:
-    """At least one text (a pair is one, after its template). All arrays are int32.
+    """At least one text (a pair is one, after its template). Arrays are int32 where nothing else is said.
 
     ids, types: [tokens], the texts one after another; types (segment ids) is None for families without them.
     lengths: [texts], tokens. shared: [texts], how many tokens at the beginning of a text, up to its document, are those
     of the text before it; 0 where they differ. starts: [texts], how many tokens stand before a text's document, those
-    of a prompt say.
+    of a prompt say. is_query: [texts], bool, single texts that were encoded as queries. expansion: [texts], tokens at
+    the end of a query that expand it.
     """
 
     ids: np.ndarray
@@ -37,6 +38,8 @@ class TokenBatch:
     lengths: np.ndarray
     shared: np.ndarray
     starts: np.ndarray
+    is_query: np.ndarray
+    expansion: np.ndarray
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -56,7 +59,9 @@ def make_batch(pairs: Sequence[EncodedPair]) -> TokenBatch:
     differences = np.concatenate(([0], np.cumsum(ids[places] != ids[places - distances])))
     ends = np.cumsum(shared)
     shared[differences[ends] != differences[ends - shared]] = 0
-    return TokenBatch(ids, types, lengths, shared, starts)
+    is_query = np.array([pair.is_query for pair in pairs], bool)
+    expansion = np.array([pair.expansion for pair in pairs], np.int32)
+    return TokenBatch(ids, types, lengths, shared, starts, is_query, expansion)
 
 
 def texts_of(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
@@ -65,7 +70,16 @@ def texts_of(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
     types = None if batch.types is None else batch.types[first:last]
     shared = batch.shared[start:stop].copy()
     shared[0] = 0
-    return TokenBatch(batch.ids[first:last], types, batch.lengths[start:stop], shared, batch.starts[start:stop])
+    rows = slice(start, stop)
+    return TokenBatch(
+        batch.ids[first:last],
+        types,
+        batch.lengths[rows],
+        shared,
+        batch.starts[rows],
+        batch.is_query[rows],
+        batch.expansion[rows],
+    )
 
 
 def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

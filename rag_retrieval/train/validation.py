@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from rag_retrieval.models.representations import Representations
 from rag_retrieval.models.token_batch import TokenBatch, texts_of
 from rag_retrieval.train.failures import is_out_of_memory
 from rag_retrieval.train.step_checks import WHOLE
@@ -17,7 +18,8 @@ def forward_in_memory(model: nn.Module, batch: TokenBatch, accelerator: Accelera
     """What the model gives for a batch: [texts, ...]. A batch that does not fit in memory is halved, unless the
     forwards of all processes belong together, or it has one text."""
     try:
-        return model(batch)
+        results = model(batch)
+        return results.dense if isinstance(results, Representations) else results
     except RuntimeError as error:
         whole = accelerator.distributed_type in WHOLE
         if not (is_out_of_memory(error) and whole and len(batch) > 1):

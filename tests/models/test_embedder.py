@@ -45,7 +45,7 @@ def test_packed_vectors_are_those_of_padded_batches(base_folders, family, poolin
     assert model.packing_problem is None and model.packs
     batch = make_batch(model.text_encoder.encode(TEXTS, "document"))
     with torch.no_grad():
-        padded, packed = model._padded_pooling(batch), model(batch)
+        padded, packed = model._padded_pooling(batch), model(batch).dense
     assert packed.dtype == torch.float32 and packed.shape == (len(TEXTS), model.dim)
     assert (padded - packed).abs().max() < 1e-5
 
@@ -220,7 +220,7 @@ def test_a_projection_to_a_teachers_width(base_folders):
 
 def train_a_step(model: EmbeddingModel) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    vectors = model(make_batch(model.text_encoder.encode(TEXTS[:4])))
+    vectors = model(make_batch(model.text_encoder.encode(TEXTS[:4]))).dense
     (vectors * torch.arange(vectors.shape[1])).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     optimizer.step()

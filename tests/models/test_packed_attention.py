@@ -21,7 +21,8 @@ class Layer(torch.nn.Module):
 
 def row(share: bool, key_heads: int = HEADS, dtype=torch.float32):
     lengths, shared = np.array(LENGTHS, np.int32), np.array(SHARED, np.int32)
-    batch = TokenBatch(np.zeros(sum(LENGTHS), np.int32), None, lengths, shared, shared)
+    zeros = np.zeros_like(lengths)
+    batch = TokenBatch(np.zeros(sum(LENGTHS), np.int32), None, lengths, shared, shared, zeros > 0, zeros)
     packing = Packing(batch, share, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
 

@@ -14,7 +14,8 @@ def arrays(values: list[int]) -> np.ndarray:
 
 
 def batch(ids: list[int], lengths: list[int], shared: list[int]) -> TokenBatch:
-    return TokenBatch(arrays(ids), None, arrays(lengths), arrays(shared), arrays(shared))
+    zeros = arrays([0] * len(lengths))
+    return TokenBatch(arrays(ids), None, arrays(lengths), arrays(shared), arrays(shared), zeros > 0, zeros)
 
 
 # pairs of 3, 5, 4, 2 tokens; the second and third begin with the 2 tokens of the pair before

@@ -10,7 +10,8 @@ from rag_retrieval.models.token_batch import TokenBatch
 def batch(lengths: list[int], starts: list[int] | None = None) -> TokenBatch:
     lengths = np.array(lengths, np.int32)
     starts = np.zeros_like(lengths) if starts is None else np.array(starts, np.int32)
-    return TokenBatch(np.zeros(lengths.sum(), np.int32), None, lengths, np.zeros_like(lengths), starts)
+    zeros = np.zeros_like(lengths)
+    return TokenBatch(np.zeros(lengths.sum(), np.int32), None, lengths, zeros, starts, zeros > 0, zeros)
 
 
 def test_weights_of_the_mean_and_the_weighted_mean():

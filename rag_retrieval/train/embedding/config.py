@@ -26,8 +26,9 @@ from rag_retrieval.losses.custom import OWN_LOSS
 from rag_retrieval.losses.embedding import EMBEDDING_ALIASES, EMBEDDING_LOSSES, EmbeddingLoss
 from rag_retrieval.metrics import PATTERNS, parse_metric
 from rag_retrieval.models.options import POOLINGS
-from rag_retrieval.train.config import HUB_VALIDATION, VALIDATED, TrainingConfig
+from rag_retrieval.train.config import HUB_VALIDATION, VALIDATED
 from rag_retrieval.train.embedding.other_trainers import ALIASES, POOLING_NAMES, translate
+from rag_retrieval.train.embedding.representation_keys import DENSE, RepresentationKeys, split_metric
 
 SPLIT_VALIDATION = Only(
     "a val_dataset of the hub or in BEIR layout",
@@ -67,13 +68,13 @@ GUIDED = Only(
 MATRYOSHKA = Only("runs with use_mrl", lambda config: config.use_mrl)
 
 
-class EmbeddingKeys(TrainingConfig):
+class EmbeddingKeys(RepresentationKeys):
     """All keys but the options of losses; `EmbeddingConfig` has these too."""
 
-    aliases: ClassVar = TrainingConfig.aliases | ALIASES
-    validation_keys: ClassVar = TrainingConfig.validation_keys | {"train_label_key"}
+    aliases: ClassVar = RepresentationKeys.aliases | ALIASES
+    validation_keys: ClassVar = RepresentationKeys.validation_keys | {"train_label_key"}
     main_keys: ClassVar = ("model_name_or_path", "train_dataset", "loss_type", "batch_size", "output_dir")
-    groups: ClassVar = TrainingConfig.groups | {"task": "Embedder", "train_dataset": "Data", "loss_type": "Loss"}
+    groups: ClassVar = RepresentationKeys.groups | {"task": "Embedder", "train_dataset": "Data", "loss_type": "Loss"}
 
     # Embedder
     task: Literal["embedding"] = key("Which trainer the file is for.", "embedding")
@@ -82,13 +83,15 @@ class EmbeddingKeys(TrainingConfig):
     query_instruction: EscapedText | None = key("Text before each query. Default the model's own.")
     document_instruction: EscapedText | None = key("Text before each document. Default the model's own.")
     pooling: Annotated[Literal[POOLINGS], BeforeValidator(lambda name: POOLING_NAMES.get(name, name))] | None = key(
-        "How the states of a text's tokens become its vector. Default the model's own.")
-    include_prompt: bool | None = key("Whether the tokens of instructions are pooled too. Default the model's own.")
+        "How the states of a text's tokens become its vector. Default the model's own.", only=DENSE)
+    include_prompt: bool | None = key(
+        "Whether the tokens of instructions are pooled too. Default the model's own.", only=DENSE)
     cls_interval: int | None = key(
-        "Pooling cls: another cls after every so many tokens of a text, and their mean. Absent: one.", ge=2)
+        "Pooling cls: another cls after every so many tokens of a text, and their mean. Absent: one.",
+        only=DENSE, ge=2)
     bidirectional: bool | None = key(
         "Decoders: whether tokens see those after them, as in an encoder. Default the model's own.")
-    normalize: bool = key("Vectors of length 1, so that their product is the cosine.", True)
+    normalize: bool = key("Vectors of length 1, so that their product is the cosine.", True, only=DENSE)
     max_tokens_with_graph: int | None = key(
         "Tokens of a step whose forward passes are kept for the backward pass, in each process; the others are done "
         "twice. Less memory, more time, the same result. Absent: a default of the device.", ge=0)
@@ -119,7 +122,8 @@ class EmbeddingKeys(TrainingConfig):
         only=VALIDATED, derive=lambda config: True)
     metric_for_best_model: str | None = key(
         f"Validation figure that decides which checkpoint is best: loss, spearman (of graded pairs) or one of "
-        f"{PATTERNS}. Default ndcg@10; spearman for a loss on graded pairs, where val_dataset has them.",
+        f"{PATTERNS}; with several representations of their ensemble, and lexical/ndcg@10 of one of them. Default "
+        "ndcg@10; spearman for a loss on graded pairs, where val_dataset has them.",
         only=VALIDATED, derive=_default_metric)
 
     # Loss
@@ -141,7 +145,8 @@ class EmbeddingKeys(TrainingConfig):
     negatives_cross_device: bool | None = key(
         "The texts of all processes are negatives of a query, otherwise those of its own process alone. Default true.",
         only=IN_BATCH, derive=lambda config: True)
-    use_mrl: bool = key("Matryoshka: the loss is taken over several widths, so that vectors can be cut.", False)
+    use_mrl: bool = key(
+        "Matryoshka: the loss is taken over several widths, so that vectors can be cut.", False, only=DENSE)
     mrl_dims: Annotated[list[int] | None, NAMES] = key(
         "Widths of use_mrl. One beyond the model's adds a projection to that width. Absent: 64, 128, 256, 512 and 768 "
         "as far as the model's, and the model's own.", only=MATRYOSHKA, min_length=1)
@@ -153,7 +158,7 @@ class EmbeddingKeys(TrainingConfig):
     @classmethod
     def _known_metric(cls, name: str | None) -> str | None:
         if name not in (None, "loss", "spearman"):
-            parse_metric(name)
+            parse_metric(split_metric(name)[1])
         return name
 
     @model_validator(mode="wrap")
@@ -233,6 +238,12 @@ class EmbeddingKeys(TrainingConfig):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
+        measured, _ = split_metric(self.metric_for_best_model or "")
+        if measured and (measured not in self.representations or len(self.representations) == 1):
+            names = ", ".join(f"{name}/" for name in self.representations) if len(self.representations) > 1 else "no"
+            yield "metric_for_best_model", f"{measured}/ is none of this run; expected {names} before the metric"
+        if self.record_kind == "teacher_vectors" and self.representations != ["dense"]:
+            yield "representations", f"expected dense alone with {self.loss_type}, which learns a teacher's vectors"
         if self.teacher_loss_type is not None and self.record_kind != "positives":
             yield "teacher_loss_type", f"goes with a loss on positives, not with {self.loss_type}"
         if self.record_kind == "teacher_vectors" and len(self.train_dataset_vec or ()) != len(self.train_files):
@@ -267,6 +278,8 @@ def _option_fields() -> dict[str, Any]:
         only = Only(f"losses {', '.join(readers)}{needs}", _has_option(name))
         default = "" if option.default is None else f" Default {_shown(option.default)}."
         description = f"{option.description[0].upper()}{option.description[1:]}.{default}"
+        if name == "temperature":
+            description += " 1 for SPLADE alone, and for token vectors alone without mean_maxsim."
         kind = Annotated[option.type, NAMES] if get_origin(option.type) is tuple else option.type
         fields[name] = (kind | None, key(description, only=only, derive=_default_of(name), **option.limits))
     return fields
@@ -288,6 +301,8 @@ def _has_option(name: str):
 def _default_of(name: str):
     def default(config: EmbeddingKeys) -> Any:
         """That of the losses; None where theirs differ, and each has its own."""
+        if name == "temperature" and config.has_large_scores:
+            return 1.0
         options = [(loss, option) for loss in config.losses for option in loss.options if option.name == name]
         first, *others = [loss.option_values.get(name, option.default) for loss, option in options]
         return None if any(value != first for value in others) else first

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from rag_retrieval.core.config import ABSENT, shown_value
+from rag_retrieval.train.embedding.representation_keys import REPRESENTATIONS
 
 ALIASES = {  # another name of a key of ours, with the same values
     # RAG-Retrieval
@@ -48,6 +49,11 @@ WITHOUT_EFFECT = {  # and why
     "same_dataset_within_batch": "each step is of one file",
     "sub_batch_size": "max_tokens_per_batch does it",
     "safe_serialization": "models are always written as safetensors",
+    "cache_dir": "HF_HOME names the hub's cache",
+    "cache_path": "RAG_RETRIEVAL_CACHE names the cache of data",
+    "small_threshold": "every file is used",
+    "drop_threshold": "every file is used",
+    "deepspeed": "the file of accelerate launch names it",
 }
 TRUE, FALSE = ("true", "1", "yes", "on", ""), ("false", "0", "no", "off")  # a flag without a value is true
 PADDLE_DEFAULTS = {"query_max_len": 32, "margin": 0.2}
@@ -60,6 +66,8 @@ def translate(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str,
     values = {ALIASES.get(name, name): value for name, value in given.items()}
     if len(values) < len(given):  # under two names, which the configuration reports
         return dict(given), [], {}
+    if values.get("colbert_dim") not in ABSENT:
+        values |= token_vectors(values)
     unused = {name: why for name, why in WITHOUT_EFFECT.items() if values.pop(name, None) not in ABSENT}
     loss = values.pop("kd_loss_type", None)
     if loss not in ABSENT and values.get("knowledge_distillation") in ABSENT:
@@ -92,6 +100,20 @@ def is_true(value: Any) -> bool:
     if text not in TRUE + FALSE:
         raise ValueError("expected true or false")
     return text in TRUE
+
+
+def token_vectors(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `colbert_dim` says: FlagEmbedding's -1 is the model's hidden size, which several representations have by
+    default; without any word of representations the command is of RAG-Retrieval's ColBERT trainer."""
+    if str(values["colbert_dim"]) == "-1":
+        return {"colbert_dim": None}
+    if values.keys() & {"representations", "unified_finetuning"}:
+        return {}
+    return {"representations": "multi_vector", "mean_maxsim": True}
+
+
+def unified_finetuning(value: Any) -> dict[str, Any]:
+    return {"representations": list(REPRESENTATIONS)} if is_true(value) else {}
 
 
 def train_type(value: Any) -> dict[str, Any]:
@@ -130,6 +152,7 @@ def with_format(key: str, instruction: Any, text: Any) -> dict[str, Any]:
 TRANSLATIONS = {  # what it means in our keys; raises ValueError
     "train_type": train_type,
     "neg_nums": neg_nums,
+    "unified_finetuning": unified_finetuning,
     "fp16": lambda value: {"mixed_precision": "fp16"} if is_true(value) else {},
     "bf16": lambda value: {"mixed_precision": "bf16"} if is_true(value) else {},
 }

@@ -52,7 +52,7 @@ def test_a_run_trains_and_saves_the_model_that_its_keys_ask_for(settings, qwen2,
         if name.startswith("heads."):
             assert not torch.equal(parameter, model.get_parameter(name)), f"{name} was not trained"
     with torch.no_grad():
-        vectors = model(make_batch(model.text_encoder.encode(TEXTS, "query")))
+        vectors = model(make_batch(model.text_encoder.encode(TEXTS, "query"))).dense
     assert vectors.shape == (2, model.dim) and torch.isfinite(vectors).all()
 
 

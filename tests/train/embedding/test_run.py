@@ -25,7 +25,7 @@ TEXTS = ["what is a panda?", "The giant panda is a bear that lives in China. " *
 def vectors(folder: Path, kind: str) -> torch.Tensor:
     model = EmbeddingModel.from_pretrained(folder).eval()
     with torch.no_grad():
-        return torch.nn.functional.normalize(model(make_batch(model.text_encoder.encode(TEXTS, kind))))
+        return torch.nn.functional.normalize(model(make_batch(model.text_encoder.encode(TEXTS, kind))).dense)
 
 
 def changed(model: str, values: dict) -> set[str]:

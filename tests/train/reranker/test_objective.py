@@ -105,7 +105,7 @@ def test_the_mean_of_a_mix_is_the_same_however_steps_are_split():
 # The watch for scores that do not vary
 
 NOTHING = np.zeros(0, np.int32)
-NO_PAIRS = TokenBatch(NOTHING, None, NOTHING, NOTHING, NOTHING)
+NO_PAIRS = TokenBatch(NOTHING, None, NOTHING, NOTHING, NOTHING, NOTHING > 0, NOTHING)
 
 
 def watching(loss_type: str) -> ConstantScoreWatch:
