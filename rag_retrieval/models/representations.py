@@ -6,11 +6,13 @@
                    of the document's (MaxSim of ColBERT, https://arxiv.org/abs/2004.12832)
 
 They are NamedTuples, which DDP, FSDP, DeepSpeed and accelerate pass through with the gradients of their tensors.
+Nothing here imports torch.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
 
@@ -24,9 +26,9 @@ class Lexical(NamedTuple):
     text; 0 for a text without any.
     """
 
-    ids: Tensor
-    weights: Tensor
-    counts: Tensor
+    ids: "Tensor"
+    weights: "Tensor"
+    counts: "Tensor"
 
 
 class TokenVectors(NamedTuple):
@@ -36,8 +38,8 @@ class TokenVectors(NamedTuple):
     each text.
     """
 
-    vectors: Tensor
-    counts: Tensor
+    vectors: "Tensor"
+    counts: "Tensor"
 
 
 class Representations(NamedTuple):
@@ -46,6 +48,6 @@ class Representations(NamedTuple):
     dense: [texts, dim], float32, not normalized. All tensors are on the model's device.
     """
 
-    dense: Tensor | None = None
+    dense: "Tensor | None" = None
     lexical: Lexical | None = None
     multi_vector: TokenVectors | None = None
