@@ -19,14 +19,15 @@ import numpy as np
 from rag_retrieval.core.log import Progress
 from rag_retrieval.infer.backend import EmbedderBackend, open_embedder_backend
 from rag_retrieval.infer.encoded_texts import EncodedTexts, LexicalWeights
+from rag_retrieval.infer.pair_scores import PairScores, ensemble_weights, joined, score_encoded
 from rag_retrieval.models.embedding_files import EmbedderSettings
-from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
+from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_pairs, check_text
 from rag_retrieval.models.matching import pool_token_vectors
 from rag_retrieval.models.options import EmbedderOptions, options_among
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
 from rag_retrieval.models.settings import resolve_model_path
-from rag_retrieval.models.text_scoring import CHUNK_TEXTS, score_texts
+from rag_retrieval.models.text_scoring import CHUNK_TEXTS, distinct, score_texts
 from rag_retrieval.models.vectors import (
     RANGES_FILE,
     Int8Ranges,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SCORED_PAIRS = 1024  # encoded together by `compute_score`
 TOKEN_VECTOR_TEXTS = 512  # tokenized and computed together where token vectors are asked for: some hundred for a text
 
 
@@ -259,6 +261,38 @@ class Embedder:
         """
         kind = self.settings.similarity
         return similarity(np.atleast_2d(queries), np.atleast_2d(documents), kind, self.int8_ranges)
+
+    def compute_score(
+        self,
+        pairs: Sequence[Sequence[str]] | Sequence[str],
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        *,
+        batch_size: int = 256,
+        max_length: int | None = None,
+        query_max_length: int | None = None,
+    ) -> PairScores:
+        """Scores of [query, document] pairs, or of one such pair, by each representation of the model and mixed.
+
+        dense: as `similarity`. lexical: the sum of w_q w_d over common tokens. multi_vector: for each vector of the
+        query the largest product with one of the document, summed, or averaged where `settings.multi_vector_mean`.
+        ensemble: the sum of weight times score. weights: by name, or of (dense, lexical, multi_vector); default 1, 0.3
+        and 1. batch_size: texts of one forward at most. max_length, query_max_length: tokens of a document and of a
+        query; default the model's. Raises ValueError that names the position of a bad pair, and for weights of what the
+        model does not have.
+        """
+        pairs, outputs = check_pairs(pairs), self.settings.representations
+        chosen = ensemble_weights(weights, outputs)
+        work = {"outputs": outputs, "batch_size": batch_size, "show_progress_bar": False}
+        parts = []
+        for start in range(0, max(1, len(pairs)), SCORED_PAIRS):
+            part = pairs[start : start + SCORED_PAIRS]
+            queries, query_places = distinct(query for query, _ in part)
+            documents, document_places = distinct(document for _, document in part)
+            of_queries = self.encode_queries(queries, max_length=query_max_length, **work)
+            of_documents = self.encode_documents(documents, max_length=max_length, **work)
+            places = list(zip(query_places, document_places, strict=True))
+            parts.append(score_encoded(of_queries, of_documents, places, self.settings, chosen))
+        return joined(parts)
 
     def calibrate(
         self,
