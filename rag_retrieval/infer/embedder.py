@@ -18,7 +18,8 @@ import numpy as np
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.infer.backend import EmbedderBackend, open_embedder_backend
-from rag_retrieval.infer.encoded_texts import EncodedTexts, LexicalWeights
+from rag_retrieval.infer.encoded_texts import EncodedTexts, LexicalWeights, token_name
+from rag_retrieval.infer.explain import Explanation, explained
 from rag_retrieval.infer.pair_scores import PairScores, ensemble_weights, joined, score_encoded
 from rag_retrieval.models.embedding_files import EmbedderSettings
 from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_pairs, check_text
@@ -28,6 +29,7 @@ from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
 from rag_retrieval.models.settings import resolve_model_path
 from rag_retrieval.models.text_scoring import CHUNK_TEXTS, distinct, score_texts
+from rag_retrieval.models.token_batch import make_batch
 from rag_retrieval.models.vectors import (
     RANGES_FILE,
     Int8Ranges,
@@ -267,6 +269,7 @@ class Embedder:
         pairs: Sequence[Sequence[str]] | Sequence[str],
         weights: Mapping[str, float] | Sequence[float] | None = None,
         *,
+        outputs: Sequence[str] | None = None,
         batch_size: int = 256,
         max_length: int | None = None,
         query_max_length: int | None = None,
@@ -276,11 +279,12 @@ class Embedder:
         dense: as `similarity`. lexical: the sum of w_q w_d over common tokens. multi_vector: for each vector of the
         query the largest product with one of the document, summed, or averaged where `settings.multi_vector_mean`.
         ensemble: the sum of weight times score. weights: by name, or of (dense, lexical, multi_vector); default 1, 0.3
-        and 1. batch_size: texts of one forward at most. max_length, query_max_length: tokens of a document and of a
-        query; default the model's. Raises ValueError that names the position of a bad pair, and for weights of what the
-        model does not have.
+        and 1. outputs: the representations to score by, default all that the model has. batch_size: texts of one
+        forward at most. max_length, query_max_length: tokens of a document and of a query; default the model's. Raises
+        ValueError that names the position of a bad pair, and for weights of what is not scored by.
         """
-        pairs, outputs = check_pairs(pairs), self.settings.representations
+        pairs = check_pairs(pairs)
+        outputs = self._checked_outputs(self.settings.representations if outputs is None else outputs)
         chosen = ensemble_weights(weights, outputs)
         work = {"outputs": outputs, "batch_size": batch_size, "show_progress_bar": False}
         parts = []
@@ -293,6 +297,33 @@ class Embedder:
             places = list(zip(query_places, document_places, strict=True))
             parts.append(score_encoded(of_queries, of_documents, places, self.settings, chosen))
         return joined(parts)
+
+    def explain(
+        self, query: str, document: str, *, max_length: int | None = None, query_max_length: int | None = None
+    ) -> Explanation:
+        """Which document token each query token meets in MaxSim, and which tokens both have, with their weights.
+
+        `print` shows a table; a notebook and `save("why.html")` show a picture. max_length, query_max_length: as for
+        `compute_score`. Raises ValueError for a model that gives dense vectors alone.
+        """
+        own = self.settings.representations
+        if own == (DENSE,):
+            raise ValueError(f"{self.backend.name} gives dense vectors alone, which say nothing of single tokens")
+        of_query = self.encode_queries([check_text("query", query)], outputs=own, max_length=query_max_length)
+        of_document = self.encode_documents([check_text("document", document)], outputs=own, max_length=max_length)
+        scores = score_encoded(of_query, of_document, [(0, 0)], self.settings, ensemble_weights(None, own))
+        names = [[], []]
+        if MULTI_VECTOR in own:
+            names = [self._vector_tokens(query, "query", query_max_length)]
+            names.append(self._vector_tokens(document, "document", max_length))
+        return explained(query, document, scores, of_query, of_document, *names)
+
+    def _vector_tokens(self, text: str, kind: str, max_length: int | None) -> list[str]:
+        """Names of the tokens that have a vector."""
+        encoder = self.backend.text_encoder
+        batch = make_batch(encoder.encode([text], kind, max_length=self._checked_limit(kind, None, max_length)))
+        kept = batch.ids[self.model.kept_tokens(batch)]
+        return [token_name(encoder.fast_tokenizer, token) for token in kept.tolist()]
 
     def calibrate(
         self,

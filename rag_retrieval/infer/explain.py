@@ -13,6 +13,7 @@ import numpy as np
 
 from rag_retrieval.core.files import write_text
 from rag_retrieval.core.terminal import plain_table, rendered, terminal_columns
+from rag_retrieval.infer.encoded_texts import EncodedTexts
 from rag_retrieval.infer.pair_scores import PairScores
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2em;color:#222}
@@ -113,6 +114,26 @@ class Explanation:
             rows.append(f"<tr><th>{escape(token)}</th>{''.join(cells)}</tr>")
         head = html_row(["", *self.document_tokens], "th")
         return f'<table class="grid"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def explained(
+    query: str,
+    document: str,
+    scores: PairScores,
+    of_query: EncodedTexts,
+    of_document: EncodedTexts,
+    query_tokens: list[str],
+    document_tokens: list[str],
+) -> Explanation:
+    """of_query, of_document: the representations of the one query and the one document."""
+    similarity, common = np.empty((0, 0), np.float32), {}
+    if of_query.multi_vector is not None:
+        similarity = of_query.multi_vector[0] @ of_document.multi_vector[0].T
+    if of_query.lexical is not None:
+        left, right = of_query.lexical[0], of_document.lexical[0]
+        both = sorted(left.keys() & right.keys(), key=lambda token: (-left[token] * right[token], token))
+        common = {token: (left[token], right[token]) for token in both}
+    return Explanation(query, document, scores, query_tokens, document_tokens, similarity, common)
 
 
 def html_row(cells, tag: str = "td") -> str:
