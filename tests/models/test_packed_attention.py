@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rag_retrieval.models import packed_model as packed
+from rag_retrieval.models import packed_attention as packed
 from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.token_batch import TokenBatch
 
