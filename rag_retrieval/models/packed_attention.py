@@ -58,11 +58,13 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # of padded batches: with
 def sdpa_by_segment(query, key, value, packing: Packing, causal: bool, window: int | None, scale: float | None):
     """One SDPA call for neighbours of equal length: the fastest on a CPU, and the reference for other kernels.
 
-    In float32 whatever comes, under autocast too: a CPU's bfloat16 kernel takes 1.3 times as long forward and 3.9 times
-    as long backward (13 segments of 150 tokens, 12 heads of 32; torch 2.13, AVX512_BF16), the casts included.
+    In float32 whatever comes, under autocast too, which would cast it back: a CPU's bfloat16 kernel takes 1.3 times as
+    long forward and 3.9 times as long backward (13 segments of 150 tokens, 12 heads of 32; torch 2.13, AVX512_BF16),
+    the casts included.
     """
     dtype, runs = query.dtype, packing.attention_runs
-    query, key, value = (tensor[0].transpose(0, 1).float() for tensor in (query, key, value))  # [tokens, heads, size]
+    # [tokens, heads, size]; the backward of tensor[0] would copy
+    query, key, value = (tensor.squeeze(0).transpose(0, 1).float() for tensor in (query, key, value))
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:  # by itself SDPA leaves its fast path for fewer key heads
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
