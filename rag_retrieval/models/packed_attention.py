@@ -106,7 +106,8 @@ def visible_keys(
 ) -> torch.Tensor | None:
     """[queries, keys], bool: which keys a segment's tokens attend to; the queries are the last of the keys.
 
-    None where SDPA needs no mask: all attend to all, as the last one alone does, or a plain causal square.
+    None where SDPA needs no mask: all attend to all, as the last one alone does, or a plain causal square. Where there
+    are more queries than keys, nothing is causal or windowed.
     """
     windowed = window is not None and keys > window
     if not windowed and (not causal or queries in (1, keys)):
