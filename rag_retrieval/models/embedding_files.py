@@ -136,7 +136,7 @@ class EmbedderSettings:
 
 def is_embedder(files: ModelFiles) -> bool:
     """Whether the folder says how its vectors are made."""
-    return bool(files.module_list) or files.architecture == STANFORD
+    return bool(files.module_list) or files.architecture == STANFORD or bool(heads_in(files))
 
 
 def read_settings(files: ModelFiles) -> dict[str, Any]:
@@ -166,7 +166,10 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
         values |= read_sparse_encoder(files)
     elif is_colbert(files):
         values |= read_colbert(files)
-    elif is_embedder(files):
+    elif not files.module_list:
+        if heads_in(files):  # as FlagEmbedding's trainer leaves it
+            values["pooling"] = "cls"
+    else:
         check_modules(files)
         values["normalize"] = "Normalize" in files.modules
         values |= read_pooling(files)
