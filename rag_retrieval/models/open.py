@@ -13,7 +13,8 @@ import torch
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.decoder_template import INSTRUCTION
 from rag_retrieval.models.devices import choose_device
-from rag_retrieval.models.embedder import EmbeddingModel, is_reranker
+from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.models.embedder_loading import is_reranker
 from rag_retrieval.models.embedding_files import is_embedder, known_embedder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.loading import check_numbers, model_type_of

@@ -103,7 +103,8 @@ def visible_keys(
 ) -> torch.Tensor | None:
     """[queries, keys], bool: which keys a segment's tokens attend to; the queries are the last of the keys.
 
-    None where SDPA needs no mask: all attend to all, as the last one alone does, or a plain causal square.
+    None where SDPA needs no mask: all attend to all, as the last one alone does, or a plain causal square. Where there
+    are more queries than keys, nothing is causal or windowed.
     """
     windowed = window is not None and keys > window
     if not windowed and (not causal or queries in (1, keys)):
@@ -324,8 +325,9 @@ def prune_last_layer(model: PreTrainedModel) -> None:
 
     Every token's key and value are needed there, but no other token's query, output and feed-forward: five sixths of an
     encoder layer's products fall away, 14 percent of a six-layer model, and no score changes. The layer then gives one
-    vector for each text. Padded batches take the family's own forward. Gradient checkpointing does not recompute the
-    layer (newer transformers wrap the family's `forward`), and need not: the backward begins with it.
+    vector for each text. Padded batches, and those of which other states are read too, take the family's own forward.
+    Gradient checkpointing does not recompute the layer (newer transformers wrap the family's `forward`), and need not:
+    the backward begins with it.
     """
     if model.config.model_type in LIKE_BERT:
         layer, forward = model.base_model.encoder.layer[-1], pruned_bert_layer
@@ -338,8 +340,8 @@ def prune_last_layer(model: PreTrainedModel) -> None:
 
 def pruned_bert_layer(layer: nn.Module, hidden: torch.Tensor, *arguments, packing: Packing | None = None, **options):
     """hidden: [1, tokens, hidden]. Returns [1, texts, hidden]."""
-    if packing is None:
-        return type(layer).forward(layer, hidden, *arguments, **options)
+    if packing is None or not packing.pooled_alone:
+        return type(layer).forward(layer, hidden, *arguments, packing=packing, **options)
     attention = layer.attention.self
     pooled = hidden[:, packing.pooled_index]
     query, key, value = (
@@ -352,8 +354,8 @@ def pruned_bert_layer(layer: nn.Module, hidden: torch.Tensor, *arguments, packin
 
 def pruned_llama_layer(layer: nn.Module, hidden: torch.Tensor, *arguments, packing: Packing | None = None, **options):
     """hidden: [1, tokens, hidden]. Returns [1, texts, hidden]."""
-    if packing is None:
-        return type(layer).forward(layer, hidden, *arguments, **options)
+    if packing is None or not packing.pooled_alone:
+        return type(layer).forward(layer, hidden, *arguments, packing=packing, **options)
     attention = layer.self_attn
     states, pooled = layer.input_layernorm(hidden), hidden[:, packing.pooled_index]
     query, key, value = (
