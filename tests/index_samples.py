@@ -24,7 +24,7 @@ def m3_folder(root: Path, width: int = 16) -> str:
     save_by_sentence_transformers(tiny_bert(root / "bert"), folder, "cls", {"query": "query: "})
     generator = torch.Generator().manual_seed(0)
     for name, outputs in (("colbert_linear", width), ("sparse_linear", 1)):
-        weight, bias = torch.randn(outputs, 32, generator=generator) / 4, torch.full((outputs,), 0.1)
+        weight, bias = torch.randn(outputs, 32, generator=generator) / 4, torch.full((outputs,), 2.0 if outputs == 1 else 0.1)
         torch.save({"weight": weight, "bias": bias}, folder / f"{name}.pt")
     return str(folder)
 

@@ -74,6 +74,7 @@ def test_every_stage_finds_what_a_loop_over_all_pairs_finds(model, corpus, tmp_p
     for stage, search in index.searches.items():
         for found, scores in zip(search.search(QUERIES, judged, 12), expected[stage], strict=True):
             wanted = np.sort(scores)[::-1][:12]
+            assert wanted[0] > 0
             np.testing.assert_allclose(found.scores, wanted[wanted > 0] if stage == "lexical" else wanted, atol=1e-5)
             np.testing.assert_allclose(found.scores, scores[found.rows], atol=1e-5)
             np.testing.assert_allclose(found.judged_scores, scores[[0, 37]], atol=1e-5)
@@ -87,7 +88,6 @@ def test_token_vectors_score_the_candidates_of_the_dense_search(built, model):
     (found, *_) = index.searches["multi_vector"].search(QUERIES, none, 2)
     best = sorted(dense.rows.tolist(), key=lambda row: -expected["multi_vector"][0][row])[:2]
     assert found.rows.tolist() == best, "of four candidates for each document asked for"
-    assert 0 < index.token_recall < 1
 
 
 def test_one_forward_serves_documents_and_another_queries(built, corpus, model, tmp_path, monkeypatch):
@@ -211,9 +211,9 @@ def test_an_embedder_that_is_given_must_give_what_the_index_has(corpus, model, t
 
 @pytest.mark.parametrize(
     "values, message",
-    [({"representations": "dense,dense"}, "representations: has one of them twice"),
+    [({"representations": "dense,dense"}, "representations\n  has one of them twice"),
      ({"representations": "lexical,multi_vector", "token_candidates": "dense"},
-      "token_candidates: is dense, which is not among the representations"),
+      "token_candidates\n  is dense, which is not among the representations"),
      ({"representations": "sparse"}, "representations")],
 )  # fmt: skip
 def test_options_that_do_not_fit_are_refused(values, message):
@@ -264,7 +264,8 @@ def test_all_stages_are_fused_with_fitted_weights(whole, data, tmp_path, capsys)
     query = ["search", "--index", str(whole), "--query", "which panda lives near a river", "--device", "cpu"]
     assert main([*query, "--stages", "lexical,multi_vector", "--output_format", "json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert set(json.loads(line)["results"][0]["scores"]) == {"lexical", "multi_vector", "fused"}
+    scores = [result["scores"].keys() for result in json.loads(line)["results"]]
+    assert set().union(*scores) == {"lexical", "multi_vector", "fused"}
 
 
 @pytest.mark.parametrize("candidates", ["lexical", "multi_vector"])
@@ -291,5 +292,5 @@ def test_evaluation_searches_a_model_by_all_that_it_gives(whole, data, model, tm
         for of_index, of_model in runs:
             np.testing.assert_allclose(list(of_index.values()), list(of_model.values()), atol=3e-3)
     for name in ("query_model", "corpus_embeddings", "faiss_index"):
-        with pytest.raises(ValueError, match=f"{name}: is for dense vectors, and representations are lexical"):
+        with pytest.raises(ValueError, match=f"{name}\n  is for dense vectors, and representations are lexical"):
             RetrievalEvaluationConfig(retriever=model, data=str(data), representations="lexical", **{name: "x"})
