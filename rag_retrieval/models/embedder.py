@@ -216,13 +216,15 @@ class EmbeddingModel(TransformerModule):
         return linear_weights(weights, batch, np.array(self.tokenizer.all_special_ids, np.int32))
 
     def _token_vectors(self, states: torch.Tensor, batch: TokenBatch) -> TokenVectors:
+        with torch.autocast(states.device.type, enabled=False):
+            return token_vectors(states, self.token_heads[MULTI_VECTOR], batch, self.kept_tokens(batch))
+
+    def kept_tokens(self, batch: TokenBatch) -> np.ndarray:
+        """[tokens], bool: which of the batch's tokens have a token vector."""
         settings, template = self.settings, self.text_encoder.template
         if settings.is_colbert:
-            kept = kept_by_colbert(batch, self.skiplist)
-        else:
-            kept = kept_by_bge_m3(batch, len(template.prefix), settings.cls_interval, len(template.suffix))
-        with torch.autocast(states.device.type, enabled=False):
-            return token_vectors(states, self.token_heads[MULTI_VECTOR], batch, kept)
+            return kept_by_colbert(batch, self.skiplist)
+        return kept_by_bge_m3(batch, len(template.prefix), settings.cls_interval, len(template.suffix))
 
     def _unattended(self, batch: TokenBatch) -> np.ndarray | None:
         return None if self.settings.attend_to_expansion_tokens or not batch.expansion.any() else batch.expansion
