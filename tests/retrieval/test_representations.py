@@ -70,11 +70,11 @@ def test_every_stage_finds_what_a_loop_over_all_pairs_finds(model, corpus, tmp_p
     index = build_index(corpus, tmp_path / "index", options(model, **exact))
     assert list(index.searches) == list(ALL) and index.recall is index.token_recall is index.token_loss is None
     expected = slow_scores(model, [index.documents.text(row) for row in range(38)])
+    assert (expected["lexical"].max(axis=1) > 0).sum() >= 2
     judged = [np.array([0, 37])] * len(QUERIES)
     for stage, search in index.searches.items():
         for found, scores in zip(search.search(QUERIES, judged, 12), expected[stage], strict=True):
             wanted = np.sort(scores)[::-1][:12]
-            assert wanted[0] > 0
             np.testing.assert_allclose(found.scores, wanted[wanted > 0] if stage == "lexical" else wanted, atol=1e-5)
             np.testing.assert_allclose(found.scores, scores[found.rows], atol=1e-5)
             np.testing.assert_allclose(found.judged_scores, scores[[0, 37]], atol=1e-5)
