@@ -23,8 +23,8 @@ def m3_folder(root: Path, width: int = 16) -> str:
     folder = root / "m3"
     save_by_sentence_transformers(tiny_bert(root / "bert"), folder, "cls", {"query": "query: "})
     generator = torch.Generator().manual_seed(0)
-    for name, outputs in (("colbert_linear", width), ("sparse_linear", 1)):
-        weight, bias = torch.randn(outputs, 32, generator=generator) / 4, torch.full((outputs,), 2.0 if outputs == 1 else 0.1)
+    for name, outputs, mean in (("colbert_linear", width, 0.1), ("sparse_linear", 1, 2.0)):
+        weight, bias = torch.randn(outputs, 32, generator=generator) / 4, torch.full((outputs,), mean)
         torch.save({"weight": weight, "bias": bias}, folder / f"{name}.pt")
     return str(folder)
 
