@@ -2,7 +2,10 @@
 transformers, and beside sentence-transformers."""
 
 import logging
+import re
+import shutil
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ QUERIES = ["The capital of France, and the river that runs through it?", "水在
 DOCUMENTS = [*ENGLISH, *CHINESE, "", "Paris!", " ".join(ENGLISH)]
 PAIRS = [(query, document) for query in QUERIES for document in DOCUMENTS]
 ALL = ("dense", "lexical", "multi_vector")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "embedding.md"
 WIDTH = 24  # of bge-m3's token vectors here
 
 
@@ -284,3 +288,17 @@ def test_the_class_of_rag_retrieval_gives_the_means_that_it_gave(folders):
         ColBERT.from_pretrained(folders["m3"], colbert_dim=1024)
     with pytest.raises(ValueError, match="no token vectors"):
         ColBERT.from_pretrained(folders["dense"])
+
+
+def test_the_blocks_of_the_page_run_in_order(folders, tmp_path, monkeypatch):
+    shutil.copytree(folders["m3"], tmp_path / "runs" / "m3" / "model")
+    monkeypatch.chdir(tmp_path)
+    after = PAGE.read_text(encoding="utf-8").partition("## Lexical weights and token vectors\n")[2]
+    section = after.partition("\n## ")[0]
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
+        exec(block, names)
+    assert names["found"].multi_vector[0].shape[1] == WIDTH
+    expected = names["colbert"].compute_score([(names["query"], text) for text in names["texts"]])
+    np.testing.assert_allclose(names["scores"].multi_vector, expected, atol=1e-5)
+    assert (tmp_path / "why.html").is_file()
