@@ -205,9 +205,10 @@ def save_multi_vector_encoder(base: str, folder: Path, **options) -> None:
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
-    names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
-    dense = Dense(HIDDEN, 16, bias=False, activation_function=torch.nn.Identity(), **names)
-    modules = [Transformer(base, **options), dense, MultiVectorMask([".", "?"]), Normalize("token_embeddings")]
+    plain = {"bias": False, "activation_function": torch.nn.Identity(), "use_residual": True}
+    plain |= {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+    layers = [Dense(HIDDEN, 24, **plain), Dense(24, 24, **plain)]
+    modules = [Transformer(base, **options), *layers, MultiVectorMask([".", "?"]), Normalize("token_embeddings")]
     MultiVectorEncoder(modules=modules, prompts={"query": "q: ", "document": "d: "}, device="cpu").save(str(folder))
 
 
@@ -226,7 +227,9 @@ def test_a_multi_vector_encoder_of_sentence_transformers_is_opened(base_folders,
 
 def test_a_multi_vector_encoder_that_is_not_known_is_refused(base_folders, tmp_path):
     save_multi_vector_encoder(base_folders["bert"], tmp_path)
-    file = tmp_path / "2_MultiVectorMask" / "config.json"
+    with pytest.raises(ValueError, match="from 2 layers, which cannot be saved beside other representations"):
+        EmbeddingModel.from_pretrained(tmp_path, representations=["dense", "multi_vector"])
+    file = tmp_path / "3_MultiVectorMask" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"keep_only_token_ids": [5]}))
     with pytest.raises(ValueError, match="keep_only_token_ids"):
         open_embedder(tmp_path)
