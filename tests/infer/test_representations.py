@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tiny_models import CHINESE, ENGLISH, HIDDEN, tiny_bert, tiny_xlm_roberta
 from torch.nn.functional import normalize
@@ -139,6 +140,15 @@ def test_token_vectors_come_in_halves_and_pooled(m3):
             m3.encode_documents(DOCUMENTS, outputs=ALL, pool_factor=wrong)
     with pytest.raises(ValueError, match="pool_factor is for documents"):
         m3.encode(QUERIES, kind="query", outputs=ALL, pool_factor=2)
+
+
+def test_colbert_documents_are_pooled_as_by_sentence_transformers(folders):
+    pooling = HierarchicalTokenPooling(2)  # its first vector, of cls, stays
+    expected = MultiVectorEncoder(folders["colbert"], device="cpu").encode_document(DOCUMENTS, token_pooling=pooling)
+    embedder = Embedder(folders["colbert"], device="cpu")
+    found = embedder.encode_documents(DOCUMENTS, outputs=["multi_vector"], pool_factor=2).multi_vector
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
 
 def test_an_option_of_what_is_not_asked_for_is_a_warning(m3, caplog):
