@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CrossEncoder": "rag_retrieval.models.cross_encoder",
     "Embedder": "rag_retrieval.infer.embedder",
-    "Embedding": "rag_retrieval.infer.embedder",
+    "Embedding": "rag_retrieval.infer.rag_retrieval_classes",
     "ExportConfig": "rag_retrieval.export.config",
     "EvaluationConfig": "rag_retrieval.evaluate.config",
     "RetrievalEvaluationConfig": "rag_retrieval.evaluate.retrieval_config",

@@ -24,6 +24,7 @@ from rag_retrieval.export.source import Source, open_source
 from rag_retrieval.export.verify import CheckData, Verification, check_float32, check_int8, read_check_data
 from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
 from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.representations import Representations
 from rag_retrieval.models.scoring import run_encoded
 
 BATCH_SIZE = 256  # texts of one forward at most, while comparing
@@ -87,7 +88,8 @@ def check_output(folder: Path) -> None:
 def own_results(model: str, source: Source, check: CheckData) -> np.ndarray:
     """[texts] or [texts, dim], float32. Raises ValueError for results that are not finite."""
     with Progress(len(check.encoded), "computing with the model", "texts") as progress:
-        results = run_encoded([source.model], check.encoded, BATCH_SIZE, "no", progress).numpy()
+        results = run_encoded([source.model], check.encoded, BATCH_SIZE, "no", progress)
+    results = (results.dense if isinstance(results, Representations) else results).numpy()
     if not np.isfinite(results).all():
         raise ValueError(f"{model}: computes {results[~np.isfinite(results)][0]}; are there NaN in its weights?")
     return results

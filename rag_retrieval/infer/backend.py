@@ -17,6 +17,7 @@ from rag_retrieval.models.calibration import Calibration
 from rag_retrieval.models.embedding_files import EmbedderSettings
 from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
+from rag_retrieval.models.representations import DENSE
 from rag_retrieval.models.text_encoding import TextEncoder
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Backend(Protocol):
 
 
 class EmbedderBackend(Protocol):
-    """Vectors of encoded texts. Several threads may call `run` at once; a copy or pickle is a backend too."""
+    """Representations of encoded texts. Several threads may call `encode` at once; a copy or pickle is one too."""
 
     name: str  # folder or hub name of the model
     model: "EmbeddingModel"  # of torch; ValueError for an exported folder, which has none
@@ -63,8 +64,16 @@ class EmbedderBackend(Protocol):
     dim: int  # numbers of a vector
     devices: int  # that compute at once
 
-    def run(self, texts: Sequence[EncodedPair], batch_size: int, progress: Progress | None = None) -> np.ndarray:
-        """Vectors in input order, not normalized: [texts, dim], float32. batch_size: texts of one forward at most."""
+    def encode(
+        self,
+        texts: Sequence[EncodedPair],
+        batch_size: int,
+        outputs: Sequence[str] = (DENSE,),
+        progress: Progress | None = None,
+    ) -> dict[str, Sequence]:
+        """Of each of `outputs`, in this order, one entry for each text in input order: dense, a row of [texts, dim],
+        float32, not normalized; lexical, ids and weights, see `Weights`; multi_vector, an array [tokens, width],
+        float32. outputs: of `settings.representations`. batch_size: texts of one forward at most."""
 
     def check_max_length(self, max_length: int) -> None:
         """Raises ValueError for more tokens of a text than the model takes."""
@@ -73,7 +82,7 @@ class EmbedderBackend(Protocol):
         """A digest of everything that decides on vectors: weights, prompts, lengths, number formats, kind of device."""
 
     def close(self) -> None:
-        """Let the model go, so that its memory is free once nothing else holds it; `run` then raises ValueError."""
+        """Let the model go, so that its memory is free once nothing else holds it; `encode` then raises ValueError."""
 
 
 def open_backend(

@@ -1,4 +1,4 @@
-"""`Embedder`: vectors of texts, from any folder that holds an embedding model.
+"""`Embedder`: dense vectors, lexical weights and token vectors of texts, from any folder that holds an embedding model.
 
 Prompts, pooling, maximum lengths and whether vectors have length 1 are what the folder says; where they are asked for
 here, what is said here holds. Nothing here imports torch before a model of torch is opened.
@@ -8,8 +8,9 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -17,10 +18,13 @@ import numpy as np
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.infer.backend import EmbedderBackend, open_embedder_backend
+from rag_retrieval.infer.encoded_texts import EncodedTexts, LexicalWeights
 from rag_retrieval.models.embedding_files import EmbedderSettings
 from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
+from rag_retrieval.models.matching import pool_token_vectors
 from rag_retrieval.models.options import EmbedderOptions, options_among
 from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
 from rag_retrieval.models.settings import resolve_model_path
 from rag_retrieval.models.text_scoring import CHUNK_TEXTS, score_texts
 from rag_retrieval.models.vectors import (
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
     from rag_retrieval.models.embedder import EmbeddingModel
 
 logger = logging.getLogger(__name__)
+
+TOKEN_VECTOR_TEXTS = 512  # tokenized and computed together where token vectors are asked for: some hundred for a text
 
 
 class Embedder:
@@ -111,77 +117,97 @@ class Embedder:
         prompt: str | None = None,
         *,
         kind: str | None = None,
+        outputs: Sequence[str] | None = None,
         batch_size: int = 256,
         max_length: int | None = None,
         dim: int | None = None,
         normalize: bool | None = None,
         precision: VectorPrecision = "float32",
+        pool_factor: float = 1,
         show_progress_bar: bool | None = None,
-    ) -> np.ndarray:
-        """Vectors in the order of the texts: [texts, dim]; of one text that stands in no list: [dim].
+    ) -> np.ndarray | EncodedTexts:
+        """Vectors in the order of the texts: [texts, dim]; of one text that stands in no list: [dim]. With `outputs`,
+        an object that holds each of these: see `EncodedTexts`.
 
         Equal texts are computed once and get the same vector. An empty text has the vector of what stands around it,
         its prompt and the special tokens, as in sentence-transformers; of one end token where that is nothing.
         prompt: text before each, "" for none; default that of the kind. kind: "query", "document" or the name of
         another prompt of the model; default that of the model's default prompt, which most have not.
-        batch_size: texts of one forward at most; a forward is bounded by its tokens besides, and on a GPU that bound is
-        halved where memory runs out. max_length: tokens of a text, at most the model's positions; default the model's.
-        dim: the first so many numbers of a vector, for models that were trained with Matryoshka. normalize: whether
-        vectors get length 1 after that; default what the model says.
-        precision: of the vectors: "float32", "float16", "int8" (after `calibrate`) or "binary" (a bit for each number,
-        uint8 [texts, dim / 8]). show_progress_bar: None shows one on a terminal for more than `10 * batch_size` texts.
+        outputs: of "dense", "lexical" and "multi_vector", those that the model has and that are wanted, such as
+        ("dense", "lexical"). batch_size: texts of one forward at most; a forward is bounded by its tokens besides, and
+        on a GPU that bound is halved where memory runs out. max_length: tokens of a text, at most the model's
+        positions; default the model's.
+        Of dense vectors: dim, the first so many numbers, for models that were trained with Matryoshka; normalize,
+        whether they get length 1 after that, default what the model says; precision, "float32", "float16", "int8"
+        (after `calibrate`) or "binary" (a bit for each number, uint8 [texts, dim / 8]).
+        Of token vectors: float16 where precision is "float16", else float32; pool_factor, at least 1, how many times
+        fewer vectors each text gets, which are means of clusters of its own (see `pool_token_vectors`); for documents.
+        show_progress_bar: None shows one on a terminal for more than `10 * batch_size` texts.
 
         Raises ValueError that names the argument and the position, as `texts[3]`, and for a vector that is not finite.
         """
         one = isinstance(texts, str)
         listed = [texts] if one else check_list("texts", texts)
         texts = [check_text(f"texts[{place}]", text) for place, text in enumerate(listed)]
+        names = self._checked_outputs(outputs)
         check_number("batch_size", batch_size, 1, "texts")
         max_length = self._checked_limit(kind, prompt, max_length)
-        normalize = self.settings.normalize if normalize is None else normalize
-        check_flag("normalize", normalize)
-        dim = self.dim if dim is None else dim
-        check_number("dim", dim, 1, "numbers")
-        if dim > self.dim:
-            raise ValueError(f"dim: this model's vectors have {self.dim} numbers, found {dim}")
-        ranges = self._ranges(precision, normalize)
+        check_pool_factor(pool_factor, kind, names)
+        finish_dense = self._finish_dense(dim, normalize, precision) if DENSE in names else None
         if show_progress_bar is None:
             show_progress_bar = len(texts) > 10 * batch_size and sys.stderr.isatty()
         cut = 0
         encode = partial(self.backend.text_encoder.encode, kind=kind, prompt=prompt, max_length=max_length)
+
+        def finish_tokens(vectors: np.ndarray) -> np.ndarray:
+            pooled = vectors if pool_factor == 1 else pool_token_vectors(vectors, pool_factor)
+            return to_precision(pooled, "float16" if precision == "float16" else "float32")
+
         with Progress(len(texts), "encoding", "texts", shown=show_progress_bar) as progress:
 
-            def vectors(encoded: list[EncodedPair]) -> np.ndarray:
+            def represent(encoded: list[EncodedPair]) -> list[tuple]:
+                """The representations of each text, in the order of `names`."""
                 nonlocal cut
                 cut += sum(text.truncated for text in encoded)
-                found = self.backend.run(encoded, batch_size, progress)
-                if not np.isfinite(found).all():
-                    raise ValueError(
-                        "the model gave a vector that is not finite; in fp16 a model may overflow: use bf16 or fp32"
-                    )
-                return to_precision(finish(found, dim, normalize), precision, ranges)
+                found = self.backend.encode(encoded, batch_size, names, progress)
+                check_finite(found)
+                if DENSE in found:
+                    found[DENSE] = finish_dense(found[DENSE])
+                if MULTI_VECTOR in found:
+                    found[MULTI_VECTOR] = [finish_tokens(vectors) for vectors in found[MULTI_VECTOR]]
+                return list(zip(*found.values(), strict=True))
 
-            rows = score_texts(texts, encode, vectors, CHUNK_TEXTS * self.backend.devices)
+            chunk = TOKEN_VECTOR_TEXTS if MULTI_VECTOR in names else CHUNK_TEXTS
+            rows = score_texts(texts, encode, represent, chunk * self.backend.devices)
             progress.update(len(texts) - progress.done)  # those that repeat others
         if cut:
             logger.info("%d of %d texts were cut at %d tokens", cut, len(texts), max_length)
-        if not rows:
-            return to_precision(np.empty((0, dim), np.float32), precision, ranges)
-        return rows[0] if one else np.stack(rows)
+        columns = zip(*rows, strict=True) if rows else [()] * len(names)
+        found = dict(zip(names, columns, strict=True))
+        if DENSE in found:
+            found[DENSE] = np.stack(found[DENSE]) if rows else finish_dense(np.empty((0, self.dim), np.float32))
+        if LEXICAL in found:
+            found[LEXICAL] = LexicalWeights.of(found[LEXICAL], self.backend.text_encoder.fast_tokenizer)
+        if MULTI_VECTOR in found:
+            found[MULTI_VECTOR] = list(found[MULTI_VECTOR])
+        if one:
+            found = {name: texts[0] for name, texts in found.items()}
+        return found[DENSE] if outputs is None else EncodedTexts(**found)
 
     def encode_queries(
         self,
         texts: str | Sequence[str],
         *,
+        outputs: Sequence[str] | None = None,
         batch_size: int = 256,
         max_length: int | None = None,
         dim: int | None = None,
         normalize: bool | None = None,
         precision: VectorPrecision = "float32",
         show_progress_bar: bool | None = None,
-    ) -> np.ndarray:
+    ) -> np.ndarray | EncodedTexts:
         """`encode` with the model's prompt and maximum length for queries."""
-        shape = {"dim": dim, "normalize": normalize, "precision": precision}
+        shape = {"outputs": outputs, "dim": dim, "normalize": normalize, "precision": precision}
         work = {"batch_size": batch_size, "max_length": max_length, "show_progress_bar": show_progress_bar}
         return self.encode(texts, kind="query", **shape, **work)
 
@@ -189,15 +215,18 @@ class Embedder:
         self,
         texts: str | Sequence[str],
         *,
+        outputs: Sequence[str] | None = None,
         batch_size: int = 256,
         max_length: int | None = None,
         dim: int | None = None,
         normalize: bool | None = None,
         precision: VectorPrecision = "float32",
+        pool_factor: float = 1,
         show_progress_bar: bool | None = None,
-    ) -> np.ndarray:
+    ) -> np.ndarray | EncodedTexts:
         """`encode` with the model's prompt and maximum length for documents."""
-        shape = {"dim": dim, "normalize": normalize, "precision": precision}
+        shape = {"outputs": outputs, "dim": dim, "normalize": normalize, "precision": precision}
+        shape["pool_factor"] = pool_factor
         work = {"batch_size": batch_size, "max_length": max_length, "show_progress_bar": show_progress_bar}
         return self.encode(texts, kind="document", **shape, **work)
 
@@ -207,15 +236,18 @@ class Embedder:
         prompt: str | None = None,
         *,
         kind: str | None = None,
+        outputs: Sequence[str] | None = None,
         batch_size: int = 256,
         max_length: int | None = None,
         dim: int | None = None,
         normalize: bool | None = None,
         precision: VectorPrecision = "float32",
+        pool_factor: float = 1,
         show_progress_bar: bool | None = None,
-    ) -> np.ndarray:
+    ) -> np.ndarray | EncodedTexts:
         """`encode` in a thread, so that the event loop is not blocked."""
-        shape = {"dim": dim, "normalize": normalize, "precision": precision}
+        shape = {"outputs": outputs, "dim": dim, "normalize": normalize, "precision": precision}
+        shape["pool_factor"] = pool_factor
         work = {"batch_size": batch_size, "max_length": max_length, "show_progress_bar": show_progress_bar}
         return await asyncio.to_thread(self.encode, texts, prompt, kind=kind, **shape, **work)
 
@@ -274,6 +306,33 @@ class Embedder:
             raise ValueError(f"max_length {limit} is too small: prompt and special tokens take {fixed} tokens")
         return limit
 
+    def _checked_outputs(self, outputs: Sequence[str] | None) -> list[str]:
+        """In the order of REPRESENTATIONS, ("dense",) for None. ValueError for what the model does not give."""
+        names = [DENSE] if outputs is None else check_list("outputs", outputs)
+        own = self.settings.representations
+        for name in names:
+            if name not in own:
+                raise ValueError(
+                    f"outputs: {self.backend.name} gives {', '.join(own)}, found {name!r}; "
+                    + ("name outputs" if outputs is None else "an exported folder gives dense vectors alone")
+                )
+        if not names:
+            raise ValueError("outputs: expected at least one representation, found none")
+        return [name for name in REPRESENTATIONS if name in names]
+
+    def _finish_dense(
+        self, dim: int | None, normalize: bool | None, precision: VectorPrecision
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """From the model's vectors to those that are asked for."""
+        normalize = self.settings.normalize if normalize is None else normalize
+        check_flag("normalize", normalize)
+        dim = self.dim if dim is None else dim
+        check_number("dim", dim, 1, "numbers")
+        if dim > self.dim:
+            raise ValueError(f"dim: this model's vectors have {self.dim} numbers, found {dim}")
+        ranges = self._ranges(precision, normalize)
+        return lambda vectors: to_precision(finish(vectors, dim, normalize), precision, ranges)
+
     def _ranges(self, precision: VectorPrecision, normalize: bool) -> Int8Ranges | None:
         if precision not in get_args(VectorPrecision):
             names = ", ".join(get_args(VectorPrecision))
@@ -293,53 +352,19 @@ class Embedder:
         return self.int8_ranges
 
 
-class Embedding:
-    """RAG-Retrieval's class for embedding models, with its methods: `Embedding.from_pretrained(path).encode(texts)`.
+def check_pool_factor(factor: float, kind: str | None, outputs: Sequence[str]) -> None:
+    if isinstance(factor, bool) or not isinstance(factor, Real) or not 1 <= factor < np.inf:
+        raise ValueError(f"pool_factor must be a number of at least 1, found {factor!r}")
+    if factor > 1 and kind == "query":
+        raise ValueError("pool_factor is for documents, since every vector of a query counts; leave it out")
+    if factor > 1 and MULTI_VECTOR not in outputs:
+        logger.warning("pool_factor is of token vectors, which outputs does not name; ignored")
 
-    Vectors are tensors, no prompt of the model is added, and its own maximum length does not count. Use `Embedder`.
-    """
 
-    def __init__(self, embedder: Embedder):
-        self.embedder = embedder
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_name_or_path: str | os.PathLike,
-        use_mrl: bool = False,
-        mrl_dims: Sequence[int] = (),
-        temperature: float = 0.02,
-        all_gather: bool = False,
-        device: "str | torch.device | None" = None,
-    ) -> "Embedding":
-        """use_mrl, mrl_dims, temperature, all_gather: of training there, without effect here. Raises as `Embedder`."""
-        return cls(Embedder(model_name_or_path, device=device))
-
-    def to(self, device: "str | torch.device") -> "Embedding":
-        from rag_retrieval.models.devices import choose_device
-
-        self.embedder.model.to(choose_device(device))
-        return self
-
-    def encode(
-        self,
-        sentences: Sequence[str],
-        device: "str | torch.device | None" = None,
-        max_len: int | None = None,
-        batch_size: int = 512,
-        prompt: str = "",
-    ) -> "torch.Tensor":
-        """Vectors in the order given: [sentences, dim], float32, on the CPU, of length 1 where the model says so.
-
-        device: where the model is moved before; None leaves it. max_len: tokens of a text, default 512 or the model's
-        limit. batch_size: texts of one forward at most. prompt: text before each. Raises ValueError as `Embedder`.
-        """
-        import torch
-
-        from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, position_limit
-
-        if device is not None:
-            self.to(device)
-        if max_len is None:
-            max_len = min(DEFAULT_MAX_LENGTH, position_limit(self.embedder.model.model) or DEFAULT_MAX_LENGTH)
-        return torch.from_numpy(self.embedder.encode(sentences, prompt, max_length=max_len, batch_size=batch_size))
+def check_finite(found: Mapping[str, Sequence]) -> None:
+    """Of what a backend gave."""
+    parts = [found[name] for name in (DENSE,) if name in found]
+    parts += [weights for _, weights in found.get(LEXICAL, ())]
+    parts += found.get(MULTI_VECTOR, ())
+    if not all(np.isfinite(part).all() for part in parts):
+        raise ValueError("the model gave a vector that is not finite; in fp16 a model may overflow: use bf16 or fp32")

@@ -6,7 +6,7 @@ not there is an error. Nothing in this file imports torch.
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
@@ -31,6 +31,7 @@ from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.embedding_files import choose_settings
 from rag_retrieval.models.options import EmbedderOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.representations import DENSE
 from rag_retrieval.models.text_encoding import TextEncoder
 from rag_retrieval.models.token_batch import CPU_TOKENS, CUDA_TOKENS
 
@@ -179,6 +180,7 @@ class OnnxEmbedder(OnnxFolder[EmbedderDescription]):
             check_length(self.folder, self.description, length, name)
         max_length = options.max_length or saved.max_length
         self.settings = choose_settings(asdict(saved), options, None, max_length, saved.bidirectional)
+        self.settings = replace(self.settings, representations=(DENSE,))  # the graph has no other heads
         prompts, limits = self.settings.prompts, self.settings.max_lengths
         tokenizer, template = read_tokenizer(self.folder), self.description.template
         self.text_encoder = TextEncoder(tokenizer, template, prompts, limits, self.settings.default_prompt)
@@ -187,6 +189,16 @@ class OnnxEmbedder(OnnxFolder[EmbedderDescription]):
     @property
     def model(self):
         raise ValueError(f"{self.folder} is an ONNX folder, which holds no model of torch")
+
+    def encode(
+        self,
+        texts: Sequence[EncodedPair],
+        batch_size: int,
+        outputs: Sequence[str] = (DENSE,),
+        progress: Progress | None = None,
+    ) -> dict[str, Sequence]:
+        assert tuple(outputs) == (DENSE,), "as the settings say"
+        return {DENSE: self.run(texts, batch_size, progress)}
 
     def check_max_length(self, max_length: int) -> None:
         check_length(self.folder, self.description, max_length)

@@ -18,9 +18,11 @@ from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.open import open_embedder, open_scorer
 from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions
+from rag_retrieval.models.outputs import Output
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.prompts import Prompt
+from rag_retrieval.models.representations import DENSE, Lexical, TokenVectors
 from rag_retrieval.models.scoring import Model, Precision, check_precision, replicas, run_encoded
 
 
@@ -41,11 +43,11 @@ class SharedModel(Generic[Model]):
             check_precision(precision, each.device)
         self.lock = Lock()
 
-    def run(self, encoded: Sequence[EncodedPair], batch_size: int, progress: Progress | None = None) -> np.ndarray:
-        """One result for each text, float32, in their order. batch_size: texts of one forward at most."""
+    def run(self, encoded: Sequence[EncodedPair], batch_size: int, progress: Progress | None = None) -> Output:
+        """What the model gives for the texts, in their order, on the CPU. batch_size: texts of one forward at most."""
         with self.lock:
             self.check_is_open()
-            return run_encoded(self.models, encoded, batch_size, self.precision, progress).numpy()
+            return run_encoded(self.models, encoded, batch_size, self.precision, progress)
 
     def each(self, change: Callable[[Model], Model]) -> "SharedModel[Model]":
         """The same of `change(model)` for every copy, under the same lock: they share their layers."""
@@ -79,6 +81,16 @@ class TorchEmbedder(SharedModel[EmbeddingModel]):
         self.settings, self.text_encoder, self.dim = model.settings, model.text_encoder, model.dim
         self.devices = len(self.models)
 
+    def encode(
+        self,
+        texts: Sequence[EncodedPair],
+        batch_size: int,
+        outputs: Sequence[str] = (DENSE,),
+        progress: Progress | None = None,
+    ) -> dict[str, Sequence]:
+        found = self.run(texts, batch_size, progress)
+        return {name: by_text(getattr(found, name)) for name in outputs}
+
     def check_max_length(self, max_length: int) -> None:
         self.check_is_open()
         self.model.check_max_length(max_length)
@@ -108,7 +120,7 @@ class TorchBackend:
         return str(self._shared.models[0].device)
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
-        return self._shared.run(pairs, batch_size)
+        return self._shared.run(pairs, batch_size).numpy()
 
     def at_layer(self, layer: int) -> "TorchBackend":
         with self._shared.lock:
@@ -140,6 +152,15 @@ class TorchBackend:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_at_layer": {}}
+
+
+def by_text(output: torch.Tensor | Lexical | TokenVectors) -> Sequence:
+    """A representation of texts as numpy: the rows of dense vectors, else one entry for each text."""
+    if isinstance(output, torch.Tensor):
+        return output.numpy()
+    *values, counts = (tensor.numpy() for tensor in output)
+    pieces = [np.split(each, counts.cumsum()[:-1]) for each in values]
+    return pieces[0] if len(pieces) == 1 else list(zip(*pieces, strict=True))
 
 
 def digest_of_model(model: torch.nn.Module, about: list) -> str:

@@ -16,16 +16,15 @@ import torch.distributed as dist
 from rag_retrieval.core.distributed import gather, is_distributed, on_all, on_main
 from rag_retrieval.models.calibration import probabilities_of
 from rag_retrieval.models.inputs import check_flag, check_pairs
+from rag_retrieval.models.outputs import Output, Results, in_order, taken
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.scoring import (
     BatchModel,
     Precision,
-    Results,
     Scorer,
     ScoringOptions,
     check_options,
     encoder_for,
-    in_order,
     inference,
     plan_forwards,
     run_forwards,
@@ -66,13 +65,13 @@ def score_over_processes(
     return probabilities_of(scores, scorer.calibration).values if normalize else scores
 
 
-def run_over_processes(model: BatchModel, texts: Texts, encode: Encode, options: ScoringOptions) -> torch.Tensor:
+def run_over_processes(model: BatchModel, texts: Texts, encode: Encode, options: ScoringOptions) -> Output:
     """The model's results for checked texts, in their order, the same on every process; see `score_over_processes`."""
     check_agreement(texts, options)
     unique, places = distinct(texts)
     plans = agreed_plans(model, unique, encode, options)
     results = on_all(lambda: run_share(model, unique, encode, share_of(plans), options))
-    return in_order(chain.from_iterable(gather(results)))[places]
+    return taken(in_order(chain.from_iterable(gather(results))), torch.tensor(places, dtype=torch.long))
 
 
 def check_agreement(texts: Texts, options: ScoringOptions) -> None:

@@ -6,11 +6,13 @@
                    of the document's (MaxSim of ColBERT, https://arxiv.org/abs/2004.12832)
 
 They are NamedTuples, which DDP, FSDP, DeepSpeed and accelerate pass through with the gradients of their tensors.
+Nothing here imports torch.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DENSE, LEXICAL, MULTI_VECTOR = "dense", "lexical", "multi_vector"
 REPRESENTATIONS = (DENSE, LEXICAL, MULTI_VECTOR)
@@ -23,9 +25,9 @@ class Lexical(NamedTuple):
     text; 0 for a text without any.
     """
 
-    ids: Tensor
-    weights: Tensor
-    counts: Tensor
+    ids: "Tensor"
+    weights: "Tensor"
+    counts: "Tensor"
 
 
 class TokenVectors(NamedTuple):
@@ -35,8 +37,8 @@ class TokenVectors(NamedTuple):
     each text.
     """
 
-    vectors: Tensor
-    counts: Tensor
+    vectors: "Tensor"
+    counts: "Tensor"
 
 
 class Representations(NamedTuple):
@@ -45,6 +47,6 @@ class Representations(NamedTuple):
     dense: [texts, dim], float32, not normalized. All tensors are on the model's device.
     """
 
-    dense: Tensor | None = None
+    dense: "Tensor | None" = None
     lexical: Lexical | None = None
     multi_vector: TokenVectors | None = None

@@ -23,8 +23,8 @@ from torch import nn
 from rag_retrieval.core.log import Progress
 from rag_retrieval.models.calibration import Calibration
 from rag_retrieval.models.devices import check_devices
+from rag_retrieval.models.outputs import Output, Results, concatenated, in_order
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
-from rag_retrieval.models.representations import Representations
 from rag_retrieval.models.text_scoring import CHUNK_TEXTS, Pairs, score_texts
 from rag_retrieval.models.token_batch import (
     CPU_TOKENS,
@@ -46,15 +46,12 @@ OF_TORCH = vars(nn.Module()).keys()  # attributes of every module
 FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # x86, x86, ARM, ARM
 
 Model = TypeVar("Model", bound="BatchModel")
-NOTHING = torch.empty(0)
-Results = tuple[list[int], torch.Tensor]  # positions of the texts of some forwards, and their results, on the CPU
 
 
 class BatchModel(Protocol):
-    """What a forward needs of a model, an nn.Module that gives one result for each text of a batch, in float32: the
-    score of a pair, [texts], or a vector, [texts, dim]. fitting_tokens: the most that a forward may hold since one ran
-    out of memory, None where none did. dtype: of the weights. An embedder gives `Representations`, of which the dense
-    vectors are the result."""
+    """What a forward needs of a model, an nn.Module that gives the scores of a batch of pairs, [pairs], float32, or the
+    `Representations` of a batch of texts. fitting_tokens: the most that a forward may hold since one ran out of memory,
+    None where none did. dtype: of the weights."""
 
     fitting_tokens: int | None
     device: torch.device
@@ -64,7 +61,7 @@ class BatchModel(Protocol):
 
     def check_max_length(self, max_length: int) -> None: ...
 
-    def __call__(self, batch: TokenBatch) -> torch.Tensor | Representations: ...
+    def __call__(self, batch: TokenBatch) -> Output: ...
 
 
 class Scorer(BatchModel, Protocol):
@@ -206,7 +203,7 @@ def run_encoded(
     batch_size: int,
     precision: Precision | None = None,
     progress: Progress | None = None,
-) -> torch.Tensor:
+) -> Output:
     """Results in the order of `encoded`, float32, on the CPU. A device is waited for once.
 
     models: replicas of one model; a thread for each takes one forward after another.
@@ -228,15 +225,6 @@ def run_encoded(
             finally:
                 waiting.clear()  # after an error or an interrupt the other threads end with their present forward
     return in_order(results)
-
-
-def in_order(results: Iterable[Results]) -> torch.Tensor:
-    """The results by their positions: [texts] or [texts, dim], [0] where there are none."""
-    parts = list(results)
-    values = torch.cat([NOTHING, *(values for _, values in parts)])
-    ordered = torch.empty_like(values)
-    ordered[list(chain.from_iterable(positions for positions, _ in parts))] = values
-    return ordered
 
 
 def plan_forwards(model: BatchModel, sizes: Sequence[TextSize], batch_size: int, max_tokens: int) -> list[list[int]]:
@@ -266,7 +254,7 @@ def run_forwards(
     The device is read once, at the end: the host would wait for each forward. Where one does not fit in memory, all
     that remain are planned again, smaller.
     """
-    all_positions, all_results = [], [NOTHING.to(model.device)]
+    all_positions, all_results = [], []
     while waiting:
         try:
             part = waiting.popleft()
@@ -288,17 +276,16 @@ def run_forwards(
         sizes = sizes_of(encoded[position] for position in remaining)
         replanned = plan_forwards(model, sizes, batch_size, model.fitting_tokens)
         waiting.extend([remaining[place] for place in part] for part in replanned)
-    return all_positions, torch.cat(all_results).cpu()
+    return all_positions, concatenated(all_results)
 
 
-def forward_if_it_fits(model: BatchModel, texts: list[EncodedPair]) -> torch.Tensor | None:
+def forward_if_it_fits(model: BatchModel, texts: list[EncodedPair]) -> Output | None:
     """Results of the texts on the model's device, or None where several do not fit in its memory together.
 
     Raises torch.cuda.OutOfMemoryError for a single text that does not fit.
     """
     try:
-        results = model(make_batch(texts))
-        return results.dense if isinstance(results, Representations) else results
+        return model(make_batch(texts))
     except torch.cuda.OutOfMemoryError as error:
         if len(texts) == 1:
             raise torch.cuda.OutOfMemoryError(

@@ -96,6 +96,11 @@ class TextEncoder:
                 )
 
     @property
+    def fast_tokenizer(self) -> Tokenizer:
+        """A private copy of the tokenizer, with all tokens that it has now."""
+        return self.private.current().fast
+
+    @property
     def max_length(self) -> int:
         """Of documents, and of texts without a kind."""
         return self.max_lengths["document"]
@@ -114,7 +119,7 @@ class TextEncoder:
 
     def fixed_tokens(self, prompt: str) -> int:
         """Tokens of an empty text after this prompt."""
-        return len(self.join([], tokenize(self.private.current().fast, [prompt])[0]))
+        return len(self.join([], tokenize(self.fast_tokenizer, [prompt])[0]))
 
     def encode(
         self, texts: Sequence[str], kind: str | None = None, prompt: str | None = None, max_length: int | None = None
@@ -131,7 +136,7 @@ class TextEncoder:
     def _split(self, prompt: str, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """The ids of the prompt and those of the text, tokenized as one string: a token that lies in both is the
         text's. They are told apart by their characters, because a prompt alone may have other tokens."""
-        fast = self.private.current().fast
+        fast = self.fast_tokenizer
         if not prompt:
             return [([], ids) for ids in tokenize(fast, texts)]
         encodings = fast.encode_batch([prompt + text for text in texts], add_special_tokens=False)

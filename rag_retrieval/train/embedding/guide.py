@@ -87,7 +87,7 @@ def write_vectors(folder: Path, name: str, stores: Sequence[RecordStore], trust_
         for start in range(0, len(places), CHUNK):
             chunk = places[start : start + CHUNK]
             texts = [stores[s].query(p) if kind == "query" else stores[s].pair(p).document for s, p in chunk.tolist()]
-            found = run_encoded([model], model.text_encoder.encode(texts, kind), FORWARD).numpy()
+            found = run_encoded([model], model.text_encoder.encode(texts, kind), FORWARD).dense.numpy()
             if not np.isfinite(found).all():
                 raise ValueError(f"guide_model {name}: it gave a vector that is not finite; take another model")
             vectors[rows[done : done + len(chunk)]] = found

@@ -1,0 +1,48 @@
+"""What the forwards of a model gave, put together on the CPU in the order of their texts.
+
+A forward gives scores [texts], or `Representations`, whose lexical weights and token vectors are ragged: the entries of
+one text after those of another, with their counts.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from rag_retrieval.models.representations import Representations
+
+Output = Tensor | Representations
+Results = tuple[list[int], Output]  # positions of the texts of some forwards, and what these gave, on the CPU
+NOTHING = torch.empty(0)
+
+
+def concatenated(outputs: Sequence[Output]) -> Output:
+    """Of one batch of texts after another, on the CPU: each tensor is copied from its device once. NOTHING of none."""
+    if not outputs:
+        return NOTHING
+    first = outputs[0]
+    if first is None or isinstance(first, Tensor):
+        return first if first is None else torch.cat(list(outputs)).cpu()
+    return type(first)(*map(concatenated, zip(*outputs, strict=True)))
+
+
+def in_order(results: Iterable[Results]) -> Output:
+    """The results by their positions, which are 0, 1, ... in any order; NOTHING where there are none."""
+    parts = [(positions, output) for positions, output in results if positions]
+    row_of = torch.tensor(list(chain.from_iterable(positions for positions, _ in parts)), dtype=torch.long)
+    return taken(concatenated([output for _, output in parts]), row_of.argsort())
+
+
+def taken(output: Output, rows: Tensor) -> Output:
+    """The texts at `rows` [texts], int64, in that order."""
+    if isinstance(output, Tensor):
+        return output[rows]
+    if isinstance(output, Representations):
+        return Representations(*(None if part is None else taken(part, rows) for part in output))
+    *values, counts = output
+    starts = counts.cumsum(0) - counts
+    counts, starts = counts[rows], starts[rows]
+    first = counts.cumsum(0) - counts  # of each text among the entries taken
+    entries = torch.arange(int(counts.sum())) + (starts - first).repeat_interleave(counts)
+    return type(output)(*(each[entries] for each in values), counts)
