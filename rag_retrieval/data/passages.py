@@ -71,7 +71,8 @@ def open_passages(source: str | Path, passage_tokens: int, cache_dir: Path | Non
     passage_tokens: of a passage at most, as `documents` counts them. cache_dir: see `cache_folder`. The cache knows a
     source by the paths, sizes and times of its files. Memory does not grow with the source.
     """
-    folder = cache_folder(cache_dir) / f"passages-{digest_of([FORMAT_VERSION, _identity(Path(source)), passage_tokens])}"
+    made_from = [FORMAT_VERSION, _identity(Path(source)), passage_tokens]
+    folder = cache_folder(cache_dir) / f"passages-{digest_of(made_from)}"
     # all processes of a run come here at once; the first builds and the others find the result
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -95,16 +96,17 @@ def _identity(source: Path) -> list[tuple[str, int, int]]:
 def build_passages(documents: Iterable[Document], folder: Path, passage_tokens: int, name: str) -> None:
     """Write the columns into the existing folder. name: of the source, for messages. Raises DataError where there is no
     text; documents without any are counted in the log."""
-    passages = empty = 0
+    found = empty = 0
     with ColumnWriter(folder, {"document": "Q"}, ("text", "id")) as writer:
         for document in documents:
-            id_, own_hash, before = document.id.encode(), text_hash(document.text), passages
-            for passages, (start, end) in enumerate(cut_passages(document.text, passage_tokens), before + 1):
+            id_, own_hash = document.id.encode(), text_hash(document.text)
+            passages = list(cut_passages(document.text, passage_tokens))
+            for start, end in passages:
                 writer.add_text("text", document.text[start:end].encode())
                 writer.add_text("id", id_)
                 writer.numbers["document"].append(own_hash)
-            empty += passages == before
-    if not passages:
+            found, empty = found + len(passages), empty + (not passages)
+    if not found:
         raise DataError(f"{name}: no document has any text; expected at least one.")
     if empty:
         logger.warning("%s: %s documents have no text and are left out", name, f"{empty:,}")

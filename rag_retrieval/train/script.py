@@ -19,15 +19,16 @@ from rag_retrieval.core.signals import Interrupted, TrainingStopped, exit_code, 
 TRAINERS = {  # by the `task` of a configuration
     task: Command(
         "train",
-        f"train {what}; --task {other} trains {the_other}",
+        f"train {what}; --task {others}",
         config=f"rag_retrieval.train.{task}.config:{config}",
         run="rag_retrieval.train.script:train",
         work=(f"rag_retrieval.train.{task}.run",),
         config_folder=Path(__file__).resolve().parent / task / "config",
     )
-    for task, config, what, other, the_other in (
-        ("reranker", "RerankerConfig", "a reranker", "embedding", "an embedder"),
-        ("embedding", "EmbeddingConfig", "an embedder", "reranker", "a reranker"),
+    for task, config, what, others in (
+        ("reranker", "RerankerConfig", "a reranker", "embedding trains an embedder, pretrain an encoder"),
+        ("embedding", "EmbeddingConfig", "an embedder", "reranker trains a reranker, pretrain an encoder"),
+        ("pretrain", "PretrainConfig", "an encoder on plain texts", "embedding trains an embedder from it"),
     )
 }
 

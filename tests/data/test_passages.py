@@ -13,7 +13,7 @@ from rag_retrieval.data.corpus import text_hash
 from rag_retrieval.data.passages import open_passages
 from rag_retrieval.data.records import DataError
 
-LONG = "One two three. Four five six.\n\nSeven eight nine."  # 12 tokens with the marks, 8 of them in the first paragraph
+LONG = "One two three. Four five six.\n\nSeven eight nine."  # 8 tokens and 4, with the marks
 CHINESE = "北京是中国的首都。今天天气怎么样？"  # 17 tokens, a sentence end at 9
 
 

@@ -5,7 +5,7 @@ the data and the passage alone, so that no cut into processes and micro-batches 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -140,7 +140,7 @@ class PretrainSteps(Dataset):
         places = 1 + random_places(own, self.options.masked, random)
         masked = encoded.ids.copy()
         masked[places] = replaced(encoded.ids[places], self.options, random)
-        return MaskedText(encoded._replace(ids=masked), encoded.ids, places)
+        return MaskedText(replace(encoded, ids=masked), encoded.ids, places)
 
     def micro_batches(self, examples: Sequence[Example]) -> list[PretrainMicroBatch]:
         """The examples cut by the token budget; those of an empty list are a filler."""
