@@ -23,7 +23,7 @@ from rag_retrieval.core.shard_folder import MakeShard, ShardWork
 from rag_retrieval.core.shards import run_shards
 from rag_retrieval.retrieval.approximate import build_faiss
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.dense import open_search
+from rag_retrieval.retrieval.searches import open_dense
 from rag_retrieval.retrieval.vector_shards import open_vectors
 
 WIDTH = 384
@@ -67,7 +67,7 @@ def measure(folder: Path, size: int, search: str, rescore_factor: int = 4) -> st
                 paths["faiss"].mkdir(parents=True)
                 build_faiss(*open_vectors(paths, options), options, paths["faiss"])
         built = time.process_time() - start
-        searcher = open_search(paths, options, None)
+        searcher = open_dense(paths, options, None)
         queries = queries_of(searcher.vectors)
         one, many = (seconds_of(searcher, queries, at_once) * 1000 for at_once in (1, QUERIES))
         recall = 1.0 if options.faiss_index is None else searcher.recall(0)

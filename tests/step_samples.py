@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rag_retrieval.data.step_records import StepRecords, first_of_each, ragged
 from rag_retrieval.losses.embedding import Objective
@@ -100,3 +101,16 @@ def gradients(step: Step, objective: Objective, sizes: list[int] | None = None, 
         sum(each.documents for each in done),
         report,
     )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches the number of values of every tensor that an operation makes."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(each, torch.Tensor):
+                self.values = max(self.values, each.numel())
+        return made

@@ -17,7 +17,7 @@ from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig
 from rag_retrieval.evaluate.scoring import locked_output_dir
 from rag_retrieval.evaluate.systems import default_output_dir, short_names
 from rag_retrieval.models.vectors import finish
-from rag_retrieval.retrieval.vector_shards import open_embedder
+from rag_retrieval.retrieval.encoding import open_embedder
 
 
 @dataclass(frozen=True)

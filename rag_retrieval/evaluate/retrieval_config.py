@@ -18,7 +18,7 @@ from rag_retrieval.evaluate.other_commands import ALIASES, DICT_MEASURES, transl
 from rag_retrieval.metrics import parse_metric
 from rag_retrieval.models.options import EmbedderOptions, LongDocumentOptions
 from rag_retrieval.retrieval.bm25 import BM25
-from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.config import DENSE, MULTI_VECTOR, IndexOptions, Representation
 from rag_retrieval.retrieval.index_files import INDEX_FILE
 
 
@@ -70,6 +70,11 @@ class RetrievalEvaluationConfig(EmbedderOptions, LongDocumentOptions, Evaluation
         "Of BM25's words: auto (by the script of each word; Latin is English), plain (as they are), or a Snowball "
         "stemmer such as german.", AUTO, only=WORDS, min_length=1
     )  # fmt: skip
+    representations: Annotated[tuple[Representation, ...] | None, NAMES] = key(
+        "What of a model is searched: dense, lexical or multi_vector (all documents by their token vectors), several "
+        "between commas, which are then fused. Default dense.",
+        only=SEARCHES, derive=lambda config: (DENSE,), min_length=1,
+    )  # fmt: skip
     faiss_index: str | None = key(
         "An index of FAISS by its factory name, such as IVF1024,Flat. Absent: exact search over all documents.",
         only=SEARCHES, min_length=1,
@@ -114,8 +119,12 @@ class RetrievalEvaluationConfig(EmbedderOptions, LongDocumentOptions, Evaluation
         """Of the index that an evaluation makes of this retriever."""
         if retriever == BM25:
             return IndexOptions(bm25=True, language=self.language)
-        options = self.given(*EmbedderOptions.model_fields, "faiss_index", "batch_size")
-        return IndexOptions(bm25=False, embedder=retriever, vector_precision="float32", **options)
+        options = self.given(*EmbedderOptions.model_fields, "representations", "faiss_index", "batch_size")
+        if DENSE in (self.representations or ()):
+            options["vector_precision"] = "float32"
+        if MULTI_VECTOR in (self.representations or ()):
+            options |= {"token_precision": "float32", "token_candidates": "all"}
+        return IndexOptions(bm25=False, embedder=retriever, **options)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.retriever or not all(self.retriever):
@@ -124,6 +133,10 @@ class RetrievalEvaluationConfig(EmbedderOptions, LongDocumentOptions, Evaluation
             yield "retriever", "the same twice; give each once"
         if os.path.isfile(self.data) and not MODELS.applies(self):
             yield "retriever", "cannot compare the two texts of a pair; expected an embedder, or data in BEIR layout"
+        if self.representations not in (None, (DENSE,)):
+            for name in ("query_model", "corpus_embeddings", "faiss_index"):
+                if getattr(self, name) is not None:
+                    yield name, f"is for dense vectors, and representations are {', '.join(self.representations)}"
         if self.corpus_embeddings and self.faiss_index not in (None, "Flat"):
             yield "faiss_index", f"is {self.faiss_index}, and corpus_embeddings are searched exactly; leave it out"
         deepest = max((parse_metric(name)[1] or 0 for name in self.measures), default=0)

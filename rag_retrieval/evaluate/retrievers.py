@@ -31,11 +31,12 @@ from rag_retrieval.evaluate.vector_files import Documents, document_vectors, sea
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.metrics import is_relevant
 from rag_retrieval.retrieval.candidates import Candidates
+from rag_retrieval.retrieval.config import DENSE
+from rag_retrieval.retrieval.encoding import encode_with, open_embedder
 from rag_retrieval.retrieval.fusion import Fusion
-from rag_retrieval.retrieval.index import DENSE, Index, build_index
+from rag_retrieval.retrieval.index import Index, build_index
 from rag_retrieval.retrieval.index_files import fingerprint
 from rag_retrieval.retrieval.retriever import Retriever
-from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 
 logger = logging.getLogger(__name__)
 

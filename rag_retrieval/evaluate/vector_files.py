@@ -15,7 +15,7 @@ from rag_retrieval.core.distributed import on_all, on_main, process_count, proce
 from rag_retrieval.core.files import atomic_write
 from rag_retrieval.models.nearest import nearest
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.vector_shards import Encode
+from rag_retrieval.retrieval.encoding import Encode
 
 logger = logging.getLogger(__name__)
 

@@ -60,7 +60,7 @@ class EmbeddingLoss:
 
 @dataclass(frozen=True)
 class SelfDistillation:
-    """The ensemble's scores teach those of each representation: see `unified.unified_loss`.
+    """The ensemble's scores teach those of each representation: see `step_gradients.unified_loss`.
 
     weights: of each representation's loss, divided by their number already. start_step: in steps of which more than so
     many came before; -1: from the first on. temperature, use_inbatch_neg: see `embedding_distillation`.
@@ -169,6 +169,11 @@ _ALL = (
     EmbeddingLoss("stella", "", "teacher_vectors", (TRIPLET_MARGIN,),
                   parts={"teacher_cosine": 10.0, "teacher_similarity": 200.0, "teacher_triplet": 20.0}),
 )  # fmt: skip
+
+# of a unified objective, not of a configuration's loss_type
+SELF_DISTILLATION = EmbeddingLoss(
+    "self_distillation", f"{_DISTILLATION}:self_distillation", options=(TEMPERATURE, IN_BATCH)
+)
 
 EMBEDDING_LOSSES: dict[str, EmbeddingLoss] = {loss.name: loss for loss in _ALL}
 EMBEDDING_ALIASES: dict[str, str] = {alias: loss.name for loss in _ALL for alias in loss.aliases}

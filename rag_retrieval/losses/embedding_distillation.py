@@ -1,5 +1,5 @@
-"""Losses that teach an embedder a reranker's scores of a query's own documents, or another model's vectors of texts
-that stand alone.
+"""Losses that teach an embedder a reranker's scores of a query's own documents, the scores of its own ensemble, or
+another model's vectors of texts that stand alone.
 """
 
 import torch
@@ -57,6 +57,21 @@ def m3_distillation(
         rest = (step.scores("query_to_doc") / temperature).masked_fill(~others, LOWEST).logsumexp(dim=1)
         candidates = torch.logaddexp(candidates, rest.unsqueeze(1))
     return (weights * (candidates - logits)).masked_fill(~held, 0.0).sum(dim=1)
+
+
+def self_distillation(step: StepRows, temperature: float = 0.02, use_inbatch_neg: bool = True) -> Tensor:
+    """KL(softmax(e / T) || softmax(s / T)) over all documents of the step, float32 [rows]; e are the scores of
+    `step.teacher`, an ensemble that s is a part of, without a gradient.
+
+    Chen et al., "BGE M3-Embedding" (2024), equation 9 and what follows, plus the ensemble's entropy, which has no
+    gradient. use_inbatch_neg: False: over the record's own documents alone.
+    """
+    direction = "query_to_doc" if use_inbatch_neg else "own_documents"
+    student, teacher = step.scores(direction) / temperature, step.teacher.scores(direction).detach() / temperature
+    if not use_inbatch_neg:
+        student, teacher = (scores.masked_fill(step.own_documents < 0, LOWEST) for scores in (student, teacher))
+    student, teacher = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
+    return (teacher.exp() * (teacher - student)).sum(dim=1)
 
 
 def _own(step: StepRows) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,22 +9,37 @@ LEARNS_NOTHING = 0.99  # share of records whose loss is near zero
 def log_values(sums: Mapping[str, float]) -> dict[str, float]:
     """Means over the records of some steps; sums: of `StepGradients.report`, over processes and steps.
 
-    positive_rank: of the positive among its candidates by cosine, 1 is the best. positive_cosine, negative_cosine: over
-    all positives and all negatives, at the full width. masked_negatives: how many candidates were left out, a count.
-    zero_loss_share: of records whose loss is below 1e-4. What the loss does not have, such as cosines of texts alone,
-    is not there either.
+    zero_loss_share: of records whose loss is below 1e-4. positive_rank: of the positive among its candidates by cosine,
+    1 is the best. positive_cosine, negative_cosine: over all positives and all negatives, at the full width.
+    masked_negatives: how many candidates were left out, a count. These are of dense vectors; of lexical weights, token
+    vectors and the ensemble they are there as lexical/positive_rank, lexical/positive_score and so on, and of several
+    also the loss of each, dense/loss. query_terms, document_terms: entries above 0 of a text's lexical weights. What
+    the loss does not have, such as cosines of texts alone, is not there either.
     """
     records = sums["records"]
     if not records:
         return {}
     values = {"zero_loss_share": sums["near_zero"] / records}
-    if sums["positive_rank"]:
-        values["positive_cosine"] = sums["positive_cosine"] / records
-    if sums["negatives"]:
-        values["negative_cosine"] = sums["negative_cosine"] / sums["negatives"]
-        values["positive_rank"] = sums["positive_rank"] / records
-        values["masked_negatives"] = sums["masked"]
+    names = _representations(sums)
+    for name in names:
+        prefix, score = ("", "cosine") if name == "dense" else (f"{name}/", "score")
+        if len(names) > 1:
+            values[f"{name}/loss"] = sums[f"{name}/loss"] / records
+        if sums[f"{name}/positive_rank"]:
+            values[f"{prefix}positive_{score}"] = sums[f"{name}/positive_score"] / records
+        if sums[f"{name}/negatives"]:
+            values[f"{prefix}negative_{score}"] = sums[f"{name}/negative_score"] / sums[f"{name}/negatives"]
+            values[f"{prefix}positive_rank"] = sums[f"{name}/positive_rank"] / records
+            values[f"{prefix}masked_negatives"] = sums[f"{name}/masked"]
+    for side in ("query", "document"):
+        if texts := sums.get(f"{side}_texts"):
+            values[f"{side}_terms"] = sums[f"{side}_terms"] / texts
     return values
+
+
+def _representations(sums: Mapping[str, float]) -> list[str]:
+    """Those of the objective, in its order."""
+    return [key.removesuffix("/negatives") for key in sums if key.endswith("/negatives")]
 
 
 def zero_loss_problem(sums: Mapping[str, float]) -> str | None:
@@ -33,16 +48,18 @@ def zero_loss_problem(sums: Mapping[str, float]) -> str | None:
     if values.get("zero_loss_share", 0.0) < LEARNS_NOTHING:
         return None
     found = f"the loss is 0 for {values['zero_loss_share']:.0%} of {sums['records']:.0f} records from the start"
-    if sums["positive_rank"] and not sums["negatives"]:
+    name = _representations(sums)[0]
+    if sums[f"{name}/positive_rank"] and not sums[f"{name}/negatives"]:
         return (
             f"{found}: no query has a negative; give the records `neg`, or set use_inbatch_neg to true and batch_size "
             "above 1"
         )
-    if sums["negatives"]:
+    if sums[f"{name}/negatives"]:
+        prefix, score = ("", "cosine") if name == "dense" else (f"{name}/", "score")
         return (
-            f"{found}: the cosine of positives is {values['positive_cosine']:.2f}, of negatives "
-            f"{values['negative_cosine']:.2f}; mine harder negatives (rag-retrieval mine), or raise batch_size or "
-            "temperature"
+            f"{found}: the {score} of positives is {values[f'{prefix}positive_{score}']:.2f}, of negatives "
+            f"{values[f'{prefix}negative_{score}']:.2f}; mine harder negatives (rag-retrieval mine), or raise "
+            "batch_size or temperature"
         )
     return f"{found}; check that the data have something to learn"
 

@@ -1,40 +1,50 @@
 """What a loss sees: the process's own records of a step, with the scores of their texts, whatever represents them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rag_retrieval.losses.step_targets import StepTargets
-from rag_retrieval.losses.step_vectors import StepVectors
+from rag_retrieval.losses.step_tokens import StepTokens
+from rag_retrieval.losses.step_vectors import ALL, StepVectors
+from rag_retrieval.losses.step_weights import StepWeights
 
+StepTexts = StepVectors | StepWeights | StepTokens
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc", "own_documents"]
-OBSERVED = ("positive_rank", "positive_cosine", "negative_cosine", "negatives", "masked")  # sums over records
+OBSERVED = ("positive_rank", "positive_score", "negative_score", "negatives", "masked")  # sums over records
 
 
 @dataclass(frozen=True)
 class StepRows:
     """Own records of a step at one width, as a loss sees them; the loss returns one value for each: [rows].
 
-    rows: which of the process's own records. width: index of the width, of so many `widths`; the last is the widest.
-    `scores` are float32: cosines of dense vectors, or products where the objective does not normalize.
+    rows: which of the process's own records. width: index of the width. width_weights: of the loss at each width; the
+    last is the widest, and the only one of what is no dense vector.
+    teacher: the same records with the scores that `self_distillation` learns. `scores` are float32: cosines of dense
+    vectors, or products where the objective does not normalize; sums of products of lexical weights; MaxSim.
     """
 
-    queries: StepVectors
-    documents: StepVectors
+    queries: StepTexts
+    documents: StepTexts
     targets: StepTargets
     rows: slice
     guide: tuple[Tensor, Tensor] | None = None
     width: int = 0
-    widths: int = 1
+    width_weights: tuple[float, ...] = (1.0,)
+    teacher: "StepRows | None" = None
     block_cache: dict[str, list[Tensor]] = field(default_factory=dict)  # shared by the widths of a block
     step_cache: dict[tuple[str, int], Any] = field(default_factory=dict)  # shared by the blocks of a step
     report: dict[str, Tensor] = field(default_factory=dict)  # likewise
 
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start
+
+    def at_width(self, width: int) -> "StepRows":
+        """The same records at the width of this index, which may be -1."""
+        return replace(self, width=range(len(self.width_weights))[width])
 
     @property
     def own_queries(self) -> Tensor:
@@ -72,10 +82,11 @@ class StepRows:
     def _scores(self, direction: Direction) -> list[Tensor]:
         if direction == "own_documents":
             return self.queries.with_own(self.own_queries, self.documents, self.own_documents.clamp(min=0))
-        of_query, with_queries = direction.startswith("query"), direction.endswith("query")
-        vectors = self.queries if of_query else self.documents
-        places = self.own_queries if of_query else self.positives
-        return vectors.against(places, self.queries if with_queries else self.documents)
+        if direction == "doc_to_query":  # the scores of MaxSim are those of queries with documents
+            return [scores.T for scores in self.queries.against(ALL, self.documents, self.positives)]
+        if direction == "doc_to_doc":
+            return self.documents.against(self.positives, self.documents)
+        return self.queries.against(self.own_queries, self.queries if direction == "query_to_query" else self.documents)
 
     def positive_columns(self, direction: Direction) -> Tensor | None:
         """Where the pair of query and positive stands in a row of `scores`: int64 [rows]; None where it does not."""
@@ -145,17 +156,31 @@ class StepRows:
         """Add to the report how the positive stands among the candidates of query_to_doc or own_documents, at the
         widest width; of several losses the first one's. allowed: bool, as `scores`, with the positive. masked: number
         of candidates left out."""
-        if self.width < self.widths - 1 or "report" in self.block_cache:
+        if self.width < len(self.width_weights) - 1 or "report" in self.block_cache:
             return
         self.block_cache["report"] = []
         scores, positive = self.scores(direction), self.positive_scores().unsqueeze(1)
         negatives = allowed.scatter(1, self.positive_columns(direction).unsqueeze(1), False)
         values = {
             "positive_rank": len(self) + (negatives & (scores > positive)).sum(),
-            "positive_cosine": positive.sum(),
-            "negative_cosine": scores.masked_fill(~negatives, 0.0).sum(),
+            "positive_score": positive.sum(),
+            "negative_score": scores.masked_fill(~negatives, 0.0).sum(),
             "negatives": negatives.sum(),
             "masked": masked,
         }
         for name, value in values.items():
             self.report[name] = self.report.get(name, 0) + value
+
+
+@dataclass(frozen=True)
+class EnsembleRows(StepRows):
+    """Records whose scores are a weighted sum of those of others, each with its weight: the same records by one
+    representation, at the widest width."""
+
+    parts: tuple[tuple[float, StepRows], ...] = ()
+
+    def _scores(self, direction: Direction) -> list[Tensor]:
+        return [sum(weight * part.scores(direction) for weight, part in self.parts)]
+
+    def pair_scores(self) -> Tensor:
+        return sum(weight * part.pair_scores() for weight, part in self.parts)

@@ -29,13 +29,15 @@ def unified(
 
     representations: of dense, lexical, multi_vector. loss_weights: by these and "ensemble"; what is not given has the
     weight of `LOSS_WEIGHTS`. ensemble_weights: of scores; else `ENSEMBLE_WEIGHTS`. self_distillation: its weights
-    likewise, else `DISTILLATION_WEIGHTS`. Raises ValueError for losses that learn a teacher's vectors with other
-    representations than dense ones, and for self-distillation or flops without what they need.
+    likewise, else `DISTILLATION_WEIGHTS`. Raises ValueError for a weight of what is not among these, for losses that
+    learn a teacher's vectors with other representations than dense ones, and for self-distillation or flops without
+    what they need.
     """
-    chosen = [*representations, *(["ensemble"] if len(representations) > 1 else [])]
-    weights = {name: {**LOSS_WEIGHTS, **(loss_weights or {})}[name] for name in chosen}
-    if len(chosen) == 1:
-        weights = {chosen[0]: 1.0}
+    several = len(representations) > 1
+    chosen = [*representations, "ensemble"] if several else list(representations)
+    weights = _chosen("representation_weights", LOSS_WEIGHTS if several else {chosen[0]: 1.0}, loss_weights, chosen)
+    if not any(weights.values()):
+        raise ValueError("representation_weights: all are 0; give one of them a weight above 0")
     if "teacher_vectors" in objective.reads and list(representations) != ["dense"]:
         raise ValueError(
             f"a loss on a teacher's vectors is for dense vectors alone, found {', '.join(representations)}"
@@ -43,21 +45,28 @@ def unified(
     if self_distillation is not None:
         if len(representations) < 2:
             raise ValueError("self-distillation needs two representations or more, whose ensemble teaches each")
-        shares = {**DISTILLATION_WEIGHTS, **self_distillation.weights}
-        self_distillation = replace(
-            self_distillation, weights=_divided({name: shares[name] for name in representations})
-        )
+        given = self_distillation.weights
+        shares = _chosen("self_distill_weights", DISTILLATION_WEIGHTS, given, representations)
+        self_distillation = replace(self_distillation, weights=_divided(shares))
     if flops is not None and "lexical" not in representations:
         raise ValueError("FLOPS regularization is of lexical weights, which are not trained here")
-    ensemble = {**ENSEMBLE_WEIGHTS, **(ensemble_weights or {})}
     return replace(
         objective,
         loss_weights=_divided(weights),
-        ensemble_weights={name: ensemble[name] for name in representations},
+        ensemble_weights=_chosen("ensemble_weights", ENSEMBLE_WEIGHTS, ensemble_weights, representations),
         self_distillation=self_distillation,
         flops=flops,
         multi_vector_mean=multi_vector_mean,
     )
+
+
+def _chosen(
+    name: str, defaults: Mapping[str, float], given: Mapping[str, float] | None, chosen: Sequence[str]
+) -> dict[str, float]:
+    """The weights of those that are chosen, in their order."""
+    for unknown in set(given or {}) - set(chosen):
+        raise ValueError(f"{name}: found a weight of {unknown}; expected weights of {', '.join(chosen)}")
+    return {key: (given or {}).get(key, defaults[key]) for key in chosen}
 
 
 def _divided(weights: Mapping[str, float]) -> dict[str, float]:

@@ -23,13 +23,16 @@ from rag_retrieval.models.options import POOLINGS, LongDocumentOptions, ModelOpt
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 FUSED, RANDOM = "fused", "random"  # candidates whose scores say nothing of relevance
-CANDIDATES = ("bm25", "dense", FUSED, RANDOM)  # without an index, whose searches may have other names
+BY_MODEL = ("dense", "lexical", "multi_vector")
+CANDIDATES = ("bm25", *BY_MODEL, FUSED, RANDOM)  # without an index
 MARGINS = ("absolute_margin", "relative_margin", "max_score")
 
 BEIR = Only("data in BEIR layout", lambda config: os.path.isdir(config.data))
 RECORDS = Only("data that are a file of records", lambda config: not os.path.isdir(config.data))
 WORDS = Only("candidates bm25 and fused without index", lambda config: config.index is None
              and config.candidates in ("bm25", FUSED))  # fmt: skip
+MODEL = Only("candidates dense, lexical, multi_vector and fused without index", lambda config: config.index is None
+             and config.candidates in (*BY_MODEL, FUSED))  # fmt: skip
 DENSE = Only("candidates dense and fused without index", lambda config: config.index is None
              and config.candidates in ("dense", FUSED))  # fmt: skip
 RERANKER = Only("runs with a reranker", lambda config: config.reranker is not None)
@@ -100,8 +103,9 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
     )
 
     candidates: str | None = key(
-        "Where they come from: bm25 (words), dense (vectors), fused (both by reciprocal rank fusion), random (any "
-        "document), or another search of the index. Default fused with an index, dense with dense_model, else bm25.",
+        "Where they come from: bm25 (words), dense (vectors), lexical (weights of tokens), multi_vector (token "
+        "vectors), fused (all searches of the index, else bm25 and dense, by reciprocal rank fusion), random (any "
+        "document). Default fused with an index, dense with dense_model, else bm25.",
         derive=lambda config: chosen_candidates(config), min_length=1,
     )  # fmt: skip
     language: str | None = key(
@@ -112,22 +116,22 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
         min_length=1,
     )
     dense_model: ModelName | None = key(
-        "A sentence-transformers folder, a plain encoder's, a hub name, or package:NAME.", only=DENSE, min_length=1
+        "A sentence-transformers folder, a plain encoder's, a hub name, or package:NAME.", only=MODEL, min_length=1
     )
     pooling: Literal[POOLINGS] | None = key(
         "How token states become a vector. Absent: what the folder says, or a known model's own, else the mean.",
         only=DENSE,
     )
     query_prefix: str | None = key(
-        "Text before each query that is encoded, as E5's `query: `. Absent: the model's own prompt.", only=DENSE
+        "Text before each query that is encoded, as E5's `query: `. Absent: the model's own prompt.", only=MODEL
     )
     document_prefix: str | None = key(
-        "Text before each document that is encoded. Absent: the model's own prompt.", only=DENSE
+        "Text before each document that is encoded. Absent: the model's own prompt.", only=MODEL
     )
     dense_max_len: int | None = key(
-        "Tokens of a text that are encoded. Absent: the model's own maximum.", only=DENSE, ge=2
+        "Tokens of a text that are encoded. Absent: the model's own maximum.", only=MODEL, ge=2
     )
-    dense_batch_size: int | None = key("Texts encoded at once. Default 32.", only=DENSE, derive=lambda config: 32, ge=1)
+    dense_batch_size: int | None = key("Texts encoded at once. Default 32.", only=MODEL, derive=lambda config: 32, ge=1)
     similarity: Literal["cosine", "dot"] | None = key(
         "How vectors are compared: by angle, or by inner product. Default cosine.",
         only=DENSE, derive=lambda config: "cosine",
@@ -203,7 +207,7 @@ class MiningConfig(ModelOptions, LongDocumentOptions, EngineOptions):
             yield "corpus", "is given, and so is index, which has its own documents; give one of them"
         if self.index is None and self.candidates not in CANDIDATES:
             yield "candidates", f"expected one of {', '.join(CANDIDATES)}, found {shown_value(self.candidates)}"
-        if DENSE.applies(self) and self.dense_model is None:
+        if MODEL.applies(self) and self.dense_model is None:
             yield "dense_model", f"is missing; candidates {self.candidates} needs a model for the vectors"
         if self.reranker is not None and self.guide is not None:
             yield "guide", "is given, and so is reranker; the scores of one of them decide"

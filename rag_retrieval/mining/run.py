@@ -30,7 +30,7 @@ from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.documents import PASSAGE_TOKENS, source_content
 from rag_retrieval.data.records import DataError
 from rag_retrieval.data.store import open_store
-from rag_retrieval.mining.config import FUSED, RANDOM, MiningConfig, summary_file
+from rag_retrieval.mining.config import BY_MODEL, FUSED, RANDOM, MiningConfig, summary_file
 from rag_retrieval.mining.miner import Miner, RandomSearch, device_of
 from rag_retrieval.mining.output import Mined, MiningSummary, lines_of, text_writer
 from rag_retrieval.mining.queries import Query, demand_labels_above_zero, read_queries
@@ -164,25 +164,34 @@ def corpus_of(config: MiningConfig, work: WorkFolder) -> Path:
 
 def index_options(config: MiningConfig) -> IndexOptions:
     """Raises ValueError for a device that this machine lacks."""
-    words = {"bm25": config.candidates != "dense", "language": config.language}
+    kind = config.candidates if config.candidates in BY_MODEL else "dense"
+    words = {"bm25": config.candidates in ("bm25", FUSED), "language": config.language}
     if config.candidates == "bm25":
         return IndexOptions(**words)
     prefixes = {"query": config.query_prefix, "document": config.document_prefix}
-    modules = ModelFiles(resolve_model_path(config.dense_model)).modules
+    dense = dense_options(config) if kind == "dense" else {}
     return IndexOptions(
         **words,
+        **dense,
+        representations=(kind,),
         embedder=config.dense_model,
         device=device_of(config),
         trust_remote_code=config.trust_remote_code,
-        pooling=config.pooling,
         prompts={kind: prefix for kind, prefix in prefixes.items() if prefix is not None} or None,
         max_length=config.dense_max_len,
-        normalize=config.similarity == "cosine" or "Normalize" in modules,  # others keep their length
         batch_size=config.dense_batch_size,
-        vector_precision=config.vector_dtype,
-        faiss_index=config.faiss_index,
         seed=config.seed,
     )
+
+
+def dense_options(config: MiningConfig) -> dict[str, Any]:
+    modules = ModelFiles(resolve_model_path(config.dense_model)).modules
+    return {
+        "normalize": config.similarity == "cosine" or "Normalize" in modules,  # others keep their length
+        "vector_precision": config.vector_dtype,
+        "faiss_index": config.faiss_index,
+        "pooling": config.pooling,
+    }
 
 
 def plan(config: MiningConfig, folder: Path) -> tuple[dict[str, Any], int]:

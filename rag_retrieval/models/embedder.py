@@ -1,16 +1,17 @@
-"""`EmbeddingModel`: a text in, one vector out, from an encoder or a decoder of Hugging Face.
+"""`EmbeddingModel`: of a text a dense vector, lexical weights, token vectors, or several of them, from an encoder or a
+decoder of Hugging Face.
 
-    vector = projections(pooling(token states of the last layer)), in float32
+    dense vector = projections(pooling(token states of the last layer)), in float32
 
-The vector is not normalized here: Matryoshka cuts it first. `settings.normalize` says whether those who use the model
-normalize it after that.
+It is not normalized here: Matryoshka cuts it first. `settings.normalize` says whether those who use the model normalize
+it after that. `models.lexical` and `models.multi_vector` have the other two.
 """
 
 import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,9 +19,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rag_retrieval.models.devices import choose_dtype
+from rag_retrieval.models.embedder_loading import (
+    choose_template,
+    choose_token_heads,
+    is_causal,
+    load_backbone,
+    refuse_reranker,
+)
 from rag_retrieval.models.embedding_files import (
     EmbedderSettings,
     HeadFiles,
@@ -39,38 +46,41 @@ from rag_retrieval.models.embedding_heads import (
     Head,
     LatentAttention,
     Projection,
+    dense_folder,
     load_head,
     load_weights,
+    read_token_heads,
+    save_token_heads,
 )
+from rag_retrieval.models.lexical import linear_weights, splade_weights
 from rag_retrieval.models.loading import (
     check_max_length,
     check_vocabulary,
     choose_max_length,
-    load_model,
     load_tokenizer,
     lower_case_like,
     position_limit,
     set_encoder_pad_token,
-    shorten,
-    truncates_left,
-    warn_of_new_parameters,
 )
-from rag_retrieval.models.options import EmbedderOptions, options_among
-from rag_retrieval.models.packed_model import packed_outputs, packing_problem, pairs_to_check, pooled_states
+from rag_retrieval.models.multi_vector import (
+    add_prompt_tokens,
+    keep_prompts_whole,
+    kept_by_bge_m3,
+    kept_by_colbert,
+    skiplist_ids,
+    token_vectors,
+)
+from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, EmbedderOptions, options_among
+from rag_retrieval.models.packed_model import packed_outputs, packing_problem, pairs_to_check, sliding_window
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
-from rag_retrieval.models.pooling import packed_sums, padded_sums, token_weights
-from rag_retrieval.models.representations import Representations
-from rag_retrieval.models.scoring import evaluating
+from rag_retrieval.models.pooling import packed_sums, token_weights
+from rag_retrieval.models.representation_files import SPLADE, RepresentationOptions, choose_representations
+from rag_retrieval.models.representations import Lexical, Representations, TokenVectors
 from rag_retrieval.models.settings import (
-    CLASSIFIER,
-    SETTINGS_FILE,
     ModelFiles,
-    choose_setting,
-    find_file,
-    read_json,
     resolve_model_path,
 )
-from rag_retrieval.models.text_encoding import TextEncoder, TextTemplate, append_eos, text_template
+from rag_retrieval.models.text_encoding import TextEncoder
 from rag_retrieval.models.token_batch import TokenBatch, make_batch
 from rag_retrieval.models.transformer import TransformerModule
 
@@ -81,7 +91,8 @@ class EmbeddingModel(TransformerModule):
     """Build it with `from_pretrained`.
 
     `text_encoder` turns texts into ids, `settings` says how vectors are made, `dim` is their width. `heads` are the
-    modules with weights outside of `model`, trained and saved with it, by the name of their folder.
+    modules with weights outside of `model`, trained and saved with it, by the name of their folder, that make the dense
+    vector; `token_heads` those of the other representations, by their names.
     """
 
     def __init__(
@@ -92,29 +103,38 @@ class EmbeddingModel(TransformerModule):
         new_parameters: set[str],
         causal: bool,
         heads: Mapping[str, Head],
+        token_heads: Mapping[str, nn.Module],
         attn_implementation: str | None = None,
     ):
         super().__init__(model, new_parameters)
         self.text_encoder = text_encoder
         self.settings = settings
         self.causal = causal
-        self.heads = nn.ModuleDict(heads)
+        self.heads, self.token_heads = nn.ModuleDict(heads), nn.ModuleDict(token_heads)
+        self.skiplist = skiplist_ids(self.tokenizer, settings.skiplist_words)
         self.packing_problem = self._packing_problem(attn_implementation)
 
     def _packing_problem(self, attn_implementation: str | None) -> str | None:
         if attn_implementation is not None:
             return f"attn_implementation {attn_implementation} was asked for"
-        batch = make_batch(pairs_to_check(self.model, self.text_encoder))
+        texts = pairs_to_check(self.model, self.text_encoder)
+        if self.settings.query_expansion and not self._pads_expansion:
+            texts.append(self.text_encoder.expand(texts[0]))
+        batch = make_batch(texts)
+        has_dense, others = DENSE in self.settings.representations, self.settings.representations != (DENSE,)
 
-        def of_order_one(pooled: torch.Tensor) -> torch.Tensor:
-            return nn.functional.normalize(pooled) * pooled.shape[1] ** 0.5
+        def rows(states_of: Callable) -> torch.Tensor:
+            """Of every kind of forward that there will be: [texts and tokens, hidden], numbers of order one."""
+            of_dense = [self._pool(*states_of(batch, True), batch)] if has_dense else []
+            of_tokens = [states_of(batch, False)[0].float()] if others else []
+            return torch.cat([nn.functional.normalize(each) for each in of_dense + of_tokens]) * self.width**0.5
 
         return packing_problem(
             self.model,
-            lambda texts: of_order_one(self._padded_pooling(texts)),
-            lambda texts: of_order_one(self._packed_pooling(texts)),
+            lambda _: rows(self._padded_states),
+            lambda _: rows(self._packed_states),
             batch,
-            reads_one_token=self.settings.reads_one_token,
+            reads_one_token=has_dense and self.settings.reads_one_token,
         )
 
     @property
@@ -127,20 +147,33 @@ class EmbeddingModel(TransformerModule):
         return self.config.get_text_config().hidden_size
 
     @property
+    def is_decoder(self) -> bool:
+        """Whether it is a decoder, be it one whose tokens see those after them."""
+        return self.causal or self.settings.bidirectional
+
+    @property
     def dim(self) -> int:
-        """Numbers in a vector."""
+        """Numbers in a dense vector."""
         widths = [head.out_features for head in self.heads.values() if isinstance(head, Projection)]
         return widths[-1] if widths else self.width
 
     @property
     def shares_queries(self) -> bool:
         """Whether a prompt that consecutive texts begin with is computed once: packed, and read at the last token."""
-        return self.causal and self.settings.pooling == "last" and self.packs
+        settings = self.settings
+        return self.causal and settings.pooling == "last" and settings.representations == (DENSE,) and self.packs
 
-    def forward(self, batch: TokenBatch) -> Representations:
-        """Those of `settings.representations`."""
-        pooled = self._packed_pooling(batch) if self.packs else self._padded_pooling(batch)
-        return Representations(self.project(pooled))
+    def forward(self, batch: TokenBatch, outputs: Sequence[str] | None = None) -> Representations:
+        """outputs: names of representations, of those of `settings`; None for all of them."""
+        names = self.settings.representations if outputs is None else outputs
+        dense_alone = not {LEXICAL, MULTI_VECTOR} & set(names)
+        packed = self.packs and not (self._pads_expansion and batch.expansion.any())
+        states, pooled = (self._packed_states if packed else self._padded_states)(batch, dense_alone)
+        return Representations(
+            self.project(self._pool(states, pooled, batch)) if DENSE in names else None,
+            self._lexical(states, batch) if LEXICAL in names else None,
+            self._token_vectors(states, batch) if MULTI_VECTOR in names else None,
+        )
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """[texts, hidden] to [texts, dim], float32."""
@@ -150,26 +183,62 @@ class EmbeddingModel(TransformerModule):
                     pooled = head(pooled)
         return pooled
 
-    def _packed_pooling(self, batch: TokenBatch) -> torch.Tensor:
+    def _packed_states(self, batch: TokenBatch, dense_alone: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer's states, [tokens, hidden], text after text, and the places of those that a text is read at,
+        [texts]. dense_alone: without other outputs, where shared prefixes count once, or the states are those of the
+        pooled tokens alone, [texts, hidden], as after `prune_last_layer`."""
         last = self.settings.pooling == "last"
-        packing = Packing(batch, self.causal and last, self.device, self.first_position, last)
-        # [row, hidden], or [texts, hidden] where the last layer computes no more (`prune_last_layer`)
-        hidden = packed_outputs(self.model, batch, packing).last_hidden_state[0]
-        if self.settings.reads_one_token:
-            return pooled_states(hidden, packing).float()
-        return packed_sums(self.attend_to_latents(hidden), self._token_weights(batch), batch.lengths)
+        shares = self.causal and last and dense_alone
+        unattended = self._unattended(batch)
+        packing = Packing(batch, shares, self.device, self.first_position, last, dense_alone, unattended)
+        return packed_outputs(self.model, batch, packing).last_hidden_state[0], packing.pooled_index
 
-    def _padded_pooling(self, batch: TokenBatch) -> torch.Tensor:
-        hidden = self.states_of(padded_inputs(batch, self.tokenizer.pad_token_id, self.device))
+    def _padded_states(self, batch: TokenBatch, _: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = padded_inputs(batch, self.tokenizer.pad_token_id, self.device, self._unattended(batch))
+        hidden = self.states_of(inputs)
+        real = np.arange(hidden.shape[1]) < batch.lengths[:, None]
+        ends = np.cumsum(batch.lengths, dtype=np.int32)
+        pooled = ends - 1 if self.settings.pooling == "last" else ends - batch.lengths
+        states = hidden.flatten(0, 1)[on_device(np.flatnonzero(real), self.device)]
+        return states, on_device(pooled, self.device)
+
+    def _pool(self, states: torch.Tensor, pooled: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+        """[texts, hidden], float32."""
         if self.settings.reads_one_token:
-            places = batch.lengths - 1 if self.settings.pooling == "last" else np.zeros_like(batch.lengths)
-            return hidden[torch.arange(len(batch), device=hidden.device), on_device(places, self.device)].float()
-        return padded_sums(self.attend_to_latents(hidden), self._token_weights(batch), batch.lengths)
+            return (states if len(states) == len(pooled) else states[pooled]).float()
+        return packed_sums(self.attend_to_latents(states), self._token_weights(batch), batch.lengths)
+
+    def _lexical(self, states: torch.Tensor, batch: TokenBatch) -> Lexical:
+        if self.settings.lexical == SPLADE:
+            return splade_weights(self.model, states, batch.lengths)
+        with torch.autocast(states.device.type, enabled=False):
+            weights = self.token_heads[LEXICAL](states)[:, 0].relu()
+        return linear_weights(weights, batch, np.array(self.tokenizer.all_special_ids, np.int32))
+
+    def _token_vectors(self, states: torch.Tensor, batch: TokenBatch) -> TokenVectors:
+        with torch.autocast(states.device.type, enabled=False):
+            return token_vectors(states, self.token_heads[MULTI_VECTOR], batch, self.kept_tokens(batch))
+
+    def kept_tokens(self, batch: TokenBatch) -> np.ndarray:
+        """[tokens], bool: which of the batch's tokens have a token vector."""
+        settings, template = self.settings, self.text_encoder.template
+        if settings.is_colbert:
+            return kept_by_colbert(batch, self.skiplist)
+        return kept_by_bge_m3(batch, len(template.prefix), settings.cls_interval, len(template.suffix))
+
+    def _unattended(self, batch: TokenBatch) -> np.ndarray | None:
+        return None if self.settings.attend_to_expansion_tokens or not batch.expansion.any() else batch.expansion
+
+    @cached_property
+    def _pads_expansion(self) -> bool:
+        """Whether expanded queries are computed padded: a packed row leaves out keys only where all see all others."""
+        attends = self.settings.attend_to_expansion_tokens
+        return not attends and (self.causal or sliding_window(self.model) > 0)
 
     def states_of(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Of the Hugging Face model's own inputs, each [texts, longest]: [texts, longest, hidden]."""
         cache = {"use_cache": False} if self._has_cache else {}
-        return self.model(**inputs, **cache).last_hidden_state
+        return self.model.base_model(**inputs, **cache).last_hidden_state
 
     def attend_to_latents(self, states: torch.Tensor) -> torch.Tensor:
         for head in self.heads.values():
@@ -184,7 +253,7 @@ class EmbeddingModel(TransformerModule):
     @cached_property
     def _has_cache(self) -> bool:
         """Whether the forward keeps keys and values unless told not to."""
-        return "use_cache" in inspect.signature(self.model.forward).parameters
+        return "use_cache" in inspect.signature(self.model.base_model.forward).parameters
 
     @classmethod
     def from_pretrained(
@@ -200,6 +269,12 @@ class EmbeddingModel(TransformerModule):
         normalize: bool | None = None,
         bidirectional: bool | None = None,
         dims: Sequence[int] | None = None,
+        representations: Sequence[str] | None = None,
+        lexical: str | None = None,
+        colbert_dim: int | None = None,
+        query_expansion: bool | None = None,
+        attend_to_expansion_tokens: bool | None = None,
+        skiplist_words: Sequence[str] | None = None,
         dtype: torch.dtype | str | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
@@ -218,12 +293,22 @@ class EmbeddingModel(TransformerModule):
         one beyond the model's own adds a projection to it. dtype: of the backbone's weights; default float32.
         cut_lengths: cut lengths to the positions that the model has.
 
+        representations: some of "dense", "lexical" and "multi_vector"; default what the folder has, else dense. Heads
+        that it lacks are new. lexical: "linear" or "splade" (see `models.lexical`); default linear for a new head.
+        colbert_dim: numbers in a new token vector; default 128 where token vectors are the only representation, else
+        the width of the model. Of token vectors alone: query_expansion, whether queries are filled up to their maximum
+        length (default 32 tokens) with mask tokens, true for new ones; attend_to_expansion_tokens, whether other tokens
+        see these, false for new ones; skiplist_words, tokens whose vectors documents lose, the punctuation of ASCII for
+        new ones. New ones without prompts also get ColBERT's, "[Q] " and "[D] ", as tokens of the vocabulary.
+
         Raises ValueError for a reranker, an encoder-decoder, a folder whose modules are not known here, settings that
         do not fit the model or each other, and, unless cut_lengths, a length beyond the model's positions.
         """
-        options = options_among(locals(), EmbedderOptions)
+        given = locals()
+        options = options_among(given, EmbedderOptions)
+        wanted = RepresentationOptions(**{each.name: given[each.name] for each in fields(RepresentationOptions)})
         files = ModelFiles(resolve_model_path(model_name_or_path))
-        return cls.load(files, options, dims, cut_lengths=cut_lengths)
+        return cls.load(files, options, dims, cut_lengths=cut_lengths, wanted=wanted)
 
     @classmethod
     def load(
@@ -233,17 +318,17 @@ class EmbeddingModel(TransformerModule):
         dims: Sequence[int] | None = None,
         trained_only: bool = False,
         cut_lengths: bool = False,
+        wanted: RepresentationOptions | None = None,
     ) -> "EmbeddingModel":
         """`from_pretrained` of files that were looked up. trained_only: raise ValueError for a model without all of
         its weights and a decoder that does not say how its vectors are made, and warn of such an encoder."""
-        path, trained = files.path, is_embedder(files)
+        path, trained, wanted = files.path, is_embedder(files), wanted or RepresentationOptions()
         refuse_reranker(files)
         saved, known = read_settings(files), known_embedder(files)
         if not {"pooling", "prompts"} & known.keys() <= saved.keys():
             logger.info("%s: as the card of the model of its name says: %s", path, known)
-        model, new_parameters, bidirectional = load_backbone(
-            files, options, saved.get("bidirectional", False), trained_only
-        )
+        saved |= choose_representations(known | saved, wanted)
+        model, new_parameters, bidirectional = load_backbone(files, options, saved, trained_only)
         causal = is_causal(model)
         is_decoder = causal or bidirectional
         tokenizer = load_tokenizer(path, options.trust_remote_code)
@@ -257,12 +342,12 @@ class EmbeddingModel(TransformerModule):
         if cut_lengths and limit is not None:
             given = options.given("max_length", "query_max_length")
             options = options.model_copy(update={name: min(length, limit) for name, length in given.items()})
-        saved_length = files.max_seq_length if trained else None
+        saved_length = saved.pop("max_length", files.max_seq_length) if trained else None
         if saved_length is not None:
             saved_length = min(saved_length, limit or saved_length)
         max_length = choose_max_length(options.max_length, saved_length, files, tokenizer, model, trained)
         tokenizer.model_max_length = max_length  # other libraries truncate by it
-        if "pooling" not in known | saved and options.pooling is None:
+        if "pooling" not in known | saved and options.pooling is None and DENSE in saved["representations"]:
             check_pooling_is_known(path, is_decoder, trained_only)
         values = {"pooling": "last" if is_decoder else "mean"} | known | saved
         eos_token = values.pop("eos_token", None)
@@ -270,12 +355,21 @@ class EmbeddingModel(TransformerModule):
         check_settings(path, settings, causal)
         if settings.query_max_length is not None:
             check_max_length(settings.query_max_length, model, "query_max_length")
+        if settings.is_colbert:
+            keep_prompts_whole(tokenizer, settings.prompts.values())
+            add_prompt_tokens(model, tokenizer, settings.prompts.values())
         template = choose_template(files, tokenizer, settings, is_decoder, eos_token)
-        if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        if "token_type_ids" not in inspect.signature(model.base_model.forward).parameters:
             template = replace(template, has_types=False)
         encoder = TextEncoder(tokenizer, template, settings.prompts, settings.max_lengths, settings.default_prompt)
-        heads = {each.folder: load_head(files, each) for each in read_heads(files)}
-        embedder = cls(model, encoder, settings, new_parameters, causal, heads, options.attn_implementation)
+        heads = {}
+        if DENSE in settings.representations:
+            heads = {each.folder: load_head(files, each) for each in read_heads(files)}
+        width = model.config.get_text_config().hidden_size
+        token_heads, new_heads = choose_token_heads(files, settings, width, wanted.colbert_dim, trained_only)
+        new_parameters |= new_heads
+        attention = options.attn_implementation
+        embedder = cls(model, encoder, settings, new_parameters, causal, heads, token_heads, attention)
         if settings.pooling == "latent_attention" and LATENT_FOLDER not in heads:
             embedder.add_head(LATENT_FOLDER, LatentAttention(embedder.width))
         if settings.dims and max(settings.dims) > embedder.dim:
@@ -308,7 +402,11 @@ class EmbeddingModel(TransformerModule):
     def write_settings(self, folder: Path) -> None:
         """The small files that say how vectors are made."""
         heads = [HeadFiles(head.saved_as, name, head.saved_values()) for name, head in self.heads.items()]
-        write_settings(folder, self.settings, self.width, heads)
+        if self.settings.is_colbert:
+            layers = self.token_heads[MULTI_VECTOR]
+            heads = [HeadFiles(each.saved_as, dense_folder(place), each.saved_values())
+                     for place, each in enumerate(layers)]  # fmt: skip
+        write_settings(folder, self.settings, self.width, heads, self.tokenizer.get_vocab(), self.is_decoder)
 
     def save_heads(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
         """The weights outside of `model`, of a state of this module, where `load_heads` finds them."""
@@ -318,93 +416,11 @@ class EmbeddingModel(TransformerModule):
             (folder / name).mkdir(exist_ok=True)
             in_file = {head.name_prefix + key.removeprefix(before): value for key, value in own.items()}
             save_file(in_file, folder / name / WEIGHTS)
+        before = "token_heads."
+        own = {key.removeprefix(before): value for key, value in state_dict.items() if key.startswith(before)}
+        save_token_heads(folder, self.token_heads, own, self.settings.is_colbert)
 
     def load_heads(self, folder: Path) -> None:
         for name, head in self.heads.items():
             load_weights(head, load_file(folder / name / WEIGHTS))
-
-
-# ---- parts of loading -----------------------------------------------------------------------------------
-
-
-def refuse_reranker(files: ModelFiles) -> None:
-    """Raises ValueError for a reranker: its states tell of a pair, not of a text."""
-    if is_reranker(files):
-        raise ValueError(
-            f"{files.path} is a reranker ({files.architecture}); give an embedding model, or a base model to train one"
-        )
-
-
-def is_reranker(files: ModelFiles) -> bool:
-    """Whether the folder holds a reranker of any program."""
-    ours = find_file(files.path, SETTINGS_FILE) is not None
-    return ours or files.architecture.endswith(CLASSIFIER) or files.logit_score is not None
-
-
-def load_backbone(
-    files: ModelFiles, options: EmbedderOptions, saved_as_bidirectional: bool, trained_only: bool
-) -> tuple[PreTrainedModel, set[str], bool]:
-    """The model without a head, the names of its new parameters, and whether it is a decoder made bidirectional.
-
-    BERT's own pooler has no part in a vector: it is kept as it is, untrained, for those who read the folder. Raises
-    ValueError for an encoder-decoder, with trained_only for new parameters, and for `bidirectional` of a model that is
-    no decoder, or stays causal.
-    """
-    path = files.path
-    bidirectional = choose_setting("bidirectional", options.bidirectional, saved_as_bidirectional or None, False)
-    attention = {"is_causal": not bidirectional} if bidirectional or saved_as_bidirectional else {}
-    model, new_parameters = load_model(
-        AutoModel,
-        path,
-        choose_dtype(options.dtype),
-        options.trust_remote_code,
-        options.attn_implementation,
-        attention,
-    )
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{path}: a {name} is an encoder-decoder; give an encoder or a decoder")
-    if getattr(model, "pooler", None) is not None:
-        model.pooler.requires_grad_(False)
-    new_parameters = {name for name in new_parameters if not name.startswith("pooler.")}
-    if new_parameters and trained_only:
-        raise ValueError(f"{path}: it lacks weights, which would be random: {shorten(sorted(new_parameters))}")
-    warn_of_new_parameters(path, new_parameters)
-    is_decoder = any(getattr(module, "is_causal", False) for module in model.modules())
-    if options.bidirectional and not is_decoder:
-        raise ValueError(f"{path}: bidirectional is for decoders of transformers, which a {name} is not; leave it out")
-    if bidirectional and is_causal(model):
-        raise ValueError(f"{path}: a {name} stays causal; leave bidirectional out")
-    return model, new_parameters, bidirectional and is_decoder
-
-
-def is_causal(model: PreTrainedModel) -> bool:
-    """Whether a text's first token sees none of those after it."""
-    ids = torch.tensor([[0, 1, 2], [0, 1, 3]])
-    with evaluating(model):
-        first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
-    return torch.allclose(first, second, rtol=1e-4, atol=1e-5)  # rows of one product may round in two ways
-
-
-def choose_template(
-    files: ModelFiles,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: EmbedderSettings,
-    is_decoder: bool,
-    eos_token: str | None,
-) -> TextTemplate:
-    """The tokenizer's own, with an eos token after a decoder's text: eos_token, that of a known model, else the
-    tokenizer's for a base model, or where add_eos_token asks for it, which transformers 5 does not heed."""
-    path, template, trained = files.path, text_template(tokenizer), is_embedder(files)
-    if is_decoder and not template.suffix:
-        asked_for = read_json(path, "tokenizer_config.json").get("add_eos_token") is True
-        if eos_token is None and (not trained or asked_for):
-            eos_token = tokenizer.eos_token
-            if eos_token is None:
-                raise ValueError(f"{path}: its tokenizer has no eos token, which ends a decoder's text")
-        if eos_token is not None:
-            template = append_eos(tokenizer, template, eos_token)
-    if settings.cls_interval is not None and len(template.prefix) != 1:
-        raise ValueError(f"{path}: cls_interval is for models whose texts begin with one cls token; leave it out")
-    left = truncates_left(tokenizer, trained)
-    return replace(template, cls_interval=settings.cls_interval, truncate_left=left)
+        read_token_heads(folder, self.token_heads, self.settings.is_colbert)

@@ -6,7 +6,8 @@
     config_sentence_transformers.json   prompts, the similarity of vectors
     embedder_config.json                what that layout has no place for: a query's own maximum length, MCLS
 
-Models of public families whose folders say only a part of it are in known_embedders.json, by their names.
+Folders with lexical weights or token vectors are in `representation_files`. Models of public families whose folders say
+only a part of it are in known_embedders.json, by their names.
 
 They are written with the keys and class names of sentence-transformers before 5.4, which it still reads:
 text-embeddings-inference reads no others, and older versions of vLLM would pool in another way without a word. Nothing
@@ -16,13 +17,27 @@ here imports torch.
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rag_retrieval.models.options import EmbedderOptions
+from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, EmbedderOptions
 from rag_retrieval.models.prompts import names_in
+from rag_retrieval.models.representation_files import (
+    LINEAR,
+    LINEAR_FILES,
+    MAXSIM,
+    SPLADE,
+    STANFORD,
+    heads_in,
+    is_colbert,
+    is_sparse_encoder,
+    pylate_options,
+    read_colbert,
+    read_sparse_encoder,
+    sparse_encoder_files,
+)
 from rag_retrieval.models.settings import ModelFiles, choose_setting, expect, parsing, read_json
 from rag_retrieval.models.text_encoding import PROMPT_NAMES
 
@@ -42,6 +57,12 @@ POOLING_KEYS = {  # of sentence-transformers before 5.4; None: not known here
 }
 POOLING_NAMES = {"cls": "cls", "mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last"}
 CLASSES = {kind: f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Dense", "Normalize")}
+CLASSES |= {
+    "MLMTransformer": "sentence_transformers.sparse_encoder.models.MLMTransformer",
+    "SpladePooling": "sentence_transformers.sparse_encoder.models.SpladePooling",
+    "CausalTransformer": "sentence_transformers.base.modules.transformer.Transformer",
+    "PyLateDense": "pylate.models.Dense.Dense",
+}
 CLASSES["LatentAttention"] = "rag_retrieval.models.embedding_heads.LatentAttention"  # no other program opens it
 
 
@@ -80,17 +101,25 @@ class EmbedderSettings:
     bidirectional: bool = False
     cls_interval: int | None = None
     dims: tuple[int, ...] = ()
-    representations: tuple[str, ...] = ("dense",)
+    representations: tuple[str, ...] = (DENSE,)
     lexical: str | None = None
     query_expansion: bool = False
     attend_to_expansion_tokens: bool = False
     skiplist_words: tuple[str, ...] = ()
 
     @property
+    def is_colbert(self) -> bool:
+        """Whether token vectors are all that the model gives."""
+        return self.representations == (MULTI_VECTOR,)
+
+    @property
+    def is_splade_alone(self) -> bool:
+        return self.representations == (LEXICAL,) and self.lexical == SPLADE
+
+    @property
     def multi_vector_mean(self) -> bool:
-        """Whether a MaxSim is divided by the number of the query's vectors: as in bge-m3, unless token vectors are
-        all that the model gives, as in ColBERT."""
-        return self.representations != ("multi_vector",)
+        """Whether a MaxSim is divided by the number of the query's vectors: as in BGE-M3, but not in ColBERT."""
+        return not self.is_colbert or self.similarity != MAXSIM
 
     @property
     def max_lengths(self) -> dict[str, int]:
@@ -107,11 +136,11 @@ class EmbedderSettings:
 
 def is_embedder(files: ModelFiles) -> bool:
     """Whether the folder says how its vectors are made."""
-    return bool(files.module_list)
+    return bool(files.module_list) or files.architecture == STANFORD or bool(heads_in(files))
 
 
 def read_settings(files: ModelFiles) -> dict[str, Any]:
-    """Those fields of EmbedderSettings that the files say, but for max_length.
+    """Those fields of EmbedderSettings that the files say, max_length only where ColBERT's files do.
 
     Raises ValueError for a damaged file, and for a module or pooling that is not known here.
     """
@@ -131,7 +160,16 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
     extras = read_json(files.path, EXTRAS_FILE)
     with parsing(f"{files.path}: {EXTRAS_FILE}"):
         values |= {name: expect(extras, name, int) for name in EXTRAS if extras.get(name) is not None}
-    if is_embedder(files):
+        values["representations"] = tuple(expect(extras, "representations", list, [DENSE, *heads_in(files)]))
+        values["lexical"] = expect(extras, "lexical", str, LINEAR if LEXICAL in values["representations"] else None)
+    if is_sparse_encoder(files):
+        values |= read_sparse_encoder(files)
+    elif is_colbert(files):
+        values |= read_colbert(files)
+    elif not files.module_list:
+        if heads_in(files):  # as FlagEmbedding's trainer leaves it
+            values["pooling"] = "cls"
+    else:
         check_modules(files)
         values["normalize"] = "Normalize" in files.modules
         values |= read_pooling(files)
@@ -187,13 +225,14 @@ def read_pooling(files: ModelFiles) -> dict[str, Any]:
 
 
 def read_heads(files: ModelFiles) -> list[HeadFiles]:
-    """The modules with weights, in their order. Raises ValueError for a Dense that does not take the text's vector."""
-    heads = []
+    """The modules with weights, in their order. Raises ValueError for a Dense that does not take the text's vector, or
+    of a ColBERT the token states."""
+    heads, takes = [], "token_embeddings" if is_colbert(files) else "sentence_embedding"
     for kind, folder in files.module_list:
         if kind not in ("Dense", "LatentAttention"):
             continue
         values = read_json(files.path, f"{folder}/config.json")
-        for name, known in (("module_input_name", "sentence_embedding"), ("use_residual", False)):
+        for name, known in (("module_input_name", takes), ("use_residual", False)):
             if values.get(name, known) != known:
                 raise ValueError(f"{files.path}: {folder}/config.json has {name} {values[name]!r}; known is {known!r}")
         heads.append(HeadFiles(kind, folder, values))
@@ -250,39 +289,71 @@ def check_settings(path: str, settings: EmbedderSettings, causal: bool) -> None:
 # ---- writing --------------------------------------------------------------------------------------------
 
 
-def write_settings(folder: Path, settings: EmbedderSettings, width: int, heads: Sequence[HeadFiles]) -> None:
-    """Beside the weights, config and tokenizer that lie in `folder`. width: of the model's states."""
-    latent = [each for each in heads if each.kind == "LatentAttention"]
-    pooling_folder = f"{1 + len(latent)}_Pooling"
-    modules = [("", "Transformer"), *((each.folder, each.kind) for each in latent), (pooling_folder, "Pooling")]
-    modules += [(each.folder, each.kind) for each in heads if each not in latent]
-    if settings.normalize:
-        modules.append((f"{len(modules)}_Normalize", "Normalize"))
-    entries = [
-        {"idx": place, "name": str(place), "path": path, "type": CLASSES[kind]}
-        for place, (path, kind) in enumerate(modules)
-    ]
-    write(folder / "modules.json", entries)
-    pooling = {"word_embedding_dimension": width}
-    own = "mean" if latent else settings.pooling
-    pooling |= {key: name == own for key, name in POOLING_KEYS.items()}
-    write(folder / pooling_folder / "config.json", pooling | {"include_prompt": settings.include_prompt})
-    for each in heads:
-        write(folder / each.folder / "config.json", each.values)
-    if settings.normalize:
-        (folder / modules[-1][0]).mkdir(exist_ok=True)
-    write(folder / "sentence_bert_config.json", {"max_seq_length": settings.max_length, "do_lower_case": False})
+def write_settings(
+    folder: Path,
+    settings: EmbedderSettings,
+    width: int,
+    heads: Sequence[HeadFiles],
+    vocabulary: Mapping[str, int],
+    is_decoder: bool = False,
+) -> None:
+    """Beside the weights, config and tokenizer that lie in `folder`. width: of the model's states. vocabulary: of the
+    tokenizer."""
     options = {
         "model_type": "SentenceTransformer",
         "prompts": {"query": "", "document": ""} | settings.prompts,
         "default_prompt_name": settings.default_prompt,
         "similarity_fn_name": settings.similarity,
     }
+    transformer = {"max_seq_length": settings.max_length, "do_lower_case": False}
+    files = {each.folder: each.values for each in heads}
+    if settings.is_splade_alone:
+        modules, pooling, of_transformer = sparse_encoder_files(width, is_decoder)
+        options |= {"model_type": "SparseEncoder", "similarity_fn_name": "dot"}
+        transformer |= of_transformer
+        files |= pooling
+    elif settings.is_colbert:
+        modules = [("", "Transformer"), *((each.folder, "PyLateDense") for each in heads)]
+        options |= pylate_options(settings, vocabulary)
+    else:
+        modules, pooling = dense_modules(settings, width, heads)
+        files |= pooling
+    entries = [
+        {"idx": place, "name": str(place), "path": path, "type": CLASSES[kind]}
+        for place, (path, kind) in enumerate(modules)
+    ]
+    write(folder / "modules.json", entries)
+    for path, values in files.items():
+        write(folder / path / "config.json", values)
+    if modules[-1][1] == "Normalize":
+        (folder / modules[-1][0]).mkdir(exist_ok=True)
+    write(folder / "sentence_bert_config.json", transformer)
     write(folder / "config_sentence_transformers.json", options)
     extras = {name: value for name in EXTRAS if (value := getattr(settings, name)) is not None}
+    as_bge_m3 = not settings.is_colbert and not settings.is_splade_alone
+    if as_bge_m3 and (DENSE not in settings.representations or settings.lexical == SPLADE):
+        extras |= {"representations": list(settings.representations), "lexical": settings.lexical}
     (folder / EXTRAS_FILE).unlink(missing_ok=True)
     if extras:
         write(folder / EXTRAS_FILE, extras)
+    for file in LINEAR_FILES.values():  # of another model that lay there
+        (folder / file).unlink(missing_ok=True)
+
+
+def dense_modules(
+    settings: EmbedderSettings, width: int, heads: Sequence[HeadFiles]
+) -> tuple[list[tuple[str, str]], dict[str, dict]]:
+    """(folder, class) of each module, and the config of the pooling by its folder."""
+    latent = [each for each in heads if each.kind == "LatentAttention"]
+    folder = f"{1 + len(latent)}_Pooling"
+    modules = [("", "Transformer"), *((each.folder, each.kind) for each in latent), (folder, "Pooling")]
+    modules += [(each.folder, each.kind) for each in heads if each not in latent]
+    if settings.normalize:
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
+    pooling = {"word_embedding_dimension": width}
+    own = "mean" if latent else settings.pooling
+    pooling |= {key: name == own for key, name in POOLING_KEYS.items()}
+    return modules, {folder: pooling | {"include_prompt": settings.include_prompt}}
 
 
 def write(path: Path, values: dict | list) -> None:

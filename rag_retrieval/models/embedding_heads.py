@@ -2,16 +2,23 @@
 
 Each lies in a folder of the model's: config.json and model.safetensors. A head has `saved_as` (the name of its class
 there), `name_prefix` (before the names of its weights in the file), `of_values` and `saved_values` (its config.json).
+
+Token heads make lexical weights and token vectors of token states. They are linear layers too, and lie where
+`representation_files` says.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rag_retrieval.models.embedding_files import HeadFiles
+from rag_retrieval.models.embedding_files import HeadFiles, read_heads
 from rag_retrieval.models.loading import reading
+from rag_retrieval.models.options import MULTI_VECTOR
+from rag_retrieval.models.representation_files import LINEAR_FILES, STANFORD, heads_in, is_colbert
 from rag_retrieval.models.settings import ModelFiles, find_file, parsing
 
 WEIGHTS = "model.safetensors"
@@ -125,3 +132,72 @@ def load_head(files: ModelFiles, saved: HeadFiles) -> Head:
 def load_weights(head: Head, weights: dict[str, torch.Tensor]) -> None:
     """weights: as they stand in a file."""
     head.load_state_dict({name.removeprefix(head.name_prefix): value for name, value in weights.items()})
+
+
+# ---- token heads ----------------------------------------------------------------------------------------
+
+
+def load_token_heads(files: ModelFiles) -> dict[str, nn.Module]:
+    """By the name of their representation: a `Projection` to one number, and a chain of them for token vectors.
+
+    Raises ValueError as `load_head`.
+    """
+    if files.architecture == STANFORD:
+        return {MULTI_VECTOR: nn.Sequential(linear_of({"weight": stanford_weight(files)}))}
+    if is_colbert(files):
+        return {MULTI_VECTOR: nn.Sequential(*(load_head(files, saved) for saved in read_heads(files)))}
+    heads: dict[str, nn.Module] = {}
+    for name in heads_in(files):
+        file = find_file(files.path, LINEAR_FILES[name])
+        with reading(f"{files.path}: {LINEAR_FILES[name]}"):
+            head = linear_of(torch.load(file, map_location="cpu", weights_only=True))
+        heads[name] = nn.Sequential(head) if name == MULTI_VECTOR else head
+    return heads
+
+
+def linear_of(weights: dict[str, torch.Tensor]) -> Projection:
+    """A linear layer of a state {weight, bias or not}, in float32."""
+    out_features, in_features = weights["weight"].shape
+    head = Projection(in_features, out_features, "bias" in weights)
+    head.load_state_dict(weights)
+    return head
+
+
+def stanford_weight(files: ModelFiles) -> torch.Tensor:
+    """The projection, which lies among the weights of the model."""
+    file, old = (find_file(files.path, name) for name in (WEIGHTS, "pytorch_model.bin"))
+    with reading(f"{files.path}: linear.weight"):
+        if file is None:
+            return torch.load(old, map_location="cpu", weights_only=True)["linear.weight"]
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor("linear.weight")
+
+
+def save_token_heads(folder: Path, heads: nn.ModuleDict, state: dict[str, torch.Tensor], as_colbert: bool) -> None:
+    """state: of `heads`. as_colbert: in the files of PyLate, else of BGE-M3."""
+    for name in heads:
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if as_colbert:
+            for place in range(len(heads[name])):
+                weights = {f"linear.{key.partition('.')[2]}": value.contiguous() for key, value in own.items()
+                           if key.startswith(f"{place}.")}  # fmt: skip
+                (folder / dense_folder(place)).mkdir(exist_ok=True)
+                save_file(weights, folder / dense_folder(place) / WEIGHTS)
+        else:
+            weights = {key.rpartition(".")[2]: value.detach().cpu().clone() for key, value in own.items()}
+            torch.save(weights, folder / LINEAR_FILES[name])
+
+
+def read_token_heads(folder: Path, heads: nn.ModuleDict, as_colbert: bool) -> None:
+    """What `save_token_heads` wrote, into the heads."""
+    for name, head in heads.items():
+        layers = head if name == MULTI_VECTOR else [head]
+        for place, layer in enumerate(layers):
+            if as_colbert:
+                load_weights(layer, load_file(folder / dense_folder(place) / WEIGHTS))
+            else:
+                layer.load_state_dict(torch.load(folder / LINEAR_FILES[name], map_location="cpu", weights_only=True))
+
+
+def dense_folder(place: int) -> str:
+    return f"{1 + place}_Dense"

@@ -26,10 +26,12 @@ def on_device(values: np.ndarray, device: torch.device, dtype: torch.dtype = tor
     return tensor.to(device, non_blocking=True).to(dtype)
 
 
-def padded_inputs(batch: TokenBatch, pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+def padded_inputs(
+    batch: TokenBatch, pad_token_id: int, device: torch.device, unattended: np.ndarray | None = None
+) -> dict[str, torch.Tensor]:
     """Right-padded model inputs: input_ids, attention_mask and, where the family has them, token_type_ids.
 
-    Each is [texts, longest], int64.
+    Each is [texts, longest], int64. unattended: [texts], tokens at the end of each text that none attends to.
     """
     real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
     ids = np.full(real.shape, pad_token_id, np.int32)
@@ -38,6 +40,8 @@ def padded_inputs(batch: TokenBatch, pad_token_id: int, device: torch.device) ->
     if batch.types is not None:
         inputs["token_type_ids"] = np.zeros(real.shape, np.int32)
         inputs["token_type_ids"][real] = batch.types
+    if unattended is not None:
+        inputs["attention_mask"] = np.arange(real.shape[1]) < (batch.lengths - unattended)[:, None]
     return {name: on_device(values, device) for name, values in inputs.items()}
 
 
@@ -68,11 +72,11 @@ class AttentionRun(NamedTuple):
 class Packing:
     """The packed row of one batch: for a causal model, which may share prefixes, or for a bidirectional one.
 
-    lengths: [segments], tokens. prefix_segments: [segments], the segment of the shared prefix; -1 without one.
-    query_lengths, query_segments: how many tokens attend, the last ones of which segment: all tokens of every segment,
-    but for `pooled_layout`. token_index: [row], int64, which of the batch's tokens are in the row; None for all.
-    positions: [row], int64, of each text from `first_position` on. pooled_index: [texts], int64, place in the row of
-    the token whose state the head reads.
+    lengths: [segments], tokens; key_lengths: how many of them, the first, are attended to. prefix_segments: [segments],
+    the segment of the shared prefix; -1 without one. query_lengths, query_segments: how many tokens attend, the last
+    ones of which segment: all tokens of every segment, but for `pooled_layout`. token_index: [row], int64, which of the
+    batch's tokens are in the row; None for all. positions: [row], int64, of each text from `first_position` on.
+    pooled_index: [texts], int64, place in the row of the token whose state the head reads.
     """
 
     def __init__(
@@ -82,10 +86,16 @@ class Packing:
         device: torch.device,
         first_position: int = 0,
         pooled_last: bool | None = None,
+        pooled_alone: bool = True,
+        unattended: np.ndarray | None = None,
     ):
         """first_position: where it is above 0, as in RoBERTa's family, first_position - 1 is the id of the padding
         token and its position: such a token inside a text is not counted. pooled_last: whether the head reads a text's
-        last token, or its first; None: the last with shared prefixes."""
+        last token, or its first; None: the last with shared prefixes. pooled_alone: whether no other token's state is
+        read. unattended: [texts], tokens at the end of each text that none attends to; of a bidirectional model without
+        sliding windows."""
+        assert unattended is None or not shares_prefixes
+        self.pooled_alone = pooled_alone
         shared = batch.shared if shares_prefixes else np.zeros_like(batch.shared)
         first_tokens = np.cumsum(batch.lengths, dtype=np.int32) - batch.lengths  # of each text, in the batch
         # a run is a text that shares nothing with the one before it, and those after it that do
@@ -98,6 +108,7 @@ class Packing:
 
         self.device = device
         self.lengths = np.insert(batch.lengths - prefixes, inserted, run_prefixes[sharing])
+        self.key_lengths = self.lengths if unattended is None else self.lengths - unattended
         is_text = np.insert(np.ones(len(batch), bool), inserted, False)
         self._text_segments = np.flatnonzero(is_text)
         run_segments = np.full(len(run_starts), -1)
@@ -134,7 +145,7 @@ class Packing:
     def attention_runs(self) -> list[AttentionRun]:
         """What attends in one call on a CPU: neighbours of equal length together, those with a prefix alone."""
         starts, runs, query_start = (self._ends - self.lengths).tolist(), [], 0
-        lengths, prefixes = self.lengths.tolist(), self.prefix_segments.tolist()
+        lengths, prefixes = self.key_lengths.tolist(), self.prefix_segments.tolist()
         for place, query_length in zip(self.query_segments.tolist(), self.query_lengths.tolist(), strict=True):
             length, prefix = lengths[place], prefixes[place]
             last = runs[-1] if runs else None
@@ -159,10 +170,10 @@ class Packing:
         prefix_places = self.prefix_segments[places]
         # of each segment two ranges of keys: its prefix's, which may be empty, and its own
         ranges = np.stack((prefix_places, places), axis=1).ravel()
-        lengths = np.where(ranges < 0, 0, self.lengths[ranges])
+        lengths = np.where(ranges < 0, 0, self.key_lengths[ranges])
         key_lengths = lengths.reshape(-1, 2).sum(axis=1)
         key_index = None
-        if len(places) < len(self.lengths) or (prefix_places >= 0).any():
+        if key_lengths.sum() != self.lengths.sum() or (prefix_places >= 0).any():
             starts = self._ends[ranges] - self.lengths[ranges]
             key_index = on_device(concatenated_ranges(starts, lengths), self.device)
         bounds = (np.append(0, np.cumsum(counts)) for counts in (self.query_lengths, key_lengths))

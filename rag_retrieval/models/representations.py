@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-DENSE, LEXICAL, MULTI_VECTOR = "dense", "lexical", "multi_vector"
-REPRESENTATIONS = (DENSE, LEXICAL, MULTI_VECTOR)
+from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
+
+__all__ = ["DENSE", "LEXICAL", "MULTI_VECTOR", "REPRESENTATIONS", "Lexical", "Representations", "TokenVectors"]
 
 
 class Lexical(NamedTuple):

@@ -26,7 +26,8 @@ class TextTemplate:
     """prefix, suffix: special tokens around every text. has_types: whether the family has segment ids, all 0 here.
     cls_interval: a long text gets the prefix's one token again after every so many tokens, itself counted (MCLS of
     BGE-M3, https://arxiv.org/abs/2402.03216); None for none. truncate_left: a text that is too long loses its
-    beginning. empty_token: what stands for an empty text of a family without special tokens.
+    beginning. empty_token: what stands for an empty text of a family without special tokens. expansion_token: what
+    fills up queries to expanded_length tokens (ColBERT); None for none.
     """
 
     prefix: tuple[int, ...]
@@ -35,6 +36,8 @@ class TextTemplate:
     cls_interval: int | None = None
     truncate_left: bool = False
     empty_token: int = 0
+    expansion_token: int | None = None
+    expanded_length: int = 0
 
 
 def text_template(tokenizer: "PreTrainedTokenizerBase") -> TextTemplate:
@@ -130,8 +133,8 @@ class TextEncoder:
         """
         prompt = self.prompt_for(kind) if prompt is None else prompt
         limit = self.max_length_of(kind) if max_length is None else max_length
-        encoded = (self.join(*parts, limit) for parts in self._split(prompt, texts))
-        return [replace(text, is_query=kind == "query") for text in encoded]
+        encoded = [self.join(*parts, limit) for parts in self._split(prompt, texts)]
+        return [self.expand(text, limit) for text in encoded] if kind == "query" else encoded
 
     def _split(self, prompt: str, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """The ids of the prompt and those of the text, tokenized as one string: a token that lies in both is the
@@ -150,7 +153,7 @@ class TextEncoder:
         """One text from its ids, of at most `limit` tokens; None for no limit."""
         template = self.template
         ids, start = np.array([*prompt_ids, *text_ids], np.int32), len(prompt_ids)
-        keep = len(ids) if limit is None else min(len(ids), self._budget(limit))
+        keep = len(ids) if limit is None else min(len(ids), self.budget(limit))
         dropped = len(ids) - keep
         if template.truncate_left:
             ids, start = ids[dropped:], max(0, start - dropped)
@@ -170,7 +173,19 @@ class TextEncoder:
         types = np.zeros_like(ids) if template.has_types else None
         return EncodedPair(ids, types, dropped > 0, start)
 
-    def _budget(self, limit: int) -> int:
+    def expand(self, text: EncodedPair, limit: int | None = None) -> EncodedPair:
+        """The text as a query, with mask tokens at its end where the template expands queries. limit: tokens at most;
+        None for no other limit than that of the template."""
+        template = self.template
+        if template.expansion_token is None:
+            return replace(text, is_query=True)
+        length = template.expanded_length if limit is None else min(limit, template.expanded_length)
+        more = max(0, length - len(text))
+        ids = np.concatenate((text.ids, np.full(more, template.expansion_token, np.int32)))
+        types = None if text.types is None else np.zeros_like(ids)
+        return replace(text, ids=ids, types=types, is_query=True, expansion=more)
+
+    def budget(self, limit: int) -> int:
         """Tokens of prompt and text that fit into `limit` tokens."""
         room = limit - len(self.template.suffix)
         interval = self.template.cls_interval

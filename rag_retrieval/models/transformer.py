@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_retrieval.models.loading import check_max_length, first_position
-from rag_retrieval.models.packed_model import HALF_TOLERANCE, kernel_problem, sliding_window
+from rag_retrieval.models.packed_attention import kernel_problem
+from rag_retrieval.models.packed_model import HALF_TOLERANCE, sliding_window
 
 
 class TransformerModule(nn.Module):

@@ -15,7 +15,7 @@ import numpy as np
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.vector_shards import Vectors, drawn_rows
+from rag_retrieval.retrieval.stored_vectors import Vectors, drawn_rows
 
 FAISS_SAMPLE = 1 << 18  # vectors that an index such as IVF is trained on
 FAISS_ADDED = 1 << 14  # vectors added at once

@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rag_retrieval.core.config import LOCAL, EngineOptions
 from rag_retrieval.core.distributed import on_main, process_group
 from rag_retrieval.core.files import STAGE_NAME, WorkFolder, content_of, digest_of, flush_to_disk, locked
@@ -26,13 +24,13 @@ from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.documents import Document, read_documents, row_file, source_content
 from rag_retrieval.data.records import DataError
 from rag_retrieval.retrieval.bm25 import build_bm25
-from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
 from rag_retrieval.retrieval.index_files import (
     IndexState,
     check_folder,
     check_same,
-    dense_names,
     fingerprint,
+    model_names,
     sizes_of,
 )
 
@@ -101,7 +99,7 @@ def update(
             on_main(lambda: check_same(folder, before.made_from, fingerprint(before.options)))
         corpus = on_main(lambda: change_documents(before, source, ids))
         made_from = before.made_from | {"corpus": on_main(lambda: corpus_name(corpus))}
-        # int8 vectors that are copied keep their ranges
+        # vectors that are copied keep their ranges and codes
         parts = {kind: name for kind, name in before.parts.items() if kind == "ranges"} | {"corpus": corpus.name}
         finish(replace(before, made_from=made_from, parts=parts), engine, old=before)
 
@@ -160,15 +158,29 @@ def finish(state: IndexState, engine: EngineOptions, old: IndexState | None) -> 
     if options.bm25 and "bm25" not in parts:
         parts["bm25"] = on_main(lambda: build_words(state))
     if options.embedder is not None:
-        from rag_retrieval.retrieval.dense import open_search
-
         if "vectors" not in parts:
             encode(state, parts, engine, old)
         if options.faiss_index is not None and "faiss" not in parts:
             parts["faiss"] = on_main(lambda: build_approximate(state))
-        search = open_search(state.paths, options, lambda texts: np.zeros(0))
-        state = replace(state, recall=on_main(lambda: None if search.is_exact else search.recall(options.seed)))
+        state = on_main(lambda: measured(state))
     on_main(lambda: switch(state))
+
+
+def measured(state: IndexState) -> IndexState:
+    """With what its searches miss."""
+    from rag_retrieval.retrieval.searches import open_searches
+    from rag_retrieval.retrieval.token_codec import read_loss
+    from rag_retrieval.retrieval.vector_shards import fitted_folder
+
+    options = state.options
+    searches = open_searches(state.paths, options, represent=None)
+    recall = {
+        stage: search.recall(options.seed)
+        for stage, search in searches.items()
+        if stage != LEXICAL and not search.is_exact
+    }
+    loss = read_loss(fitted_folder(state.paths)) if MULTI_VECTOR in searches else {}
+    return replace(state, recall=recall.get(DENSE), token_recall=recall.get(MULTI_VECTOR), token_loss=loss or None)
 
 
 def check_libraries(options: IndexOptions) -> None:
@@ -189,16 +201,16 @@ def build_words(state: IndexState) -> str:
 
 
 def encode(state: IndexState, parts: dict[str, str], engine: EngineOptions, old: IndexState | None) -> None:
-    """Adds the vectors to the parts, and the ranges of int8."""
-    from rag_retrieval.retrieval.vector_shards import precisions, shards_of
+    """Adds what the model gives to the parts, and what it is kept by: ranges of int8, centroids, codes."""
+    from rag_retrieval.retrieval.vector_shards import fitted_folder
 
     options, folder = state.options, state.folder.resolve()
-    made_from = {name: state.made_from[name] for name in ("corpus", "model", *dense_names())}
+    made_from = {name: state.made_from[name] for name in ("corpus", "model", *model_names(options))}
     corpus = folder / parts["corpus"]
-    if "int8" in precisions(options).values():
+    if options.fits_vectors or options.fits_tokens:
         if "ranges" not in parts:
             parts["ranges"] = f"ranges-{digest_of([made_from, options.seed])}"
-            work = ShardWork(f"{VECTOR_SHARDS}:open_ranges", {"corpus": corpus, "options": options})
+            work = ShardWork(f"{VECTOR_SHARDS}:open_samples", {"corpus": corpus, "options": options})
             run_shards(folder / parts["ranges"], made_from, [1], work, engine, description="ranges", unit="samples")
         made_from["ranges"] = parts["ranges"]
     parts["vectors"] = f"vectors-{digest_of([made_from, options.shard_size])}"
@@ -207,8 +219,8 @@ def encode(state: IndexState, parts: dict[str, str], engine: EngineOptions, old:
     arguments = {
         "corpus": corpus,
         "options": options,
-        "ranges": folder / parts["ranges"] if "ranges" in parts else None,
-        "old": old and (folder / old.parts["corpus"], shards_of(folder / old.parts["vectors"])),
+        "fitted": fitted_folder({kind: folder / name for kind, name in parts.items()}),
+        "old": old and (folder / old.parts["corpus"], folder / old.parts["vectors"]),
     }
     work = ShardWork(f"{VECTOR_SHARDS}:open_shards", arguments)
     run_shards(folder / parts["vectors"], made_from, sizes, work, engine, description="encoding", unit="documents")

@@ -34,6 +34,17 @@ def best_rows(scores: np.ndarray, depth: int) -> np.ndarray:
     return rows[np.lexsort((rows, -scores[rows]))][:depth]
 
 
+def part_found(queries: np.ndarray, nearest: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+    """The part of the nearest documents that a search finds, with documents as queries, which do not count themselves;
+    1 where there are no others. queries: rows. nearest, found: rows for each query."""
+    num_found = num_nearest = 0
+    for row, best, rows in zip(queries.tolist(), nearest, found, strict=True):
+        others = set(best.tolist()) - {row}
+        num_found += len(others.intersection(rows.tolist()))
+        num_nearest += len(others)
+    return num_found / num_nearest if num_nearest else 1.0
+
+
 class Search(Protocol):
     """A search over a corpus. words: how BM25's words were made (`describe_words`), "" where none were counted."""
 

@@ -7,28 +7,17 @@ The best of an approximate search (FAISS, or coarse vectors beside a finer copy)
 that are kept, and so is a judged document, also where it was not found.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from rag_retrieval.models.devices import choose_device
 from rag_retrieval.models.nearest import nearest
-from rag_retrieval.retrieval.approximate import read_faiss
-from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.vector_shards import Encode, Vectors, drawn_rows, open_vectors
+from rag_retrieval.retrieval.candidates import Candidates, part_found
+from rag_retrieval.retrieval.encoding import Encode
+from rag_retrieval.retrieval.stored_vectors import Vectors, drawn_rows
 
 RECALL_QUERIES, RECALL_DEPTH = 200, 10
-
-
-def open_search(paths: Mapping[str, Path], options: IndexOptions, encode: Encode) -> "DenseSearch":
-    """paths: of the parts of an index."""
-    vectors, *finer = open_vectors(paths, options)
-    index = read_faiss(paths["faiss"], options.faiss_search) if "faiss" in paths else None
-    device, factor = choose_device(options.device), options.rescore_factor
-    return DenseSearch(vectors, encode, device, *finer, index=index, factor=factor)
 
 
 class DenseSearch:
@@ -71,17 +60,17 @@ class DenseSearch:
             lists.append(Candidates(found, found_scores, self.finest.rows(asked) @ query))
         return lists
 
+    def similarity_of_first(self, given: np.ndarray) -> float:
+        """The cosine of the first document's vector and the one given for it, float32 [1, dim]."""
+        return self.finest.similarity(given, self.finest.rows(np.zeros(1, np.int64)))
+
+    def search_documents(self, rows: np.ndarray, depth: int) -> list[Candidates]:
+        """`search` with documents as queries, by the finest vectors that are kept."""
+        return self.search_vectors(self.finest.rows(rows), [np.zeros(0, np.int64)] * len(rows), depth)
+
     def recall(self, seed: int) -> float:
         """The part of the nearest `RECALL_DEPTH` by the finest vectors that the search finds, over documents drawn by
         the seed as queries. A document itself does not count; 1 where there is no other."""
-        drawn = drawn_rows(len(self.vectors), RECALL_QUERIES, seed)
-        queries, depth = self.finest.rows(drawn), RECALL_DEPTH + 1
-        exact, _ = nearest(queries, self.finest.parts, depth, self.device, self.finest.decode)
-        none = [np.zeros(0, np.int64)] * len(drawn)
-        found = self.search_vectors(queries, none, depth)
-        num_found = num_nearest = 0
-        for row, best, candidates in zip(drawn.tolist(), exact.tolist(), found, strict=True):
-            others = set(best) - {row}
-            num_found += len(others.intersection(candidates.rows.tolist()))
-            num_nearest += len(others)
-        return num_found / num_nearest if num_nearest else 1.0
+        drawn, depth = drawn_rows(len(self.vectors), RECALL_QUERIES, seed), RECALL_DEPTH + 1
+        exact, _ = nearest(self.finest.rows(drawn), self.finest.parts, depth, self.device, self.finest.decode)
+        return part_found(drawn, exact, [candidates.rows for candidates in self.search_documents(drawn, depth)])

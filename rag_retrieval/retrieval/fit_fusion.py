@@ -1,9 +1,9 @@
 """Weights of a fusion from judged queries, and the command `fit-fusion`.
 
-Every combination of weights in steps of 0.05 is measured, so the same lists give the same weights. What the best one
-reaches on the queries that chose it says too much. So the queries are dealt into five parts, each is measured with the
-weights that the other four choose, and by this figure the weights must beat each stage alone and reciprocal ranks.
-Where they do not, the best of those is taken: where one side only hurts, the other side alone.
+Every combination of weights in steps of 0.05 (of four stages 0.1) is measured, so the same lists give the same weights.
+What the best one reaches on the queries that chose it says too much. So the queries are dealt into five parts, each is
+measured with the weights that the other four choose, and by this figure the weights must beat each stage alone and
+reciprocal ranks. Where they do not, the best of those is taken: where one side only hurts, the other side alone.
 
 The weight of a reranker is fitted after these, in the same way: its scores and those of the list that it read are two
 stages over the same documents, and reciprocal ranks are no choice.
@@ -31,7 +31,8 @@ from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
 if TYPE_CHECKING:
     from rag_retrieval.retrieval.retriever import Retriever
 
-STEPS = 20  # of a weight between 0 and 1
+STEPS = {2: 20, 3: 20}  # of a weight between 0 and 1, by the number of stages
+STEPS_OF_MANY = 10  # 286 combinations of four stages, where 20 would be 1,771
 FOLDS = 5  # parts of the queries
 RRF, WEIGHTS = "reciprocal ranks", "fitted weights"
 
@@ -149,10 +150,11 @@ def _with_text(lists: Mapping[str, Candidates]) -> dict[str, Candidates]:
 
 
 def _combinations(stages: int) -> Iterator[tuple[float, ...]]:
-    """All weights of so many stages in steps of 1 / STEPS whose sum is 1."""
-    for counts in product(range(STEPS + 1), repeat=stages - 1):
-        if sum(counts) <= STEPS:
-            yield tuple(count / STEPS for count in (*counts, STEPS - sum(counts)))
+    """All weights of so many stages in equal steps whose sum is 1."""
+    steps = STEPS.get(stages, STEPS_OF_MANY)
+    for counts in product(range(steps + 1), repeat=stages - 1):
+        if sum(counts) <= steps:
+            yield tuple(count / steps for count in (*counts, steps - sum(counts)))
 
 
 def _best(grid: np.ndarray, means: np.ndarray) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from rich.filesize import decimal
 
 from rag_retrieval.core.config import LOCAL, EngineOptions
 from rag_retrieval.core.files import atomic_write
@@ -18,14 +19,14 @@ from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import BM25, Bm25Search
 from rag_retrieval.retrieval.candidates import Search
-from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState, words_of
+from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
+from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState, sizes_by_stage, words_of
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
-    from rag_retrieval.retrieval.vector_shards import Vectors
+    from rag_retrieval.retrieval.encoding import Encoded
+    from rag_retrieval.retrieval.stored_vectors import Vectors
 
-DENSE = "dense"
 EXPORTED = 4096  # rows written to Parquet at once
 SAME_VECTOR = 0.98  # least cosine of a document's vector with itself, in any precision
 
@@ -64,10 +65,14 @@ def check_embedder(embedder: object) -> None:
 class Index:
     """An index that was built. Several threads may search one.
 
-    documents: the corpus, by row. searches: "bm25" and "dense", those that the index has. opened: both, for who needs
-    them of one state while another thread may update. made_from: all that the index depends on, by name. recall: the
-    part of the nearest documents that an approximate dense search finds, as it was measured when the index was built;
-    None where the search is exact.
+    documents: the corpus, by row. searches: "bm25", "dense", "lexical", "multi_vector", those that the index has.
+    opened: both, for who needs them of one state while another thread may update. made_from: all that the index depends
+    on, by name. sizes: bytes on the disk of each search, and of the "texts".
+
+    What searches miss was measured when the index was built. recall: the part of the nearest documents that an
+    approximate dense search finds; None where it is exact. token_recall: the part of the best by the token vectors that
+    are kept; None where all documents are scored. token_loss: what these find of the best by whole vectors, `recall`
+    and `ndcg`; None where no number has fewer than 16 bits.
 
     embedder: in place of the one that the index names, which is opened when it is first needed. device, devices,
     trust_remote_code: for that, see `Embedder`. Raises ValueError for a folder without a finished index, a damaged one,
@@ -89,6 +94,7 @@ class Index:
         self._given = embedder
         self._local = {"device": device, "devices": devices, "trust_remote_code": trust_remote_code}
         self._embedder: Embedder | None = None
+        self._last_queries: tuple[list[str], Encoded] | None = None
         self._lock = threading.Lock()
         self._open()
 
@@ -105,7 +111,8 @@ class Index:
             if IndexState.read(self.folder, self._local) == state:
                 raise
             return self._open()  # another process switched to a newer one
-        self.made_from, self.recall, self.options = state.made_from, state.recall, state.options
+        self.made_from, self.options, self.sizes = state.made_from, state.options, sizes_by_stage(state.sizes)
+        self.recall, self.token_recall, self.token_loss = state.recall, state.token_recall, state.token_loss
         self.opened = Opened(documents, searches)
 
     def _searches(self, state: IndexState) -> dict[str, Search]:
@@ -117,9 +124,9 @@ class Index:
                 raise ValueError(f"{self.folder}: words are made in another way now ({found}); build the index again")
             searches[BM25] = Bm25Search(state.path("bm25"))
         if "vectors" in state.parts:
-            from rag_retrieval.retrieval.dense import open_search
+            from rag_retrieval.retrieval.searches import open_searches
 
-            searches[DENSE] = open_search(state.paths, state.options, self._encode_queries)
+            searches |= open_searches(state.paths, state.options, self._represent_queries)
         return searches
 
     @property
@@ -143,8 +150,9 @@ class Index:
 
     def _open_embedder(self) -> "Embedder":
         opened = self.opened
-        vectors = self._finest(opened)
-        from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
+        if self.options.embedder is None:
+            raise ValueError(f"{self.folder}: an index of words alone; build it with an embedder")
+        from rag_retrieval.retrieval.encoding import open_embedder, represent_with
 
         if self._given is None:
             name, expected = self.options.embedder, self.made_from["model"]
@@ -155,9 +163,9 @@ class Index:
                     f"{expected}, now {found}); bring that model back, or build the index again"
                 )
             return open_embedder(self.options)
-        own = encode_with(self._given, "document", self.options)
-        first, stored = own([opened.documents.text(0)])[0], vectors.rows(np.zeros(1, np.int64))[0]
-        if vectors.similarity(first, stored) < SAME_VECTOR:
+        own = represent_with(self._given, "document", self.options)([opened.documents.text(0)])
+        kinds = self.options.representations
+        if min(opened.searches[kind].similarity_of_first(getattr(own, kind)) for kind in kinds) < SAME_VECTOR:
             raise ValueError(
                 f"{self.folder}: the given embedder has another vector for the first document than the index; expected "
                 f"the model and options of the index: {json.dumps(self.made_from, ensure_ascii=False)}"
@@ -171,17 +179,39 @@ class Index:
                 self._embedder.close()
             self._embedder = None
 
-    def _encode_queries(self, texts: list[str]) -> np.ndarray:
-        from rag_retrieval.retrieval.vector_shards import encode_with
+    def _represent_queries(self, texts: list[str]) -> "Encoded":
+        """Several searches ask for the same queries one after another, and one forward serves them all."""
+        from rag_retrieval.retrieval.encoding import represent_with
 
-        return encode_with(self.embedder, "query", self.options)(texts)
+        last = self._last_queries
+        if last is None or last[0] != texts:
+            last = list(texts), represent_with(self.embedder, "query", self.options)(texts)
+            self._last_queries = last
+        return last[1]
 
     def describe(self) -> str:
-        """`9,358 documents; bm25 (english 7,482), dense (float16)`, and the recall of an approximate search."""
-        kinds = {DENSE: self.options.faiss_index or self.options.vector_precision}
-        shown = [f"{name} ({kinds.get(name) or search.words})" for name, search in self.searches.items()]
-        recall = "" if self.recall is None else f"; finds {self.recall:.1%} of the 10 nearest (documents as queries)"
-        return f"{len(self):,} documents; {', '.join(shown)}{recall}"
+        """`9,358 documents; bm25 (english 7,482; 1.2 MB), dense (float16; 7.2 MB); texts 2.4 MB`, and what searches
+        that are not exact miss."""
+        shown = [f"{name} ({self._kind(name)}; {decimal(self.sizes[name])})" for name in self.searches]
+        lines = [f"{len(self):,} documents", ", ".join(shown), f"texts {decimal(self.sizes['texts'])}"]
+        if self.recall is not None:
+            lines.append(f"finds {self.recall:.1%} of the 10 nearest (documents as queries)")
+        if self.token_recall is not None:
+            candidates = self.options.token_candidates
+            lines.append(f"candidates of {candidates} have {self.token_recall:.1%} of the 10 best by token vectors")
+        if self.token_loss is not None:
+            found = f"{self.token_loss['recall']:.1%} of the 10 best by float32, nDCG@10 {self.token_loss['ndcg']:.4f}"
+            lines.append(f"{self.options.token_precision} finds {found}")
+        return "; ".join(lines)
+
+    def _kind(self, stage: str) -> str:
+        search, options = self.searches[stage], self.options
+        return {
+            BM25: lambda: search.words,
+            DENSE: lambda: options.faiss_index or options.vector_precision,
+            LEXICAL: lambda: f"{search.entries:,} weights",
+            MULTI_VECTOR: lambda: f"{len(search.documents.vectors):,} vectors in {options.token_precision}",
+        }[stage]()
 
     # ---- changes
 

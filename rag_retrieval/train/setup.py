@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from rag_retrieval.models.packed_model import ATTENTION, attention_dropout, packed_attention
+from rag_retrieval.models.packed_attention import ATTENTION, packed_attention
+from rag_retrieval.models.packed_model import attention_dropout
 from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.lora import add_lora
 from rag_retrieval.train.optim import make_adamw, parameter_groups

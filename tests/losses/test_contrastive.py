@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
-from step_samples import DIM, gradients, random_step, step_records, vector_gradients
+from step_samples import DIM, LargestTensor, gradients, random_step, step_records, vector_gradients
 
 from rag_retrieval.losses.embedding import objective_of
 from rag_retrieval.losses.step_targets import targets_of
@@ -189,7 +189,7 @@ def test_documents_above_the_positive_by_the_margin_are_left_out(margin, margin_
     found = vector_gradients(wanted, queries, documents, targets, factor=1.0)
     expected = math.log(sum(math.exp(cosine / 0.5) for cosine in kept)) - 1.2
     assert found.losses.tolist() == pytest.approx([expected], abs=1e-6)
-    assert found.report["masked"] == 4 - len(kept)
+    assert found.report["dense/masked"] == 4 - len(kept)
 
 
 @pytest.mark.parametrize("use_inbatch_neg", [True, False])
@@ -318,19 +318,6 @@ def test_value_of_sentence_transformers_matryoshka_loss():
 # ---- memory and report -------------------------------------------------------------------------------------
 
 
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Watches the number of values of every tensor that an operation makes."""
-
-    values = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for each in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(each, torch.Tensor):
-                self.values = max(self.values, each.numel())
-        return made
-
-
 def test_no_matrix_of_all_queries_and_documents_exists():
     records, documents = 512, 2048
     ids = np.arange(documents, dtype=np.uint64)
@@ -346,8 +333,8 @@ def test_report_counts_rank_cosines_and_masked_documents_at_the_full_width(width
     queries, documents, targets = one_pair_step(0.6, 0.8, 0.5, 0.0)
     found = vector_gradients(objective(widths, temperature=0.5), queries, documents, targets, factor=1.0)
     assert found.report == pytest.approx(
-        {"records": 1, "near_zero": 0, "positive_rank": 2, "positive_cosine": 0.6, "negative_cosine": 1.3,
-         "negatives": 3, "masked": 0}, abs=1e-6,
+        {"records": 1, "near_zero": 0, "dense/loss": float(found.losses), "dense/positive_rank": 2,
+         "dense/positive_score": 0.6, "dense/negative_score": 1.3, "dense/negatives": 3, "dense/masked": 0}, abs=1e-6,
     )  # fmt: skip
 
 
@@ -355,4 +342,4 @@ def test_report_of_several_losses_is_that_of_the_first():
     step = random_step()
     alone = gradients(step, objective(temperature=0.1)).report
     both = gradients(step, objective_of({"info_nce": 1.0, "kl_distillation": 1.0}, {"temperature": 0.1})).report
-    assert both == alone | {"near_zero": both["near_zero"]}
+    assert both == alone | {name: both[name] for name in ("near_zero", "dense/loss")}

@@ -29,7 +29,7 @@ def test_cosent_by_hand():
     found = vector_gradients(objective_of({"cosent": 1.0}, {"temperature": 0.1}), queries, documents, targets, 1.0)
     # the first pair has the lowest label: e^2 against the second, e^1 against the third
     assert found.losses.tolist() == pytest.approx([math.log(1 + math.exp(2) + math.exp(1))] * 3, rel=1e-5)
-    assert found.report["positive_cosine"] == pytest.approx(1.2)
+    assert found.report["dense/positive_score"] == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize("labels", [[0.1, 0.9, 0.5, 0.9, 0.1, 0.3], [1.0] * 4, [2.0]])

@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoTokenizer
 from rag_retrieval.mining.config import MiningConfig
 from rag_retrieval.mining.run import index_options
 from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.encoding import encode_with, open_embedder
 from rag_retrieval.retrieval.index_files import fingerprint
-from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
 
 TEXTS = ["panda", "The giant panda is a bear and eats bamboo all day.", "猫", ""]
 

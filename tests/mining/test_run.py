@@ -15,7 +15,7 @@ from rag_retrieval.data.records import DataError, RecordRules
 from rag_retrieval.data.store import open_store
 from rag_retrieval.mining import miner, run
 from rag_retrieval.mining.run import index_options, mine
-from rag_retrieval.retrieval.vector_shards import encode_with, open_embedder
+from rag_retrieval.retrieval.encoding import encode_with, open_embedder
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rag_retrieval.models import packed_model as packed
+from rag_retrieval.models import packed_attention as packed
 from rag_retrieval.models.packing import Packing
 from rag_retrieval.models.token_batch import TokenBatch
 
@@ -73,7 +73,24 @@ def test_the_token_that_is_read_sees_what_it_sees_among_all(window):
     everywhere, _ = packed.packed_attention(Layer(True), query, key, value, None, packing=packing, **options)
     asking = query[:, :, packing.pooled_index]
     found, _ = packed.packed_attention(Layer(True), asking, key, value, None, packing=packing.pooled_layout, **options)
-    torch.testing.assert_close(found, everywhere[:, packing.pooled_index], atol=1e-6, rtol=0)
+    expected = everywhere[:, packing.pooled_index]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    gradients, right = (torch.autograd.grad((of * weight).sum(), (query, key, value)) for of in (found, expected))
+    torch.testing.assert_close(gradients, right, atol=2e-6, rtol=0)
+
+
+def test_autocast_changes_nothing_on_a_cpu():
+    packing, *tensors = row(True)
+    expected, _ = packed.packed_attention(Layer(True), *tensors, None, packing=packing)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = packed.packed_attention(Layer(True), *tensors, None, packing=packing)
+    assert torch.equal(found, expected)
+
+
+def test_a_row_is_cut_into_parts_and_what_lies_between_them_is_left_out():
+    found = packed.cut(torch.arange(7), [(0, 2), (3, 1), (4, 2)])
+    assert [part.tolist() for part in found] == [[0, 1], [3], [4, 5]]
 
 
 def test_without_packing_it_is_ordinary_sdpa():

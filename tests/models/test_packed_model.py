@@ -35,7 +35,7 @@ from transformers import (
 
 from rag_retrieval import CrossEncoder, LLMDecoder
 from rag_retrieval.models import packed_model
-from rag_retrieval.models.packed_model import ATTENTION
+from rag_retrieval.models.packed_attention import ATTENTION
 from rag_retrieval.models.packing import padded_inputs
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.token_batch import make_batch

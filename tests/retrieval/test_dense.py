@@ -10,7 +10,7 @@ from rag_retrieval.models.vectors import ranges_of, to_float32, to_precision
 from rag_retrieval.retrieval.approximate import build_faiss, read_faiss
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.dense import DenseSearch
-from rag_retrieval.retrieval.vector_shards import Vectors, append_vectors, drawn_rows
+from rag_retrieval.retrieval.stored_vectors import NumberCodec, Vectors, append_vectors, drawn_rows
 
 VECTORS = np.random.default_rng(0).integers(-3, 4, (60, 8)).astype(np.float32)  # many equal scores
 RANGES = ranges_of(VECTORS, normalized=False)
@@ -25,9 +25,9 @@ def stored(tmp_path, precision, name="vectors", sizes=(20, 20, 19, 1)):
         shards[-1].mkdir(exist_ok=True)
         part = to_precision(VECTORS[start : start + size], precision, RANGES)
         for half in (part[: size // 2], part[size // 2 :]):
-            append_vectors(shards[-1] / f"{name}.npy", half, size)
+            append_vectors(shards[-1] / f"{name}.npy", half)
         start += size
-    return Vectors(shards, name, RANGES)
+    return Vectors(shards, name, NumberCodec(precision, RANGES))
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary"])
@@ -73,8 +73,8 @@ def test_recall_is_the_part_of_the_nearest_that_is_found(tmp_path):
 
 
 def test_a_single_document_misses_nothing(tmp_path):
-    append_vectors(tmp_path / "vectors.npy", VECTORS[:1], 1)
-    vectors = Vectors([tmp_path], "vectors", None)
+    append_vectors(tmp_path / "vectors.npy", VECTORS[:1])
+    vectors = Vectors([tmp_path], "vectors", NumberCodec("float32"))
     assert DenseSearch(vectors, None, "cpu", finer=vectors).recall(0) == 1
 
 

@@ -352,5 +352,5 @@ def test_index_json_names_everything_that_the_index_depends_on(built):
     assert made_from.keys() == {
         "corpus", "words", "model", "model_type", "dtype", "precision", "max_length",
         "attn_implementation", "query_max_length", "pooling", "prompts", "include_prompt", "cls_interval", "normalize",
-        "bidirectional", "dim", "vector_precision", "rescore_precision",
+        "bidirectional", "representations", "dim", "vector_precision", "rescore_precision",
     }  # fmt: skip

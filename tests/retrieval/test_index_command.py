@@ -54,7 +54,8 @@ def whole(corpus, model, tmp_path_factory):
 def test_an_index_is_built_changed_and_described(corpus, model, tmp_path, capsys, caplog):
     assert main(build_options(corpus, tmp_path / "index", model)) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{tmp_path}/index: 38 documents; bm25 (english ") and "dense (float16) in " in printed
+    assert printed.startswith(f"{tmp_path}/index: 38 documents; bm25 (english ")
+    assert re.search(r"dense \(float16; [\d.]+ kB\); texts [\d.]+ kB in \d+ s", printed)
     (tmp_path / "gone.txt").write_text("panda-river\n\nz2\n")
     changes = ["--add", str(corpus_file(tmp_path / "a.jsonl", ADDED)), "--remove", str(tmp_path / "gone.txt")]
     assert main(["index", "--output", str(tmp_path / "index"), *changes]) == 0
@@ -141,7 +142,8 @@ def test_the_commands_and_the_python_of_the_page_work(model, tmp_path, monkeypat
         assert main(arguments[1:]) == 0, command
     assert (tmp_path / "vectors.parquet").stat().st_size
     printed = capsys.readouterr().out.splitlines()[1]
-    assert re.match(r"runs/docs: \d+ documents; bm25 \(english [\d,]+, .*\) in \d+ s", printed)
+    sizes = r"; [\d.]+ kB\); texts [\d.]+ kB in \d+ s"
+    assert re.match(r"runs/docs: \d+ documents; bm25 \(english [\d,]+, .*" + sizes, printed)
     shutil.rmtree("runs/docs")
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(code, {})

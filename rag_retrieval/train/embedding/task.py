@@ -1,8 +1,8 @@
 """What the training loop needs to know of embedders: a loss that couples a whole optimizer step, validation, and files.
 
 Whatever the number of processes and micro-batches, the loss is that of the step's distinct texts together. Every text
-is embedded, the vectors of all processes are gathered, and the gradients at the vectors alone are taken
-(`losses.step_gradients`). Then each micro-batch back-propagates (vectors * gradients).sum(). Graphs of the first
+is embedded, what the model gave on all processes is gathered, and the gradients at that alone are taken
+(`losses.step_gradients`). Then each micro-batch back-propagates (outputs * gradients).sum(). Graphs of the first
 micro-batches are kept for that, as far as memory allows; the others are embedded a second time: gradient caching, Gao
 et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (2021). No collective has a gradient,
 so that it works under every engine.
@@ -26,12 +26,23 @@ from rag_retrieval.data.step_records import StepRecords, first_of_each
 from rag_retrieval.losses.embedding import Objective
 from rag_retrieval.losses.embedding_report import log_values, same_direction_problem, zero_loss_problem
 from rag_retrieval.losses.step_gradients import representation_gradients
-from rag_retrieval.losses.step_outputs import StepOutputs
 from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.token_batch import make_batch
 from rag_retrieval.train.embedding.guide import GuideVectors
+from rag_retrieval.train.embedding.text_outputs import (
+    Outputs,
+    difference,
+    gather_outputs,
+    joined,
+    matched,
+    of_texts,
+    on_device,
+    outputs_of,
+    places_of,
+    step_outputs,
+)
 from rag_retrieval.train.embedding.training_data import EmbeddingMicroBatch
 from rag_retrieval.train.lora import SavedModel, quiet_loading
 from rag_retrieval.train.task import StepLoss
@@ -42,7 +53,7 @@ PROBES = {  # texts whose vectors show whether a folder holds the model, and whe
     "query": ["what is a panda?", "capital of France"],
     "document": ["The giant panda is a bear that lives in China. " * 40, "Paris"],
 }
-SAME = 1e-3  # between normalized vectors of a model in memory and on disk, on any device
+SAME = 1e-3  # between what a model gives in memory and on disk, on any device
 UNCHANGED = 1e-6
 
 
@@ -111,63 +122,75 @@ class EmbeddingTask(SavedModel):
         kept = min(texts.kept for texts in everyone)  # engines need the same sequence of forwards on every process
         if self.one_graph_alone and len(micro_batches) > 1:
             kept = 0
-        vectors = []
+        outputs = []
         for place, batch in enumerate(micro_batches):
             with torch.set_grad_enabled(place < kept):
-                vectors.append(self.embed(model, batch, step, place))
+                outputs.append(self.embed(model, batch, step, place))
         process = self.accelerator.process_index
         if not self.options.cross_device:
             everyone, process = [own], 0
         objective = self.objectives[micro_batches[0].part]
-        rows = torch.cat([each.detach() for each in vectors])
-        gradients, loss = self.gradients_at(rows, everyone, process, objective, factors[0])
-        parts = gradients.split([len(batch.ids) for batch in micro_batches])
-        for place, (batch, gradient) in enumerate(zip(micro_batches, parts, strict=True)):
-            embedded = vectors[place] if place < kept else self.embed(model, batch, step, place)
-            vectors[place] = None  # its graph ends with its backward
+        detached = [{name: entries.detach() for name, entries in each.items()} for each in outputs]
+        gradients, loss = self.gradients_at(joined(detached), everyone, process, objective, factors[0], step)
+        sizes = {name: [len(each[name].values) for each in detached] for name in gradients}
+        parts = {name: gradient.split(sizes[name]) for name, gradient in gradients.items()}
+        for place, batch in enumerate(micro_batches):
+            now = outputs[place] if place < kept else self.embed(model, batch, step, place)
+            outputs[place] = None  # its graph ends with its backward
             if 0 < place == len(micro_batches) - 1 < kept:
                 # DDP exchanges gradients in the backward of a forward outside of no_sync, and there was none
                 with self.accelerator.trigger_sync_in_backward(model):
                     pass
-            yield StepLoss((embedded * gradient).sum(), loss if place == 0 else torch.zeros_like(loss))
+            surrogate = sum(
+                (entries.values * matched(parts[name][place], detached[place][name], entries)).sum()
+                for name, entries in now.items()
+            )
+            yield StepLoss(surrogate, loss if place == 0 else torch.zeros_like(loss))
 
-    def embed(self, model: nn.Module, batch: EmbeddingMicroBatch, step: int, place: int) -> torch.Tensor:
-        """Vectors of the micro-batch's texts without a filler's, [texts, dim]; the same at every call, dropout too."""
+    def embed(self, model: nn.Module, batch: EmbeddingMicroBatch, step: int, place: int) -> Outputs:
+        """Of the micro-batch's texts, without a filler's; the same at every call, dropout too."""
         seeds = (self.options.seed, step, self.accelerator.process_index, place)
         torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        return model(batch.texts).dense[: len(batch.ids)]
+        outputs = outputs_of(model(batch.texts))
+        return {name: entries.first(len(batch.ids)) for name, entries in outputs.items()}
 
     def gradients_at(
         self,
-        vectors: torch.Tensor,
+        outputs: Outputs,
         everyone: Sequence[StepTexts],
         process: int,
         objective: Objective,
         factor: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient of factor * the step's summed losses at this process's vectors, [texts, dim], and the sum of its
+        step: int,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The gradient of factor * the step's summed losses at the values of this process's outputs, and the sum of its
         own losses, [1]. everyone: the texts of all processes, of which this is the one numbered `process`."""
         counts = [len(texts.ids) for texts in everyone]
-        all_vectors = gather_rows(vectors, counts)
         ids = np.concatenate([texts.ids for texts in everyone])
         is_query = np.concatenate([texts.is_query for texts in everyone])
         # of equal texts on two processes the lower process's copy is the one that counts
         queries, documents = (of[first_of_each(ids[of])[0]] for of in map(np.flatnonzero, (is_query, ~is_query)))
         targets = targets_of(ids[queries], ids[documents], [texts.records for texts in everyone], process)
-        device = vectors.device
+        device = next(iter(outputs.values())).values.device
         places = [torch.from_numpy(of).to(device) for of in (queries, documents)]
-        outputs = [StepOutputs(dense=all_vectors[place]) for place in places]
-        del all_vectors
+        of_all = gather_outputs(outputs, counts)
+        chosen = [of_texts(of_all, place) for place in places]
+        del of_all
         guide = self.guide and tuple(self.guide.of(ids[of]).to(device) for of in (queries, documents))
-        found = representation_gradients(objective, *outputs, targets.to(device), factor, guide)
+        given = map(step_outputs, chosen)
+        found = representation_gradients(objective, *given, targets.to(device), factor, guide, step)
         for name, value in found.report.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        start, result = sum(counts[:process]), torch.zeros_like(vectors)
-        for place, gradient in zip(places, (found.queries.dense, found.documents.dense), strict=True):
-            if len(everyone) > 1:
-                distributed.all_reduce(gradient)
-            mine = (place >= start) & (place < start + len(vectors))
-            result[place[mine] - start] = gradient[mine]
+        start, own = sum(counts[:process]), counts[process]
+        result = {name: torch.zeros_like(entries.values) for name, entries in outputs.items()}
+        for place, of_kind, gradients in zip(places, chosen, (found.queries, found.documents), strict=True):
+            mine = ((place >= start) & (place < start + own)).nonzero().squeeze(1)
+            for name, entries in of_kind.items():
+                gradient = getattr(gradients, name)
+                if len(everyone) > 1:
+                    distributed.all_reduce(gradient)
+                here = places_of(outputs[name].counts, place[mine] - start)
+                result[name][here] = gradient[places_of(entries.counts, mine)]
         return result, found.losses.sum()[None]
 
     def describe_batch(self, micro_batch: EmbeddingMicroBatch) -> str:
@@ -199,31 +222,31 @@ class EmbeddingTask(SavedModel):
             self.save_model(saved, self.model.state_dict())
             super().export(saved, results)
             again = self.probe_of(results / "model")
-        if (difference := float((again - self.before).abs().max())) > SAME:
+        if (found := difference(again, self.before)) > SAME:
             raise ValueError(
                 f"{type(self.model.model).__name__}: saved and opened again, the model gives vectors that differ by "
-                f"{difference:.2g}; expected at most {SAME}. Take another model, or another pooling"
+                f"{found:.2g}; expected at most {SAME}. Take another model, or another pooling"
             )
 
     def export(self, folder: Path, results: Path) -> None:
         """Also: open the finished model and say where it gives the vectors that it gave before training."""
         super().export(folder, results)
-        if float((self.probe_of(results / "model") - self.before).abs().max()) <= UNCHANGED:
+        if difference(self.probe_of(results / "model"), self.before) <= UNCHANGED:
             logger.warning(
                 "the model did not change: texts have the vectors that they had before training. Raise lr or epochs, "
                 "and look at the loss: where it is 0 from the start, there are no negatives to learn from"
             )
 
-    def probe_of(self, folder: Path) -> torch.Tensor:
+    def probe_of(self, folder: Path) -> Outputs:
         with quiet_loading():
             return probe(self.reopen(str(folder)).to(self.model.device))
 
 
-def probe(model: EmbeddingModel) -> torch.Tensor:
-    """Normalized vectors of `PROBES`, float32 [texts, dim], on the CPU, in the precision of the weights."""
+def probe(model: EmbeddingModel) -> Outputs:
+    """What the model gives for `PROBES`, on the CPU, in the precision of the weights."""
     encoded = [text for kind, texts in PROBES.items() for text in model.text_encoder.encode(texts, kind)]
     with evaluating(model):  # FSDP has put autocast around the forward of this object
-        return nn.functional.normalize(type(model).forward(model, make_batch(encoded)).dense).cpu()
+        return on_device(outputs_of(type(model).forward(model, make_batch(encoded))), "cpu")
 
 
 def step_texts(micro_batches: Sequence[EmbeddingMicroBatch], options: EmbeddingOptions) -> StepTexts:
@@ -236,14 +259,3 @@ def step_texts(micro_batches: Sequence[EmbeddingMicroBatch], options: EmbeddingO
         micro_batches[0].records,
         int((tokens <= options.max_tokens_with_graph).sum()),
     )
-
-
-def gather_rows(rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """The rows of all processes one after another: [sum of counts, width]. counts: rows of each process."""
-    if len(counts) == 1:
-        return rows
-    longest = rows.new_zeros(max(counts), rows.shape[1])
-    longest[: len(rows)] = rows
-    parts = [torch.empty_like(longest) for _ in counts]
-    distributed.all_gather(parts, longest)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -1,0 +1,168 @@
+"""Parts of opening an embedding model: its backbone, what its texts are put into, the heads of its representations."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rag_retrieval.models.devices import choose_dtype
+from rag_retrieval.models.embedding_files import EmbedderSettings, is_embedder
+from rag_retrieval.models.embedding_heads import Projection, load_token_heads
+from rag_retrieval.models.lexical import check_logits
+from rag_retrieval.models.loading import load_model, reading, shorten, truncates_left, warn_of_new_parameters
+from rag_retrieval.models.multi_vector import expansion_token
+from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, EmbedderOptions
+from rag_retrieval.models.representation_files import COLBERT_DIM, SPLADE
+from rag_retrieval.models.scoring import evaluating
+from rag_retrieval.models.settings import CLASSIFIER, SETTINGS_FILE, ModelFiles, choose_setting, find_file, read_json
+from rag_retrieval.models.text_encoding import TextTemplate, append_eos, text_template
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_reranker(files: ModelFiles) -> None:
+    """Raises ValueError for a reranker: its states tell of a pair, not of a text."""
+    if is_reranker(files):
+        raise ValueError(
+            f"{files.path} is a reranker ({files.architecture}); give an embedding model, or a base model to train one"
+        )
+
+
+def is_reranker(files: ModelFiles) -> bool:
+    """Whether the folder holds a reranker of any program."""
+    ours = find_file(files.path, SETTINGS_FILE) is not None
+    return ours or files.architecture.endswith(CLASSIFIER) or files.logit_score is not None
+
+
+def load_backbone(
+    files: ModelFiles, options: EmbedderOptions, saved: Mapping[str, Any], trained_only: bool
+) -> tuple[PreTrainedModel, set[str], bool]:
+    """The model, the names of its new parameters, and whether it is a decoder made bidirectional.
+
+    saved: fields of EmbedderSettings. With SPLADE the model has its language modelling head, else none. BERT's own
+    pooler has no part in a vector: it is kept as it is, untrained, for those who read the folder. Raises
+    ValueError for an encoder-decoder, with trained_only for new parameters, and for `bidirectional` of a model that is
+    no decoder, or stays causal.
+    """
+    path, saved_as_bidirectional = files.path, saved.get("bidirectional", False)
+    splade = saved["lexical"] == SPLADE
+    bidirectional = choose_setting("bidirectional", options.bidirectional, saved_as_bidirectional or None, False)
+    attention = {"is_causal": not bidirectional} if bidirectional or saved_as_bidirectional else {}
+    model, new_parameters = load_model(
+        language_model_class(path, options.trust_remote_code) if splade else AutoModel,
+        path,
+        choose_dtype(options.dtype),
+        options.trust_remote_code,
+        options.attn_implementation,
+        attention,
+    )
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{path}: a {name} is an encoder-decoder; give an encoder or a decoder")
+    if getattr(model, "pooler", None) is not None:
+        model.pooler.requires_grad_(False)
+    new_parameters = {name for name in new_parameters if not name.startswith("pooler.")}
+    if new_parameters and trained_only:
+        raise ValueError(f"{path}: it lacks weights, which would be random: {shorten(sorted(new_parameters))}")
+    warn_of_new_parameters(path, new_parameters)
+    is_decoder = any(getattr(module, "is_causal", False) for module in model.modules())
+    if options.bidirectional and not is_decoder:
+        raise ValueError(f"{path}: bidirectional is for decoders of transformers, which a {name} is not; leave it out")
+    if bidirectional and is_causal(model):
+        raise ValueError(f"{path}: a {name} stays causal; leave bidirectional out")
+    if splade:
+        check_logits(path, model)
+    return model, new_parameters, bidirectional and is_decoder
+
+
+def language_model_class(path: str, trust_remote_code: bool) -> type:
+    """Of transformers: masked for encoders, causal for decoders."""
+    with reading(f"{path}: the model"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    by_code = getattr(config, "auto_map", None) or {}
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or "AutoModelForMaskedLM" in by_code
+    return AutoModelForMaskedLM if masked else AutoModelForCausalLM
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether a text's first token sees none of those after it."""
+    ids = torch.tensor([[0, 1, 2], [0, 1, 3]])
+    with evaluating(model):
+        states = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    first, second = states[:, 0]
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-5)  # rows of one product may round in two ways
+
+
+def choose_template(
+    files: ModelFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EmbedderSettings,
+    is_decoder: bool,
+    eos_token: str | None,
+) -> TextTemplate:
+    """The tokenizer's own, with an eos token after a decoder's text: eos_token, that of a known model, else the
+    tokenizer's for a base model, or where add_eos_token asks for it, which transformers 5 does not heed."""
+    path, template, trained = files.path, text_template(tokenizer), is_embedder(files)
+    if is_decoder and not template.suffix:
+        asked_for = read_json(path, "tokenizer_config.json").get("add_eos_token") is True
+        if eos_token is None and (not trained or asked_for):
+            eos_token = tokenizer.eos_token
+            if eos_token is None:
+                raise ValueError(f"{path}: its tokenizer has no eos token, which ends a decoder's text")
+        if eos_token is not None:
+            template = append_eos(tokenizer, template, eos_token)
+    if settings.cls_interval is not None and len(template.prefix) != 1:
+        raise ValueError(f"{path}: cls_interval is for models whose texts begin with one cls token; leave it out")
+    if settings.query_expansion:
+        token, length = expansion_token(path, tokenizer), settings.max_lengths["query"]
+        template = replace(template, expansion_token=token, expanded_length=length)
+    left = truncates_left(tokenizer, trained)
+    return replace(template, cls_interval=settings.cls_interval, truncate_left=left)
+
+
+def choose_token_heads(
+    files: ModelFiles, settings: EmbedderSettings, width: int, colbert_dim: int | None, trained_only: bool
+) -> tuple[dict[str, nn.Module], set[str]]:
+    """Those of the folder and new ones, by the name of their representation, and the names of new parameters.
+
+    Raises ValueError for a colbert_dim that is not that of the folder, with trained_only for heads that are not there,
+    and for token vectors of several layers, for which BGE-M3's files have no place, beside other representations.
+    """
+    wanted = [name for name in settings.representations if name != DENSE]
+    if settings.lexical == SPLADE:
+        wanted.remove(LEXICAL)
+    heads = {name: head for name, head in load_token_heads(files).items() if name in wanted}
+    missing = [name for name in wanted if name not in heads]
+    if missing and trained_only:
+        raise ValueError(f"{files.path}: it lacks the weights of {', '.join(missing)}; copy the model again")
+    for name in missing:
+        if name == LEXICAL:
+            heads[name] = Projection(width, 1)
+        else:
+            size = colbert_dim or (COLBERT_DIM if settings.is_colbert else width)
+            heads[name] = nn.Sequential(Projection(width, size, bias=not settings.is_colbert))
+    of_tokens = heads.get(MULTI_VECTOR, ())
+    if len(of_tokens) > 1 and not settings.is_colbert:
+        raise ValueError(
+            f"{files.path}: its token vectors come from {len(of_tokens)} layers, which cannot be saved beside other "
+            "representations; give representations multi_vector"
+        )
+    size = of_tokens[-1].out_features if len(of_tokens) else None
+    if size is not None and colbert_dim not in (None, size):
+        raise ValueError(f"{files.path}: its token vectors have {size} numbers, and colbert_dim is {colbert_dim}")
+    new = {f"token_heads.{name}.{key}" for name in missing for key, _ in heads[name].named_parameters()}
+    if missing:
+        logger.info("%s: new heads of %s", files.path, " and ".join(missing))
+    return {name: heads[name] for name in wanted}, new

@@ -1,0 +1,80 @@
+"""Texts as the model of an index represents them: dense vectors, lexical weights, token vectors, by one forward."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from rag_retrieval.infer.embedder import Embedder
+from rag_retrieval.models.options import EmbedderOptions
+from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
+from rag_retrieval.retrieval.inverted_lists import Weights
+from rag_retrieval.retrieval.token_vectors import TokenVectors
+
+
+class Encoded(NamedTuple):
+    """What a model gives for texts; None for what it is not asked for. dense: float32 [texts, dim]."""
+
+    dense: np.ndarray | None
+    lexical: Weights | None
+    multi_vector: TokenVectors | None
+
+
+Encode = Callable[[list[str]], np.ndarray]  # texts to float32 [texts, dim]
+Represent = Callable[[list[str]], Encoded]
+
+
+def open_embedder(options: IndexOptions, device: torch.device | None = None) -> Embedder:
+    """With every option that was given. device: where the options name none."""
+    given = options.given(*EmbedderOptions.model_fields)
+    if device is not None and not given.keys() & {"device", "devices"}:
+        given["device"] = device
+    return Embedder(options.embedder, **given)
+
+
+def encode_with(embedder: Embedder, kind: str, options: IndexOptions) -> Encode:
+    """To vectors whose inner product is the similarity that the model asks for.
+
+    Raises ValueError for a model that asks for a distance, unless its vectors have length 1.
+    """
+    shape = {"batch_size": options.batch_size} | dense_options(embedder, options)
+    return lambda texts: embedder.encode(texts, kind=kind, show_progress_bar=False, **shape)
+
+
+def dense_options(embedder: Embedder, options: IndexOptions) -> dict[str, Any]:
+    settings = embedder.settings
+    if settings.similarity not in ("cosine", "dot") and not settings.normalize:
+        raise ValueError(
+            f"embedder: this model compares vectors by the {settings.similarity} distance, and an index by their inner "
+            "product; say normalize: true to compare by angle"
+        )
+    normalize = settings.normalize or settings.similarity == "cosine" and options.normalize is None
+    return {"dim": options.dim, "normalize": normalize}
+
+
+def represent_with(embedder: Embedder, kind: str, options: IndexOptions) -> Represent:
+    """To all representations of the index. Token vectors of a query whose MaxSim is a mean (`multi_vector_mean`) are
+    divided by their number, so that the sum is the score."""
+    wanted = options.representations
+    if wanted == (DENSE,):
+        encode = encode_with(embedder, kind, options)
+        return lambda texts: Encoded(encode(texts), None, None)
+    how = {"kind": kind, "outputs": wanted, "batch_size": options.batch_size, "show_progress_bar": False}
+    how |= dense_options(embedder, options) if DENSE in wanted else {}
+    if kind == "document" and options.pool_factor is not None:
+        how["pool_factor"] = options.pool_factor
+    divides = kind == "query" and MULTI_VECTOR in wanted and embedder.settings.multi_vector_mean
+
+    def represent(texts: list[str]) -> Encoded:
+        encoded, lexical, tokens = embedder.encode(texts, **how), None, None
+        if LEXICAL in wanted:
+            found = encoded.lexical
+            lexical = Weights(found.ids.astype(np.int64), found.weights, np.diff(found.starts))
+        if MULTI_VECTOR in wanted:
+            tokens = TokenVectors.of(encoded.multi_vector)
+            if divides:
+                tokens = tokens._replace(vectors=tokens.vectors / np.repeat(tokens.counts, tokens.counts)[:, None])
+        return Encoded(encoded.dense, lexical, tokens)
+
+    return represent

@@ -1,0 +1,43 @@
+"""The searches over what a model gives for the documents of an index, opened from its parts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rag_retrieval.models.devices import choose_device
+from rag_retrieval.retrieval import token_codec
+from rag_retrieval.retrieval.approximate import read_faiss
+from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
+from rag_retrieval.retrieval.dense import DenseSearch
+from rag_retrieval.retrieval.encoding import Encode, Represent
+from rag_retrieval.retrieval.lexical import LexicalSearch
+from rag_retrieval.retrieval.multi_vector import CentroidSearch, MultiVectorSearch
+from rag_retrieval.retrieval.vector_shards import fitted_folder, open_tokens, open_vectors, shards_of
+
+ModelSearch = DenseSearch | LexicalSearch | MultiVectorSearch
+
+
+def open_searches(paths: Mapping[str, Path], options: IndexOptions, represent: Represent) -> dict[str, ModelSearch]:
+    """By the name of their stage. paths: of the parts of an index. represent: queries."""
+    searches: dict[str, ModelSearch] = {}
+    if DENSE in options.representations:
+        searches[DENSE] = open_dense(paths, options, lambda texts: represent(texts).dense)
+    if LEXICAL in options.representations:
+        searches[LEXICAL] = LexicalSearch(shards_of(paths["vectors"]), lambda texts: represent(texts).lexical)
+    if MULTI_VECTOR in options.representations:
+        device, first = choose_device(options.device), searches.get(options.token_candidates)
+        if options.has_token_lists:
+            centroids = token_codec.read_centroids(fitted_folder(paths))
+            first = CentroidSearch(centroids, shards_of(paths["vectors"]))
+        documents = open_tokens(paths, options, device)
+        factor = options.rescore_factor if first else 1
+        searches[MULTI_VECTOR] = MultiVectorSearch(
+            documents, lambda texts: represent(texts).multi_vector, device, first, factor
+        )
+    return searches
+
+
+def open_dense(paths: Mapping[str, Path], options: IndexOptions, encode: Encode) -> DenseSearch:
+    vectors, *finer = open_vectors(paths, options)
+    index = read_faiss(paths["faiss"], options.faiss_search) if "faiss" in paths else None
+    device, factor = choose_device(options.device), options.rescore_factor
+    return DenseSearch(vectors, encode, device, *finer, index=index, factor=factor)
