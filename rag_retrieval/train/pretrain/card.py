@@ -43,8 +43,8 @@ PRETRAINED = Kind(
     "fill-mask",
     "Masked Language Modelling",
     ("pre-training", "retrieval"),
-    use=USE,
-    elsewhere=ELSEWHERE,
+    use=lambda model: USE,
+    elsewhere=lambda model: ELSEWHERE,
     description=description,
     meaning=meaning,
 )

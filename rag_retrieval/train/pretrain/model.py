@@ -181,7 +181,7 @@ class PretrainingModel(TransformerModule):
         """
         folder = Path(folder)
         self.save_weights(folder, state_dict)
-        write_settings(folder, self.settings, self.config.hidden_size, [])
+        write_settings(folder, self.settings, self.config.hidden_size, [], self.tokenizer.get_vocab())
         self.save_heads(folder, self.state_dict() if state_dict is None else state_dict)
 
     def save_heads(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:

@@ -21,7 +21,7 @@ from rag_retrieval.losses.embedding import Objective
 from rag_retrieval.losses.step_gradients import representation_gradients
 from rag_retrieval.losses.step_outputs import StepOutputs
 from rag_retrieval.losses.step_targets import StepTargets
-from rag_retrieval.train.embedding.task import gather_rows
+from rag_retrieval.train.embedding.text_outputs import gather_rows
 from rag_retrieval.train.lora import SavedModel
 from rag_retrieval.train.pretrain.model import DECODER_FILE, PretrainingModel, PretrainOutputs
 from rag_retrieval.train.pretrain.training_data import PretrainMicroBatch, PretrainSteps
@@ -107,7 +107,7 @@ class PretrainTask(SavedModel):
         documents = np.concatenate([batch.documents for batch in micro_batches if batch.counted] or [np.empty(0, "u8")])
         everyone, process = gather(documents[::2], self.hosts), self.accelerator.process_index
         counts = [len(each) for each in everyone]
-        every = gather_rows(vectors, [2 * count for count in counts])
+        every = gather_rows(vectors, [2 * count for count in counts]) if len(counts) > 1 else vectors
         start = sum(counts[:process])
         targets = span_targets(np.concatenate(everyone), slice(start, start + counts[process])).to(vectors.device)
         found = representation_gradients(
