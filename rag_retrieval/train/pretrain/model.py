@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_retrieval.losses.vocabulary import bag_of_words_loss, token_cross_entropy
-from rag_retrieval.models.embedding_files import EmbedderSettings, read_heads, read_settings, write_settings
+from rag_retrieval.models.embedding_files import EmbedderSettings, read_settings, write_settings
+from rag_retrieval.models.embedding_heads import read_heads
 from rag_retrieval.models.loading import check_vocabulary, load_tokenizer, position_limit, set_encoder_pad_token
 from rag_retrieval.models.masked_decoder import MaskedDecoder
 from rag_retrieval.models.mlm_head import head_states, load_masked_lm
