@@ -133,6 +133,8 @@ def test_splade_alone_opens_as_a_sparse_encoder(base_folders, tmp_path, family):
     assert model.packs and not model.token_heads
     model.save_pretrained(tmp_path)
     assert_equal_sparse_elsewhere(model, tmp_path)
+    pooling = json.loads((tmp_path / "1_SpladePooling" / "config.json").read_text())
+    assert pooling["word_embedding_dimension"] == model.config.vocab_size
     again = open_embedder(tmp_path)
     assert again.settings == model.settings
     assert_close(dict_of_each(representations_of(again).lexical), dict_of_each(representations_of(model).lexical), 1e-7)
