@@ -57,9 +57,6 @@ def represent_with(embedder: Embedder, kind: str, options: IndexOptions) -> Repr
     """To all representations of the index. Token vectors of a query whose MaxSim is a mean (`multi_vector_mean`) are
     divided by their number, so that the sum is the score."""
     wanted = options.representations
-    if wanted == (DENSE,):
-        encode = encode_with(embedder, kind, options)
-        return lambda texts: Encoded(encode(texts), None, None)
     how = {"kind": kind, "outputs": wanted, "batch_size": options.batch_size, "show_progress_bar": False}
     how |= dense_options(embedder, options) if DENSE in wanted else {}
     if kind == "document" and options.pool_factor is not None:
@@ -74,7 +71,8 @@ def represent_with(embedder: Embedder, kind: str, options: IndexOptions) -> Repr
         if MULTI_VECTOR in wanted:
             tokens = TokenVectors.of(encoded.multi_vector)
             if divides:
-                tokens = tokens._replace(vectors=tokens.vectors / np.repeat(tokens.counts, tokens.counts)[:, None])
+                counts = np.repeat(tokens.counts, tokens.counts).astype(np.float32)
+                tokens = tokens._replace(vectors=tokens.vectors / counts[:, None])
         return Encoded(encoded.dense, lexical, tokens)
 
     return represent
