@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.token_batch import make_batch
 from rag_retrieval.train.pretrain.model import PretrainingModel
 from rag_retrieval.train.pretrain.task import LOSSES, PretrainTask, span_targets
@@ -45,3 +46,14 @@ def test_the_log_has_the_mean_of_each_loss_over_its_own_items():
         task.noted(torch.tensor(sums), batch)
     assert task.report(2, 9) == {"masked_token_loss": 1.0, "span_loss": pytest.approx(4.0)}
     assert task.since_report == []
+
+
+def test_a_filler_has_no_vectors_and_is_described_without_a_source():
+    texts = make_batch([EncodedPair(np.arange(length, dtype=np.int32), None, False, 0) for length in (6, 4)])
+    parts = (texts, texts.ids, texts.ids[:1], np.zeros(2), np.zeros(2, np.uint64))
+    batch = PretrainMicroBatch(*parts, (1, 1), 10, ["a.jsonl#1", "a.jsonl#9"])
+    filler = PretrainMicroBatch(*parts, (0, 0), 0, [], counted=False)
+    task, vectors = make_task(), torch.ones(2, 3)
+    assert task.own(vectors, batch).shape == (2, 3) and task.own(vectors, filler).shape == (0, 3)
+    assert task.describe_batch(batch) == "2 texts, the longest of 6 tokens, 10 tokens in all, a.jsonl#1 to a.jsonl#9"
+    assert task.describe_batch(filler) == "2 texts, the longest of 6 tokens, 10 tokens in all"
