@@ -241,6 +241,9 @@ def without_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Without what is absent, each path as `shown`; the entries of a `train_dataset` that is a list likewise."""
     values = {key: value for key, value in values.items() if value is not None}
     if isinstance(values.get("train_dataset"), list):
-        values["train_dataset"] = [without_paths(entry) for entry in values["train_dataset"]]
+        entries = values["train_dataset"]
+        values["train_dataset"] = [
+            shown(entry) if isinstance(entry, str) else without_paths(entry) for entry in entries
+        ]
     paths = ("model_name_or_path", "train_dataset", "val_dataset", "path")
     return values | {key: shown(values[key]) for key in paths if isinstance(values.get(key), str)}
