@@ -1,6 +1,8 @@
 """Indexes of lexical weights and token vectors beside dense vectors: built, searched, changed, mined, measured."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from rag_retrieval.models.matching import lexical_score, maxsim
 from rag_retrieval.retrieval.config import IndexConfig, IndexOptions
 from rag_retrieval.retrieval.index import Index, build_index
 
+ROOT = Path(__file__).resolve().parents[2]
 ADDED = [{"_id": "new", "text": "A new panda."}, {"_id": "z1", "text": "大熊猫"}, documents()[3]]
 
 
@@ -234,8 +237,9 @@ def test_a_representation_that_the_model_does_not_give_is_refused(corpus, tmp_pa
     plain = shutil.copytree(model, tmp_path / "plain")
     for name in ("sparse_linear.pt", "colbert_linear.pt"):
         (plain / name).unlink()
-    with pytest.raises(ValueError, match="lexical"):
-        build_index(corpus, tmp_path / "index", options(str(plain), representations=("lexical",)))
+    with pytest.raises(ValueError, match="plain gives dense, and the index is of lexical; say representations: dense"):
+        build_index(corpus, tmp_path / "index", options(str(plain), representations=("lexical",), bm25=True))
+    assert not (tmp_path / "index").exists()
 
 
 # ---- what is done with such an index
@@ -266,6 +270,21 @@ def test_all_stages_are_fused_with_fitted_weights(whole, data, tmp_path, capsys)
     (line,) = capsys.readouterr().out.splitlines()
     scores = [result["scores"].keys() for result in json.loads(line)["results"]]
     assert set().union(*scores) == {"lexical", "multi_vector", "fused"}
+
+
+def test_the_commands_of_the_page_run(data, model, tmp_path, monkeypatch, capsys):
+    """With a small corpus and a tiny model."""
+    page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Lexical weights and token vectors\n")[2].partition("\n## ")[0]
+    commands = re.findall("^rag-retrieval .*", section, flags=re.MULTILINE)
+    assert len(commands) == 6
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        named = command.replace("example_data/stdlib_beir", str(data)).replace("runs/m3_model", model)
+        split = " --split train" if " evaluate " in command else ""
+        assert main(shlex.split(named + split)[1:]) == 0, command
+    printed = capsys.readouterr().out
+    assert "candidates of dense have " in printed and "residual2 finds " in printed and "fitted weights" in printed
 
 
 @pytest.mark.parametrize("candidates", ["lexical", "multi_vector"])
