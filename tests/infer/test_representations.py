@@ -274,6 +274,20 @@ def test_each_text_of_a_call_is_encoded_once(folders):
     assert sum(texts) == len(QUERIES) + 5
 
 
+def test_a_text_is_another_as_a_query_than_as_a_document(folders, tmp_path):
+    """Without prompts and mask tokens both have equal ids, and the document alone loses its punctuation."""
+    plain = {"prompts": {"query": "", "document": ""}, "query_expansion": False}
+    bert = Path(folders["colbert"]).parent / "bert"
+    model = EmbeddingModel.from_pretrained(bert, representations=["multi_vector"], **plain)
+    model.save_pretrained(tmp_path / "plain")
+    pair = ["Fever, cough, sugar.", "Fever, cough, sugar."]
+    (found,) = Reranker(tmp_path / "plain", device="cpu").compute_score(pair)
+    (expected,) = Embedder(tmp_path / "plain", device="cpu").compute_score(pair).multi_vector
+    assert found == pytest.approx(expected, abs=1e-4)
+    query = model.text_encoder.encode(pair[:1], "query")[0]
+    assert found < len(query) - 0.1  # each token of the query would meet itself
+
+
 def test_the_best_slice_of_a_long_document_counts(folders):
     reranker = Reranker(folders["m3"], device="cpu", max_length=20)
     query, document = QUERIES[0], DOCUMENTS[-1]
