@@ -11,6 +11,7 @@ import numpy as np
 
 from rag_retrieval.infer.encoded_texts import EncodedTexts
 from rag_retrieval.models.embedding_files import EmbedderSettings
+from rag_retrieval.models.inputs import check_list
 from rag_retrieval.models.matching import dense_scores, lexical_score, maxsim
 from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
 
@@ -37,7 +38,8 @@ def ensemble_weights(
     if weights is None:
         return {name: ENSEMBLE_WEIGHTS[name] for name in representations}
     if not isinstance(weights, Mapping):
-        if isinstance(weights, (str, bytes)) or len(weights) != len(REPRESENTATIONS):
+        weights = check_list("weights", weights)
+        if len(weights) != len(REPRESENTATIONS):
             raise ValueError(f"weights: expected one for each of {', '.join(REPRESENTATIONS)}, found {weights!r}")
         weights = dict(zip(REPRESENTATIONS, weights, strict=True))
     for name, weight in weights.items():
