@@ -160,7 +160,7 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
     extras = read_json(files.path, EXTRAS_FILE)
     with parsing(f"{files.path}: {EXTRAS_FILE}"):
         values |= {name: expect(extras, name, int) for name in EXTRAS if extras.get(name) is not None}
-        values["representations"] = tuple(expect(extras, "representations", list, [DENSE, *heads_in(files)]))
+        values["representations"] = tuple(map(str, expect(extras, "representations", list, [DENSE, *heads_in(files)])))
         values["lexical"] = expect(extras, "lexical", str, LINEAR if LEXICAL in values["representations"] else None)
     if is_sparse_encoder(files):
         values |= read_sparse_encoder(files)
@@ -316,7 +316,7 @@ def write_settings(
     write(folder / "config_sentence_transformers.json", options)
     extras = {name: value for name in EXTRAS if (value := getattr(settings, name)) is not None}
     as_bge_m3 = not settings.is_colbert and not settings.is_splade_alone
-    if as_bge_m3 and (DENSE not in settings.representations or settings.lexical == SPLADE):
+    if as_bge_m3 and settings.representations != (DENSE,):
         extras |= {"representations": list(settings.representations), "lexical": settings.lexical}
     (folder / EXTRAS_FILE).unlink(missing_ok=True)
     if extras:
