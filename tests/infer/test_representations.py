@@ -328,6 +328,19 @@ def test_the_class_of_rag_retrieval_gives_the_means_that_it_gave(folders):
         ColBERT.from_pretrained(folders["dense"])
 
 
+def test_a_folder_that_rag_retrieval_wrote_is_opened_by_its_class(folders, tmp_path):
+    """It holds transformers' files, the weights in pytorch_model.bin, and the projection alone."""
+    base = Path(folders["m3"]).parent / "base"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path)
+    torch.save(AutoModel.from_pretrained(base).state_dict(), tmp_path / "pytorch_model.bin")
+    shutil.copy(Path(folders["m3"]) / "colbert_linear.pt", tmp_path)
+    pairs = PAIRS[:: len(PAIRS) // 5]
+    expected = [slow_scores(folders["m3"], pair)[2] for pair in pairs]
+    model = ColBERT.from_pretrained(str(tmp_path), WIDTH, cuda_device="cpu", mask_punctuation=False, temperature=0.02)
+    assert model.compute_score(pairs, query_max_len=64, passage_max_len=64) == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_blocks_of_the_page_run_in_order(folders, tmp_path, monkeypatch):
     shutil.copytree(folders["m3"], tmp_path / "runs" / "m3" / "model")
     monkeypatch.chdir(tmp_path)
