@@ -94,7 +94,8 @@ def test_every_stage_finds_what_a_loop_over_all_pairs_finds(make, kinds, corpus,
     for stage, search in index.searches.items():
         for found, scores in zip(search.search(QUERIES, judged, 12), expected[stage], strict=True):
             wanted = np.sort(scores)[::-1][:12]
-            np.testing.assert_allclose(found.scores, wanted[wanted > 0] if stage == "lexical" else wanted, rtol=1e-5, atol=1e-5)
+            wanted = wanted[wanted > 0] if stage == "lexical" else wanted
+            np.testing.assert_allclose(found.scores, wanted, rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(found.scores, scores[found.rows], rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(found.judged_scores, scores[[0, 37]], rtol=1e-5, atol=1e-5)
 
