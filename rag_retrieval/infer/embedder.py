@@ -289,10 +289,8 @@ class Embedder:
         of_query = self.encode_queries([check_text("query", query)], outputs=own, max_length=query_max_length)
         of_document = self.encode_documents([check_text("document", document)], outputs=own, max_length=max_length)
         scores = score_encoded(of_query, of_document, [(0, 0)], self.settings, ensemble_weights(None, own))
-        names = [[], []]
-        if MULTI_VECTOR in own:
-            names = [self._vector_tokens(query, "query", query_max_length)]
-            names.append(self._vector_tokens(document, "document", max_length))
+        sides = (query, "query", query_max_length), (document, "document", max_length)
+        names = [self._vector_tokens(*side) if MULTI_VECTOR in own else [] for side in sides]
         return explained(query, document, scores, of_query, of_document, *names)
 
     def _vector_tokens(self, text: str, kind: str, max_length: int | None) -> list[str]:

@@ -274,6 +274,20 @@ def test_each_text_of_a_call_is_encoded_once(folders):
     assert sum(texts) == len(QUERIES) + 5
 
 
+def test_a_text_is_another_as_a_query_than_as_a_document(folders, tmp_path):
+    """Without prompts and mask tokens both have equal ids, and the document alone loses its punctuation."""
+    plain = {"prompts": {"query": "", "document": ""}, "query_expansion": False}
+    bert = Path(folders["colbert"]).parent / "bert"
+    model = EmbeddingModel.from_pretrained(bert, representations=["multi_vector"], **plain)
+    model.save_pretrained(tmp_path / "plain")
+    pair = ["Fever, cough, sugar.", "Fever, cough, sugar."]
+    (found,) = Reranker(tmp_path / "plain", device="cpu").compute_score(pair)
+    (expected,) = Embedder(tmp_path / "plain", device="cpu").compute_score(pair).multi_vector
+    assert found == pytest.approx(expected, abs=1e-4)
+    query = model.text_encoder.encode(pair[:1], "query")[0]
+    assert found < len(query) - 0.1  # each token of the query would meet itself
+
+
 def test_the_best_slice_of_a_long_document_counts(folders):
     reranker = Reranker(folders["m3"], device="cpu", max_length=20)
     query, document = QUERIES[0], DOCUMENTS[-1]
@@ -312,6 +326,19 @@ def test_the_class_of_rag_retrieval_gives_the_means_that_it_gave(folders):
         ColBERT.from_pretrained(folders["m3"], colbert_dim=1024)
     with pytest.raises(ValueError, match="no token vectors"):
         ColBERT.from_pretrained(folders["dense"])
+
+
+def test_a_folder_that_rag_retrieval_wrote_is_opened_by_its_class(folders, tmp_path):
+    """It holds transformers' files, the weights in pytorch_model.bin, and the projection alone."""
+    base = Path(folders["m3"]).parent / "base"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path)
+    torch.save(AutoModel.from_pretrained(base).state_dict(), tmp_path / "pytorch_model.bin")
+    shutil.copy(Path(folders["m3"]) / "colbert_linear.pt", tmp_path)
+    pairs = PAIRS[:: len(PAIRS) // 5]
+    expected = [slow_scores(folders["m3"], pair)[2] for pair in pairs]
+    model = ColBERT.from_pretrained(str(tmp_path), WIDTH, cuda_device="cpu", mask_punctuation=False, temperature=0.02)
+    assert model.compute_score(pairs, query_max_len=64, passage_max_len=64) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_blocks_of_the_page_run_in_order(folders, tmp_path, monkeypatch):
