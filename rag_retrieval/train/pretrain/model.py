@@ -86,12 +86,6 @@ class PretrainingModel(TransformerModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.text_encoder.tokenizer
 
-    @property
-    def _no_split_modules(self) -> list[str] | None:
-        """Without embeddings, whose weights the output embedding and the decoder take too."""
-        own = self.model._no_split_modules
-        return own and [name for name in own if not name.endswith("Embeddings")]
-
     def forward(self, batch: PretrainMicroBatch, with_losses: bool = True) -> PretrainOutputs:
         """with_losses: False gives vectors alone, and no sums."""
         lengths = batch.texts.lengths
