@@ -99,3 +99,13 @@ def test_both_trainers_start_from_the_base_and_are_measured_alike(toy, tmp_path)
     for figures in trained:
         assert figures != base and all(0 <= value <= 1 for value in figures.values())
     assert quality_embedders.markdown_tables(read_rows(out)).count("gained/lost/same") == 3
+
+
+@pytest.mark.slow
+def test_an_exported_model_finds_what_the_model_finds(toy, tmp_path):
+    pytest.importorskip("onnxruntime")
+    tiny_bert(tmp_path / "bert")
+    base = (toy, tmp_path / "rows.jsonl", "--trainer", "base")
+    model, exported = run(*base), run(*base, "--runtime", "onnx")
+    assert (model["trainer"], exported["trainer"]) == ("base", "base runtime=onnx")
+    assert exported["figures"] == pytest.approx(model["figures"])
