@@ -186,7 +186,7 @@ def readings_of(queries: np.ndarray, documents: np.ndarray) -> dict[str, tuple[n
 
 
 def search(collection: Collection, queries: np.ndarray, documents: np.ndarray) -> PerQuery:
-    from rag_retrieval.train.embedding.validation import ranked
+    from rag_retrieval.train.embedding.rankings import ranked
 
     return query_metrics(collection.qrels, ranked(collection, queries, documents, DEPTH), COLUMNS)
 

@@ -9,6 +9,7 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ColBERT": "rag_retrieval.infer.rag_retrieval_classes",
     "CrossEncoder": "rag_retrieval.models.cross_encoder",
     "Embedder": "rag_retrieval.infer.embedder",
     "Embedding": "rag_retrieval.infer.rag_retrieval_classes",

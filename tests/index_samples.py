@@ -3,13 +3,30 @@
 from pathlib import Path
 
 import numpy as np
+import torch
+from embedder_samples import save_by_sentence_transformers
 from mining_samples import ANIMALS, PLACES, write_jsonl
+from tiny_models import tiny_bert
 
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.index import Index
 
 QUERIES = ["which panda lives near a river", "the tiger sleeps", "大熊猫吃什么", "zebra"]
 CHINESE = {"z1": "大熊猫主要吃竹子", "z2": "北京是中国的首都"}
+
+
+ALL = ("dense", "lexical", "multi_vector")
+
+
+def m3_folder(root: Path, width: int = 16) -> str:
+    """A tiny model in the layout of bge-m3, which gives all three representations; token vectors of `width` numbers."""
+    folder = root / "m3"
+    save_by_sentence_transformers(tiny_bert(root / "bert"), folder, "cls", {"query": "query: "})
+    generator = torch.Generator().manual_seed(0)
+    for name, outputs, mean in (("colbert_linear", width, 0.1), ("sparse_linear", 1, 2.0)):
+        weight, bias = torch.randn(outputs, 32, generator=generator) / 4, torch.full((outputs,), mean)
+        torch.save({"weight": weight, "bias": bias}, folder / f"{name}.pt")
+    return str(folder)
 
 
 def documents(kind: str = "lives") -> list[dict]:

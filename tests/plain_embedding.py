@@ -24,25 +24,31 @@ def plain_training(values: dict, records_per_step: int, factors: list[float], pa
     order = epoch_order(42, 0, len(records))
     model = AutoModel.from_pretrained(values["model_name_or_path"]).train()
     tokenizer = AutoTokenizer.from_pretrained(values["model_name_or_path"])
-    groups = [
-        {"params": [each], "weight_decay": 0.01 if each.dim() > 1 else 0.0}
-        for name, each in model.named_parameters()
-        if "pooler" not in name
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, eps=values["adam_epsilon"], fused=False, foreach=False)
+    optimizer = optimizer_of(
+        {name: each for name, each in model.named_parameters() if "pooler" not in name}, values
+    )
     losses = []
     for step, factor in enumerate(factors):
         own = [records[place] for place in order[step * records_per_step : (step + 1) * records_per_step]]
         shares = [own[part::parts] for part in range(parts)]
         loss = sum(step_loss(model, tokenizer, share, positives, values) for share in shares) / parts
         losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), values["max_grad_norm"])
-        for group in optimizer.param_groups:
-            group["lr"] = values["lr"] * factor
-        optimizer.step()
+        take_step(optimizer, loss, model.parameters(), values, factor)
     return losses, model.state_dict()
+
+
+def optimizer_of(parameters: dict[str, torch.nn.Parameter], values: dict) -> torch.optim.AdamW:
+    groups = [{"params": [each], "weight_decay": 0.01 if each.dim() > 1 else 0.0} for each in parameters.values()]
+    return torch.optim.AdamW(groups, lr=1.0, eps=values["adam_epsilon"], fused=False, foreach=False)
+
+
+def take_step(optimizer, loss, parameters, values: dict, factor: float) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(list(parameters), values["max_grad_norm"])
+    for group in optimizer.param_groups:
+        group["lr"] = values["lr"] * factor
+    optimizer.step()
 
 
 def step_loss(

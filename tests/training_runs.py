@@ -78,6 +78,15 @@ def embedding_records(count: int, seed: int = 0) -> list[dict]:
     return records
 
 
+def plain_texts(count: int, seed: int = 0) -> list[dict]:
+    """Texts of 3 to 14 words; every fifth one repeats the one before it."""
+    numbers = random.Random(seed)
+    rows: list[dict] = []
+    for place in range(count):
+        rows.append(rows[-1] if place % 5 == 4 else {"text": text(numbers, 3 + place % 12)})
+    return rows
+
+
 def with_teacher_scores(records: list[dict], seed: int = 0) -> list[dict]:
     """The records with a logit beside each label: twice the label, and noise."""
     numbers = random.Random(seed)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from rag_retrieval.data.collection import beir_collection
+from rag_retrieval.losses.embedding import Objective
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.train.embedding import shared_encoding
 from rag_retrieval.train.embedding.shared_encoding import SharedEncoding
@@ -31,7 +32,8 @@ def validated(model: str, toy: Path) -> dict:
     encoder, accelerator = embedder.text_encoder, Accelerator(cpu=True)
     encoding = SharedEncoding(collection, encoder, accelerator, max_tokens=60, padded=not embedder.packs, batch_size=4)
     with torch.no_grad():
-        vectors = encoding(embedder)
-        values = EmbeddingValidation(collection, encoding, cosine=True)(embedder, 0)
+        outputs = encoding(embedder)
+        values = EmbeddingValidation(collection, encoding, objective=Objective(()))(embedder, 0)
+    vectors = outputs and [side["dense"].values.numpy() for side in outputs]
     own = sum(len(places) for places, _ in encoding.batches)
     return {"vectors": vectors, "values": values, "forwards": len(forwards), "own": own}

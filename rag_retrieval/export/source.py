@@ -21,7 +21,7 @@ from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.embedding_heads import Projection
 from rag_retrieval.models.loading import NO_LIMIT
 from rag_retrieval.models.open import holds_embedder, open_embedder, open_scorer
-from rag_retrieval.models.options import EmbedderOptions, ModelOptions
+from rag_retrieval.models.options import DENSE, EmbedderOptions, ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.settings import ModelFiles, resolve_model_path, write_settings
@@ -103,8 +103,13 @@ class EmbedderSource:
     texts_of_a_pair = 2
 
     def __init__(self, config: ExportConfig, device: str):
-        """Raises ValueError as `open_embedder`."""
+        """Raises ValueError as `open_embedder`, and for a model without dense vectors."""
         self.model = open_embedder(config.model, config.only(EmbedderOptions, device))
+        others = [name for name in self.model.settings.representations if name != DENSE]
+        if DENSE not in self.model.settings.representations:
+            raise ValueError(f"{config.model}: it gives {' and '.join(others)}; dense vectors alone can be exported")
+        if others:
+            logger.warning("%s: its dense vectors are exported, and not %s", config.model, " and ".join(others))
         self.folder = Path(resolve_model_path(config.model))
         self.encoder, self.settings = self.model.text_encoder, self.model.settings
         self.fixed = self.encoder.fixed_tokens(self.encoder.prompt_for("document"))

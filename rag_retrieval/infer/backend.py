@@ -18,6 +18,7 @@ from rag_retrieval.models.embedding_files import EmbedderSettings
 from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.representations import DENSE
+from rag_retrieval.models.settings import ModelFiles, resolve_model_path
 from rag_retrieval.models.text_encoding import TextEncoder
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Backend(Protocol):
     """Scores of encoded pairs. Several threads may call `score` at once; a copy or pickle is a backend too."""
 
     name: str  # folder or hub name of the model
-    model_type: str  # "bert_encoder" or "llm_decoder"
+    model_type: str  # "bert_encoder", "llm_decoder", or "multi_vector" for token vectors
     device: str  # such as "cpu" or "cuda:0"
     pair_encoder: PairEncoder  # texts to EncodedPair; its max_length is the model's
     calibration: Calibration | None
@@ -97,8 +98,12 @@ def open_backend(
     folder = Path(model_name_or_path).expanduser()
     if holds(folder, RerankerDescription):
         return open_exported_backend(folder, options)
+    from rag_retrieval.infer.token_vector_backend import open_token_vector_backend
     from rag_retrieval.infer.torch_backend import open_torch_backend
+    from rag_retrieval.models.open import holds_token_vectors
 
+    if holds_token_vectors(ModelFiles(resolve_model_path(model_name_or_path))):
+        return open_token_vector_backend(model_name_or_path, options)
     return open_torch_backend(model_name_or_path, options, question)
 
 

@@ -8,33 +8,33 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.infer.backend import EmbedderBackend, open_embedder_backend
-from rag_retrieval.infer.encoded_texts import EncodedTexts, LexicalWeights
+from rag_retrieval.infer.encoded_texts import EncodedTexts, token_name
+from rag_retrieval.infer.explain import Explanation, explained
+from rag_retrieval.infer.output_form import checked_outputs, choose_form
+from rag_retrieval.infer.pair_scores import PairScores, ensemble_weights, joined, score_encoded
 from rag_retrieval.models.embedding_files import EmbedderSettings
-from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
-from rag_retrieval.models.matching import pool_token_vectors
+from rag_retrieval.models.inputs import check_list, check_number, check_pairs, check_text
 from rag_retrieval.models.options import EmbedderOptions, options_among
 from rag_retrieval.models.pair_encoding import EncodedPair
-from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
+from rag_retrieval.models.representations import DENSE, MULTI_VECTOR
 from rag_retrieval.models.settings import resolve_model_path
-from rag_retrieval.models.text_scoring import CHUNK_TEXTS, score_texts
+from rag_retrieval.models.text_scoring import CHUNK_TEXTS, distinct, score_texts
+from rag_retrieval.models.token_batch import make_batch
 from rag_retrieval.models.vectors import (
     RANGES_FILE,
     Int8Ranges,
     VectorPrecision,
-    finish,
     ranges_of,
     similarity,
-    to_precision,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SCORED_PAIRS = 1024  # encoded together by `compute_score`
 TOKEN_VECTOR_TEXTS = 512  # tokenized and computed together where token vectors are asked for: some hundred for a text
 
 
@@ -149,50 +150,40 @@ class Embedder:
         one = isinstance(texts, str)
         listed = [texts] if one else check_list("texts", texts)
         texts = [check_text(f"texts[{place}]", text) for place, text in enumerate(listed)]
-        names = self._checked_outputs(outputs)
+        form = choose_form(
+            outputs,
+            kind,
+            dim,
+            normalize,
+            precision,
+            pool_factor,
+            model=self.backend.name,
+            settings=self.settings,
+            model_dim=self.dim,
+            ranges=self.int8_ranges,
+        )
         check_number("batch_size", batch_size, 1, "texts")
         max_length = self._checked_limit(kind, prompt, max_length)
-        check_pool_factor(pool_factor, kind, names)
-        finish_dense = self._finish_dense(dim, normalize, precision) if DENSE in names else None
         if show_progress_bar is None:
             show_progress_bar = len(texts) > 10 * batch_size and sys.stderr.isatty()
-        cut = 0
-        encode = partial(self.backend.text_encoder.encode, kind=kind, prompt=prompt, max_length=max_length)
-
-        def finish_tokens(vectors: np.ndarray) -> np.ndarray:
-            pooled = vectors if pool_factor == 1 else pool_token_vectors(vectors, pool_factor)
-            return to_precision(pooled, "float16" if precision == "float16" else "float32")
-
+        cut, encoder = 0, self.backend.text_encoder
+        encode = partial(encoder.encode, kind=kind, prompt=prompt, max_length=max_length)
         with Progress(len(texts), "encoding", "texts", shown=show_progress_bar) as progress:
 
             def represent(encoded: list[EncodedPair]) -> list[tuple]:
-                """The representations of each text, in the order of `names`."""
                 nonlocal cut
                 cut += sum(text.truncated for text in encoded)
-                found = self.backend.encode(encoded, batch_size, names, progress)
-                check_finite(found)
-                if DENSE in found:
-                    found[DENSE] = finish_dense(found[DENSE])
-                if MULTI_VECTOR in found:
-                    found[MULTI_VECTOR] = [finish_tokens(vectors) for vectors in found[MULTI_VECTOR]]
-                return list(zip(*found.values(), strict=True))
+                return form.rows(self.backend.encode(encoded, batch_size, form.names, progress))
 
-            chunk = TOKEN_VECTOR_TEXTS if MULTI_VECTOR in names else CHUNK_TEXTS
+            chunk = TOKEN_VECTOR_TEXTS if MULTI_VECTOR in form.names else CHUNK_TEXTS
             rows = score_texts(texts, encode, represent, chunk * self.backend.devices)
             progress.update(len(texts) - progress.done)  # those that repeat others
         if cut:
             logger.info("%d of %d texts were cut at %d tokens", cut, len(texts), max_length)
-        columns = zip(*rows, strict=True) if rows else [()] * len(names)
-        found = dict(zip(names, columns, strict=True))
-        if DENSE in found:
-            found[DENSE] = np.stack(found[DENSE]) if rows else finish_dense(np.empty((0, self.dim), np.float32))
-        if LEXICAL in found:
-            found[LEXICAL] = LexicalWeights.of(found[LEXICAL], self.backend.text_encoder.fast_tokenizer)
-        if MULTI_VECTOR in found:
-            found[MULTI_VECTOR] = list(found[MULTI_VECTOR])
+        found = form.collected(rows, encoder.fast_tokenizer)
         if one:
-            found = {name: texts[0] for name, texts in found.items()}
-        return found[DENSE] if outputs is None else EncodedTexts(**found)
+            found = EncodedTexts(*(part if part is None else part[0] for part in vars(found).values()))
+        return found.dense if outputs is None else found
 
     def encode_queries(
         self,
@@ -260,6 +251,67 @@ class Embedder:
         kind = self.settings.similarity
         return similarity(np.atleast_2d(queries), np.atleast_2d(documents), kind, self.int8_ranges)
 
+    def compute_score(
+        self,
+        pairs: Sequence[Sequence[str]] | Sequence[str],
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        *,
+        outputs: Sequence[str] | None = None,
+        batch_size: int = 256,
+        max_length: int | None = None,
+        query_max_length: int | None = None,
+    ) -> PairScores:
+        """Scores of [query, document] pairs, or of one such pair, by each representation of the model and mixed.
+
+        dense: as `similarity`. lexical: the sum of w_q w_d over common tokens. multi_vector: for each vector of the
+        query the largest product with one of the document, summed, or averaged where `settings.multi_vector_mean`.
+        ensemble: the sum of weight times score. weights: by name, or of (dense, lexical, multi_vector); default 1, 0.3
+        and 1. outputs: the representations to score by, default all that the model has. batch_size: texts of one
+        forward at most. max_length, query_max_length: tokens of a document and of a query; default the model's. Raises
+        ValueError that names the position of a bad pair, and for weights of what is not scored by.
+        """
+        pairs, own = check_pairs(pairs), self.settings.representations
+        outputs = checked_outputs(own if outputs is None else outputs, self.backend.name, own)
+        chosen = ensemble_weights(weights, outputs)
+        work = {"outputs": outputs, "batch_size": batch_size, "show_progress_bar": False}
+        parts = []
+        for start in range(0, max(1, len(pairs)), SCORED_PAIRS):
+            part = pairs[start : start + SCORED_PAIRS]
+            queries, query_places = distinct(query for query, _ in part)
+            documents, document_places = distinct(document for _, document in part)
+            of_queries = self.encode_queries(queries, max_length=query_max_length, **work)
+            of_documents = self.encode_documents(documents, max_length=max_length, **work)
+            places = list(zip(query_places, document_places, strict=True))
+            parts.append(score_encoded(of_queries, of_documents, places, self.settings, chosen))
+        return joined(parts)
+
+    def explain(
+        self, query: str, document: str, *, max_length: int | None = None, query_max_length: int | None = None
+    ) -> Explanation:
+        """Which document token each query token meets in MaxSim, and which tokens both have, with their weights.
+
+        `print` shows a table; a notebook and `save("why.html")` show a picture. max_length, query_max_length: as for
+        `compute_score`. Raises ValueError for a model that gives dense vectors alone.
+        """
+        own = self.settings.representations
+        if own == (DENSE,):
+            raise ValueError(f"{self.backend.name} gives dense vectors alone, which say nothing of single tokens")
+        of_query = self.encode_queries([check_text("query", query)], outputs=own, max_length=query_max_length)
+        of_document = self.encode_documents([check_text("document", document)], outputs=own, max_length=max_length)
+        scores = score_encoded(of_query, of_document, [(0, 0)], self.settings, ensemble_weights(None, own))
+        names = [[], []]
+        if MULTI_VECTOR in own:
+            names = [self._vector_tokens(query, "query", query_max_length)]
+            names.append(self._vector_tokens(document, "document", max_length))
+        return explained(query, document, scores, of_query, of_document, *names)
+
+    def _vector_tokens(self, text: str, kind: str, max_length: int | None) -> list[str]:
+        """Names of the tokens that have a vector."""
+        encoder = self.backend.text_encoder
+        batch = make_batch(encoder.encode([text], kind, max_length=self._checked_limit(kind, None, max_length)))
+        kept = batch.ids[self.model.kept_tokens(batch)]
+        return [token_name(encoder.fast_tokenizer, token) for token in kept.tolist()]
+
     def calibrate(
         self,
         documents: Sequence[str],
@@ -305,66 +357,3 @@ class Embedder:
         if fixed >= limit:
             raise ValueError(f"max_length {limit} is too small: prompt and special tokens take {fixed} tokens")
         return limit
-
-    def _checked_outputs(self, outputs: Sequence[str] | None) -> list[str]:
-        """In the order of REPRESENTATIONS, ("dense",) for None. ValueError for what the model does not give."""
-        names = [DENSE] if outputs is None else check_list("outputs", outputs)
-        own = self.settings.representations
-        for name in names:
-            if name not in own:
-                raise ValueError(
-                    f"outputs: {self.backend.name} gives {', '.join(own)}, found {name!r}; "
-                    + ("name outputs" if outputs is None else "an exported folder gives dense vectors alone")
-                )
-        if not names:
-            raise ValueError("outputs: expected at least one representation, found none")
-        return [name for name in REPRESENTATIONS if name in names]
-
-    def _finish_dense(
-        self, dim: int | None, normalize: bool | None, precision: VectorPrecision
-    ) -> Callable[[np.ndarray], np.ndarray]:
-        """From the model's vectors to those that are asked for."""
-        normalize = self.settings.normalize if normalize is None else normalize
-        check_flag("normalize", normalize)
-        dim = self.dim if dim is None else dim
-        check_number("dim", dim, 1, "numbers")
-        if dim > self.dim:
-            raise ValueError(f"dim: this model's vectors have {self.dim} numbers, found {dim}")
-        ranges = self._ranges(precision, normalize)
-        return lambda vectors: to_precision(finish(vectors, dim, normalize), precision, ranges)
-
-    def _ranges(self, precision: VectorPrecision, normalize: bool) -> Int8Ranges | None:
-        if precision not in get_args(VectorPrecision):
-            names = ", ".join(get_args(VectorPrecision))
-            raise ValueError(
-                f"precision of vectors must be one of {names}; found {precision!r}. That of the computation is an "
-                "option of Embedder"
-            )
-        if precision != "int8":
-            return None
-        if self.int8_ranges is None:
-            raise ValueError("precision int8 needs ranges: call calibrate(documents) with a sample of them once")
-        if self.int8_ranges.normalized != normalize:
-            raise ValueError(
-                f"the int8 ranges are of vectors with normalize={self.int8_ranges.normalized}, and normalize is "
-                f"{normalize}; calibrate for it"
-            )
-        return self.int8_ranges
-
-
-def check_pool_factor(factor: float, kind: str | None, outputs: Sequence[str]) -> None:
-    if isinstance(factor, bool) or not isinstance(factor, Real) or not 1 <= factor < np.inf:
-        raise ValueError(f"pool_factor must be a number of at least 1, found {factor!r}")
-    if factor > 1 and kind == "query":
-        raise ValueError("pool_factor is for documents, since every vector of a query counts; leave it out")
-    if factor > 1 and MULTI_VECTOR not in outputs:
-        logger.warning("pool_factor is of token vectors, which outputs does not name; ignored")
-
-
-def check_finite(found: Mapping[str, Sequence]) -> None:
-    """Of what a backend gave."""
-    parts = [found[name] for name in (DENSE,) if name in found]
-    parts += [weights for _, weights in found.get(LEXICAL, ())]
-    parts += found.get(MULTI_VECTOR, ())
-    if not all(np.isfinite(part).all() for part in parts):
-        raise ValueError("the model gave a vector that is not finite; in fp16 a model may overflow: use bf16 or fp32")

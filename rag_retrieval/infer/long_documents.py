@@ -15,8 +15,6 @@ from rag_retrieval.models.options import LONG_DOCUMENT, OVERLAP
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, truncate
 from rag_retrieval.models.text_scoring import Pairs, score_texts
 
-LONGEST_QUERY = 0.75  # of the tokens that the fixed parts leave; a longer query is cut to this where slices are made
-
 Span = tuple[int, int]  # of a document's text, in characters, the end not included
 
 
@@ -85,7 +83,7 @@ class PassageEncoder:
         documents = encoder.text_ids([document for _, document in pairs], "document")
         encoded = []
         for (query, document), document_ids in zip(pairs, documents, strict=True):
-            if self.long_document != "truncate" and len(query_ids[query]) + len(document_ids) > encoder.budget:
+            if self.long_document != "truncate" and not encoder.fits(query_ids[query], document_ids):
                 encoded.append(self._slices(query_ids[query], document))
             else:
                 pair = encoder.join(query_ids[query], document_ids)
@@ -112,10 +110,10 @@ class PassageEncoder:
     def _slices(self, query_ids: np.ndarray, document: str) -> EncodedDocument:
         encoder = self.encoder
         template = encoder.template
-        query_keep = min(len(query_ids), int(encoder.budget * LONGEST_QUERY))
+        query_keep, room = encoder.room_for_slices(len(query_ids))
         query = truncate(query_ids, query_keep, template.query_end)
         tokens, end = document_tokens(encoder, document), list(template.document_end)
-        room = encoder.budget - query_keep - len(tokens.head) - max(len(end), len(tokens.tail))
+        room -= len(tokens.head) + max(len(end), len(tokens.tail))
         if room < 1:
             raise ValueError(
                 f"max_length {encoder.max_length} leaves no room for slices beside query and formats; use a larger "

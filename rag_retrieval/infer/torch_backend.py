@@ -43,11 +43,17 @@ class SharedModel(Generic[Model]):
             check_precision(precision, each.device)
         self.lock = Lock()
 
-    def run(self, encoded: Sequence[EncodedPair], batch_size: int, progress: Progress | None = None) -> Output:
-        """What the model gives for the texts, in their order, on the CPU. batch_size: texts of one forward at most."""
+    def run(
+        self,
+        encoded: Sequence[EncodedPair],
+        batch_size: int,
+        progress: Progress | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> Output:
+        """What the model gives for the texts, in their order, on the CPU. batch_size, outputs: as of `run_encoded`."""
         with self.lock:
             self.check_is_open()
-            return run_encoded(self.models, encoded, batch_size, self.precision, progress)
+            return run_encoded(self.models, encoded, batch_size, self.precision, progress, outputs)
 
     def each(self, change: Callable[[Model], Model]) -> "SharedModel[Model]":
         """The same of `change(model)` for every copy, under the same lock: they share their layers."""
@@ -88,7 +94,7 @@ class TorchEmbedder(SharedModel[EmbeddingModel]):
         outputs: Sequence[str] = (DENSE,),
         progress: Progress | None = None,
     ) -> dict[str, Sequence]:
-        found = self.run(texts, batch_size, progress)
+        found = self.run(texts, batch_size, progress, outputs)
         return {name: by_text(getattr(found, name)) for name in outputs}
 
     def check_max_length(self, max_length: int) -> None:

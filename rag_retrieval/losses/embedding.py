@@ -74,7 +74,7 @@ class SelfDistillation:
 
 @dataclass(frozen=True)
 class Flops:
-    """Weights of the regularization of lexical weights: see `regularization.flops`. ramp_steps: optimizer steps over
+    """Weights of the regularization of lexical weights: see `step_weights.flops`. ramp_steps: optimizer steps over
     which they grow quadratically from 0."""
 
     lambda_query: float

@@ -63,8 +63,8 @@ def self_distillation(step: StepRows, temperature: float = 0.02, use_inbatch_neg
     """KL(softmax(e / T) || softmax(s / T)) over all documents of the step, float32 [rows]; e are the scores of
     `step.teacher`, an ensemble that s is a part of, without a gradient.
 
-    Chen et al., "BGE M3-Embedding" (2024), equation 9 and what follows, plus the ensemble's entropy, which has no
-    gradient. use_inbatch_neg: False: over the record's own documents alone.
+    Chen et al., "BGE M3-Embedding" (2024), section 3.3, less the ensemble's entropy, which has no gradient.
+    use_inbatch_neg: False: over the record's own documents alone.
     """
     direction = "query_to_doc" if use_inbatch_neg else "own_documents"
     student, teacher = step.scores(direction) / temperature, step.teacher.scores(direction).detach() / temperature

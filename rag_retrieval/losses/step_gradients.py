@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rag_retrieval.losses.embedding import SELF_DISTILLATION, EmbeddingLoss, Objective
-from rag_retrieval.losses.regularization import flops
 from rag_retrieval.losses.step_outputs import DENSE, ENSEMBLE, LEXICAL, MULTI_VECTOR, OutputGradients, StepOutputs
 from rag_retrieval.losses.step_rows import OBSERVED, EnsembleRows, StepRows, StepTexts
 from rag_retrieval.losses.step_targets import StepTargets
 from rag_retrieval.losses.step_tokens import StepTokens
 from rag_retrieval.losses.step_vectors import StepVectors
-from rag_retrieval.losses.step_weights import StepWeights
+from rag_retrieval.losses.step_weights import StepWeights, flops
 
 BLOCK_ELEMENTS = 1 << 22  # of one matrix of a block, over all widths: 16 MB in float32; some ten of them live at once
 NEAR_ZERO = 1e-4  # a loss that teaches nothing
@@ -89,7 +88,7 @@ def representation_gradients(
 
 
 def texts_of(objective: Objective, outputs: StepOutputs) -> dict[str, StepTexts]:
-    """By representation, in the order of `REPRESENTATIONS`."""
+    """By representation, those that there are."""
     texts = {}
     if outputs.dense is not None:
         widths, _ = objective.widths_of(outputs.dense.shape[1])
@@ -134,7 +133,7 @@ def unified_loss(objective: Objective, block: Mapping[str, StepRows], step: int)
     """sum_r weight_r L_r over representations r and their ensemble, float32 [rows]. Once self-distillation has begun,
     the mean of that and of sum_r weight_r KL_r, the distances of each from the ensemble.
 
-    Chen et al., "BGE M3-Embedding" (2024), equations 7 to 10.
+    Chen et al., "BGE M3-Embedding" (2024), section 3.3.
     """
     total = 0.0
     for name, weight in objective.loss_weights.items():

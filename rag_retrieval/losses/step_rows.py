@@ -21,10 +21,10 @@ OBSERVED = ("positive_rank", "positive_score", "negative_score", "negatives", "m
 class StepRows:
     """Own records of a step at one width, as a loss sees them; the loss returns one value for each: [rows].
 
-    rows: which of the process's own records. width: index of the width. width_weights: of the loss at each width; the
-    last is the widest, and the only one of what is no dense vector.
-    teacher: the same records with the scores that `self_distillation` learns. `scores` are float32: cosines of dense
-    vectors, or products where the objective does not normalize; sums of products of lexical weights; MaxSim.
+    rows: which of the process's own records. width: index of the width. width_weights: of the loss at each width, of
+    which the last is the widest; what is no dense vector has one alone. teacher: the same records with the scores that
+    `self_distillation` learns. `scores` are float32: cosines of dense vectors, or products where the objective does not
+    normalize; sums of products of lexical weights; MaxSim.
     """
 
     queries: StepTexts

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rag_retrieval.losses.ragged import Ragged
+from rag_retrieval.losses.step_outputs import Ragged
 from rag_retrieval.losses.step_vectors import ALL, Places
 
 CHUNK_ELEMENTS = 1 << 22  # of the products of tokens that exist at once: 16 MB in float32

@@ -41,9 +41,7 @@ class StepVectors:
         parts = torch.cat([piece[places] for piece in self.pieces[: width + 1]], dim=-1)
         return parts * self.scales[width][places].unsqueeze(-1)
 
-    def against(
-        self, places: Places, others: "StepVectors", other_places: Places = ALL
-    ) -> list[Tensor]:
+    def against(self, places: Places, others: "StepVectors", other_places: Places = ALL) -> list[Tensor]:
         """Scores of the texts at places [n] with those of others at other_places [m]: [n, m] for each width."""
         product, scores = 0.0, []
         for piece, other, scale, other_scale in zip(

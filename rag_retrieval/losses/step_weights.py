@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rag_retrieval.losses.ragged import Ragged
+from rag_retrieval.losses.embedding import Flops
+from rag_retrieval.losses.step_outputs import Ragged
 from rag_retrieval.losses.step_vectors import ALL, Places
 
 CHUNK_ELEMENTS = 1 << 22  # of the matrix of the texts that a block is compared with: 16 MB in float32
@@ -32,9 +33,7 @@ class StepWeights:
         longest = int(others.texts.counts.max()) if len(others) else 0
         return max(len(self), len(others), len(self.ids.unique()), own * longest)
 
-    def against(
-        self, places: Places, others: "StepWeights", other_places: Places = ALL
-    ) -> list[Tensor]:
+    def against(self, places: Places, others: "StepWeights", other_places: Places = ALL) -> list[Tensor]:
         """Scores of the texts at places [n] with those of others at other_places [m]: [[n, m]]."""
         matrix, columns = self._matrix(places, others)
         other_places = others.texts.all[other_places]
@@ -116,3 +115,16 @@ def _chunks(matrix: Tensor, rows: Tensor, columns: Tensor, weights: Tensor, numb
         laid_out = matrix.new_zeros(end - start, matrix.shape[1])
         laid_out[rows[entries] - start, columns[entries]] = weights[entries]
         yield start, end, entries, laid_out
+
+
+def flops(weights: Flops, queries: StepWeights, documents: StepWeights, step: int) -> Tensor:
+    """ramp * (lambda_q Omega(queries) + lambda_d Omega(documents)), a float32 scalar; Omega = sum_j (mean over texts of
+    w_j)^2, over the distinct texts of the whole step.
+
+    Paria et al., "Minimizing FLOPs to Learn Efficient Sparse Representations" (2020); for SPLADE, Formal et al.,
+    "SPLADE v2" (2021). ramp = (step / ramp_steps)^2, at most 1. step: number of finished optimizer steps. The square
+    makes it a value of a step's texts together: that of parts, added up, would be another.
+    """
+    ramp = min(1.0, step / weights.ramp_steps) ** 2 if weights.ramp_steps else 1.0
+    omega = weights.lambda_query * queries.square_of_means() + weights.lambda_document * documents.square_of_means()
+    return ramp * omega

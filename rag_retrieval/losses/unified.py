@@ -1,6 +1,6 @@
 """One objective for several representations of a text: a loss for each, one for their ensemble, and self-distillation.
 
-Chen et al., "BGE M3-Embedding" (2024), section 3, with the weights of FlagEmbedding's trainer as defaults.
+Chen et al., "BGE M3-Embedding" (2024), section 3.3, with the weights of FlagEmbedding's trainer as defaults.
 """
 
 from collections.abc import Mapping, Sequence

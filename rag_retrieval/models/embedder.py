@@ -11,7 +11,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 
@@ -21,25 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rag_retrieval.models.embedder_loading import (
-    choose_template,
-    choose_token_heads,
-    is_causal,
-    load_backbone,
-    refuse_reranker,
-)
-from rag_retrieval.models.embedding_files import (
-    EmbedderSettings,
-    HeadFiles,
-    check_pooling_is_known,
-    check_settings,
-    choose_settings,
-    is_embedder,
-    known_embedder,
-    read_heads,
-    read_settings,
-    write_settings,
-)
+from rag_retrieval.models.embedder_loading import load_parts
+from rag_retrieval.models.embedding_files import EmbedderSettings, HeadFiles, write_settings
 from rag_retrieval.models.embedding_heads import (
     LATENT_FOLDER,
     WEIGHTS,
@@ -47,39 +30,19 @@ from rag_retrieval.models.embedding_heads import (
     LatentAttention,
     Projection,
     dense_folder,
-    load_head,
     load_weights,
     read_token_heads,
     save_token_heads,
 )
 from rag_retrieval.models.lexical import linear_weights, splade_weights
-from rag_retrieval.models.loading import (
-    check_max_length,
-    check_vocabulary,
-    choose_max_length,
-    load_tokenizer,
-    lower_case_like,
-    position_limit,
-    set_encoder_pad_token,
-)
-from rag_retrieval.models.multi_vector import (
-    add_prompt_tokens,
-    keep_prompts_whole,
-    kept_by_bge_m3,
-    kept_by_colbert,
-    skiplist_ids,
-    token_vectors,
-)
+from rag_retrieval.models.multi_vector import kept_by_bge_m3, kept_by_colbert, skiplist_ids, token_vectors
 from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, EmbedderOptions, options_among
 from rag_retrieval.models.packed_model import packed_outputs, packing_problem, pairs_to_check, sliding_window
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
-from rag_retrieval.models.pooling import packed_sums, token_weights
-from rag_retrieval.models.representation_files import SPLADE, RepresentationOptions, choose_representations
+from rag_retrieval.models.pooling import cls_copies, packed_sums, token_weights
+from rag_retrieval.models.representation_files import SPLADE, RepresentationOptions
 from rag_retrieval.models.representations import Lexical, Representations, TokenVectors
-from rag_retrieval.models.settings import (
-    ModelFiles,
-    resolve_model_path,
-)
+from rag_retrieval.models.settings import ModelFiles, resolve_model_path
 from rag_retrieval.models.text_encoding import TextEncoder
 from rag_retrieval.models.token_batch import TokenBatch, make_batch
 from rag_retrieval.models.transformer import TransformerModule
@@ -210,19 +173,26 @@ class EmbeddingModel(TransformerModule):
 
     def _lexical(self, states: torch.Tensor, batch: TokenBatch) -> Lexical:
         if self.settings.lexical == SPLADE:
-            return splade_weights(self.model, states, batch.lengths)
+            kept = ~self._cls_copies(batch)
+            lengths = np.add.reduceat(kept, np.cumsum(batch.lengths) - batch.lengths, dtype=np.int32)
+            kept_states = states if kept.all() else states[on_device(np.flatnonzero(kept), states.device)]
+            return splade_weights(self.model, kept_states, lengths)
         with torch.autocast(states.device.type, enabled=False):
             weights = self.token_heads[LEXICAL](states)[:, 0].relu()
         return linear_weights(weights, batch, np.array(self.tokenizer.all_special_ids, np.int32))
 
     def _token_vectors(self, states: torch.Tensor, batch: TokenBatch) -> TokenVectors:
-        settings, template = self.settings, self.text_encoder.template
-        if settings.is_colbert:
-            kept = kept_by_colbert(batch, self.skiplist)
-        else:
-            kept = kept_by_bge_m3(batch, len(template.prefix), settings.cls_interval, len(template.suffix))
         with torch.autocast(states.device.type, enabled=False):
-            return token_vectors(states, self.token_heads[MULTI_VECTOR], batch, kept)
+            return token_vectors(states, self.token_heads[MULTI_VECTOR], batch, self.kept_tokens(batch))
+
+    def kept_tokens(self, batch: TokenBatch) -> np.ndarray:
+        """[tokens], bool: which of the batch's tokens have a token vector."""
+        if self.settings.is_colbert:
+            return kept_by_colbert(batch, self.skiplist)
+        return kept_by_bge_m3(batch, len(self.text_encoder.template.prefix), self._cls_copies(batch))
+
+    def _cls_copies(self, batch: TokenBatch) -> np.ndarray:
+        return cls_copies(batch, self.settings.cls_interval, len(self.text_encoder.template.suffix))
 
     def _unattended(self, batch: TokenBatch) -> np.ndarray | None:
         return None if self.settings.attend_to_expansion_tokens or not batch.expansion.any() else batch.expansion
@@ -320,55 +290,10 @@ class EmbeddingModel(TransformerModule):
     ) -> "EmbeddingModel":
         """`from_pretrained` of files that were looked up. trained_only: raise ValueError for a model without all of
         its weights and a decoder that does not say how its vectors are made, and warn of such an encoder."""
-        path, trained, wanted = files.path, is_embedder(files), wanted or RepresentationOptions()
-        refuse_reranker(files)
-        saved, known = read_settings(files), known_embedder(files)
-        if not {"pooling", "prompts"} & known.keys() <= saved.keys():
-            logger.info("%s: as the card of the model of its name says: %s", path, known)
-        saved |= choose_representations(known | saved, wanted)
-        model, new_parameters, bidirectional = load_backbone(files, options, saved, trained_only)
-        causal = is_causal(model)
-        is_decoder = causal or bidirectional
-        tokenizer = load_tokenizer(path, options.trust_remote_code)
-        lower_case_like(files, tokenizer)
-        if is_decoder:
-            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        else:
-            set_encoder_pad_token(model, tokenizer)
-        check_vocabulary(path, model, tokenizer)
-        limit = position_limit(model)
-        if cut_lengths and limit is not None:
-            given = options.given("max_length", "query_max_length")
-            options = options.model_copy(update={name: min(length, limit) for name, length in given.items()})
-        saved_length = saved.pop("max_length", files.max_seq_length) if trained else None
-        if saved_length is not None:
-            saved_length = min(saved_length, limit or saved_length)
-        max_length = choose_max_length(options.max_length, saved_length, files, tokenizer, model, trained)
-        tokenizer.model_max_length = max_length  # other libraries truncate by it
-        if "pooling" not in known | saved and options.pooling is None and DENSE in saved["representations"]:
-            check_pooling_is_known(path, is_decoder, trained_only)
-        values = {"pooling": "last" if is_decoder else "mean"} | known | saved
-        eos_token = values.pop("eos_token", None)
-        settings = choose_settings(values, options, dims, max_length=max_length, bidirectional=bidirectional)
-        check_settings(path, settings, causal)
-        if settings.query_max_length is not None:
-            check_max_length(settings.query_max_length, model, "query_max_length")
-        if settings.is_colbert:
-            keep_prompts_whole(tokenizer, settings.prompts.values())
-            add_prompt_tokens(model, tokenizer, settings.prompts.values())
-        template = choose_template(files, tokenizer, settings, is_decoder, eos_token)
-        if "token_type_ids" not in inspect.signature(model.base_model.forward).parameters:
-            template = replace(template, has_types=False)
-        encoder = TextEncoder(tokenizer, template, settings.prompts, settings.max_lengths, settings.default_prompt)
-        heads = {}
-        if DENSE in settings.representations:
-            heads = {each.folder: load_head(files, each) for each in read_heads(files)}
-        width = model.config.get_text_config().hidden_size
-        token_heads, new_heads = choose_token_heads(files, settings, width, wanted.colbert_dim, trained_only)
-        new_parameters |= new_heads
-        attention = options.attn_implementation
-        embedder = cls(model, encoder, settings, new_parameters, causal, heads, token_heads, attention)
-        if settings.pooling == "latent_attention" and LATENT_FOLDER not in heads:
+        parts = load_parts(files, options, wanted or RepresentationOptions(), dims, trained_only, cut_lengths)
+        embedder = cls(*parts, options.attn_implementation)
+        settings = embedder.settings
+        if settings.pooling == "latent_attention" and LATENT_FOLDER not in embedder.heads:
             embedder.add_head(LATENT_FOLDER, LatentAttention(embedder.width))
         if settings.dims and max(settings.dims) > embedder.dim:
             embedder.add_projection(max(settings.dims))
@@ -404,7 +329,8 @@ class EmbeddingModel(TransformerModule):
             layers = self.token_heads[MULTI_VECTOR]
             heads = [HeadFiles(each.saved_as, dense_folder(place), each.saved_values())
                      for place, each in enumerate(layers)]  # fmt: skip
-        write_settings(folder, self.settings, self.width, heads, self.tokenizer.get_vocab(), self.is_decoder)
+        width = self.config.get_text_config().vocab_size if self.settings.is_splade_alone else self.width
+        write_settings(folder, self.settings, width, heads, self.tokenizer.get_vocab(), self.is_decoder)
 
     def save_heads(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
         """The weights outside of `model`, of a state of this module, where `load_heads` finds them."""

@@ -1,9 +1,10 @@
 """Parts of opening an embedding model: its backbone, what its texts are put into, the heads of its representations."""
 
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,18 +19,113 @@ from transformers import (
 )
 
 from rag_retrieval.models.devices import choose_dtype
-from rag_retrieval.models.embedding_files import EmbedderSettings, is_embedder
-from rag_retrieval.models.embedding_heads import Projection, load_token_heads
+from rag_retrieval.models.embedding_files import (
+    EmbedderSettings,
+    check_pooling_is_known,
+    check_settings,
+    choose_settings,
+    is_embedder,
+    known_embedder,
+    read_settings,
+)
+from rag_retrieval.models.embedding_heads import Head, Projection, load_head, load_token_heads, read_heads
 from rag_retrieval.models.lexical import check_logits
-from rag_retrieval.models.loading import load_model, reading, shorten, truncates_left, warn_of_new_parameters
-from rag_retrieval.models.multi_vector import expansion_token
+from rag_retrieval.models.loading import (
+    check_max_length,
+    check_vocabulary,
+    choose_max_length,
+    load_model,
+    load_tokenizer,
+    lower_case_like,
+    position_limit,
+    reading,
+    set_encoder_pad_token,
+    shorten,
+    truncates_left,
+    warn_of_new_parameters,
+)
+from rag_retrieval.models.multi_vector import add_prompt_tokens, expansion_token, keep_prompts_whole
 from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, EmbedderOptions
-from rag_retrieval.models.representation_files import COLBERT_DIM, SPLADE
+from rag_retrieval.models.representation_files import (
+    COLBERT_DIM,
+    SPLADE,
+    RepresentationOptions,
+    choose_representations,
+)
 from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.settings import CLASSIFIER, SETTINGS_FILE, ModelFiles, choose_setting, find_file, read_json
-from rag_retrieval.models.text_encoding import TextTemplate, append_eos, text_template
+from rag_retrieval.models.text_encoding import TextEncoder, TextTemplate, append_eos, text_template
 
 logger = logging.getLogger(__name__)
+
+
+class EmbedderParts(NamedTuple):
+    """The arguments of `EmbeddingModel`."""
+
+    model: PreTrainedModel
+    text_encoder: TextEncoder
+    settings: EmbedderSettings
+    new_parameters: set[str]
+    causal: bool
+    heads: dict[str, Head]
+    token_heads: dict[str, nn.Module]
+
+
+def load_parts(
+    files: ModelFiles,
+    options: EmbedderOptions,
+    wanted: RepresentationOptions,
+    dims: Sequence[int] | None,
+    trained_only: bool,
+    cut_lengths: bool,
+) -> EmbedderParts:
+    """See `EmbeddingModel.load`."""
+    path, trained = files.path, is_embedder(files)
+    refuse_reranker(files)
+    saved, known = read_settings(files), known_embedder(files)
+    if not {"pooling", "prompts"} & known.keys() <= saved.keys():
+        logger.info("%s: as the card of the model of its name says: %s", path, known)
+    saved |= choose_representations(known | saved, wanted)
+    model, new_parameters, bidirectional = load_backbone(files, options, saved, trained_only)
+    causal = is_causal(model)
+    is_decoder = causal or bidirectional
+    tokenizer = load_tokenizer(path, options.trust_remote_code)
+    lower_case_like(files, tokenizer)
+    if is_decoder:
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    else:
+        set_encoder_pad_token(model, tokenizer)
+    check_vocabulary(path, model, tokenizer)
+    limit = position_limit(model)
+    if cut_lengths and limit is not None:
+        given = options.given("max_length", "query_max_length")
+        options = options.model_copy(update={name: min(length, limit) for name, length in given.items()})
+    saved_length = saved.pop("max_length", files.max_seq_length) if trained else None
+    if saved_length is not None:
+        saved_length = min(saved_length, limit or saved_length)
+    max_length = choose_max_length(options.max_length, saved_length, files, tokenizer, model, trained)
+    tokenizer.model_max_length = max_length  # other libraries truncate by it
+    if "pooling" not in known | saved and options.pooling is None and DENSE in saved["representations"]:
+        check_pooling_is_known(path, is_decoder, trained_only)
+    values = {"pooling": "last" if is_decoder else "mean"} | known | saved
+    eos_token = values.pop("eos_token", None)
+    settings = choose_settings(values, options, dims, max_length=max_length, bidirectional=bidirectional)
+    check_settings(path, settings, causal)
+    if settings.query_max_length is not None:
+        check_max_length(settings.query_max_length, model, "query_max_length")
+    if settings.is_colbert:
+        keep_prompts_whole(tokenizer, settings.prompts.values())
+        add_prompt_tokens(model, tokenizer, settings.prompts.values())
+    template = choose_template(files, tokenizer, settings, is_decoder, eos_token)
+    if "token_type_ids" not in inspect.signature(model.base_model.forward).parameters:
+        template = replace(template, has_types=False)
+    encoder = TextEncoder(tokenizer, template, settings.prompts, settings.max_lengths, settings.default_prompt)
+    heads = {}
+    if DENSE in settings.representations:
+        heads = {each.folder: load_head(files, each) for each in read_heads(files)}
+    width = model.config.get_text_config().hidden_size
+    token_heads, new_heads = choose_token_heads(files, settings, width, wanted.colbert_dim, trained_only)
+    return EmbedderParts(model, encoder, settings, new_parameters | new_heads, causal, heads, token_heads)
 
 
 def refuse_reranker(files: ModelFiles) -> None:

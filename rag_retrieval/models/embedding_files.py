@@ -136,7 +136,7 @@ class EmbedderSettings:
 
 def is_embedder(files: ModelFiles) -> bool:
     """Whether the folder says how its vectors are made."""
-    return bool(files.module_list) or files.architecture == STANFORD
+    return bool(files.module_list) or files.architecture == STANFORD or bool(heads_in(files))
 
 
 def read_settings(files: ModelFiles) -> dict[str, Any]:
@@ -166,7 +166,10 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
         values |= read_sparse_encoder(files)
     elif is_colbert(files):
         values |= read_colbert(files)
-    elif is_embedder(files):
+    elif not files.module_list:
+        if heads_in(files):  # as FlagEmbedding's trainer leaves it
+            values["pooling"] = "cls"
+    else:
         check_modules(files)
         values["normalize"] = "Normalize" in files.modules
         values |= read_pooling(files)
@@ -219,21 +222,6 @@ def read_pooling(files: ModelFiles) -> dict[str, Any]:
             f"{', '.join(POOLING_NAMES)}; open it with sentence_transformers"
         )
     return {"pooling": poolings[0], "include_prompt": values.get("include_prompt") is not False}
-
-
-def read_heads(files: ModelFiles) -> list[HeadFiles]:
-    """The modules with weights, in their order. Raises ValueError for a Dense that does not take the text's vector, or
-    of a ColBERT the token states."""
-    heads, takes = [], "token_embeddings" if is_colbert(files) else "sentence_embedding"
-    for kind, folder in files.module_list:
-        if kind not in ("Dense", "LatentAttention"):
-            continue
-        values = read_json(files.path, f"{folder}/config.json")
-        for name, known in (("module_input_name", takes), ("use_residual", False)):
-            if values.get(name, known) != known:
-                raise ValueError(f"{files.path}: {folder}/config.json has {name} {values[name]!r}; known is {known!r}")
-        heads.append(HeadFiles(kind, folder, values))
-    return heads
 
 
 # ---- choosing --------------------------------------------------------------------------------------------
@@ -294,8 +282,8 @@ def write_settings(
     vocabulary: Mapping[str, int],
     is_decoder: bool = False,
 ) -> None:
-    """Beside the weights, config and tokenizer that lie in `folder`. width: of the model's states. vocabulary: of the
-    tokenizer."""
+    """Beside the weights, config and tokenizer that lie in `folder`. width: of the model's states, or with
+    SPLADE alone of its logits. vocabulary: of the tokenizer."""
     options = {
         "model_type": "SentenceTransformer",
         "prompts": {"query": "", "document": ""} | settings.prompts,

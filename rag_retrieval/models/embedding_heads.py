@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rag_retrieval.models.embedding_files import HeadFiles, read_heads
+from rag_retrieval.models.embedding_files import HeadFiles
 from rag_retrieval.models.loading import reading
 from rag_retrieval.models.options import MULTI_VECTOR
 from rag_retrieval.models.representation_files import LINEAR_FILES, STANFORD, heads_in, is_colbert
-from rag_retrieval.models.settings import ModelFiles, find_file, parsing
+from rag_retrieval.models.settings import ModelFiles, find_file, parsing, read_json
 
 WEIGHTS = "model.safetensors"
 LATENT_FOLDER = "1_LatentAttention"
@@ -109,6 +109,21 @@ class Projection(nn.Linear):
 
 Head = LatentAttention | Projection
 HEADS: dict[str, type[Head]] = {head.saved_as: head for head in (LatentAttention, Projection)}
+
+
+def read_heads(files: ModelFiles) -> list[HeadFiles]:
+    """The modules with weights, in their order. Raises ValueError for a Dense that does not take the text's vector, or
+    of a ColBERT the token states."""
+    heads, takes = [], "token_embeddings" if is_colbert(files) else "sentence_embedding"
+    for kind, folder in files.module_list:
+        if kind not in ("Dense", "LatentAttention"):
+            continue
+        values = read_json(files.path, f"{folder}/config.json")
+        for name, known in (("module_input_name", takes), ("use_residual", False)):
+            if values.get(name, known) != known:
+                raise ValueError(f"{files.path}: {folder}/config.json has {name} {values[name]!r}; known is {known!r}")
+        heads.append(HeadFiles(kind, folder, values))
+    return heads
 
 
 def load_head(files: ModelFiles, saved: HeadFiles) -> Head:

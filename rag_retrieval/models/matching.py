@@ -1,4 +1,4 @@
-"""Scores of a query and a document by their lexical weights and token vectors, and fewer token vectors for a document.
+"""Scores of queries and documents by dense vectors, lexical weights and token vectors, and fewer token vectors.
 
 Everything is computed in float32. Nothing here imports torch.
 """
@@ -7,7 +7,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from rag_retrieval.models.vectors import EPSILON, to_float32
+from rag_retrieval.models.vectors import EPSILON, finish, to_float32
+
+
+def dense_scores(queries: np.ndarray, documents: np.ndarray, kind: str = "cosine") -> np.ndarray:
+    """The similarity of each query with the document in the same row: [pairs], float32. queries, documents: [pairs,
+    dim], float32. kind: as for `vectors.similarity`."""
+    if kind == "euclidean":
+        return -np.linalg.norm(queries - documents, axis=1)
+    if kind == "manhattan":
+        return -np.abs(queries - documents).sum(axis=1)
+    if kind == "cosine":
+        queries, documents = finish(queries), finish(documents)
+    return (queries * documents).sum(axis=1)
 
 
 def lexical_score(query: Mapping, document: Mapping) -> float:

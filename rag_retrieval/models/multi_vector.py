@@ -41,16 +41,10 @@ def kept_by_colbert(batch: TokenBatch, skiplist: np.ndarray) -> np.ndarray:
     return np.repeat(batch.is_query, batch.lengths) | ~np.isin(batch.ids, skiplist)
 
 
-def kept_by_bge_m3(batch: TokenBatch, first: int, cls_interval: int | None, suffix: int) -> np.ndarray:
-    """[tokens], bool: all but the `first` tokens of a text and, with MCLS, the copies of its cls.
-
-    suffix: tokens after a text, which are no cls.
-    """
+def kept_by_bge_m3(batch: TokenBatch, first: int, copies: np.ndarray) -> np.ndarray:
+    """[tokens], bool: all but the `first` tokens of a text and the copies of its cls (`cls_copies`)."""
     places = concatenated_ranges(np.zeros_like(batch.lengths), batch.lengths)  # of each token in its text
-    kept = places >= first
-    if cls_interval is not None:
-        kept &= (places % cls_interval != 0) | (places >= np.repeat(batch.lengths, batch.lengths) - suffix)
-    return kept
+    return (places >= first) & ~copies
 
 
 # ---- the tokenizer of ColBERT ---------------------------------------------------------------------------

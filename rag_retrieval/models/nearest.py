@@ -36,6 +36,13 @@ def nearest(
     return (ROWS - (best & ROWS)).numpy(), _scores(best).numpy()
 
 
+def best_columns(scores: torch.Tensor, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """(columns int64, scores float32), both [rows, min(depth, columns)], best first; of equal ones the lower column
+    first. scores: float32 [rows, columns]."""
+    best = _keys(scores, 0).topk(min(depth, scores.shape[1])).values.cpu()
+    return (ROWS - (best & ROWS)).numpy(), _scores(best).numpy()
+
+
 def _nearest(queries, parts, depth: int, device: str | torch.device, decode) -> torch.Tensor:
     """The keys of the best, falling: int64 [queries, depth], on the CPU."""
     queries = torch.from_numpy(queries).to(device)

@@ -16,11 +16,13 @@ from rag_retrieval.models.devices import choose_device
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.embedder_loading import is_reranker
 from rag_retrieval.models.embedding_files import is_embedder, known_embedder
+from rag_retrieval.models.embedding_files import read_settings as read_embedder_settings
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.loading import check_numbers, model_type_of
 from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions, model_options
 from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.prompts import Prompt
+from rag_retrieval.models.representations import MULTI_VECTOR
 from rag_retrieval.models.settings import (
     FORMAT_NAMES,
     MODEL_TYPES,
@@ -92,6 +94,11 @@ def open_embedder(model_name_or_path: str | os.PathLike, options: EmbedderOption
 def holds_embedder(files: ModelFiles) -> bool:
     """Whether it is an embedding model: its folder says how its vectors are made, or it has the name of a known one."""
     return not is_reranker(files) and (is_embedder(files) or bool(known_embedder(files)))
+
+
+def holds_token_vectors(files: ModelFiles) -> bool:
+    """Whether its model gives token vectors, by which it ranks too. Raises ValueError for a damaged file."""
+    return not is_reranker(files) and MULTI_VECTOR in read_embedder_settings(files)["representations"]
 
 
 def first_device(options: OpeningOptions) -> torch.device:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Kind = Literal["query", "document"]
 TokenId = Annotated[int, Field(strict=True, ge=0)]
 QUERY_SHARE = 0.5  # of the tokens that the fixed parts leave; beyond it a query gives way to the document
+LONGEST_QUERY = 0.75  # of these tokens; a longer query is cut to this where the document is read in slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +271,15 @@ class PairEncoder:
             offsets += [(start + shift, stop + shift) for start, stop in encoding.offsets[kept]]
             place += len(piece)
         return ids, offsets
+
+    def fits(self, query_ids: Sequence[int] | np.ndarray, document_ids: Sequence[int] | np.ndarray) -> bool:
+        """Whether `join` keeps all of both."""
+        return len(query_ids) + len(document_ids) <= self.budget
+
+    def room_for_slices(self, query_tokens: int) -> tuple[int, int]:
+        """How many tokens of a query to keep where its document is read in slices, and how many a slice may have."""
+        query_keep = min(query_tokens, int(self.budget * LONGEST_QUERY))
+        return query_keep, self.budget - query_keep
 
     def untruncated_lengths(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Tokens of each pair, special tokens included, before truncation: int [pairs]."""

@@ -57,6 +57,14 @@ def unscaled_weights(
     return weights if starts is None else weights * (places >= starts)
 
 
+def cls_copies(batch: TokenBatch, cls_interval: int | None, suffix: int) -> np.ndarray:
+    """[tokens], bool: the tokens that MCLS adds. suffix: tokens after a text, which are none of them."""
+    places = concatenated_ranges(np.zeros_like(batch.lengths), batch.lengths)  # of each token in its text
+    if cls_interval is None:
+        return np.zeros(len(places), bool)
+    return (places > 0) & (places % cls_interval == 0) & (places < np.repeat(batch.lengths, batch.lengths) - suffix)
+
+
 def packed_sums(states: torch.Tensor, weights: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
     """The sum over each text's tokens of weight times state: [texts, hidden], float32.
 
@@ -65,10 +73,3 @@ def packed_sums(states: torch.Tensor, weights: np.ndarray, lengths: np.ndarray) 
     device = states.device
     weighted = states.float() * on_device(weights, device, torch.float32)[:, None]
     return torch.segment_reduce(weighted, "sum", lengths=on_device(lengths, device), axis=0, unsafe=True)
-
-
-def padded_sums(states: torch.Tensor, weights: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
-    """As `packed_sums`, of states [texts, longest, hidden] that are padded at the right."""
-    in_rows = np.zeros(states.shape[:2], np.float32)
-    in_rows[np.arange(in_rows.shape[1]) < lengths[:, None]] = weights
-    return (states.float() * on_device(in_rows, states.device, torch.float32)[..., None]).sum(dim=1)

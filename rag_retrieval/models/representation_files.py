@@ -28,7 +28,7 @@ STANFORD = "HF_ColBERT"
 PUNCTUATION = tuple(string.punctuation)  # of ASCII alone, as in ColBERT and PyLate
 COLBERT_PROMPTS = {"query": "[Q] ", "document": "[D] "}  # of PyLate, each one token
 COLBERT_QUERY_LENGTH, COLBERT_DIM = 32, 128
-MAXSIM, MEAN_MAXSIM = "maxsim", "meanmaxsim"  # similarities, as sentence-transformers calls them
+DOT, MAXSIM, MEAN_MAXSIM = "dot", "maxsim", "meanmaxsim"  # similarities, as sentence-transformers calls them
 COLBERT_KEYS = ("query_expansion", "attend_to_expansion_tokens", "skiplist_words")
 ELSEWHERE = "open it with sentence_transformers"
 
@@ -71,7 +71,10 @@ def read_sparse_encoder(files: ModelFiles) -> dict[str, Any]:
     for key, known in (("pooling_strategy", "max"), ("activation_function", "relu")):
         if values.get(key, known) != known:
             raise ValueError(f"{files.path}: {file} has {key} {values[key]!r}; known is {known!r}; {ELSEWHERE}")
-    return {"representations": (LEXICAL,), "lexical": SPLADE}
+    similarity = str(files.sentence_transformers.get("similarity_fn_name") or DOT)
+    if similarity != DOT:
+        raise ValueError(f"{files.path}: its similarity is {similarity}; known for lexical weights is dot; {ELSEWHERE}")
+    return {"representations": (LEXICAL,), "lexical": SPLADE, "similarity": DOT}
 
 
 def read_colbert(files: ModelFiles) -> dict[str, Any]:
@@ -186,8 +189,10 @@ def choose_representations(values: Mapping[str, Any], options: RepresentationOpt
     if not alone:
         if given:
             logger.warning("%s: for token vectors alone; ignored beside other representations", ", ".join(given))
-        changed |= dict.fromkeys(COLBERT_KEYS[:2], False) | {"skiplist_words": ()}
-        if values.get("similarity") in (MAXSIM, MEAN_MAXSIM):
+        changed |= {"query_expansion": False, "attend_to_expansion_tokens": False, "skiplist_words": ()}
+        if names == (LEXICAL,) and changed["lexical"] == SPLADE:
+            changed["similarity"] = DOT
+        elif DENSE not in saved:
             changed["similarity"] = "cosine"
         return changed
     if saved != names:

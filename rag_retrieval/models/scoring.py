@@ -51,7 +51,7 @@ Model = TypeVar("Model", bound="BatchModel")
 class BatchModel(Protocol):
     """What a forward needs of a model, an nn.Module that gives the scores of a batch of pairs, [pairs], float32, or the
     `Representations` of a batch of texts. fitting_tokens: the most that a forward may hold since one ran out of memory,
-    None where none did. dtype: of the weights."""
+    None where none did. dtype: of the weights. An embedder also takes the names of representations."""
 
     fitting_tokens: int | None
     device: torch.device
@@ -203,10 +203,12 @@ def run_encoded(
     batch_size: int,
     precision: Precision | None = None,
     progress: Progress | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> Output:
     """Results in the order of `encoded`, float32, on the CPU. A device is waited for once.
 
-    models: replicas of one model; a thread for each takes one forward after another.
+    models: replicas of one model; a thread for each takes one forward after another. outputs: of an embedder, the names
+    of the representations that are wanted; None for all that it has.
     """
     with inference(models[0], precision):
         budget = min(map(token_budget, models))
@@ -214,7 +216,7 @@ def run_encoded(
 
     def run(model: BatchModel) -> Results:
         with inference(model, precision):
-            return run_forwards(model, encoded, waiting, batch_size, progress)
+            return run_forwards(model, encoded, waiting, batch_size, progress, outputs)
 
     if len(models) == 1:
         results = [run(models[0])]
@@ -248,6 +250,7 @@ def run_forwards(
     waiting: deque[list[int]],
     batch_size: int,
     progress: Progress | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> Results:
     """Results of the forwards of `waiting`, until none is left; several threads may share it.
 
@@ -260,7 +263,7 @@ def run_forwards(
             part = waiting.popleft()
         except IndexError:  # another thread took the last one
             break
-        results = forward_if_it_fits(model, [encoded[position] for position in part])
+        results = forward_if_it_fits(model, [encoded[position] for position in part], outputs)
         if results is not None:
             if progress is not None:
                 progress.update(len(part))
@@ -279,13 +282,15 @@ def run_forwards(
     return all_positions, concatenated(all_results)
 
 
-def forward_if_it_fits(model: BatchModel, texts: list[EncodedPair]) -> Output | None:
+def forward_if_it_fits(
+    model: BatchModel, texts: list[EncodedPair], outputs: Sequence[str] | None = None
+) -> Output | None:
     """Results of the texts on the model's device, or None where several do not fit in its memory together.
 
     Raises torch.cuda.OutOfMemoryError for a single text that does not fit.
     """
     try:
-        return model(make_batch(texts))
+        return model(make_batch(texts)) if outputs is None else model(make_batch(texts), outputs)
     except torch.cuda.OutOfMemoryError as error:
         if len(texts) == 1:
             raise torch.cuda.OutOfMemoryError(

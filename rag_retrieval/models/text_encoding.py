@@ -153,7 +153,7 @@ class TextEncoder:
         """One text from its ids, of at most `limit` tokens; None for no limit."""
         template = self.template
         ids, start = np.array([*prompt_ids, *text_ids], np.int32), len(prompt_ids)
-        keep = len(ids) if limit is None else min(len(ids), self._budget(limit))
+        keep = len(ids) if limit is None else min(len(ids), self.budget(limit))
         dropped = len(ids) - keep
         if template.truncate_left:
             ids, start = ids[dropped:], max(0, start - dropped)
@@ -185,7 +185,7 @@ class TextEncoder:
         types = None if text.types is None else np.zeros_like(ids)
         return replace(text, ids=ids, types=types, is_query=True, expansion=more)
 
-    def _budget(self, limit: int) -> int:
+    def budget(self, limit: int) -> int:
         """Tokens of prompt and text that fit into `limit` tokens."""
         room = limit - len(self.template.suffix)
         interval = self.template.cls_interval

@@ -74,7 +74,8 @@ def represent_with(embedder: Embedder, kind: str, options: IndexOptions) -> Repr
         if MULTI_VECTOR in wanted:
             tokens = TokenVectors.of(encoded.multi_vector)
             if divides:
-                tokens = tokens._replace(vectors=tokens.vectors / np.repeat(tokens.counts, tokens.counts)[:, None])
+                counts = np.repeat(tokens.counts, tokens.counts).astype(np.float32)
+                tokens = tokens._replace(vectors=tokens.vectors / counts[:, None])
         return Encoded(encoded.dense, lexical, tokens)
 
     return represent

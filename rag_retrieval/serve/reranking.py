@@ -6,7 +6,7 @@ model; equal documents of a request are computed once.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -114,18 +114,18 @@ def warm_up(model: RerankModel, batcher: Batcher, batch_tokens: int | None) -> N
     model.encode(task, task.documents, encoded)
     pairs = encoded.pairs
     batcher.submit(pairs).result()  # memory, threads, kernels
-    check_vocabulary(model, batcher, pairs[0])
+    check_vocabulary(model, batcher)
     batcher.batch_tokens = measured_tokens(batcher, pairs) if batch_tokens is None else batch_tokens
 
 
-def check_vocabulary(model: RerankModel, batcher: Batcher, pair: EncodedPair) -> None:
+def check_vocabulary(model: RerankModel, batcher: Batcher) -> None:
     """Scores the last token of the tokenizer: else a text could ask for a row that the embedding does not have."""
-    vocabulary = model.backend.pair_encoder.fast_tokenizer.get_vocab()
+    encoder = model.backend.pair_encoder
+    vocabulary = encoder.fast_tokenizer.get_vocab()
     token = max(vocabulary, key=vocabulary.get)
-    ids = pair.ids.copy()
-    ids[pair.document_start] = vocabulary[token]
+    pair = encoder.join([], [vocabulary[token]])
     try:
-        batcher.submit([replace(pair, ids=ids)]).result()
+        batcher.submit([pair]).result()
     except Exception as error:
         last = f"the last token of its tokenizer, {token!r} ({vocabulary[token]})"
         raise ValueError(

@@ -57,15 +57,15 @@ class RunRecord:
 @dataclass(frozen=True)
 class Kind:
     """What a trainer says of the models that it makes. tag, title: of the hub's kind of task, as an id and in words.
-    tags: further ones. use: code, with {name} for the model's. elsewhere: the same of other libraries, which
-    open no exported folder. description, meaning: of a model's folder and its run: what it is, and what its output
-    says."""
+    tags: further ones. use: code for a model's folder, with {name} for the model's. elsewhere: the same of other
+    libraries, which open no exported folder. description, meaning: of a model's folder and its run: what it is, and
+    what its output says."""
 
     tag: str
     title: str
     tags: Sequence[str]
-    use: str
-    elsewhere: str
+    use: Callable[[Path], str]
+    elsewhere: Callable[[Path], str]
     description: Callable[[Path, RunRecord | None], str]
     meaning: Callable[[Path, RunRecord | None], str]
 
@@ -98,8 +98,8 @@ def model_card(model: Path, run: RunRecord | None, about: About, kind: Kind) -> 
         kind.description(model, run),
         "## Use",
         *([EXPORTED.format(name=about.name)] if exported else []),
-        kind.use.format(name=about.name),
-        *([] if exported else [kind.elsewhere.format(name=about.name)]),
+        kind.use(model).format(name=about.name),
+        *([] if exported else [kind.elsewhere(model).format(name=about.name)]),
         kind.meaning(model, run),
     ]
     if run is not None:
@@ -241,6 +241,9 @@ def without_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Without what is absent, each path as `shown`; the entries of a `train_dataset` that is a list likewise."""
     values = {key: value for key, value in values.items() if value is not None}
     if isinstance(values.get("train_dataset"), list):
-        values["train_dataset"] = [without_paths(entry) for entry in values["train_dataset"]]
+        entries = values["train_dataset"]
+        values["train_dataset"] = [
+            shown(entry) if isinstance(entry, str) else without_paths(entry) for entry in entries
+        ]
     paths = ("model_name_or_path", "train_dataset", "val_dataset", "path")
     return values | {key: shown(values[key]) for key in paths if isinstance(values.get(key), str)}

@@ -16,19 +16,17 @@ from rag_retrieval.core.command import Command, has_home, load_object, report, r
 from rag_retrieval.core.log import launched_rank
 from rag_retrieval.core.signals import Interrupted, TrainingStopped, exit_code, interrupt, leave_at_once, on_signals
 
+KINDS = {"reranker": "a reranker", "embedding": "an embedder", "pretrain": "an encoder on plain texts"}
 TRAINERS = {  # by the `task` of a configuration
     task: Command(
         "train",
-        f"train {what}; --task {other} trains {the_other}",
-        config=f"rag_retrieval.train.{task}.config:{config}",
+        f"train {what}; others: {', '.join(f'--task {other}' for other in KINDS if other != task)}",
+        config=f"rag_retrieval.train.{task}.config:{task.capitalize()}Config",
         run="rag_retrieval.train.script:train",
         work=(f"rag_retrieval.train.{task}.run",),
         config_folder=Path(__file__).resolve().parent / task / "config",
     )
-    for task, config, what, other, the_other in (
-        ("reranker", "RerankerConfig", "a reranker", "embedding", "an embedder"),
-        ("embedding", "EmbeddingConfig", "an embedder", "reranker", "a reranker"),
-    )
+    for task, what in KINDS.items()
 }
 
 

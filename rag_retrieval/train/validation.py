@@ -1,12 +1,12 @@
 """The forwards of a validation, of whatever trainer."""
 
 import logging
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from rag_retrieval.models.representations import Representations
 from rag_retrieval.models.token_batch import TokenBatch, texts_of
 from rag_retrieval.train.failures import is_out_of_memory
 from rag_retrieval.train.step_checks import WHOLE
@@ -14,12 +14,11 @@ from rag_retrieval.train.step_checks import WHOLE
 logger = logging.getLogger(__name__)
 
 
-def forward_in_memory(model: nn.Module, batch: TokenBatch, accelerator: Accelerator) -> torch.Tensor:
-    """What the model gives for a batch: [texts, ...]. A batch that does not fit in memory is halved, unless the
-    forwards of all processes belong together, or it has one text."""
+def forward_in_memory(model: nn.Module, batch: TokenBatch, accelerator: Accelerator) -> list[Any]:
+    """What the model gives for a batch, in the forwards that it took, one after another. A batch that does not fit in
+    memory is halved, unless the forwards of all processes belong together, or it has one text."""
     try:
-        results = model(batch)
-        return results.dense if isinstance(results, Representations) else results
+        return [model(batch)]
     except RuntimeError as error:
         whole = accelerator.distributed_type in WHOLE
         if not (is_out_of_memory(error) and whole and len(batch) > 1):
@@ -30,4 +29,4 @@ def forward_in_memory(model: nn.Module, batch: TokenBatch, accelerator: Accelera
     middle = len(batch) // 2
     logger.warning("validation: %d texts do not fit in memory at once, continuing with halves", len(batch))
     halves = (texts_of(batch, 0, middle), texts_of(batch, middle, len(batch)))
-    return torch.cat([forward_in_memory(model, half, accelerator) for half in halves])
+    return [result for half in halves for result in forward_in_memory(model, half, accelerator)]

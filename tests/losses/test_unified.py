@@ -17,9 +17,8 @@ from representation_samples import (
 from step_samples import random_step
 
 from rag_retrieval.losses.embedding import Flops, SelfDistillation, objective_of
-from rag_retrieval.losses.regularization import flops
 from rag_retrieval.losses.step_targets import targets_of
-from rag_retrieval.losses.step_weights import StepWeights
+from rag_retrieval.losses.step_weights import StepWeights, flops
 from rag_retrieval.losses.unified import unified
 
 ALL = ("dense", "lexical", "multi_vector")

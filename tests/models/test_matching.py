@@ -5,12 +5,22 @@ import pytest
 import torch
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 
-from rag_retrieval.models.matching import lexical_score, maxsim, pool_token_vectors
+from rag_retrieval.models.matching import dense_scores, lexical_score, maxsim, pool_token_vectors
+from rag_retrieval.models.vectors import similarity
 
 
 def unit_vectors(count: int, width: int = 8, seed: int = 0) -> np.ndarray:
     vectors = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "dot", "euclidean", "manhattan"])
+def test_dense_scores_are_the_diagonal_of_the_similarities(kind):
+    queries, documents = 3 * unit_vectors(5), 2 * unit_vectors(5, seed=1)
+    documents[2] = 0
+    found = dense_scores(queries, documents, kind)
+    np.testing.assert_allclose(found, np.diag(similarity(queries, documents, kind)), atol=1e-5)
+    assert found.dtype == np.float32
 
 
 def test_a_lexical_score_is_the_sum_over_common_tokens():

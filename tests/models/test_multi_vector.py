@@ -11,6 +11,7 @@ from tiny_models import bert_tokenizer
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.multi_vector import kept_by_bge_m3, kept_by_colbert, skiplist_ids, token_vectors
 from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.pooling import cls_copies
 from rag_retrieval.models.token_batch import TokenBatch, make_batch
 
 
@@ -27,9 +28,9 @@ def test_punctuation_is_left_out_of_documents_alone():
 
 def test_bge_m3_leaves_out_the_first_token_and_copies_of_cls():
     batch = batch_of([1, 5, 2], [1, 5, 6, 1, 7, 2], [1, 5, 6, 2])
-    assert kept_by_bge_m3(batch, 1, None, 1).tolist() == [0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1]
+    assert kept_by_bge_m3(batch, 1, cls_copies(batch, None, 1)).tolist() == [0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1]
     # with an interval of 3, the fourth token of the second text is a cls; that of the third text is its last, eos
-    assert kept_by_bge_m3(batch, 1, 3, 1).tolist() == [0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1]
+    assert kept_by_bge_m3(batch, 1, cls_copies(batch, 3, 1)).tolist() == [0, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1]
 
 
 def test_vectors_have_length_1_and_their_texts_counts():
@@ -126,3 +127,19 @@ def test_options_of_colbert_beside_other_representations_are_reported(base_folde
 def test_representations_that_are_not_known_are_refused(base_folders, names):
     with pytest.raises(ValueError, match="representations: expected one or more of dense, lexical, multi_vector"):
         EmbeddingModel.from_pretrained(base_folders["bert"], representations=names)
+
+
+def test_copies_of_cls_have_no_part_in_the_other_representations(base_folders):
+    options = {"pooling": "cls", "cls_interval": 6, "max_length": 40}
+    splade = EmbeddingModel.from_pretrained(
+        base_folders["bert"], representations=["dense", "lexical"], lexical="splade", **options
+    ).eval()
+    text = splade.text_encoder.encode([TEXTS[-1]])[0]
+    with torch.no_grad():
+        found = splade(make_batch([text])).lexical
+        states = splade.model.base_model(torch.tensor(text.ids[None])).last_hidden_state[0]
+        places = [place for place in range(len(text)) if place == 0 or place % 6 or place == len(text) - 1]
+        logits = splade.model.get_output_embeddings()(splade.model.cls.predictions.transform(states[places]))
+    expected = torch.log1p(torch.relu(logits.amax(0)))
+    assert (text.ids[6], len(places)) == (text.ids[0], len(text) - 6)
+    torch.testing.assert_close(torch.zeros_like(expected).index_put((found.ids,), found.weights), expected)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from index_samples import corpus_file, documents, files_of, results
+from index_samples import corpus_file, documents, files_of, m3_folder, results
 from mining_samples import animal_data
 from tiny_models import tiny_bert
 
@@ -202,6 +202,26 @@ def test_a_build_that_is_killed_anywhere_continues_to_the_same_files(whole, corp
     assert files_of(tmp_path / "index") == files_of(whole)
 
 
+OF_TOKENS = ["--bm25", "false", "--representations", "dense,lexical,multi_vector", "--token_precision", "residual2",
+             "--token_candidates", "tokens"]  # fmt: skip
+
+
+def m3_options(corpus, output, m3) -> list[str]:
+    command = build_options(corpus, output, m3)
+    place = command.index("--pooling")
+    return [*command[:place], *command[place + 2 :], *OF_TOKENS]
+
+
+def test_weights_and_codes_are_made_again_where_a_build_is_killed(corpus, tmp_path):
+    m3 = m3_folder(tmp_path)
+    command = m3_options(corpus, tmp_path / "index", m3)
+    for place in ("token_codec.write_json", "vector_shards.append_vectors", "vector_shards.write_lists"):
+        killed_at(f"rag_retrieval.retrieval.{place}", command)
+        assert not (tmp_path / "index" / "index.json").exists()
+    assert main(command) == 0 and main(m3_options(corpus, tmp_path / "whole", m3)) == 0
+    assert files_of(tmp_path / "index") == files_of(tmp_path / "whole")
+
+
 def test_an_update_that_is_killed_anywhere_leaves_the_old_index(corpus, model, tmp_path):
     folder = tmp_path / "index"
     assert main(build_options(corpus, folder, model)) == 0
@@ -235,14 +255,16 @@ def test_a_full_disk_is_one_error_and_the_same_call_goes_on(corpus, whole, model
 
 
 @pytest.mark.slow
-def test_two_workers_of_ray_build_the_same_index(corpus, model, tmp_path, monkeypatch):
+def test_two_workers_of_ray_build_the_same_index(corpus, tmp_path, monkeypatch):
+    """Of all that a model gives."""
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    m3 = m3_folder(tmp_path)
     ray.init("local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False)
     try:
         for engine in (["--engine", "local"], ["--engine", "ray", "--ray_workers", "2"]):
-            command = [*build_options(corpus, tmp_path / engine[1], model), "--vector_precision", "int8"]
+            command = [*m3_options(corpus, tmp_path / engine[1], m3), "--vector_precision", "int8"]
             assert main([*command, *engine]) == 0
     finally:
         ray.shutdown()

@@ -78,7 +78,9 @@ class EmbeddingKeys(RepresentationKeys):
 
     # Embedder
     task: Literal["embedding"] = key("Which trainer the file is for.", "embedding")
-    query_max_len: int = key("Longest query, in tokens, prompt and special tokens included.", 128, ge=4)
+    query_max_len: int | None = key(
+        "Longest query, in tokens, prompt and special tokens included. Default 128, and 32 with query_expansion.",
+        derive=lambda config: 32 if config.expands_queries else 128, ge=4)
     passage_max_len: int = key("Longest document, likewise.", 512, ge=4)
     query_instruction: EscapedText | None = key("Text before each query. Default the model's own.")
     document_instruction: EscapedText | None = key("Text before each document. Default the model's own.")

@@ -19,6 +19,7 @@ from rag_retrieval.data.step_records import QUERY_MARK, first_of_each
 from rag_retrieval.data.store import RecordStore, cache_folder
 from rag_retrieval.models.open import open_embedder
 from rag_retrieval.models.options import EmbedderOptions
+from rag_retrieval.models.representations import DENSE
 from rag_retrieval.models.scoring import run_encoded
 from rag_retrieval.models.settings import model_content
 
@@ -87,7 +88,8 @@ def write_vectors(folder: Path, name: str, stores: Sequence[RecordStore], trust_
         for start in range(0, len(places), CHUNK):
             chunk = places[start : start + CHUNK]
             texts = [stores[s].query(p) if kind == "query" else stores[s].pair(p).document for s, p in chunk.tolist()]
-            found = run_encoded([model], model.text_encoder.encode(texts, kind), FORWARD).dense.numpy()
+            encoded = model.text_encoder.encode(texts, kind)
+            found = run_encoded([model], encoded, FORWARD, outputs=(DENSE,)).dense.numpy()
             if not np.isfinite(found).all():
                 raise ValueError(f"guide_model {name}: it gave a vector that is not finite; take another model")
             vectors[rows[done : done + len(chunk)]] = found

@@ -109,7 +109,9 @@ def token_vectors(values: Mapping[str, Any]) -> dict[str, Any]:
         return {"colbert_dim": None}
     if values.keys() & {"representations", "unified_finetuning"}:
         return {}
-    return {"representations": "multi_vector", "mean_maxsim": True}
+    plain = {"query_expansion": False, "skiplist_words": "", "query_instruction": "", "document_instruction": ""}
+    given = {name: value for name, value in values.items() if name in plain and value is not None}
+    return {"representations": "multi_vector", "mean_maxsim": True} | plain | given
 
 
 def unified_finetuning(value: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ValidationInfo, field_validator
 
 from rag_retrieval.core.config import NAMES, Only, key, shown_value
+from rag_retrieval.losses.unified import DISTILLATION_WEIGHTS, ENSEMBLE_WEIGHTS, LOSS_WEIGHTS
 from rag_retrieval.models.options import from_json
 from rag_retrieval.train.config import TrainingConfig
 
@@ -23,11 +24,10 @@ TOKENS_ALONE = Only("representations multi_vector alone", lambda config: config.
 SPLADE = Only("lexical_method splade", lambda config: config.lexical_method == "splade")
 DISTILLED = Only("runs with use_self_distill", lambda config: config.use_self_distill)
 
-# of BGE-M3's training, https://arxiv.org/abs/2402.03216
 WEIGHTS: Mapping[str, Mapping[str, float]] = {
-    "representation_weights": {"dense": 1.0, "lexical": 0.1, "multi_vector": 1.0, ENSEMBLE: 1.0},
-    "ensemble_weights": {"dense": 1.0, "lexical": 0.3, "multi_vector": 1.0},
-    "self_distill_weights": {"dense": 1.0, "lexical": 0.1, "multi_vector": 1.0},
+    "representation_weights": LOSS_WEIGHTS,
+    "ensemble_weights": ENSEMBLE_WEIGHTS,
+    "self_distill_weights": DISTILLATION_WEIGHTS,
 }
 Weights = Annotated[dict[str, float] | None, BeforeValidator(from_json)]
 
@@ -64,6 +64,15 @@ class RepresentationKeys(TrainingConfig):
     mean_maxsim: bool | None = key(
         "The loss divides a MaxSim by the number of the query's vectors, as it does beside other representations. "
         "Default false.", only=TOKENS_ALONE, derive=lambda config: False)
+    query_expansion: bool | None = key(
+        "Queries are filled up to query_max_len with mask tokens, whose vectors are compared too. Default the model's "
+        "own, true for new token vectors.", only=TOKENS_ALONE)
+    attend_to_expansion_tokens: bool | None = key(
+        "The other tokens of a query see its mask tokens. Default the model's own, false for new token vectors.",
+        only=TOKENS_ALONE)
+    skiplist_words: Annotated[list[str] | None, NAMES] = key(
+        'Tokens of documents that have no vector; "" for none. Default the model\'s own, the punctuation of ASCII for '
+        "new token vectors.", only=TOKENS_ALONE)
     fix_encoder: bool = key("Train the heads of the representations alone, and nothing of the model below.", False)
     representation_weights: Weights = key(
         'Weight of the loss of each representation and of the ensemble, as {"lexical": 0.1}; the loss is their '
@@ -95,6 +104,11 @@ class RepresentationKeys(TrainingConfig):
     def _in_order(cls, names: list[str]) -> list[str]:
         return [name for name in REPRESENTATIONS if name in names]
 
+    @field_validator("skiplist_words", mode="after")
+    @classmethod
+    def _without_empty(cls, words: list[str] | None) -> list[str] | None:
+        return words and [word for word in words if word]
+
     @field_validator(*WEIGHTS, mode="after")
     @classmethod
     def _complete(cls, given: dict[str, float] | None, info: ValidationInfo) -> dict[str, float] | None:
@@ -110,6 +124,11 @@ class RepresentationKeys(TrainingConfig):
         if not any(weights.values()):
             raise ValueError("expected a weight above 0, found none")
         return weights
+
+    @property
+    def expands_queries(self) -> bool:
+        """As far as the configuration says."""
+        return self.representations == ["multi_vector"] and self.query_expansion is not False
 
     @property
     def has_large_scores(self) -> bool:

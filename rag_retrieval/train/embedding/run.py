@@ -11,8 +11,10 @@ from accelerate import Accelerator
 from rag_retrieval.core.distributed import host_group
 from rag_retrieval.data.store import RecordStore
 from rag_retrieval.data.summary import TokenLengths
-from rag_retrieval.losses.embedding import Objective, objective_of
+from rag_retrieval.losses.embedding import Flops, Objective, SelfDistillation, objective_of
+from rag_retrieval.losses.unified import unified
 from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.models.representation_files import MAXSIM, MEAN_MAXSIM
 from rag_retrieval.train import run as any_run
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.embedding.card import EMBEDDER
@@ -77,6 +79,7 @@ class EmbeddingTraining:
         for name, prompt in model.settings.prompts.items():
             logger.info("prompt of a %s, which is saved with the model: %r", name, prompt)
         steps = embedding_steps(self.files, self.config, model.text_encoder, accelerator, max_tokens, not packs)
+        self.objective = with_ramp(self.objective, self.config, int(steps.steps_per_epoch * self.config.epochs))
         report_steps(self.files, self.config, steps)
         return steps
 
@@ -107,8 +110,31 @@ class EmbeddingTraining:
 
 
 def configured_objective(config: EmbeddingConfig) -> Objective:
+    """All but the ramp of FLOPS regularization where that depends on the run's steps: see `with_ramp`."""
     weights, options = config.loss_weights, config.loss_options
-    return objective_of(weights, options, config.widths, config.width_weights, config.normalize)
+    objective = objective_of(weights, options, config.widths, config.width_weights, config.normalize)
+    distillation = flops = None
+    if config.use_self_distill:
+        shared = {name: options[name] for name in ("temperature", "use_inbatch_neg") if name in options}
+        distillation = SelfDistillation(config.self_distill_weights, config.self_distill_start_step, **shared)
+    if config.lexical_method == "splade":
+        flops = Flops(config.lambda_query, config.lambda_document, config.flops_ramp_steps or 0)
+    return unified(
+        objective,
+        config.representations,
+        config.representation_weights,
+        config.ensemble_weights,
+        distillation,
+        flops,
+        multi_vector_mean=config.mean_maxsim is not False,
+    )
+
+
+def with_ramp(objective: Objective, config: EmbeddingConfig, steps: int) -> Objective:
+    """The weights of FLOPS regularization rise over the first third of a run of so many steps, unless it says more."""
+    if objective.flops is None or config.flops_ramp_steps is not None:
+        return objective
+    return replace(objective, flops=replace(objective.flops, ramp_steps=max(1, steps // 3)))
 
 
 def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
@@ -125,6 +151,12 @@ def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
         cls_interval=config.cls_interval,
         normalize=config.normalize,
         bidirectional=config.bidirectional,
+        representations=config.representations,
+        lexical=config.lexical_method,
+        colbert_dim=config.colbert_dim,
+        query_expansion=config.query_expansion,
+        attend_to_expansion_tokens=config.attend_to_expansion_tokens,
+        skiplist_words=config.skiplist_words,
         dims=dims if width is None else (),  # the one projection is to the teacher's width
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
@@ -139,6 +171,10 @@ def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
                     f"for; give {length} or fewer"
                 )
             logger.info("%s: %d, the tokens that this model has positions for, as none is given", name, length)
+    if config.mean_maxsim is not None:
+        model.settings = replace(model.settings, similarity=MEAN_MAXSIM if config.mean_maxsim else MAXSIM)
+    if config.fix_encoder:
+        model.model.requires_grad_(False)
     if not config.normalize:  # the loss compares by the product, so the saved model does
         model.settings = replace(model.settings, similarity="dot")
     if width is not None:

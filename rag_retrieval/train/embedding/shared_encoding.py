@@ -1,7 +1,7 @@
-"""The vectors of fixed texts, encoded by all processes of a run together, as often as a model is validated.
+"""What a model gives for fixed texts, encoded by all processes of a run together, as often as a model is validated.
 
 Texts are dealt to the processes in blocks, and a block alone decides its forwards. So the number of processes changes
-no forward, and no digit of a vector.
+no forward, and no digit of what it gives.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,18 +9,20 @@ from itertools import chain, count
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import nn
 
 from rag_retrieval.core.distributed import gather, process_count, process_index
 from rag_retrieval.data.collection import Collection
 from rag_retrieval.models.token_batch import TokenBatch, make_batch, plan_by_tokens
+from rag_retrieval.train.embedding.text_outputs import Outputs, joined, of_texts, outputs_of
 from rag_retrieval.train.embedding.training_data import encode_queries
 from rag_retrieval.train.task import TrainingError
 from rag_retrieval.train.validation import forward_in_memory
 
 BLOCK = 512  # texts dealt out, tokenized and planned together
-GATHERED = 8192  # vectors of each process that are exchanged at once
+GATHERED = 512  # texts of each process whose outputs are exchanged at once
 NAMED, SHOWN = 5, 60  # texts in a message, and characters of one
 
 
@@ -63,30 +65,36 @@ class SharedEncoding:
         filler = make_batch(encoder.encode(["filler"], "document"))
         self.batches += [([], filler)] * missing
 
-    def __call__(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray] | None:
-        """(queries, documents) on the main process, None on the others: each float32 [texts, dim], as the model gives
-        them, not normalized. Raises TrainingError, on all processes, where one is not finite."""
-        places, vectors = [], []
+    def __call__(self, model: nn.Module) -> tuple[Outputs, Outputs] | None:
+        """Of the queries and of the documents on the main process, on the CPU; None on the others. Raises
+        TrainingError, on all processes, where a value is not finite."""
+        places, parts = [], []
         for of_batch, batch in self.batches:
-            embedded = forward_in_memory(model, batch, self.accelerator).float().cpu().numpy()
+            outputs = joined([outputs_of(each) for each in forward_in_memory(model, batch, self.accelerator)])
             places += of_batch
-            vectors.append(embedded[: len(of_batch)])
-        own_places, own = np.array(places, np.int64), np.concatenate(vectors)
+            parts.append({name: entries.first(len(of_batch)).to("cpu") for name, entries in outputs.items()})
+        own_places, own = torch.tensor(places, dtype=torch.int64), joined(parts)
         self._check_finite(own_places, own)
-        result = np.empty((len(self.texts), own.shape[1]), np.float32) if process_index() == 0 else None
-        for start in range(0, max(gather(len(own))), GATHERED):
-            stop = start + GATHERED
-            for rows, values in gather((own_places[start:stop], own[start:stop])):
-                if result is not None:
-                    result[rows] = values
-        if result is None:
+        received = []
+        for start in range(0, max(gather(len(own_places))), GATHERED):
+            texts = torch.arange(len(own_places))[start : start + GATHERED]
+            for part in gather((own_places[texts], of_texts(own, texts))):
+                if process_index() == 0:
+                    received.append(part)
+        if not received:
             return None
-        queries, documents = result[: self.num_queries], result[self.num_queries :]
-        return queries, documents if self.copies is None else documents[self.copies]
+        order = torch.cat([places for places, _ in received]).argsort()
+        everything = of_texts(joined([outputs for _, outputs in received]), order)
+        documents = np.arange(len(self.texts) - self.num_queries) if self.copies is None else np.array(self.copies)
+        rows = torch.arange(self.num_queries), self.num_queries + torch.from_numpy(documents)
+        return tuple(of_texts(everything, each) for each in rows)
 
-    def _check_finite(self, places: np.ndarray, vectors: np.ndarray) -> None:
-        own = places[~np.isfinite(vectors).all(axis=1)]
-        if bad := sorted(chain.from_iterable(gather(own.tolist()))):
+    def _check_finite(self, places: torch.Tensor, outputs: Outputs) -> None:
+        own: set[int] = set()
+        for entries in outputs.values():
+            texts = torch.arange(len(entries.counts)).repeat_interleave(entries.counts)
+            own.update(places[texts[~entries.values.isfinite().reshape(len(texts), -1).all(dim=1)]].tolist())
+        if bad := sorted(chain.from_iterable(gather(own))):
             raise TrainingError(
                 f"{len(bad)} of {len(self.texts)} validation texts have a vector that is not finite: "
                 f"{first_texts([self.texts[place] for place in bad])}; train in mixed_precision no or bf16"

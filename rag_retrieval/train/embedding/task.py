@@ -37,6 +37,8 @@ from rag_retrieval.train.embedding.text_outputs import (
     gather_outputs,
     joined,
     matched,
+    of_texts,
+    on_device,
     outputs_of,
     places_of,
     step_outputs,
@@ -172,7 +174,7 @@ class EmbeddingTask(SavedModel):
         device = next(iter(outputs.values())).values.device
         places = [torch.from_numpy(of).to(device) for of in (queries, documents)]
         of_all = gather_outputs(outputs, counts)
-        chosen = [{name: entries.at(place) for name, entries in of_all.items()} for place in places]
+        chosen = [of_texts(of_all, place) for place in places]
         del of_all
         guide = self.guide and tuple(self.guide.of(ids[of]).to(device) for of in (queries, documents))
         given = map(step_outputs, chosen)
@@ -244,8 +246,7 @@ def probe(model: EmbeddingModel) -> Outputs:
     """What the model gives for `PROBES`, on the CPU, in the precision of the weights."""
     encoded = [text for kind, texts in PROBES.items() for text in model.text_encoder.encode(texts, kind)]
     with evaluating(model):  # FSDP has put autocast around the forward of this object
-        outputs = outputs_of(type(model).forward(model, make_batch(encoded)))
-    return {name: entries.to("cpu") for name, entries in outputs.items()}
+        return on_device(outputs_of(type(model).forward(model, make_batch(encoded))), "cpu")
 
 
 def step_texts(micro_batches: Sequence[EmbeddingMicroBatch], options: EmbeddingOptions) -> StepTexts:

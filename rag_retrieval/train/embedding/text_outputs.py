@@ -77,6 +77,15 @@ def step_outputs(outputs: Outputs) -> StepOutputs:
     )
 
 
+def of_texts(outputs: Outputs, texts: Tensor) -> Outputs:
+    """Of the texts at these places, in this order."""
+    return {name: entries.at(texts) for name, entries in outputs.items()}
+
+
+def on_device(outputs: Outputs, device: torch.device | str) -> Outputs:
+    return {name: entries.to(device) for name, entries in outputs.items()}
+
+
 def joined(outputs: Sequence[Outputs]) -> Outputs:
     """Of the texts of all, one after another."""
     return {name: _joined([each[name] for each in outputs]) for name in outputs[0]}

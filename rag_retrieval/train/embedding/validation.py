@@ -16,11 +16,14 @@ from torch import nn
 from rag_retrieval.core.distributed import on_main
 from rag_retrieval.core.files import read_json, write_json
 from rag_retrieval.data.collection import Collection
+from rag_retrieval.losses.embedding import Objective
+from rag_retrieval.losses.step_outputs import DENSE, ENSEMBLE
 from rag_retrieval.metrics import AT_START, P_VALUE, PerQuery, Run, means, parse_metric, query_metrics
-from rag_retrieval.models.nearest import nearest
 from rag_retrieval.models.vectors import finish
 from rag_retrieval.significance import Comparison, compare
+from rag_retrieval.train.embedding.rankings import ranked, rankings
 from rag_retrieval.train.embedding.shared_encoding import SharedEncoding, first_texts
+from rag_retrieval.train.embedding.text_outputs import Outputs, difference, joined
 from rag_retrieval.train.failures import translate_storage_errors
 
 logger = logging.getLogger(__name__)
@@ -32,18 +35,18 @@ SIGNIFICANT = 0.05
 UNCHANGED = 1e-6  # of a number of a vector of length 1, which float32 computes to some 1e-7
 PROBES = 64  # queries, and documents, whose vectors are kept for comparison
 
-Vectors = np.ndarray  # float32 [texts, dim]
-Measure = Callable[[Vectors, Vectors], float]  # of the vectors of queries and documents
+Measure = Callable[[Outputs, Outputs], float]  # of queries and documents
 
 
 class EmbeddingValidation:
     """Measures a model on a collection. Every process makes it from the same arguments and calls it with the others.
 
-    encoding: of the collection's queries and documents. cosine: whether vectors are compared by it, else by their
-    product. names: of ranking metrics; none where ranks say nothing, as on graded pairs. measures: further values by
-    name, such as the loss. start: the file that keeps the evaluation before the first step, for a resumed run; None
-    where there is no such evaluation. The first of names and measures is compared with it. widths: of Matryoshka, at
-    which the first of names is measured too, as NAME/WIDTH.
+    encoding: of the collection's queries and documents. objective: how texts are compared. names: of ranking metrics;
+    none where ranks say nothing, as on graded pairs. They are of the model's one representation, or of the ensemble of
+    several, each of which has them too, as lexical/NAME. measures: further values by name, such as the loss. start: the
+    file that keeps the evaluation before the first step, for a resumed run; None where there is no such evaluation. The
+    first of names and measures is compared with it. widths: of Matryoshka, at which the first of names is measured for
+    dense vectors too, as NAME/WIDTH.
     metrics: the names of what can be measured.
     """
 
@@ -52,20 +55,22 @@ class EmbeddingValidation:
         collection: Collection,
         encoding: SharedEncoding,
         *,
-        cosine: bool,
+        objective: Objective,
         names: Sequence[str] = METRICS,
         measures: Mapping[str, Measure] | None = None,
         device: torch.device | str = "cpu",
         start: Path | None = None,
         widths: Sequence[int] = (),
     ):
-        self.collection, self.encoding, self.cosine, self.device = collection, encoding, cosine, device
+        self.collection, self.encoding, self.objective, self.device = collection, encoding, objective, device
         self.without_relevant = collection.without_relevant
         self.names = names if len(self.without_relevant) < len(collection.queries) else ()
         self.depth = max([parse_metric(name)[1] or DEPTH for name in self.names], default=0)
         self.measures, self.start, self.widths = measures or {}, start, widths
-        self.metrics = [*self.names, *self.measures]
-        self.first: tuple[int, Vectors] | None = None  # step and vectors of the first evaluation of this process
+        parts = [name for name in objective.loss_weights if name != ENSEMBLE]
+        of_parts = [f"{part}/{name}" for part in parts for name in self.names] if len(parts) > 1 else []
+        self.metrics = [*self.names, *of_parts, *self.measures]
+        self.first: tuple[int, Outputs] | None = None  # step and outputs of the first evaluation of this process
         if self.names:
             self._report_collection()
 
@@ -82,33 +87,41 @@ class EmbeddingValidation:
             logger.warning(message, collection.source, len(absent), first_texts(absent))
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Finite values, equal on all processes; TrainingError, on all, where a vector is not finite. step: optimizer
-        steps done."""
-        vectors = self.encoding(model)
-        return on_main(lambda: self._values(*vectors, step))
+        """Finite values, equal on all processes; TrainingError, on all, where what the model gives is not. step:
+        optimizer steps done."""
+        outputs = self.encoding(model)
+        return on_main(lambda: self._values(*outputs, step))
 
-    def _values(self, queries: Vectors, documents: Vectors, step: int) -> dict[str, float]:
-        if self.cosine:
-            queries, documents = finish(queries), finish(documents)
+    def _values(self, queries: Outputs, documents: Outputs, step: int) -> dict[str, float]:
         values = {name: measure(queries, documents) for name, measure in self.measures.items()}
         per_query: PerQuery = {}
         if self.names:
-            per_query = self._per_query(queries, documents, self.names)
+            runs = rankings(self.collection, self.objective, queries, documents, self.depth, self.device)
+            *parts, whole = runs
+            per_query = self._per_query(runs[whole], self.names)
             values |= means(per_query)
-            for width in self.widths:
-                cut = (finish(vectors, width, self.cosine) for vectors in (queries, documents))
-                of_width = means(self._per_query(*cut, self.names[:1]))
-                values |= {f"{name}/{width}": value for name, value in of_width.items()}
+            for part in parts:
+                of_part = means(self._per_query(runs[part], self.names))
+                values |= {f"{part}/{name}": value for name, value in of_part.items()}
+            values |= self._at_widths(queries, documents)
             values["queries"] = len(self.collection.queries) - len(self.without_relevant)
             values["queries_without_relevant"] = len(self.without_relevant)
-        values["mean_cosine"] = mean_cosine(documents)
-        self._check_spread(values["mean_cosine"], step)
+        if DENSE in documents:
+            values["mean_cosine"] = mean_cosine(documents[DENSE].values.numpy())
+            self._check_spread(values["mean_cosine"], step)
         self._check_change(queries, documents, step)
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         return values | self._beside_start(values, per_query, step)
 
-    def _per_query(self, queries: Vectors, documents: Vectors, names: Sequence[str]) -> PerQuery:
-        run = ranked(self.collection, queries, documents, self.depth, self.device)
+    def _at_widths(self, queries: Outputs, documents: Outputs) -> dict[str, float]:
+        values = {}
+        for width in self.widths:
+            cut = (finish(side[DENSE].values.numpy(), width, self.objective.normalize) for side in (queries, documents))
+            run = ranked(self.collection, *cut, self.depth, self.device)
+            values |= {f"{name}/{width}": value for name, value in means(self._per_query(run, self.names[:1])).items()}
+        return values
+
+    def _per_query(self, run: Run, names: Sequence[str]) -> PerQuery:
         per_query = query_metrics(self.collection.relevance, run, names)
         graded = [name for name in names if parse_metric(name)[0].reads == "grades"]
         for name, values in query_metrics(self.collection.qrels, run, graded, relevant_from=-math.inf).items():
@@ -124,17 +137,19 @@ class EmbeddingValidation:
                 step, cosine,
             )  # fmt: skip
 
-    def _check_change(self, queries: Vectors, documents: Vectors, step: int) -> None:
-        probes = finish(np.concatenate([queries[:PROBES], documents[:PROBES]]))
+    def _check_change(self, queries: Outputs, documents: Outputs, step: int) -> None:
+        some = ({name: entries.first(min(PROBES, len(entries.counts))) for name, entries in side.items()}
+                for side in (queries, documents))  # fmt: skip
+        probes = joined(list(some))
         if self.first is None:
             self.first = step, probes
             return
-        before, vectors = self.first
-        if np.abs(probes - vectors).max() < UNCHANGED:
+        before, outputs = self.first
+        if difference(probes, outputs) < UNCHANGED:
             logger.warning(
-                "validation at step %d: the model did not change since step %d, the vectors of %d texts are what they "
-                "were. Raise lr, and look whether what should learn is frozen and whether the training loss is 0",
-                step, before, len(probes),
+                "validation at step %d: the model did not change since step %d, what it gives for %d texts is what it "
+                "was. Raise lr, and look whether what should learn is frozen and whether the training loss is 0",
+                step, before, len(next(iter(probes.values())).counts),
             )  # fmt: skip
 
     def _beside_start(self, values: dict[str, float], per_query: PerQuery, step: int) -> dict[str, float]:
@@ -174,35 +189,7 @@ def report(compared: Comparison) -> None:
         )
 
 
-# ---- measures
-
-
-def ranked(
-    collection: Collection, queries: Vectors, documents: Vectors, depth: int, device: torch.device | str = "cpu"
-) -> Run:
-    """The best `depth` documents of each query in the corpus, or all of its pool, with their products."""
-    if collection.pool is not None:
-        return in_pool(collection, queries, documents)
-    ids = list(collection.documents)
-    # of equal scores the greater id ranks first, and `nearest` takes the lower row
-    rows, scores = nearest(queries, documents[::-1], depth, device)
-    return {
-        query: {ids[-1 - row]: score for row, score in zip(*found, strict=True)}
-        for query, *found in zip(collection.queries, rows.tolist(), scores.tolist(), strict=True)
-    }
-
-
-def in_pool(collection: Collection, queries: Vectors, documents: Vectors) -> Run:
-    rows = {document: row for row, document in enumerate(collection.documents)}
-    run = {}
-    for query, vector in zip(collection.queries, queries, strict=True):
-        candidates = collection.pool.get(query, [])
-        scores = documents[[rows[document] for document in candidates]] @ vector
-        run[query] = dict(zip(candidates, scores.tolist(), strict=True))
-    return run
-
-
-def mean_cosine(vectors: Vectors) -> float:
+def mean_cosine(vectors: np.ndarray) -> float:
     """Of all pairs of different rows: (|sum of unit vectors|^2 - n) / (n (n - 1)); NaN for fewer than two."""
     count = len(vectors)
     lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)

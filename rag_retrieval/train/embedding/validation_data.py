@@ -22,10 +22,11 @@ from rag_retrieval.data.step_records import QUERY_MARK, first_of_each
 from rag_retrieval.data.store import RecordStore, open_store
 from rag_retrieval.losses.embedding import Objective
 from rag_retrieval.losses.step_gradients import representation_gradients
-from rag_retrieval.losses.step_outputs import StepOutputs
 from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.train.embedding.config import EmbeddingConfig
+from rag_retrieval.train.embedding.rankings import TextScores
 from rag_retrieval.train.embedding.shared_encoding import SharedEncoding
+from rag_retrieval.train.embedding.text_outputs import Outputs, of_texts, on_device, step_outputs
 from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
 from rag_retrieval.train.embedding.validation import METRICS, EmbeddingValidation
 from rag_retrieval.train.run_folder import START_FILE
@@ -75,7 +76,7 @@ def make_validation(
     )
     measures, names = {}, (config.metric_for_best_model, *METRICS)
     if store is not None and "label" in objective.reads:
-        measures["spearman"], names = LabelCorrelation(store), ()
+        measures["spearman"], names = LabelCorrelation(store, objective), ()
     if store is not None and can_measure(objective, store):
         options = SamplingOptions(config.seed, config.train_group_size, shuffle=False)
         file = TrainingFile(config.val_dataset, "", store, config.record_kind, records_of(store, config.record_kind))
@@ -87,7 +88,7 @@ def make_validation(
     return EmbeddingValidation(
         collection,
         encoding,
-        cosine=objective.normalize,
+        objective=objective,
         names=[name for name in dict.fromkeys(names) if name not in ("loss", "spearman")],
         measures=measures,
         device=accelerator.device,
@@ -114,18 +115,21 @@ def best_metric(config: EmbeddingConfig, validation: EmbeddingValidation | None)
 
 
 class LabelCorrelation:
-    """Spearman's rank correlation of the similarities of graded pairs with their labels, in [-1, 1]; 0 where all
-    similarities are equal. store: for embedders; its collection's vectors are given."""
+    """Spearman's rank correlation of the scores of graded pairs with their labels, in [-1, 1]; 0 where all scores are
+    equal. store: for embedders; what is given is of its collection."""
 
-    def __init__(self, store: RecordStore):
-        self.labels = store.labels
-        self.queries = np.repeat(first_of_each(store.query_ids)[1], store.group_sizes)
-        self.documents = first_of_each(store.document_ids)[1]
+    def __init__(self, store: RecordStore, objective: Objective):
+        self.labels, self.objective = store.labels, objective
+        self.queries = torch.from_numpy(np.repeat(first_of_each(store.query_ids)[1], store.group_sizes))
+        self.documents = torch.from_numpy(first_of_each(store.document_ids)[1])
 
-    def __call__(self, queries: np.ndarray, documents: np.ndarray) -> float:
+    def __call__(self, queries: Outputs, documents: Outputs) -> float:
         from scipy.stats import spearmanr
 
-        similarities = np.einsum("ij,ij->i", queries[self.queries], documents[self.documents])
+        *_, scores = TextScores(self.objective, queries, documents).of_pairs(
+            self.queries, self.documents.unsqueeze(1)
+        ).values()
+        similarities = scores.squeeze(1).numpy()
         if np.ptp(similarities) == 0 or np.ptp(self.labels) == 0:
             return 0.0
         return float(spearmanr(similarities, self.labels).statistic)
@@ -146,7 +150,7 @@ class RecordLoss:
         self.document_ids = store.document_ids[first_of_each(store.document_ids)[0]]
         self.orders = np.argsort(self.query_ids), np.argsort(self.document_ids)
 
-    def __call__(self, queries: np.ndarray, documents: np.ndarray) -> float:
+    def __call__(self, queries: Outputs, documents: Outputs) -> float:
         total, count = 0.0, len(self.steps.file.records)
         for start in range(0, count, self.records_per_step):
             places = range(start, min(start + self.records_per_step, count))
@@ -154,9 +158,9 @@ class RecordLoss:
             query_ids = np.unique(records.query_ids)
             document_ids = np.unique(np.concatenate([records.positive_ids, records.negative_ids]))
             targets = targets_of(query_ids, document_ids, [records]).to(self.device)
-            query_rows, document_rows = self._rows(query_ids, document_ids)
-            rows = queries[query_rows], documents[document_rows]
-            outputs = (StepOutputs(dense=torch.from_numpy(each).to(self.device)) for each in rows)
+            sides = zip((queries, documents), self._rows(query_ids, document_ids), strict=True)
+            chosen = (on_device(of_texts(side, torch.from_numpy(rows)), self.device) for side, rows in sides)
+            outputs = map(step_outputs, chosen)
             total += representation_gradients(self.objective, *outputs, targets, 1.0).losses.sum().item()
         return total / count
 

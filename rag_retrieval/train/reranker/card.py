@@ -70,8 +70,8 @@ RERANKER = Kind(
     "text-ranking",
     "Reranking",
     ("reranker", "cross-encoder"),
-    use=USE,
-    elsewhere=ELSEWHERE,
+    use=lambda model: USE,
+    elsewhere=lambda model: ELSEWHERE,
     description=description,
     meaning=meaning,
 )

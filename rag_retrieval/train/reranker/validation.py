@@ -101,7 +101,7 @@ class Validation:
         """
         scored = []
         for positions, batch in self.batches:
-            batch_scores = forward_in_memory(model, batch, self.accelerator).float().cpu().numpy()
+            batch_scores = torch.cat(forward_in_memory(model, batch, self.accelerator)).float().cpu().numpy()
             if positions:
                 scored.append((positions, batch_scores))
         scores = np.full(len(self.labels), np.nan, dtype=np.float32)

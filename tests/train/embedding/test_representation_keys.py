@@ -71,6 +71,9 @@ def test_weights_of_what_is_not_trained_and_weights_that_cannot_be_are_refused(w
         ("flops_ramp_steps", 5, "lexical"),
         ("colbert_dim", 64, "dense,lexical"),
         ("mean_maxsim", True, "dense,multi_vector"),
+        ("query_expansion", True, "dense,multi_vector"),
+        ("attend_to_expansion_tokens", True, "dense"),
+        ("skiplist_words", ["a"], "lexical"),
         ("pooling", "cls", "lexical,multi_vector"),
         ("use_mrl", True, "multi_vector"),
     ],
@@ -95,6 +98,25 @@ def test_a_key_of_what_is_not_trained_is_named_as_ignored(key, value, without):
 )
 def test_the_temperature_is_one_where_scores_are_sums(changes, temperature):
     assert config(**changes).temperature == temperature
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({}, 128),
+        ({"representations": ALL}, 128),
+        ({"representations": "multi_vector"}, 32),
+        ({"representations": "multi_vector", "query_expansion": False}, 128),
+        ({"representations": "multi_vector", "query_max_len": 48}, 48),
+    ],
+)
+def test_queries_that_are_filled_up_are_short(changes, length):
+    assert config(**changes).query_max_len == length
+
+
+def test_words_without_vectors_are_a_list_that_may_be_empty():
+    found = [config(representations="multi_vector", skiplist_words=words) for words in (None, "", "the,!", [",", "!"])]
+    assert [each.skiplist_words for each in found] == [None, [], ["the", "!"], [",", "!"]]
 
 
 def test_what_does_not_go_together_is_refused():
@@ -155,6 +177,9 @@ def test_a_command_of_rag_retrieval_s_colbert_trainer_trains_token_vectors(read)
     assert (found.representations, found.colbert_dim, found.mean_maxsim) == (["multi_vector"], 768, True)
     assert (found.train_group_size, found.temperature) == (16, 0.02)
     assert (found.query_max_len, found.passage_max_len) == (128, 512)
+    assert (found.query_expansion, found.skiplist_words) == (False, [])
+    assert (found.query_instruction, found.document_instruction) == ("", "")
     assert found.train_files[0].endswith("train.jsonl") and found.ignored is None
+    assert read(RAG_COLBERT + " --query_instruction ask: --query_expansion").query_expansion is True
     with_more = read(RAG_COLBERT + " --representations dense,multi_vector")
     assert (with_more.representations, with_more.colbert_dim, with_more.mean_maxsim) == (ALL[::2], 768, None)

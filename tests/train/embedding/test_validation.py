@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from beir_samples import write, write_toy
 
 from rag_retrieval.data.collection import Collection, beir_collection
+from rag_retrieval.losses.embedding import Objective
 from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.representations import Representations
 from rag_retrieval.train.embedding import shared_encoding, validation
 from rag_retrieval.train.embedding.shared_encoding import SharedEncoding
 from rag_retrieval.train.embedding.validation import EmbeddingValidation, mean_cosine
@@ -47,7 +49,7 @@ class Table:
     def __call__(self, batch):
         self.sizes.append(len(batch))
         texts = torch.from_numpy(batch.ids).long().split(batch.lengths.tolist())
-        return torch.stack([self.rows[text].sum(0) for text in texts])
+        return Representations(torch.stack([self.rows[text].sum(0) for text in texts]))
 
     def vector(self, text, kind):
         return self.rows[encoded_words([f"{kind}:", *text.split()]).ids].sum(0).double().numpy()
@@ -58,8 +60,13 @@ def encoding_of(collection: Collection, encoder=None, **options) -> SharedEncodi
     return SharedEncoding(collection, encoder or Words(), Accelerator(cpu=True), **options)
 
 
+def dense_of(encoding: SharedEncoding, model: Table) -> list[np.ndarray]:
+    return [side["dense"].values.numpy() for side in encoding(model)]
+
+
 def validation_of(collection: Collection, *, cosine=True, **options) -> EmbeddingValidation:
-    return EmbeddingValidation(collection, encoding_of(collection), cosine=cosine, **options)
+    objective = Objective((), normalize=cosine)
+    return EmbeddingValidation(collection, encoding_of(collection), objective=objective, **options)
 
 
 @pytest.fixture
@@ -136,7 +143,7 @@ def test_of_equal_scores_the_greater_id_ranks_first():
 
     class One(Table):
         def __call__(self, batch):
-            return torch.ones(len(batch), WIDTH)
+            return Representations(torch.ones(len(batch), WIDTH))
 
     for relevant, recall in (("d9", 1.0), ("d2", 1.0), ("d10", 1.0), ("d1", 0.0), ("d0", 0.0)):
         collection = Collection("", {"q": "ask"}, documents, {"q": {relevant: 1}})
@@ -146,7 +153,7 @@ def test_of_equal_scores_the_greater_id_ranks_first():
 def test_a_query_with_a_prompt_of_its_own_is_encoded_with_it():
     queries = {"q1": "a b", "q2": "a b"}
     collection, model = Collection("", queries, {"d1": "c"}, {}, prompts={"q1": "say:"}), Table()
-    vectors, _ = encoding_of(collection)(model)
+    vectors, _ = dense_of(encoding_of(collection), model)
     for vector, start in zip(vectors, ("say:", "query:"), strict=True):
         assert vector.tolist() == model.rows[encoded_words([start, "a", "b"]).ids].sum(0).tolist()
 
@@ -170,7 +177,7 @@ def test_equal_documents_are_encoded_once_and_both_ranked():
     collection = Collection("", {"q": "one"}, documents, {"q": {"d1": 1}})
     encoder = Words()
     encoding = encoding_of(collection, encoder)
-    _, vectors = encoding(Table())
+    _, vectors = dense_of(encoding, Table())
     assert encoder.encoded.count("one") == 2, "the query, and a document"
     assert len(vectors) == 3 and vectors[0].tolist() == vectors[2].tolist() != vectors[1].tolist()
 
@@ -197,7 +204,7 @@ def test_vectors_stand_in_the_order_of_the_texts(toy, monkeypatch):
     monkeypatch.setattr(shared_encoding, "BLOCK", 7)
     monkeypatch.setattr(shared_encoding, "GATHERED", 5)
     model = Table()
-    queries, documents = encoding_of(toy)(model)
+    queries, documents = dense_of(encoding_of(toy), model)
     for kind, texts, vectors in (("query", toy.queries, queries), ("document", toy.documents, documents)):
         assert vectors.tolist() == [model.vector(text, kind).tolist() for text in texts.values()]
 
@@ -264,7 +271,7 @@ class Ranked:
             vector[number] = 1.0
             if self.rank == 2 and text[0] == self.query:
                 vector[(number + 1) % 8] = 2.0
-        return vectors
+        return Representations(vectors)
 
 
 def test_lower_figures_have_the_p_value_of_all_signs_and_are_a_warning(tmp_path, caplog):

@@ -14,9 +14,11 @@ from rag_retrieval.core.distributed import StartError
 from rag_retrieval.data.collection import store_collection
 from rag_retrieval.data.records import DataError, RecordRules
 from rag_retrieval.data.store import open_store
-from rag_retrieval.losses.embedding import objective_of
+from rag_retrieval.losses.embedding import Objective, objective_of
 from rag_retrieval.models.pair_encoding import EncodedPair
+from rag_retrieval.models.representations import Representations
 from rag_retrieval.train.embedding.config import EmbeddingConfig
+from rag_retrieval.train.embedding.text_outputs import Entries
 from rag_retrieval.train.embedding.validation_data import (
     LabelCorrelation,
     best_metric,
@@ -42,6 +44,10 @@ class Words:
         return EncodedPair(np.frombuffer(text.encode(), np.uint8).astype(np.int32), None, False, 0)
 
 
+def dense(vectors: np.ndarray) -> dict[str, Entries]:
+    return {"dense": Entries(torch.from_numpy(vectors).float(), torch.ones(len(vectors), dtype=torch.int64))}
+
+
 class Letters:
     """A model that gives the sum of the rows of its text's characters."""
 
@@ -54,7 +60,7 @@ class Letters:
 
     def __call__(self, batch):
         texts = torch.from_numpy(batch.ids).long().split(batch.lengths.tolist())
-        return torch.stack([self.rows[text].sum(0) for text in texts])
+        return Representations(torch.stack([self.rows[text].sum(0) for text in texts]))
 
     def unit(self, kind, text):
         vector = self.rows[torch.from_numpy(Words().encoded(f"{kind}:{text}").ids).long()].double().sum(0).numpy()
@@ -143,8 +149,9 @@ def test_spearman_is_that_of_the_ranks_of_cosines_and_labels(tmp_path):
     cosines = [model.unit("query", query) @ model.unit("document", text) for query, text in pairs]
     ranks = [np.argsort(np.argsort(values)) for values in (cosines, labels)]
     squares = sum(int(difference) ** 2 for difference in ranks[0] - ranks[1])
-    assert LabelCorrelation(store)(queries, documents) == pytest.approx(1 - 6 * squares / (5 * (25 - 1)))
-    assert LabelCorrelation(store)(np.ones_like(queries), np.ones_like(documents)) == 0.0
+    measure = LabelCorrelation(store, Objective((), normalize=False))
+    assert measure(dense(queries), dense(documents)) == pytest.approx(1 - 6 * squares / (5 * (25 - 1)))
+    assert measure(dense(np.ones_like(queries)), dense(np.ones_like(documents))) == 0.0
 
 
 def test_graded_pairs_have_their_correlation_and_loss_in_place_of_ranks(config, records):
@@ -234,5 +241,5 @@ def test_graded_pairs_decide_by_their_correlation_and_a_beir_folder_by_its_ranks
 
 def test_vectors_are_compared_as_the_loss_compares_them(config, records):
     made = config(val_dataset=records(RECORDS))
-    assert validation_of(made).cosine
-    assert not validation_of(made, objective_of({"info_nce": 1.0}, {}, normalize=False)).cosine
+    assert validation_of(made).objective.normalize
+    assert not validation_of(made, objective_of({"info_nce": 1.0}, {}, normalize=False)).objective.normalize
