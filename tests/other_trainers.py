@@ -13,6 +13,17 @@ PADDLE = """--do_train --model_name_or_path rocketqa-zh-base-query-encoder --out
 SHORT = """--model_name_or_path ./bge-large-zh-v1.5 --train_data ./toy_finetune_data.jsonl --epoch 2 --batch_size 2
     --train_group_size 2 --query_max_len 256 --passage_max_len 256 --save_steps 1000 --output_dir ./checkpoint --lr 1e-5
     --query_instruction_for_retrieval "" --temperature 0.02"""
+FLAG_EMBEDDING_M3 = """--model_name_or_path BAAI/bge-m3 --cache_dir ./cache/model --train_data ./train.jsonl
+    --cache_path ./cache/data --train_group_size 8 --query_max_len 512 --passage_max_len 512 --pad_to_multiple_of 8
+    --knowledge_distillation True --same_dataset_within_batch True --small_threshold 0 --drop_threshold 0
+    --output_dir ./out --overwrite_output_dir --learning_rate 1e-5 --num_train_epochs 2
+    --per_device_train_batch_size 2 --dataloader_drop_last True --warmup_ratio 0.1 --gradient_checkpointing
+    --deepspeed ../ds_stage0.json --logging_steps 1 --save_steps 1000 --negatives_cross_device --temperature 0.02
+    --sentence_pooling_method cls --normalize_embeddings True --kd_loss_type m3_kd_loss --unified_finetuning True
+    --use_self_distill True --fix_encoder False --self_distill_start_step 0 --colbert_dim -1"""
+RAG_COLBERT = """--model_name_or_path hfl/chinese-roberta-wwm-ext --dataset ./train.jsonl --output_dir ./out
+    --batch_size 4 --lr 5e-6 --epochs 2 --save_on_epoch_end 1 --log_with wandb --warmup_proportion 0.1 --neg_nums 15
+    --temperature 0.02 --query_max_len 128 --passage_max_len 512 --colbert_dim 768 --gradient_accumulation_steps 2"""
 RAG_TRAIN = """\
 model_name_or_path: "BAAI/bge-base-zh-v1.5"
 train_type: "train"

@@ -55,6 +55,16 @@ def small_run(model: str, output: Path) -> str:
     return f"--model_name_or_path {model} --max_len 32 --log_interval 50 --output_dir {output} --num_workers 0"
 
 
+def few_records(folder: Path) -> str:
+    """Options for the first records of the files that the shipped configurations name: decoders take their time."""
+    options = ""
+    for key, split in (("train_dataset", "train"), ("val_dataset", "dev")):
+        lines = (ROOT / "example_data" / f"stdlib_grouped.{split}.jsonl").read_text(encoding="utf-8").split("\n")
+        (folder / f"{split}.jsonl").write_text("\n".join(lines[:40]), encoding="utf-8")
+        options += f" --{key} {folder / split}.jsonl"
+    return options
+
+
 TRAINER_COMMANDS = commands_of(DOCS / "training.md", "accelerate launch train_reranker.py")[:1] + commands_of(
     DOCS / "training.md", "accelerate launch --config_file ../../../"
 )
@@ -109,14 +119,15 @@ def test_the_trainer_starts_from_the_root_too(command, tmp_path):
 
 @pytest.mark.parametrize("name", ["training_llm", "training_llm_lora"])
 def test_a_shipped_decoder_configuration_trains(name, tmp_path):
-    options = small_run(tiny_qwen2(tmp_path / "base"), tmp_path / "out") + " --log_with None"
+    options = small_run(tiny_qwen2(tmp_path / "base"), tmp_path / "out") + few_records(tmp_path) + " --log_with None"
     run_command(f"rag-retrieval train --config {name}.yaml", TRAINER, options)
     assert LLMDecoder.from_pretrained(str(tmp_path / "out" / "model")).compute_score(["q", "d"]).isfinite().all()
 
 
 def test_the_shipped_yes_no_configuration_trains_a_causal_model(tmp_path):
     texts = "".join(f" --{key}={shlex.quote(value)}" for key, value in YES_NO.items())
-    options = small_run(tiny_causal(tmp_path / "base", "qwen3"), tmp_path / "out") + f"{texts} --max_len 160"
+    options = small_run(tiny_causal(tmp_path / "base", "qwen3"), tmp_path / "out") + few_records(tmp_path)
+    options += f"{texts} --max_len 160"
     run_command("rag-retrieval train --config training_llm_yes_no.yaml", TRAINER, options)
     assert "lm_head.weight" in load_file(tmp_path / "out" / "model" / "model.safetensors")
 

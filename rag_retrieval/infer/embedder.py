@@ -150,18 +150,8 @@ class Embedder:
         one = isinstance(texts, str)
         listed = [texts] if one else check_list("texts", texts)
         texts = [check_text(f"texts[{place}]", text) for place, text in enumerate(listed)]
-        form = choose_form(
-            outputs,
-            kind,
-            dim,
-            normalize,
-            precision,
-            pool_factor,
-            model=self.backend.name,
-            settings=self.settings,
-            model_dim=self.dim,
-            ranges=self.int8_ranges,
-        )
+        shape = (outputs, kind, dim, normalize, precision, pool_factor)
+        form = choose_form(self.backend, self.int8_ranges, *shape)
         check_number("batch_size", batch_size, 1, "texts")
         max_length = self._checked_limit(kind, prompt, max_length)
         if show_progress_bar is None:
@@ -270,8 +260,8 @@ class Embedder:
         forward at most. max_length, query_max_length: tokens of a document and of a query; default the model's. Raises
         ValueError that names the position of a bad pair, and for weights of what is not scored by.
         """
-        pairs, own = check_pairs(pairs), self.settings.representations
-        outputs = checked_outputs(own if outputs is None else outputs, self.backend.name, own)
+        pairs = check_pairs(pairs)
+        outputs = checked_outputs(self.settings.representations if outputs is None else outputs, self.backend)
         chosen = ensemble_weights(weights, outputs)
         work = {"outputs": outputs, "batch_size": batch_size, "show_progress_bar": False}
         parts = []
@@ -299,10 +289,8 @@ class Embedder:
         of_query = self.encode_queries([check_text("query", query)], outputs=own, max_length=query_max_length)
         of_document = self.encode_documents([check_text("document", document)], outputs=own, max_length=max_length)
         scores = score_encoded(of_query, of_document, [(0, 0)], self.settings, ensemble_weights(None, own))
-        names = [[], []]
-        if MULTI_VECTOR in own:
-            names = [self._vector_tokens(query, "query", query_max_length)]
-            names.append(self._vector_tokens(document, "document", max_length))
+        sides = (query, "query", query_max_length), (document, "document", max_length)
+        names = [self._vector_tokens(*side) if MULTI_VECTOR in own else [] for side in sides]
         return explained(query, document, scores, of_query, of_document, *names)
 
     def _vector_tokens(self, text: str, kind: str, max_length: int | None) -> list[str]:

@@ -10,9 +10,10 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
+from rich.text import Text
 
 from rag_retrieval.core.files import write_text
-from rag_retrieval.core.terminal import plain_table, rendered, terminal_columns
+from rag_retrieval.core.terminal import on_one_line, plain_table, rendered, terminal_columns
 from rag_retrieval.infer.encoded_texts import EncodedTexts
 from rag_retrieval.infer.pair_scores import PairScores
 
@@ -54,8 +55,9 @@ class Explanation:
         return np.bincount(self.best, values, minlength=len(self.document_tokens)).astype(np.float32)
 
     def table(self, columns: int | None = None) -> str:
-        """Text. columns: of the terminal; None for those that it has."""
-        parts = [f"query     {self.query}", f"document  {self.document}", "", self._score_line]
+        """Text, with the beginning of query and document. columns: of the terminal; None for those that it has."""
+        texts = (f"{name:<10}{on_one_line(getattr(self, name))}" for name in ("query", "document"))
+        parts = [*map(Text, texts), "", self._score_line]
         if self.similarity.size:
             rows = [
                 [token, self.document_tokens[place], str(place), f"{self.similarity[row, place]:.3f}"]

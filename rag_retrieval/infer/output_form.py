@@ -12,8 +12,8 @@ from typing import get_args
 import numpy as np
 from tokenizers import Tokenizer
 
+from rag_retrieval.infer.backend import EmbedderBackend
 from rag_retrieval.infer.encoded_texts import EncodedTexts, LexicalWeights
-from rag_retrieval.models.embedding_files import EmbedderSettings
 from rag_retrieval.models.inputs import check_flag, check_list, check_number
 from rag_retrieval.models.matching import pool_token_vectors
 from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
@@ -66,21 +66,18 @@ class OutputForm:
 
 
 def choose_form(
+    backend: EmbedderBackend,
+    ranges: Int8Ranges | None,
     outputs: Sequence[str] | None,
     kind: str | None,
     dim: int | None,
     normalize: bool | None,
     precision: VectorPrecision,
     pool_factor: float,
-    *,
-    model: str,
-    settings: EmbedderSettings,
-    model_dim: int,
-    ranges: Int8Ranges | None,
 ) -> OutputForm:
-    """Of the arguments of `Embedder.encode`; model, settings, model_dim, ranges: of the embedder. Raises ValueError
-    that names the argument."""
-    names = checked_outputs(outputs, model, settings.representations)
+    """Of the arguments of `Embedder.encode` from `outputs` on. Raises ValueError that names the argument."""
+    settings = backend.settings
+    names = checked_outputs(outputs, backend)
     if DENSE not in names:
         ignored = [name for name, value in (("dim", dim), ("normalize", normalize)) if value is not None]
         if ignored:
@@ -88,10 +85,10 @@ def choose_form(
         dim = normalize = None
     normalize = settings.normalize if normalize is None else normalize
     check_flag("normalize", normalize)
-    dim = model_dim if dim is None else dim
+    dim = backend.dim if dim is None else dim
     check_number("dim", dim, 1, "numbers")
-    if dim > model_dim:
-        raise ValueError(f"dim: this model's vectors have {model_dim} numbers, found {dim}")
+    if dim > backend.dim:
+        raise ValueError(f"dim: this model's vectors have {backend.dim} numbers, found {dim}")
     if precision not in get_args(VectorPrecision):
         raise ValueError(
             f"precision of vectors must be one of {', '.join(get_args(VectorPrecision))}; found {precision!r}. That of "
@@ -104,12 +101,13 @@ def choose_form(
     return OutputForm(names, dim, normalize, precision, ranges, pool_factor, protected)
 
 
-def checked_outputs(outputs: Sequence[str] | None, model: str, own: Sequence[str]) -> tuple[str, ...]:
-    """In the order of REPRESENTATIONS; dense for None. Raises ValueError for none and for what is not in `own`."""
-    names = [DENSE] if outputs is None else check_list("outputs", outputs)
+def checked_outputs(outputs: Sequence[str] | None, backend: EmbedderBackend) -> tuple[str, ...]:
+    """In the order of REPRESENTATIONS; dense for None. Raises ValueError for none and for what the model lacks."""
+    names, own = [DENSE] if outputs is None else check_list("outputs", outputs), backend.settings.representations
     for name in names:
         if name not in own:
-            raise ValueError(f"outputs: {model} gives {', '.join(own)}, and {name!r} was asked for; name some of these")
+            given = f"{backend.name} gives {', '.join(own)}"
+            raise ValueError(f"outputs: {given}, and {name!r} was asked for; name some of these")
     if not names:
         raise ValueError("outputs: expected at least one representation, found none")
     return tuple(name for name in REPRESENTATIONS if name in names)

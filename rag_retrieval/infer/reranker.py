@@ -31,7 +31,9 @@ class Reranker:
     """A model that scores how well documents answer a query. Several threads may call one.
 
     model_name_or_path: a folder that was trained or exported here, a sentence-transformers folder, any other folder of
-    a reranker, a hub name, or `package:NAME`. What it holds is read from its files.
+    a reranker, a hub name, or `package:NAME`. What it holds is read from its files. A model that gives token vectors
+    (ColBERT, bge-m3) ranks by MaxSim; its max_length is that of a document, and options from query_format on do not
+    apply to it.
     model_type: "bert_encoder" or "llm_decoder", against what the files say; of an exported folder "openvino" takes
     that runtime in place of ONNX Runtime. max_length: tokens per pair; default what
     the folder was saved with, else 512 or the model's limit. dtype: of the weights: "fp32" (the default), "bf16",

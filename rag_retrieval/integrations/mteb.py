@@ -24,7 +24,7 @@ from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.infer.reranker import Reranker, open_reranker
 from rag_retrieval.integrations import missing_library
 from rag_retrieval.integrations.mteb_config import MtebConfig
-from rag_retrieval.models.options import EmbedderOptions, OpeningOptions
+from rag_retrieval.models.options import MULTI_VECTOR, EmbedderOptions, OpeningOptions
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.index import build_index
 from rag_retrieval.retrieval.index_files import fingerprint
@@ -123,7 +123,8 @@ class RerankerCrossEncoder:
     def __init__(self, model: Reranker | str | os.PathLike):
         self.reranker = open_reranker(model)
         backend = self.reranker.backend
-        facts = {"max_tokens": self.reranker.max_length, "model_type": ["cross-encoder"]}
+        kind = "late-interaction" if backend.model_type == MULTI_VECTOR else "cross-encoder"
+        facts = {"max_tokens": self.reranker.max_length, "model_type": [kind]}
         self.mteb_model_meta = model_meta([backend.name], [backend.fingerprint()], **facts)
 
     def predict(

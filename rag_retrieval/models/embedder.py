@@ -31,6 +31,7 @@ from rag_retrieval.models.embedding_heads import (
     Projection,
     dense_folder,
     load_weights,
+    names_in_file,
     read_token_heads,
     save_token_heads,
 )
@@ -336,10 +337,9 @@ class EmbeddingModel(TransformerModule):
         """The weights outside of `model`, of a state of this module, where `load_heads` finds them."""
         for name, head in self.heads.items():
             before = f"heads.{name}."
-            own = {key: value.contiguous() for key, value in state_dict.items() if key.startswith(before)}
+            own = {key.removeprefix(before): value for key, value in state_dict.items() if key.startswith(before)}
             (folder / name).mkdir(exist_ok=True)
-            in_file = {head.name_prefix + key.removeprefix(before): value for key, value in own.items()}
-            save_file(in_file, folder / name / WEIGHTS)
+            save_file(names_in_file(head, own), folder / name / WEIGHTS)
         before = "token_heads."
         own = {key.removeprefix(before): value for key, value in state_dict.items() if key.startswith(before)}
         save_token_heads(folder, self.token_heads, own, self.settings.is_colbert)

@@ -107,7 +107,9 @@ def load_parts(
     tokenizer.model_max_length = max_length  # other libraries truncate by it
     if "pooling" not in known | saved and options.pooling is None and DENSE in saved["representations"]:
         check_pooling_is_known(path, is_decoder, trained_only)
-    values = {"pooling": "last" if is_decoder else "mean"} | known | saved
+    values = known | saved
+    if options.pooling is None:
+        values.setdefault("pooling", "last" if is_decoder else "mean")
     eos_token = values.pop("eos_token", None)
     settings = choose_settings(values, options, dims, max_length=max_length, bidirectional=bidirectional)
     check_settings(path, settings, causal)

@@ -83,28 +83,44 @@ class LatentAttention(nn.Module):
 class Projection(nn.Linear):
     """activation(W x + b), in float32 whatever the dtype of the weights: a Dense module of sentence-transformers.
 
-    activation: the name of torch's class.
+    activation: the name of torch's class. has_residual: x, or V x where its width is another, is added to that.
     """
 
     saved_as, name_prefix = "Dense", "linear."
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = IDENTITY):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = IDENTITY,
+        has_residual: bool = False,
+    ):
         super().__init__(in_features, out_features, bias)
-        self.activation = activation
+        self.activation, self.has_residual = activation, has_residual
         self.function = ACTIVATIONS[activation]()
+        if has_residual and in_features != out_features:
+            self.residual = nn.Linear(in_features, out_features, bias=False)
 
     @classmethod
     def of_values(cls, values: dict[str, Any]) -> "Projection":
         sizes = values["in_features"], values["out_features"]
-        return cls(*sizes, values.get("bias", True), values.get("activation_function", TANH))
+        activation, has_residual = values.get("activation_function", TANH), values.get("use_residual") is True
+        return cls(*sizes, values.get("bias", True), activation, has_residual)
 
     def saved_values(self) -> dict[str, Any]:
         sizes = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
-        return sizes | {"activation_function": self.activation}
+        residual = {"use_residual": True} if self.has_residual else {}  # older versions do not know the key
+        return sizes | {"activation_function": self.activation} | residual
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return self.function(nn.functional.linear(vectors.float(), self.weight.float(), bias))
+        vectors = vectors.float()
+        projected = self.function(nn.functional.linear(vectors, self.weight.float(), bias))
+        if not self.has_residual:
+            return projected
+        same = self.in_features == self.out_features
+        return projected + (vectors if same else nn.functional.linear(vectors, self.residual.weight.float()))
 
 
 Head = LatentAttention | Projection
@@ -119,9 +135,9 @@ def read_heads(files: ModelFiles) -> list[HeadFiles]:
         if kind not in ("Dense", "LatentAttention"):
             continue
         values = read_json(files.path, f"{folder}/config.json")
-        for name, known in (("module_input_name", takes), ("use_residual", False)):
-            if values.get(name, known) != known:
-                raise ValueError(f"{files.path}: {folder}/config.json has {name} {values[name]!r}; known is {known!r}")
+        found = values.get("module_input_name", takes)
+        if found != takes:
+            raise ValueError(f"{files.path}: {folder}/config.json has module_input_name {found!r}; known is {takes!r}")
         heads.append(HeadFiles(kind, folder, values))
     return heads
 
@@ -142,6 +158,14 @@ def load_head(files: ModelFiles, saved: HeadFiles) -> Head:
         weights = load_file(file) if file else torch.load(old, map_location="cpu", weights_only=True)
         load_weights(head, weights)
     return head
+
+
+def names_in_file(head: Head, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `load_weights`: of a head's state, as it is saved."""
+    return {
+        name if name.startswith("residual.") else head.name_prefix + name: value.contiguous()
+        for name, value in weights.items()
+    }
 
 
 def load_weights(head: Head, weights: dict[str, torch.Tensor]) -> None:
@@ -194,10 +218,9 @@ def save_token_heads(folder: Path, heads: nn.ModuleDict, state: dict[str, torch.
         own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         if as_colbert:
             for place in range(len(heads[name])):
-                weights = {f"linear.{key.partition('.')[2]}": value.contiguous() for key, value in own.items()
-                           if key.startswith(f"{place}.")}  # fmt: skip
+                layer = {key.partition(".")[2]: value for key, value in own.items() if key.startswith(f"{place}.")}
                 (folder / dense_folder(place)).mkdir(exist_ok=True)
-                save_file(weights, folder / dense_folder(place) / WEIGHTS)
+                save_file(names_in_file(heads[name][place], layer), folder / dense_folder(place) / WEIGHTS)
         else:
             weights = {key.rpartition(".")[2]: value.detach().cpu().clone() for key, value in own.items()}
             torch.save(weights, folder / LINEAR_FILES[name])

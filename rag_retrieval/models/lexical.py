@@ -17,7 +17,7 @@ from rag_retrieval.models.representations import Lexical
 from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.token_batch import TokenBatch
 
-LOGITS = 2**24  # held at once, tokens times vocabulary
+LOGITS = 2**25  # held at once, tokens times vocabulary
 GRADIENT_ENTRIES = 2**16  # whose rows of the output layer are held at once
 
 

@@ -24,6 +24,7 @@ from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.prompts import Prompt
 from rag_retrieval.models.representations import MULTI_VECTOR
 from rag_retrieval.models.settings import (
+    CAUSAL,
     FORMAT_NAMES,
     MODEL_TYPES,
     ModelFiles,
@@ -98,7 +99,9 @@ def holds_embedder(files: ModelFiles) -> bool:
 
 def holds_token_vectors(files: ModelFiles) -> bool:
     """Whether its model gives token vectors, by which it ranks too. Raises ValueError for a damaged file."""
-    return not is_reranker(files) and MULTI_VECTOR in read_embedder_settings(files)["representations"]
+    # a plain language model, of a hub that cannot be reached say, is not asked for an embedder's files
+    plain = files.architecture.endswith(CAUSAL) and not files.module_list
+    return not plain and not is_reranker(files) and MULTI_VECTOR in read_embedder_settings(files)["representations"]
 
 
 def first_device(options: OpeningOptions) -> torch.device:

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from rag_retrieval.models.representations import Representations
+from rag_retrieval.models.representations import Representations, TokenVectors
 
 Output = Tensor | Representations
 Results = tuple[list[int], Output]  # positions of the texts of some forwards, and what these gave, on the CPU
@@ -25,6 +25,13 @@ def concatenated(outputs: Sequence[Output]) -> Output:
     if first is None or isinstance(first, Tensor):
         return first if first is None else torch.cat(list(outputs)).cpu()
     return type(first)(*map(concatenated, zip(*outputs, strict=True)))
+
+
+def with_token_vectors_on_cpu(output: Output) -> Output:
+    """Those of many forwards would fill the memory of a device: some hundred for a text."""
+    if isinstance(output, Tensor) or output.multi_vector is None:
+        return output
+    return output._replace(multi_vector=TokenVectors(*(part.cpu() for part in output.multi_vector)))
 
 
 def in_order(results: Iterable[Results]) -> Output:

@@ -23,7 +23,7 @@ from torch import nn
 from rag_retrieval.core.log import Progress
 from rag_retrieval.models.calibration import Calibration
 from rag_retrieval.models.devices import check_devices
-from rag_retrieval.models.outputs import Output, Results, concatenated, in_order
+from rag_retrieval.models.outputs import Output, Results, concatenated, in_order, with_token_vectors_on_cpu
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.text_scoring import CHUNK_TEXTS, Pairs, score_texts
 from rag_retrieval.models.token_batch import (
@@ -254,8 +254,8 @@ def run_forwards(
 ) -> Results:
     """Results of the forwards of `waiting`, until none is left; several threads may share it.
 
-    The device is read once, at the end: the host would wait for each forward. Where one does not fit in memory, all
-    that remain are planned again, smaller.
+    The device is read once, at the end, but for token vectors: the host would wait for each forward. Where one does
+    not fit in memory, all that remain are planned again, smaller.
     """
     all_positions, all_results = [], []
     while waiting:
@@ -268,7 +268,7 @@ def run_forwards(
             if progress is not None:
                 progress.update(len(part))
             all_positions += part
-            all_results.append(results)
+            all_results.append(with_token_vectors_on_cpu(results))
             continue
         sizes = sizes_of(encoded[position] for position in part)
         tokens = computed_tokens(sizes, padded=not model.packs, shares_queries=model.shares_queries)

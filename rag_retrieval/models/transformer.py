@@ -41,9 +41,14 @@ class TransformerModule(nn.Module):
         return self.model.config
 
     @property
-    def _no_split_modules(self):
-        """The layer classes that FSDP wraps one by one, as the family names them."""
-        return self.model._no_split_modules
+    def _no_split_modules(self) -> list[str] | None:
+        """The layer classes that FSDP wraps one by one, as the family names them, without that of embeddings whose
+        weights are the output layer's too: one group has to have both."""
+        names, output = self.model._no_split_modules, self.model.get_output_embeddings()
+        if not names or output is None or output.weight is not self.model.get_input_embeddings().weight:
+            return names
+        holders = {type(module).__name__ for module in self.model.modules() if has_parameter(module, output.weight)}
+        return [name for name in names if name not in holders]
 
     @property
     def device(self) -> torch.device:
@@ -84,3 +89,7 @@ class TransformerModule(nn.Module):
             state_dict = {name: value for name, value in bare.items() if name not in tied}
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
+
+
+def has_parameter(module: nn.Module, parameter: nn.Parameter) -> bool:
+    return any(each is parameter for each in module.parameters())

@@ -23,6 +23,8 @@ from rag_retrieval.core.shards import run_shards
 from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.documents import Document, read_documents, row_file, source_content
 from rag_retrieval.data.records import DataError
+from rag_retrieval.models.embedding_files import read_settings
+from rag_retrieval.models.settings import ModelFiles, resolve_model_path
 from rag_retrieval.retrieval.bm25 import build_bm25
 from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
 from rag_retrieval.retrieval.index_files import (
@@ -43,7 +45,7 @@ VECTOR_SHARDS = "rag_retrieval.retrieval.vector_shards"
 def build(source: str | Path, folder: Path, options: IndexOptions, engine: EngineOptions = LOCAL) -> None:
     """See `index.build_index`."""
     with writing(folder):
-        on_main(lambda: check_libraries(options))
+        on_main(lambda: check_options(options))
         before, depends_on = on_main(lambda: (IndexState.read(folder), fingerprint(options)))
         corpus = on_main(lambda: build_documents(source, folder, options.passage_tokens))
         made_from = {"corpus": on_main(lambda: corpus_name(corpus))} | depends_on
@@ -183,12 +185,18 @@ def measured(state: IndexState) -> IndexState:
     return replace(state, recall=recall.get(DENSE), token_recall=recall.get(MULTI_VECTOR), token_loss=loss or None)
 
 
-def check_libraries(options: IndexOptions) -> None:
-    """Raises ValueError for what the last stages would fail at, hours later."""
+def check_options(options: IndexOptions) -> None:
+    """Raises ValueError for what later stages would fail at, hours later."""
     missing = [name for name in BM25_LIBRARIES if importlib.util.find_spec(name) is None]
     if options.bm25 and missing:
         raise ValueError(f"an index of words needs {', '.join(missing)}; run: pip install -e '.[mine]'")
-    if options.embedder is not None and options.faiss_index is not None:
+    if options.embedder is not None:
+        given = read_settings(ModelFiles(resolve_model_path(options.embedder))).get("representations", (DENSE,))
+        if not set(options.representations) <= set(given):
+            asked, names = ", ".join(options.representations), ",".join(given)
+            found = f"{options.embedder} gives {', '.join(given)}, and the index is of {asked}"
+            raise ValueError(f"representations: {found}; say representations: {names}, or take another model")
+    if options.faiss_index is not None:
         from rag_retrieval.retrieval.approximate import check_faiss
 
         check_faiss(options)

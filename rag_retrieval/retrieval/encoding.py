@@ -57,9 +57,6 @@ def represent_with(embedder: Embedder, kind: str, options: IndexOptions) -> Repr
     """To all representations of the index. Token vectors of a query whose MaxSim is a mean (`multi_vector_mean`) are
     divided by their number, so that the sum is the score."""
     wanted = options.representations
-    if wanted == (DENSE,):
-        encode = encode_with(embedder, kind, options)
-        return lambda texts: Encoded(encode(texts), None, None)
     how = {"kind": kind, "outputs": wanted, "batch_size": options.batch_size, "show_progress_bar": False}
     how |= dense_options(embedder, options) if DENSE in wanted else {}
     if kind == "document" and options.pool_factor is not None:

@@ -1,9 +1,9 @@
 """`Retriever`: the documents of an index that answer a query, found in stages.
 
-    bm25, dense     searches of the index, each to `depth` documents
-    fused           their lists as one, where there are two or more
-    reranked        the list before it in the order of a Reranker's scores, where there is one
-    combined        both scores added, where the fusion has a weight for this Reranker
+    bm25, dense, lexical, multi_vector    searches of the index, each to `depth` documents
+    fused       their lists as one, where there are two or more
+    reranked    the list before it in the order of a Reranker's scores, where there is one
+    combined    both scores added, where the fusion has a weight for this Reranker
 
 torch is not imported for an index of words alone, without a reranker.
 """

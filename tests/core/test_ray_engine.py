@@ -111,8 +111,18 @@ def test_a_shard_that_ends_every_worker_is_named_after_the_others_are_made(tmp_p
     with pytest.raises(ShardError, match="work/shard-000003: ended 3 Ray workers"):
         run(tmp_path, engine(cluster), killing=3, kills=9)
     assert sorted(lines(tmp_path / "made")) == list("0124567")
-    with pytest.raises(ValueError, match="^shard 3 has a bad text$"):
-        run(tmp_path, engine(cluster), failing=3)
+
+
+@pytest.mark.slow
+def test_a_program_that_is_connected_to_a_cluster_uses_it_and_stays_connected(tmp_path, cluster):
+    ray = importlib.import_module("ray")
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        with pytest.raises(ValueError, match="^shard 3 has a bad text$"):
+            run(tmp_path, EngineOptions(engine="ray", ray_workers=2), failing=3)
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.slow

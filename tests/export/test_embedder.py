@@ -20,7 +20,9 @@ from exported_samples import exported, write_graph_once  # noqa: E402
 from rag_retrieval import Embedder  # noqa: E402
 from rag_retrieval.cli import main  # noqa: E402
 from rag_retrieval.export import run  # noqa: E402
+from rag_retrieval.export.config import ExportConfig  # noqa: E402
 from rag_retrieval.export.hub import stage  # noqa: E402
+from rag_retrieval.export.source import EmbedderSource  # noqa: E402
 from rag_retrieval.export.verify import DifferenceError  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
 from rag_retrieval.infer.onnx_folder import padded_inputs  # noqa: E402
@@ -176,3 +178,14 @@ def test_an_exported_folder_is_staged_with_a_card_that_says_how_to_open_it(model
     stage(model_of("mean"), tmp_path / "of_torch", "org/name")
     text = (tmp_path / "of_torch" / "README.md").read_text()
     assert "SentenceTransformer(" in text and "hf download" not in text
+
+
+def test_a_model_without_dense_vectors_is_refused_and_other_representations_are_named(tmp_path, caplog):
+    base = FAMILIES["bert"](tmp_path / "base")
+    for names in (["lexical"], ["dense", "lexical"]):
+        EmbeddingModel.from_pretrained(base, representations=names).save_pretrained(tmp_path / "-".join(names))
+    with pytest.raises(ValueError, match="it gives lexical; dense vectors alone can be exported"):
+        EmbedderSource(ExportConfig(model=str(tmp_path / "lexical"), output="out"), "cpu")
+    caplog.set_level(logging.WARNING, logger="rag_retrieval")
+    EmbedderSource(ExportConfig(model=str(tmp_path / "dense-lexical"), output="out"), "cpu")
+    assert "its dense vectors are exported, and not lexical" in caplog.text

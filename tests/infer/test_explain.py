@@ -1,5 +1,6 @@
 """The table and the page of an explanation, of two short texts whose similarities are written by hand."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -60,8 +61,12 @@ def test_the_table_names_both_tokens_and_their_similarity(explanation):
     assert ["熊", "panda", "1", "0.900"] in lines and ["<b>", "panda", "1", "-0.100"] in lines
     assert ["panda", "2.000", "0.500", "1.000"] in lines and ["a", "1.000", "0.250", "0.250"] in lines
     assert ["lexical", "0.5000", "multi_vector", "1.0000", "ensemble", "1.5000"] in lines
-    widths = [line for line in explanation.table(60).splitlines() if "panda" in line and "0.9" in line]
-    assert len(widths) == 1
+
+
+def test_a_long_document_is_cut_at_the_end_of_the_terminal(explanation):
+    long = replace(explanation, document="The panda \x1b[31m is\n a bear. " * 9)
+    lines = long.table(50).splitlines()
+    assert lines[1].startswith("document  The panda [31m is a bear.") and len(lines[1]) <= 50
 
 
 def test_the_page_needs_nothing_else_and_escapes_texts(explanation, tmp_path):
@@ -75,7 +80,7 @@ def test_the_page_needs_nothing_else_and_escapes_texts(explanation, tmp_path):
 
 
 def test_lexical_weights_alone_are_explained_too(explanation):
-    values = vars(explanation) | {"query_tokens": [], "document_tokens": [], "similarity": np.zeros((0, 0), np.float32)}
-    alone = Explanation(**{name: values[name] for name in Explanation.__dataclass_fields__})
+    none = np.zeros((0, 0), np.float32)
+    alone = replace(explanation, query_tokens=[], document_tokens=[], similarity=none)
     assert "meets" not in str(alone) and "product" in str(alone)
     assert "grid" not in [attributes.get("class") for _, attributes in Page(alone.to_html()).tags]

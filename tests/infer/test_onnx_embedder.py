@@ -96,6 +96,12 @@ def test_one_text_no_text_and_empty_texts(embedder, of_torch):
     assert embedder.encode([]).shape == (0, HIDDEN)
 
 
+def test_an_exported_folder_gives_dense_vectors_alone(embedder):
+    np.testing.assert_array_equal(embedder.encode(TEXTS, outputs=["dense"]).dense, embedder.encode(TEXTS))
+    with pytest.raises(ValueError, match="outputs: .* gives dense, and 'lexical' was asked for"):
+        embedder.encode(TEXTS, outputs=["dense", "lexical"])
+
+
 def test_equal_texts_are_computed_once_and_have_equal_bits(folders):
     embedder = Embedder(folders[1])
     run, computed = embedder.backend.run, []

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tiny_models import CHINESE, ENGLISH, HIDDEN, tiny_bert, tiny_xlm_roberta
 from torch.nn.functional import normalize
@@ -29,7 +30,7 @@ WIDTH = 24  # of bge-m3's token vectors here
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """Read only. m3: bge-m3's layout. colbert: PyLate's. dense: of one vector alone."""
+    """Read only. m3: bge-m3's layout. colbert: PyLate's. splade: a SparseEncoder. dense: of one vector alone."""
     path = tmp_path_factory.mktemp("representations")
     base = tiny_xlm_roberta(path / "base")
     body = Transformer(base, max_seq_length=64)
@@ -43,7 +44,9 @@ def folders(tmp_path_factory) -> dict[str, str]:
         torch.save(state, path / "m3" / file)
     options = {"representations": ["multi_vector"], "colbert_dim": 16, "query_max_length": 20, "max_length": 48}
     EmbeddingModel.from_pretrained(tiny_bert(path / "bert"), **options).save_pretrained(path / "colbert")
-    return {name: str(path / name) for name in ("m3", "colbert", "dense")}
+    splade = EmbeddingModel.from_pretrained(path / "bert", representations=["lexical"], lexical="splade", max_length=48)
+    splade.save_pretrained(path / "splade")
+    return {name: str(path / name) for name in ("m3", "colbert", "splade", "dense")}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,18 @@ def test_encode_gives_every_representation_of_bge_m3(folders, m3):
         assert found.multi_vector[place].dtype == np.float32
 
 
+def test_splade_gives_the_tokens_and_weights_of_sentence_transformers(folders):
+    embedder, other = Embedder(folders["splade"], device="cpu"), SparseEncoder(folders["splade"], device="cpu")
+    found = embedder.encode_documents(DOCUMENTS[:4], outputs=["lexical"]).lexical
+    for mine, theirs in zip(found, other.decode(other.encode_document(DOCUMENTS[:4])), strict=True):
+        assert mine == pytest.approx(dict(theirs), abs=1e-4) and len(mine) > 20
+    queries = embedder.compute_score(PAIRS[:4]).lexical
+    expected = other.similarity(other.encode_query([QUERIES[0]]), other.encode_document(DOCUMENTS[:4])).to_dense()
+    np.testing.assert_allclose(queries, expected.numpy()[0], rtol=1e-4)
+    with pytest.raises(ValueError, match="outputs: .* gives lexical, and 'dense' was asked for; name some of these"):
+        embedder.encode("water")
+
+
 def test_outputs_are_given_alone_and_in_their_places(m3):
     whole = m3.encode(DOCUMENTS, outputs=ALL)
     np.testing.assert_allclose(m3.encode(DOCUMENTS), whole.dense, atol=1e-5)
@@ -125,6 +140,15 @@ def test_token_vectors_come_in_halves_and_pooled(m3):
             m3.encode_documents(DOCUMENTS, outputs=ALL, pool_factor=wrong)
     with pytest.raises(ValueError, match="pool_factor is for documents"):
         m3.encode(QUERIES, kind="query", outputs=ALL, pool_factor=2)
+
+
+def test_colbert_documents_are_pooled_as_by_sentence_transformers(folders):
+    pooling = HierarchicalTokenPooling(2)  # its first vector, of cls, stays
+    expected = MultiVectorEncoder(folders["colbert"], device="cpu").encode_document(DOCUMENTS, token_pooling=pooling)
+    embedder = Embedder(folders["colbert"], device="cpu")
+    found = embedder.encode_documents(DOCUMENTS, outputs=["multi_vector"], pool_factor=2).multi_vector
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
 
 def test_an_option_of_what_is_not_asked_for_is_a_warning(m3, caplog):
@@ -250,6 +274,20 @@ def test_each_text_of_a_call_is_encoded_once(folders):
     assert sum(texts) == len(QUERIES) + 5
 
 
+def test_a_text_is_another_as_a_query_than_as_a_document(folders, tmp_path):
+    """Without prompts and mask tokens both have equal ids, and the document alone loses its punctuation."""
+    plain = {"prompts": {"query": "", "document": ""}, "query_expansion": False}
+    bert = Path(folders["colbert"]).parent / "bert"
+    model = EmbeddingModel.from_pretrained(bert, representations=["multi_vector"], **plain)
+    model.save_pretrained(tmp_path / "plain")
+    pair = ["Fever, cough, sugar.", "Fever, cough, sugar."]
+    (found,) = Reranker(tmp_path / "plain", device="cpu").compute_score(pair)
+    (expected,) = Embedder(tmp_path / "plain", device="cpu").compute_score(pair).multi_vector
+    assert found == pytest.approx(expected, abs=1e-4)
+    query = model.text_encoder.encode(pair[:1], "query")[0]
+    assert found < len(query) - 0.1  # each token of the query would meet itself
+
+
 def test_the_best_slice_of_a_long_document_counts(folders):
     reranker = Reranker(folders["m3"], device="cpu", max_length=20)
     query, document = QUERIES[0], DOCUMENTS[-1]
@@ -288,6 +326,19 @@ def test_the_class_of_rag_retrieval_gives_the_means_that_it_gave(folders):
         ColBERT.from_pretrained(folders["m3"], colbert_dim=1024)
     with pytest.raises(ValueError, match="no token vectors"):
         ColBERT.from_pretrained(folders["dense"])
+
+
+def test_a_folder_that_rag_retrieval_wrote_is_opened_by_its_class(folders, tmp_path):
+    """It holds transformers' files, the weights in pytorch_model.bin, and the projection alone."""
+    base = Path(folders["m3"]).parent / "base"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path)
+    torch.save(AutoModel.from_pretrained(base).state_dict(), tmp_path / "pytorch_model.bin")
+    shutil.copy(Path(folders["m3"]) / "colbert_linear.pt", tmp_path)
+    pairs = PAIRS[:: len(PAIRS) // 5]
+    expected = [slow_scores(folders["m3"], pair)[2] for pair in pairs]
+    model = ColBERT.from_pretrained(str(tmp_path), WIDTH, cuda_device="cpu", mask_punctuation=False, temperature=0.02)
+    assert model.compute_score(pairs, query_max_len=64, passage_max_len=64) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_blocks_of_the_page_run_in_order(folders, tmp_path, monkeypatch):

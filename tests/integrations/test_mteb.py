@@ -32,6 +32,7 @@ from tiny_models import bring_code, tiny_bert  # noqa: E402
 from rag_retrieval import Embedder, Reranker, cli  # noqa: E402
 from rag_retrieval.integrations.mteb import EmbedderEncoder, RerankerCrossEncoder, RetrieverSearch  # noqa: E402
 from rag_retrieval.metrics import run_metrics  # noqa: E402
+from rag_retrieval.models.embedder import EmbeddingModel  # noqa: E402
 from rag_retrieval.retrieval.bm25 import bm25_run  # noqa: E402
 from rag_retrieval.retrieval.config import IndexOptions  # noqa: E402
 
@@ -272,3 +273,11 @@ def test_a_command_of_the_page_runs(command, folder, model_folders, tmp_path, ca
     code, printed, _ = run(capsys, *arguments, "--output_folder", tmp_path / "out")
     assert code == 0 and len(list((tmp_path / "out").rglob("*/model_meta.json"))) == 1
     assert len(printed.splitlines()) == 1 + len(command.split("--tasks ")[1].split()[0].split(","))
+
+
+def test_a_reranker_by_token_vectors_is_said_to_be_one(model_folders, base_folders, tmp_path):
+    model = EmbeddingModel.from_pretrained(base_folders["bert"], representations=["multi_vector"], max_length=24)
+    model.save_pretrained(tmp_path / "colbert")
+    folders = {"late-interaction": tmp_path / "colbert", "cross-encoder": model_folders["bert"]}
+    for kind, folder in folders.items():
+        assert RerankerCrossEncoder(folder).mteb_model_meta.model_type == [kind]

@@ -129,6 +129,22 @@ def test_a_rerankers_scores_teach_every_representation(step):
     assert_same(tensors(gradients_of(step, outputs, wanted)), expected)
 
 
+def test_graded_pairs_are_ordered_by_every_score(step):
+    outputs = random_outputs(step, ("dense", "lexical"))
+    wanted = unified(objective_of({"cosent": 1.0}, {"temperature": TEMPERATURE}), ("dense", "lexical"))
+    slow = Slow(outputs)
+    dense, lexical = slow.scores("dense"), slow.scores("lexical")
+    targets = targets_of(step.query_ids, step.document_ids, [step.records])
+    total = 0.0
+    for weight, scores in ((1.0, dense), (0.1, lexical), (1.0, dense + 0.3 * lexical)):
+        pairs = scores[targets.queries, targets.positives] / TEMPERATURE
+        below = targets.labels[:, None] > targets.labels
+        total = total + weight / 3 * (pairs - pairs[:, None])[below].exp().sum().log1p()
+    count = len(targets.queries)  # each record has the value of all
+    expected = slow_gradients(slow, total.expand(count))
+    assert_same(tensors(gradients_of(step, outputs, wanted)), expected)
+
+
 def test_one_representation_alone_has_its_whole_loss_and_no_ensemble(step):
     wanted = unified(INFO_NCE, ["lexical"])
     assert (dict(wanted.loss_weights), wanted.self_distillation) == ({"lexical": 1.0}, None)

@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from mining_samples import animal_data, read_output
@@ -56,35 +55,36 @@ def test_help_lists_the_keys_and_nothing_at_all_is_a_mistake(capsys):
     assert main(["mine"]) == 2
 
 
-# a run in parts of two queries; told to, it waits in its fourth part, to be killed
-HELD = """
+PART = 2  # queries
+
+
+# a run that waits in its fourth part, to be killed
+HELD = f"""
 import sys, time
 from rag_retrieval.cli import main
 from rag_retrieval.mining import run
-run.PART, parts, mine = 2, [], run.Miner.mine
+run.PART, parts, mine = {PART}, [], run.Miner.mine
 def held_mine(self, part):
-    if sys.argv[1] == "hold" and len(parts) == 3:
+    if len(parts) == 3:
         time.sleep(300)
     parts.append(part)
     return mine(self, part)
 run.Miner.mine = held_mine
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, model_folders):
+def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, model_folders, monkeypatch):
+    monkeypatch.setattr("rag_retrieval.mining.run.PART", PART)
     animal_data(tmp_path / "data")
-    options = ["--data", str(tmp_path / "data"), "--reranker", model_folders["bert"], "--last_rank", "30"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def command(hold: str, output: Path) -> list[str]:
-        return [sys.executable, "-c", HELD, hold, "mine", *options, "--output", str(output)]
-
-    assert subprocess.run(command("on", tmp_path / "whole.jsonl"), env=environment, timeout=600).returncode == 0
+    options = ["--data", str(tmp_path / "data"), "--reranker", model_folders["bert"], "--last_rank", "30", "--output"]
+    assert main(["mine", *options, str(tmp_path / "whole.jsonl")]) == 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         output = tmp_path / f"{number.name}.jsonl"
-        run = subprocess.Popen(command("hold", output), env=environment, stderr=subprocess.PIPE)
+        command = ["mine", *options, str(output)]
+        run = subprocess.Popen([sys.executable, "-c", HELD, *command], env=environment, stderr=subprocess.PIPE)
         work = output.with_name(output.name + ".work")
         while len(list(work.glob("parts-*/shard-*"))) < 3:
             assert run.poll() is None, run.stderr.read()
@@ -96,7 +96,7 @@ def test_a_run_ended_by_a_signal_continues_to_the_same_bytes(tmp_path, model_fol
             assert "the same command continues where this one stopped" in errors
         assert not output.exists()
         assert len(list(work.glob("parts-*/shard-*"))) == 3
-        assert subprocess.run(command("on", output), env=environment, timeout=600).returncode == 0
+        assert main(command) == 0
         assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, Qwen2MoeConfig
 from yes_no_samples import tiny_causal
 
 from rag_retrieval import CrossEncoder, LLMDecoder, load_reranker
+from rag_retrieval.models.open import holds_token_vectors
 from rag_retrieval.models.prompts import names_in, render
 from rag_retrieval.models.settings import ModelFiles, read_settings
 
@@ -247,6 +248,13 @@ def test_settings_that_cannot_be_looked_up_are_an_error_and_no_default(cached):
 def test_settings_in_the_cache_are_read_and_known_absence_is_absence(cached):
     cached("config.json", absent=("reranker_config.json",))
     assert read_settings("me/model") is None
+
+
+def test_a_reranker_in_the_cache_is_not_asked_for_the_files_of_an_embedder(cached):
+    snapshot = cached("config.json", absent=("reranker_config.json", "modules.json"))
+    assert not holds_token_vectors(ModelFiles("me/model"))
+    change(snapshot / "config.json", architectures=["Qwen2ForCausalLM"])
+    assert not holds_token_vectors(ModelFiles("me/model"))
 
 
 def test_a_cache_of_all_files_shows_which_are_absent(cached):

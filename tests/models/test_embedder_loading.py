@@ -150,3 +150,9 @@ def test_splade_of_a_folder_without_a_language_modelling_head_is_new(base_folder
     assert "cls.predictions" in caplog.text and any(name.startswith("cls.") for name in model.new_parameters)
     decoder = EmbeddingModel.from_pretrained(base_folders["qwen2"], **SPLADE)
     assert not decoder.new_parameters and decoder.causal
+
+
+def test_a_pooling_that_is_given_to_a_base_model_is_not_said_to_differ(base_folders, caplog):
+    with caplog.at_level(logging.WARNING):
+        EmbeddingModel.from_pretrained(base_folders["bert"], pooling="cls")
+    assert "pooling" not in caplog.text

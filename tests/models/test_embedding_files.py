@@ -249,7 +249,7 @@ def test_weights_of_another_shape_are_named(base_folders, tmp_path):
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "nothing"),
         ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Mish"}, "Mish"),
         ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "token_embeddings"),
-        ("2_Dense/config.json", {"use_residual": True}, "use_residual"),
+        ("2_Dense/config.json", {"use_residual": True}, "2_Dense"),
         ("2_Dense/config.json", {"out_features": 7}, "2_Dense"),
         ("2_Dense/config.json", {"out_features": "wide"}, "2_Dense"),
         ("config_sentence_transformers.json", {"prompts": ["query: "]}, "config_sentence_transformers"),

@@ -60,3 +60,14 @@ def test_a_projection_is_computed_in_float32(name, function):
     vector = projection(torch.tensor([[0.2501, 1.0]]))
     assert vector.dtype == torch.float32
     assert vector.item() == pytest.approx(function(2 * 0.2501 - 1.0 + 0.5), abs=1e-6)
+
+
+def test_a_residual_is_added_after_the_activation():
+    wider, same = (Projection(2, size, activation="torch.nn.modules.activation.ReLU", has_residual=True)
+                   for size in (1, 2))  # fmt: skip
+    with torch.no_grad():
+        wider.weight.copy_(torch.tensor([[-2.0, 1.0]])), wider.bias.zero_()
+        wider.residual.weight.copy_(torch.tensor([[3.0, 5.0]]))
+        same.weight.copy_(torch.eye(2)), same.bias.copy_(torch.tensor([-4.0, 1.0]))
+    assert wider(torch.tensor([[1.0, 10.0]])).tolist() == [[8.0 + 53.0]]
+    assert same(torch.tensor([[1.0, 10.0]])).tolist() == [[0.0 + 1.0, 11.0 + 10.0]]

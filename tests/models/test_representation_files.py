@@ -8,7 +8,7 @@ import torch
 from embedder_samples import TEXTS
 from safetensors.torch import load_file, save_file
 from tiny_models import ENGLISH, HIDDEN
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BertTokenizer
 
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.open import open_embedder
@@ -205,9 +205,10 @@ def save_multi_vector_encoder(base: str, folder: Path, **options) -> None:
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
-    names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
-    dense = Dense(HIDDEN, 16, bias=False, activation_function=torch.nn.Identity(), **names)
-    modules = [Transformer(base, **options), dense, MultiVectorMask([".", "?"]), Normalize("token_embeddings")]
+    plain = {"bias": False, "activation_function": torch.nn.Identity(), "use_residual": True}
+    plain |= {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+    layers = [Dense(HIDDEN, 24, **plain), Dense(24, 24, **plain)]
+    modules = [Transformer(base, **options), *layers, MultiVectorMask([".", "?"]), Normalize("token_embeddings")]
     MultiVectorEncoder(modules=modules, prompts={"query": "q: ", "document": "d: "}, device="cpu").save(str(folder))
 
 
@@ -226,7 +227,9 @@ def test_a_multi_vector_encoder_of_sentence_transformers_is_opened(base_folders,
 
 def test_a_multi_vector_encoder_that_is_not_known_is_refused(base_folders, tmp_path):
     save_multi_vector_encoder(base_folders["bert"], tmp_path)
-    file = tmp_path / "2_MultiVectorMask" / "config.json"
+    with pytest.raises(ValueError, match="from 2 layers, which cannot be saved beside other representations"):
+        EmbeddingModel.from_pretrained(tmp_path, representations=["dense", "multi_vector"])
+    file = tmp_path / "3_MultiVectorMask" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"keep_only_token_ids": [5]}))
     with pytest.raises(ValueError, match="keep_only_token_ids"):
         open_embedder(tmp_path)
@@ -304,19 +307,19 @@ def test_a_colbert_of_pylate_without_expansion_and_prefixes(base_folders, tmp_pa
 
 def test_a_colbert_of_stanford_is_opened(base_folders, tmp_path):
     folder, base = tmp_path / "theirs", AutoModel.from_pretrained(base_folders["bert"])
-    tokenizer = AutoTokenizer.from_pretrained(base_folders["bert"])
+    markers = {50: "[unused0]", 51: "[unused1]"}  # in the vocabulary, but no special tokens
+    vocabulary = AutoTokenizer.from_pretrained(base_folders["bert"]).get_vocab()
+    tokenizer = BertTokenizer(vocab={markers.get(place, token): place for token, place in vocabulary.items()})
     folder.mkdir()
-    tokens = [tokenizer.convert_ids_to_tokens(place) for place in (50, 51)]
     base.config.architectures = ["HF_ColBERT"]
     base.config.save_pretrained(folder), tokenizer.save_pretrained(folder)
     weights = {f"bert.{name}": value for name, value in base.state_dict().items()}
     torch.manual_seed(5)
     save_file(weights | {"linear.weight": torch.randn(16, HIDDEN)}, folder / "model.safetensors", {"format": "pt"})
-    markers = dict(zip(("query_token_id", "doc_token_id"), tokens, strict=True))
-    lengths = {"query_maxlen": 24, "doc_maxlen": 30}
-    (folder / "artifact.metadata").write_text(json.dumps(markers | lengths | {"attend_to_mask_tokens": False}))
+    values = {"query_maxlen": 24, "doc_maxlen": 30, "attend_to_mask_tokens": False}
+    (folder / "artifact.metadata").write_text(json.dumps(values))
     model = open_embedder(folder)
-    assert model.settings.prompts == {"query": f"{tokens[0]} ", "document": f"{tokens[1]} "}
+    assert model.settings.prompts == {"query": "[unused0] ", "document": "[unused1] "}
     assert model.text_encoder.encode(["water"], "query")[0].ids[1] == 50 and model.settings.query_expansion
     assert_equal_multi_vector_elsewhere(model, folder)
     model.save_pretrained(tmp_path / "ours")

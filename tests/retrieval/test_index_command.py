@@ -1,4 +1,4 @@
-"""`rag-retrieval index` as users call it: built, changed, exported, killed, on a full disk, by several processes."""
+"""`rag-retrieval index` as users call it: built, changed, exported, killed, on a full disk."""
 
 import importlib
 import json
@@ -9,8 +9,6 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -251,33 +249,4 @@ def test_a_full_disk_is_one_error_and_the_same_call_goes_on(corpus, whole, model
         assert code == 2 and f"error: {tmp_path}/index" in error and ": File too large; check" in error
         assert not (tmp_path / "index" / "index.json").exists()
     assert main(command) == 0
-    assert files_of(tmp_path / "index") == files_of(whole)
-
-
-@pytest.mark.slow
-def test_two_workers_of_ray_build_the_same_index(corpus, tmp_path, monkeypatch):
-    """Of all that a model gives."""
-    ray = pytest.importorskip("ray")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    m3 = m3_folder(tmp_path)
-    ray.init("local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False)
-    try:
-        for engine in (["--engine", "local"], ["--engine", "ray", "--ray_workers", "2"]):
-            command = [*m3_options(corpus, tmp_path / engine[1], m3), "--vector_precision", "int8"]
-            assert main([*command, *engine]) == 0
-    finally:
-        ray.shutdown()
-    assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
-
-
-@pytest.mark.slow
-def test_two_processes_of_accelerate_build_the_same_index(corpus, whole, model, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
-              "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "rag_retrieval.cli"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*launch, *build_options(corpus, tmp_path / "index", model)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("38 documents") == 1
     assert files_of(tmp_path / "index") == files_of(whole)

@@ -1,6 +1,8 @@
 """Indexes of lexical weights and token vectors beside dense vectors: built, searched, changed, mined, measured."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,14 +11,17 @@ import pytest
 import torch
 from index_samples import ALL, QUERIES, corpus_file, documents, files_of, m3_folder, results
 from mining_samples import animal_data, config_of, read_output
+from tiny_models import tiny_bert
 
 from rag_retrieval import Embedder, Retriever, evaluate_retriever, mine
 from rag_retrieval.cli import main
 from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig
+from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.matching import lexical_score, maxsim
 from rag_retrieval.retrieval.config import IndexConfig, IndexOptions
 from rag_retrieval.retrieval.index import Index, build_index
 
+ROOT = Path(__file__).resolve().parents[2]
 ADDED = [{"_id": "new", "text": "A new panda."}, {"_id": "z1", "text": "大熊猫"}, documents()[3]]
 
 
@@ -47,37 +52,52 @@ def copied(built, tmp_path):
     return Path(shutil.copytree(built, tmp_path / "copied"))
 
 
-def slow_scores(model, texts) -> dict[str, np.ndarray]:
-    """[queries, documents] of each stage, pair by pair."""
-    embedder = Embedder(model, device="cpu")
+def slow_scores(model, texts, kinds=ALL, mean=True) -> dict[str, np.ndarray]:
+    """[queries, documents] of each stage, pair by pair. mean: of the tokens of a query."""
+    embedder, score = Embedder(model, device="cpu"), {
+        "dense": lambda query, document: query @ document,
+        "lexical": lexical_score,
+        "multi_vector": lambda query, document: maxsim(query, document, mean),
+    }  # fmt: skip
     queries, documents = (
-        embedder.encode(each, kind=kind, outputs=ALL) for each, kind in ((QUERIES, "query"), (texts, "document"))
+        embedder.encode(each, kind=kind, outputs=kinds) for each, kind in ((QUERIES, "query"), (texts, "document"))
     )
-    places = [(query, document) for query in range(len(QUERIES)) for document in range(len(texts))]
-    scores = {
-        "dense": [queries.dense[query] @ documents.dense[document] for query, document in places],
-        "lexical": [lexical_score(queries.lexical[query], documents.lexical[document]) for query, document in places],
-        "multi_vector": [
-            maxsim(queries.multi_vector[query], documents.multi_vector[document], mean=True)
-            for query, document in places
-        ],
-    }
-    return {stage: np.array(values).reshape(len(QUERIES), len(texts)) for stage, values in scores.items()}
+    return {
+        stage: np.array([[score[stage](query, document) for document in getattr(documents, stage)]
+                         for query in getattr(queries, stage)])
+        for stage in kinds
+    }  # fmt: skip
 
 
-def test_every_stage_finds_what_a_loop_over_all_pairs_finds(model, corpus, tmp_path):
-    exact = {"vector_precision": "float32", "token_precision": "float32", "token_candidates": "all"}
-    index = build_index(corpus, tmp_path / "index", options(model, **exact))
-    assert list(index.searches) == list(ALL) and index.recall is index.token_recall is index.token_loss is None
-    expected = slow_scores(model, [index.documents.text(row) for row in range(38)])
-    assert (expected["lexical"].max(axis=1) > 0).sum() >= 2
+def colbert(root: Path) -> str:
+    tokens = EmbeddingModel.from_pretrained(tiny_bert(root / "b"), representations=("multi_vector",), colbert_dim=8)
+    tokens.save_pretrained(root / "colbert")
+    return str(root / "colbert")
+
+
+def splade(root: Path) -> str:
+    weights = EmbeddingModel.from_pretrained(tiny_bert(root / "b"), representations=("lexical",), lexical="splade")
+    weights.save_pretrained(root / "splade")
+    return str(root / "splade")
+
+
+@pytest.mark.parametrize("make, kinds", [(m3_folder, ALL), (colbert, ("multi_vector",)), (splade, ("lexical",))])
+def test_every_stage_finds_what_a_loop_over_all_pairs_finds(make, kinds, corpus, tmp_path):
+    exact = {"vector_precision": "float32"} if "dense" in kinds else {}
+    exact |= {"token_precision": "float32", "token_candidates": "all"} if "multi_vector" in kinds else {}
+    model = make(tmp_path)
+    index = build_index(corpus, tmp_path / "index", options(model, representations=kinds, **exact))
+    assert list(index.searches) == list(kinds) and index.recall is index.token_recall is index.token_loss is None
+    expected = slow_scores(model, [index.documents.text(row) for row in range(38)], kinds, mean=make is m3_folder)
+    assert "lexical" not in kinds or (expected["lexical"].max(axis=1) > 0).sum() >= 2
     judged = [np.array([0, 37])] * len(QUERIES)
     for stage, search in index.searches.items():
         for found, scores in zip(search.search(QUERIES, judged, 12), expected[stage], strict=True):
             wanted = np.sort(scores)[::-1][:12]
-            np.testing.assert_allclose(found.scores, wanted[wanted > 0] if stage == "lexical" else wanted, atol=1e-5)
-            np.testing.assert_allclose(found.scores, scores[found.rows], atol=1e-5)
-            np.testing.assert_allclose(found.judged_scores, scores[[0, 37]], atol=1e-5)
+            wanted = wanted[wanted > 0] if stage == "lexical" else wanted
+            np.testing.assert_allclose(found.scores, wanted, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found.scores, scores[found.rows], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found.judged_scores, scores[[0, 37]], rtol=1e-5, atol=1e-5)
 
 
 def test_token_vectors_score_the_candidates_of_the_dense_search(built, model):
@@ -234,8 +254,9 @@ def test_a_representation_that_the_model_does_not_give_is_refused(corpus, tmp_pa
     plain = shutil.copytree(model, tmp_path / "plain")
     for name in ("sparse_linear.pt", "colbert_linear.pt"):
         (plain / name).unlink()
-    with pytest.raises(ValueError, match="lexical"):
-        build_index(corpus, tmp_path / "index", options(str(plain), representations=("lexical",)))
+    with pytest.raises(ValueError, match="plain gives dense, and the index is of lexical; say representations: dense"):
+        build_index(corpus, tmp_path / "index", options(str(plain), representations=("lexical",), bm25=True))
+    assert not (tmp_path / "index").exists()
 
 
 # ---- what is done with such an index
@@ -266,6 +287,21 @@ def test_all_stages_are_fused_with_fitted_weights(whole, data, tmp_path, capsys)
     (line,) = capsys.readouterr().out.splitlines()
     scores = [result["scores"].keys() for result in json.loads(line)["results"]]
     assert set().union(*scores) == {"lexical", "multi_vector", "fused"}
+
+
+def test_the_commands_of_the_page_run(data, model, tmp_path, monkeypatch, capsys):
+    """With a small corpus and a tiny model."""
+    page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Lexical weights and token vectors\n")[2].partition("\n## ")[0]
+    commands = re.findall("^rag-retrieval .*", section, flags=re.MULTILINE)
+    assert len(commands) == 6
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        named = command.replace("example_data/stdlib_beir", str(data)).replace("runs/m3_model", model)
+        split = " --split train" if " evaluate " in command else ""
+        assert main(shlex.split(named + split)[1:]) == 0, command
+    printed = capsys.readouterr().out
+    assert "candidates of dense have " in printed and "residual2 finds " in printed and "fitted weights" in printed
 
 
 @pytest.mark.parametrize("candidates", ["lexical", "multi_vector"])

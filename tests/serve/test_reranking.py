@@ -36,8 +36,9 @@ def encoded_by(model: RerankModel, task: RerankTask) -> EncodedTask:
     return encoded
 
 
-def test_scores_are_those_of_the_reranker(backend):
-    task = RerankTask(QUERY, documents())
+@pytest.mark.parametrize("name", ["backend", "token_vector_backend"])
+def test_scores_are_those_of_the_reranker(name, request):
+    backend, task = request.getfixturevalue(name), RerankTask(QUERY, documents())
     for long_document in LONG_DOCUMENT:
         model = RerankModel("tiny", backend, long_document)
         encoded = encoded_by(model, task)
@@ -153,6 +154,11 @@ def test_the_warm_up_holds_short_pairs_and_one_of_the_model_s_length(backend):
         watched.score = lambda pairs, size, seen=lengths: seen.extend(map(len, pairs)) or backend.score(pairs, size)
         warmed_up(watched, 100, long_document)
         assert min(lengths) < 16 and max(lengths) == 64 and len(lengths) > 4
+
+
+def test_token_vectors_warm_up_too(token_vector_backend):
+    for long_document in ("truncate", "max_slice"):
+        assert warmed_up(token_vector_backend, 100, long_document) == 100
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_found_before_the_server_listens(backend):

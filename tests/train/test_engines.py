@@ -60,13 +60,21 @@ def both(settings, tmp_path):
 # --- what starts ---
 
 
-def test_torchrun_starts_processes_that_take_the_steps_of_one(both, tmp_path):
+def test_torchrun_takes_the_steps_of_one_process_and_resumes_to_the_same_bits(both, tmp_path, bert_with_dropout):
     one, two = both("pairwise_ranknet")
     train(one)
-    done = run_in_two(two, tmp_path, TORCHRUN, **CPU)
+    changes = {"model_name_or_path": bert_with_dropout, "batch_size": 8, "epochs": 2, "save_steps": 4}
+    whole = two | changes | {"num_max_checkpoints": 9, "output_dir": str(tmp_path / "whole")}
+    (tmp_path / "cases.json").write_text(json.dumps({"two": two, "whole": whole}))
+    done = launch([*TORCHRUN[:-1], "tests/engine_runs.py", str(tmp_path / "cases.json")], **CPU)
     assert done.returncode == 0, done.stderr
     assert_same_training(one, two)
     assert "Traceback" not in done.stderr
+    checkpoint = {"output_dir": str(tmp_path / "resumed"), "resume": str(tmp_path / "whole" / "checkpoint-8")}
+    done = run_in_two(whole | checkpoint, tmp_path, TORCHRUN, **CPU)
+    assert done.returncode == 0, done.stderr
+    first, second = (final_weights(tmp_path / name) for name in ("whole", "resumed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @NO_GPU
@@ -77,20 +85,6 @@ def test_fsdp_settings_on_a_cpu_machine_train_together(both, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "instead of FSDP" in done.stderr
     assert_same_training(one, two)
-
-
-def test_two_processes_resume_to_the_same_bits_in_a_new_launch(both, tmp_path, bert_with_dropout):
-    _, whole = both(batch_size=8, model_name_or_path=bert_with_dropout, epochs=2, save_steps=4)
-    whole |= {"num_max_checkpoints": 9}
-    assert run_in_two(whole, tmp_path, TORCHRUN, **CPU).returncode == 0
-    resumed = whole | {
-        "output_dir": str(tmp_path / "resumed"),
-        "resume": str(Path(whole["output_dir"]) / "checkpoint-8"),
-    }
-    done = run_in_two(resumed, tmp_path, TORCHRUN, **CPU)
-    assert done.returncode == 0, done.stderr
-    first, second = (final_weights(values["output_dir"]) for values in (whole, resumed))
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def resumed_on(processes: int, values: dict, tmp_path: Path, file: str, script: str):
@@ -162,21 +156,27 @@ def changed_file(tmp_path: Path, file: str, **changes) -> str:
     return write_yaml(tmp_path / "accelerate.yaml", settings)
 
 
+ZERO = "deepspeed/deepspeed_zero1.yaml"
+
+
 @pytest.mark.parametrize(
-    "file, changes, message",
+    "processes, file, changes, message",
     [
-        ("deepspeed/deepspeed_zero1.yaml", {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 1"),
-        ("deepspeed/deepspeed_zero1.yaml", {"gradient_clipping": 0.3}, "max_grad_norm (gradient_clipping) is 1.0"),
-        ("ddp.yaml", {"mixed_precision": "bf16"}, "mixed_precision is no in the training configuration but bf16"),
-        ("default_fsdp.yaml", {"fsdp_transformer_layer_cls_to_wrap": "Qwen2DecoderLayer"}, "BertEmbeddings, BertLayer"),
-        pytest.param("ddp.yaml", {"distributed_type": "MULTI_CPU"}, "asked for several processes", marks=NO_GPU),
+        (2, ZERO, {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 1"),
+        (1, ZERO, {"gradient_clipping": 0.3}, "max_grad_norm (gradient_clipping) is 1.0"),
+        (1, "ddp.yaml", {"mixed_precision": "bf16"}, "mixed_precision is no in the training configuration but bf16"),
+        (1, "default_fsdp.yaml", {"fsdp_transformer_layer_cls_to_wrap": "Qwen2DecoderLayer"},
+         "BertEmbeddings, BertLayer"),
+        pytest.param(2, "ddp.yaml", {"distributed_type": "MULTI_CPU"}, "asked for several processes", marks=NO_GPU),
     ],
-)
-def test_a_launch_file_that_contradicts_the_run_ends_it_with_one_message(both, tmp_path, file, changes, message):
+)  # fmt: skip
+def test_a_launch_file_that_contradicts_the_run_ends_it_with_one_message(
+    both, tmp_path, processes, file, changes, message
+):
     if "deepspeed" in file:
         pytest.importorskip("deepspeed")
     _, two = both()
-    done = run_in_two(two, tmp_path, engine_command(changed_file(tmp_path, file, **changes), 2, SCRIPT))
+    done = run_in_two(two, tmp_path, engine_command(changed_file(tmp_path, file, **changes), processes, SCRIPT))
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], done.stderr

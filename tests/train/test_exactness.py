@@ -31,9 +31,12 @@ pytestmark = pytest.mark.slow
 LAUNCH_FILES = ["ddp", "default_fsdp", *(f"deepspeed/deepspeed_zero{stage}" for stage in range(4))]
 # the last is a mix of two losses whose divisors differ, one of which has nothing to count in some steps
 LOSSES = ["point_ce", "point_mse", "pairwise_ranknet", "listwise_ce", "pairwise_ranknet+margin_mse"]
-# the decoder takes each loss once: neither the loss nor the accumulation knows which model gave the scores
-CASES = [f"{loss}-{accumulation}-bert" for loss in LOSSES for accumulation in (1, 3)]
-CASES += [f"{loss}-{(1, 3)[place % 2]}-qwen2" for place, loss in enumerate(LOSSES)]
+# encoder and decoder take turns: neither the loss nor the accumulation knows which model gave the scores
+MODELS = [("bert", "qwen2"), ("qwen2", "bert")]
+CASES = [
+    f"{loss}-{accumulation}-{model}"
+    for place, loss in enumerate(LOSSES) for accumulation, model in zip((1, 3), MODELS[place % 2], strict=True)
+]  # fmt: skip
 PROCESSES = 2
 # 5 steps: warmup of round(0.4 * 5) = 2, constant to round(0.6 * 5) = 3, then half a cosine over 2
 SCHEDULE = {"warmup_proportion": 0.4, "stable_proportion": 0.2}
@@ -108,13 +111,14 @@ def further_keys(
     lora = {"lora_r": 4, "lora_target_modules": "all-linear", "gradient_checkpointing": True}
     whole = base | {"model_name_or_path": with_dropout, "epochs": 2, "save_steps": 3, "num_max_checkpoints": 9}
     still = base | {"lr": 1e-30, "head_lr": 1e-30, "eval_on_start": True}
-    answering = cases["listwise_ce-1-bert"] | YES_NO | {"model_type": "llm_decoder", "max_len": 200}
+    decoder = {key: cases["listwise_ce-1-qwen2"][key] for key in ("model_type", "model_name_or_path")}
+    answering = cases["listwise_ce-1-qwen2"] | YES_NO | {"max_len": 200}
     return {
         **{f"yes_no-{kind}": answering | {"model_name_or_path": model} for kind, model in causal.items()},
         "checkpointing-bert": base | {"gradient_checkpointing": True},
         "lora-bert": base | lora,
-        "lora-qwen2": cases["listwise_ce-3-qwen2"] | lora,
-        "layerwise": cases["listwise_ce-3-qwen2"] | {"start_layer": 1, "layer_distillation": 0.7},
+        "lora-qwen2": base | decoder | lora,
+        "layerwise": base | decoder | {"start_layer": 1, "layer_distillation": 0.7},
         "bf16": base | {"mixed_precision": "bf16"},
         "whole": whole,
         "again": whole | {"num_workers": 2},

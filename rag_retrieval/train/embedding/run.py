@@ -14,7 +14,9 @@ from rag_retrieval.data.summary import TokenLengths
 from rag_retrieval.losses.embedding import Flops, Objective, SelfDistillation, objective_of
 from rag_retrieval.losses.unified import unified
 from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.models.embedding_files import read_settings
 from rag_retrieval.models.representation_files import MAXSIM, MEAN_MAXSIM
+from rag_retrieval.models.settings import ModelFiles, resolve_model_path
 from rag_retrieval.train import run as any_run
 from rag_retrieval.train.checkpoints import TrainState
 from rag_retrieval.train.embedding.card import EMBEDDER
@@ -68,6 +70,7 @@ class EmbeddingTraining:
         return sources
 
     def load_model(self) -> EmbeddingModel:
+        check_representations(self.config)
         return load_embedder(self.config)
 
     def token_lengths(self, store: RecordStore, model: EmbeddingModel) -> list[TokenLengths]:
@@ -190,6 +193,23 @@ def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
         widths = sorted({min(width, model.dim) for width in config.widths})
         model.settings = replace(model.settings, dims=tuple(widths))
     return model
+
+
+def check_representations(config: EmbeddingConfig) -> None:
+    """Warns of what the model gives and is not trained. Raises ValueError where the configuration leaves to defaults
+    what the model does in another way."""
+    path = config.model_name_or_path
+    saved = read_settings(ModelFiles(resolve_model_path(path)))
+    lost = [name for name in saved["representations"] if name not in config.representations]
+    if "dense" not in saved["representations"] and "representations" not in config.model_fields_set:
+        names = ", ".join(saved["representations"])
+        raise ValueError(f"representations: {path} gives {names} and no dense vector; name what is to be trained")
+    if lost:
+        logger.warning(
+            "representations: %s also gives %s, which is not trained and not in the result", path, ", ".join(lost)
+        )
+    if "lexical_method" not in config.model_fields_set and config.lexical_method and saved["lexical"] == "splade":
+        raise ValueError(f"lexical_method: that of {path} is splade; give splade, or linear for a new head")
 
 
 def graph_tokens(model: EmbeddingModel, accelerator: Accelerator, checkpointed: bool) -> int:

@@ -6,7 +6,7 @@ the correlation of similarities and labels in place of ranks.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from rag_retrieval.losses.step_gradients import representation_gradients
 from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.train.embedding.config import EmbeddingConfig
 from rag_retrieval.train.embedding.rankings import TextScores
+from rag_retrieval.train.embedding.representation_keys import split_metric
 from rag_retrieval.train.embedding.shared_encoding import SharedEncoding
 from rag_retrieval.train.embedding.text_outputs import Outputs, of_texts, on_device, step_outputs
 from rag_retrieval.train.embedding.training_data import EmbeddingSteps, SamplingOptions, TrainingFile, records_of
@@ -74,7 +75,7 @@ def make_validation(
         padded=not packs,
         batch_size=config.batch_size * config.train_group_size,
     )
-    measures, names = {}, (config.metric_for_best_model, *METRICS)
+    measures, names = {}, (split_metric(config.metric_for_best_model)[1], *METRICS)
     if store is not None and "label" in objective.reads:
         measures["spearman"], names = LabelCorrelation(store, objective), ()
     if store is not None and can_measure(objective, store):
@@ -84,7 +85,9 @@ def make_validation(
         processes = 1 if config.negatives_cross_device is False else accelerator.num_processes
         step = config.batch_size * config.gradient_accumulation_steps * processes
         if len(file.records):
-            measures["loss"] = RecordLoss(records, objective, step, accelerator.device)
+            # of the records alone, whatever the step: the same before and after self-distillation begins
+            of_records = replace(objective, flops=None, self_distillation=None)
+            measures["loss"] = RecordLoss(records, of_records, step, accelerator.device)
     return EmbeddingValidation(
         collection,
         encoding,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import unified_runs
 from plain_embedding import plain_training
 from safetensors.torch import load_file
 from training_runs import (
@@ -134,7 +135,23 @@ def head_weights(output_dir: str | Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def cases(values, bert_with_dropout, with_heads, validation) -> dict[str, dict]:
+def several(tmp_path_factory, bert) -> dict[str, dict]:
+    """Of several representations, of SPLADE and of ColBERT."""
+    return unified_runs.settings(tmp_path_factory.mktemp("several"), bert)
+
+
+@pytest.fixture(scope="module")
+def one_process(several, tmp_path_factory) -> dict[str, tuple]:
+    """What each of these comes to, and the evaluations of the first."""
+    folder, found = tmp_path_factory.mktemp("one"), {}
+    for kind, keys in several.items():
+        train(keys | {"output_dir": str(folder / kind)})
+        found[kind] = (*unified_runs.outcome({"output_dir": folder / kind}), evaluations(folder / kind))
+    return found
+
+
+@pytest.fixture(scope="module")
+def cases(values, bert_with_dropout, with_heads, validation, several) -> dict[str, dict]:
     """The configuration of each case, but for its output folder."""
     on_two = values | {"batch_size": STEP // PROCESSES, "overwrite_output_dir": False}
     dropout = on_two | {"model_name_or_path": bert_with_dropout, "max_tokens_per_batch": 100}
@@ -149,9 +166,11 @@ def cases(values, bert_with_dropout, with_heads, validation) -> dict[str, dict]:
         "dropout": dropout | {"save_steps": 2, "num_max_checkpoints": 9},
         "dropout and recomputed": dropout | {"max_tokens_with_graph": 0},
         "dropout and half kept": dropout | {"max_tokens_with_graph": 300},
+        **{kind: keys | {"batch_size": unified_runs.STEP // PROCESSES} | HALF for kind, keys in several.items()},
     }
 
 
+HALF = {"max_tokens_per_batch": 100, "max_tokens_with_graph": 300}
 HEADS = {"use_mrl": True, "mrl_dims": [16, 48], "max_tokens_per_batch": 100, "max_tokens_with_graph": 600}
 LORA = {"lora_r": 4, "lora_target_modules": "all-linear", "gradient_checkpointing": True, "max_tokens_per_batch": 100}
 
@@ -209,6 +228,21 @@ def test_every_engine_trains_latent_attention_and_projection_as_one_process(outp
     heads, before = head_weights(values["output_dir"]), head_weights(Path(with_heads).parent)
     assert len(heads) == len(before) == 15 and not any(torch.equal(heads[name], before[name]) for name in before)
     assert_same((found[0], found[1] | head_weights(outputs / "heads")), (one[0], one[1] | heads), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", unified_runs.KINDS)
+def test_every_engine_trains_and_measures_several_representations_splade_and_colbert(outputs, one_process, kind):
+    *expected, figures = one_process[kind]
+    unified_runs.assert_same(unified_runs.outcome({"output_dir": outputs / kind}), expected, 1e-5)
+    found = evaluations(outputs / kind)
+    assert len(found) == len(figures) == (2 if kind == "unified" else 0)
+    for line, other in zip(found, figures, strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+def evaluations(folder: Path) -> list[dict]:
+    return [{name: value for name, value in line.items() if name != "kind"} for line in read_metrics(folder, "eval")]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+from other_trainers import FLAG_EMBEDDING_M3, RAG_COLBERT
 from pydantic import ValidationError
 from training_runs import write_jsonl
 
@@ -138,20 +139,19 @@ def test_any_measured_representation_may_decide_which_checkpoint_is_best():
         assert problems(metric_for_best_model=name, **changes).keys() == {"metric_for_best_model"}, name
 
 
+def test_a_file_and_an_option_may_say_weights_and_the_written_configuration_is_read_back(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"query": "q", "pos": ["d"]}])
+    lines = ["model_name_or_path: owner/model", "output_dir: out", "train_dataset: train.jsonl",
+             "representations: [dense, lexical]", "ensemble_weights:", "  lexical: 0.5"]  # fmt: skip
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    found = load_config(EmbeddingConfig, str(tmp_path / "a.yaml"), ["--representation_weights", '{"ensemble": 2}'])
+    assert found.ensemble_weights == {"dense": 1, "lexical": 0.5}
+    assert found.representation_weights == {"dense": 1, "lexical": 0.1, "ensemble": 2}
+    found.save(tmp_path / "written.yaml")
+    assert load_config(EmbeddingConfig, str(tmp_path / "written.yaml")) == found
+
+
 # ---- other trainers
-
-FLAG_EMBEDDING_M3 = """--model_name_or_path BAAI/bge-m3 --cache_dir ./cache/model --train_data ./train.jsonl
-    --cache_path ./cache/data --train_group_size 8 --query_max_len 512 --passage_max_len 512 --pad_to_multiple_of 8
-    --knowledge_distillation True --same_dataset_within_batch True --small_threshold 0 --drop_threshold 0
-    --output_dir ./out --overwrite_output_dir --learning_rate 1e-5 --num_train_epochs 2
-    --per_device_train_batch_size 2 --dataloader_drop_last True --warmup_ratio 0.1 --gradient_checkpointing
-    --deepspeed ../ds_stage0.json --logging_steps 1 --save_steps 1000 --negatives_cross_device --temperature 0.02
-    --sentence_pooling_method cls --normalize_embeddings True --kd_loss_type m3_kd_loss --unified_finetuning True
-    --use_self_distill True --fix_encoder False --self_distill_start_step 0 --colbert_dim -1"""
-RAG_COLBERT = """--model_name_or_path hfl/chinese-roberta-wwm-ext --dataset ./train.jsonl --output_dir ./out
-    --batch_size 4 --lr 5e-6 --epochs 2 --save_on_epoch_end 1 --log_with wandb --warmup_proportion 0.1 --neg_nums 15
-    --temperature 0.02 --query_max_len 128 --passage_max_len 512 --colbert_dim 768 --gradient_accumulation_steps 2"""
-
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):

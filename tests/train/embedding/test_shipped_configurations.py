@@ -7,7 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from other_trainers import FLAG_EMBEDDING, PADDLE, RAG_DISTILL, RAG_TRAIN, SHORT
+from other_trainers import (
+    FLAG_EMBEDDING,
+    FLAG_EMBEDDING_M3,
+    PADDLE,
+    RAG_COLBERT,
+    RAG_DISTILL,
+    RAG_TRAIN,
+    SHORT,
+)
 from training_runs import ROOT, embedding_records, read_metrics, write_jsonl
 
 from rag_retrieval.core.config_reader import load_config
@@ -28,6 +36,8 @@ def test_the_kinds_of_files_that_are_promised_are_there():
     assert any(config.use_mrl for config in configs.values())
     assert any(config.reads_teacher for config in configs.values())
     assert any(config.record_kind == "teacher_vectors" for config in configs.values())
+    kinds = {(*config.representations, config.lexical_method) for config in configs.values()}
+    assert {("dense", "lexical", "multi_vector", "linear"), ("lexical", "splade"), ("multi_vector", None)} <= kinds
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -47,7 +57,9 @@ def test_a_shipped_configuration_trains(name, tmp_path, monkeypatch, bert, qwen2
     small = f"--max_example_num_per_dataset 4 --batch_size 2 --num_workers 0 --mixed_precision no --val_dataset {val}"
     assert main(["--config", name, *shlex.split(f"{options} {small}")]) == 0
     assert len(read_metrics(tmp_path / "run", "eval")) == 2
-    assert Embedder(tmp_path / "run" / "model").encode(["a text"]).shape[0] == 1
+    names = load_config(EmbeddingConfig, str(TRAINER / "config" / name)).representations
+    encoded = Embedder(tmp_path / "run" / "model").encode(["a text"], outputs=names)
+    assert all(len(getattr(encoded, each)) == 1 for each in names)
 
 
 @pytest.fixture
@@ -84,6 +96,22 @@ def test_a_command_of_paddle_nlp_trains(typed, tmp_path):
 def test_a_short_command_trains(typed, tmp_path):
     assert typed(SHORT) == 0
     assert Embedder(tmp_path / "checkpoint" / "model").encode_queries(["rain"]).shape == (1, 32)
+
+
+def test_a_command_of_flag_embedding_s_m3_trainer_writes_its_folder(typed, tmp_path):
+    """With the scores of a teacher, since it asks for knowledge_distillation."""
+    scored = {"query": "what is rain", "pos": ["rain is water"], "neg": ["Paris is a city"] * 2}
+    write_jsonl(tmp_path / "train.jsonl", [scored | {"pos_scores": [3.0], "neg_scores": [0.5, -1.0]}] * 3)
+    assert typed(FLAG_EMBEDDING_M3.replace("BAAI/bge-m3", "bert-base-uncased")) == 0
+    assert {"colbert_linear.pt", "sparse_linear.pt"} <= {file.name for file in (tmp_path / "out/model").iterdir()}
+
+
+def test_a_command_of_rag_retrieval_s_colbert_trainer_trains_token_vectors(typed, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"query": "what is rain", "pos": ["rain is water"], "neg": ["Paris"]}] * 3)
+    command = RAG_COLBERT.replace("hfl/chinese-roberta-wwm-ext", "bert-base-uncased").replace("--log_with wandb", "")
+    assert typed(command) == 0
+    vectors = Embedder(tmp_path / "out" / "model").encode_queries(["rain"], outputs=["multi_vector"]).multi_vector
+    assert vectors[0].shape == (4, 768), "cls, r, ##ain, sep: no prefix and no mask tokens"
 
 
 @pytest.mark.slow
