@@ -115,7 +115,12 @@ def spoil_loss(fault: Fault) -> None:
     loss_sums = RerankerTask.loss_sums
     RerankerTask.loss_sums = lambda task, model, batch: loss_sums(task, model, batch) * torch.nan
     gradients_at = EmbeddingTask.gradients_at
-    EmbeddingTask.gradients_at = lambda *arguments: [value * torch.nan for value in gradients_at(*arguments)]
+
+    def spoilt(*arguments):
+        gradients, loss = gradients_at(*arguments)
+        return {name: gradient * torch.nan for name, gradient in gradients.items()}, loss * torch.nan
+
+    EmbeddingTask.gradients_at = spoilt
 
 
 def remove_folder(fault: Fault) -> None:

@@ -91,6 +91,7 @@ def quick_cases() -> Iterator[Case]:
     yield Case("SIGTERM to one process", 2, Fault("SIGTERM to one", call=7, ranks=(1,)), says="stopped by SIGTERM")
     yield Case("bit flipped in the newest checkpoint", 1, Fault("kill one", call=11), spoils="flip")
     yield Case("exception on one process", 2, Fault("exception", call=9, ranks=(1,)), says="error in process 1")
+    yield Case("NaN in a batch", 1, Fault("NaN in a batch", call=5), says="the loss of step")
     yield Case("output folder gone", 1, Fault("folder gone", "step", 8), says="the folder is gone")
 
 

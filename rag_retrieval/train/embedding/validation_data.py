@@ -6,7 +6,7 @@ the correlation of similarities and labels in place of ranks.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,9 @@ def make_validation(
         processes = 1 if config.negatives_cross_device is False else accelerator.num_processes
         step = config.batch_size * config.gradient_accumulation_steps * processes
         if len(file.records):
-            measures["loss"] = RecordLoss(records, objective, step, accelerator.device)
+            # of the records alone, whatever the step: the same before and after self-distillation begins
+            of_records = replace(objective, flops=None, self_distillation=None)
+            measures["loss"] = RecordLoss(records, of_records, step, accelerator.device)
     return EmbeddingValidation(
         collection,
         encoding,

@@ -139,6 +139,18 @@ def test_any_measured_representation_may_decide_which_checkpoint_is_best():
         assert problems(metric_for_best_model=name, **changes).keys() == {"metric_for_best_model"}, name
 
 
+def test_a_file_and_an_option_may_say_weights_and_the_written_configuration_is_read_back(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"query": "q", "pos": ["d"]}])
+    lines = ["model_name_or_path: owner/model", "output_dir: out", "train_dataset: train.jsonl",
+             "representations: [dense, lexical]", "ensemble_weights:", "  lexical: 0.5"]  # fmt: skip
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    found = load_config(EmbeddingConfig, str(tmp_path / "a.yaml"), ["--representation_weights", '{"ensemble": 2}'])
+    assert found.ensemble_weights == {"dense": 1, "lexical": 0.5}
+    assert found.representation_weights == {"dense": 1, "lexical": 0.1, "ensemble": 2}
+    found.save(tmp_path / "written.yaml")
+    assert load_config(EmbeddingConfig, str(tmp_path / "written.yaml")) == found
+
+
 # ---- other trainers
 
 @pytest.fixture

@@ -39,6 +39,14 @@ def test_fix_encoder_trains_the_heads_alone(settings, m3):
     assert changed == {f"{head}.{name}" for head in ("sparse_linear", "colbert_linear") for name in ("weight", "bias")}
 
 
+def test_lora_trains_heads_in_full_and_writes_a_merged_model(settings, m3):
+    values = settings(model_name_or_path=m3, representations=ALL, lora_r=4, lora_target_modules="all-linear", lr=1e-2)
+    train(values)
+    before, after = all_weights(Path(m3).parent), all_weights(values["output_dir"])
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"sparse_linear.weight", "colbert_linear.weight", "encoder.layer.0.attention.self.query.weight"} <= changed
+
+
 def test_a_model_that_gives_something_else_must_be_named(settings, folders):
     for kind, message in (("colbert", "representations: .* gives multi_vector"), ("splade", "gives lexical")):
         with pytest.raises(StartError, match=message):

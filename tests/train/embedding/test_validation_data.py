@@ -1,6 +1,7 @@
 """The data that an embedder is validated on, and the loss and the correlation on them, against slow plain code."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from rag_retrieval.core.distributed import StartError
 from rag_retrieval.data.collection import store_collection
 from rag_retrieval.data.records import DataError, RecordRules
 from rag_retrieval.data.store import open_store
-from rag_retrieval.losses.embedding import Objective, objective_of
+from rag_retrieval.losses.embedding import Flops, Objective, SelfDistillation, objective_of
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.representations import Representations
 from rag_retrieval.train.embedding.config import EmbeddingConfig
@@ -237,6 +238,13 @@ def test_graded_pairs_decide_by_their_correlation_and_a_beir_folder_by_its_ranks
     folder = str(write_toy(tmp_path / "toy"))
     assert config(loss_type="cosent", val_dataset=records(RECORDS)).metric_for_best_model == "spearman"
     assert config(loss_type="cosent", val_dataset=folder).metric_for_best_model == "ndcg@10"
+
+
+def test_the_loss_is_without_self_distillation_and_regularization(config, records):
+    made = config(val_dataset=records(RECORDS))
+    taught = replace(Objective(()), flops=Flops(1.0, 1.0), self_distillation=SelfDistillation({}))
+    measured = validation_of(made, taught).measures["loss"].objective
+    assert (measured.flops, measured.self_distillation) == (None, None)
 
 
 def test_vectors_are_compared_as_the_loss_compares_them(config, records):
