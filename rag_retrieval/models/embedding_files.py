@@ -157,10 +157,10 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
             values["prompts"] = {name: expect(prompts, name, str) for name in prompts if prompts[name]}
         values["default_prompt"] = expect(options, "default_prompt_name", str)
         values["similarity"] = expect(options, "similarity_fn_name", str, "cosine")
+    values["representations"] = saved_representations(files)
     extras = read_json(files.path, EXTRAS_FILE)
     with parsing(f"{files.path}: {EXTRAS_FILE}"):
         values |= {name: expect(extras, name, int) for name in EXTRAS if extras.get(name) is not None}
-        values["representations"] = tuple(expect(extras, "representations", list, [DENSE, *heads_in(files)]))
         values["lexical"] = expect(extras, "lexical", str, LINEAR if LEXICAL in values["representations"] else None)
     if is_sparse_encoder(files):
         values |= read_sparse_encoder(files)
@@ -176,6 +176,17 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
         if "LatentAttention" in files.modules:
             values["pooling"] = "latent_attention"
     return values
+
+
+def saved_representations(files: ModelFiles) -> tuple[str, ...]:
+    """Those that the folder's model gives. Raises ValueError for a damaged file, but checks no modules."""
+    if is_sparse_encoder(files):
+        return (LEXICAL,)
+    if is_colbert(files):
+        return (MULTI_VECTOR,)
+    extras = read_json(files.path, EXTRAS_FILE)
+    with parsing(f"{files.path}: {EXTRAS_FILE}"):
+        return tuple(expect(extras, "representations", list, [DENSE, *heads_in(files)]))
 
 
 def known_embedder(files: ModelFiles) -> dict[str, Any]:
