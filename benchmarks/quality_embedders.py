@@ -7,7 +7,8 @@ A row: train on `--queries` training queries with negatives from BM25's best doc
 search exactly, append the figures to `--out`. `--trainer base` measures the model that both start from. `--corpus N`
 searches N documents instead of all: the relevant ones of the test queries, BM25's ten best for each, and others at
 random; figures are then higher than on the whole corpus, and compare with each other alone. Every row is also read from
-the first half, quarter and eighth of its vectors, and with documents in int8 and in bits.
+the first half, quarter and eighth of its vectors, and with documents in int8 and in bits. `--runtime` encodes with an
+exported model.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from rag_retrieval.metrics import PerQuery, means, query_metrics
 from rag_retrieval.models.vectors import finish, ranges_of, to_float32, to_precision
 
 TRAINERS = ("base", "ours", "sentence-transformers")
+RUNTIMES = ("torch", "onnx", "int8", "openvino")  # int8: of ONNX Runtime
 COLUMNS = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 TESTED, DEPTH, DISTRACTORS = "ndcg@10", 100, 10
 WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.01, 1.0
@@ -75,6 +77,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="autocast in training, both sides")
     parser.add_argument("--encode-dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights that encode")
+    parser.add_argument("--runtime", choices=RUNTIMES, default="torch", help="what encodes, after an export")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="empty folder to keep records and model in")
@@ -96,6 +99,8 @@ def make_row(options: argparse.Namespace) -> dict:
             data = options.records or draw_records(folder, drawn, options.negatives, work / "train.jsonl")
             train = train_ours if options.trainer == "ours" else train_sentence_transformers
             model, training = quality.timed(train, data, options, work)
+        if options.runtime != "torch":
+            model = export(model, options, work / "exported")
         vectors, searching = quality.timed(encode, model, collection, options)
     readings = {name: search(collection, *pair) for name, pair in readings_of(*vectors).items()}
     sizes = {"test_queries": len(collection.queries), "documents": len(collection.documents)}
@@ -116,10 +121,9 @@ def make_row(options: argparse.Namespace) -> dict:
 
 def trainer_name(options: argparse.Namespace) -> str:
     """What trained, and how it differs from the plain training: a row of a table for each."""
-    if options.trainer == "base":
-        return "base"
     plain = argument_parser()
-    given = {name: getattr(options, name) for name in ("negatives", "batch_size")}
+    levers = ("runtime",) if options.trainer == "base" else ("negatives", "batch_size", "runtime")
+    given = {name: getattr(options, name) for name in levers}
     changed = [f"{name}={value}" for name, value in given.items() if value != plain.get_default(name)]
     records = [options.records.name] if options.records else []
     return " ".join([options.trainer, *changed, *records, *options.keys])
@@ -153,9 +157,20 @@ def encode(model: str | Path, collection: Collection, options: argparse.Namespac
     """Vectors of all queries and of all documents, of length 1; both trainers' models are read by the same code."""
     from rag_retrieval import Embedder
 
-    embedder = Embedder(model, max_length=options.max_len, normalize=True, dtype=options.encode_dtype)
+    of_torch = {"max_length": options.max_len, "normalize": True, "dtype": options.encode_dtype}
+    runtimes = {"torch": of_torch, "openvino": {"model_type": "openvino"}}
+    embedder = Embedder(model, **runtimes.get(options.runtime, {}))
     queries = embedder.encode_queries(list(collection.queries.values()))
     return queries, embedder.encode_documents(list(collection.documents.values()))
+
+
+def export(model: str | Path, options: argparse.Namespace, folder: Path) -> Path:
+    """The model as `rag-retrieval export` writes it; int8 whatever it costs, the row says what that is."""
+    from rag_retrieval import ExportConfig, export_model
+
+    int8 = {"quantize": "int8", "force": True} if options.runtime == "int8" else {}
+    export_model(ExportConfig(model=str(model), output=str(folder), max_length=options.max_len, normalize=True, **int8))
+    return folder
 
 
 def readings_of(queries: np.ndarray, documents: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:

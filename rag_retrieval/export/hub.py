@@ -20,8 +20,9 @@ from rag_retrieval.core.files import lock_file_of, locked
 from rag_retrieval.models.embedding_files import is_embedder
 from rag_retrieval.models.inputs import check_flag
 from rag_retrieval.models.settings import ModelFiles, check_model_folder, parsing
-from rag_retrieval.train.card import CARD, MARK, About, model_card, read_run_record
+from rag_retrieval.train.card import CARD, MARK, About, Kind, RunRecord, model_card, read_run_record
 from rag_retrieval.train.embedding.card import EMBEDDER
+from rag_retrieval.train.pretrain.card import PRETRAINED
 from rag_retrieval.train.reranker.card import RERANKER
 
 WEIGHTS = ("*.safetensors", "*.onnx", "*.xml")
@@ -117,14 +118,20 @@ def chosen_card(folder: Path, about: About) -> str:
     run = read_run_record(folder.parent)
     present = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
     if present is None or (MARK in present and run is not None):
-        kind = EMBEDDER if is_embedder(ModelFiles(str(folder))) else RERANKER
-        return model_card(folder, run, about, kind)
+        return model_card(folder, run, about, kind_of(folder, run))
     if about.language or about.license or about.evaluations:
         reason = "its run is not beside it" if MARK in present else "it was edited"
         raise ValueError(
             f"{folder / CARD}: {reason}, so it goes as it is; write language, license and figures into it, or remove it"
         )
     return present
+
+
+def kind_of(folder: Path, run: RunRecord | None) -> Kind:
+    """What the folder holds; that an encoder was pre-trained is known from its run alone."""
+    if run is not None and run.configuration.get("task") == "pretrain":
+        return PRETRAINED
+    return EMBEDDER if is_embedder(ModelFiles(str(folder))) else RERANKER
 
 
 def read_evaluation(output: str | os.PathLike, model: Path) -> dict[str, Any]:

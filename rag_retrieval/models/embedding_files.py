@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, EmbedderOptions
+from rag_retrieval.models.options import EmbedderOptions
 from rag_retrieval.models.prompts import names_in
 from rag_retrieval.models.representation_files import (
     LINEAR,
@@ -38,6 +38,7 @@ from rag_retrieval.models.representation_files import (
     read_sparse_encoder,
     sparse_encoder_files,
 )
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.settings import ModelFiles, choose_setting, expect, parsing, read_json
 from rag_retrieval.models.text_encoding import PROMPT_NAMES
 
@@ -157,10 +158,10 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
             values["prompts"] = {name: expect(prompts, name, str) for name in prompts if prompts[name]}
         values["default_prompt"] = expect(options, "default_prompt_name", str)
         values["similarity"] = expect(options, "similarity_fn_name", str, "cosine")
+    values["representations"] = saved_representations(files)
     extras = read_json(files.path, EXTRAS_FILE)
     with parsing(f"{files.path}: {EXTRAS_FILE}"):
         values |= {name: expect(extras, name, int) for name in EXTRAS if extras.get(name) is not None}
-        values["representations"] = tuple(map(str, expect(extras, "representations", list, [DENSE, *heads_in(files)])))
         values["lexical"] = expect(extras, "lexical", str, LINEAR if LEXICAL in values["representations"] else None)
     if is_sparse_encoder(files):
         values |= read_sparse_encoder(files)
@@ -176,6 +177,17 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
         if "LatentAttention" in files.modules:
             values["pooling"] = "latent_attention"
     return values
+
+
+def saved_representations(files: ModelFiles) -> tuple[str, ...]:
+    """Those that the folder's model gives. Raises ValueError for a damaged file, but checks no modules."""
+    if is_sparse_encoder(files):
+        return (LEXICAL,)
+    if is_colbert(files):
+        return (MULTI_VECTOR,)
+    extras = read_json(files.path, EXTRAS_FILE)
+    with parsing(f"{files.path}: {EXTRAS_FILE}"):
+        return tuple(map(str, expect(extras, "representations", list, [DENSE, *heads_in(files)])))
 
 
 def known_embedder(files: ModelFiles) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from rag_retrieval.models.decoder_template import INSTRUCTION
 from rag_retrieval.models.devices import choose_device
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.embedder_loading import is_reranker
-from rag_retrieval.models.embedding_files import is_embedder, known_embedder
-from rag_retrieval.models.embedding_files import read_settings as read_embedder_settings
+from rag_retrieval.models.embedding_files import is_embedder, known_embedder, saved_representations
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.loading import check_numbers, model_type_of
 from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions, model_options
@@ -101,7 +100,7 @@ def holds_token_vectors(files: ModelFiles) -> bool:
     """Whether its model gives token vectors, by which it ranks too. Raises ValueError for a damaged file."""
     # a plain language model, of a hub that cannot be reached say, is not asked for an embedder's files
     plain = files.architecture.endswith(CAUSAL) and not files.module_list
-    return not plain and not is_reranker(files) and MULTI_VECTOR in read_embedder_settings(files)["representations"]
+    return not plain and not is_reranker(files) and MULTI_VECTOR in saved_representations(files)
 
 
 def first_device(options: OpeningOptions) -> torch.device:

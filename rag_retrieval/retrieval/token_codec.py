@@ -14,7 +14,6 @@ import torch
 
 from rag_retrieval.core.files import read_json, write_json
 from rag_retrieval.metrics import Ranking, metric_value
-from rag_retrieval.models.nearest import nearest
 from rag_retrieval.models.vectors import Int8Ranges, finish, ranges_of
 from rag_retrieval.retrieval.candidates import part_found
 from rag_retrieval.retrieval.config import RESIDUAL_BITS, IndexOptions
@@ -26,6 +25,7 @@ CENTROIDS_FILE, BUCKETS_FILE, RANGES_FILE = "centroids.npy", "buckets.npy", "tok
 LOSS_FILE = "token_loss.json"
 KMEANS_ROUNDS = 4
 PER_CENTROID = 16  # vectors of the sample, at least
+COMPARED = 1 << 10  # vectors compared with all centroids at once
 QUANTILE_VECTORS = 1 << 16  # of the sample
 LOSS_QUERIES, LOSS_TOKENS, LOSS_DEPTH = 50, 32, 10
 
@@ -108,9 +108,11 @@ def fit_centroids(sample: np.ndarray, count: int, seed: int, device: str | torch
     return centroids
 
 
+@torch.inference_mode()
 def nearest_centroids(vectors: np.ndarray, centroids: np.ndarray, device: str | torch.device) -> np.ndarray:
     """int64 [vectors], by the inner product."""
-    return nearest(np.ascontiguousarray(vectors, np.float32), centroids, 1, device)[0][:, 0]
+    given, asked = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)), torch.from_numpy(centroids).to(device)
+    return torch.cat([(block.to(device) @ asked.T).argmax(dim=1).cpu() for block in given.split(COMPARED)]).numpy()
 
 
 def fit(sample: TokenVectors, documents: int, options: IndexOptions, device: torch.device, folder: Path) -> None:
@@ -143,7 +145,7 @@ def read_codec(folder: Path | None, precision: str, device: str | torch.device) 
 
 
 def read_centroids(folder: Path) -> np.ndarray:
-    return np.asarray(open_array(folder / CENTROIDS_FILE))
+    return np.array(open_array(folder / CENTROIDS_FILE))
 
 
 def read_loss(folder: Path | None) -> dict[str, float]:

@@ -14,6 +14,7 @@ import quality_embedders
 from quality_tables import read_rows
 
 from rag_retrieval.data.beir import read_folder
+from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.vectors import finish
 
 
@@ -99,3 +100,14 @@ def test_both_trainers_start_from_the_base_and_are_measured_alike(toy, tmp_path)
     for figures in trained:
         assert figures != base and all(0 <= value <= 1 for value in figures.values())
     assert quality_embedders.markdown_tables(read_rows(out)).count("gained/lost/same") == 3
+
+
+@pytest.mark.slow
+def test_an_exported_model_finds_what_the_model_finds(toy, tmp_path):
+    pytest.importorskip("onnxruntime")
+    tiny_bert(tmp_path / "bert")
+    EmbeddingModel.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "embedder")
+    base = (toy, tmp_path / "rows.jsonl", "--trainer", "base", "--model", str(tmp_path / "embedder"))
+    model, exported = run(*base), run(*base, "--runtime", "onnx")
+    assert (model["trainer"], exported["trainer"]) == ("base", "base runtime=onnx")
+    assert exported["figures"] == pytest.approx(model["figures"])

@@ -240,3 +240,13 @@ def test_an_embedder_gets_the_card_of_one(tmp_path):
     text = (tmp_path / "look" / "README.md").read_text()
     assert 'SentenceTransformer("org/name")' in text and "query: find: " in text and "- en" in text
     assert contents(tmp_path / "look").keys() == contents(folder).keys() | {"README.md"}
+
+
+def test_a_pre_trained_encoder_keeps_the_card_of_one(tmp_path):
+    folder = tmp_path / "run" / "model"
+    EmbeddingModel.from_pretrained(tiny_bert(tmp_path / "base")).save_pretrained(folder)
+    configuration = {"task": "pretrain", "model_name_or_path": "org/base", "loss_type": "retromae"}
+    (tmp_path / "run" / "training_config.yaml").write_text(yaml.safe_dump(configuration))
+    stage(folder, tmp_path / "look", "org/name")
+    text = (tmp_path / "look" / "README.md").read_text()
+    assert "RetroMAE" in text and "pipeline_tag: fill-mask" in text and "--task embedding" in text

@@ -11,10 +11,12 @@ import pytest
 import torch
 from index_samples import ALL, QUERIES, corpus_file, documents, files_of, m3_folder, results
 from mining_samples import animal_data, config_of, read_output
+from tiny_models import tiny_bert
 
 from rag_retrieval import Embedder, Retriever, evaluate_retriever, mine
 from rag_retrieval.cli import main
 from rag_retrieval.evaluate.retrieval_config import RetrievalEvaluationConfig
+from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.matching import lexical_score, maxsim
 from rag_retrieval.retrieval.config import IndexConfig, IndexOptions
 from rag_retrieval.retrieval.index import Index, build_index
@@ -50,37 +52,52 @@ def copied(built, tmp_path):
     return Path(shutil.copytree(built, tmp_path / "copied"))
 
 
-def slow_scores(model, texts) -> dict[str, np.ndarray]:
-    """[queries, documents] of each stage, pair by pair."""
-    embedder = Embedder(model, device="cpu")
+def slow_scores(model, texts, kinds=ALL, mean=True) -> dict[str, np.ndarray]:
+    """[queries, documents] of each stage, pair by pair. mean: of the tokens of a query."""
+    embedder, score = Embedder(model, device="cpu"), {
+        "dense": lambda query, document: query @ document,
+        "lexical": lexical_score,
+        "multi_vector": lambda query, document: maxsim(query, document, mean),
+    }  # fmt: skip
     queries, documents = (
-        embedder.encode(each, kind=kind, outputs=ALL) for each, kind in ((QUERIES, "query"), (texts, "document"))
+        embedder.encode(each, kind=kind, outputs=kinds) for each, kind in ((QUERIES, "query"), (texts, "document"))
     )
-    places = [(query, document) for query in range(len(QUERIES)) for document in range(len(texts))]
-    scores = {
-        "dense": [queries.dense[query] @ documents.dense[document] for query, document in places],
-        "lexical": [lexical_score(queries.lexical[query], documents.lexical[document]) for query, document in places],
-        "multi_vector": [
-            maxsim(queries.multi_vector[query], documents.multi_vector[document], mean=True)
-            for query, document in places
-        ],
-    }
-    return {stage: np.array(values).reshape(len(QUERIES), len(texts)) for stage, values in scores.items()}
+    return {
+        stage: np.array([[score[stage](query, document) for document in getattr(documents, stage)]
+                         for query in getattr(queries, stage)])
+        for stage in kinds
+    }  # fmt: skip
 
 
-def test_every_stage_finds_what_a_loop_over_all_pairs_finds(model, corpus, tmp_path):
-    exact = {"vector_precision": "float32", "token_precision": "float32", "token_candidates": "all"}
-    index = build_index(corpus, tmp_path / "index", options(model, **exact))
-    assert list(index.searches) == list(ALL) and index.recall is index.token_recall is index.token_loss is None
-    expected = slow_scores(model, [index.documents.text(row) for row in range(38)])
-    assert (expected["lexical"].max(axis=1) > 0).sum() >= 2
+def colbert(root: Path) -> str:
+    tokens = EmbeddingModel.from_pretrained(tiny_bert(root / "b"), representations=("multi_vector",), colbert_dim=8)
+    tokens.save_pretrained(root / "colbert")
+    return str(root / "colbert")
+
+
+def splade(root: Path) -> str:
+    weights = EmbeddingModel.from_pretrained(tiny_bert(root / "b"), representations=("lexical",), lexical="splade")
+    weights.save_pretrained(root / "splade")
+    return str(root / "splade")
+
+
+@pytest.mark.parametrize("make, kinds", [(m3_folder, ALL), (colbert, ("multi_vector",)), (splade, ("lexical",))])
+def test_every_stage_finds_what_a_loop_over_all_pairs_finds(make, kinds, corpus, tmp_path):
+    exact = {"vector_precision": "float32"} if "dense" in kinds else {}
+    exact |= {"token_precision": "float32", "token_candidates": "all"} if "multi_vector" in kinds else {}
+    model = make(tmp_path)
+    index = build_index(corpus, tmp_path / "index", options(model, representations=kinds, **exact))
+    assert list(index.searches) == list(kinds) and index.recall is index.token_recall is index.token_loss is None
+    expected = slow_scores(model, [index.documents.text(row) for row in range(38)], kinds, mean=make is m3_folder)
+    assert "lexical" not in kinds or (expected["lexical"].max(axis=1) > 0).sum() >= 2
     judged = [np.array([0, 37])] * len(QUERIES)
     for stage, search in index.searches.items():
         for found, scores in zip(search.search(QUERIES, judged, 12), expected[stage], strict=True):
             wanted = np.sort(scores)[::-1][:12]
-            np.testing.assert_allclose(found.scores, wanted[wanted > 0] if stage == "lexical" else wanted, atol=1e-5)
-            np.testing.assert_allclose(found.scores, scores[found.rows], atol=1e-5)
-            np.testing.assert_allclose(found.judged_scores, scores[[0, 37]], atol=1e-5)
+            wanted = wanted[wanted > 0] if stage == "lexical" else wanted
+            np.testing.assert_allclose(found.scores, wanted, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found.scores, scores[found.rows], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found.judged_scores, scores[[0, 37]], rtol=1e-5, atol=1e-5)
 
 
 def test_token_vectors_score_the_candidates_of_the_dense_search(built, model):

@@ -75,20 +75,17 @@ class PretrainingModel(TransformerModule):
             self.new_parameters |= {f"decoder.{name}" for name, _ in self.decoder.named_parameters()}
         self.packing_problem = f"attn_implementation {attn_implementation} was asked for"
         if attn_implementation is None:
-            batch = make_batch(pairs_to_check(model, text_encoder))
-            forwards = (lambda texts, of=of: nn.functional.normalize(of(texts)) * self.config.hidden_size**0.5
-                        for of in (self._padded_states, self._packed_states))  # fmt: skip
-            self.packing_problem = packing_problem(model, *forwards, batch, reads_one_token=False)
+            self.packing_problem = packing_problem(
+                model,
+                lambda texts: of_order_one(self._padded_states(texts)),
+                lambda texts: of_order_one(self._packed_states(texts)),
+                make_batch(pairs_to_check(model, text_encoder)),
+                reads_one_token=False,
+            )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.text_encoder.tokenizer
-
-    @property
-    def _no_split_modules(self) -> list[str] | None:
-        """Without embeddings, whose weights the output embedding and the decoder take too."""
-        own = self.model._no_split_modules
-        return own and [name for name in own if not name.endswith("Embeddings")]
 
     def forward(self, batch: PretrainMicroBatch, with_losses: bool = True) -> PretrainOutputs:
         """with_losses: False gives vectors alone, and no sums."""
@@ -195,6 +192,11 @@ class PretrainingModel(TransformerModule):
 
     def load_heads(self, folder: Path) -> None:
         self.decoder.load_state_dict(load_file(folder / DECODER_FILE))
+
+
+def of_order_one(states: torch.Tensor) -> torch.Tensor:
+    """[tokens, hidden], each of length sqrt(hidden)."""
+    return nn.functional.normalize(states) * states.shape[1] ** 0.5
 
 
 def warn_of_lost_parts(files: ModelFiles) -> None:

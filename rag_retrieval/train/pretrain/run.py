@@ -147,9 +147,8 @@ def report_passages(source: str, passages: Passages, model: PretrainingModel) ->
     encoded = model.text_encoder.encode([passages.text(int(place)) for place in sample], max_length=NO_LIMIT)
     lengths, limit = np.array([len(each) for each in encoded]), model.settings.max_length
     p50, p95, longest = np.percentile(lengths, [50, 95, 100], method="higher").tolist()
-    logger.info("training data: %s: %s passages of %s documents; of %s, tokens p50 %s, p95 %s, max %s",
-                source, f"{len(passages):,}", f"{len(np.unique(passages.document_hashes)):,}", f"{len(sample):,}",
-                p50, p95, longest)  # fmt: skip
+    logger.info("training data: %s: %s passages; of %s, tokens p50 %s, p95 %s, max %s",
+                source, f"{len(passages):,}", f"{len(sample):,}", p50, p95, longest)  # fmt: skip
     cut = int((lengths > limit).sum())
     if cut and model.decoding is not None:
         logger.warning("%s: %.1f%% of the passages have more than max_len %d tokens, and lose their ends; lower "

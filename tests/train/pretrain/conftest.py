@@ -1,7 +1,21 @@
 """Texts and settings for tests of pre-training."""
 
 import pytest
+from tiny_models import bert_tokenizer, save_tiny
 from training_runs import plain_texts, write_jsonl
+from transformers import ModernBertConfig
+
+
+@pytest.fixture(scope="session")
+def modernbert(tmp_path_factory) -> str:
+    """A family that names its embeddings among the modules which FSDP wraps; its positions have no table."""
+    tokenizer = bert_tokenizer()
+    ids = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=512, initializer_range=0.2, **dict.fromkeys(ids, tokenizer.pad_token_id),
+    )  # fmt: skip
+    return save_tiny(tmp_path_factory.mktemp("modernbert"), config, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -64,15 +64,23 @@ def test_five_steps_equal_a_plain_loop_however_they_are_cut(values, plain, kind,
     assert_same(outcome(values["output_dir"]), plain(kind))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_computes_about_the_same_losses(values, plain, kind):
+    train(values | KINDS[kind] | {"mixed_precision": "bf16"})
+    losses, weights = outcome(values["output_dir"])
+    assert losses == pytest.approx(plain(kind)[0], rel=1e-2) and losses != plain(kind)[0]
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
 # --- engines, with two processes ---
 
 
 @pytest.fixture(scope="module")
-def cases(values, bert_with_dropout) -> dict[str, dict]:
+def cases(values, bert_with_dropout, modernbert) -> dict[str, dict]:
     """The configuration of each case, but for its output folder."""
     on_two = values | {"batch_size": STEP // PROCESSES, "overwrite_output_dir": False}
     dropout = {"model_name_or_path": bert_with_dropout, "save_steps": 2, "num_max_checkpoints": 9}
-    runs = {}
+    runs = {"modernbert": on_two | KINDS["retromae"] | {"model_name_or_path": modernbert}}
     for kind, keys in KINDS.items():
         runs[kind] = on_two | keys
         runs[f"{kind} cut"] = on_two | keys | {"max_tokens_per_batch": 40}
@@ -103,6 +111,12 @@ def outputs(request, cases, tmp_path_factory) -> Path:
 def test_two_processes_of_every_engine_take_the_same_steps(outputs, plain, kind):
     for case in (kind, f"{kind} cut"):
         assert_same(outcome(outputs / case), plain(kind))
+
+
+@pytest.mark.slow
+def test_every_engine_trains_a_family_whose_embeddings_it_would_shard_alone(outputs, values, modernbert):
+    train(values | KINDS["retromae"] | {"model_name_or_path": modernbert})
+    assert_same(outcome(outputs / "modernbert"), outcome(values["output_dir"]))
 
 
 @pytest.mark.slow

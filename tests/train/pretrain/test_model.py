@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import CHINESE, ENGLISH, bert_tokenizer, save_tiny, tiny_xlm_roberta
-from transformers import AutoModelForMaskedLM, BertConfig, ModernBertConfig
+from transformers import AutoModelForMaskedLM, BertConfig
 
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.token_batch import make_batch
@@ -27,19 +27,10 @@ def micro_batch(model: PretrainingModel, counted: bool = True) -> PretrainMicroB
 
 
 @pytest.fixture(scope="module", params=["bert", "xlm_roberta", "modernbert"])
-def folder(request, tmp_path_factory, bert) -> str:
-    if request.param == "bert":
-        return bert
-    path = tmp_path_factory.mktemp(request.param)
+def folder(request, tmp_path_factory) -> str:
     if request.param == "xlm_roberta":
-        return tiny_xlm_roberta(path)
-    tokenizer = bert_tokenizer()
-    special = {name: tokenizer.pad_token_id for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    config = ModernBertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=512, initializer_range=0.2, cls_token_id=0, sep_token_id=0, **special,
-    )  # fmt: skip
-    return save_tiny(path, config, tokenizer)
+        return tiny_xlm_roberta(tmp_path_factory.mktemp(request.param))
+    return request.getfixturevalue(request.param)
 
 
 def test_packed_and_padded_batches_have_equal_losses_vectors_and_gradients(folder):

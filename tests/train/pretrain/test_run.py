@@ -153,7 +153,7 @@ def test_what_the_data_are_and_what_is_cut_is_logged(settings, tmp_path, caplog)
     rows = plain_texts(5)
     files = [write_jsonl(tmp_path / f"{name}.jsonl", rows) for name in "ab"]
     train(settings(rows, train_dataset=files, max_len=12, batch_size=16))
-    assert "b.jsonl: 5 passages of 4 documents; of 5, tokens p50 " in caplog.text
+    assert "b.jsonl: 5 passages; of 5, tokens p50 " in caplog.text
     assert "of the passages have more than max_len 12 tokens" in caplog.text
     assert "a step has 16 passages and the data 10" in caplog.text
     assert "1 steps of 16 passages; 6 of them, of a further pass" in caplog.text
