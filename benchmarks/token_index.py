@@ -21,8 +21,9 @@ from rag_retrieval import Embedder
 from rag_retrieval.data.beir import read_folder, read_qrels
 from rag_retrieval.metrics import run_metrics
 from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.models.representations import MULTI_VECTOR
 from rag_retrieval.retrieval import token_codec
-from rag_retrieval.retrieval.config import MULTI_VECTOR, IndexOptions
+from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.encoding import Encoded, represent_with
 from rag_retrieval.retrieval.multi_vector import CentroidSearch, MultiVectorSearch
 from rag_retrieval.retrieval.token_vectors import StoredTokens, TokenVectors

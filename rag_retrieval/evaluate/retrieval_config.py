@@ -17,8 +17,9 @@ from rag_retrieval.evaluate.config import DEFAULT_MEASURES, EvaluationKeys
 from rag_retrieval.evaluate.other_commands import ALIASES, DICT_MEASURES, translate
 from rag_retrieval.metrics import parse_metric
 from rag_retrieval.models.options import EmbedderOptions, LongDocumentOptions
+from rag_retrieval.models.representations import DENSE, MULTI_VECTOR, Representation
 from rag_retrieval.retrieval.bm25 import BM25
-from rag_retrieval.retrieval.config import DENSE, MULTI_VECTOR, IndexOptions, Representation
+from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.index_files import INDEX_FILE
 
 

@@ -30,8 +30,8 @@ from rag_retrieval.evaluate.systems import check_relevant
 from rag_retrieval.evaluate.vector_files import Documents, document_vectors, search_vectors
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.metrics import is_relevant
+from rag_retrieval.models.representations import DENSE
 from rag_retrieval.retrieval.candidates import Candidates
-from rag_retrieval.retrieval.config import DENSE
 from rag_retrieval.retrieval.encoding import encode_with, open_embedder
 from rag_retrieval.retrieval.fusion import Fusion
 from rag_retrieval.retrieval.index import Index, build_index

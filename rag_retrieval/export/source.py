@@ -21,9 +21,10 @@ from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.embedding_heads import Projection
 from rag_retrieval.models.loading import NO_LIMIT
 from rag_retrieval.models.open import holds_embedder, open_embedder, open_scorer
-from rag_retrieval.models.options import DENSE, EmbedderOptions, ModelOptions
+from rag_retrieval.models.options import EmbedderOptions, ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
+from rag_retrieval.models.representations import DENSE
 from rag_retrieval.models.settings import ModelFiles, resolve_model_path, write_settings
 from rag_retrieval.models.vectors import RANGES_FILE, finish, similarity
 

@@ -49,7 +49,7 @@ TOKEN_VECTOR_TEXTS = 512  # tokenized and computed together where token vectors 
 
 
 class Embedder:
-    """A model that gives a vector for a text. Several threads may call one.
+    """A model that gives a dense vector for a text, or weights or vectors of its tokens. Several threads may call one.
 
     model_name_or_path: a folder that was trained or exported here, a sentence-transformers folder, any other folder of
     an embedding model, a hub name, or `package:NAME`. What it holds is read from its files.

@@ -10,11 +10,10 @@ from numbers import Real
 import numpy as np
 
 from rag_retrieval.infer.encoded_texts import EncodedTexts
+from rag_retrieval.losses.unified import ENSEMBLE_WEIGHTS
 from rag_retrieval.models.embedding_files import EmbedderSettings
 from rag_retrieval.models.matching import dense_scores, lexical_score, maxsim
 from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
-
-ENSEMBLE_WEIGHTS = {DENSE: 1.0, LEXICAL: 0.3, MULTI_VECTOR: 1.0}  # of BGE-M3's training
 
 
 @dataclass(frozen=True, eq=False)

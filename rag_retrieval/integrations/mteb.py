@@ -24,7 +24,8 @@ from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.infer.reranker import Reranker, open_reranker
 from rag_retrieval.integrations import missing_library
 from rag_retrieval.integrations.mteb_config import MtebConfig
-from rag_retrieval.models.options import MULTI_VECTOR, EmbedderOptions, OpeningOptions
+from rag_retrieval.models.options import EmbedderOptions, OpeningOptions
+from rag_retrieval.models.representations import MULTI_VECTOR
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.index import build_index
 from rag_retrieval.retrieval.index_files import fingerprint

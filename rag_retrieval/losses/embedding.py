@@ -16,6 +16,8 @@ from rag_retrieval.losses.custom import own_function
 if TYPE_CHECKING:
     from torch import Tensor
 
+# representations, by the names of `models.representations`, and the weighted sum of their scores
+DENSE, LEXICAL, MULTI_VECTOR, ENSEMBLE = "dense", "lexical", "multi_vector", "ensemble"
 
 Reads = Literal["positives", "label", "teacher_score", "teacher_vectors"]
 
@@ -97,7 +99,7 @@ class Objective:
     widths: tuple[int, ...] | None = None
     width_weights: tuple[float, ...] | None = None
     normalize: bool = True
-    loss_weights: Mapping[str, float] = field(default_factory=lambda: {"dense": 1.0})
+    loss_weights: Mapping[str, float] = field(default_factory=lambda: {DENSE: 1.0})
     ensemble_weights: Mapping[str, float] = field(default_factory=dict)
     self_distillation: SelfDistillation | None = None
     flops: Flops | None = None

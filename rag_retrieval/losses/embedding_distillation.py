@@ -75,7 +75,7 @@ def self_distillation(step: StepRows, temperature: float = 0.02, use_inbatch_neg
 
 
 def _own(step: StepRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines, teacher scores and a mask of a record's own documents, positive first: [rows, 1 + k]."""
+    """Scores, teacher scores and a mask of a record's own documents, positive first: [rows, 1 + k]."""
     held = step.own_documents >= 0
     step.observe("own_documents", held)
     return step.scores("own_documents"), step.teacher_scores, held

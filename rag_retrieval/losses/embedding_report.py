@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from rag_retrieval.losses.embedding import DENSE
+
 SAME_DIRECTION, NO_DIFFERENCE = 0.99, 0.005  # cosines: of negatives at least, and positive minus negatives at most
 LEARNS_NOTHING = 0.99  # share of records whose loss is near zero
 
@@ -22,7 +24,7 @@ def log_values(sums: Mapping[str, float]) -> dict[str, float]:
     values = {"zero_loss_share": sums["near_zero"] / records}
     names = _representations(sums)
     for name in names:
-        prefix, score = ("", "cosine") if name == "dense" else (f"{name}/", "score")
+        prefix, score = _names_in_log(name)
         if len(names) > 1:
             values[f"{name}/loss"] = sums[f"{name}/loss"] / records
         if sums[f"{name}/positive_rank"]:
@@ -42,6 +44,11 @@ def _representations(sums: Mapping[str, float]) -> list[str]:
     return [key.removesuffix("/negatives") for key in sums if key.endswith("/negatives")]
 
 
+def _names_in_log(representation: str) -> tuple[str, str]:
+    """What stands before a value's name, and the name of a score."""
+    return ("", "cosine") if representation == DENSE else (f"{representation}/", "score")
+
+
 def zero_loss_problem(sums: Mapping[str, float]) -> str | None:
     """What to do where almost every record of the first steps has no loss to learn from; None where all is well."""
     values = log_values(sums)
@@ -55,7 +62,7 @@ def zero_loss_problem(sums: Mapping[str, float]) -> str | None:
             "above 1"
         )
     if sums[f"{name}/negatives"]:
-        prefix, score = ("", "cosine") if name == "dense" else (f"{name}/", "score")
+        prefix, score = _names_in_log(name)
         return (
             f"{found}: the {score} of positives is {values[f'{prefix}positive_{score}']:.2f}, of negatives "
             f"{values[f'{prefix}negative_{score}']:.2f}; mine harder negatives (rag-retrieval mine), or raise "

@@ -11,8 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rag_retrieval.losses.embedding import SELF_DISTILLATION, EmbeddingLoss, Objective
-from rag_retrieval.losses.step_outputs import DENSE, ENSEMBLE, LEXICAL, MULTI_VECTOR, OutputGradients, StepOutputs
+from rag_retrieval.losses.embedding import (
+    DENSE,
+    ENSEMBLE,
+    LEXICAL,
+    MULTI_VECTOR,
+    SELF_DISTILLATION,
+    EmbeddingLoss,
+    Objective,
+)
+from rag_retrieval.losses.step_outputs import OutputGradients, StepOutputs
 from rag_retrieval.losses.step_rows import OBSERVED, EnsembleRows, StepRows, StepTexts
 from rag_retrieval.losses.step_targets import StepTargets
 from rag_retrieval.losses.step_tokens import StepTokens

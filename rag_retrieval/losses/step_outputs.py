@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DENSE, LEXICAL, MULTI_VECTOR, ENSEMBLE = "dense", "lexical", "multi_vector", "ensemble"
-
 
 @dataclass(frozen=True)
 class StepOutputs:

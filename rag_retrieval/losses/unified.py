@@ -6,11 +6,19 @@ Chen et al., "BGE M3-Embedding" (2024), section 3.3, with the weights of FlagEmb
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rag_retrieval.losses.embedding import Flops, Objective, SelfDistillation
+from rag_retrieval.losses.embedding import (
+    DENSE,
+    ENSEMBLE,
+    LEXICAL,
+    MULTI_VECTOR,
+    Flops,
+    Objective,
+    SelfDistillation,
+)
 
-LOSS_WEIGHTS = {"dense": 1.0, "lexical": 0.1, "multi_vector": 1.0, "ensemble": 1.0}
-ENSEMBLE_WEIGHTS = {"dense": 1.0, "lexical": 0.3, "multi_vector": 1.0}
-DISTILLATION_WEIGHTS = {"dense": 1.0, "lexical": 0.1, "multi_vector": 1.0}
+LOSS_WEIGHTS = {DENSE: 1.0, LEXICAL: 0.1, MULTI_VECTOR: 1.0, ENSEMBLE: 1.0}
+ENSEMBLE_WEIGHTS = {DENSE: 1.0, LEXICAL: 0.3, MULTI_VECTOR: 1.0}  # of scores, in use too
+DISTILLATION_WEIGHTS = {DENSE: 1.0, LEXICAL: 0.1, MULTI_VECTOR: 1.0}
 
 
 def unified(
@@ -34,11 +42,11 @@ def unified(
     what they need.
     """
     several = len(representations) > 1
-    chosen = [*representations, "ensemble"] if several else list(representations)
+    chosen = [*representations, ENSEMBLE] if several else list(representations)
     weights = _chosen("representation_weights", LOSS_WEIGHTS if several else {chosen[0]: 1.0}, loss_weights, chosen)
     if not any(weights.values()):
         raise ValueError("representation_weights: all are 0; give one of them a weight above 0")
-    if "teacher_vectors" in objective.reads and list(representations) != ["dense"]:
+    if "teacher_vectors" in objective.reads and list(representations) != [DENSE]:
         raise ValueError(
             f"a loss on a teacher's vectors is for dense vectors alone, found {', '.join(representations)}"
         )
@@ -48,7 +56,7 @@ def unified(
         given = self_distillation.weights
         shares = _chosen("self_distill_weights", DISTILLATION_WEIGHTS, given, representations)
         self_distillation = replace(self_distillation, weights=_divided(shares))
-    if flops is not None and "lexical" not in representations:
+    if flops is not None and LEXICAL not in representations:
         raise ValueError("FLOPS regularization is of lexical weights, which are not trained here")
     return replace(
         objective,

@@ -20,11 +20,11 @@ from rag_retrieval.core.config import (
 )
 from rag_retrieval.data.words import AUTO
 from rag_retrieval.models.options import POOLINGS, LongDocumentOptions, ModelOptions, OpeningOptions
+from rag_retrieval.models.representations import REPRESENTATIONS
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
 FUSED, RANDOM = "fused", "random"  # candidates whose scores say nothing of relevance
-BY_MODEL = ("dense", "lexical", "multi_vector")
-CANDIDATES = ("bm25", *BY_MODEL, FUSED, RANDOM)  # without an index
+CANDIDATES = ("bm25", *REPRESENTATIONS, FUSED, RANDOM)  # without an index
 MARGINS = ("absolute_margin", "relative_margin", "max_score")
 
 BEIR = Only("data in BEIR layout", lambda config: os.path.isdir(config.data))
@@ -32,7 +32,7 @@ RECORDS = Only("data that are a file of records", lambda config: not os.path.isd
 WORDS = Only("candidates bm25 and fused without index", lambda config: config.index is None
              and config.candidates in ("bm25", FUSED))  # fmt: skip
 MODEL = Only("candidates dense, lexical, multi_vector and fused without index", lambda config: config.index is None
-             and config.candidates in (*BY_MODEL, FUSED))  # fmt: skip
+             and config.candidates in (*REPRESENTATIONS, FUSED))  # fmt: skip
 DENSE = Only("candidates dense and fused without index", lambda config: config.index is None
              and config.candidates in ("dense", FUSED))  # fmt: skip
 RERANKER = Only("runs with a reranker", lambda config: config.reranker is not None)

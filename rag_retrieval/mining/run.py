@@ -30,10 +30,11 @@ from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.data.documents import PASSAGE_TOKENS, source_content
 from rag_retrieval.data.records import DataError
 from rag_retrieval.data.store import open_store
-from rag_retrieval.mining.config import BY_MODEL, FUSED, RANDOM, MiningConfig, summary_file
+from rag_retrieval.mining.config import FUSED, RANDOM, MiningConfig, summary_file
 from rag_retrieval.mining.miner import Miner, RandomSearch, device_of
 from rag_retrieval.mining.output import Mined, MiningSummary, lines_of, text_writer
 from rag_retrieval.mining.queries import Query, demand_labels_above_zero, read_queries
+from rag_retrieval.models.representations import REPRESENTATIONS
 from rag_retrieval.models.settings import ModelFiles, model_content, resolve_model_path
 from rag_retrieval.retrieval.building import build_documents
 from rag_retrieval.retrieval.candidates import Search
@@ -164,7 +165,7 @@ def corpus_of(config: MiningConfig, work: WorkFolder) -> Path:
 
 def index_options(config: MiningConfig) -> IndexOptions:
     """Raises ValueError for a device that this machine lacks."""
-    kind = config.candidates if config.candidates in BY_MODEL else "dense"
+    kind = config.candidates if config.candidates in REPRESENTATIONS else "dense"
     words = {"bm25": config.candidates in ("bm25", FUSED), "language": config.language}
     if config.candidates == "bm25":
         return IndexOptions(**words)

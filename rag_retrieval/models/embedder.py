@@ -37,12 +37,12 @@ from rag_retrieval.models.embedding_heads import (
 )
 from rag_retrieval.models.lexical import linear_weights, splade_weights
 from rag_retrieval.models.multi_vector import kept_by_bge_m3, kept_by_colbert, skiplist_ids, token_vectors
-from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, EmbedderOptions, options_among
+from rag_retrieval.models.options import EmbedderOptions, options_among
 from rag_retrieval.models.packed_model import packed_outputs, packing_problem, pairs_to_check, sliding_window
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pooling import cls_copies, packed_sums, token_weights
 from rag_retrieval.models.representation_files import SPLADE, RepresentationOptions
-from rag_retrieval.models.representations import Lexical, Representations, TokenVectors
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, Lexical, Representations, TokenVectors
 from rag_retrieval.models.settings import ModelFiles, resolve_model_path
 from rag_retrieval.models.text_encoding import TextEncoder
 from rag_retrieval.models.token_batch import TokenBatch, make_batch

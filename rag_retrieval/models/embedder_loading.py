@@ -45,13 +45,14 @@ from rag_retrieval.models.loading import (
     warn_of_new_parameters,
 )
 from rag_retrieval.models.multi_vector import add_prompt_tokens, expansion_token, keep_prompts_whole
-from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, EmbedderOptions
+from rag_retrieval.models.options import EmbedderOptions
 from rag_retrieval.models.representation_files import (
     COLBERT_DIM,
     SPLADE,
     RepresentationOptions,
     choose_representations,
 )
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.settings import CLASSIFIER, SETTINGS_FILE, ModelFiles, choose_setting, find_file, read_json
 from rag_retrieval.models.text_encoding import TextEncoder, TextTemplate, append_eos, text_template

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, EmbedderOptions
+from rag_retrieval.models.options import EmbedderOptions
 from rag_retrieval.models.prompts import names_in
 from rag_retrieval.models.representation_files import (
     LINEAR,
@@ -38,6 +38,7 @@ from rag_retrieval.models.representation_files import (
     read_sparse_encoder,
     sparse_encoder_files,
 )
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.settings import ModelFiles, choose_setting, expect, parsing, read_json
 from rag_retrieval.models.text_encoding import PROMPT_NAMES
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from rag_retrieval.models.embedding_files import HeadFiles
 from rag_retrieval.models.loading import reading
-from rag_retrieval.models.options import MULTI_VECTOR
 from rag_retrieval.models.representation_files import LINEAR_FILES, STANFORD, heads_in, is_colbert
+from rag_retrieval.models.representations import MULTI_VECTOR
 from rag_retrieval.models.settings import ModelFiles, find_file, parsing, read_json
 
 WEIGHTS = "model.safetensors"

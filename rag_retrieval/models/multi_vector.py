@@ -27,7 +27,6 @@ from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges
 logger = logging.getLogger(__name__)
 
 
-
 def token_vectors(states: torch.Tensor, projection: nn.Module, batch: TokenBatch, kept: np.ndarray) -> TokenVectors:
     """states: [tokens, hidden], text after text. kept: [tokens], bool."""
     texts = np.repeat(np.arange(len(batch)), batch.lengths)

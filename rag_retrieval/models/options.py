@@ -17,8 +17,6 @@ LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
 LONG_DOCUMENT_DEFAULT = "truncate"  # measured: see `Reranker.rerank`
 OVERLAP = 64  # tokens
 POOLINGS = ("cls", "mean", "weighted_mean", "last", "latent_attention")  # see `models.pooling`
-DENSE, LEXICAL, MULTI_VECTOR = "dense", "lexical", "multi_vector"
-REPRESENTATIONS = (DENSE, LEXICAL, MULTI_VECTOR)  # see `models.representations`
 NUMBER_FORMATS = {
     "float32": "fp32", "no": "fp32", "False": "fp32", "bfloat16": "bf16", "float16": "fp16"
 }  # fmt: skip

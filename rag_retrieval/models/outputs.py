@@ -48,8 +48,12 @@ def taken(output: Output, rows: Tensor) -> Output:
     if isinstance(output, Representations):
         return Representations(*(None if part is None else taken(part, rows) for part in output))
     *values, counts = output
-    starts = counts.cumsum(0) - counts
-    counts, starts = counts[rows], starts[rows]
-    first = counts.cumsum(0) - counts  # of each text among the entries taken
-    entries = torch.arange(int(counts.sum())) + (starts - first).repeat_interleave(counts)
-    return type(output)(*(each[entries] for each in values), counts)
+    entries = places_of(counts, rows)
+    return type(output)(*(each[entries] for each in values), counts[rows])
+
+
+def places_of(counts: Tensor, texts: Tensor) -> Tensor:
+    """Where the entries of these texts stand, text after text: int64. counts: int64 [all texts], entries of each."""
+    wanted = counts[texts]
+    shifts = (counts.cumsum(0) - counts)[texts] - (wanted.cumsum(0) - wanted)
+    return torch.arange(int(wanted.sum()), device=counts.device) + shifts.repeat_interleave(wanted)

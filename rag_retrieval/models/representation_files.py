@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
 from rag_retrieval.models.settings import ModelFiles, choose_setting, expect, find_file, parsing, read_json
 from rag_retrieval.models.text_encoding import PROMPT_NAMES
 

@@ -9,14 +9,14 @@ They are NamedTuples, which DDP, FSDP, DeepSpeed and accelerate pass through wit
 Nothing here imports torch.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-from rag_retrieval.models.options import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
-
-__all__ = ["DENSE", "LEXICAL", "MULTI_VECTOR", "REPRESENTATIONS", "Lexical", "Representations", "TokenVectors"]
+Representation = Literal["dense", "lexical", "multi_vector"]
+DENSE, LEXICAL, MULTI_VECTOR = "dense", "lexical", "multi_vector"
+REPRESENTATIONS: tuple[Representation, ...] = (DENSE, LEXICAL, MULTI_VECTOR)
 
 
 class Lexical(NamedTuple):

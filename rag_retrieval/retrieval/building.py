@@ -24,9 +24,10 @@ from rag_retrieval.data.corpus import Corpus, build_corpus
 from rag_retrieval.data.documents import Document, read_documents, row_file, source_content
 from rag_retrieval.data.records import DataError
 from rag_retrieval.models.embedding_files import read_settings
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.settings import ModelFiles, resolve_model_path
 from rag_retrieval.retrieval.bm25 import build_bm25
-from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
+from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.index_files import (
     IndexState,
     check_folder,

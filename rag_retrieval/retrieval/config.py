@@ -11,10 +11,9 @@ from rag_retrieval.data.documents import PASSAGE_TOKENS, row_file
 from rag_retrieval.data.readers import text_lines
 from rag_retrieval.data.words import AUTO
 from rag_retrieval.models.options import EmbedderOptions
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, Representation
 from rag_retrieval.models.vectors import VectorPrecision
 
-DENSE, LEXICAL, MULTI_VECTOR = "dense", "lexical", "multi_vector"  # representations, and the stages that search them
-Representation = Literal["dense", "lexical", "multi_vector"]
 RESIDUAL_BITS = {"residual4": 4, "residual2": 2, "residual1": 1}  # by the name of the precision
 TokenPrecision = Literal["float32", "float16", "int8", "residual4", "residual2", "residual1"]
 TokenCandidates = Literal["dense", "lexical", "tokens", "all"]

@@ -8,7 +8,8 @@ import torch
 
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.models.options import EmbedderOptions
-from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
+from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.inverted_lists import Weights
 from rag_retrieval.retrieval.token_vectors import TokenVectors
 

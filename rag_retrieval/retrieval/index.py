@@ -16,10 +16,11 @@ from rag_retrieval.core.config import LOCAL, EngineOptions
 from rag_retrieval.core.files import atomic_write
 from rag_retrieval.core.log import Progress
 from rag_retrieval.data.corpus import Corpus
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import BM25, Bm25Search
 from rag_retrieval.retrieval.candidates import Search
-from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
+from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState, sizes_by_stage, words_of
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from typing import Any
 from rag_retrieval.core.files import STAGE_NAME, read_json, write_json
 from rag_retrieval.data.words import WORDS_VERSION
 from rag_retrieval.models.options import EmbedderOptions
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import BM25
-from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
+from rag_retrieval.retrieval.config import IndexOptions
 
 INDEX_FILE = "index.json"
 FORMAT = 1  # raise it whenever an older index cannot be read any more

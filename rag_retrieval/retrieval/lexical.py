@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rag_retrieval.models.representations import LEXICAL
 from rag_retrieval.retrieval.candidates import Candidates, best_rows
-from rag_retrieval.retrieval.config import LEXICAL
 from rag_retrieval.retrieval.inverted_lists import InvertedLists, Weights
 
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rag_retrieval.models.devices import choose_device
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.retrieval import token_codec
 from rag_retrieval.retrieval.approximate import read_faiss
-from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
+from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.dense import DenseSearch
 from rag_retrieval.retrieval.encoding import Encode, Represent
 from rag_retrieval.retrieval.lexical import LexicalSearch

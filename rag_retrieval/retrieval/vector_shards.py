@@ -15,9 +15,10 @@ import torch
 
 from rag_retrieval.core.shard_folder import MakeShard
 from rag_retrieval.data.corpus import Corpus
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.vectors import RANGES_FILE, Int8Ranges, ranges_of
 from rag_retrieval.retrieval import token_codec
-from rag_retrieval.retrieval.config import DENSE, LEXICAL, MULTI_VECTOR, IndexOptions
+from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.encoding import Encoded, open_embedder, represent_with
 from rag_retrieval.retrieval.inverted_lists import write_lists
 from rag_retrieval.retrieval.lexical import LexicalSearch

@@ -71,7 +71,7 @@ def test_a_configuration_can_be_made_from_another_one():
         (["--candidates", "dense"], "dense_model", "is missing"),
         (["--candidates", "fused", "--dense_model", "o/m", "--relative_margin", "0.1"], "relative_margin", "relevance"),
         (["--reranker", "./none"], "reranker", "{folder}/none"),
-        (["--candidates", "words"], "candidates", "bm25, dense, fused, random, found words"),
+        (["--candidates", "words"], "candidates", "bm25, dense, lexical, multi_vector, fused, random, found words"),
         (["--candidates", "random", "--absolute_margin", "0"], "absolute_margin", "say nothing of relevance"),
         (["--reranker", "o/m", "--guide", "o/m"], "guide", "and so is reranker"),
         (["--candidates", "random", "--labels", "score"], "labels", "add a reranker or a guide"),

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from rag_retrieval.core.config import ABSENT, shown_value
-from rag_retrieval.train.embedding.representation_keys import REPRESENTATIONS
+from rag_retrieval.models.representations import REPRESENTATIONS
 
 ALIASES = {  # another name of a key of ours, with the same values
     # RAG-Retrieval

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rag_retrieval.data.collection import Collection
-from rag_retrieval.losses.embedding import Objective
+from rag_retrieval.losses.embedding import ENSEMBLE, Objective
 from rag_retrieval.losses.step_gradients import texts_of
-from rag_retrieval.losses.step_outputs import DENSE, ENSEMBLE
 from rag_retrieval.metrics import Run
 from rag_retrieval.models.nearest import best_columns, nearest
+from rag_retrieval.models.representations import DENSE
 from rag_retrieval.models.vectors import finish
 from rag_retrieval.train.embedding.text_outputs import Outputs, on_device, step_outputs
 

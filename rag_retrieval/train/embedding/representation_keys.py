@@ -8,13 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ValidationInfo, field_validator
 
 from rag_retrieval.core.config import NAMES, Only, key, shown_value
+from rag_retrieval.losses.embedding import ENSEMBLE
 from rag_retrieval.losses.unified import DISTILLATION_WEIGHTS, ENSEMBLE_WEIGHTS, LOSS_WEIGHTS
 from rag_retrieval.models.options import from_json
+from rag_retrieval.models.representations import REPRESENTATIONS, Representation
 from rag_retrieval.train.config import TrainingConfig
-
-Representation = Literal["dense", "lexical", "multi_vector"]
-REPRESENTATIONS: tuple[Representation, ...] = ("dense", "lexical", "multi_vector")
-ENSEMBLE = "ensemble"
 
 DENSE = Only("representations with dense", lambda config: "dense" in config.representations)
 SEVERAL = Only("several representations", lambda config: len(config.representations) > 1)

@@ -28,6 +28,7 @@ from rag_retrieval.losses.embedding_report import log_values, same_direction_pro
 from rag_retrieval.losses.step_gradients import representation_gradients
 from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.models.embedder import EmbeddingModel
+from rag_retrieval.models.outputs import places_of
 from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.token_batch import make_batch
 from rag_retrieval.train.embedding.guide import GuideVectors
@@ -40,7 +41,6 @@ from rag_retrieval.train.embedding.text_outputs import (
     of_texts,
     on_device,
     outputs_of,
-    places_of,
     step_outputs,
 )
 from rag_retrieval.train.embedding.training_data import EmbeddingMicroBatch

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
-from rag_retrieval.losses.step_outputs import DENSE, LEXICAL, MULTI_VECTOR, StepOutputs
-from rag_retrieval.models.representations import Representations
+from rag_retrieval.losses.step_outputs import StepOutputs
+from rag_retrieval.models.outputs import places_of
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, Representations
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,6 @@ class Entries:
 
 
 Outputs = dict[str, Entries]  # by representation
-
-
-def places_of(counts: Tensor, texts: Tensor) -> Tensor:
-    """Where the entries of these texts stand, text after text: int64. counts: int64 [all texts], entries of each."""
-    wanted = counts[texts]
-    shifts = (counts.cumsum(0) - counts)[texts] - (wanted.cumsum(0) - wanted)
-    return torch.arange(int(wanted.sum()), device=counts.device) + shifts.repeat_interleave(wanted)
 
 
 def outputs_of(given: Representations) -> Outputs:

@@ -16,9 +16,9 @@ from torch import nn
 from rag_retrieval.core.distributed import on_main
 from rag_retrieval.core.files import read_json, write_json
 from rag_retrieval.data.collection import Collection
-from rag_retrieval.losses.embedding import Objective
-from rag_retrieval.losses.step_outputs import DENSE, ENSEMBLE
+from rag_retrieval.losses.embedding import ENSEMBLE, Objective
 from rag_retrieval.metrics import AT_START, P_VALUE, PerQuery, Run, means, parse_metric, query_metrics
+from rag_retrieval.models.representations import DENSE
 from rag_retrieval.models.vectors import finish
 from rag_retrieval.significance import Comparison, compare
 from rag_retrieval.train.embedding.rankings import ranked, rankings

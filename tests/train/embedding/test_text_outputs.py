@@ -2,6 +2,7 @@
 
 import torch
 
+from rag_retrieval.models.outputs import places_of
 from rag_retrieval.models.representations import Lexical, Representations, TokenVectors
 from rag_retrieval.train.embedding.text_outputs import (
     Entries,
@@ -9,7 +10,6 @@ from rag_retrieval.train.embedding.text_outputs import (
     joined,
     matched,
     outputs_of,
-    places_of,
     step_outputs,
 )
 
