@@ -29,13 +29,13 @@ class PairScores:
 
 
 def ensemble_weights(
-    weights: Mapping[str, float] | Sequence[float] | None, representations: Sequence[str]
+    weights: Mapping[str, float] | Sequence[float] | None, representations: Sequence[str], saved: Mapping[str, float]
 ) -> dict[str, float]:
     """The weight of each of a model's representations. weights: by name, or of (dense, lexical, multi_vector); None for
-    ENSEMBLE_WEIGHTS. Raises ValueError for a representation that is not known, or that the model lacks and whose weight
-    is not 0, and for weights that are no finite numbers."""
+    those that are saved with the model, else ENSEMBLE_WEIGHTS. Raises ValueError for a representation that is not
+    known, or that the model lacks and whose weight is not 0, and for weights that are no finite numbers."""
     if weights is None:
-        return {name: ENSEMBLE_WEIGHTS[name] for name in representations}
+        return {name: saved.get(name, ENSEMBLE_WEIGHTS[name]) for name in representations}
     if not isinstance(weights, Mapping):
         weights = check_list("weights", weights)
         if len(weights) != len(REPRESENTATIONS):
