@@ -286,8 +286,14 @@ def expected(key_field: FieldInfo) -> str:
     kind, metadata = parts[0]
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
-    if any(get_origin(part) in (list, tuple) for part, _ in parts):
+    items = next((get_args(part)[0] for part, _ in parts if get_origin(part) in (list, tuple)), None)
+    if get_origin(items) is Literal:
+        return f"one or several of {', '.join(map(str, get_args(items)))}, between commas"
+    if items is not None:
         return "a name or names between commas"
+    if get_origin(kind) is dict:
+        is_text = get_args(kind)[1] is str
+        return 'texts by name, as {"query": "query: "}' if is_text else 'numbers by name, as {"lexical": 0.1}'
     if kind is str:
         return "non-empty text" if any(isinstance(mark, MinLen) for mark in metadata) else "text"
     names = {bool: "true or false", int: "a whole number", float: "a number"}

@@ -255,14 +255,15 @@ class Embedder:
 
         dense: as `similarity`. lexical: the sum of w_q w_d over common tokens. multi_vector: for each vector of the
         query the largest product with one of the document, summed, or averaged where `settings.multi_vector_mean`.
-        ensemble: the sum of weight times score. weights: by name, or of (dense, lexical, multi_vector); default 1, 0.3
-        and 1. outputs: the representations to score by, default all that the model has. batch_size: texts of one
-        forward at most. max_length, query_max_length: tokens of a document and of a query; default the model's. Raises
-        ValueError that names the position of a bad pair, and for weights of what is not scored by.
+        ensemble: the sum of weight times score. weights: by name, or of (dense, lexical, multi_vector); default those
+        that the model was trained with, else 1, 0.3 and 1. outputs: the representations to score by, default all that
+        the model has. batch_size: texts of one forward at most. max_length, query_max_length: tokens of a document and
+        of a query; default the model's. Raises ValueError that names the position of a bad pair, and for weights of
+        what is not scored by.
         """
         pairs = check_pairs(pairs)
         outputs = checked_outputs(self.settings.representations if outputs is None else outputs, self.backend)
-        chosen = ensemble_weights(weights, outputs)
+        chosen = ensemble_weights(weights, outputs, self.settings.ensemble_weights)
         work = {"outputs": outputs, "batch_size": batch_size, "show_progress_bar": False}
         parts = []
         for start in range(0, max(1, len(pairs)), SCORED_PAIRS):
@@ -288,7 +289,8 @@ class Embedder:
             raise ValueError(f"{self.backend.name} gives dense vectors alone, which say nothing of single tokens")
         of_query = self.encode_queries([check_text("query", query)], outputs=own, max_length=query_max_length)
         of_document = self.encode_documents([check_text("document", document)], outputs=own, max_length=max_length)
-        scores = score_encoded(of_query, of_document, [(0, 0)], self.settings, ensemble_weights(None, own))
+        weights = ensemble_weights(None, own, self.settings.ensemble_weights)
+        scores = score_encoded(of_query, of_document, [(0, 0)], self.settings, weights)
         sides = (query, "query", query_max_length), (document, "document", max_length)
         names = [self._vector_tokens(*side) if MULTI_VECTOR in own else [] for side in sides]
         return explained(query, document, scores, of_query, of_document, *names)

@@ -12,6 +12,7 @@ import numpy as np
 from rag_retrieval.infer.encoded_texts import EncodedTexts
 from rag_retrieval.losses.unified import ENSEMBLE_WEIGHTS
 from rag_retrieval.models.embedding_files import EmbedderSettings
+from rag_retrieval.models.inputs import check_list
 from rag_retrieval.models.matching import dense_scores, lexical_score, maxsim
 from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, REPRESENTATIONS
 
@@ -28,15 +29,16 @@ class PairScores:
 
 
 def ensemble_weights(
-    weights: Mapping[str, float] | Sequence[float] | None, representations: Sequence[str]
+    weights: Mapping[str, float] | Sequence[float] | None, representations: Sequence[str], saved: Mapping[str, float]
 ) -> dict[str, float]:
     """The weight of each of a model's representations. weights: by name, or of (dense, lexical, multi_vector); None for
-    ENSEMBLE_WEIGHTS. Raises ValueError for a representation that is not known, or that the model lacks and whose weight
-    is not 0, and for weights that are no finite numbers."""
+    those that are saved with the model, else ENSEMBLE_WEIGHTS. Raises ValueError for a representation that is not
+    known, or that the model lacks and whose weight is not 0, and for weights that are no finite numbers."""
     if weights is None:
-        return {name: ENSEMBLE_WEIGHTS[name] for name in representations}
+        return {name: saved.get(name, ENSEMBLE_WEIGHTS[name]) for name in representations}
     if not isinstance(weights, Mapping):
-        if isinstance(weights, (str, bytes)) or len(weights) != len(REPRESENTATIONS):
+        weights = check_list("weights", weights)
+        if len(weights) != len(REPRESENTATIONS):
             raise ValueError(f"weights: expected one for each of {', '.join(REPRESENTATIONS)}, found {weights!r}")
         weights = dict(zip(REPRESENTATIONS, weights, strict=True))
     for name, weight in weights.items():

@@ -28,7 +28,7 @@ from rag_retrieval.models.embedding_files import (
     known_embedder,
     read_settings,
 )
-from rag_retrieval.models.embedding_heads import Head, Projection, load_head, load_token_heads, read_heads
+from rag_retrieval.models.embedding_heads import Head, Projection, check_sizes, load_head, load_token_heads, read_heads
 from rag_retrieval.models.lexical import check_logits
 from rag_retrieval.models.loading import (
     check_max_length,
@@ -243,6 +243,7 @@ def choose_token_heads(
     if settings.lexical == SPLADE:
         wanted.remove(LEXICAL)
     heads = {name: head for name, head in load_token_heads(files).items() if name in wanted}
+    check_sizes(files.path, heads, width)
     missing = [name for name in wanted if name not in heads]
     if missing and trained_only:
         raise ValueError(f"{files.path}: it lacks the weights of {', '.join(missing)}; copy the model again")

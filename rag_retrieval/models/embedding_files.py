@@ -88,7 +88,8 @@ class EmbedderSettings:
     them. cls_interval: see `TextTemplate`. dims: the widths that a Matryoshka model was trained at.
     representations: what a forward gives, in the order of `REPRESENTATIONS`. lexical: how its weights are made,
     "linear" or "splade"; None without them. query_expansion, attend_to_expansion_tokens, skiplist_words: see
-    `models.multi_vector`.
+    `models.multi_vector`. ensemble_weights: of the scores of several representations, by name, in their sum; empty for
+    those of BGE-M3.
     """
 
     pooling: str
@@ -107,6 +108,7 @@ class EmbedderSettings:
     query_expansion: bool = False
     attend_to_expansion_tokens: bool = False
     skiplist_words: tuple[str, ...] = ()
+    ensemble_weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_colbert(self) -> bool:
@@ -163,6 +165,8 @@ def read_settings(files: ModelFiles) -> dict[str, Any]:
     with parsing(f"{files.path}: {EXTRAS_FILE}"):
         values |= {name: expect(extras, name, int) for name in EXTRAS if extras.get(name) is not None}
         values["lexical"] = expect(extras, "lexical", str, LINEAR if LEXICAL in values["representations"] else None)
+        weights = expect(extras, "ensemble_weights", dict, {})
+        values["ensemble_weights"] = {name: float(weight) for name, weight in weights.items()}
     if is_sparse_encoder(files):
         values |= read_sparse_encoder(files)
     elif is_colbert(files):
@@ -187,7 +191,7 @@ def saved_representations(files: ModelFiles) -> tuple[str, ...]:
         return (MULTI_VECTOR,)
     extras = read_json(files.path, EXTRAS_FILE)
     with parsing(f"{files.path}: {EXTRAS_FILE}"):
-        return tuple(expect(extras, "representations", list, [DENSE, *heads_in(files)]))
+        return tuple(map(str, expect(extras, "representations", list, [DENSE, *heads_in(files)])))
 
 
 def known_embedder(files: ModelFiles) -> dict[str, Any]:
@@ -328,8 +332,10 @@ def write_settings(
     write(folder / "config_sentence_transformers.json", options)
     extras = {name: value for name in EXTRAS if (value := getattr(settings, name)) is not None}
     as_bge_m3 = not settings.is_colbert and not settings.is_splade_alone
-    if as_bge_m3 and (DENSE not in settings.representations or settings.lexical == SPLADE):
+    if as_bge_m3 and settings.representations != (DENSE,):
         extras |= {"representations": list(settings.representations), "lexical": settings.lexical}
+    if settings.ensemble_weights:
+        extras["ensemble_weights"] = settings.ensemble_weights
     (folder / EXTRAS_FILE).unlink(missing_ok=True)
     if extras:
         write(folder / EXTRAS_FILE, extras)

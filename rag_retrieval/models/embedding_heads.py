@@ -8,6 +8,7 @@ Token heads make lexical weights and token vectors of token states. They are lin
 """
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from rag_retrieval.models.embedding_files import HeadFiles
 from rag_retrieval.models.loading import reading
 from rag_retrieval.models.representation_files import LINEAR_FILES, STANFORD, heads_in, is_colbert
-from rag_retrieval.models.representations import MULTI_VECTOR
+from rag_retrieval.models.representations import LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.settings import ModelFiles, find_file, parsing, read_json
 
 WEIGHTS = "model.safetensors"
@@ -189,9 +190,17 @@ def load_token_heads(files: ModelFiles) -> dict[str, nn.Module]:
     for name in heads_in(files):
         file = find_file(files.path, LINEAR_FILES[name])
         with reading(f"{files.path}: {LINEAR_FILES[name]}"):
-            head = linear_of(torch.load(file, map_location="cpu", weights_only=True))
+            head = linear_of(weights_in(file))
         heads[name] = nn.Sequential(head) if name == MULTI_VECTOR else head
     return heads
+
+
+def weights_in(file: str) -> dict[str, torch.Tensor]:
+    """Of a file of torch.save. Raises ValueError for one that holds more than weights, which would run code."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError:  # whose text says how to run that code
+        raise ValueError("it holds more than weights, and is not loaded; get it from a source you trust") from None
 
 
 def linear_of(weights: dict[str, torch.Tensor]) -> Projection:
@@ -210,6 +219,22 @@ def stanford_weight(files: ModelFiles) -> torch.Tensor:
             return torch.load(old, map_location="cpu", weights_only=True)["linear.weight"]
         with safe_open(file, "pt") as opened:
             return opened.get_tensor("linear.weight")
+
+
+def check_sizes(path: str, heads: dict[str, nn.Module], width: int) -> None:
+    """Raises ValueError for heads that do not take states of this width or, of lexical weights, do not give one number
+    each."""
+    for name, head in heads.items():
+        size = width
+        for layer in [head] if name == LEXICAL else head:
+            if layer.in_features != size:
+                raise ValueError(
+                    f"{path}: its weights of {name} take {layer.in_features} numbers, and are given {size}; they are "
+                    "of another model, copy it again"
+                )
+            size = layer.out_features
+        if name == LEXICAL and size != 1:
+            raise ValueError(f"{path}: its weights of {name} give {size} numbers for a token, expected 1")
 
 
 def save_token_heads(folder: Path, heads: nn.ModuleDict, state: dict[str, torch.Tensor], as_colbert: bool) -> None:

@@ -128,7 +128,10 @@ def output_states(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
 
 
 def check_logits(path: str, model: PreTrainedModel) -> None:
-    """Raises ValueError for a family whose logits are not those of its output layer of `output_states`."""
+    """Raises ValueError for a family whose logits are not those of its output layer of `output_states`.
+
+    Logits that are not finite are not compared: who opens the model refuses weights that are no numbers by their name.
+    """
     ids = torch.tensor([[5, 6, 7, 8]])
     with evaluating(model):
         mask = torch.ones_like(ids)
@@ -138,6 +141,8 @@ def check_logits(path: str, model: PreTrainedModel) -> None:
         states = output_states(model, states)
         fits = states.shape[-1] == output.in_features
         found = output(states).float() if fits else torch.zeros_like(expected)
+    if not expected.isfinite().all():
+        return
     tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
     if not (found - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item()):
         raise ValueError(

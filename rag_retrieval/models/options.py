@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from rag_retrieval.core.config import NAMES, Config, EscapedText, Only, key, shown_value
+from rag_retrieval.core.config import NAMES, Config, EscapedText, Only, key
 from rag_retrieval.core.config_reader import error_message
 
 LONG_DOCUMENT = ("truncate", "max_slice", "mean_slice", "first_slice")
@@ -32,13 +32,11 @@ def number_format(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """What a text of the command line stands for; other values as they are."""
-    if not isinstance(value, str):
-        return value
+    """What a text of the command line stands for; other values, and what is no JSON, as they are."""
     try:
-        return json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        raise ValueError(f'expected texts by name, as {{"query": "query: "}}, found {shown_value(value)}') from None
+        return value
 
 
 Options = TypeVar("Options", bound="OpeningOptions")

@@ -202,7 +202,8 @@ def test_parts_of_a_long_list_of_pairs_are_joined(m3, monkeypatch):
 @pytest.mark.parametrize(
     "weights,message",
     [([1, 2], "one for each of dense, lexical"), ({"sparse": 1}, "'sparse' is not known"), ([1, "a", 1], "'a'"),
-     ([1, True, 1], "lexical must be a number"), ([1, float("nan"), 0], "lexical must be a number")],
+     ([1, True, 1], "lexical must be a number"), ([1, float("nan"), 0], "lexical must be a number"),
+     (5, "expected a list, found int")],
 )  # fmt: skip
 def test_weights_that_mean_nothing_are_refused(m3, weights, message):
     with pytest.raises(ValueError, match=f"weights: .*{message}"):

@@ -123,8 +123,10 @@ def test_another_width_than_the_folders_is_refused(base_folders, tmp_path):
     assert EmbeddingModel.from_pretrained(tmp_path, colbert_dim=8).settings.representations == REPRESENTATIONS
 
 
-def test_a_folder_without_the_head_that_it_names_is_refused(base_folders, tmp_path):
-    EmbeddingModel.from_pretrained(base_folders["bert"], representations=["lexical"]).save_pretrained(tmp_path)
+@pytest.mark.parametrize("representations", [["lexical"], ["dense", "lexical"]])
+def test_a_folder_without_the_head_that_it_names_is_refused(base_folders, tmp_path, representations):
+    model = EmbeddingModel.from_pretrained(base_folders["bert"], representations=representations)
+    model.save_pretrained(tmp_path)
     (tmp_path / "sparse_linear.pt").unlink()
     with pytest.raises(ValueError, match="lacks the weights of lexical"):
         open_embedder(tmp_path)
@@ -133,7 +135,38 @@ def test_a_folder_without_the_head_that_it_names_is_refused(base_folders, tmp_pa
 def test_files_that_hold_more_than_weights_are_refused(base_folders, tmp_path):
     EmbeddingModel.from_pretrained(base_folders["bert"], **THREE).save_pretrained(tmp_path)
     torch.save({"weight": Path("a")}, tmp_path / "sparse_linear.pt")  # unpickling it would run code
-    with pytest.raises(ValueError, match="sparse_linear.pt cannot be loaded"):
+    with pytest.raises(ValueError, match="sparse_linear.pt cannot be loaded .*more than weights") as raised:
+        open_embedder(tmp_path)
+    assert "weights_only" not in str(raised.value)  # torch's text says how to run the code
+
+
+@pytest.mark.parametrize(
+    ("file", "shape", "expected"),
+    [
+        ("sparse_linear.pt", (1, 16), "weights of lexical take 16 numbers, and are given 32"),
+        ("sparse_linear.pt", (2, 32), "weights of lexical give 2 numbers for a token, expected 1"),
+        ("colbert_linear.pt", (8, 16), "weights of multi_vector take 16 numbers, and are given 32"),
+    ],
+)
+def test_heads_of_another_model_are_refused(base_folders, tmp_path, file, shape, expected):
+    EmbeddingModel.from_pretrained(base_folders["bert"], **THREE).save_pretrained(tmp_path)
+    torch.save({"weight": torch.ones(shape)}, tmp_path / file)
+    with pytest.raises(ValueError, match=expected):
+        open_embedder(tmp_path)
+
+
+def test_representations_of_a_file_that_are_no_names_are_refused(base_folders, tmp_path):
+    EmbeddingModel.from_pretrained(base_folders["bert"], **THREE).save_pretrained(tmp_path)
+    (tmp_path / "embedder_config.json").write_text('{"representations": [{}, 1]}')
+    with pytest.raises(ValueError, match="representations: expected one or more of dense, lexical, multi_vector"):
+        open_embedder(tmp_path)
+
+
+def test_a_language_modelling_head_that_is_no_number_is_named(base_folders, tmp_path):
+    model = EmbeddingModel.from_pretrained(base_folders["bert"], **SPLADE)
+    torch.nn.init.constant_(model.model.cls.predictions.transform.dense.weight, torch.nan)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cls.predictions.transform.dense.weight are not all finite"):
         open_embedder(tmp_path)
 
 

@@ -176,6 +176,8 @@ def load_embedder(config: EmbeddingConfig) -> EmbeddingModel:
             logger.info("%s: %d, the tokens that this model has positions for, as none is given", name, length)
     if config.mean_maxsim is not None:
         model.settings = replace(model.settings, similarity=MEAN_MAXSIM if config.mean_maxsim else MAXSIM)
+    if len(config.representations) > 1:
+        model.settings = replace(model.settings, ensemble_weights=config.ensemble_weights)
     if config.fix_encoder:
         model.model.requires_grad_(False)
     if not config.normalize:  # the loss compares by the product, so the saved model does

@@ -23,6 +23,7 @@ from rag_retrieval.models.mlm_head import head_states, load_masked_lm
 from rag_retrieval.models.packed_model import packed_outputs, packing_problem, pairs_to_check
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
 from rag_retrieval.models.pooling import packed_sums, token_weights
+from rag_retrieval.models.representation_files import LINEAR_FILES, heads_in
 from rag_retrieval.models.settings import ModelFiles, resolve_model_path
 from rag_retrieval.models.text_encoding import TextEncoder, text_template
 from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges, make_batch
@@ -202,5 +203,6 @@ def warn_of_lost_parts(files: ModelFiles) -> None:
     """Of an embedder's folder: what is not of the encoder, and so not in the folder that is saved."""
     prompts = read_settings(files).get("prompts")
     lost = [*(["prompts"] if prompts else []), *(head.folder for head in read_heads(files))]
+    lost += [LINEAR_FILES[name] for name in heads_in(files)]
     if lost:
         logger.warning("%s: not kept, as pre-training is of the encoder alone: %s", files.path, ", ".join(lost))

@@ -7,7 +7,7 @@ from other_trainers import FLAG_EMBEDDING_M3, RAG_COLBERT
 from pydantic import ValidationError
 from training_runs import write_jsonl
 
-from rag_retrieval.core.config_reader import load_config
+from rag_retrieval.core.config_reader import ConfigError, load_config
 from rag_retrieval.train.embedding.config import EmbeddingConfig
 
 ALL = ["dense", "lexical", "multi_vector"]
@@ -37,6 +37,21 @@ def test_representations_are_a_list_or_names_between_commas_in_one_order():
         assert config(representations=names).representations == ["dense", "multi_vector"]
     assert problems(representations="dense,sparse").keys() == {"representations"}
     assert problems(representations=[]).keys() == {"representations"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("representations", "dense,sparse", "one or several of dense, lexical, multi_vector, between commas, found"),
+        ("ensemble_weights", "dense 1", 'numbers by name, as {"lexical": 0.1}, found "dense 1"'),
+        ("ensemble_weights", "[1, 2, 3]", 'numbers by name, as {"lexical": 0.1}, found [1, 2, 3]'),
+        ("representation_weights", '{"dense": NaN}', 'numbers by name, as {"lexical": 0.1}, found NaN'),
+    ],
+)
+def test_the_command_line_says_what_a_wrong_value_should_have_been(option, value, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config(EmbeddingConfig, None, [f"--{option}", value])
+    assert f"--{option}: expected {expected}" in str(caught.value)
 
 
 def test_weights_that_are_not_given_are_those_of_bge_m3():

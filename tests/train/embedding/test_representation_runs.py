@@ -3,11 +3,13 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_runs import train
 from unified_runs import all_weights, with_heads
 
+from rag_retrieval import Embedder
 from rag_retrieval.core.distributed import StartError
 from rag_retrieval.models.embedder import EmbeddingModel
 
@@ -71,6 +73,15 @@ def test_mean_maxsim_is_that_of_the_saved_model_too(settings, mean):
     values = settings(representations="multi_vector", colbert_dim=8, query_max_len=8, mean_maxsim=mean)
     train(values)
     assert EmbeddingModel.from_pretrained(Path(values["output_dir"]) / "model").settings.multi_vector_mean is mean
+
+
+def test_scores_of_the_saved_model_are_mixed_as_in_training(settings, m3):
+    values = settings(model_name_or_path=m3, representations=ALL, ensemble_weights={"lexical": 0.5, "dense": 2.0})
+    train(values)
+    trained = Embedder(Path(values["output_dir"]) / "model", device="cpu")
+    found = trained.compute_score([["a panda", "the panda eats"]])
+    expected = 2 * found.dense + 0.5 * found.lexical + found.multi_vector
+    np.testing.assert_allclose(found.ensemble, expected, rtol=1e-6)
 
 
 def test_a_decoder_learns_lexical_weights_by_its_own_head(settings, qwen2):

@@ -94,8 +94,8 @@ def test_what_does_not_fit_is_an_error_with_the_remedy(bert, base_folders, tmp_p
 
 
 def test_what_an_embedder_has_beyond_the_encoder_is_named_as_not_kept(bert, tmp_path, caplog):
-    prompts = {"query": "query: "}
-    EmbeddingModel.from_pretrained(bert, prompts=prompts, dims=(16, 48)).save_pretrained(tmp_path)
+    options = {"prompts": {"query": "query: "}, "dims": (16, 48), "representations": ["dense", "lexical"]}
+    EmbeddingModel.from_pretrained(bert, **options).save_pretrained(tmp_path)
     caplog.set_level(logging.WARNING)
     PretrainingModel.from_pretrained(str(tmp_path), 64)
-    assert "not kept" in caplog.text and "prompts, 2_Dense" in caplog.text
+    assert "not kept" in caplog.text and "prompts, 2_Dense, sparse_linear.pt" in caplog.text
