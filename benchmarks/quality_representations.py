@@ -25,6 +25,8 @@ from quality_tables import decimals, difference, per_query, read_rows, seconds
 
 from rag_retrieval.data.beir import read_folder
 from rag_retrieval.data.collection import Collection
+from rag_retrieval.losses.embedding import ENSEMBLE
+from rag_retrieval.losses.unified import ENSEMBLE_WEIGHTS as WEIGHTS
 from rag_retrieval.metrics import PerQuery, Run, means, query_metrics
 
 ALL = "representations=[dense, lexical, multi_vector]"
@@ -37,8 +39,6 @@ TRAININGS = {  # by name, keys of our trainer's YAML
     "unified, self-distilled": SELF_DISTILLED,
 }
 BASE = "base"
-WEIGHTS = {"dense": 1.0, "lexical": 0.3, "multi_vector": 1.0}  # of the ensemble
-ENSEMBLE = "ensemble"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -76,5 +76,6 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
         return f"[{token}]"
     text = tokenizer.decode([token], skip_special_tokens=False)
     text = text.removeprefix(" ") if name.startswith(WORD_STARTS) else text
-    is_text = text.strip() and text.isprintable() and "\ufffd" not in text
+    # a decoder takes one mark or several away from the beginning
+    is_text = text.strip() and text.isprintable() and "\ufffd" not in text and not name[1:].startswith(WORD_STARTS)
     return text if is_text and tokenizer.token_to_id(text) in (None, token) else name

@@ -16,6 +16,9 @@ from rag_retrieval.retrieval.inverted_lists import InvertedLists
 from rag_retrieval.retrieval.lexical import LexicalSearch
 from rag_retrieval.retrieval.stored_vectors import drawn_rows
 from rag_retrieval.retrieval.token_vectors import (
+    MEASURED_DEPTH,
+    MEASURED_QUERIES,
+    MEASURED_TOKENS,
     TOKEN_LISTS,
     StoredTokens,
     TokenVectors,
@@ -25,7 +28,6 @@ from rag_retrieval.retrieval.token_vectors import (
 )
 
 PROBES = 8  # centroids of a token of a query
-RECALL_QUERIES, RECALL_TOKENS, RECALL_DEPTH = 50, 32, 10
 
 
 class CentroidSearch:
@@ -125,12 +127,12 @@ class MultiVectorSearch:
         return self.documents.vectors.similarity(given.vectors, stored) if len(stored) == len(given.vectors) else 0.0
 
     def recall(self, seed: int) -> float:
-        """The part of the best `RECALL_DEPTH` of all documents, by the vectors that are kept, that the search finds:
-        over documents drawn by the seed, whose first `RECALL_TOKENS` tokens are the queries. A document itself does not
-        count; 1 where there is no other."""
-        drawn = drawn_rows(len(self.documents), RECALL_QUERIES, seed)
-        queries = TokenVectors.of([text[:RECALL_TOKENS] for text in self.documents.rows(drawn).texts()])
-        depth, none = RECALL_DEPTH + 1, [np.zeros(0, np.int64)] * len(drawn)
+        """The part of the best `MEASURED_DEPTH` of all documents, by the vectors that are kept, that the search finds:
+        over documents drawn by the seed, whose first `MEASURED_TOKENS` tokens are the queries. A document itself does
+        not count; 1 where there is no other."""
+        drawn = drawn_rows(len(self.documents), MEASURED_QUERIES, seed)
+        queries = TokenVectors.of([text[:MEASURED_TOKENS] for text in self.documents.rows(drawn).texts()])
+        depth, none = MEASURED_DEPTH + 1, [np.zeros(0, np.int64)] * len(drawn)
         nearest = [rows for rows, _ in best_of_all(queries, self.documents, depth, self.device)]
         if self.first is None or isinstance(self.first, CentroidSearch):
             found = self.search_vectors(queries, none, depth)

@@ -18,7 +18,15 @@ from rag_retrieval.models.vectors import Int8Ranges, finish, ranges_of
 from rag_retrieval.retrieval.candidates import part_found
 from rag_retrieval.retrieval.config import RESIDUAL_BITS, IndexOptions
 from rag_retrieval.retrieval.stored_vectors import Codec, NumberCodec, open_array
-from rag_retrieval.retrieval.token_vectors import ASKED, BLOCK, TokenVectors, maxsim
+from rag_retrieval.retrieval.token_vectors import (
+    ASKED,
+    BLOCK,
+    MEASURED_DEPTH,
+    MEASURED_QUERIES,
+    MEASURED_TOKENS,
+    TokenVectors,
+    maxsim,
+)
 
 CODE = np.dtype("<i4")  # of a centroid
 CENTROIDS_FILE, BUCKETS_FILE, RANGES_FILE = "centroids.npy", "buckets.npy", "token_ranges.json"
@@ -27,7 +35,6 @@ KMEANS_ROUNDS = 4
 PER_CENTROID = 16  # vectors of the sample, at least
 COMPARED = 1 << 10  # vectors compared with all centroids at once
 QUANTILE_VECTORS = 1 << 16  # of the sample
-LOSS_QUERIES, LOSS_TOKENS, LOSS_DEPTH = 50, 32, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,11 +168,12 @@ def read_loss(folder: Path | None) -> dict[str, float]:
 
 def loss_of(codec: Codec, sample: TokenVectors, device: str | torch.device) -> dict[str, float]:
     """What the vectors that are kept find among the sample, with its first documents as queries, of which the first
-    `LOSS_TOKENS` tokens are searched: `recall`, the part of the best `LOSS_DEPTH`, and `ndcg`, the nDCG at this depth
-    where the best document has the grade `LOSS_DEPTH`, the second one less, and so on. A document does not find itself.
+    `MEASURED_TOKENS` tokens are searched: `recall`, the part of the best `MEASURED_DEPTH`, and `ndcg`, the nDCG at this
+    depth where the best document has the grade `MEASURED_DEPTH`, the second one less, and so on. A document does not
+    find itself.
     """
     texts = sample.texts()
-    queries = TokenVectors.of([text[:LOSS_TOKENS] for text in texts[:LOSS_QUERIES]])
+    queries = TokenVectors.of([text[:MEASURED_TOKENS] for text in texts[:MEASURED_QUERIES]])
     scores = [[], []]
     for block in sample.groups(BLOCK):
         kept = TokenVectors(codec.decode(codec.encode(block.vectors)), block.counts)
@@ -175,7 +183,7 @@ def loss_of(codec: Codec, sample: TokenVectors, device: str | torch.device) -> d
     exact, approximate = (np.concatenate(blocks, axis=1) for blocks in scores)
     own = np.arange(len(exact))
     exact[own, own] = approximate[own, own] = -np.inf
-    depth = min(LOSS_DEPTH, len(texts) - 1)
+    depth = min(MEASURED_DEPTH, len(texts) - 1)
     best, found = (np.argsort(-each, axis=1, kind="stable")[:, :depth] for each in (exact, approximate))
     return {"recall": part_found(own, best, found), "ndcg": _ndcg(best, found)}
 
@@ -186,5 +194,5 @@ def _ndcg(best: np.ndarray, found: np.ndarray) -> float:
     for of_query, rows in zip(best, found, strict=True):
         grade_of = dict(zip(of_query.tolist(), grades.tolist(), strict=True))
         ranked = np.array([grade_of.get(row, 0) for row in rows.tolist()], np.float32)
-        values.append(metric_value(f"ndcg@{LOSS_DEPTH}", Ranking(ranked, grades, 1.0, float(len(grades)))))
+        values.append(metric_value(f"ndcg@{MEASURED_DEPTH}", Ranking(ranked, grades, 1.0, float(len(grades)))))
     return float(np.mean(values)) if best.shape[1] else 1.0

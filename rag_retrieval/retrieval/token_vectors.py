@@ -17,6 +17,8 @@ from rag_retrieval.retrieval.stored_vectors import Codec, Vectors, open_array
 
 TOKENS, COUNTS, TOKEN_LISTS = "tokens", "token_counts", "token_lists"  # files of a shard
 BLOCK = 1 << 14  # token vectors of documents that are compared at once
+# how what searches miss is measured: documents as queries, their first tokens, and the best that count
+MEASURED_QUERIES, MEASURED_TOKENS, MEASURED_DEPTH = 50, 32, 10
 ASKED = 1 << 10  # with so many of queries, or with those of one query where it has more
 
 

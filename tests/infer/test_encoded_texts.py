@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from tiny_models import bert_tokenizer, llama_tokenizer, qwen2_tokenizer, xlm_roberta_tokenizer
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import Unigram, WordLevel
 
 from rag_retrieval.infer.encoded_texts import LexicalWeights, token_name
 
@@ -35,6 +35,12 @@ def test_no_two_tokens_have_the_same_name(make):
     names = {token_name(tokenizer, token) for token in vocabulary.values()}
     assert len(names) == len(vocabulary) > 500
     assert all(name.strip() for name in names)
+
+
+def test_a_token_that_begins_with_several_marks_keeps_them():
+    tokenizer = Tokenizer(Unigram([("<unk>", 0.0), ("▁x", -1.0), ("▁▁x", -2.0), ("▁▁", -3.0)], 0))
+    tokenizer.decoder = decoders.Metaspace()
+    assert [token_name(tokenizer, token) for token in range(4)] == ["<unk>", "x", "▁▁x", "▁▁"]
 
 
 def test_a_word_is_named_without_the_mark_of_its_beginning():
