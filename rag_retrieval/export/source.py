@@ -7,6 +7,7 @@ text: of a pair two, the query's and the document's.
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,6 +112,7 @@ class EmbedderSource:
             raise ValueError(f"{config.model}: it gives {' and '.join(others)}; dense vectors alone can be exported")
         if others:
             logger.warning("%s: its dense vectors are exported, and not %s", config.model, " and ".join(others))
+            self.model.settings = replace(self.model.settings, representations=(DENSE,), lexical=None)
         self.folder = Path(resolve_model_path(config.model))
         self.encoder, self.settings = self.model.text_encoder, self.model.settings
         self.fixed = self.encoder.fixed_tokens(self.encoder.prompt_for("document"))

@@ -27,6 +27,8 @@ from rag_retrieval.export.verify import DifferenceError  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
 from rag_retrieval.infer.onnx_folder import padded_inputs  # noqa: E402
 from rag_retrieval.models.embedder import EmbeddingModel  # noqa: E402
+from rag_retrieval.models.embedding_files import read_settings  # noqa: E402
+from rag_retrieval.models.settings import ModelFiles  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "onnx.md"
 KINDS = {  # family, and options that every pooling and every part of a graph is in
@@ -187,5 +189,8 @@ def test_a_model_without_dense_vectors_is_refused_and_other_representations_are_
     with pytest.raises(ValueError, match="it gives lexical; dense vectors alone can be exported"):
         EmbedderSource(ExportConfig(model=str(tmp_path / "lexical"), output="out"), "cpu")
     caplog.set_level(logging.WARNING, logger="rag_retrieval")
-    EmbedderSource(ExportConfig(model=str(tmp_path / "dense-lexical"), output="out"), "cpu")
+    source = EmbedderSource(ExportConfig(model=str(tmp_path / "dense-lexical"), output="out"), "cpu")
     assert "its dense vectors are exported, and not lexical" in caplog.text
+    (tmp_path / "out").mkdir()
+    source.write_files(tmp_path / "out")  # which say that the folder gives dense vectors alone
+    assert read_settings(ModelFiles(str(tmp_path / "out")))["representations"] == ("dense",)
