@@ -86,7 +86,7 @@ def load_parts(
     saved, known = read_settings(files), known_embedder(files)
     if not {"pooling", "prompts"} & known.keys() <= saved.keys():
         logger.info("%s: as the card of the model of its name says: %s", path, known)
-    saved |= choose_representations(known | saved, wanted)
+    saved |= choose_representations(known | saved | options.given("query_max_length"), wanted)
     model, new_parameters, bidirectional = load_backbone(files, options, saved, trained_only)
     causal = is_causal(model)
     is_decoder = causal or bidirectional

@@ -124,9 +124,15 @@ def nearest_centroids(vectors: np.ndarray, centroids: np.ndarray, device: str | 
 
 def fit(sample: TokenVectors, documents: int, options: IndexOptions, device: torch.device, folder: Path) -> None:
     """Write what `read_codec` and `read_centroids` read. sample: of whole documents in no order. documents: of the
-    corpus, whose number of tokens decides on that of the centroids, about 16 sqrt(tokens) as for ColBERTv2."""
+    corpus, whose number of tokens decides on that of the centroids, about 16 sqrt(tokens) as for ColBERTv2. Raises
+    ValueError for centroids of a sample without a vector."""
     vectors, precision = sample.vectors, options.token_precision
     if options.has_centroids:
+        if not len(vectors):
+            raise ValueError(
+                f"{len(sample.counts):,} documents have no token vector, and centroids are fitted to theirs; give "
+                "token_precision float16 and token_candidates all, or other documents"
+            )
         tokens = len(vectors) / len(sample.counts) * documents
         count = 1 << int(math.log2(max(1, 16 * math.sqrt(tokens))))
         centroids = fit_centroids(vectors, count, options.seed, device)

@@ -155,6 +155,14 @@ def test_heads_of_another_model_are_refused(base_folders, tmp_path, file, shape,
         open_embedder(tmp_path)
 
 
+def test_a_length_that_is_given_is_not_said_to_differ_from_a_new_ones(base_folders, caplog):
+    caplog.set_level(logging.INFO)
+    options = {"representations": ["multi_vector"], "query_max_length": 24}
+    model = EmbeddingModel.from_pretrained(base_folders["bert"], **options)
+    assert model.settings.max_lengths["query"] == model.text_encoder.template.expanded_length == 24
+    assert "saved with" not in caplog.text
+
+
 def test_representations_of_a_file_that_are_no_names_are_refused(base_folders, tmp_path):
     EmbeddingModel.from_pretrained(base_folders["bert"], **THREE).save_pretrained(tmp_path)
     (tmp_path / "embedder_config.json").write_text('{"representations": [{}, 1]}')

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rag_retrieval.models.vectors import finish
+from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.stored_vectors import NumberCodec
 from rag_retrieval.retrieval.token_codec import (
     ResidualCodec,
@@ -102,6 +103,14 @@ def test_what_was_fitted_is_read_again(tmp_path, precision):
     if precision == "residual2":
         # 60,000 tokens are expected: 16 x 244.9 = 3,919, so 2,048 centroids, of which 600 / 16 have vectors enough
         assert len(read_centroids(tmp_path)) == 37
+
+
+@pytest.mark.parametrize("options", [{"token_precision": "residual2"}, {"token_candidates": "tokens"}])
+def test_documents_without_any_token_vector_have_no_centroids(tmp_path, options):
+    """As where every token of theirs is in the skiplist."""
+    sample = TokenVectors(np.zeros((0, 16), np.float32), np.zeros(3, np.int64))
+    with pytest.raises(ValueError, match="3 documents have no token vector"):
+        fit(sample, 3, IndexOptions(embedder="m", representations=["multi_vector"], **options), CPU, tmp_path)
 
 
 def test_nothing_is_lost_by_vectors_that_are_kept_whole(tmp_path):
