@@ -81,3 +81,16 @@ def same_direction_problem(sums: Mapping[str, float]) -> str | None:
         f"all vectors point the same way: the mean cosine of negatives is {negative:.4f}, of positives "
         f"{values['positive_cosine']:.4f}; lower lr or raise warmup_proportion, and check pooling and the base model"
     )
+
+
+def no_terms_problem(sums: Mapping[str, float]) -> str | None:
+    """What to do where no query, or no document, has a lexical weight above 0, below which ReLU has no gradient; None
+    where all is well."""
+    values = log_values(sums)
+    without = [side for side in ("query", "document") if values.get(f"{side}_terms") == 0]
+    if not without:
+        return None
+    return (
+        f"no {' and no '.join(without)} has a lexical weight above 0, so that lexical weights learn nothing; begin "
+        "anew with a lower lr or head_lr, another seed, or smaller lambda_query and lambda_document"
+    )

@@ -2,7 +2,12 @@
 
 import pytest
 
-from rag_retrieval.losses.embedding_report import log_values, same_direction_problem, zero_loss_problem
+from rag_retrieval.losses.embedding_report import (
+    log_values,
+    no_terms_problem,
+    same_direction_problem,
+    zero_loss_problem,
+)
 
 
 def of(name, **values):
@@ -46,11 +51,15 @@ def test_lexical_weights_alone_are_no_cosines_and_their_terms_are_counted():
     assert values["lexical/positive_score"] == 0.5 and not {"positive_cosine", "lexical/loss"} & values.keys()
     assert "the score of positives is 0.50" in zero_loss_problem(alone)
     assert same_direction_problem(alone) is None
+    assert "no document has a lexical weight above 0" in no_terms_problem(alone)
+    assert "no query and no document has" in no_terms_problem({**alone, "query_terms": 0.0})
+    assert no_terms_problem({**alone, "document_terms": 1.0}) is None
 
 
 def test_no_problem_in_a_run_that_learns():
     assert zero_loss_problem(SUMS) is None
     assert same_direction_problem(SUMS) is None
+    assert no_terms_problem(SUMS) is None
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,12 @@ from torch import nn
 from rag_retrieval.core.distributed import gather
 from rag_retrieval.data.step_records import StepRecords, first_of_each
 from rag_retrieval.losses.embedding import Objective
-from rag_retrieval.losses.embedding_report import log_values, same_direction_problem, zero_loss_problem
+from rag_retrieval.losses.embedding_report import (
+    log_values,
+    no_terms_problem,
+    same_direction_problem,
+    zero_loss_problem,
+)
 from rag_retrieval.losses.step_gradients import representation_gradients
 from rag_retrieval.losses.step_targets import targets_of
 from rag_retrieval.models.embedder import EmbeddingModel
@@ -112,7 +117,7 @@ class EmbeddingTask(SavedModel):
         plugin = accelerator.state.deepspeed_plugin  # gradients of ZeRO-3 are wrong after several forwards (0.19.8)
         self.one_graph_alone = plugin is not None and plugin.zero_stage == 3
         self.sums: dict[str, float] = {}  # since the last report, of this process
-        self.checks = [zero_loss_problem, same_direction_problem]  # of the next report
+        self.checks = [zero_loss_problem, same_direction_problem, no_terms_problem]  # of the next report
 
     def losses(
         self, model: nn.Module, micro_batches: Sequence[EmbeddingMicroBatch], factors: Sequence[float], step: int

@@ -1,6 +1,7 @@
 """Runs of several representations: what learns, what is refused, and what is said of what a model gives."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,15 @@ def test_what_a_model_gives_and_is_not_trained_is_said(settings, m3, caplog):
     assert caplog.text.count("also gives multi_vector, which is not trained") == 1
     files = {file.name for file in (Path(values["output_dir"]) / "model").iterdir()}
     assert "sparse_linear.pt" in files and "colbert_linear.pt" not in files
+
+
+def test_lexical_weights_that_are_all_0_are_reported(settings, m3, tmp_path, caplog):
+    shutil.copytree(m3, tmp_path / "dead")
+    head = torch.load(tmp_path / "dead" / "sparse_linear.pt", weights_only=True)
+    torch.save({**head, "bias": head["bias"] - 1000}, tmp_path / "dead" / "sparse_linear.pt")
+    caplog.set_level(logging.WARNING)
+    train(settings(model_name_or_path=str(tmp_path / "dead"), representations="dense,lexical"))
+    assert caplog.text.count("no query and no document has a lexical weight above 0") == 1
 
 
 @pytest.mark.parametrize("mean", [True, False])
