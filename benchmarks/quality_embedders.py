@@ -17,6 +17,7 @@ import os
 import random
 import shlex
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -274,12 +275,15 @@ def train_sentence_transformers(data: Path, options: argparse.Namespace, work: P
 # ---- tables
 
 
-def markdown_tables(rows: list[dict]) -> str:
-    """A table for each setting. Rows that differ in the seed alone become one; of a seed twice, the later."""
+def markdown_tables(rows: list[dict], of_setting: Callable[[dict, dict], str] | None = None) -> str:
+    """A table for each setting. Rows that differ in the seed alone become one; of a seed twice, the later.
+
+    of_setting: makes one, as `markdown_table`, which is the default.
+    """
     tables: dict[str, dict[str, dict[int, dict]]] = {}
     for row in rows:
         tables.setdefault(json.dumps(row["setting"]), {}).setdefault(row["trainer"], {})[row["seed"]] = row
-    return "\n\n".join(markdown_table(json.loads(key), table) for key, table in tables.items())
+    return "\n\n".join((of_setting or markdown_table)(json.loads(key), table) for key, table in tables.items())
 
 
 def markdown_table(setting: dict, table: dict[str, dict[int, dict]]) -> str:

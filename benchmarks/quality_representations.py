@@ -30,13 +30,12 @@ from rag_retrieval.losses.unified import ENSEMBLE_WEIGHTS as WEIGHTS
 from rag_retrieval.metrics import PerQuery, Run, means, query_metrics
 
 ALL = "representations=[dense, lexical, multi_vector]"
-SELF_DISTILLED = [ALL, "use_self_distill=true"]
 TRAININGS = {  # by name, keys of our trainer's YAML
     "dense": ["representations=[dense]"],
     "lexical": ["representations=[lexical]"],
     "multi_vector": ["representations=[multi_vector]"],
     "unified": [ALL],
-    "unified, self-distilled": SELF_DISTILLED,
+    "unified, self-distilled": [ALL, "use_self_distill=true"],
 }
 BASE = "base"
 
@@ -177,11 +176,7 @@ def sizes_of(documents) -> dict[str, float]:
 
 
 def markdown_tables(rows: list[dict]) -> str:
-    """A table for each setting. Rows that differ in the seed alone become one; of a seed twice, the later."""
-    tables: dict[str, dict[str, dict[int, dict]]] = {}
-    for row in rows:
-        tables.setdefault(json.dumps(row["setting"]), {}).setdefault(row["trainer"], {})[row["seed"]] = row
-    return "\n\n".join(markdown_table(json.loads(key), table) for key, table in tables.items())
+    return quality_embedders.markdown_tables(rows, markdown_table)
 
 
 def markdown_table(setting: dict, table: dict[str, dict[int, dict]]) -> str:
