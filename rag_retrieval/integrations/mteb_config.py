@@ -35,8 +35,8 @@ class MtebConfig(EmbedderOptions):
     )  # fmt: skip
     candidates: Literal["bm25", "dense", "lexical", "multi_vector", "fused"] | None = key(
         "How the corpus of a retrieval task is searched, in an index of ours: by words, by dense vectors, lexical "
-        "weights or token vectors of the model, or by words and dense vectors (fused). Default dense with a model and a "
-        "reranker; absent with one of them, which then is MTEB's to call.",
+        "weights or token vectors of the model, or by words and dense vectors (fused). Default dense with a model and "
+        "a reranker; absent with one of them, which then is MTEB's to call.",
         derive=lambda config: "dense" if config.model and config.reranker else None,
     )
     depth: int = key("Documents of a query that are reranked.", 100, only=RERANKED, ge=1)
