@@ -32,6 +32,10 @@ BLOCK = 4096  # documents read at once
 NAMED = 20  # fields in a message
 
 
+class FilterError(ValueError):
+    """What is wrong with a condition, and with which field."""
+
+
 class Condition(NamedTuple):
     """Of one field. equal: a value, and has_equal whether there is one, since null is a value too. operators: by name,
     of `OPERATORS`."""
@@ -49,11 +53,11 @@ class Condition(NamedTuple):
 
 
 def parse_where(where: Mapping[str, Any] | None) -> list[Condition]:
-    """Raises ValueError that names the field and what is expected."""
+    """Raises FilterError that names the field and what is expected."""
     if where is None:
         return []
     if not isinstance(where, Mapping) or not all(isinstance(field, str) for field in where):
-        raise ValueError(f'where: expected an object such as {{"year": {{"gte": 2020}}}}, found {shown(where)}')
+        raise FilterError(f'where: expected an object such as {{"year": {{"gte": 2020}}}}, found {shown(where)}')
     return [_parse(f"where: {field}", field, value) for field, value in where.items()]
 
 
@@ -64,15 +68,15 @@ def _parse(place: str, field: str, value: Any) -> Condition:
     if unknown or not value:
         found = f"found {shown(unknown[0])}" if unknown else "found none"
         inside = f"; a field inside an object is written {field}.NAME" if unknown else ""
-        raise ValueError(f"{place}: expected operators among {', '.join(OPERATORS)}, {found}{inside}")
+        raise FilterError(f"{place}: expected operators among {', '.join(OPERATORS)}, {found}{inside}")
     operators = dict(value)
     for name in operators.keys() & set(RANGE):
         _checked(f"{place}.{name}", operators[name], "a number or a string", takes=(float, str))
     if len({kind_of(operators[name]) for name in operators.keys() & set(RANGE)}) > 1:
-        raise ValueError(f"{place}: expected bounds of one kind, numbers or strings; found {shown(value)}")
+        raise FilterError(f"{place}: expected bounds of one kind, numbers or strings; found {shown(value)}")
     if "in" in operators:
         if isinstance(operators["in"], (str, bytes, Mapping)) or not isinstance(operators["in"], Sequence):
-            raise ValueError(f"{place}.in: expected a list of values, found {shown(operators['in'])}")
+            raise FilterError(f"{place}.in: expected a list of values, found {shown(operators['in'])}")
         for number, one in enumerate(operators["in"]):
             _checked(f"{place}.in[{number}]", one, "a string, a number, true, false or null")
     if "ne" in operators:
@@ -82,7 +86,7 @@ def _parse(place: str, field: str, value: Any) -> Condition:
 
 def _checked(place: str, value: Any, expected: str, takes: Sequence[type | None] = (None, bool, float, str)) -> Any:
     if kind_of(value) not in takes or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{place}: expected {expected}, found {shown(value)}")
+        raise FilterError(f"{place}: expected {expected}, found {shown(value)}")
     return value
 
 
@@ -148,7 +152,7 @@ class Column:
             if value is not None and kind_of(value) not in kinds:
                 expected = " or ".join(KINDS[kind] for kind in kinds)
                 example = shown(self.values[kinds[0]][0])
-                raise ValueError(
+                raise FilterError(
                     f"where: {condition.field}: expected {expected}, as the documents have there, such as {example}; "
                     f"found {shown(value)}"
                 )
@@ -194,8 +198,8 @@ class Filters:
         self._lock = threading.Lock()
 
     def rows(self, where: Mapping[str, Any] | None) -> np.ndarray | None:
-        """int64, rising; None without a condition. Raises ValueError as `parse_where`, for a field in which no document
-        has a value, and for a value of another kind than all of the field's."""
+        """int64, rising; None without a condition. Raises FilterError as `parse_where`, for a field in which no
+        document has a value, and for a value of another kind than all of the field's."""
         conditions = parse_where(where)
         if not conditions:
             return None
@@ -211,7 +215,8 @@ class Filters:
                 self._columns |= {field: column for field, column in new.items() if len(column.rows)}
             for field in fields:
                 if field not in self._columns and (field not in self._fields or field in new):
-                    raise ValueError(f"where: {field}: no document has a value there; {_describe(self._fields, field)}")
+                    there = _describe(self._fields, field)
+                    raise FilterError(f"where: {field}: no document has a value there; {there}")
             return {field: self._columns[field] for field in fields}
 
     def _fill(self, columns: Mapping[str, Column]) -> dict[str, Any]:
