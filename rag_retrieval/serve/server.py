@@ -30,8 +30,12 @@ from rag_retrieval.core.command import describe_error, with_extra
 from rag_retrieval.core.log import set_up_logging
 from rag_retrieval.serve.app import Service
 from rag_retrieval.serve.config import TOKEN_VARIABLE, ServeConfig
+from rag_retrieval.serve.embedding import EMBEDDER, opened_embedder
+from rag_retrieval.serve.embedding_cohere import CohereEmbed, CohereEmbedV1
+from rag_retrieval.serve.embedding_openai import OpenAIEmbeddings
+from rag_retrieval.serve.embedding_tei import Embed, EmbedAll, EmbedSparse, Similarity, Tokenize
 from rag_retrieval.serve.endpoints import Endpoint, ServedModel
-from rag_retrieval.serve.http import ServerMetrics, error_body, read_token, shared_metrics
+from rag_retrieval.serve.http import RequestError, ServerMetrics, error_body, read_token, shared_metrics
 from rag_retrieval.serve.reranking import RERANKER, RerankEndpoint, opened_reranker
 from rag_retrieval.serve.workers import READY, Workers, ignore_signals
 
@@ -44,6 +48,10 @@ BACKLOG = 64  # connections that wait to be accepted
 PROBE_SECONDS = 0.2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # of torch, ONNX Runtime and OpenVINO; of tokenizers
 LOG_SECONDS = 10  # at most one line about connections in so many
+
+EMBEDDING_ENDPOINTS = (
+    OpenAIEmbeddings, Embed, EmbedAll, EmbedSparse, Similarity, Tokenize, CohereEmbed, CohereEmbedV1,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +87,10 @@ def opened_service(config: ServeConfig, token: bytes | None) -> Iterator[Service
             model, batcher = stack.enter_context(opened_reranker(config, metrics))
             models[RERANKER] = ServedModel(model.name, batcher, model.info)
             endpoints.append(RerankEndpoint(config, model, batcher, metrics))
+        if config.embedder is not None:
+            model, batcher = stack.enter_context(opened_embedder(config, metrics))
+            models[EMBEDDER] = ServedModel(model.name, batcher, model.info)
+            endpoints += [kind(config, model, batcher, metrics) for kind in EMBEDDING_ENDPOINTS]
         for role, served in models.items():
             tokens = f"; batches of {served.batcher.batch_tokens:,} tokens" if served.batcher is not None else ""
             log.info("%s %s is loaded%s", role, served.name, tokens)
@@ -157,7 +169,7 @@ class ClientConnection(H11Protocol):
             self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
 
     def send_400_response(self, msg: str) -> None:
-        body = json.dumps(error_body(400, f"no HTTP/1.1 request: {msg}", uuid.uuid4().hex)).encode()
+        body = json.dumps(error_body(RequestError(400, f"no HTTP/1.1 request: {msg}"), uuid.uuid4().hex)).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
