@@ -8,14 +8,17 @@ that are kept, and so is a judged document, also where it was not found.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from rag_retrieval.models.nearest import nearest
 from rag_retrieval.retrieval.candidates import Candidates, part_found
 from rag_retrieval.retrieval.encoding import Encode
 from rag_retrieval.retrieval.stored_vectors import Vectors, drawn_rows
+
+if TYPE_CHECKING:
+    import torch
 
 RECALL_QUERIES, RECALL_DEPTH = 200, 10
 
@@ -31,7 +34,7 @@ class DenseSearch:
         self,
         vectors: Vectors,
         encode: Encode,
-        device: str | torch.device,
+        device: "str | torch.device",
         finer: Vectors | None = None,
         index=None,
         factor: int = 1,

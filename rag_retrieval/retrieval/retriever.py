@@ -5,7 +5,7 @@
     reranked    the list before it in the order of a Reranker's scores, where there is one
     combined    both scores added, where the fusion has a weight for this Reranker
 
-torch is not imported for an index of words alone, without a reranker.
+torch is not imported for an index of words alone, and for exported models.
 """
 
 import asyncio
