@@ -40,7 +40,7 @@ TEXT_THREADS = 2  # for bodies and tokens; tokenizers use all cores by themselve
 WORK_THREADS = 4  # for other work that blocks
 
 Handler = Callable[[Request], Awaitable[Response]]
-ErrorBody = Callable[[int, str, str], dict[str, Any]]
+ErrorBody = Callable[[RequestError, str], dict[str, Any]]
 
 log = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ ERROR_TYPES = {
     413: "too_large",
     415: "unsupported_media_type",
     422: "validation",
+    424: "backend",
     429: "overloaded",
     500: "internal",
     503: "stopping",
@@ -53,14 +54,15 @@ class RequestError(Exception):
         self.retry_after = retry_after
 
 
-def error_body(status: int, message: str, request_id: str) -> dict[str, Any]:
+def error_body(error: RequestError, request_id: str) -> dict[str, Any]:
     """`message` and `error` are the same text: clients of Cohere show the first, those of text-embeddings-inference
     the second."""
-    return {"message": message, "error": message, "error_type": ERROR_TYPES[status], "id": request_id}
+    kind = ERROR_TYPES[error.status]
+    return {"message": error.message, "error": error.message, "error_type": kind, "id": request_id}
 
 
 def error_response(
-    error: RequestError, request_id: str, body_of: Callable[[int, str, str], dict[str, Any]]
+    error: RequestError, request_id: str, body_of: Callable[[RequestError, str], dict[str, Any]]
 ) -> JSONResponse:
     """body_of: as `error_body`."""
     headers = {}
@@ -68,7 +70,7 @@ def error_response(
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body_of(error.status, error.message, request_id), error.status, headers)
+    return JSONResponse(body_of(error, request_id), error.status, headers)
 
 
 # ---- the token ------------------------------------------------------------------------------------------

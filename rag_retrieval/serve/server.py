@@ -26,8 +26,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rag_retrieval.serve.app import Service
 from rag_retrieval.serve.config import TOKEN_VARIABLE, ServeConfig
+from rag_retrieval.serve.embedding import EMBEDDER, opened_embedder
+from rag_retrieval.serve.embedding_cohere import CohereEmbed, CohereEmbedV1
+from rag_retrieval.serve.embedding_openai import OpenAIEmbeddings
+from rag_retrieval.serve.embedding_tei import Embed, EmbedAll, EmbedSparse, Similarity, Tokenize
 from rag_retrieval.serve.endpoints import Endpoint, ServedModel
-from rag_retrieval.serve.http import Admission, ServerMetrics, error_body, read_token
+from rag_retrieval.serve.http import Admission, RequestError, ServerMetrics, error_body, read_token
 from rag_retrieval.serve.reranking import RERANKER, RerankEndpoint, opened_reranker
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays open: longer than those of clients' pools, which are 5 to 15
@@ -38,6 +42,10 @@ OTHER_FILES = 256  # descriptors that are left for everything but connections
 BACKLOG = 64  # connections that wait to be accepted; asyncio accepts so many before it looks at one of them
 PROBE_SECONDS = 0.2
 LOG_SECONDS = 10  # at most one line about connections in so many
+
+EMBEDDING_ENDPOINTS = (
+    OpenAIEmbeddings, Embed, EmbedAll, EmbedSparse, Similarity, Tokenize, CohereEmbed, CohereEmbedV1,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +77,10 @@ def opened_service(config: ServeConfig, token: bytes | None) -> Iterator[Service
             model, batcher = stack.enter_context(opened_reranker(config, metrics))
             models[RERANKER] = ServedModel(model.name, batcher, model.info)
             endpoints.append(RerankEndpoint(config, model, batcher, metrics))
+        if config.embedder is not None:
+            model, batcher = stack.enter_context(opened_embedder(config, metrics))
+            models[EMBEDDER] = ServedModel(model.name, batcher, model.info)
+            endpoints += [kind(config, model, batcher, metrics) for kind in EMBEDDING_ENDPOINTS]
         for role, served in models.items():
             tokens = f"; batches of {served.batcher.batch_tokens:,} tokens" if served.batcher is not None else ""
             log.info("%s %s is loaded%s", role, served.name, tokens)
@@ -147,7 +159,7 @@ class Connection(H11Protocol):
             self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
 
     def send_400_response(self, msg: str) -> None:
-        body = json.dumps(error_body(400, f"no HTTP/1.1 request: {msg}", uuid.uuid4().hex)).encode()
+        body = json.dumps(error_body(RequestError(400, f"no HTTP/1.1 request: {msg}"), uuid.uuid4().hex)).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
