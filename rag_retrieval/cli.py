@@ -82,7 +82,7 @@ COMMANDS = {
         ),
         Command(
             "serve",
-            "answer rerank requests over HTTP",
+            "answer requests to rerank, embed and search over HTTP",
             config="rag_retrieval.serve.config:ServeConfig",
             run="rag_retrieval.serve.server:serve",
             interrupted="the server did not listen yet",

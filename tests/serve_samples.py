@@ -1,4 +1,4 @@
-"""A rerank service for tests: in this process over ASGI, or on a free loopback port in a thread."""
+"""A service with a reranker for tests: in this process over ASGI, or on a free loopback port in a thread."""
 
 import asyncio
 import json
@@ -12,11 +12,12 @@ import numpy as np
 
 from rag_retrieval.infer.backend import Backend
 from rag_retrieval.models.pair_encoding import EncodedPair
-from rag_retrieval.serve.app import RerankService
+from rag_retrieval.serve.app import Service
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import ServeConfig
+from rag_retrieval.serve.endpoints import ServedModel
 from rag_retrieval.serve.http import ServerMetrics
-from rag_retrieval.serve.reranking import RerankModel
+from rag_retrieval.serve.reranking import RERANKER, RerankEndpoint, RerankModel
 from rag_retrieval.serve.server import address_of, bound_socket, run_server
 
 BATCH_TOKENS = 256
@@ -46,22 +47,24 @@ class GatedBackend:
 @contextmanager
 def running_service(
     backend, token: bytes | None = None, long_document: str = "truncate", batch_tokens: int = BATCH_TOKENS, **options
-) -> Iterator[RerankService]:
+) -> Iterator[Service]:
     """options: of ServeConfig; without a timeout among them none ends, however slow the machine."""
     options = {"timeout": 3600} | options
-    model, metrics = RerankModel("tiny", backend, long_document), ServerMetrics()
-    with Batcher(model.score, batch_tokens, metrics.count_batch) as batcher:
-        service = RerankService(ServeConfig(model="tiny", **options), model, batcher, metrics, token)
+    config, metrics = ServeConfig(model="tiny", **options), ServerMetrics()
+    model = RerankModel("tiny", backend, long_document)
+    with Batcher(model.score, batch_tokens, metrics.batch_counter(RERANKER)) as batcher:
+        models = {RERANKER: ServedModel(model.name, batcher, model.info)}
+        service = Service(config, models, [RerankEndpoint(config, model, batcher, metrics)], metrics, token)
         yield service
         service.close()
 
 
-def client_of(service: RerankService, **options) -> httpx.AsyncClient:
+def client_of(service: Service, **options) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(service.app), base_url="http://test", **options)
 
 
 @contextmanager
-def listening(service: RerankService) -> Iterator[str]:
+def listening(service: Service) -> Iterator[str]:
     """The address of a real server in a thread."""
     with bound_socket("127.0.0.1", 0) as opened:
         address = address_of(opened)

@@ -68,11 +68,8 @@ def of_distill(folder: str, options: dict):
 def of_serve(folder: str, options: dict):
     from rag_retrieval.serve import server
 
-    states = []  # before the server closes its model
-    served = mock.patch.object(server, "serve_backend", lambda config, backend, *more: states.append(state(backend)))
-    with served:
-        server.serve(warned(ServeConfig(model=folder, port=0, **options)))
-    return states[0]
+    with server.opened_service(warned(ServeConfig(model=folder, **options)), None) as service:
+        return state(service.endpoints[0].model.backend)
 
 
 def of_export(folder: str, options: dict):

@@ -25,7 +25,7 @@ from rag_retrieval.infer.reranker import Reranker, open_reranker
 from rag_retrieval.integrations import missing_library
 from rag_retrieval.integrations.mteb_config import MtebConfig
 from rag_retrieval.models.options import EmbedderOptions, OpeningOptions
-from rag_retrieval.models.representations import MULTI_VECTOR
+from rag_retrieval.models.representations import LEXICAL, MULTI_VECTOR
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.index import build_index
 from rag_retrieval.retrieval.index_files import fingerprint
@@ -259,12 +259,15 @@ def open_model(config: MtebConfig) -> EmbedderEncoder | RerankerCrossEncoder | R
         return RerankerCrossEncoder(reranker)
     given = zip(kinds, (config.query_instruction, config.document_instruction), strict=True)
     prompts = (config.prompts or {}) | {kind: text for kind, text in given if text is not None}
+    searched = {
+        LEXICAL: {"representations": (LEXICAL,)},
+        MULTI_VECTOR: {"representations": (MULTI_VECTOR,), "token_precision": "float32", "token_candidates": "all"},
+    }.get(config.candidates, {"vector_precision": "float32"})
     options = IndexOptions(
-        **opening | {"prompts": prompts or None},
+        **opening | {"prompts": prompts or None} | searched,
         embedder=config.model,
-        bm25=config.candidates != "dense",
+        bm25=config.candidates in ("bm25", "fused"),
         batch_size=config.batch_size,
-        vector_precision="float32",
     )
     return RetrieverSearch(options, reranker, config.depth)
 

@@ -33,9 +33,10 @@ class MtebConfig(EmbedderOptions):
         "The same of a reranker. Alone it orders the documents that a reranking task lists; with a model or candidates "
         "what they find in the corpus.", min_length=1
     )  # fmt: skip
-    candidates: Literal["bm25", "dense", "fused"] | None = key(
-        "How the corpus of a retrieval task is searched: by words, vectors, or both (fused), in an index of ours. "
-        "Default dense with a model and a reranker; absent with one of them, which then is MTEB's to call.",
+    candidates: Literal["bm25", "dense", "lexical", "multi_vector", "fused"] | None = key(
+        "How the corpus of a retrieval task is searched, in an index of ours: by words, by dense vectors, lexical "
+        "weights or token vectors of the model, or by words and dense vectors (fused). Default dense with a model and "
+        "a reranker; absent with one of them, which then is MTEB's to call.",
         derive=lambda config: "dense" if config.model and config.reranker else None,
     )
     depth: int = key("Documents of a query that are reranked.", 100, only=RERANKED, ge=1)
@@ -61,5 +62,5 @@ class MtebConfig(EmbedderOptions):
     add_eos_token: bool | None = key("The same.", only=TOKENIZER)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.model is None and (self.candidates in ("dense", "fused") or self.reranker is self.candidates is None):
+        if self.model is None and (self.candidates not in (None, "bm25") or self.reranker is self.candidates is None):
             yield "model", "is missing; give an embedding model, a reranker, or candidates bm25"

@@ -1,1 +1,1 @@
-"""An HTTP server that answers the rerank requests of Cohere, Jina and text-embeddings-inference clients."""
+"""An HTTP server for rerankers, embedders and indexes that speaks as the services speak whose clients people have."""

@@ -5,6 +5,9 @@ Requests take turns. In one turn a request gives at most a quarter of a batch, a
 line. So a request of a thousand documents cannot hold up one of ten, and requests that fit into a quarter of a
 batch are served in the order in which they came.
 
+There are two lines. What goes `first`, such as the query for which a person waits, is in the very next batch. Besides,
+that batch has at most a quarter of the others' items: it is short, and they move on all the same.
+
 An item is anything whose length is its tokens; what the model gives for it may be of any kind.
 """
 
@@ -25,10 +28,11 @@ Compute = Callable[[list[Any]], Sequence[Any]]
 
 @dataclass(eq=False)
 class _Job:
-    """The items of a request. taken, done: items that went into batches, and items that have results. tokens: of the
-    items that are not taken."""
+    """The items of a request. first: in which line it waits. taken, done: items that went into batches, and items that
+    have results. tokens: of the items that are not taken."""
 
     items: Sequence[Sized]
+    first: bool
     future: "Future[list[Any]]" = field(default_factory=Future)
     taken: int = 0
     done: int = 0
@@ -78,14 +82,15 @@ class _Part:
 
 class Batcher:
     """compute: items to their results, in their order; called from one thread, that of this object.
-    batch_tokens: the most tokens of one call, unless a single item has more; may be changed at any time.
+    batch_tokens: the most tokens of one call, unless the first item of a line has more; may be changed at any time.
     on_batch: called after each batch with the number of its items, its tokens and its seconds."""
 
     def __init__(self, compute: Compute, batch_tokens: int, on_batch: Callable[[int, int, float], None]):
         self._compute = compute
         self.batch_tokens = batch_tokens
         self._on_batch = on_batch
-        self._waiting: deque[_Job] = deque()
+        self._first: deque[_Job] = deque()
+        self._others: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._computed_tokens = 0.0
@@ -93,16 +98,16 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="serve-batches", daemon=True)
         self._thread.start()
 
-    def submit(self, items: Sequence[Sized]) -> "Future[list[Any]]":
+    def submit(self, items: Sequence[Sized], first: bool = False) -> "Future[list[Any]]":
         """The results to come, one for each item. Cancel the future, and what was not computed yet is left out."""
-        job = _Job(items)
+        job = _Job(items, first)
         if not items:
             job.finish([])
             return job.future
         with self._changed:
             if self._closing:
                 raise RuntimeError("the batcher is closed")
-            self._waiting.append(job)
+            self._line(job).append(job)
             self._changed.notify()
         job.future.add_done_callback(lambda _: self._forget(job))
         return job.future
@@ -114,14 +119,17 @@ class Batcher:
     def waiting_items(self) -> int:
         """Items that are in no batch yet."""
         with self._changed:
-            return sum(len(job.items) - job.taken for job in self._waiting)
+            return sum(len(job.items) - job.taken for job in (*self._first, *self._others))
 
-    def expected_seconds(self, tokens: int | None = None) -> float:
+    def expected_seconds(self, tokens: int | None = None, first: bool = False) -> float:
         """How long a request of so many tokens waits for others while it takes its turns; None: for its first turn.
         At the speed of the last batches; 0 before the first."""
         tokens = self.batch_tokens // TURNS if tokens is None else tokens
         with self._changed:
-            before = sum(min(job.tokens, tokens) for job in self._waiting)
+            if first:
+                before = sum(min(job.tokens, tokens) for job in self._first)
+            else:
+                before = sum(job.tokens for job in self._first) + sum(min(job.tokens, tokens) for job in self._others)
             return before * self._busy_seconds / max(self._computed_tokens, 1)
 
     def __enter__(self) -> "Batcher":
@@ -140,30 +148,41 @@ class Batcher:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._first or self._others or self._closing)
+                if not self._first and not self._others:
                     return
                 parts = self._take()
             self._compute_parts(parts)
 
+    def _line(self, job: _Job) -> deque[_Job]:
+        return self._first if job.first else self._others
+
     def _forget(self, job: _Job) -> None:
         """Drop what waits of a job that is done: its client has gone, or another part of it failed."""
         with self._changed, suppress(ValueError):  # it is not in the line
-            self._waiting.remove(job)
+            self._line(job).remove(job)
 
     def _take(self) -> list[_Part]:
-        """The next batch, from the head of the line."""
+        """The next batch."""
+        turn = self.batch_tokens // TURNS
+        if not self._first:
+            return self._take_from(self._others, self.batch_tokens)
+        first = self._take_from(self._first, self.batch_tokens - turn if self._others else self.batch_tokens)
+        return first + self._take_from(self._others, turn)
+
+    def _take_from(self, line: deque[_Job], room: int) -> list[_Part]:
+        """From the head of a line, at most `room` tokens, at least an item where there is one."""
         parts: list[_Part] = []
-        turn, room = self.batch_tokens // TURNS, self.batch_tokens
-        while self._waiting and (not parts or self._waiting[0].next_tokens <= room):
-            job = self._waiting.popleft()
+        turn = self.batch_tokens // TURNS
+        while line and (not parts or line[0].next_tokens <= room):
+            job = line.popleft()
             parts.append(job.take(min(room, turn)))
             turn_was_whole = room >= turn
             room -= parts[-1].tokens
             if job.tokens and turn_was_whole:
-                self._waiting.append(job)
+                line.append(job)
             elif job.tokens:  # it stays first in line, else a small request could lose its place
-                self._waiting.appendleft(job)
+                line.appendleft(job)
         return parts
 
     def _compute_parts(self, parts: list[_Part]) -> None:

@@ -7,28 +7,40 @@ from a file (`token_file`) or from the environment (`RAG_RETRIEVAL_SERVE_TOKEN`)
 from collections.abc import Iterator
 from typing import ClassVar
 
-from pydantic import Field
-
-from rag_retrieval.core.config import FileOrFolder, ModelName, key
-from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
+from rag_retrieval.core.config import FileOrFolder, FolderPath, ModelName, Only, key
+from rag_retrieval.models.options import EmbedderOptions, LongDocumentOptions, ModelOptions, OpeningOptions
 
 TOKEN_VARIABLE = "RAG_RETRIEVAL_SERVE_TOKEN"
+RERANKER = Only("servers with model", lambda config: config.model is not None)
+EMBEDDER = Only("servers with embedder", lambda config: config.embedder is not None)
+EITHER = Only("servers with model or embedder", lambda config: config.model or config.embedder)
 
 
 class ServeConfig(ModelOptions, LongDocumentOptions):
     """One server."""
 
-    main_keys: ClassVar = ("model", "host", "port", "token_file", "long_document")
+    main_keys: ClassVar = ("model", "embedder", "index", "host", "port")
     groups: ClassVar = {
         "long_document": "Long documents",
-        "model_type": "Model",
-        "model": "Model",
+        "device": "Opening the models",
+        "model": "Models",
         "host": "Address",
         "batch_tokens": "Limits",
     }
 
-    model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the reranker.")
-    name: str | None = key("What answers call it. Absent: the folder's name.", min_length=1)
+    only_for: ClassVar = (
+        dict.fromkeys(ModelOptions.model_fields.keys() | LongDocumentOptions.model_fields.keys(), RERANKER)
+        | dict.fromkeys((*OpeningOptions.model_fields, "model_type"), EITHER)
+        | {"device": None, "trust_remote_code": None}
+    )
+
+    model: ModelName | None = key("Folder, hub name, or package:NAME of a reranker.", min_length=1)
+    embedder: ModelName | None = key("Folder, hub name, or package:NAME of an embedder.", min_length=1)
+    index: FolderPath | None = key("Folder that rag-retrieval index wrote, to search in.", min_length=1)
+    name: str | None = key("What answers call the reranker. Absent: its folder's name.", only=RERANKER, min_length=1)
+    embedder_name: str | None = key(
+        "What answers call the embedder. Absent: its folder's name.", only=EMBEDDER, min_length=1
+    )
     host: str = key(
         "Address to listen on. The default is seen from this machine alone; 0.0.0.0 is seen from everywhere: set a "
         "token then.",
@@ -42,20 +54,22 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
         min_length=1,
     )
     batch_tokens: int | None = key(
-        "Tokens, over the pairs of all requests, that are scored together at most. What comes in meanwhile waits for "
-        "them. Absent: as many as are scored in 0.2 s, measured at the start.",
+        "Tokens, over the texts of all requests, that a model computes together at most. What comes in meanwhile waits "
+        "for them. Absent: as many as it computes in 0.2 s, measured at the start.",
         ge=16,
     )
-    max_documents: int = key("Documents of a request; more are refused with 422.", 1000, ge=1)
+    max_documents: int = key("Documents or texts of a request; more are refused with 422.", 1000, ge=1)
     max_characters: int = key(
-        "Characters of a query or of a document; a longer one is refused with 422.", 100_000, ge=1
+        "Characters of a query, document or text; a longer one is refused with 422.", 100_000, ge=1
     )
     max_body_bytes: int = key("Bytes of a request's body; more are refused with 413.", 4_194_304, ge=1)
     queue_requests: int = key(
         "Requests inside, from their first byte to their answer; more are refused with 429.", 256, ge=1
     )
     queue_pairs: int = key(
-        "Documents of all requests inside, at least max_documents; more are refused with 429.", 4096, ge=1
+        "Documents, texts and queries of all requests inside, at least max_documents; more are refused with 429.",
+        4096,
+        ge=1,
     )
     timeout: float = key(
         "Seconds from a request's first byte to its answer; later it is dropped with 504. New ones are refused with "
@@ -65,7 +79,16 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
         le=86_400,
     )
 
+    def embedder_options(self) -> EmbedderOptions:
+        """What the options for opening a model say for the embedder."""
+        model_type = self.model_type if self.model_type in ("onnx", "openvino") else None
+        return EmbedderOptions(
+            **{name: getattr(self, name) for name in OpeningOptions.model_fields}, model_type=model_type
+        )
+
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.model is None and self.embedder is None and self.index is None:
+            yield "model", "is missing; give model (a reranker), embedder, index, or several of them"
         if self.queue_pairs < self.max_documents:
             yield (
                 "queue_pairs",

@@ -7,7 +7,7 @@ import asyncio
 import hmac
 import math
 import os
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
+from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import TOKEN_VARIABLE
 
 Result = TypeVar("Result")
@@ -39,7 +40,7 @@ DRAIN_SECONDS = 5
 LONGEST_RETRY = 60  # seconds
 LONGEST_WAIT = 0.5  # of the time-out: a request that would end by it is better refused than computed in vain
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-PAIRS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class RequestError(Exception):
@@ -52,19 +53,22 @@ class RequestError(Exception):
         self.retry_after = retry_after
 
 
-def error_body(status: int, message: str, request_id: str) -> dict[str, str]:
+def error_body(status: int, message: str, request_id: str) -> dict[str, Any]:
     """`message` and `error` are the same text: clients of Cohere show the first, those of text-embeddings-inference
     the second."""
     return {"message": message, "error": message, "error_type": ERROR_TYPES[status], "id": request_id}
 
 
-def error_response(error: RequestError, request_id: str) -> JSONResponse:
+def error_response(
+    error: RequestError, request_id: str, body_of: Callable[[int, str, str], dict[str, Any]]
+) -> JSONResponse:
+    """body_of: as `error_body`."""
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(error.status, error.message, request_id), error.status, headers)
+    return JSONResponse(body_of(error.status, error.message, request_id), error.status, headers)
 
 
 # ---- the token ------------------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result], d
             return task.result()
         if gone.done():
             raise ClientDisconnect
-        raise RequestError(504, "no scores in time; the server is busy or the request is large: try again or send less")
+        raise RequestError(504, "no answer in time; the server is busy or the request is large: try again or send less")
     finally:
         task.cancel()
         gone.cancel()
@@ -176,26 +180,25 @@ class Admission:
     """Bounds on requests, documents and the wait; nothing is admitted while the server stops.
 
     A request is counted before its body is read, so that the bodies in memory are bounded too. requests, documents:
-    inside at present. expected_seconds: how long a new request waits for its turn. timeout: seconds.
+    inside at present. timeout: seconds.
     """
 
-    def __init__(self, max_requests: int, max_documents: int, timeout: float, expected_seconds: Callable[[], float]):
+    def __init__(self, max_requests: int, max_documents: int, timeout: float):
         self.max_requests = max_requests
         self.max_documents = max_documents
         self.longest_wait = LONGEST_WAIT * timeout
-        self.expected_seconds = expected_seconds
         self.requests = 0
         self.documents = 0
         self.stopping = False
 
     @contextmanager
-    def admit_request(self) -> Iterator[None]:
-        """Raises RequestError with 503 or 429."""
+    def admit_request(self, expected_seconds: float) -> Iterator[None]:
+        """expected_seconds: until its turn. Raises RequestError with 503 or 429."""
         if self.stopping:
             raise RequestError(503, "the server is stopping; ask another one", retry_after=1)
-        self.check_wait(self.expected_seconds())
+        self.check_wait(expected_seconds)
         if self.requests >= self.max_requests:
-            raise self._full(self.expected_seconds())
+            raise self._full(expected_seconds)
         self.requests += 1
         try:
             yield
@@ -206,7 +209,7 @@ class Admission:
     def admit_documents(self, count: int) -> Iterator[None]:
         """Raises RequestError with 429."""
         if self.documents + count > self.max_documents:
-            raise self._full(self.expected_seconds())
+            raise self._full(0)
         self.documents += count
         try:
             yield
@@ -228,7 +231,8 @@ class Admission:
 
 
 class ServerMetrics:
-    """The series of one server, for Prometheus, in a separate registry.
+    """The series of one server, for Prometheus, in a separate registry. model: "reranker" or "embedder"; its items are
+    pairs or texts.
 
     An unknown path is counted as `other`: else a client could make any number of series.
     """
@@ -236,25 +240,32 @@ class ServerMetrics:
     def __init__(self):
         self.registry = CollectorRegistry()
         common = {"namespace": "rag_retrieval", "registry": self.registry}
+        of_model = {"labelnames": ("model",), **common}
         self.requests = Counter("requests", "Requests by path and status.", ("path", "status"), **common)
         self.request_seconds = Histogram(
-            "request_seconds", "From a rerank request's first byte to its answer.", buckets=SECONDS, **common
+            "request_seconds", "From a request's first byte to its answer.", ("path",), buckets=SECONDS, **common
         )
-        self.pairs = Counter("pairs", "Pairs scored.", **common)
-        self.tokens = Counter("tokens", "Tokens scored.", **common)
-        self.truncated = Counter("truncated_pairs", "Documents that were not read whole.", **common)
-        self.batch_pairs = Histogram("batch_pairs", "Pairs scored together.", buckets=PAIRS, **common)
-        self.batch_seconds = Histogram("batch_seconds", "Time of one batch.", buckets=SECONDS, **common)
+        self.items = Counter("items", "Pairs or texts computed.", **of_model)
+        self.tokens = Counter("tokens", "Tokens computed.", **of_model)
+        self.truncated = Counter("truncated_texts", "Texts that were not read whole.", **of_model)
+        self.batch_items = Histogram("batch_items", "Pairs or texts computed together.", buckets=ITEMS, **of_model)
+        self.batch_seconds = Histogram("batch_seconds", "Time of one batch.", buckets=SECONDS, **of_model)
         self.requests_inside = Gauge("requests_inside", "Requests that were taken and not answered.", **common)
-        self.queue_pairs = Gauge("queue_pairs", "Pairs that wait for a batch.", **common)
+        self.queue_items = Gauge("queue_items", "Pairs or texts that wait for a batch.", **of_model)
 
-    def watch(self, requests_inside: Callable[[], int], queue_pairs: Callable[[], int]) -> None:
-        """Where the two gauges are read from."""
+    def watch(self, requests_inside: Callable[[], int], batchers: Mapping[str, Batcher]) -> None:
+        """Where the gauges are read from. batchers: by model."""
         self.requests_inside.set_function(requests_inside)
-        self.queue_pairs.set_function(queue_pairs)
+        for model, batcher in batchers.items():
+            self.queue_items.labels(model).set_function(batcher.waiting_items)
 
-    def count_batch(self, pairs: int, tokens: int, seconds: float) -> None:
-        self.pairs.inc(pairs)
-        self.tokens.inc(tokens)
-        self.batch_pairs.observe(pairs)
-        self.batch_seconds.observe(seconds)
+    def batch_counter(self, model: str) -> Callable[[int, int, float], None]:
+        """What a Batcher calls after each batch."""
+
+        def count(items: int, tokens: int, seconds: float) -> None:
+            self.items.labels(model).inc(items)
+            self.tokens.labels(model).inc(tokens)
+            self.batch_items.labels(model).observe(items)
+            self.batch_seconds.labels(model).observe(seconds)
+
+        return count

@@ -1,26 +1,32 @@
 """What the server needs of a reranker: texts to tokens in pieces, tokens to scores, scores to documents.
 
-`encode` may be called from several threads at once, `score` from one alone. A document without text is not read by the
-model; equal documents of a request are computed once.
+`RerankModel.encode` may be called from several threads at once, `score` from one alone. A document without text is not
+read by the model; equal documents of a request are computed once.
 """
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
 
 import numpy as np
+from starlette.responses import JSONResponse, Response
 
-from rag_retrieval.infer.backend import Backend
+from rag_retrieval.infer.backend import Backend, open_backend
 from rag_retrieval.infer.long_documents import EncodedDocument, PassageEncoder, document_tokens
 from rag_retrieval.infer.results import ScoreType, shown_scores
 from rag_retrieval.models.options import OVERLAP
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.serve.batching import Batcher
-from rag_retrieval.serve.http import RequestError
-from rag_retrieval.serve.schemas import RerankTask
+from rag_retrieval.serve.config import ServeConfig
+from rag_retrieval.serve.endpoints import Endpoint, Work, pieces_of
+from rag_retrieval.serve.http import RequestError, ServerMetrics
+from rag_retrieval.serve.schemas import RerankTask, document_answer, limited_request, parse_request, text_answer
 
+RERANKER = "reranker"  # in /health, /info and the metrics
 FORWARD_PAIRS = 256  # of one forward at most; the backend bounds it by tokens besides
-PIECE_CHARACTERS = 50_000  # tokenized at a time: some 20 ms, for which other requests wait
 BATCH_SECONDS = 0.2  # of a batch: what comes in meanwhile waits for it
 LEAST_TOKENS, MOST_TOKENS = 512, 65_536  # of a batch that was measured
 
@@ -52,19 +58,20 @@ class RerankModel:
         """Of what is shown where no logits are asked for."""
         return shown_scores(np.empty(0, np.float32), self.backend.calibration, normalize=True)[1]
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """For /info."""
+        return {
+            "model_type": {"reranker": {}},
+            "max_input_length": self.backend.pair_encoder.max_length,
+            "auto_truncate": True,
+            "long_document": self.encoder.long_document,
+            "score_type": self.score_type,
+        }
+
     def pieces(self, task: RerankTask) -> Iterator[list[str]]:
-        """The distinct documents with a text, in lists of at most PIECE_CHARACTERS, or of one longer document."""
-        piece, characters = [], 0
-        for text in dict.fromkeys(task.documents):
-            if not text.strip():
-                continue
-            if piece and characters + len(text) > PIECE_CHARACTERS:
-                yield piece
-                piece, characters = [], 0
-            piece.append(text)
-            characters += len(text)
-        if piece:
-            yield piece
+        """The distinct documents with a text."""
+        return pieces_of(text for text in dict.fromkeys(task.documents) if text.strip())
 
     def encode(self, task: RerankTask, texts: list[str], encoded: EncodedTask) -> None:
         """Adds a piece to `encoded`. Raises RequestError where a text is too long and the request forbids to cut it."""
@@ -100,7 +107,55 @@ class RerankModel:
         return shown_scores(logits, self.backend.calibration, normalize=not raw)
 
 
+class RerankEndpoint(Endpoint):
+    """The rerank requests of Cohere, Jina, vLLM and text-embeddings-inference: the keys of a request decide how it is
+    answered."""
+
+    paths = ("/rerank", "/v1/rerank", "/v2/rerank")
+
+    def __init__(self, config: ServeConfig, model: RerankModel, batcher: Batcher, metrics: ServerMetrics):
+        self.model = model
+        self.batcher = batcher
+        self.batchers = (batcher,)
+        self.truncated = metrics.truncated.labels(RERANKER)
+        self.schema, self.max_characters = limited_request(config.max_documents), config.max_characters
+
+    def parse(self, body: bytes, path: str) -> RerankTask:
+        return parse_request(body, self.schema, self.max_characters)
+
+    def size(self, task: RerankTask) -> int:
+        return len(task.documents)
+
+    async def answer(self, task: RerankTask, work: Work) -> Response:
+        encoded = EncodedTask()
+        await work.encode(self.model.pieces(task), lambda texts: self.model.encode(task, texts, encoded))
+        pairs = encoded.pairs
+        logits = self.model.logits(task, encoded, await work.compute(self.batcher, pairs))
+        shown, score_type = self.model.shown(logits, task.raw_scores)
+        truncated = [position for position, text in enumerate(task.documents) if text in encoded.truncated]
+        self.truncated.inc(len(truncated))
+        if task.as_texts:
+            answer = text_answer(task, logits, shown)
+        else:
+            tokens = sum(map(len, pairs))
+            answer = document_answer(task, logits, shown, score_type, tokens, truncated, self.model.name, work.id)
+        return JSONResponse(answer, headers={"X-Score-Type": score_type})
+
+
 # ---- before the server listens --------------------------------------------------------------------------
+
+
+@contextmanager
+def opened_reranker(config: ServeConfig, metrics: ServerMetrics) -> Iterator[tuple[RerankModel, Batcher]]:
+    """The model of `--model` and its batcher, warmed up. Raises what opening and scoring raise."""
+    backend = open_backend(config.model, config.model_options())
+    try:
+        model = RerankModel(config.name or PurePath(config.model).name, backend, config.long_document, config.overlap)
+        with Batcher(model.score, MOST_TOKENS, metrics.batch_counter(RERANKER)) as batcher:
+            warm_up(model, batcher, config.batch_tokens)
+            yield model, batcher
+    finally:
+        backend.close()
 
 
 def warm_up(model: RerankModel, batcher: Batcher, batch_tokens: int | None) -> None:

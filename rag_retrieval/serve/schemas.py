@@ -1,4 +1,4 @@
-"""The requests that clients send, and the answers that they wait for.
+"""The rerank requests that clients send, and the answers that they wait for.
 
 `documents` asks as clients of Cohere, Jina and vLLM do, `texts` as those of text-embeddings-inference; each gets the
 answer of its kind. Every key is honoured in both or refused: ignoring one would silently change the
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, FailFast, Field, create_model
 from typing_extensions import TypeAliasType
 
 from rag_retrieval.infer.results import ScoreType, best_first
+from rag_retrieval.serve.endpoints import check_characters, parse_json
 from rag_retrieval.serve.http import RequestError
-
-MOST_ERRORS = 100  # of a request that are looked at
 
 
 class TextObject(BaseModel):
@@ -89,23 +88,15 @@ class RerankTask:
 
 
 def parse_request(body: bytes, schema: type[RerankRequest], max_characters: int) -> RerankTask:
-    """schema: of `limited_request`. Raises RequestError: 400 for what is no JSON, 422 for a field, named with its
-    position, that is not as expected."""
-    if body.count(b"[") + body.count(b"{") > 1000 + len(body) // 10:  # no text has so many of them
-        raise RequestError(422, "the body: too many lists and objects; documents are strings")
-    try:
-        request = schema.model_validate_json(body)
-    except ValidationError as error:
-        raise refusal(error) from error
+    """schema: of `limited_request`. Raises RequestError as `parse_json`."""
+    request = parse_json(body, schema, ("query", "documents", "texts"))
     given = [name for name in ("documents", "texts") if getattr(request, name) is not None]
     if len(given) != 1:
         raise RequestError(422, f"expected either documents or texts, found {'both' if given else 'neither'}")
     name = given[0]
     query, documents = text_of(request.query), [text_of(text) for text in getattr(request, name)]
-    for place, text in (("query", query), *((f"{name}[{at}]", text) for at, text in enumerate(documents))):
-        if len(text) > max_characters:
-            count = f"found {len(text)} characters, at most {max_characters}"
-            raise RequestError(422, f"{place}: {count} are taken; cut it")
+    placed = ((f"{name}[{at}]", text) for at, text in enumerate(documents))
+    check_characters((("query", query), *placed), max_characters)
     return RerankTask(
         query,
         documents,
@@ -125,27 +116,6 @@ def text_of(text: Text) -> str:
 def any_is(value: bool, *given: bool | None) -> bool:
     """Several services name one thing differently."""
     return any(flag is value for flag in given)
-
-
-def refusal(error: ValidationError) -> RequestError:
-    """From the first problem that pydantic names. The values themselves may be huge, so they are not shown."""
-    if error.error_count() > MOST_ERRORS:
-        return RequestError(422, f"{error.error_count()} keys or values are not as expected; see docs/serve.md")
-    problem = error.errors(include_url=False, include_input=False)[0]
-    kind, place = problem["type"], problem["loc"]
-    if kind == "json_invalid":
-        return RequestError(400, f"the body is no JSON: {problem['msg']}")
-    if not place:
-        return RequestError(422, 'the body: expected an object such as {"query": "...", "documents": ["..."]}')
-    position = next((f"[{part}]" for part in place if isinstance(part, int)), "")
-    name = f"{place[0]!s:.100}{position}"
-    if kind == "extra_forbidden":
-        return RequestError(422, f"{name}: this server does not know the key; leave it out")
-    if kind == "too_long":
-        return RequestError(422, f"{name}: at most {problem['ctx']['max_length']} are taken; send them in parts")
-    if place[0] in ("query", "documents", "texts") and (position or place[0] == "query"):
-        return RequestError(422, f'{name}: expected a string or an object with "text"')
-    return RequestError(422, f"{name}: {problem['msg'].replace('Input should be', 'expected')}")
 
 
 # ---- answers --------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ import math
 import resource
 import socket
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from ipaddress import ip_address
-from pathlib import PurePath
 from types import FrameType
 from typing import ClassVar
 
@@ -23,12 +24,11 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rag_retrieval.infer.backend import Backend, open_backend
-from rag_retrieval.serve.app import RerankService
-from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.app import Service
 from rag_retrieval.serve.config import TOKEN_VARIABLE, ServeConfig
+from rag_retrieval.serve.endpoints import Endpoint, ServedModel
 from rag_retrieval.serve.http import Admission, ServerMetrics, error_body, read_token
-from rag_retrieval.serve.reranking import MOST_TOKENS, RerankModel, warm_up
+from rag_retrieval.serve.reranking import RERANKER, RerankEndpoint, opened_reranker
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays open: longer than those of clients' pools, which are 5 to 15
 HEADER_SECONDS = 10  # from a connection's or a request's first byte to the end of its headers
@@ -46,31 +46,35 @@ def serve(config: ServeConfig) -> int:
     """The exit code: 0 when a signal has stopped the server. Raises ValueError and OSError for a wrong token, port or
     model.
 
-    A wrong token or port is an error before the model is loaded, and the port listens after the model has scored its
-    first pairs: a server that can be reached is ready.
+    A wrong token or port is an error before a model is loaded, and the port listens after the models have computed
+    their first batches: a server that can be reached is ready.
     """
     token = read_token(config.token_file)
     with bound_socket(config.host, config.port) as opened:
         if token is None and not ip_address(opened.getsockname()[0]).is_loopback:
             log.warning("other machines see %s, and no token is asked for: set %s", config.host, TOKEN_VARIABLE)
-        backend = open_backend(config.model, config.model_options())
-        try:
-            serve_backend(config, backend, token, opened)
-        finally:
-            backend.close()
+        with opened_service(config, token) as service:
+            run_server(service.app, service.admission, opened, config.timeout)
     return 0
 
 
-def serve_backend(config: ServeConfig, backend: Backend, token: bytes | None, opened: socket.socket) -> None:
-    """Returns when a signal has stopped the server."""
-    model = RerankModel(config.name or PurePath(config.model).name, backend, config.long_document, config.overlap)
+@contextmanager
+def opened_service(config: ServeConfig, token: bytes | None) -> Iterator[Service]:
+    """With the models that the configuration names, warmed up."""
     metrics = ServerMetrics()
-    with Batcher(model.score, MOST_TOKENS, metrics.count_batch) as batcher:
-        warm_up(model, batcher, config.batch_tokens)
-        log.info("%s is loaded; batches of %s tokens", model.name, f"{batcher.batch_tokens:,}")
-        service = RerankService(config, model, batcher, metrics, token)
-        run_server(service.app, service.admission, opened, config.timeout)
-        service.close()
+    models: dict[str, ServedModel] = {}
+    endpoints: list[Endpoint] = []
+    with ExitStack() as stack:
+        if config.model is not None:
+            model, batcher = stack.enter_context(opened_reranker(config, metrics))
+            models[RERANKER] = ServedModel(model.name, batcher, model.info)
+            endpoints.append(RerankEndpoint(config, model, batcher, metrics))
+        for role, served in models.items():
+            tokens = f"; batches of {served.batcher.batch_tokens:,} tokens" if served.batcher is not None else ""
+            log.info("%s %s is loaded%s", role, served.name, tokens)
+        service = Service(config, models, endpoints, metrics, token)
+        stack.callback(service.close)
+        yield service
 
 
 # ---- connections ----------------------------------------------------------------------------------------

@@ -281,3 +281,19 @@ def test_a_reranker_by_token_vectors_is_said_to_be_one(model_folders, base_folde
     folders = {"late-interaction": tmp_path / "colbert", "cross-encoder": model_folders["bert"]}
     for kind, folder in folders.items():
         assert RerankerCrossEncoder(folder).mteb_model_meta.model_type == [kind]
+
+
+@pytest.mark.parametrize("kind", ["lexical", "multi_vector"])
+def test_the_command_searches_by_lexical_weights_and_token_vectors(kind, base_folders, tmp_path, capsys):
+    model = EmbeddingModel.from_pretrained(base_folders["bert"], representations=["dense", "lexical", "multi_vector"])
+    model.save_pretrained(tmp_path / "all" / "model")
+    options = ("--model", tmp_path / "all" / "model", "--tasks", "integrations.mteb_tasks:LocalRetrieval")
+    code, printed, _ = run(capsys, *options, "--candidates", kind, "--output_folder", tmp_path / kind)
+    embedder = Embedder(tmp_path / "all" / "model", device="cpu")
+    pairs = [(query, document) for query in QUERIES.values() for document in DOCUMENTS.values()]
+    scores = iter(getattr(embedder.compute_score(pairs), kind).tolist())
+    scored = {query: {document: next(scores) for document in DOCUMENTS} for query in QUERIES}
+    # without a common token a document is not found
+    ranked = {query: {document: score for document, score in of.items() if score} for query, of in scored.items()}
+    own = run_metrics(QRELS, ranked, ["ndcg@10"])["ndcg@10"]
+    assert code == 0 and float(printed.split("ndcg_at_10 ")[1].split()[0]) == pytest.approx(own, abs=5.1e-6)

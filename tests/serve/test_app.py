@@ -85,7 +85,7 @@ def test_equal_texts_are_computed_once_and_keep_the_order_of_the_request(backend
     with running_service(numbered) as service:
         results = ask(service, json={"query": QUERY, "texts": ["same", "", "same", "other", "", "same"]}).json()
     assert [entry["index"] for entry in results] == [3, 0, 2, 5, 1, 4]
-    assert metric(service, "pairs_total") == 2
+    assert metric(service, "items_total", model="reranker") == 2
 
 
 def test_the_order_is_that_of_the_logits_also_where_probabilities_are_equal(backend):
@@ -122,7 +122,7 @@ def test_documents_that_were_cut_are_named(service):
     assert response.json()["meta"]["warnings"] == [
         "1 of 2 documents were too long and were cut, the first of them documents[1]"
     ]
-    assert metric(service, "truncated_pairs_total") == 1
+    assert metric(service, "truncated_texts_total", model="reranker") == 1
 
 
 def test_concurrent_requests_get_their_own_scores(service, backend):
@@ -140,7 +140,8 @@ def test_concurrent_requests_get_their_own_scores(service, backend):
         alone = [float(backend.scorer.compute_score([[query, text]])) for text in texts]
         answered = {entry["index"]: entry["score"] for entry in response.json()}
         assert [answered[place] for place in range(len(texts))] == pytest.approx(alone, abs=1e-5)
-    assert metric(service, "batch_pairs_count") < metric(service, "pairs_total") == sum(sizes)
+    batches = metric(service, "batch_items_count", model="reranker")
+    assert batches < metric(service, "items_total", model="reranker") == sum(sizes)
 
 
 def test_an_error_has_one_body_on_every_way(service):
@@ -195,7 +196,7 @@ def test_the_rest_of_a_refused_body_is_read_only_so_far(backend):
 def test_small_requests_are_not_stuck_behind_large_ones_that_are_tokenized(backend, monkeypatch):
     """A large request is tokenized piece by piece; the gate stands before its second piece."""
     with running_service(backend, max_characters=60_000) as service:
-        encode, gate, pieces = service.model.encode, threading.Event(), []
+        encode, gate, pieces = service.endpoints[0].model.encode, threading.Event(), []
 
         def gated(task, texts, encoded):
             if task.query == "large":
@@ -204,7 +205,7 @@ def test_small_requests_are_not_stuck_behind_large_ones_that_are_tokenized(backe
                     assert gate.wait(60)
             return encode(task, texts, encoded)
 
-        monkeypatch.setattr(service.model, "encode", gated)
+        monkeypatch.setattr(service.endpoints[0].model, "encode", gated)
 
         async def ask_all():
             async with client_of(service, timeout=60) as client:
@@ -212,22 +213,20 @@ def test_small_requests_are_not_stuck_behind_large_ones_that_are_tokenized(backe
                 tasks = [asyncio.create_task(client.post("/rerank", json=large)) for _ in range(2)]
                 while len(pieces) < 5:
                     await asyncio.sleep(0.001)
-                waiting = sum(service.pieces.left.values())
                 answered = await client.post("/rerank", json=TWO_TEXTS)
                 done_before = len(pieces)
                 gate.set()
-                return answered, waiting, done_before, await asyncio.gather(*tasks)
+                return answered, done_before, await asyncio.gather(*tasks)
 
-        answered, waiting, done_before, large = asyncio.run(ask_all())
+        answered, done_before, large = asyncio.run(ask_all())
         assert answered.status_code == 200 and done_before < 16
-        assert waiting > 100_000 and service.pieces.left == {}
         assert [response.status_code for response in large] == [200, 200] and sum(pieces) == 16
 
 
 def test_a_request_that_is_over_is_not_tokenized_to_its_end(backend, monkeypatch):
     """Its time ends while the third piece is tokenized."""
     with running_service(backend, timeout=600) as service:
-        encode, pieces, third, gate = service.model.encode, [], threading.Event(), threading.Event()
+        encode, pieces, third, gate = service.endpoints[0].model.encode, [], threading.Event(), threading.Event()
 
         def held(task, texts, encoded):
             pieces.append(len(texts))
@@ -236,7 +235,7 @@ def test_a_request_that_is_over_is_not_tokenized_to_its_end(backend, monkeypatch
                 assert gate.wait(60)
             return encode(task, texts, encoded)
 
-        monkeypatch.setattr(service.model, "encode", held)
+        monkeypatch.setattr(service.endpoints[0].model, "encode", held)
         body = {"query": QUERY, "texts": [f"{number}" + " a" * 30_000 for number in range(40)]}
 
         async def time_ends() -> httpx.Response:
@@ -247,26 +246,23 @@ def test_a_request_that_is_over_is_not_tokenized_to_its_end(backend, monkeypatch
                 return await request
 
         assert asyncio.run(time_ends()).status_code == 504
-        assert service.pieces.left == {}
         gate.set()
         assert ask(service, json=TWO_TEXTS).status_code == 200
         assert len(pieces) == 4, "three of the first request and one of the second"
 
 
-def test_text_that_waits_to_be_tokenized_counts_towards_the_wait_for_a_turn(service):
+def test_text_that_waits_to_be_tokenized_counts_towards_the_wait_for_a_turn(service, monkeypatch):
     service.admission.longest_wait = 15
-    service.pieces._seconds_per_character = 1e-3
-    service.pieces.left["large"] = 10_000_000  # it gives way after a piece of 50,000
-    assert service.pieces.expected_seconds() == 50_000 * 1e-3 / 2
+    monkeypatch.setattr(service.texts, "expected_seconds", lambda: 25)
     response = ask(service, json=TWO_TEXTS)
     assert response.status_code == 429 and response.headers["Retry-After"] == "25"
-    service.pieces.left["large"] = 1000
+    monkeypatch.undo()
     assert ask(service, json=TWO_TEXTS).status_code == 200
 
 
 def test_a_large_request_is_refused_where_a_small_one_would_be_served_in_time(service, monkeypatch):
     """By its own tokens: what others have of them is computed while it takes its turns."""
-    monkeypatch.setattr(service.batcher, "expected_seconds", lambda tokens=1: tokens * 20)
+    monkeypatch.setattr(service.batchers["reranker"], "expected_seconds", lambda tokens=1, first=False: tokens * 20)
     assert ask(service, json={"query": QUERY, "texts": ["Paris"]}).status_code == 200
     large = ask(service, json={"query": QUERY, "texts": [f"{number} Paris" for number in range(20)]})
     assert large.status_code == 429 and int(large.headers["Retry-After"]) > 15
@@ -305,7 +301,7 @@ def test_a_token_is_asked_for_everywhere_but_for_health(backend):
         let_in = {"Authorization": "Bearer secret"}
         assert ask(service, json=TWO_TEXTS, headers=let_in).status_code == 200
         assert ask(service, "/metrics", "GET", headers=let_in).status_code == 200
-        assert ask(service, "/health", "GET").json() == {"status": "ok", "model": "tiny"}
+        assert ask(service, "/health", "GET").json() == {"status": "ok", "models": {"reranker": "tiny"}}
 
 
 def test_an_error_inside_is_answered_with_its_id_alone(service, backend, monkeypatch, caplog):
@@ -330,7 +326,7 @@ def test_a_request_whose_time_is_over_is_dropped(backend):
                 computing = asyncio.create_task(client.post("/rerank", json=TWO_TEXTS))
                 await asyncio.to_thread(gated.entered.wait, 60)
                 waiting = [asyncio.create_task(client.post("/rerank", json=TWO_TEXTS)) for _ in range(2)]
-                while service.batcher.waiting_items() < 4:
+                while service.batchers["reranker"].waiting_items() < 4:
                     await asyncio.sleep(0.01)
                 skip_time(600)
                 return await asyncio.gather(computing, *waiting)
@@ -338,7 +334,7 @@ def test_a_request_whose_time_is_over_is_dropped(backend):
         responses = asyncio.run(three())
         assert [response.status_code for response in responses] == [504] * 3
         assert responses[0].json()["error_type"] == "timeout"
-        assert metric(service, "queue_pairs") == metric(service, "requests_inside") == 0
+        assert metric(service, "queue_items", model="reranker") == metric(service, "requests_inside") == 0
         gated.gate.set()
     assert gated.calls == [2]  # what was computed already; the rest never is
 
@@ -352,11 +348,11 @@ def test_a_request_whose_client_has_gone_is_dropped_before_it_is_computed(backen
             first = asyncio.create_task(call_asgi(service.app, TWO_TEXTS, stays))
             await asyncio.to_thread(gated.entered.wait, 60)
             second = asyncio.create_task(call_asgi(service.app, TWO_TEXTS | {"texts": list("abcde")}, gone))
-            while service.batcher.waiting_items() < 5:
+            while service.batchers["reranker"].waiting_items() < 5:
                 await asyncio.sleep(0.01)
             gone.set()
             await second
-            assert service.batcher.waiting_items() == 0
+            assert service.batchers["reranker"].waiting_items() == 0
             gated.gate.set()
             return await first
 
@@ -414,13 +410,13 @@ def test_the_metrics_count_requests_pairs_and_tokens(service, backend):
     lines = text.splitlines()
     assert 'rag_retrieval_requests_total{path="/rerank",status="200"} 2.0' in lines
     assert 'rag_retrieval_requests_total{path="other",status="404"} 1.0' in lines
-    assert "rag_retrieval_pairs_total 4.0" in lines
-    assert f"rag_retrieval_tokens_total {tokens}.0" in lines
-    assert "rag_retrieval_request_seconds_count 2.0" in lines
-    assert "rag_retrieval_queue_pairs 0.0" in lines
+    assert 'rag_retrieval_items_total{model="reranker"} 4.0' in lines
+    assert f'rag_retrieval_tokens_total{{model="reranker"}} {tokens}.0' in lines
+    assert 'rag_retrieval_request_seconds_count{path="/rerank"} 2.0' in lines
+    assert 'rag_retrieval_queue_items{model="reranker"} 0.0' in lines
 
 
 def test_health_fails_when_the_scoring_thread_has_ended(service):
-    service.batcher.close()
-    wait_until(lambda: not service.batcher.is_alive)
+    service.batchers["reranker"].close()
+    wait_until(lambda: not service.batchers["reranker"].is_alive)
     assert ask(service, "/health", "GET").status_code == 503

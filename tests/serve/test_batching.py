@@ -186,3 +186,70 @@ def test_many_threads_get_their_own_scores():
         list(range(1000 * number, 1000 * number + size)) for number, size in enumerate(sizes)
     ]
     assert sum(map(len, scorer.batches)) == sum(sizes)
+
+
+# ---- what goes first ------------------------------------------------------------------------------------
+
+
+def test_a_query_is_in_the_next_batch_and_that_batch_has_at_most_a_quarter_of_others():
+    batcher, scorer, _ = busy(batch_tokens=80)  # a turn is 20 tokens, two pairs
+    documents = batcher.submit(numbered_pairs(1000, 20))
+    query = batcher.submit(numbered_pairs(10, 1), first=True)
+    scorer.gate.set()
+    assert query.result(60) == [10] and documents.result(60) == list(range(1000, 1020))
+    batcher.close()
+    assert scorer.batches[1:4] == [[10, 1000, 1001], list(range(1002, 1010)), list(range(1010, 1018))]
+
+
+def test_documents_move_on_in_every_batch_however_many_queries_wait():
+    batcher, scorer, _ = busy(batch_tokens=80)
+    documents = batcher.submit(numbered_pairs(1000, 6))
+    queries = [batcher.submit(numbered_pairs(10 * number, 1), first=True) for number in range(1, 20)]
+    scorer.gate.set()
+    for number, query in enumerate(queries, 1):
+        assert query.result(60) == [10 * number]
+    assert documents.result(60) == list(range(1000, 1006))
+    batcher.close()
+    # six of eight pairs are queries' as long as documents wait
+    assert scorer.batches[1:4] == [
+        [10, 20, 30, 40, 50, 60, 1000, 1001],
+        [70, 80, 90, 100, 110, 120, 1002, 1003],
+        [130, 140, 150, 160, 170, 180, 1004, 1005],
+    ]
+    assert scorer.batches[4] == [190]
+
+
+def test_queries_among_themselves_take_turns():
+    batcher, scorer, _ = busy(batch_tokens=80)
+    many, one = batcher.submit(numbered_pairs(1000, 20), first=True), batcher.submit(numbered_pairs(10, 1), first=True)
+    scorer.gate.set()
+    assert one.result(60) == [10] and many.result(60) == list(range(1000, 1020))
+    batcher.close()
+    assert scorer.batches[1][:3] == [1000, 1001, 10]
+
+
+def test_a_query_that_is_cancelled_is_never_computed():
+    batcher, scorer, _ = busy(batch_tokens=80)
+    gone = batcher.submit(numbered_pairs(10, 3), first=True)
+    assert batcher.waiting_items() == 3 and gone.cancel() and batcher.waiting_items() == 0
+    scorer.gate.set()
+    batcher.close()
+    assert scorer.batches == [[0]]
+
+
+def test_a_query_waits_for_queries_alone_and_documents_for_all_of_them():
+    batcher, scorer, counted = busy(batch_tokens=40)  # a turn is 10 tokens, one item
+    scorer.gate.set()
+    wait_until(lambda: counted)
+    scorer.gate.clear()
+    scorer.entered.clear()
+    batcher.submit(numbered_pairs(0, 1))
+    assert scorer.entered.wait(60)
+    batcher.submit(numbered_pairs(100, 50))
+    for first in (10, 20, 30):
+        batcher.submit(numbered_pairs(first, 2), first=True)
+    second = counted[0][2] / 10  # of a token
+    assert batcher.expected_seconds(10, first=True) == pytest.approx(3 * 10 * second)
+    assert batcher.expected_seconds(10) == pytest.approx((3 * 20 + 10) * second)
+    scorer.gate.set()
+    batcher.close()

@@ -24,3 +24,18 @@ def test_every_wrong_option_is_reported_at_once(tmp_path):
 def test_the_queue_holds_at_least_one_request(tmp_path):
     with pytest.raises(ConfigError, match="^--queue_pairs: .*max_documents, which is 1000, found 999$"):
         load_config(ServeConfig, None, ["--model", str(tmp_path), "--queue_pairs", "999"])
+
+
+def test_a_server_without_a_model_names_what_it_takes():
+    with pytest.raises(ConfigError, match="^--model: is missing; give model .*, embedder, index"):
+        load_config(ServeConfig, None, ["--port", "0"])
+
+
+def test_options_of_what_is_not_served_are_named():
+    config = ServeConfig(embedder="e", name="n", long_document="max_slice", max_length=7, query_format="Q: {}")
+    assert config.max_length == 7 and config.embedder_options().max_length == 7
+    ignored = config.ignored
+    assert all(key in ignored for key in ("name", "long_document", "query_format")) and "max_length" not in ignored
+    config = ServeConfig(index="i", device="cpu", precision="fp32", embedder_name="n")
+    assert "precision (only for servers with model or embedder)" in config.ignored and "device" not in config.ignored
+    assert ServeConfig(model="m", precision="fp32", name="n").ignored is None

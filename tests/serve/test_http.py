@@ -5,13 +5,13 @@ from rag_retrieval.serve.http import Admission, RequestError, is_authorized, rea
 
 
 def test_places_are_given_back_even_after_an_error():
-    admission = Admission(max_requests=1, max_documents=10, timeout=30, expected_seconds=lambda: 0)
-    with pytest.raises(KeyError), admission.admit_request(), admission.admit_documents(10):
+    admission = Admission(max_requests=1, max_documents=10, timeout=30)
+    with pytest.raises(KeyError), admission.admit_request(0), admission.admit_documents(10):
         raise KeyError
     assert (admission.requests, admission.documents) == (0, 0)
-    with admission.admit_request(), admission.admit_documents(10):
+    with admission.admit_request(0), admission.admit_documents(10):
         assert (admission.requests, admission.documents) == (1, 10)
-        with pytest.raises(RequestError, match="1 requests"), admission.admit_request():
+        with pytest.raises(RequestError, match="1 requests"), admission.admit_request(0):
             pass
         with pytest.raises(RequestError, match="10 documents"), admission.admit_documents(1):
             pass
@@ -19,22 +19,20 @@ def test_places_are_given_back_even_after_an_error():
 
 
 def test_a_full_queue_says_when_to_try_again():
-    for expected, retry_after in ((0.0, 1), (2.3, 3), (1000.0, 60)):
-        admission = Admission(0, 10, timeout=30, expected_seconds=lambda seconds=expected: seconds)
-        with pytest.raises(RequestError) as caught, admission.admit_request():
+    for expected, retry_after in ((0.0, 1), (2.3, 3), (14.1, 15)):
+        with pytest.raises(RequestError) as caught, Admission(0, 10, timeout=30).admit_request(expected):
             pass
         assert (caught.value.status, caught.value.retry_after) == (429, retry_after)
 
 
 def test_a_request_is_refused_while_the_wait_is_over_half_of_the_time_out():
-    waits = [15.0, 15.1]
-    admission = Admission(5, 10, timeout=30, expected_seconds=lambda: waits[0])
-    with admission.admit_request():
+    admission = Admission(5, 10, timeout=30)
+    with admission.admit_request(15.0):
         pass
-    waits.pop(0)
-    with pytest.raises(RequestError) as caught, admission.admit_request():
-        pass
-    assert (caught.value.status, caught.value.retry_after) == (429, 16)
+    for expected, retry_after in ((15.1, 16), (1000.0, 60)):
+        with pytest.raises(RequestError) as caught, admission.admit_request(expected):
+            pass
+        assert (caught.value.status, caught.value.retry_after) == (429, retry_after)
 
 
 def test_the_file_wins_over_the_environment_and_neither_means_that_none_is_asked_for(tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ from serve_samples import listening, running_service
 from rag_retrieval.core.config_reader import load_config
 from rag_retrieval.serve import app, server
 from rag_retrieval.serve.config import ServeConfig
+from rag_retrieval.serve.endpoints import PIECE_CHARACTERS
 from rag_retrieval.serve.http import ERROR_TYPES
-from rag_retrieval.serve.reranking import PIECE_CHARACTERS
+from rag_retrieval.serve.reranking import RerankEndpoint
 from rag_retrieval.serve.schemas import RerankRequest
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
@@ -67,7 +68,7 @@ def test_every_start_of_the_page_has_options_that_exist(tmp_path, monkeypatch):
 def test_keys_statuses_and_numbers_are_those_of_the_code():
     table = PAGE[PAGE.index("## Keys") : PAGE.index("## Errors")]
     assert all(f"`{key}`" in table for key in RerankRequest.model_fields)
-    assert all(path in PAGE for path in (*app.RERANK_PATHS, *app.OTHER_PATHS))
+    assert all(path in PAGE for path in (*RerankEndpoint.paths, *app.OTHER_PATHS))
     assert all(re.search(rf"\b{status}\b", PAGE) for status in ERROR_TYPES)
     assert f"{PIECE_CHARACTERS:,} characters" in PAGE and f"{server.MOST_CONNECTIONS:,}" in PAGE
     for words in (f"less {server.OTHER_FILES}", f"within {server.HEADER_SECONDS} s", f"kept for {server.KEEP_ALIVE} s"):

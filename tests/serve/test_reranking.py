@@ -9,11 +9,11 @@ from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.calibration import Calibration
 from rag_retrieval.models.options import LONG_DOCUMENT
 from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.endpoints import PIECE_CHARACTERS
 from rag_retrieval.serve.http import RequestError
 from rag_retrieval.serve.reranking import (
     LEAST_TOKENS,
     MOST_TOKENS,
-    PIECE_CHARACTERS,
     EncodedTask,
     RerankModel,
     warm_up,

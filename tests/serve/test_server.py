@@ -77,8 +77,8 @@ def test_a_client_that_closes_its_connection_is_dropped_from_the_queue(backend):
         assert gated.entered.wait(60)
         with socket.create_connection(("127.0.0.1", int(address.rsplit(":")[-1]))) as leaving:
             leaving.sendall(head + body)
-            wait_until(lambda: service.batcher.waiting_items() == 2)
-        wait_until(lambda: service.batcher.waiting_items() == 0 and service.admission.requests == 1)
+            wait_until(lambda: service.batchers["reranker"].waiting_items() == 2)
+        wait_until(lambda: service.batchers["reranker"].waiting_items() == 0 and service.admission.requests == 1)
         gated.gate.set()
         assert first.result(60).status_code == 200
     assert gated.calls == [2]
