@@ -108,6 +108,8 @@ function move(input, hit, several) {
   return element("span", { className: kind, title: words }, seen, element("span", { className: "for-readers" }, words));
 }
 
+const drawBadge = (judged) => element("span", { className: judged.relevant ? "badge" : "quiet" }, judged.name);
+
 function drawHit(hit, stage, view) {
   const { text = null, passage = null } = foundDocument(view.answers, hit.id);
   const judged = view.judged.get(hit.id);
@@ -118,7 +120,7 @@ function drawHit(hit, stage, view) {
     element("span", { className: "score quiet", title: "score" }, shownScore(hit.score)),
   );
   const moves = stage.inputs.map((input) => move(input, hit, stage.inputs.length > 1));
-  const badge = judged ? element("span", { className: "badge" }, judged.name) : null;
+  const badge = judged ? drawBadge(judged) : null;
   const button = element(
     "button", { className: `hit${judged?.relevant ? " relevant" : ""}`, type: "button", tabIndex: -1 }, head,
     badge || moves.length ? element("span", { className: "moves" }, badge, moves) : null,
@@ -245,7 +247,7 @@ function fillDocument(body, id, { text = null, metadata = {}, passage = null }, 
   ]);
   body.replaceChildren(...[
     problem ? element("p", { role: "alert" }, problem) : null,
-    judged ? element("p", { className: "badge" }, judged.name) : null,
+    judged ? element("p", {}, drawBadge(judged)) : null,
     ranksTable(id, view.stages),
     facts.length ? element("dl", {}, facts.flat()) : null,
     passage && text !== null ? element("p", { className: "place" }, describePlace(passage, text)) : null,

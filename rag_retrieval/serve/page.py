@@ -5,19 +5,35 @@ from pathlib import Path
 from starlette.responses import HTMLResponse
 
 from rag_retrieval.retrieval import stage_view
+from rag_retrieval.serve.endpoints import Endpoint, Work
 
 FOLDER = Path(__file__).parent
 
 
-def page_response() -> HTMLResponse:
-    """It holds no data, so it needs no token; the requests that it sends do."""
-    style, script, page = ((FOLDER / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
-    style, script = stage_view.STYLE + style, stage_view.SCRIPT + script
-    policy = stage_view.content_policy(style, script, connect="'self'")
-    headers = {
-        "Content-Security-Policy": f"{policy}; frame-ancestors 'none'",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
-    return HTMLResponse(page.replace("{style}", style).replace("{script}", script), headers=headers)
+class PageEndpoint(Endpoint):
+    """The page holds no data, so that it needs no token; the requests that it sends do."""
+
+    method = "GET"
+    paths = ("/",)
+    public = True
+
+    def __init__(self):
+        style, script, page = ((FOLDER / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
+        style, script = stage_view.STYLE + style, stage_view.SCRIPT + script
+        self.page = page.replace("{style}", style).replace("{script}", script)
+        policy = stage_view.content_policy(style, script, connect="'self'")
+        self.headers = {
+            "Content-Security-Policy": f"{policy}; frame-ancestors 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        }
+
+    def parse(self, body: bytes, path: str) -> None:
+        return None
+
+    def size(self, task: None) -> int:
+        return 0
+
+    async def answer(self, task: None, work: Work) -> HTMLResponse:
+        return HTMLResponse(self.page, headers=self.headers)
