@@ -28,6 +28,8 @@ from rag_retrieval.train.checkpoints import CheckpointStore, Saver
 from rag_retrieval.train.embedding import run as _embedding  # noqa: F401  imported before the fork
 from rag_retrieval.train.embedding.task import EmbeddingTask
 from rag_retrieval.train.loop import Trainer
+from rag_retrieval.train.pretrain import run as _pretrain  # noqa: F401
+from rag_retrieval.train.pretrain.task import PretrainTask
 from rag_retrieval.train.reranker import run as _reranker  # noqa: F401
 from rag_retrieval.train.reranker.task import RerankerTask
 from rag_retrieval.train.script import leave, train_any
@@ -121,6 +123,8 @@ def spoil_loss(fault: Fault) -> None:
         return {name: gradient * torch.nan for name, gradient in gradients.items()}, loss * torch.nan
 
     EmbeddingTask.gradients_at = spoilt
+    noted = PretrainTask.noted
+    PretrainTask.noted = lambda task, sums, batch: noted(task, sums, batch) * torch.nan
 
 
 def remove_folder(fault: Fault) -> None:

@@ -1,6 +1,6 @@
 """Kills and hurts real trainings, resumes each, and compares the final weights with those of an undisturbed run.
 
-    python benchmarks/faults.py [--task embedding] [--quick] [--folder FOLDER] [--seed 0]
+    python benchmarks/faults.py [--task embedding | unified | pretrain] [--quick] [--folder FOLDER] [--seed 0]
 
 A tiny BERT with dropout, accumulation, validation, early rotation and a data loading process, alone and as two
 processes under torchrun's launcher on the CPU. Prints a table; exits with 1 if any run hung, could not resume, or
@@ -23,9 +23,9 @@ from fault_runs import Fault, Outcome, start
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from safetensors.torch import load_file
 from tiny_models import tiny_bert
-from training_runs import embedding_records, grouped_records, write_jsonl, write_yaml
+from training_runs import embedding_records, grouped_records, plain_texts, write_jsonl, write_yaml
+from unified_runs import all_weights
 
 STEPS = 24  # of the whole run: 2 epochs of 12
 RECORDS_PER_STEP, EPOCHS = 4, 2
@@ -36,8 +36,17 @@ EMBEDDER = {  # its micro-batches are cut by tokens, and some are encoded twice
     "task": "embedding", "query_max_len": 24, "passage_max_len": 48, "loss_type": "info_nce", "temperature": 0.05,
     "max_tokens_per_batch": 64, "max_tokens_with_graph": 100, "eval_on_start": False,
 }  # fmt: skip
+UNIFIED = EMBEDDER | {  # faults come before and after the step at which the distillation begins
+    "representations": ["dense", "lexical", "multi_vector"], "use_self_distill": True, "self_distill_start_step": 8,
+}  # fmt: skip
+PRETRAINING = {"task": "pretrain", "max_len": 48, "loss_type": "retromae", "bag_of_words_weight": 0.2}
 # keys, records, and how many of them for STEPS; the last step of a reranker's epoch is short
-TASKS = {"reranker": (RERANKER, grouped_records, 45), "embedding": (EMBEDDER, embedding_records, 48)}
+TASKS = {
+    "reranker": (RERANKER, grouped_records, 45),
+    "embedding": (EMBEDDER, embedding_records, 48),
+    "unified": (UNIFIED, embedding_records, 48),
+    "pretrain": (PRETRAINING, plain_texts, 48),
+}
 
 
 @dataclass(frozen=True)
@@ -232,9 +241,8 @@ def configure(folder: Path, name: str, processes: int, task: str) -> Path:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    """Of the final model; {} where there is none."""
-    file = run / "model" / "model.safetensors"
-    return load_file(file) if file.exists() else {}
+    """Of the final model and its heads; {} where there is none."""
+    return all_weights(run) if (run / "model" / "model.safetensors").exists() else {}
 
 
 def print_table(rows: dict[tuple[str, int], Row]) -> None:

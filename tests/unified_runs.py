@@ -61,7 +61,7 @@ def settings(folder: Path, bert: str) -> dict[str, dict]:
     return {kind: shared | keys | (heads if kind == "unified" else {}) for kind, keys in KINDS.items()}
 
 
-def all_weights(output_dir: str) -> dict[str, torch.Tensor]:
+def all_weights(output_dir: str | Path) -> dict[str, torch.Tensor]:
     """Those of the model and of its heads."""
     folder, weights = Path(output_dir) / "model", final_weights(output_dir)
     for file in folder.glob("*_linear.pt"):

@@ -37,6 +37,9 @@ class ScoredPair:
     truncated: bool
 
 
+NO_TEXT = ScoredPair(-np.inf, None, False)  # of a document that has none, which the model does not read
+
+
 @dataclass(frozen=True)
 class DocumentTokens:
     """head, tail: ids of what the format puts before and after the text. content: all others; a token with characters

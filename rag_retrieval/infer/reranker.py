@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rag_retrieval.infer.backend import Backend, open_backend
-from rag_retrieval.infer.long_documents import PassageEncoder, ScoredPair, score_pairs
+from rag_retrieval.infer.long_documents import NO_TEXT, PassageEncoder, score_pairs
 from rag_retrieval.infer.results import RerankResult, RerankResults, best_first, shown_scores
 from rag_retrieval.models.inputs import (
     Document,
@@ -255,9 +255,9 @@ class Reranker:
         pairs = [(query, document.text) for query, documents in zip(queries, lists, strict=True)
                  for document in documents if not document.is_empty]  # fmt: skip
         all_scored = iter(score_pairs(self.backend, encoder, pairs, batch_size))
-        empty, ranked = ScoredPair(-np.inf, None, False), []
+        ranked = []
         for query, documents in zip(queries, lists, strict=True):
-            scored = [empty if document.is_empty else next(all_scored) for document in documents]
+            scored = [NO_TEXT if document.is_empty else next(all_scored) for document in documents]
             logits = np.array([pair.score for pair in scored], np.float32)
             scores, score_type = shown_scores(logits, self.backend.calibration, normalize)
             results = [

@@ -1,5 +1,7 @@
-"""`RerankerCompressor`: a Reranker where LangChain takes a document compressor.
+"""An Embedder, a Retriever and a Reranker where LangChain takes embeddings, a retriever and a document compressor.
 
+    store = InMemoryVectorStore(EmbedderEmbeddings(model="runs/e/model"))
+    retriever = IndexRetriever(index="runs/index", top_k=50)
     compressor = RerankerCompressor(model="runs/a/model", top_n=5)
     ContextualCompressionRetriever(base_retriever=retriever, base_compressor=compressor)
 
@@ -9,19 +11,83 @@ Documents are copied before a score is written into their metadata: a store may 
 from collections.abc import Sequence
 from typing import Any
 
+from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.infer.reranker import Reranker, open_reranker
 from rag_retrieval.infer.results import RerankResults
-from rag_retrieval.integrations import missing_library, rerank_options
+from rag_retrieval.integrations import (
+    found_metadata,
+    missing_library,
+    open_dense_embedder,
+    open_retriever,
+    rerank_options,
+)
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.retrieval.retriever import Retriever, SearchResults
 
 try:
-    from langchain_core.callbacks import Callbacks
+    from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun, Callbacks
     from langchain_core.documents import BaseDocumentCompressor, Document
-    from pydantic import Field, PrivateAttr
+    from langchain_core.embeddings import Embeddings
+    from langchain_core.retrievers import BaseRetriever
+    from pydantic import BaseModel, Field, PrivateAttr
 except ImportError as error:
     raise missing_library("langchain-core", "langchain") from error
 
 SCORE = "relevance_score"  # the key that LangChain's own rerankers write
+
+
+class EmbedderEmbeddings(BaseModel, Embeddings):
+    """Dense vectors of an Embedder, with the model's prompts for queries and documents.
+
+    The asynchronous methods, which are LangChain's, compute in a thread. ValueError for what `Embedder` and its
+    `encode` refuse, and for a model without dense vectors.
+    """
+
+    model: Any = Field(description="An Embedder, or the folder, hub name or package:NAME of one.")
+    model_kwargs: dict[str, Any] | None = Field(None, description="Options of Embedder, where it is opened here.")
+    batch_size: int = 256
+    max_length: int | None = Field(None, description="Tokens of a document; None: the model's.")
+    query_max_length: int | None = Field(None, description="Tokens of a query; None: the model's.")
+    dim: int | None = Field(None, description="The first so many numbers of each vector; None: all.")
+    normalize: bool | None = Field(None, description="Whether vectors get length 1; None: as the model says.")
+    _embedder: Embedder = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        self._embedder = open_dense_embedder(self.model, self.model_kwargs)
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        shape = {"dim": self.dim, "normalize": self.normalize, "batch_size": self.batch_size}
+        return self._embedder.encode_documents(texts, max_length=self.max_length, **shape).tolist()
+
+    def embed_query(self, text: str) -> list[float]:
+        shape = {"dim": self.dim, "normalize": self.normalize}
+        return self._embedder.encode_queries([text], max_length=self.query_max_length, **shape)[0].tolist()
+
+
+class IndexRetriever(BaseRetriever):
+    """What a Retriever finds, best first. The score of the last stage is in `metadata["relevance_score"]`, those of
+    all stages in `stage_scores`, their ranks in `stage_ranks`; the rest of the metadata is the index's.
+
+    `invoke(query, top_k=3)` takes another number. ValueError for what `Retriever` and its `search` refuse.
+    """
+
+    index: Any = Field(description="A Retriever, an Index, or the folder of one.")
+    retriever_kwargs: dict[str, Any] | None = Field(None, description="Options of Retriever, where it is opened here.")
+    top_k: int = Field(10, ge=1, description="Documents of a query.")
+    _retriever: Retriever = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        self._retriever = open_retriever(self.index, self.retriever_kwargs)
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, top_k: int | None = None
+    ) -> list[Document]:
+        return found_documents(self._retriever.search(query, top_k or self.top_k))
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, top_k: int | None = None
+    ) -> list[Document]:
+        return found_documents(await self._retriever.asearch(query, top_k or self.top_k))
 
 
 class RerankerCompressor(BaseDocumentCompressor):
@@ -63,3 +129,10 @@ def scored_copies(documents: Sequence[Document], results: RerankResults) -> list
         document = documents[result.document_index]
         copies.append(document.model_copy(update={"metadata": document.metadata | {SCORE: result.score}}))
     return copies
+
+
+def found_documents(results: SearchResults) -> list[Document]:
+    return [
+        Document(result.text, id=result.doc_id, metadata=found_metadata(result) | {SCORE: result.score})
+        for result in results
+    ]

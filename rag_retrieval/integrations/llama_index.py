@@ -1,27 +1,130 @@
-"""`RerankerPostprocessor`: a Reranker where LlamaIndex takes a node postprocessor, such as a RetrieverQueryEngine.
+"""An Embedder, a Retriever and a Reranker where LlamaIndex takes an embedding model, a retriever and a postprocessor.
 
+    index = VectorStoreIndex.from_documents(documents, embed_model=EmbedderEmbedding(model="runs/e/model"))
     index.as_query_engine(node_postprocessors=[RerankerPostprocessor(model="runs/a/model", top_n=5)])
+    RetrieverQueryEngine(IndexRetriever("runs/index"), response_synthesizer)
 
-LlamaIndex puts a node's metadata before its text for embedding models and rerankers alike, and so does this. A model
-that was trained on bare passages wants metadata_mode=MetadataMode.NONE.
+LlamaIndex puts a node's metadata before its text for embedding models and rerankers alike, and so does this. A
+reranker that was trained on bare passages wants metadata_mode=MetadataMode.NONE; for embedding, a document's
+`excluded_embed_metadata_keys` leaves them out.
 """
 
+import asyncio
+import os
 from typing import Any
 
+from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.infer.reranker import Reranker, open_reranker
-from rag_retrieval.integrations import missing_library, rerank_options
+from rag_retrieval.integrations import (
+    STAGE_RANKS,
+    STAGE_SCORES,
+    found_metadata,
+    missing_library,
+    open_dense_embedder,
+    open_retriever,
+    rerank_options,
+)
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.retrieval.index import Index
+from rag_retrieval.retrieval.retriever import Retriever, SearchResults
 
 try:
+    from llama_index.core.base.embeddings.base import BaseEmbedding
     from llama_index.core.bridge.pydantic import Field, PrivateAttr
     from llama_index.core.instrumentation import get_dispatcher
     from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
-    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+    from llama_index.core.retrievers import BaseRetriever
+    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 except ImportError as error:
     raise missing_library("llama-index-core", "llama-index") from error
 
 dispatcher = get_dispatcher(__name__)
+
+
+class EmbedderEmbedding(BaseEmbedding):
+    """Dense vectors of an Embedder, with the model's prompts for queries and documents.
+
+    The asynchronous methods compute in a thread. ValueError for what `Embedder` and its `encode` refuse, and for a
+    model without dense vectors.
+    """
+
+    model: Any = Field(description="An Embedder, or the folder, hub name or package:NAME of one.")
+    model_kwargs: dict[str, Any] | None = Field(None, description="Options of Embedder, where it is opened here.")
+    embed_batch_size: int = Field(256, gt=0, le=2048, description="Texts that are encoded together.")
+    max_length: int | None = Field(None, description="Tokens of a document; None: the model's.")
+    query_max_length: int | None = Field(None, description="Tokens of a query; None: the model's.")
+    dim: int | None = Field(None, description="The first so many numbers of each vector; None: all.")
+    normalize: bool | None = Field(None, description="Whether vectors get length 1; None: as the model says.")
+    _embedder: Embedder = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        self._embedder = open_dense_embedder(self.model, self.model_kwargs)
+        self.model_name = self._embedder.backend.name if isinstance(self.model, Embedder) else str(self.model)
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "EmbedderEmbedding"
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        shape = {"dim": self.dim, "normalize": self.normalize}
+        return self._embedder.encode_queries([query], max_length=self.query_max_length, **shape)[0].tolist()
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        shape = {"dim": self.dim, "normalize": self.normalize, "batch_size": self.embed_batch_size}
+        return self._embedder.encode_documents(texts, max_length=self.max_length, **shape).tolist()
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return self._get_text_embeddings([text])[0]
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return await asyncio.to_thread(self._get_query_embedding, query)
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return await asyncio.to_thread(self._get_text_embeddings, texts)
+
+    async def _aget_text_embedding(self, text: str) -> list[float]:
+        return await asyncio.to_thread(self._get_text_embedding, text)
+
+
+class IndexRetriever(BaseRetriever):
+    """What a Retriever finds, best first, each node with the score of the last stage.
+
+    index: a Retriever, an Index, or the folder of one. retriever_kwargs: options of Retriever, where it is opened here.
+    top_k: nodes of a query. A node's metadata are the index's; scores and ranks of all stages, in `stage_scores` and
+    `stage_ranks`, are kept from language models and rerankers. Further options are LlamaIndex's. ValueError for what
+    `Retriever` and its `search` refuse.
+    """
+
+    def __init__(
+        self,
+        index: Retriever | Index | str | os.PathLike,
+        top_k: int = 10,
+        retriever_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ):
+        super().__init__(**options)
+        self._retriever = open_retriever(index, retriever_kwargs)
+        self._top_k = top_k
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return found_nodes(self._retriever.search(query_bundle.query_str, self._top_k))
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return found_nodes(await self._retriever.asearch(query_bundle.query_str, self._top_k))
+
+
+def found_nodes(results: SearchResults) -> list[NodeWithScore]:
+    hidden = {"excluded_embed_metadata_keys": [STAGE_SCORES, STAGE_RANKS]}
+    hidden["excluded_llm_metadata_keys"] = hidden["excluded_embed_metadata_keys"]
+    return [
+        NodeWithScore(
+            node=TextNode(text=result.text, id_=result.doc_id, metadata=found_metadata(result), **hidden),
+            score=result.score,
+        )
+        for result in results
+    ]
 
 
 class RerankerPostprocessor(BaseNodePostprocessor):

@@ -121,6 +121,41 @@ def set_parameters(faiss, index, names: str | None) -> None:
             raise ValueError(f"faiss_search {names!r}: this index takes no such parameter ({reason})") from error
 
 
+def search_faiss(index, queries: np.ndarray, depth: int, among: np.ndarray | None) -> np.ndarray:
+    """Rows of the nearest: int64 [queries, depth], -1 where fewer are found, and all -1 where this kind of index cannot
+    search among a part. among: int64 rows that may be found; None for all."""
+    queries = np.ascontiguousarray(queries, np.float32)
+    if among is None:
+        return index.search(queries, depth)[1]
+    faiss, is_among = _import_faiss(), np.zeros(index.ntotal, bool)
+    is_among[among] = True
+    selector = faiss.IDSelectorBitmap(np.packbits(is_among, bitorder="little"))
+    try:
+        rows = index.search(queries, depth, params=search_parameters(faiss, index, selector))[1]
+    except RuntimeError:
+        return np.full((len(queries), depth), -1)
+    return np.where((rows >= 0) & is_among[rows], rows, -1)  # some kinds of index do not look at a selector
+
+
+def search_parameters(faiss, index, selector):
+    """Those that the index has, with the selector: what is not said here would be FAISS's default."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=search_parameters(faiss, index.index, selector))
+    if isinstance(index, faiss.IndexRefine):
+        inner = search_parameters(faiss, index.base_index, selector)
+        return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=index.nprobe, max_codes=index.max_codes)
+    if isinstance(index, faiss.IndexHNSW):
+        own = index.hnsw
+        return faiss.SearchParametersHNSW(
+            sel=selector, efSearch=own.efSearch, check_relative_distance=own.check_relative_distance,
+            bounded_queue=own.search_bounded_queue,
+        )  # fmt: skip
+    return faiss.SearchParameters(sel=selector)
+
+
 @contextmanager
 def without_stdout() -> Iterator[None]:
     """For calls in which FAISS prints: stdout is for the results of a command."""

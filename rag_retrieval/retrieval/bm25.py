@@ -123,14 +123,21 @@ class Bm25Search:
         self.index = bm25s.BM25.load(folder, mmap=True)
         self.language, self.words = ((folder / name).read_text() for name in ("language", "words"))
 
-    def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
+    def search(
+        self,
+        queries: Sequence[str],
+        judged: Sequence[np.ndarray],
+        depth: int,
+        among: np.ndarray | None = None,
+    ) -> list[Candidates]:
+        """among: int64 rows, rising, that may be found; None for all. Scores are those without it."""
         found = []
         for words, rows_judged in zip(tokenize(queries, self.language), judged, strict=True):
             if not words:
                 found.append(Candidates.none(len(rows_judged)))
                 continue
             scores = self.index.get_scores(words)
-            rows = best_rows(scores, depth)
+            rows = best_rows(scores, depth, among)
             found.append(Candidates(rows, scores[rows], scores[rows_judged]))
         return found
 

@@ -25,9 +25,10 @@ class Candidates:
         return cls(nothing.astype(np.int64), nothing, np.zeros(num_judged, np.float32))
 
 
-def best_rows(scores: np.ndarray, depth: int) -> np.ndarray:
-    """The rows of the `depth` highest scores above 0, best first, equal scores by row: int64, at most `depth`."""
-    rows = np.flatnonzero(scores > 0)
+def best_rows(scores: np.ndarray, depth: int, among: np.ndarray | None = None) -> np.ndarray:
+    """The rows of the `depth` highest scores above 0, best first, equal scores by row: int64, at most `depth`. among:
+    the rows that count; None for all."""
+    rows = np.flatnonzero(scores > 0) if among is None else among[scores[among] > 0]
     if len(rows) > depth:
         kept = scores[rows]
         rows = rows[kept >= np.partition(kept, -depth)[-depth]]

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from rag_retrieval.infer.embedder import Embedder
+from rag_retrieval.infer.encoded_texts import EncodedTexts
 from rag_retrieval.models.options import EmbedderOptions
-from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
+from rag_retrieval.models.representations import DENSE
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.inverted_lists import Weights
 from rag_retrieval.retrieval.token_vectors import TokenVectors
@@ -55,25 +56,29 @@ def dense_options(embedder: Embedder, options: IndexOptions) -> dict[str, Any]:
 
 
 def represent_with(embedder: Embedder, kind: str, options: IndexOptions) -> Represent:
-    """To all representations of the index. Token vectors of a query whose MaxSim is a mean (`multi_vector_mean`) are
-    divided by their number, so that the sum is the score."""
+    """To all representations of the index."""
+    how = {"batch_size": options.batch_size, "show_progress_bar": False} | represented_how(embedder, kind, options)
+    is_mean = kind == "query" and embedder.settings.multi_vector_mean
+    return lambda texts: encoded_of(embedder.encode(texts, **how), is_mean)
+
+
+def represented_how(embedder: Embedder, kind: str, options: IndexOptions) -> dict[str, Any]:
+    """The options of `Embedder.encode` that decide on what an index compares."""
     wanted = options.representations
-    how = {"kind": kind, "outputs": wanted, "batch_size": options.batch_size, "show_progress_bar": False}
-    how |= dense_options(embedder, options) if DENSE in wanted else {}
-    if kind == "document" and options.pool_factor is not None:
-        how["pool_factor"] = options.pool_factor
-    divides = kind == "query" and MULTI_VECTOR in wanted and embedder.settings.multi_vector_mean
+    how = {"kind": kind, "outputs": wanted} | (dense_options(embedder, options) if DENSE in wanted else {})
+    return how | ({"pool_factor": options.pool_factor} if kind == "document" and options.pool_factor else {})
 
-    def represent(texts: list[str]) -> Encoded:
-        encoded, lexical, tokens = embedder.encode(texts, **how), None, None
-        if LEXICAL in wanted:
-            found = encoded.lexical
-            lexical = Weights(found.ids.astype(np.int64), found.weights, np.diff(found.starts))
-        if MULTI_VECTOR in wanted:
-            tokens = TokenVectors.of(encoded.multi_vector)
-            if divides:
-                counts = np.repeat(tokens.counts, tokens.counts).astype(np.float32)
-                tokens = tokens._replace(vectors=tokens.vectors / counts[:, None])
-        return Encoded(encoded.dense, lexical, tokens)
 
-    return represent
+def encoded_of(texts: EncodedTexts, is_mean: bool) -> Encoded:
+    """is_mean: of queries whose MaxSim is a mean (`multi_vector_mean`); their token vectors are divided by their
+    number, so that the sum is the score."""
+    lexical = tokens = None
+    if texts.lexical is not None:
+        found = texts.lexical
+        lexical = Weights(found.ids.astype(np.int64), found.weights, np.diff(found.starts))
+    if texts.multi_vector is not None:
+        tokens = TokenVectors.of(texts.multi_vector)
+        if is_mean:
+            counts = np.repeat(tokens.counts, tokens.counts).astype(np.float32)
+            tokens = tokens._replace(vectors=tokens.vectors / counts[:, None])
+    return Encoded(texts.dense, lexical, tokens)

@@ -21,7 +21,8 @@ from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.bm25 import BM25, Bm25Search
 from rag_retrieval.retrieval.candidates import Search
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState, sizes_by_stage, words_of
+from rag_retrieval.retrieval.filters import Filters
+from rag_retrieval.retrieval.index_files import INDEX_FILE, LOCAL_KEYS, IndexState, sizes_by_stage, words_of
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
@@ -50,10 +51,12 @@ def build_index(
 
 
 class Opened(NamedTuple):
-    """Documents and the searches over them, which belong together: `Index.update` replaces both at once."""
+    """Documents, the searches over them and their metadata, which belong together: `Index.update` replaces all at
+    once."""
 
     documents: Corpus
     searches: dict[str, Search]
+    filters: Filters
 
 
 def check_embedder(embedder: object) -> None:
@@ -67,8 +70,8 @@ class Index:
     """An index that was built. Several threads may search one.
 
     documents: the corpus, by row. searches: "bm25", "dense", "lexical", "multi_vector", those that the index has.
-    opened: both, for who needs them of one state while another thread may update. made_from: all that the index depends
-    on, by name. sizes: bytes on the disk of each search, and of the "texts".
+    opened: both, for who needs them of one state while another thread may update or refresh. made_from: all that the
+    index depends on, by name. sizes: bytes on the disk of each search, and of the "texts".
 
     What searches miss was measured when the index was built. recall: the part of the nearest documents that an
     approximate dense search finds; None where it is exact. token_recall: the part of the best by the token vectors that
@@ -96,11 +99,12 @@ class Index:
         self._local = {"device": device, "devices": devices, "trust_remote_code": trust_remote_code}
         self._embedder: Embedder | None = None
         self._last_queries: tuple[list[str], Encoded] | None = None
-        self._lock = threading.Lock()
+        self._lock, self._refreshing = threading.Lock(), threading.Lock()
         self._open()
 
     def _open(self) -> None:
         """Everything is mapped here, so that an update that removes the files does no harm."""
+        self._seen = self._manifest()
         state = IndexState.read(self.folder, self._local)
         if state is None:
             found = "no finished index" if self.folder.is_dir() else "no such folder"
@@ -114,7 +118,36 @@ class Index:
             return self._open()  # another process switched to a newer one
         self.made_from, self.options, self.sizes = state.made_from, state.options, sizes_by_stage(state.sizes)
         self.recall, self.token_recall, self.token_loss = state.recall, state.token_recall, state.token_loss
-        self.opened = Opened(documents, searches)
+        self.opened = Opened(documents, searches, Filters(documents))
+
+    def _manifest(self) -> tuple[int, int] | None:
+        """What differs between one state's index.json and the next one's; None without a file."""
+        try:
+            found = (self.folder / INDEX_FILE).stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino
+
+    def refresh(self) -> bool:
+        """Open the newer state where another process has changed the index, and say whether there is one. Costs
+        microseconds where there is none. While one thread opens it, others search the old one.
+
+        Raises ValueError, once for each change, for an index that is damaged, or made by another model or with other
+        options; the old state stays."""
+        if self._manifest() in (self._seen, None) or not self._refreshing.acquire(blocking=False):
+            return False
+        try:
+            self._seen = self._manifest()
+            state = IndexState.read(self.folder, self._local)
+            now = state.made_from if state else {}
+            differing = [name for name in self.made_from | now if now.get(name) != self.made_from.get(name)]
+            if state and set(differing) - {"corpus"}:
+                names = ", ".join(name for name in differing if name != "corpus")
+                raise ValueError(f"{self.folder}: it is made in another way now ({names}); open it again")
+            self._open()
+        finally:
+            self._refreshing.release()
+        return True
 
     def _searches(self, state: IndexState) -> dict[str, Search]:
         searches: dict[str, Search] = {}
@@ -127,7 +160,7 @@ class Index:
         if "vectors" in state.parts:
             from rag_retrieval.retrieval.searches import open_searches
 
-            searches |= open_searches(state.paths, state.options, self._represent_queries)
+            searches |= open_searches(state.paths, state.options, self.represent_queries)
         return searches
 
     @property
@@ -180,7 +213,7 @@ class Index:
                 self._embedder.close()
             self._embedder = None
 
-    def _represent_queries(self, texts: list[str]) -> "Encoded":
+    def represent_queries(self, texts: list[str]) -> "Encoded":
         """Several searches ask for the same queries one after another, and one forward serves them all."""
         from rag_retrieval.retrieval.encoding import represent_with
 

@@ -1,6 +1,6 @@
 """The exact search by lexical weights, over the inverted lists of an index."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,20 +8,22 @@ import numpy as np
 
 from rag_retrieval.models.representations import LEXICAL
 from rag_retrieval.retrieval.candidates import Candidates, best_rows
+from rag_retrieval.retrieval.encoding import Encoded, Represent
 from rag_retrieval.retrieval.inverted_lists import InvertedLists, Weights
 
 
 class LexicalSearch:
     """Candidates by the sum over common terms of w_q w_d; documents without a common term are not found.
 
-    shards: folders of an index. encode: queries to their weights. Scores are computed for all documents at once: 4
-    bytes a document.
+    shards: folders of an index. encode: queries, as the model of the index does. Scores are computed for all documents
+    at once: 4 bytes a document.
     """
 
     words = ""
 
-    def __init__(self, shards: Sequence[Path], encode: Callable[[list[str]], Weights]):
-        self.lists, self.encode = [InvertedLists(shard, LEXICAL, has_weights=True) for shard in shards], encode
+    def __init__(self, shards: Sequence[Path], encode: Represent | None):
+        self.lists = [InvertedLists(shard, LEXICAL, has_weights=True) for shard in shards]
+        self.encode = encode
         self._starts = np.cumsum([0, *(len(lists.counts) for lists in self.lists)])
         self._by_document = lru_cache(maxsize=1)(lambda shard: list(self.lists[shard].by_document().texts()))
 
@@ -30,13 +32,20 @@ class LexicalSearch:
         return sum(len(lists.documents) for lists in self.lists)
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
-        return self.search_weights(self.encode(list(queries)), judged, depth)
+        return self.search_encoded(self.encode(list(queries)), judged, depth)
 
-    def search_weights(self, queries: Weights, judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
+    def search_encoded(
+        self, queries: Encoded, judged: Sequence[np.ndarray], depth: int, among: np.ndarray | None = None
+    ) -> list[Candidates]:
+        return self.search_weights(queries.lexical, judged, depth, among)
+
+    def search_weights(
+        self, queries: Weights, judged: Sequence[np.ndarray], depth: int, among: np.ndarray | None = None
+    ) -> list[Candidates]:
         found = []
         for (ids, weights), asked in zip(queries.texts(), judged, strict=True):
             scores = self.scores(ids, weights)
-            rows = best_rows(scores, depth)
+            rows = best_rows(scores, depth, among)
             found.append(Candidates(rows, scores[rows], scores[asked]))
         return found
 

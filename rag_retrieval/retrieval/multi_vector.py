@@ -4,7 +4,7 @@ Candidates come from another search of the index, from the centroids nearest to 
 https://arxiv.org/abs/2205.09707), or are all documents, which is exact and reads every vector.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from rag_retrieval.retrieval.candidates import Candidates, part_found
 from rag_retrieval.retrieval.dense import DenseSearch
+from rag_retrieval.retrieval.encoding import Encoded, Represent
 from rag_retrieval.retrieval.inverted_lists import InvertedLists
 from rag_retrieval.retrieval.lexical import LexicalSearch
 from rag_retrieval.retrieval.stored_vectors import drawn_rows
@@ -41,9 +42,9 @@ class CentroidSearch:
         self.centroids = centroids
         self.lists = [InvertedLists(shard, TOKEN_LISTS, has_weights=False) for shard in shards]
 
-    def search(self, query: np.ndarray, depth: int) -> np.ndarray:
+    def search(self, query: np.ndarray, depth: int, among: np.ndarray | None = None) -> np.ndarray:
         """The rows of the best `depth` for the token vectors of one query, float32 [tokens, width]; fewer where fewer
-        are found."""
+        are found. among: int64 rows, rising, that may be found; None for all."""
         products = query @ self.centroids.T
         probed = np.argsort(-products, axis=1, kind="stable")[:, :PROBES]
         first, all_rows, all_scores = 0, [], []
@@ -53,7 +54,11 @@ class CentroidSearch:
             all_rows.append(rows + first)
             all_scores.append(scores[rows])
             first += len(scores)
-        return best_of(np.concatenate(all_rows), np.concatenate(all_scores), depth)[0]
+        rows, scores = np.concatenate(all_rows), np.concatenate(all_scores)
+        if among is not None:
+            kept = np.isin(rows, among, assume_unique=True)
+            rows, scores = rows[kept], scores[kept]
+        return best_of(rows, scores, depth)[0]
 
     @staticmethod
     def _scores(lists: InvertedLists, products: np.ndarray, probed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,8 +80,11 @@ class CentroidSearch:
 class MultiVectorSearch:
     """Candidates, then the best of them by MaxSim of the vectors that are kept; so are judged documents scored.
 
-    encode: queries to token vectors. first: where candidates come from; None: all documents are scored. factor:
-    candidates for each document that is asked for.
+    encode: queries, as the model of the index does. first: where candidates come from; None: all documents are scored.
+    factor: candidates for each document that is asked for.
+
+    Among a part of the documents (`among`) all of them are scored where they are no more than the candidates would be,
+    or where fewer candidates are found than are asked for.
     """
 
     words = ""
@@ -84,7 +92,7 @@ class MultiVectorSearch:
     def __init__(
         self,
         documents: StoredTokens,
-        encode: Callable[[list[str]], TokenVectors],
+        encode: Represent | None,
         device: str | torch.device,
         first: DenseSearch | LexicalSearch | CentroidSearch | None = None,
         factor: int = 1,
@@ -93,27 +101,48 @@ class MultiVectorSearch:
         self.first, self.factor, self.is_exact = first, factor, first is None
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
-        first = self.first
-        if first is None or isinstance(first, CentroidSearch):
-            return self.search_vectors(self.encode(list(queries)), judged, depth)
-        found = first.search(queries, [np.zeros(0, np.int64)] * len(queries), depth * self.factor)
-        return self._score(self.encode(list(queries)), [candidates.rows for candidates in found], judged, depth)
+        return self.search_encoded(self.encode(list(queries)), judged, depth)
 
-    def search_vectors(self, queries: TokenVectors, judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
+    def search_encoded(
+        self, queries: Encoded, judged: Sequence[np.ndarray], depth: int, among: np.ndarray | None = None
+    ) -> list[Candidates]:
+        tokens, wanted = queries.multi_vector, depth * self.factor
+        if self.first is None or (among is not None and len(among) <= wanted):
+            return self._search_all(tokens, judged, depth, among)
+        if isinstance(self.first, CentroidSearch):
+            return self.search_vectors(tokens, judged, depth, among)
+        found = self.first.search_encoded(queries, [np.zeros(0, np.int64)] * len(judged), wanted, among)
+        return self._score(tokens, [candidates.rows for candidates in found], judged, depth, among)
+
+    def search_vectors(
+        self, queries: TokenVectors, judged: Sequence[np.ndarray], depth: int, among: np.ndarray | None = None
+    ) -> list[Candidates]:
         """Where candidates come from no other search of the index."""
-        if self.first is not None:
-            rows = [self.first.search(query, depth * self.factor) for query in queries.texts()]
-            return self._score(queries, rows, judged, depth)
-        best = best_of_all(queries, self.documents, depth, self.device)
+        if self.first is None:
+            return self._search_all(queries, judged, depth, among)
+        rows = [self.first.search(query, depth * self.factor, among) for query in queries.texts()]
+        return self._score(queries, rows, judged, depth, among)
+
+    def _search_all(
+        self, queries: TokenVectors, judged: Sequence[np.ndarray], depth: int, among: np.ndarray | None
+    ) -> list[Candidates]:
+        best = best_of_all(queries, self.documents, depth, self.device, among)
         asked = zip(queries.texts(), best, judged, strict=True)
         return [Candidates(*found, self._scores_of(query, rows)) for query, found, rows in asked]
 
     def _score(
-        self, queries: TokenVectors, candidates: Sequence[np.ndarray], judged: Sequence[np.ndarray], depth: int
+        self,
+        queries: TokenVectors,
+        candidates: Sequence[np.ndarray],
+        judged: Sequence[np.ndarray],
+        depth: int,
+        among: np.ndarray | None = None,
     ) -> list[Candidates]:
         """candidates: rows for each query."""
         found = []
         for query, rows, asked in zip(queries.texts(), candidates, judged, strict=True):
+            if among is not None and len(rows) < min(depth, len(among)):
+                rows = among
             best = best_of(rows, self._scores_of(query, rows), depth)
             found.append(Candidates(*best, self._scores_of(query, asked)))
         return found

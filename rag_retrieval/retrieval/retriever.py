@@ -5,53 +5,37 @@
     reranked    the list before it in the order of a Reranker's scores, where there is one
     combined    both scores added, where the fusion has a weight for this Reranker
 
-torch is not imported for an index of words alone, without a reranker.
+The searches (`find`) and what a reranker's scores make of them (`reranked`) stand apart, so that a server can let its
+own batches compute queries and pairs. torch is not imported for an index of words alone, without a reranker.
 """
 
 import asyncio
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rag_retrieval.data.corpus import Corpus
+from rag_retrieval.infer.long_documents import NO_TEXT, ScoredPair, score_pairs
 from rag_retrieval.infer.reranker import Reranker, open_reranker
-from rag_retrieval.infer.results import EMPTY_SCORE, RerankResult, RerankResults, best_first, shown_scores
+from rag_retrieval.infer.results import best_first, shown_scores
 from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.retrieval.bm25 import BM25
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion, combine
-from rag_retrieval.retrieval.index import Index, Opened
+from rag_retrieval.retrieval.index import Index
+from rag_retrieval.retrieval.searched import Searched, SearchResults
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
+    from rag_retrieval.retrieval.encoding import Encoded
 
 FUSED, RERANKED, COMBINED = "fused", "reranked", "combined"  # stages after the searches
 DEPTH = 100  # documents
-
-
-@dataclass(frozen=True)
-class SearchResult(RerankResult):
-    """One document, as a RerankResult. doc_id, text, metadata: as the index has them. document_index: its row there.
-    slice, truncated: of the reranking.
-
-    score: of the last stage. scores, ranks: by stage, of those that found the document; ranks from 1.
-    """
-
-    scores: dict[str, float] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class SearchResults(RerankResults):
-    """Results of one query, best first, as RerankResults. score_type: what the scores are: as there where "reranked" is
-    the last stage, else the name of the last stage."""
-
-    results: list[SearchResult]
-    score_type: str
-    result_type: ClassVar[type[SearchResult]] = SearchResult
 
 
 class Retriever:
@@ -107,33 +91,109 @@ class Retriever:
             self.reranker = open_reranker(reranker, device=device, trust_remote_code=trust_remote_code)
             self._opened += [self.reranker] if self.reranker is not reranker else []
             self.reranker_weight = self.fusion and self.fusion.weight_of(self.reranker.backend.name)
+            self.passage_encoder = self.reranker.passage_encoder(None, long_document, overlap)
         check_flag("normalize", normalize)
-        self.depth, self.normalize = depth, normalize
-        self.options = {"batch_size": batch_size, "long_document": long_document, "overlap": overlap}
+        check_number("batch_size", batch_size, 1, "pairs")
+        self.depth, self.normalize, self.batch_size = depth, normalize, batch_size
 
-    def search(self, query: str, top_k: int = 10) -> SearchResults:
+    def search(self, query: str, top_k: int = 10, where: Mapping[str, Any] | None = None) -> SearchResults:
         """The best `top_k` documents, fewer where fewer were found; with equal scores in the order of the stage before.
 
-        Raises ValueError for a query that is no text.
-        """
-        return self._search([check_text("query", query)], top_k)[0]
+        where: conditions on the metadata, all of which hold, such as {"language": "zh", "year": {"gte": 2020}}; every
+        stage searches among the documents that they hold for. See `retrieval.filters`, and docs/search.md.
 
-    def search_many(self, queries: Sequence[str], top_k: int = 10) -> list[SearchResults]:
+        Raises ValueError for a query that is no text, and for wrong conditions: their form, a field in which no
+        document has a value, and a value of another kind than all of the field's.
+        """
+        return self._search([check_text("query", query)], top_k, where)[0]
+
+    def search_many(
+        self, queries: Sequence[str], top_k: int = 10, where: Mapping[str, Any] | None = None
+    ) -> list[SearchResults]:
         """`search` for several queries, which are encoded together."""
         listed = check_list("queries", queries)
-        return self._search([check_text(f"queries[{place}]", query) for place, query in enumerate(listed)], top_k)
+        texts = [check_text(f"queries[{place}]", query) for place, query in enumerate(listed)]
+        return self._search(texts, top_k, where)
 
-    async def asearch(self, query: str, top_k: int = 10) -> SearchResults:
+    async def asearch(self, query: str, top_k: int = 10, where: Mapping[str, Any] | None = None) -> SearchResults:
         """`search` in a thread, so that the event loop is not blocked."""
-        return await asyncio.to_thread(self.search, query, top_k)
+        return await asyncio.to_thread(self.search, query, top_k, where)
 
-    def search_stages(self, queries: Sequence[str], depth: int | None = None) -> list[dict[str, Candidates]]:
+    def search_stages(
+        self, queries: Sequence[str], depth: int | None = None, where: Mapping[str, Any] | None = None
+    ) -> list[Mapping[str, Candidates]]:
         """For each query what every stage found, by its name, in the order in which they work; the last is the result.
 
         depth: in place of the Retriever's.
         """
-        depth = self.depth if depth is None else depth
-        return [lists for lists, *_ in self._stages(queries, depth, self.index.opened)]
+        return [searched.stages for searched in self.searched(queries, depth, where)]
+
+    def searched(
+        self, queries: Sequence[str], depth: int | None = None, where: Mapping[str, Any] | None = None
+    ) -> list[Searched]:
+        """`search_stages` with seconds and scores, from which `results` and `answer` are made."""
+        found = self.find(queries, depth, where)
+        # one call of the Reranker for each: in a larger batch the last bits of a score depend on the other queries
+        return found if self.reranker is None else list(map(self._rerank, found))
+
+    def find(
+        self,
+        queries: Sequence[str],
+        depth: int | None = None,
+        where: Mapping[str, Any] | None = None,
+        encoded: "Encoded | None" = None,
+    ) -> list[Searched]:
+        """`searched` before the reranking. encoded: the queries as the model of the index represents them (see
+        `retrieval.encoding`), which is not asked then."""
+        opened, depth, seconds = self.index.opened, self.depth if depth is None else depth, {}
+        if where:
+            with timed(seconds, "filter"):
+                among = opened.filters.rows(where)
+        else:
+            among = None
+        if self.needs_model and encoded is None:
+            with timed(seconds, "encode"):
+                encoded = self.index.represent_queries(list(queries))
+        nothing, found = np.zeros(0, np.int64), {}
+        for stage in self.stages:
+            search, asked = opened.searches[stage], ([nothing] * len(queries), depth, among)
+            with timed(seconds, stage):
+                found[stage] = (
+                    search.search(queries, *asked) if stage == BM25 else search.search_encoded(encoded, *asked)
+                )
+        searched = []
+        for place, query in enumerate(queries):
+            lists, own_seconds = {stage: of_stage[place] for stage, of_stage in found.items()}, dict(seconds)
+            if len(self.stages) > 1:
+                with timed(own_seconds, FUSED):
+                    lists[FUSED] = self.fusion.fuse(lists, nothing, depth)
+            searched.append(Searched(query, opened.documents, lists, own_seconds, score_type=list(lists)[-1]))
+        return searched
+
+    def reranked(
+        self, searched: Searched, scored: Sequence[ScoredPair], seconds: float, normalize: bool | None = None
+    ) -> Searched:
+        """With the stages after the reranking. scored: of the last stage's documents, in their order; the score of one
+        without text is -inf. seconds: that it took. normalize: in place of the Retriever's."""
+        first, seconds = searched.last, dict(searched.seconds) | {RERANKED: seconds}
+        logits = np.array([pair.score for pair in scored], np.float32)
+        order = best_first(logits)
+        rows, logits = first.rows[order], logits[order]
+        normalize = self.normalize if normalize is None else normalize
+        scores, score_type = shown_scores(logits, self.reranker.backend.calibration, normalize)
+        stages = {RERANKED: Candidates(rows, scores.astype(np.float32), first.judged_scores)}
+        if self.reranker_weight is not None:
+            with timed(seconds, COMBINED):
+                combined, score_type = combine(self.reranker_weight, first.scores[order], logits), COMBINED
+                best = best_first(combined)
+                stages[COMBINED] = Candidates(rows[best], combined[best], first.judged_scores)
+        by_row = dict(zip(first.rows.tolist(), scored, strict=True))
+        return replace(searched, stages=searched.stages | stages, seconds=seconds, score_type=score_type, scored=by_row)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a stage compares what a model makes of the query."""
+        return self.stages != [BM25]
 
     def close(self) -> None:
         """Let the models go that were opened here. Reranking then raises ValueError."""
@@ -153,75 +213,20 @@ class Retriever:
             raise ValueError(f"stages: expected some of {', '.join(known)}, each once; found {names}")
         return names
 
-    def _search(self, queries: list[str], top_k: int) -> list[SearchResults]:
+    def _search(self, queries: list[str], top_k: int, where: Mapping[str, Any] | None) -> list[SearchResults]:
         check_number("top_k", top_k, 1, "documents")
-        opened = self.index.opened
-        searched = zip(queries, self._stages(queries, max(self.depth, top_k), opened), strict=True)
-        return [_results(query, *found, opened.documents, top_k) for query, found in searched]
+        return [searched.results(top_k) for searched in self.searched(queries, max(self.depth, top_k), where)]
 
-    def _stages(
-        self, queries: Sequence[str], depth: int, opened: Opened
-    ) -> Iterator[tuple[dict[str, Candidates], dict[int, RerankResult], str]]:
-        """For each query what the stages found, what the reranking said of each row, and the type of the last scores.
-        One call of the Reranker for each: in a larger batch the last bits of a score would depend on the other
-        queries."""
-        nothing = np.zeros(0, np.int64)
-        searches = {stage: opened.searches[stage] for stage in self.stages}
-        found = {stage: one.search(queries, [nothing] * len(queries), depth) for stage, one in searches.items()}
-        for place, query in enumerate(queries):
-            lists, reranked = {stage: of_stage[place] for stage, of_stage in found.items()}, {}
-            if len(self.stages) > 1:
-                lists[FUSED] = self.fusion.fuse(lists, nothing, depth)
-            last = score_type = list(lists)[-1]
-            if self.reranker is not None:
-                after, reranked, score_type = self._rerank(query, lists[last], opened.documents)
-                lists |= after
-            yield lists, reranked, score_type
-
-    def _rerank(
-        self, query: str, first: Candidates, documents: Corpus
-    ) -> tuple[dict[str, Candidates], dict[int, RerankResult], str]:
-        """The stages after the list `first`, what the Reranker said of each row, and the type of the last scores."""
-        texts = [documents.text(row) for row in first.rows.tolist()]
-        results = self.reranker.rerank(query, texts, **self.options)
-        order = np.array([result.document_index for result in results], np.int64)
-        rows, logits = first.rows[order], np.array([result.score for result in results], np.float32)
-        with_empty = np.where(logits > EMPTY_SCORE, logits, -np.inf)
-        scores, score_type = shown_scores(with_empty, self.reranker.backend.calibration, self.normalize)
-        stages = {RERANKED: Candidates(rows, scores.astype(np.float32), first.judged_scores)}
-        if self.reranker_weight is not None:
-            combined, score_type = combine(self.reranker_weight, first.scores[order], logits), COMBINED
-            best = best_first(combined)
-            stages[COMBINED] = Candidates(rows[best], combined[best], first.judged_scores)
-        return stages, dict(zip(rows.tolist(), results, strict=True)), score_type
+    def _rerank(self, searched: Searched) -> Searched:
+        start, texts = perf_counter(), searched.texts()
+        pairs = [(searched.query, text) for text in texts if text.strip()]
+        scored = iter(score_pairs(self.reranker.backend, self.passage_encoder, pairs, self.batch_size))
+        all_scored = [next(scored) if text.strip() else NO_TEXT for text in texts]
+        return self.reranked(searched, all_scored, perf_counter() - start)
 
 
-def _results(
-    query: str,
-    lists: dict[str, Candidates],
-    reranked: dict[int, RerankResult],
-    score_type: str,
-    documents: Corpus,
-    top_k: int,
-) -> SearchResults:
-    """The best of the last list, with what every stage says of them."""
-    candidates = list(lists.values())[-1]
-    places = {stage: {row: place for place, row in enumerate(of.rows.tolist())} for stage, of in lists.items()}
-    results = []
-    for place, row in enumerate(candidates.rows[:top_k].tolist()):
-        found = {stage: of[row] for stage, of in places.items() if row in of}
-        results.append(
-            SearchResult(
-                doc_id=documents.id(row),
-                text=documents.text(row),
-                score=float(candidates.scores[place]),
-                rank=place + 1,
-                metadata=documents.metadata(row),
-                document_index=row,
-                slice=reranked[row].slice if reranked else None,
-                truncated=reranked[row].truncated if reranked else False,
-                scores={stage: float(lists[stage].scores[of]) for stage, of in found.items()},
-                ranks={stage: of + 1 for stage, of in found.items()},
-            )
-        )
-    return SearchResults(query, results, score_type)
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = perf_counter()
+    yield
+    seconds[name] = perf_counter() - start

@@ -4,23 +4,25 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from rich.console import RenderableType
 from rich.text import Text
 
-from rag_retrieval.core.config import NAMES, FolderPath, Location, ModelName, Only, OutputPath, key
+from rag_retrieval.core.config import NAMES, FolderPath, Location, ModelName, Only, OutputPath, key, shown_value
 from rag_retrieval.core.files import atomic_write, check_new_file
 from rag_retrieval.core.log import Progress
 from rag_retrieval.core.terminal import on_one_line, rendered, terminal_columns, wrapped
 from rag_retrieval.data.beir import query_texts, run_lines
 from rag_retrieval.data.readers import text_lines
 from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
+from rag_retrieval.retrieval.filters import parse_where
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.reranker import Reranker
-    from rag_retrieval.retrieval.retriever import Retriever, SearchResult, SearchResults
+    from rag_retrieval.retrieval.retriever import Retriever
+    from rag_retrieval.retrieval.searched import SearchResult, SearchResults
 
 RRF = "rrf"
 TEXT_LINES = 3  # of a document's text
@@ -39,7 +41,7 @@ def default_format(config: "SearchConfig") -> str:
 class SearchConfig(ModelOptions, LongDocumentOptions):
     """One search."""
 
-    main_keys: ClassVar = ("index", "query", "queries", "reranker", "output")
+    main_keys: ClassVar = ("index", "query", "queries", "where", "reranker", "output")
     groups: ClassVar = ModelOptions.groups | {"long_document": "Long documents", "index": "Search", "output": "Output"}
     only_for: ClassVar = dict.fromkeys(
         ModelOptions.model_fields.keys() - {"device", "trust_remote_code"} | LongDocumentOptions.model_fields.keys(),
@@ -56,6 +58,10 @@ class SearchConfig(ModelOptions, LongDocumentOptions):
         "Folder, hub name, or package:NAME of a reranker for what is found.", min_length=1
     )
     top_k: int = key("Documents of a query.", 10, ge=1)
+    where: str | None = key(
+        'Conditions on the metadata as JSON, all of which hold: {"language": "zh", "year": {"gte": 2020}}; a value '
+        "for equality, or gt, gte, lt, lte, in, ne. Absent: all documents are searched.", min_length=1
+    )  # fmt: skip
     depth: int = key("Documents that each stage finds, and that are reranked; top_k where that is more.", 100, ge=1)
     stages: Annotated[list[str], NAMES] | None = key(
         "Those of the index to search. Absent: all that count in the fusion.", min_length=1
@@ -76,6 +82,19 @@ class SearchConfig(ModelOptions, LongDocumentOptions):
     def problems(self) -> Iterator[tuple[str, str]]:
         if (self.query is None) == (self.queries is None):
             yield "query", f"{'is missing' if self.query is None else 'given with queries'}; give query or queries"
+        try:
+            parse_where(self.conditions)
+        except ValueError as error:
+            yield "where", str(error).removeprefix("where: ")
+
+    @property
+    def conditions(self) -> dict[str, Any] | None:
+        """Raises ValueError for what is no JSON."""
+        try:
+            return None if self.where is None else json.loads(self.where)
+        except ValueError as error:
+            found = f"found {shown_value(self.where)} ({error})"
+            raise ValueError(f'expected JSON such as {{"year": {{"gte": 2020}}}}, {found}') from None
 
 
 def run(config: SearchConfig) -> str:
@@ -126,7 +145,7 @@ def shown(config: SearchConfig, retriever: "Retriever", queries: dict[str, str])
     columns = terminal_columns()
     with Progress(len(ids), "searching", "queries", shown=len(ids) > 1) as progress:
         for start in range(0, len(ids), TOGETHER):
-            found = retriever.search_many(texts[start : start + TOGETHER], config.top_k)
+            found = retriever.search_many(texts[start : start + TOGETHER], config.top_k, config.conditions)
             for id_, results in zip(ids[start : start + TOGETHER], found, strict=True):
                 if config.output_format == "json":
                     yield json_line(id_ if config.queries else None, results)

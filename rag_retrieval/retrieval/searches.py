@@ -9,7 +9,7 @@ from rag_retrieval.retrieval import token_codec
 from rag_retrieval.retrieval.approximate import read_faiss
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.dense import DenseSearch
-from rag_retrieval.retrieval.encoding import Encode, Represent
+from rag_retrieval.retrieval.encoding import Represent
 from rag_retrieval.retrieval.lexical import LexicalSearch
 from rag_retrieval.retrieval.multi_vector import CentroidSearch, MultiVectorSearch
 from rag_retrieval.retrieval.vector_shards import fitted_folder, open_tokens, open_vectors, shards_of
@@ -17,13 +17,15 @@ from rag_retrieval.retrieval.vector_shards import fitted_folder, open_tokens, op
 ModelSearch = DenseSearch | LexicalSearch | MultiVectorSearch
 
 
-def open_searches(paths: Mapping[str, Path], options: IndexOptions, represent: Represent) -> dict[str, ModelSearch]:
+def open_searches(
+    paths: Mapping[str, Path], options: IndexOptions, represent: Represent | None
+) -> dict[str, ModelSearch]:
     """By the name of their stage. paths: of the parts of an index. represent: queries."""
     searches: dict[str, ModelSearch] = {}
     if DENSE in options.representations:
-        searches[DENSE] = open_dense(paths, options, lambda texts: represent(texts).dense)
+        searches[DENSE] = open_dense(paths, options, represent)
     if LEXICAL in options.representations:
-        searches[LEXICAL] = LexicalSearch(shards_of(paths["vectors"]), lambda texts: represent(texts).lexical)
+        searches[LEXICAL] = LexicalSearch(shards_of(paths["vectors"]), represent)
     if MULTI_VECTOR in options.representations:
         device, first = choose_device(options.device), searches.get(options.token_candidates)
         if options.has_token_lists:
@@ -31,13 +33,11 @@ def open_searches(paths: Mapping[str, Path], options: IndexOptions, represent: R
             first = CentroidSearch(centroids, shards_of(paths["vectors"]))
         documents = open_tokens(paths, options, device)
         factor = options.rescore_factor if first else 1
-        searches[MULTI_VECTOR] = MultiVectorSearch(
-            documents, lambda texts: represent(texts).multi_vector, device, first, factor
-        )
+        searches[MULTI_VECTOR] = MultiVectorSearch(documents, represent, device, first, factor)
     return searches
 
 
-def open_dense(paths: Mapping[str, Path], options: IndexOptions, encode: Encode) -> DenseSearch:
+def open_dense(paths: Mapping[str, Path], options: IndexOptions, encode: Represent | None) -> DenseSearch:
     vectors, *finer = open_vectors(paths, options)
     index = read_faiss(paths["faiss"], options.faiss_search) if "faiss" in paths else None
     device, factor = choose_device(options.device), options.rescore_factor

@@ -72,11 +72,19 @@ class StoredTokens:
     def rows(self, rows: np.ndarray) -> TokenVectors:
         return TokenVectors(self.vectors.decode(self.stored(rows)), self.counts(rows))
 
-    def blocks(self) -> Iterator[TokenVectors]:
-        """All documents in their order."""
+    def blocks(self, among: np.ndarray | None = None) -> Iterator[TokenVectors]:
+        """All documents in their order, or those of the rows `among`."""
+        if among is not None:
+            yield from map(self.rows, self._row_blocks(among))
+            return
         for vectors, counts in zip(self.vectors.parts, self._counts, strict=True):
             for group in TokenVectors(vectors, counts.astype(np.int64)).groups(BLOCK):
                 yield TokenVectors(self.vectors.decode(group.vectors), group.counts)
+
+    def _row_blocks(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Rows that have about `BLOCK` vectors together, or one."""
+        blocks = np.cumsum(self.counts(rows)) // BLOCK
+        return [part for part in np.split(rows, np.flatnonzero(np.diff(blocks)) + 1) if len(part)]
 
 
 @torch.inference_mode()
@@ -96,21 +104,25 @@ def maxsim_of_rows(
 ) -> np.ndarray:
     """Of one query, float32 [tokens, width], with some documents: float32 [rows]."""
     asked, scores = TokenVectors.of([query]), [np.zeros(0, np.float32)]
-    blocks = np.cumsum(documents.counts(rows)) // BLOCK
-    for part in np.split(rows, np.flatnonzero(np.diff(blocks)) + 1):
-        scores.append(maxsim(asked, documents.rows(part), device)[0] if len(part) else scores[0])
+    scores += [maxsim(asked, block, device)[0] for block in documents.blocks(rows)]
     return np.concatenate(scores)
 
 
 def best_of_all(
-    queries: TokenVectors, documents: StoredTokens, depth: int, device: str | torch.device
+    queries: TokenVectors,
+    documents: StoredTokens,
+    depth: int,
+    device: str | torch.device,
+    among: np.ndarray | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rows int64, scores float32) of the best `depth` of all documents for each query, equal scores by row."""
+    """(rows int64, scores float32) of the best `depth` of all documents, or of the rows `among`, for each query, equal
+    scores by row."""
     found = []
     for group in queries.groups(ASKED):
         best, first = [(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(group.counts), 0
-        for block in documents.blocks():
+        for block in documents.blocks(among):
             rows = np.arange(first, first + len(block.counts))
+            rows = rows if among is None else among[rows]
             best = [
                 best_of(np.append(before[0], rows), np.append(before[1], scores), depth)
                 for before, scores in zip(best, maxsim(group, block, device), strict=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rag_retrieval.models.vectors import ranges_of, to_float32, to_precision
-from rag_retrieval.retrieval.approximate import build_faiss, read_faiss
+from rag_retrieval.retrieval.approximate import build_faiss, read_faiss, search_faiss
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.dense import DenseSearch
 from rag_retrieval.retrieval.stored_vectors import NumberCodec, Vectors, append_vectors, drawn_rows
@@ -174,3 +174,77 @@ def test_rows_are_drawn_once_each_from_any_number_of_them():
     assert len(set(rows.tolist())) == 100 and (np.diff(rows) > 0).all()
     assert rows.tolist() == drawn_rows(10**12, 100, seed=3).tolist() != drawn_rows(10**12, 100, seed=4).tolist()
     assert drawn_rows(5, 100, seed=3).tolist() == [0, 1, 2, 3, 4]
+
+
+# ---- among a part of the documents
+
+PART = np.arange(1, 60, 3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "binary"])
+def test_a_search_among_a_part_is_that_over_its_vectors_alone(tmp_path, precision, monkeypatch):
+    monkeypatch.setattr("rag_retrieval.models.nearest.SEARCHED", 4)
+    vectors = stored(tmp_path, precision)
+    decoded = to_float32(to_precision(VECTORS, precision, RANGES), RANGES)
+    for part in (PART, np.array([], np.int64), np.array([59]), np.arange(60)):
+        found = DenseSearch(vectors, None, "cpu").search_vectors(QUERIES, JUDGED, 9, part)
+        for candidates, query, judged in zip(found, QUERIES, JUDGED, strict=True):
+            scores = decoded @ query
+            assert candidates.rows.tolist() == sorted(part.tolist(), key=lambda row: (-scores[row], row))[:9]
+            assert candidates.scores.tolist() == scores[candidates.rows].tolist()
+            assert candidates.judged_scores.tolist() == scores[judged].tolist()
+
+
+def test_coarse_vectors_are_searched_among_a_part_and_few_of_them_by_the_finer_ones(tmp_path, monkeypatch):
+    coarse, finer = stored(tmp_path, "binary"), stored(tmp_path, "float32", "finer")
+    search, bits = DenseSearch(coarse, None, "cpu", finer, factor=2), to_float32(to_precision(VECTORS, "binary"))
+    for few in (100, 0):
+        monkeypatch.setattr("rag_retrieval.retrieval.dense.FEW", few)
+        for candidates, query in zip(search.search_vectors(QUERIES, JUDGED, 4, PART), QUERIES, strict=True):
+            first, scores = bits @ query, VECTORS @ query
+            kept = PART.tolist() if few else sorted(PART.tolist(), key=lambda row: (-first[row], row))[:8]
+            assert candidates.rows.tolist() == sorted(kept, key=lambda row: (-scores[row], row))[:4]
+
+
+@pytest.mark.parametrize(
+    "factory, search, has_selector",
+    [("Flat", None, True), ("IVF4,Flat", "nprobe=4", True), ("IVF4,PQ4x4", "nprobe=4", True),
+     ("PCA8,IVF4,SQ8", "nprobe=4", True), ("IVF4,Flat,RFlat", "nprobe=4", True), ("HNSW8", "efSearch=64", True),
+     ("IVF4,PQ4x4fs", "nprobe=4", True), ("PQ4x4", None, False)],
+)  # fmt: skip
+def test_faiss_searches_among_a_part_or_all_of_it_are_compared(tmp_path, factory, search, has_selector, monkeypatch):
+    """The rescoring reaches all of the part, so that what is found is exact."""
+    pytest.importorskip("faiss")
+    monkeypatch.setattr("rag_retrieval.retrieval.dense.FEW", 0)
+    vectors = stored(tmp_path, "float32")
+    build_faiss(vectors, options(factory), tmp_path)
+    index = read_faiss(tmp_path, search)
+    by_faiss = search_faiss(index, QUERIES, 5, PART)
+    assert (np.isin(by_faiss, PART) == has_selector).all() and (has_selector or (by_faiss == -1).all())
+    found = DenseSearch(vectors, None, "cpu", index=index, factor=3).search_vectors(QUERIES, JUDGED, 6, PART)
+    for candidates, query in zip(found, QUERIES, strict=True):
+        scores = VECTORS @ query
+        expected = sorted(PART.tolist(), key=lambda row: (-scores[row], row))[:6]
+        np.testing.assert_allclose(candidates.scores, scores[expected], rtol=1e-5)
+        assert set(candidates.rows.tolist()) <= set(PART.tolist())
+
+
+def test_what_faiss_misses_of_a_part_is_compared(tmp_path, monkeypatch):
+    """It looks through one list of eight, in which no query finds nine of the part."""
+    pytest.importorskip("faiss")
+    monkeypatch.setattr("rag_retrieval.retrieval.dense.FEW", 0)
+    vectors = stored(tmp_path, "float32")
+    build_faiss(vectors, options("IVF8,Flat"), tmp_path)
+    index = read_faiss(tmp_path, "nprobe=1")
+    assert (search_faiss(index, QUERIES, 9, PART) == -1).any(axis=1).all()
+    found = DenseSearch(vectors, None, "cpu", index=index, factor=1).search_vectors(QUERIES, JUDGED, 9, PART)
+    exact = DenseSearch(vectors, None, "cpu").search_vectors(QUERIES, JUDGED, 9, PART)
+    assert [one.rows.tolist() for one in found] == [one.rows.tolist() for one in exact]
+
+
+def test_a_search_among_a_part_keeps_the_parameters_of_the_index(tmp_path, monkeypatch):
+    """With FAISS's own defaults it would look through one list."""
+    pytest.importorskip("faiss")
+    build_faiss(stored(tmp_path, "float32"), options("IVF8,Flat"), tmp_path)
+    rows = [search_faiss(read_faiss(tmp_path, f"nprobe={probes}"), QUERIES, 20, PART) for probes in (1, 8)]
+    assert (rows[1] >= 0).all() and not (rows[0] >= 0).all()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rag_retrieval.retrieval.encoding import Encoded
 from rag_retrieval.retrieval.inverted_lists import InvertedLists, Weights, write_lists
 from rag_retrieval.retrieval.lexical import LexicalSearch
 
@@ -52,7 +53,8 @@ def test_shards_of_any_size_find_what_a_loop_over_dicts_finds(tmp_path, size):
         for _ in range(56)
     ]
     documents, queries = texts[:50], texts[50:]
-    search = LexicalSearch(written(tmp_path, documents, size), encode=lambda names: weights_of(queries))
+    encoded = Encoded(None, weights_of(queries), None)
+    search = LexicalSearch(written(tmp_path, documents, size), encode=lambda names: encoded)
     found = search.search(["q"] * 6, [np.arange(50)] * 6, 8)
     for candidates, query in zip(found, queries, strict=True):
         scores = [sum(weight * document.get(term, 0) for term, weight in query.items()) for document in documents]

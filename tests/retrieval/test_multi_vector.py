@@ -6,6 +6,7 @@ import pytest
 from rag_retrieval.models.matching import maxsim as maxsim_of_pair
 from rag_retrieval.models.vectors import finish
 from rag_retrieval.retrieval import token_vectors
+from rag_retrieval.retrieval.encoding import Encoded
 from rag_retrieval.retrieval.inverted_lists import write_lists
 from rag_retrieval.retrieval.multi_vector import CentroidSearch, MultiVectorSearch
 from rag_retrieval.retrieval.stored_vectors import NumberCodec, append_vectors
@@ -22,6 +23,7 @@ def texts_of(seed, counts, width=8):
 
 DOCUMENTS = texts_of(0, [3, 1, 0, 7, 40, 2, 5, 5, 0, 9, 4, 6, 1, 1, 30])
 QUERIES = texts_of(1, [4, 1, 12])
+ENCODED = Encoded(None, None, TokenVectors.of(QUERIES))
 
 
 def written(folder, documents, size=4, centroids=None):
@@ -79,7 +81,7 @@ def test_vectors_of_documents_come_back_by_rows_and_in_blocks(stored, monkeypatc
 def test_all_documents_are_searched_as_by_a_loop_over_pairs(stored, monkeypatch, block, asked):
     monkeypatch.setattr(token_vectors, "BLOCK", block)
     monkeypatch.setattr(token_vectors, "ASKED", asked)
-    search = MultiVectorSearch(stored, lambda names: TokenVectors.of(QUERIES), "cpu")
+    search = MultiVectorSearch(stored, lambda names: ENCODED, "cpu")
     judged = [np.array([2, 0]), NONE, np.arange(15)]
     for found, query, asked_for in zip(search.search(["q"] * 3, judged, 6), QUERIES, judged, strict=True):
         scores = slow_scores(query)
@@ -95,17 +97,17 @@ class First:
     def __init__(self, rows):
         self.rows, self.depths = np.array(rows), []
 
-    def search(self, queries, judged, depth):
+    def search_encoded(self, queries, judged, depth, among):
         self.depths.append(depth)
-        return [self] * len(queries)
+        return [self] * len(judged)
 
     def search_documents(self, rows, depth):
-        return self.search(rows, None, depth)
+        return self.search_encoded(None, rows, depth, None)
 
 
 def test_candidates_of_another_search_are_scored_and_no_others(stored):
     first = First([9, 4, 13, 2])
-    search = MultiVectorSearch(stored, lambda names: TokenVectors.of(QUERIES), "cpu", first, factor=4)
+    search = MultiVectorSearch(stored, lambda names: ENCODED, "cpu", first, factor=4)
     for found, query in zip(search.search(["q"] * 3, [NONE, np.array([3]), NONE], 3), QUERIES, strict=True):
         scores = slow_scores(query)
         expected = [row for row in best(scores, 15) if row in first.rows][:3]
@@ -150,7 +152,7 @@ def test_documents_found_by_centroids_are_scored_by_their_own_vectors(tmp_path):
     shards = written(tmp_path, DOCUMENTS, centroids=centroids)
     first = CentroidSearch(centroids, shards)
     stored = StoredTokens(shards, NumberCodec("float32"))
-    search = MultiVectorSearch(stored, lambda names: TokenVectors.of(QUERIES), "cpu", first, factor=2)
+    search = MultiVectorSearch(stored, lambda names: ENCODED, "cpu", first, factor=2)
     for found, query in zip(search.search(["q"] * 3, [NONE] * 3, 3), QUERIES, strict=True):
         candidates, scores = first.search(query, 6), slow_scores(query)
         assert found.rows.tolist() == [row for row in best(scores, 15) if row in candidates][:3]

@@ -283,12 +283,16 @@ def test_the_commands_and_the_python_of_the_page_work(both, model, tmp_path, mon
         shutil.copy(qrels / "dev.tsv", qrels / f"{split}.tsv")
     monkeypatch.chdir(tmp_path)
     page = PAGE.read_text(encoding="utf-8").partition("## Search\n")[2]
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    build_index(PAGE.parent, tmp_path / "runs" / "docs", IndexOptions())
+    code, filtered = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(code, names := {})
     assert len(names["many"]) == 2 and len(names["results"]) == 3
+    exec(filtered, names)
+    assert len(names["results"]) == 3
+    assert all(one.metadata["file"] in ("search.md", "data.md") for one in names["results"])
     commands = re.findall(r"^rag-retrieval (?:search|fit-fusion) .*", page, flags=re.MULTILINE)
     commands += re.findall(r"`(rag-retrieval evaluate --.*?)`", page, flags=re.DOTALL)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         assert main([*shlex.split(command)[1:], "--device", "cpu"]) == 0, command
     assert set(read_run("runs/search.trec")) == {f"q{name}" for name in NAMES}
