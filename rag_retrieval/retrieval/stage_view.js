@@ -64,6 +64,12 @@ function describePlace(passage, text) {
   return `best passage: characters ${start} to ${end} of ${all}`;
 }
 
+// Of a passage that was cut out of a file.
+function describeFile({ file, start, end }) {
+  if ([file, start, end].includes(undefined)) return null;
+  return textElement("span", "place", `${file}, characters ${number(start)} to ${number(end)}`);
+}
+
 // ---- stages
 
 // The stages of an answer, each with the ranks of its documents and the stages whose lists it has put in another order.
@@ -111,7 +117,7 @@ function move(input, hit, several) {
 const drawBadge = (judged) => element("span", { className: judged.relevant ? "badge" : "quiet" }, judged.name);
 
 function drawHit(hit, stage, view) {
-  const { text = null, passage = null } = foundDocument(view.answers, hit.id);
+  const { text = null, passage = null, metadata = {} } = foundDocument(view.answers, hit.id);
   const judged = view.judged.get(hit.id);
   const head = element(
     "span", { className: "head" },
@@ -126,6 +132,7 @@ function drawHit(hit, stage, view) {
     badge || moves.length ? element("span", { className: "moves" }, badge, moves) : null,
     text === null ? null : textElement("span", "snippet", text, snippet(text, passage)),
     passage && stage.last ? element("span", { className: "place" }, describePlace(passage, text)) : null,
+    stage.last ? describeFile(metadata) : null,
   );
   button.hit = hit.id;
   button.addEventListener("click", () => openDocument(hit.id, view));

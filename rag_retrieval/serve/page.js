@@ -129,7 +129,9 @@ function show(answer, seconds) {
   form.found.removeAttribute("aria-busy");
   const count = answer.results.length;
   const documents = `${number(count)} ${count === 1 ? "document" : "documents"}`;
-  form.status.textContent = `${documents} in ${shownTime(seconds)}${answer.model ? `, ${answer.model}` : ""}`;
+  const parts = [["encode_seconds", "the query"], ["filter_seconds", "the filter"]].filter(([key]) => key in answer);
+  const times = parts.map(([key, name]) => `${name} ${shownTime(answer[key])}`).join(", ");
+  form.status.textContent = `${answer.model}: ${documents} in ${shownTime(seconds)}${times && `, of which ${times}`}`;
   const load = (id) => ask(`documents/${encodeURIComponent(id)}`);
   const stages = drawStages([answer], { load, shown: Number(form.top_k.value) });
   form.found.replaceChildren(stages);
