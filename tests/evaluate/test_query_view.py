@@ -8,10 +8,15 @@ from html import unescape
 
 import pytest
 from beir_samples import write, write_lines
+from embedder_samples import save_by_sentence_transformers
+from tiny_models import tiny_bert
 
 from rag_retrieval import RetrievalEvaluationConfig, evaluate_retriever
 from rag_retrieval.evaluate import query_view
 from rag_retrieval.evaluate.retrieval_output import write_retrieval
+from rag_retrieval.metrics import trec_order
+from rag_retrieval.retrieval.config import IndexOptions
+from rag_retrieval.retrieval.index import build_index
 
 HOSTILE = '</script><script>document.title = "hacked"</script> &lt;b&gt; <img src=x onerror=alert(1)> \u202eabc\u202c'
 COUNT = 30  # documents
@@ -38,12 +43,20 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def evaluation(data, tmp_path):
-    config = RetrievalEvaluationConfig(
-        retriever=(str(data / "one.trec"), str(data / "two.trec")), data=str(data), report=True,
-        output_dir=str(tmp_path / "out"), measures=("ndcg@10", "mrr@20"),
-    )  # fmt: skip
-    return evaluate_retriever(config)
+def evaluate(data, tmp_path):
+    def run(*retrievers):
+        config = RetrievalEvaluationConfig(
+            retriever=[str(each) for each in retrievers], data=str(data), report=True, depth=30,
+            output_dir=str(tmp_path / "out"), measures=("ndcg@10", "mrr@20"),
+        )  # fmt: skip
+        return evaluate_retriever(config)
+
+    return run
+
+
+@pytest.fixture
+def evaluation(data, evaluate):
+    return evaluate(data / "one.trec", data / "two.trec")
 
 
 def results(stage: dict) -> list[tuple]:
@@ -103,3 +116,101 @@ def test_hostile_texts_end_no_script_and_the_policy_admits_this_script_alone(eva
         assert f"{kind}-src 'sha256-{digest}';" in policy
     assert "default-src 'none'" in policy and "connect-src 'none'" in policy
     assert not re.search(r"(?:src|href)=\"(?!data:)", page.replace(json.dumps(HOSTILE), ""))
+
+
+# ---- in a browser
+
+
+def open_report(browser, evaluation, link: str = "", **window) -> None:
+    write_retrieval(evaluation)
+    browser.open(f"file://{evaluation.output_dir.resolve()}/report.html{link}", **window)
+
+
+def rows(browser) -> list[list[str]]:
+    """Texts of the table's cells, without what queries open into."""
+    script = """return [...document.querySelectorAll('.queries .scroll > table > tbody > tr:not(.opened)')].map(
+        row => [...row.cells].map(cell => cell.innerText))"""
+    return browser.run(script)
+
+
+def sort_by(browser, column: int) -> str:
+    """Presses the heading, and says what it says then; the query is column 0."""
+    browser.run("document.querySelectorAll('.queries thead th')[arguments[0]].querySelector('button').click()", column)
+    return browser.run("return document.querySelectorAll('.queries thead th')[arguments[0]].ariaSort", column)
+
+
+@pytest.mark.slow
+def test_the_table_sorts_by_measure_and_gain_and_changes_the_measure(browser, evaluation):
+    open_report(browser, evaluation)
+    assert browser.texts(".queries thead button")[:3] == ["relevant", "one.trec", "two.trec"]
+    assert [row[0] for row in rows(browser)] == ["query 3", "query 1", "query 2"]
+    one, two = (system.per_query["ndcg@10"] for system in evaluation.systems)
+    assert rows(browser)[1] == ["query 1", "3", f"{one['q1']:.3f}", f"{two['q1']:.3f}", f"+{two['q1'] - one['q1']:.3f}"]
+    assert sort_by(browser, 4) == "ascending" and rows(browser)[-1][0] == "query 1"
+    assert sort_by(browser, 4) == "descending" and rows(browser)[0][0] == "query 1"
+    assert sort_by(browser, 2) == "ascending" and rows(browser)[-1][0] == "query 2"
+    browser.run("measure.value = 'mrr@20'; measure.dispatchEvent(new Event('change'))")
+    assert ["query 1", "3", "0.067", "1.000", "+0.933"] in rows(browser)
+    assert browser.complaints() == []
+
+
+@pytest.mark.slow
+def test_a_query_opens_into_stages_with_relevant_documents_and_their_places(browser, evaluation):
+    open_report(browser, evaluation)
+    button = browser.all("button.query")[1]
+    assert button.get_attribute("aria-expanded") == "false"
+    browser.run("arguments[0].focus()", button)
+    browser.press("\ue007")
+    assert browser.run("return [document.activeElement.innerText, document.activeElement.ariaExpanded]") == [
+        "query 1",
+        "true",
+    ]
+    assert browser.texts(".places tbody tr td:not(:first-child)") == [
+        "2", "rank 15", "rank 1", "1", "not among 15", "not among 2", "1", "not in the corpus", "not in the corpus",
+    ]  # fmt: skip
+    shown = browser.run("""return [...document.querySelectorAll('.stage')].map(stage => [stage.ariaLabel,
+        [...stage.querySelectorAll('li')].map(one => one.querySelector('.rank')?.innerText ?? one.innerText)])""")
+    first = [*map(str, range(1, 11)), "⋮", "15"]
+    assert shown == [["one.trec, run", first], ["two.trec, run", ["1", "2"]]]
+    assert browser.texts(".hit.relevant .id") == ["d15", "d15"] and browser.texts(".hit .quiet:not(.score)") == [
+        "judged, grade 0"
+    ]
+    hostile = browser.run("return [...document.querySelectorAll('.snippet')].map(one => one.textContent)[0]")
+    assert hostile == HOSTILE and browser.driver.title.startswith("Retrieval on")
+    browser.all(".places button")[1].click()
+    assert "text 20" in browser.one("dialog").text and "not found" in browser.one("dialog").text
+    browser.press("\ue00c")
+    browser.wait(lambda: not browser.all("dialog"))
+    open_report(browser, evaluation, "#q3", width=360, dark=True)
+    assert browser.texts(".places tbody td:not(:first-child)") == ["1", "not among 1", "not among 1"]
+    browser.all(".places button")[0].click()
+    assert "the first 1,000 of 1,200 characters" in browser.one("dialog").text
+    assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+    assert browser.run("return getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert browser.complaints() == [] and all(one.startswith(("file:", "data:")) for one in browser.requested())
+
+
+@pytest.mark.slow
+def test_the_stages_of_an_index_stand_side_by_side_with_their_moves(browser, data, evaluate, tmp_path):
+    save_by_sentence_transformers(tiny_bert(tmp_path / "base"), tmp_path / "embedder", "mean", {})
+    options = IndexOptions(embedder=str(tmp_path / "embedder"), vector_precision="float32", device="cpu")
+    build_index(data, tmp_path / "index", options)
+    evaluation = evaluate(tmp_path / "index")
+    ranks = [{id_: rank for rank, id_ in enumerate(trec_order(system.run["q1"]), 1)} for system in evaluation.systems]
+    open_report(browser, evaluation, "#q1")
+    stages = browser.run("""return [...document.querySelectorAll('.stage')].map(stage =>
+        [...stage.querySelectorAll('.hit')].map(hit => [hit.querySelector('.id').innerText,
+            ...[...hit.querySelectorAll('.moves .for-readers')].map(one => one.textContent)]))""")
+    assert len(stages) == 3 and len(ranks[1]) == 30
+    for (id_, words, vectors), rank in zip(stages[2], sorted(ranks[2].values()), strict=False):
+        assert ranks[2][id_] == rank or rank > 10
+        assert vectors == moved(ranks[1].get(id_), ranks[2][id_], "vectors")
+        assert words == moved(ranks[0].get(id_), ranks[2][id_], "words")
+
+
+def moved(before: int | None, after: int, stage: str) -> str:
+    if before is None:
+        return f"not in {stage}"
+    if before == after:
+        return f"the same rank in {stage}"
+    return f"{'up' if before > after else 'down'} {abs(before - after)} from rank {before} in {stage}"
