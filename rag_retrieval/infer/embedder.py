@@ -112,6 +112,11 @@ class Embedder:
         """Numbers of a whole vector."""
         return self.backend.dim
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What `encode` takes as `kind`: "query", "document" and the names of the model's prompts."""
+        return tuple(dict.fromkeys(("query", "document", *self.backend.text_encoder.prompts)))
+
     def encode(
         self,
         texts: str | Sequence[str],
@@ -153,7 +158,7 @@ class Embedder:
         shape = (outputs, kind, dim, normalize, precision, pool_factor)
         form = choose_form(self.backend, self.int8_ranges, *shape)
         check_number("batch_size", batch_size, 1, "texts")
-        max_length = self._checked_limit(kind, prompt, max_length)
+        max_length = self.text_limit(kind, prompt, max_length)
         if show_progress_bar is None:
             show_progress_bar = len(texts) > 10 * batch_size and sys.stderr.isatty()
         cut, encoder = 0, self.backend.text_encoder
@@ -298,8 +303,8 @@ class Embedder:
     def _vector_tokens(self, text: str, kind: str, max_length: int | None) -> list[str]:
         """Names of the tokens that have a vector."""
         encoder = self.backend.text_encoder
-        batch = make_batch(encoder.encode([text], kind, max_length=self._checked_limit(kind, None, max_length)))
-        kept = batch.ids[self.model.kept_tokens(batch)]
+        batch = make_batch(encoder.encode([text], kind, max_length=self.text_limit(kind, max_length=max_length)))
+        kept = batch.ids[self.backend.kept_tokens(batch)]
         return [token_name(encoder.fast_tokenizer, token) for token in kept.tolist()]
 
     def calibrate(
@@ -334,12 +339,14 @@ class Embedder:
     def __exit__(self, *error) -> None:
         self.close()
 
-    def _checked_limit(self, kind: str | None, prompt: str | None, max_length: int | None) -> int:
-        """Tokens of a text at most. ValueError where prompt and special tokens leave none of them."""
+    def text_limit(
+        self, kind: str | None = None, prompt: str | None = None, max_length: int | None = None
+    ) -> int:
+        """Tokens of a text at most, as `encode` cuts it. Raises ValueError for a kind that is not one of `kinds`, and
+        where prompt and special tokens leave no tokens for the text."""
         encoder = self.backend.text_encoder
-        if kind not in (None, "query", "document", *encoder.prompts):
-            known = ", ".join(dict.fromkeys(("query", "document", *encoder.prompts)))
-            raise ValueError(f"kind: this model has no prompt {kind!r}; it knows {known}")
+        if kind is not None and kind not in self.kinds:
+            raise ValueError(f"kind: this model has no prompt {kind!r}; it knows {', '.join(self.kinds)}")
         limit = encoder.max_length_of(kind) if max_length is None else max_length
         check_number("max_length", limit, 1, "tokens")
         self.backend.check_max_length(limit)

@@ -42,7 +42,7 @@ class OutputForm:
         check_finite(found)
         parts = dict(found)
         if DENSE in parts:
-            parts[DENSE] = self._dense(parts[DENSE])
+            parts[DENSE] = self.dense(parts[DENSE])
         if MULTI_VECTOR in parts:
             parts[MULTI_VECTOR] = [self._tokens(vectors) for vectors in parts[MULTI_VECTOR]]
         return list(zip(*(parts[name] for name in self.names), strict=True))
@@ -52,11 +52,12 @@ class OutputForm:
         columns = dict(zip(self.names, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(self.names, ())
         dense, lexical, multi_vector = (columns.get(name) for name in REPRESENTATIONS)
         if dense is not None:
-            dense = np.stack(dense) if rows else self._dense(np.empty((0, self.dim), np.float32))
+            dense = np.stack(dense) if rows else self.dense(np.empty((0, self.dim), np.float32))
         lexical = None if lexical is None else LexicalWeights.of(lexical, tokenizer)
         return EncodedTexts(dense, lexical, None if multi_vector is None else list(multi_vector))
 
-    def _dense(self, vectors: np.ndarray) -> np.ndarray:
+    def dense(self, vectors: np.ndarray) -> np.ndarray:
+        """vectors: of the backend, [texts, dim of the model], float32."""
         return to_precision(finish(vectors, self.dim, self.normalize), self.precision, self.ranges)
 
     def _tokens(self, vectors: np.ndarray) -> np.ndarray:
@@ -98,7 +99,10 @@ def choose_form(
         check_ranges(ranges, normalize)
     check_pool_factor(pool_factor, kind, names)
     protected = 1 if settings.is_colbert else 0  # cls, of which bge-m3 gives no token vector
-    return OutputForm(names, dim, normalize, precision, ranges, pool_factor, protected)
+    form = OutputForm(names, dim, normalize, precision, ranges, pool_factor, protected)
+    if DENSE in names:
+        form.dense(np.empty((0, backend.dim), np.float32))  # a dim that does not fit is an error before all work
+    return form
 
 
 def checked_outputs(outputs: Sequence[str] | None, backend: EmbedderBackend) -> tuple[str, ...]:

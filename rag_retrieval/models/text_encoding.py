@@ -115,6 +115,10 @@ class TextEncoder:
         """The same encoder with one limit for every kind. ValueError for one too small."""
         return replace(self, max_lengths={"document": max_length})
 
+    def with_truncation(self, left: bool) -> "TextEncoder":
+        """The same encoder, by which a text that is too long loses its beginning (left) or its end."""
+        return replace(self, template=replace(self.template, truncate_left=left))
+
     def prompt_for(self, kind: str | None) -> str:
         """The text before texts of this kind, "" for none. kind: "query", "document", the name of a prompt, or None."""
         names = PROMPT_NAMES.get(kind, (kind or self.default_prompt,))
@@ -132,8 +136,28 @@ class TextEncoder:
         prompt, max_length: in place of those of the kind.
         """
         prompt = self.prompt_for(kind) if prompt is None else prompt
+        return self._joined(self._split(prompt, texts), kind, max_length)
+
+    def encode_ids(
+        self, texts: Sequence[Sequence[int]], kind: str | None = None, max_length: int | None = None
+    ) -> list[EncodedPair]:
+        """As `encode`, of texts that are token ids already, with or without the special tokens around a text. The
+        prompt is tokenized by itself: where its last token would join the text's first, the result is another."""
+        prompt_ids = tokenize(self.fast_tokenizer, [self.prompt_for(kind)])[0]
+        return self._joined([(prompt_ids, self._without_special_tokens(ids)) for ids in texts], kind, max_length)
+
+    def _without_special_tokens(self, ids: Sequence[int]) -> Sequence[int]:
+        prefix, suffix = self.template.prefix, self.template.suffix
+        ids = ids[len(prefix) :] if tuple(ids[: len(prefix)]) == prefix else ids
+        ends = suffix and tuple(ids[-len(suffix) :]) == suffix
+        return ids[: -len(suffix)] if ends else ids
+
+    def _joined(
+        self, parts: Sequence[tuple[Sequence[int], Sequence[int]]], kind: str | None, max_length: int | None
+    ) -> list[EncodedPair]:
+        """parts: the ids of the prompt and of the text itself."""
         limit = self.max_length_of(kind) if max_length is None else max_length
-        encoded = [self.join(*parts, limit) for parts in self._split(prompt, texts)]
+        encoded = [self.join(*each, limit) for each in parts]
         return [self.expand(text, limit) for text in encoded] if kind == "query" else encoded
 
     def _split(self, prompt: str, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -62,9 +62,9 @@ class Endpoint(Protocol):
     async def answer(self, task: Any, work: "Work") -> Response:
         """Runs on the event loop: all that takes more than a millisecond goes through `work`. Raises RequestError."""
 
-    def error_body(self, status: int, message: str, request_id: str) -> dict[str, Any]:
+    def error_body(self, error: RequestError, request_id: str) -> dict[str, Any]:
         """Of every error of its paths, also those of the server such as 401 and 429."""
-        return error_body(status, message, request_id)
+        return error_body(error, request_id)
 
 
 class PieceThreads:
@@ -199,42 +199,45 @@ def pieces_of(texts: Iterable[str]) -> Iterator[list[str]]:
 # ---- bodies ---------------------------------------------------------------------------------------------
 
 
-def parse_json(body: bytes, schema: type[Request], text_fields: Sequence[str]) -> Request:
+def parse_json(body: bytes, schema: type[Request], expected: Mapping[str, str]) -> Request:
     """Raises RequestError: 400 for what is no JSON, 422 for a field, named with its position, that is not as expected.
 
     Lists of the schema should end at their first mistake (`FailFast`) and have a `max_length`: then a hostile body
-    costs no more than a good one. text_fields: keys that hold a text or a list of texts.
+    costs no more than a good one. expected: of keys with texts, what they hold, in words.
     """
     if body.count(b"[") + body.count(b"{") > 1000 + len(body) // 10:  # no text has so many of them
         raise RequestError(422, "the body: too many lists and objects; documents are strings")
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
-        raise _refusal(error, text_fields) from error
+        raise _refusal(error, expected) from error
 
 
-def _refusal(error: ValidationError, text_fields: Sequence[str]) -> RequestError:
-    """From the first problem that pydantic names. The values themselves may be huge, so they are not shown."""
+def _refusal(error: ValidationError, expected: Mapping[str, str]) -> RequestError:
+    """From the problem that pydantic met deepest in a list: of a key that may be several things, it is that of the one
+    that was meant. The values themselves may be huge, so they are not shown."""
     if error.error_count() > MOST_ERRORS:
         return RequestError(422, f"{error.error_count()} keys or values are not as expected; see docs/serve.md")
     problems = error.errors(include_url=False, include_input=False)
-    of_key = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
-    # where a key takes one text or a list, the problem inside the list says more
-    problem = next((each for each in of_key if any(isinstance(part, int) for part in each["loc"])), of_key[0])
+    problem = max(problems, key=lambda each: (each["type"] == "too_long", _positions(each)))
     kind, place = problem["type"], problem["loc"]
     if kind == "json_invalid":
         return RequestError(400, f"the body is no JSON: {problem['msg']}")
     if not place:
         return RequestError(422, 'the body: expected an object such as {"query": "...", "documents": ["..."]}')
-    position = next((f"[{part}]" for part in place if isinstance(part, int)), "")
-    name = f"{place[0]!s:.100}{position}"
+    name = f"{place[0]!s:.100}" + "".join(f"[{position}]" for position in _positions(problem))
     if kind == "extra_forbidden":
         return RequestError(422, f"{name}: this server does not know the key; leave it out")
     if kind == "too_long":
         return RequestError(422, f"{name}: at most {problem['ctx']['max_length']} are taken; send them in parts")
-    if place[0] in text_fields and (position or place[0] == "query"):
-        return RequestError(422, f'{name}: expected a string or an object with "text"')
+    if place[0] in expected:
+        wrong = "missing" if kind == "missing" else "not as expected"
+        return RequestError(422, f"{name}: {wrong}; {place[0]} takes {expected[place[0]]}")
     return RequestError(422, f"{name}: {problem['msg'].replace('Input should be', 'expected')}")
+
+
+def _positions(problem: Mapping[str, Any]) -> list[int]:
+    return [part for part in problem["loc"] if isinstance(part, int)]
 
 
 def check_characters(texts: Iterable[tuple[str, str]], most: int) -> None:

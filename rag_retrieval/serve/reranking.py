@@ -4,7 +4,6 @@
 read by the model; equal documents of a request are computed once.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +23,10 @@ from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.endpoints import Endpoint, Work, pieces_of
 from rag_retrieval.serve.http import RequestError, ServerMetrics
 from rag_retrieval.serve.schemas import RerankTask, document_answer, limited_request, parse_request, text_answer
+from rag_retrieval.serve.warm_up import MOST_TOKENS, warm_up
 
 RERANKER = "reranker"  # in /health, /info and the metrics
 FORWARD_PAIRS = 256  # of one forward at most; the backend bounds it by tokens besides
-BATCH_SECONDS = 0.2  # of a batch: what comes in meanwhile waits for it
-LEAST_TOKENS, MOST_TOKENS = 512, 65_536  # of a batch that was measured
 
 
 @dataclass
@@ -152,49 +150,16 @@ def opened_reranker(config: ServeConfig, metrics: ServerMetrics) -> Iterator[tup
     try:
         model = RerankModel(config.name or PurePath(config.model).name, backend, config.long_document, config.overlap)
         with Batcher(model.score, MOST_TOKENS, metrics.batch_counter(RERANKER)) as batcher:
-            warm_up(model, batcher, config.batch_tokens)
+            warm_up_reranker(model, batcher, config.batch_tokens)
             yield model, batcher
     finally:
         backend.close()
 
 
-def warm_up(model: RerankModel, batcher: Batcher, batch_tokens: int | None) -> None:
-    """Sets the batcher's `batch_tokens`; None: what is scored in BATCH_SECONDS, at least LEAST_TOKENS. Raises what
-    scoring raises, and ValueError for a tokenizer with tokens that the model does not have.
-
-    The first pairs are short ones, and one that must be cut or sliced, so that settings which cannot do that fail here.
-    """
-    task = RerankTask("query", ["one", "two", "three", "four", "word " * 2 * model.backend.pair_encoder.max_length])
+def warm_up_reranker(model: RerankModel, batcher: Batcher, batch_tokens: int | None) -> None:
+    """See `warm_up`."""
+    encoder = model.backend.pair_encoder
+    task = RerankTask("query", ["one", "two", "three", "four", "word " * 2 * encoder.max_length])
     encoded = EncodedTask()
     model.encode(task, task.documents, encoded)
-    pairs = encoded.pairs
-    batcher.submit(pairs).result()  # memory, threads, kernels
-    check_vocabulary(model, batcher)
-    batcher.batch_tokens = measured_tokens(batcher, pairs) if batch_tokens is None else batch_tokens
-
-
-def check_vocabulary(model: RerankModel, batcher: Batcher) -> None:
-    """Scores the last token of the tokenizer: else a text could ask for a row that the embedding does not have."""
-    encoder = model.backend.pair_encoder
-    vocabulary = encoder.fast_tokenizer.get_vocab()
-    token = max(vocabulary, key=vocabulary.get)
-    pair = encoder.join([], [vocabulary[token]])
-    try:
-        batcher.submit([pair]).result()
-    except Exception as error:
-        last = f"the last token of its tokenizer, {token!r} ({vocabulary[token]})"
-        raise ValueError(
-            f"{model.name}: {last}, cannot be scored: {error}; the model's embedding may have fewer rows"
-        ) from error
-
-
-def measured_tokens(batcher: Batcher, pairs: list[EncodedPair]) -> int:
-    """Tokens that are scored in BATCH_SECONDS, from LEAST_TOKENS to MOST_TOKENS. A few pairs would not show what a GPU
-    can do, so they are doubled until they take half of that time."""
-    while True:
-        tokens, started = sum(map(len, pairs)), time.perf_counter()
-        batcher.submit(pairs).result()
-        seconds = time.perf_counter() - started
-        if seconds >= BATCH_SECONDS / 2 or tokens >= MOST_TOKENS:
-            return min(max(round(tokens / seconds * BATCH_SECONDS), LEAST_TOKENS), MOST_TOKENS)
-        pairs = pairs * 2
+    warm_up(model.name, encoder, batcher, encoded.pairs, lambda pair: pair, batch_tokens)

@@ -17,6 +17,9 @@ from rag_retrieval.infer.results import ScoreType, best_first
 from rag_retrieval.serve.endpoints import check_characters, parse_json
 from rag_retrieval.serve.http import RequestError
 
+TEXTS = 'a list of strings or of objects with "text"'
+EXPECTED = {"query": 'a string or an object with "text"', "documents": TEXTS, "texts": TEXTS}
+
 
 class TextObject(BaseModel):
     """Cohere and Jina take these in the place of strings; further keys are metadata."""
@@ -89,7 +92,7 @@ class RerankTask:
 
 def parse_request(body: bytes, schema: type[RerankRequest], max_characters: int) -> RerankTask:
     """schema: of `limited_request`. Raises RequestError as `parse_json`."""
-    request = parse_json(body, schema, ("query", "documents", "texts"))
+    request = parse_json(body, schema, EXPECTED)
     given = [name for name in ("documents", "texts") if getattr(request, name) is not None]
     if len(given) != 1:
         raise RequestError(422, f"expected either documents or texts, found {'both' if given else 'neither'}")

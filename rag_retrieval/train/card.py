@@ -58,14 +58,15 @@ class RunRecord:
 class Kind:
     """What a trainer says of the models that it makes. tag, title: of the hub's kind of task, as an id and in words.
     tags: further ones. use: code for a model's folder, with {name} for the model's. elsewhere: the same of other
-    libraries, which open no exported folder. description, meaning: of a model's folder and its run: what it is, and
-    what its output says."""
+    libraries, which open no exported folder. start: how a server is started with it; None where no server takes such
+    models. description, meaning: of a model's folder and its run: what it is, and what its output says."""
 
     tag: str
     title: str
     tags: Sequence[str]
     use: Callable[[Path], str]
     elsewhere: Callable[[Path], str]
+    start: Callable[[Path], str] | None
     description: Callable[[Path, RunRecord | None], str]
     meaning: Callable[[Path, RunRecord | None], str]
 
@@ -102,6 +103,8 @@ def model_card(model: Path, run: RunRecord | None, about: About, kind: Kind) -> 
         *([] if exported else [kind.elsewhere(model).format(name=about.name)]),
         kind.meaning(model, run),
     ]
+    if kind.start is not None:
+        sections += ["## Serve", kind.start(model).format(name=about.name)]
     if run is not None:
         sections += training_sections(run)
     measured = [validation_table(run)] if run is not None and run.measured else []

@@ -114,3 +114,50 @@ def test_a_tokenizer_that_was_told_to_append_eos_does_so_when_it_is_opened_again
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again(TEXTS)["input_ids"] == [ids + [tokenizer.eos_token_id] for ids in plain]
     assert again(TEXTS[-2], truncation=True, max_length=9)["input_ids"][-1] == tokenizer.eos_token_id
+
+
+# ---- texts that are token ids already -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [512, 16])
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_token_ids_become_what_their_text_becomes_with_or_without_special_tokens(family, limit):
+    encoder = encoder_of(family, limit, prompts={})
+    for special in (False, True):
+        ids = encoder.tokenizer(TEXTS, add_special_tokens=special)["input_ids"]
+        for own, expected in zip(encoder.encode_ids(ids), encoder.encode(TEXTS), strict=True):
+            assert own.ids.tolist() == expected.ids.tolist()
+            assert (own.truncated, own.document_start) == (expected.truncated, expected.document_start)
+
+
+def test_token_ids_come_after_the_prompt_of_their_kind():
+    encoder = encoder_of("bert")
+    ids = encoder.tokenizer(TEXTS)["input_ids"]
+    for kind in ("query", "document", None):
+        for own, expected in zip(encoder.encode_ids(ids, kind), encoder.encode(TEXTS, kind), strict=True):
+            assert own.ids.tolist() == expected.ids.tolist() and own.is_query == (kind == "query")
+            assert own.document_start == expected.document_start
+
+
+def test_special_tokens_are_taken_from_the_ends_of_token_ids_alone():
+    encoder = encoder_of("bert", prompts={})
+    (cls,), (sep,) = encoder.template.prefix, encoder.template.suffix
+    for ids, expected in (
+        ([], [cls, sep]),
+        ([cls], [cls, sep]),
+        ([sep], [cls, sep]),
+        ([cls, sep], [cls, sep]),
+        ([cls, 7], [cls, 7, sep]),
+        ([7, sep], [cls, 7, sep]),
+        ([7, cls, sep, 8], [cls, 7, cls, sep, 8, sep]),
+        ([cls, cls, 7], [cls, cls, 7, sep]),
+    ):
+        assert encoder.encode_ids([ids])[0].ids.tolist() == expected
+
+
+def test_a_text_that_is_too_long_loses_the_side_that_is_asked_for():
+    encoder = encoder_of("bert", 6, prompts={})
+    (cls,), (sep,) = encoder.template.prefix, encoder.template.suffix
+    for left, kept in ((False, [1, 2, 3, 4]), (True, [3, 4, 5, 6])):
+        (text,) = encoder.with_truncation(left).encode_ids([[1, 2, 3, 4, 5, 6]])
+        assert text.ids.tolist() == [cls, *kept, sep] and text.truncated

@@ -1,8 +1,10 @@
 """Backends over tiny models, read only."""
 
 import pytest
+from tiny_models import CHINESE, ENGLISH
 
 from rag_retrieval.infer.backend import open_backend
+from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.options import ModelOptions
 
@@ -19,3 +21,22 @@ def token_vector_backend(base_folders, tmp_path_factory):
     model = EmbeddingModel.from_pretrained(base_folders["bert"], representations=["multi_vector"], max_length=64)
     model.save_pretrained(folder)
     return open_backend(folder, ModelOptions(device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def embedders(base_folders, tmp_path_factory) -> dict[str, Embedder]:
+    """Of 64 tokens. dense, calibrated: with prompts; the second with ranges for int8. unified: all representations.
+    colbert: token vectors, with queries that are filled up. splade: lexical weights alone."""
+    root, prompts = tmp_path_factory.mktemp("embedders"), {"query": "query: ", "clustering": "Topic: "}
+    options = {
+        "dense": {"prompts": prompts},
+        "calibrated": {"prompts": prompts},
+        "unified": {"representations": ["dense", "lexical", "multi_vector"]},
+        "colbert": {"representations": ["multi_vector"], "colbert_dim": 16},
+        "splade": {"representations": ["lexical"], "lexical": "splade"},
+    }
+    for name, own in options.items():
+        EmbeddingModel.from_pretrained(base_folders["bert"], max_length=64, **own).save_pretrained(root / name)
+    found = {name: Embedder(root / name, device="cpu") for name in options}
+    found["calibrated"].calibrate([*ENGLISH, *CHINESE])
+    return found

@@ -12,13 +12,12 @@ from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.endpoints import PIECE_CHARACTERS
 from rag_retrieval.serve.http import RequestError
 from rag_retrieval.serve.reranking import (
-    LEAST_TOKENS,
-    MOST_TOKENS,
     EncodedTask,
     RerankModel,
-    warm_up,
+    warm_up_reranker,
 )
 from rag_retrieval.serve.schemas import RerankTask
+from rag_retrieval.serve.warm_up import LEAST_TOKENS, MOST_TOKENS
 
 QUERY = "capital of France"
 
@@ -123,7 +122,7 @@ def test_a_request_without_text_has_no_pairs(backend):
 def warmed_up(backend, batch_tokens: int | None = None, long_document: str = "truncate") -> int:
     model = RerankModel("tiny", backend, long_document)
     with Batcher(model.score, MOST_TOKENS, lambda *counts: None) as batcher:
-        warm_up(model, batcher, batch_tokens)
+        warm_up_reranker(model, batcher, batch_tokens)
         return batcher.batch_tokens
 
 

@@ -7,6 +7,7 @@ from rag_retrieval.models.embedding_files import read_settings
 from rag_retrieval.models.representation_files import MEAN_MAXSIM
 from rag_retrieval.models.settings import ModelFiles
 from rag_retrieval.train.card import Kind, RunRecord, shown
+from rag_retrieval.train.start_commands import embedder_commands
 
 USE = """```python
 from rag_retrieval import Embedder
@@ -135,6 +136,7 @@ EMBEDDER = Kind(
     ("sentence-transformers", "feature-extraction", "embedding"),
     use=use,
     elsewhere=elsewhere,
+    start=embedder_commands,
     description=description,
     meaning=meaning,
 )

@@ -45,6 +45,7 @@ PRETRAINED = Kind(
     ("pre-training", "retrieval"),
     use=lambda model: USE,
     elsewhere=lambda model: ELSEWHERE,
+    start=None,
     description=description,
     meaning=meaning,
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from rag_retrieval.models.calibration import CALIBRATION_FILE
 from rag_retrieval.models.settings import RerankerSettings, read_settings
 from rag_retrieval.train.card import Kind, RunRecord, shown
+from rag_retrieval.train.start_commands import reranker_commands
 
 PAIR_TEXT = "The text of a pair, `{}` standing for query and document"
 USE = """```python
@@ -72,6 +73,7 @@ RERANKER = Kind(
     ("reranker", "cross-encoder"),
     use=lambda model: USE,
     elsewhere=lambda model: ELSEWHERE,
+    start=reranker_commands,
     description=description,
     meaning=meaning,
 )
