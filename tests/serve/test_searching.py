@@ -131,6 +131,7 @@ def test_words_are_searched_without_a_model_and_several_queries_at_once(words):
         assert ask(service, {"query": []}).json()["results"] == []
         assert ask(service, {"query": ""}).json()["results"] == []
         assert ask(service, None, "/health", "GET").json()["models"] == {"index": "words"}
+        assert ask(service, None, "/", "GET").text.startswith("<!doctype html>")
 
 
 def test_stages_come_with_their_lists_seconds_and_documents(service, folder, rows):
