@@ -18,7 +18,7 @@ from beir_samples import write_toy  # noqa: E402
 from embedder_samples import FAMILIES, PROMPTS, TEXTS  # noqa: E402
 from exported_samples import exported, write_graph_once  # noqa: E402
 
-from rag_retrieval import Embedder  # noqa: E402
+from rag_retrieval import Embedder, Reranker  # noqa: E402
 from rag_retrieval.cli import main  # noqa: E402
 from rag_retrieval.export import run  # noqa: E402
 from rag_retrieval.export.hub import stage  # noqa: E402
@@ -120,7 +120,8 @@ def test_the_command_and_the_block_of_the_page_run(model_of, tmp_path, monkeypat
     page = PAGE.read_text(encoding="utf-8")
     (command,) = re.findall(r"^rag-retrieval (export --model runs/e/model .*)$", page, flags=re.MULTILINE)
     assert main(command.split()) == 0
-    (block,) = re.findall(r"```python\n(.*?)```", page.partition("## Embedders")[2], flags=re.DOTALL)
+    section = page.partition("## Embedders")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     names = {}
     exec(block, names)
     assert names["queries"].shape == names["documents"].shape == (2, 32)
@@ -172,6 +173,30 @@ def test_int8_has_small_weights_and_ranks_nearly_alike(model_of, tmp_path):
     assert cosines.min() > 0.9 and cosines.max() < 1 - 1e-6
     alone = np.stack([Embedder(folder).encode(text) for text in TEXTS])
     np.testing.assert_allclose(alone, small, atol=1e-5, err_msg="a vector depends on the texts beside it")
+
+
+@pytest.mark.slow
+def test_heads_of_weights_and_token_vectors_stay_in_float32_in_int8(model_of, tmp_path):
+    folder = exported(model_of("m3_representations"), tmp_path / "out", quantize="int8", force=True)
+    shapes = [list(value.dims) for value in onnx.load(folder / "model.onnx").graph.initializer if value.data_type == 1]
+    assert any(sorted(shape) == [1, 32] for shape in shapes) and any(sorted(shape) == [24, 32] for shape in shapes)
+    changes = json.loads((folder / "embedder_onnx.json").read_text())["verification"]["changes"]
+    assert list(changes) == list(ALL) and all(each["rank_correlation"] > 0.8 for each in changes.values())
+    found = Embedder(folder).encode(TEXTS, outputs=ALL)
+    assert len(found.lexical) == len(found.multi_vector) == len(TEXTS)
+
+
+@pytest.mark.slow
+def test_a_colbert_s_queries_are_filled_up_to_the_length_that_is_given(model_of, tmp_path):
+    folder, given = exported(model_of("colbert_representations"), tmp_path / "out"), {"query_max_length": 12}
+    embedder, of_torch = Embedder(folder, **given), Embedder(model_of("colbert_representations"), device="cpu", **given)
+    found = embedder.encode_queries(TEXTS, outputs=["multi_vector"])
+    assert {len(vectors) for vectors in found.multi_vector} == {12}
+    assert_same(found, of_torch.encode_queries(TEXTS, outputs=["multi_vector"]))
+    pairs = [(TEXTS[0], text) for text in TEXTS]
+    assert Reranker(folder).compute_score(pairs) == pytest.approx(
+        Reranker(model_of("colbert_representations"), device="cpu").compute_score(pairs), abs=1e-4
+    )
 
 
 @pytest.mark.slow
