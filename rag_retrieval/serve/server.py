@@ -32,6 +32,7 @@ from rag_retrieval.serve.embedding_openai import OpenAIEmbeddings
 from rag_retrieval.serve.embedding_tei import Embed, EmbedAll, EmbedSparse, Similarity, Tokenize
 from rag_retrieval.serve.endpoints import Endpoint, ServedModel
 from rag_retrieval.serve.http import Admission, RequestError, ServerMetrics, error_body, read_token
+from rag_retrieval.serve.predicting import PredictEndpoint
 from rag_retrieval.serve.reranking import RERANKER, RerankEndpoint, opened_reranker
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays open: longer than those of clients' pools, which are 5 to 15
@@ -43,6 +44,7 @@ BACKLOG = 64  # connections that wait to be accepted; asyncio accepts so many be
 PROBE_SECONDS = 0.2
 LOG_SECONDS = 10  # at most one line about connections in so many
 
+RERANKING_ENDPOINTS = (RerankEndpoint, PredictEndpoint)
 EMBEDDING_ENDPOINTS = (
     OpenAIEmbeddings, Embed, EmbedAll, EmbedSparse, Similarity, Tokenize, CohereEmbed, CohereEmbedV1,
 )  # fmt: skip
@@ -76,7 +78,7 @@ def opened_service(config: ServeConfig, token: bytes | None) -> Iterator[Service
         if config.model is not None:
             model, batcher = stack.enter_context(opened_reranker(config, metrics))
             models[RERANKER] = ServedModel(model.name, batcher, model.info)
-            endpoints.append(RerankEndpoint(config, model, batcher, metrics))
+            endpoints += [kind(config, model, batcher, metrics) for kind in RERANKING_ENDPOINTS]
         if config.embedder is not None:
             model, batcher = stack.enter_context(opened_embedder(config, metrics))
             models[EMBEDDER] = ServedModel(model.name, batcher, model.info)
