@@ -67,7 +67,7 @@ def measure(folder: Path, size: int, search: str, rescore_factor: int = 4) -> st
                 paths["faiss"].mkdir(parents=True)
                 build_faiss(*open_vectors(paths, options), options, paths["faiss"])
         built = time.process_time() - start
-        searcher = open_dense(paths, options, None)
+        searcher = open_dense(paths, options, None, "cpu")
         queries = queries_of(searcher.vectors)
         one, many = (seconds_of(searcher, queries, at_once) * 1000 for at_once in (1, QUERIES))
         recall = 1.0 if options.faiss_index is None else searcher.recall(0)
@@ -82,7 +82,7 @@ def make_vectors(folder: Path, size: int) -> None:
     run_shards(folder, {"vectors": "made", "near": NEAR}, sizes, work, description="making", unit="vectors")
 
 
-def open_made(device: torch.device, sizes: list[int], centres: int) -> MakeShard:
+def open_made(sizes: list[int], centres: int) -> MakeShard:
     """Vectors around centres that are the same for all shards."""
     places = np.random.default_rng(SEED).standard_normal((centres, WIDTH), np.float32)
 

@@ -39,6 +39,17 @@ def default_log(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def browser():
+    """One for all tests. Where it is not asked for they are skipped; where it is asked for and missing they fail."""
+    if os.environ.get("RAG_RETRIEVAL_TEST_BROWSER") != "1":
+        pytest.skip("needs Chromium: set RAG_RETRIEVAL_TEST_BROWSER=1")
+    from browser_samples import opened_browser
+
+    with opened_browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
 def model_folders(tmp_path_factory) -> dict[str, str]:
     """Tiny folders with a score head, by family. Read only: a test that writes makes its own."""
     import tiny_models

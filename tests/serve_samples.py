@@ -1,11 +1,17 @@
-"""A service with a reranker for tests: in this process over ASGI, or on a free loopback port in a thread."""
+"""A service with a reranker for tests: in this process over ASGI, on a free loopback port in a thread, or as the
+command in a process of its own."""
 
 import asyncio
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -20,6 +26,8 @@ from rag_retrieval.serve.http import ServerMetrics
 from rag_retrieval.serve.reranking import RERANKER, RerankModel
 from rag_retrieval.serve.server import RERANKING_ENDPOINTS, address_of, bound_socket, run_server
 
+ROOT = Path(__file__).resolve().parents[1]
+START = 600  # seconds
 BATCH_TOKENS = 256
 TEXT = "capital France Paris river Seine file Python line water light sugar oxygen fever cough train station"
 WORDS = TEXT.split()
@@ -69,14 +77,48 @@ def listening(service: Service) -> Iterator[str]:
     """The address of a real server in a thread."""
     with bound_socket("127.0.0.1", 0) as opened:
         address = address_of(opened)
-        arguments = (service.app, service.admission, opened, service.config.timeout)
-        thread = threading.Thread(target=run_server, args=arguments)
+        thread = threading.Thread(target=run_server, args=(service, opened))
         thread.start()
         wait_until(lambda: answers(address))
         yield address
         service.admission.stopping = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+class ServerProcess:
+    """A running command. address: None until it listens. log: what it printed so far."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.process = process
+        self.lines: list[str] = []
+        threading.Thread(target=lambda: self.lines.extend(iter(process.stdout.readline, "")), daemon=True).start()
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    @property
+    def address(self) -> str | None:
+        found = re.search(r"listening on (http://\S+)", self.log)
+        return found[1] if found else None
+
+
+@contextmanager
+def started(
+    *options: str, program: tuple[str, ...] = ("-m", "rag_retrieval.cli"), **environment: str
+) -> Iterator[ServerProcess]:
+    command = [sys.executable, *program, "serve", "--port", "0", *options]
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    process = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        server = ServerProcess(process)
+        wait_until(lambda: server.address or process.poll() is not None, START)
+        assert server.address, server.log
+        yield server
+    finally:
+        process.kill()
+        process.wait()
 
 
 def answers(address: str) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from rag_retrieval.core.distributed import own_device
 from rag_retrieval.core.shard_folder import ShardWork
 
 LIMIT = 600  # seconds that anything here waits at most
@@ -16,11 +17,11 @@ def work(root: Path, **arguments) -> ShardWork:
     return ShardWork("shard_samples:open_numbers", {"root": str(root), **arguments})
 
 
-def open_numbers(device, root, text="a", failing=None, killing=None, kills=1, wait_for=None, wait_at=(), yields=0):
+def open_numbers(root, text="a", failing=None, killing=None, kills=1, wait_for=None, wait_at=(), yields=0):
     """failing: a shard that raises. killing: one that kills its process, the first `kills` times. wait_at: shards that
     wait for root's file `wait_for`. yields: a count that each shard yields."""
     root = Path(root)
-    append(root / "opened", f"{device} {os.getcwd()}")
+    append(root / "opened", f"{own_device()} {os.getcwd()}")
 
     def make(number: int, folder: Path) -> Iterator[int]:
         (folder / "half").touch()

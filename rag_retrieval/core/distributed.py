@@ -1,20 +1,23 @@
 """Several processes of `accelerate launch` or torchrun that share a work; one alone needs none of this.
 
 A process that raises alone leaves the others waiting for it. What one does for all goes through `on_main`, what each
-does for itself through `on_all`: both end in the same way on every process.
+does for itself through `on_all`: both end in the same way on every process. torch is imported where there is such a
+group, or a device is asked for.
 """
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, TypeVar
 
 from rag_retrieval.core.command import CommandFailure
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 SLOWEST = timedelta(hours=12)  # without any exchange between processes: they score their shares of a corpus
 
@@ -54,9 +57,11 @@ def process_group() -> Iterator[None]:
     gloo on every device: only settings, counts, texts and scores on the CPU are exchanged. Its threads end with the
     block: one that still releases a Python tensor while the interpreter exits aborts the process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or is_distributed():
         yield
         return
+    import torch.distributed as dist
+
     # its functions take the default group of the time of import as a default argument, and would keep it alive
     importlib.import_module("torch.distributed.nn")
     dist.init_process_group("gloo", timeout=SLOWEST)
@@ -67,19 +72,22 @@ def process_group() -> Iterator[None]:
 
 
 def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return process_count() > 1
 
 
 def process_index() -> int:
-    return dist.get_rank() if is_distributed() else 0
+    return sys.modules["torch.distributed"].get_rank() if is_distributed() else 0
 
 
 def process_count() -> int:
-    return dist.get_world_size() if is_distributed() else 1
+    dist = sys.modules.get("torch.distributed")  # where nobody has imported it, there is no group
+    return dist.get_world_size() if dist is not None and dist.is_available() and dist.is_initialized() else 1
 
 
-def own_device() -> torch.device:
+def own_device() -> "torch.device":
     """The GPU of this process, else the CPU."""
+    import torch
+
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -109,16 +117,22 @@ def on_all(work: Callable[[], Result]) -> Result:
     raise PeerError(f"the work failed on process {failed[0]}: {texts[failed[0]]}") from error
 
 
-def gather(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+def gather(value: Result, group: "dist.ProcessGroup | None" = None) -> list[Result]:
     """The values of all processes, in their order. group: None for the default one."""
     if not is_distributed():
         return [value]
+    import torch.distributed as dist
+
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def host_group(wait_minutes: float) -> dist.ProcessGroup | None:
+def host_group(wait_minutes: float) -> "dist.ProcessGroup | None":
     """A group of all processes for what lies on hosts, such as counts: asking a device for them would stall it. None
     for one process alone. wait_minutes: how long a process waits for another."""
-    return dist.new_group(backend="gloo", timeout=timedelta(minutes=wait_minutes)) if is_distributed() else None
+    if not is_distributed():
+        return None
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=wait_minutes))

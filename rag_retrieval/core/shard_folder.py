@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_retrieval.core.command import CommandFailure, load_object
-from rag_retrieval.core.distributed import SLOWEST, own_device
+from rag_retrieval.core.distributed import SLOWEST
 from rag_retrieval.core.files import flush_one, flush_to_disk, locked, read_json, write_json
 
 MakeShard = Callable[[int, Path], Iterator[int] | None]
@@ -42,17 +42,16 @@ class ShardError(CommandFailure):
 class ShardWork:
     """What makes the shards of a job.
 
-    open: "module:function", called once in each worker, before its first shard, as `open(device, **arguments)`; it
-    returns make(number, folder), which writes the files of shard `number` into the empty folder, and may yield how many
-    of its texts are done since, for the progress. device: torch.device. arguments: small and picklable, such as paths
-    and options, never data.
+    open: "module:function", called once in each worker, before its first shard, as `open(**arguments)`; it returns
+    make(number, folder), which writes the files of shard `number` into the empty folder, and may yield how many of its
+    texts are done since, for the progress. arguments: small and picklable, such as paths and options, never data.
     """
 
     open: str
     arguments: dict[str, Any]
 
     def open_here(self) -> MakeShard:
-        return load_object(self.open)(own_device(), **self.arguments)
+        return load_object(self.open)(**self.arguments)
 
 
 def make_locally(shards: "ShardFolder", missing: list[int], opened: Callable[[], MakeShard], report: Report) -> None:

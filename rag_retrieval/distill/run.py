@@ -187,8 +187,9 @@ class PartReader:
         return found
 
 
-def open_teachers(device: torch.device, config: DistillConfig, parts: list[Part], planned: str) -> MakeShard:
+def open_teachers(config: DistillConfig, parts: list[Part], planned: str) -> MakeShard:
     """Scores parts. Raises ValueError where a worker has another kind of device than was planned."""
+    device = own_device()
     if config.device is None and device.type != planned:
         found = f"a worker computes on {device.type}, and the first process on {planned}, whose digits differ"
         raise ValueError(f"device: {found}; say device: {device.type}")

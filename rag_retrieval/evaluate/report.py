@@ -1,11 +1,11 @@
 """The report of an evaluation: one HTML page that needs nothing beside it, and its figures as PNG files.
 
-    report.html         figures inside, no script, nothing loaded from elsewhere
+    report.html         figures inside, nothing loaded from elsewhere; of retrievers also their queries (query_view.py)
     figures/*.png       the same figures
 
-Texts of queries and documents are data and may hold markup: every text goes through `escape`. `Figure` is used without
-pyplot, which keeps every figure in memory and asks for a display, and no text of the data is drawn: matplotlib's own
-font has no Chinese.
+Texts of queries and documents are data and may hold markup: every text of the page itself goes through `escape`.
+`Figure` is used without pyplot, which keeps every figure in memory and asks for a display, and no text of the data is
+drawn: matplotlib's own font has no Chinese.
 """
 
 import base64
@@ -36,6 +36,7 @@ from rag_retrieval.evaluate.output import (
 from rag_retrieval.evaluate.systems import Evaluation, QueryChange, System
 from rag_retrieval.metrics import means, parse_metric
 from rag_retrieval.models.calibration import Calibration, probabilities_of
+from rag_retrieval.retrieval import stage_view
 from rag_retrieval.train.run_folder import METRICS_FILE
 
 DPI = 150
@@ -46,21 +47,37 @@ CURVE_COLORS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 WIDE, SQUARE = (8.0, 3.2), (5.0, 4.6)  # inches
 
 STYLE = """
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff;
-       font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", sans-serif; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; overflow-wrap: anywhere; }
-.note { color: #555; }
+body { margin: 2rem 1rem; }
+.page { max-width: 60rem; margin: 0 auto; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
+.note { color: var(--quiet); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee; vertical-align: top; }
-th:first-child, td:first-child, td.text, .ranks th:last-child { text-align: left; overflow-wrap: anywhere; }
+.scroll > table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
+.scroll > table > * > tr > * { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
+                               vertical-align: top; }
+.scroll > table > * > tr > :is(:first-child, .text), .ranks th:last-child { text-align: left; }
 td:first-child:not(.number) { min-width: 8rem; } td.text { min-width: 14rem; }
 td.number { white-space: nowrap; }
 tr.strong td { font-weight: 600; }
-img { max-width: 100%; height: auto; display: block; margin: .6rem 0; }
-.gain { color: #0072b2; } .loss { color: #b34700; }
+img { max-width: 100%; height: auto; display: block; margin: .6rem 0; background: #fff; }
+.gain { color: var(--accent); } .loss { color: var(--down); }
+
+/* the table of queries takes the width of the window; what a query opens into stays in view while the table scrolls */
+.queries { max-width: 110rem; margin: 0 auto; }
+.queries .scroll { container-type: inline-size; }
+.queries .scroll > table { width: 100%; }
+.queries th { overflow-wrap: normal; min-width: 5rem; }
+.queries thead button { padding: 0 .2rem; border: 0; background: none; font-weight: 600; }
+button.query { text-align: start; border: 0; background: none; padding: 0 .2rem; color: var(--accent); }
+.queries .scroll > table > tbody > tr.opened > td { padding: .4rem 0 1.2rem; }
+.of-query { position: sticky; left: 0; width: 100cqw; text-align: start; }
+.places { border-collapse: collapse; margin: 0 0 1rem; display: block; overflow-x: auto; font-size: .9rem; }
+.places th, .places td { padding: .1rem .8rem .1rem 0; text-align: start; font-weight: normal; vertical-align: top;
+                         white-space: nowrap; }
+.places td:first-child { min-width: 14rem; max-width: 30rem; white-space: normal; }
+.places .beginning { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
 """
 
 
@@ -87,17 +104,18 @@ def save_figures(output_dir: Path, figures: dict[str, Figure]) -> dict[str, byte
     return images
 
 
-def write_page(output_dir: Path, title: str, body: list[str]) -> Path:
-    """report.html. body: HTML, without the title."""
-    page = output_dir / "report.html"
+def write_page(output_dir: Path, title: str, body: list[str], wide: Sequence[str] = (), script: str = "") -> Path:
+    """report.html. body: HTML, without the title. wide: HTML below it that takes the whole width. script: for it."""
+    page, style = output_dir / "report.html", stage_view.STYLE + STYLE
     write_text(
         page,
-        f'<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{stage_view.content_policy(style, script)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n",
-    )
+        f'<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<div class="page">\n'
+        f"<h1>{escape(title)}</h1>\n" + "\n".join(body) + "\n</div>\n" + "\n".join(wide)
+        + (f"\n<script>{script}</script>" if script else "") + "\n</body>\n</html>\n",
+    )  # fmt: skip
     return page
 
 

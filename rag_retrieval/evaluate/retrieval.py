@@ -55,16 +55,23 @@ class Places:
 
 @dataclass(frozen=True)
 class RetrievalEvaluation(Evaluation):
-    """systems: a row for each stage of each retriever. before: the row that the others are compared with; after: the
-    last. ceilings: a perfect order of each retriever's candidates, which no reranker surpasses. of_each: comparisons
-    of each system but `before`, by its name. places: by system, with k of the first measure. recall: by system, of the
-    first 1, 2, ... depth documents: float64 [depth]."""
+    """stages: by retriever and stage, in the order in which they work, a row each. before: the row that the others are
+    compared with; after: the last. ceilings: a perfect order of each retriever's candidates, which no reranker
+    surpasses. of_each: comparisons of each system but `before`, by its name. places: by system, with k of the first
+    measure. recall: by system, of the first 1, 2, ... depth documents: float64 [depth]. absent: by retriever the
+    relevant documents that its corpus lacks."""
 
-    systems: list[System]
+    stages: dict[str, dict[str, System]]
     ceilings: list[System]
     of_each: dict[str, list[Comparison]]
     places: dict[str, Places]
     recall: dict[str, np.ndarray]
+    absent: dict[str, set[str]]
+
+    @property
+    def systems(self) -> list[System]:
+        """The rows of all retrievers."""
+        return [system for stages in self.stages.values() for system in stages.values()]
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each system: its name and its means."""
@@ -114,8 +121,8 @@ def evaluate_retriever(config: RetrievalEvaluationConfig, indexes: Path | None =
 def rerank(
     config: RetrievalEvaluationConfig, found: Sequence[Retrieved], judged: RankingData, output_dir: Path
 ) -> dict[str, dict[str, Run]]:
-    """By the retriever's name and that of the row: its candidates with the reranker's scores and, where the fusion of
-    its index has a weight for this reranker, with both scores combined. Without a reranker none."""
+    """By retriever and stage: its candidates with the reranker's scores and, where the fusion of its index has a weight
+    for this reranker, with both scores combined. Without a reranker none."""
     if config.reranker is None:
         return {one.name: {} for one in found}
     own = {} if config.devices else {"device": own_device()}
@@ -124,13 +131,13 @@ def rerank(
     runs = {}
     for one in found:
         data = replace(judged, documents=one.texts, candidates=one.candidates, source=one.name)
-        row = f"{one.name} {RERANKED}"
-        runs[one.name] = {row: score_candidates(reranker, name, data, run_file(output_dir, row), config)}
+        file = run_file(output_dir, one.row(RERANKED))
+        runs[one.name] = {RERANKED: score_candidates(reranker, name, data, file, config)}
         weight = on_main(lambda one=one: one.fusion and one.fusion.weight_of(reranker.backend.name))
         if weight is not None:
-            combined, place = combined_run(weight, one.candidates, runs[one.name][row]), f"{one.name} {COMBINED}"
-            on_main(lambda run=combined, place=place: write_run(run_file(output_dir, place), run, place))
-            runs[one.name][place] = combined
+            combined, row = combined_run(weight, one.candidates, runs[one.name][RERANKED]), one.row(COMBINED)
+            on_main(lambda run=combined, row=row: write_run(run_file(output_dir, row), run, row))
+            runs[one.name][COMBINED] = combined
     return runs
 
 
@@ -151,18 +158,20 @@ def measure(
     output_dir: Path,
 ) -> RetrievalEvaluation:
     """All figures of all rows; the runs that are not reranked are written."""
-    systems, ceilings, absent = [], [], {}
+    stages, ceilings, places = {}, [], {}
     for one in found:
         on_main(lambda one=one: write_runs(one, output_dir))
-        rows = one.systems | reranked[one.name]
-        absent |= dict.fromkeys(rows, one.absent)
-        systems += [system_of(name, run, judged.qrels, config) for name, run in rows.items()]
+        runs = one.stages | reranked[one.name]
+        stages[one.name] = {name: system_of(one.row(name), run, judged.qrels, config) for name, run in runs.items()}
+        places |= {each.name: places_of(each, judged.qrels, one.absent, config) for each in stages[one.name].values()}
         best = perfect_run(judged.qrels, one.candidates)
         ceilings.append(system_of(f"{one.name} perfect order", best, judged.qrels, config))
+    systems = [system for of_one in stages.values() for system in of_one.values()]
     before, after = baseline_of(config, systems), systems[-1]
     texts = {document: text for one in found for document, text in one.texts.items()}
+    relevant = {document: text for one in found for document, text in one.relevant.items()}
     identical = max(one.identical_ids for one in found)
-    data = replace(judged, documents=texts, candidates=found[-1].candidates, identical_ids=identical)
+    data = replace(judged, documents=texts | relevant, candidates=found[-1].candidates, identical_ids=identical)
     of_each = {system.name: compared(before, system, config) for system in systems if system is not before}
     return RetrievalEvaluation(
         config=config,
@@ -172,11 +181,12 @@ def measure(
         comparisons=of_each.get(after.name, []),
         changes=largest_changes(judged.qrels, before, after, config.measures[0]),
         output_dir=output_dir,
-        systems=systems,
+        stages=stages,
         ceilings=ceilings,
         of_each=of_each,
-        places={system.name: places_of(system, judged.qrels, absent[system.name], config) for system in systems},
+        places=places,
         recall={system.name: recall_by_depth(system, judged.qrels, config, len(texts)) for system in systems},
+        absent={one.name: one.absent for one in found},
     )
 
 
@@ -190,8 +200,8 @@ def baseline_of(config: RetrievalEvaluationConfig, systems: list[System]) -> Sys
 
 
 def write_runs(found: Retrieved, output_dir: Path) -> None:
-    for name, run in found.systems.items():
-        write_run(run_file(output_dir, name), run, name)
+    for stage, run in found.stages.items():
+        write_run(run_file(output_dir, found.row(stage)), run, found.row(stage))
 
 
 def run_file(output_dir: Path, system: str) -> Path:

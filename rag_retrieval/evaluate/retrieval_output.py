@@ -3,7 +3,7 @@
     per_query.jsonl     a line for each judged query: the figures of every row of the table
     result.json         means, comparisons, places of relevant documents, recall by depth, the configuration
     runs/*.trec         the documents of every row, written when they are found
-    report.html         the same with pictures, where it is asked for
+    report.html         the same with pictures and the stages of queries, where it is asked for
 """
 
 from collections.abc import Iterator, Sequence
@@ -134,7 +134,7 @@ def changed(evaluation: RetrievalEvaluation) -> str:
 
 def write_report(evaluation: RetrievalEvaluation) -> None:
     """report.html and figures/ in the evaluation's output_dir."""
-    from rag_retrieval.evaluate import report
+    from rag_retrieval.evaluate import query_view, report
 
     figures = {"recall": recall_figure(evaluation)}
     if evaluation.before is not evaluation.after:
@@ -147,7 +147,8 @@ def write_report(evaluation: RetrievalEvaluation) -> None:
     body += report.section("recall by depth", images, ["recall"])
     if "gains" in images:
         body += report.section(escape(changed(evaluation)), images, ["gains"]) + report.changes_section(evaluation)
-    report.write_page(evaluation.output_dir, f"Retrieval on {evaluation.data.name}", body)
+    title = f"Retrieval on {evaluation.data.name}"
+    report.write_page(evaluation.output_dir, title, body, query_view.section(evaluation), query_view.SCRIPT)
 
 
 def recall_figure(evaluation: RetrievalEvaluation) -> "Figure":

@@ -46,13 +46,14 @@ DIGEST = 16  # characters
 @dataclass(frozen=True)
 class Retrieved:
     """What one retriever found. name: in tables. stages: runs by the name of the stage, the last of which a reranker
-    gets. texts: of all documents found, by id. absent: relevant documents that its corpus lacks. identical_ids: queries
-    that found a document with their own id, which was left out. fusion: of the index, which may have a weight for the
-    reranker."""
+    gets. texts: of all documents found, by id. relevant: texts of the relevant documents, found or not. absent:
+    relevant documents that its corpus lacks. identical_ids: queries that found a document with their own id, which was
+    left out. fusion: of the index, which may have a weight for the reranker."""
 
     name: str
     stages: dict[str, Run]
     texts: dict[str, str]
+    relevant: dict[str, str]
     absent: set[str]
     identical_ids: int
     fusion: Fusion | None = None
@@ -61,11 +62,9 @@ class Retrieved:
     def candidates(self) -> Run:
         return list(self.stages.values())[-1]
 
-    @property
-    def systems(self) -> dict[str, Run]:
-        """Runs by the name of their row."""
-        several = len(self.stages) > 1
-        return {f"{self.name} {stage}" if several else self.name: run for stage, run in self.stages.items()}
+    def row(self, stage: str) -> str:
+        """What a stage, one of these or a later one, is called in tables: as the retriever where it is its only one."""
+        return self.name if list(self.stages) == [stage] else f"{self.name} {stage}"
 
 
 def read_judged(config: RetrievalEvaluationConfig) -> RankingData:
@@ -169,7 +168,12 @@ def of_candidates(
             ids = {row: documents.id(row) for row in candidates.rows.tolist()}
             texts |= {id_: documents.text(row) for row, id_ in ids.items() if id_ not in texts}
             stages[stage][query] = dict(zip(ids.values(), candidates.scores.tolist(), strict=True))
-    return retrieved(config, name, judged, stages, texts, lambda id_: documents.row_of_id(id_) is not None)
+
+    def text_of(id_: str) -> str | None:
+        row = documents.row_of_id(id_)
+        return None if row is None else documents.text(row)
+
+    return retrieved(config, name, judged, stages, texts, text_of)
 
 
 def check_corpus(config: RetrievalEvaluationConfig, index: Index) -> None:
@@ -187,7 +191,7 @@ def of_run_file(config: RetrievalEvaluationConfig, file: str, name: str, judged:
     corpus = read_folder(config.data).documents
     run = best_of(read_run(file, judged.queries, corpus), list(judged.queries), None, wanted(config))
     texts = {document: corpus[document] for scores in run.values() for document in scores}
-    return retrieved(config, name, judged, {"run": run}, texts, corpus.__contains__)
+    return retrieved(config, name, judged, {"run": run}, texts, corpus.get)
 
 
 def retrieved(
@@ -196,15 +200,16 @@ def retrieved(
     judged: RankingData,
     stages: dict[str, Run],
     texts: dict[str, str],
-    is_in_corpus: Callable[[str], bool],
+    text_of: Callable[[str], str | None],
 ) -> Retrieved:
+    """text_of: of a document of the corpus by its id, None for others."""
     relevant = {
-        document
+        document: text_of(document)
         for grades in judged.qrels.values()
         for document, grade in grades.items()
         if is_relevant(grade, config.relevant_from)
     }
-    absent = {document for document in relevant if not is_in_corpus(document)}
+    absent = {document for document, text in relevant.items() if text is None}
     if len(absent) == len(relevant):
         raise ValueError(f"{name}: has none of the {len(relevant)} relevant documents of {judged.name}, such as "
                          f"{min(relevant)}; expected an index of the corpus of {config.data}")  # fmt: skip
@@ -212,7 +217,8 @@ def retrieved(
     if config.ignore_identical_ids:
         kept = {stage: without_identical_ids(run, config.depth) for stage, run in stages.items()}
         stages, identical = {stage: run for stage, (run, _) in kept.items()}, max(count for _, count in kept.values())
-    return Retrieved(name, stages, texts, absent, identical)
+    present = {document: text for document, text in relevant.items() if text is not None}
+    return Retrieved(name, stages, texts, present, absent, identical)
 
 
 def wanted(config: RetrievalEvaluationConfig) -> int:

@@ -21,13 +21,9 @@ from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.export.onnx_graph import write_graph
 from rag_retrieval.export.quantize import quantize_int8
 from rag_retrieval.export.source import Source, open_source
-from rag_retrieval.export.verify import CheckData, Verification, check_float32, check_int8, read_check_data
+from rag_retrieval.export.verify import CheckData, Computed, Verification, check_float32, check_int8, read_check_data
 from rag_retrieval.infer.onnx_folder import MODEL_FILE, OnnxDescription, write_description
-from rag_retrieval.models.pair_encoding import EncodedPair
-from rag_retrieval.models.representations import Representations
-from rag_retrieval.models.scoring import run_encoded
 
-BATCH_SIZE = 256  # texts of one forward at most, while comparing
 LIBRARIES = ("rag-retrieval", "torch", "transformers", "onnx", "onnxruntime")
 
 
@@ -63,12 +59,11 @@ def write_folder(config: ExportConfig, output: Path) -> Exported:
     with folder_aside(output) as folder:
         description = write_float32(source, config, folder)
         # int8 is what is compared on all pairs; its float32 graph needs to be right, no more
-        texts = check.sample_texts if config.quantize else len(check.encoded)
-        exported = exported_results(source, folder, check.encoded[:texts])
-        check_float32(source.compared(expected[:texts]), source.compared(exported))
+        exported = check.computed(source.open_exported(folder), sample_alone=config.quantize is not None)
+        check_float32(expected, exported)
         if config.quantize:
-            description = quantize_folder(folder, description, source.head)
-            exported = exported_results(source, folder, check.encoded)
+            description = quantize_folder(folder, description, source.heads)
+            exported = check.computed(source.open_exported(folder))
         verification = check.compare(expected, exported)
         problems = check_int8(verification, config.force) if config.quantize else []
         measured = asdict(verification) | {"kept_by_force": problems}
@@ -85,18 +80,14 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"output: {folder} holds files; name a new folder, or empty it first")
 
 
-def own_results(model: str, source: Source, check: CheckData) -> np.ndarray:
-    """[texts] or [texts, dim], float32. Raises ValueError for results that are not finite."""
+def own_results(model: str, source: Source, check: CheckData) -> Computed:
+    """Raises ValueError for scores that are not finite."""
     with Progress(len(check.encoded), "computing with the model", "texts") as progress:
-        results = run_encoded([source.model], check.encoded, BATCH_SIZE, "no", progress)
-    results = (results.dense if isinstance(results, Representations) else results).numpy()
-    if not np.isfinite(results).all():
-        raise ValueError(f"{model}: computes {results[~np.isfinite(results)][0]}; are there NaN in its weights?")
-    return results
-
-
-def exported_results(source: Source, folder: Path, texts: Sequence[EncodedPair]) -> np.ndarray:
-    return source.open_exported(folder).run(texts, BATCH_SIZE)
+        computed = check.computed(lambda texts: source.results(texts, progress))
+    for scores in computed.scores.values():
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{model}: computes {scores[~np.isfinite(scores)][0]}; are there NaN in its weights?")
+    return computed
 
 
 @contextmanager
@@ -131,13 +122,13 @@ def write_float32(source: Source, config: ExportConfig, folder: Path) -> OnnxDes
     return description
 
 
-def quantize_folder(folder: Path, description: OnnxDescription, head: str | None) -> OnnxDescription:
-    """Replace the float32 graph. head: as of `quantize_int8`."""
+def quantize_folder(folder: Path, description: OnnxDescription, heads: Sequence[str]) -> OnnxDescription:
+    """Replace the float32 graph. heads: as of `quantize_int8`."""
     float32 = folder / "float32"
     float32.mkdir()
     for file in folder.glob(f"{MODEL_FILE}*"):
         os.rename(file, float32 / file.name)
-    quantize_int8(float32 / MODEL_FILE, folder / MODEL_FILE, head)
+    quantize_int8(float32 / MODEL_FILE, folder / MODEL_FILE, heads)
     shutil.rmtree(float32)
     description = replace(description, precision="int8")
     write_description(folder, description)

@@ -1,35 +1,51 @@
 """What is exported, a reranker or an embedder: all in which their exports differ.
 
-Both are compared over (query, document) pairs. A reranker computes a result for each pair, an embedder one for each
-text: of a pair two, the query's and the document's.
+Both are compared over (query, document) pairs. A reranker computes a score for each pair, an embedder what represents
+each text: of a pair two, the query and the document.
 """
 
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from rag_retrieval.core.log import Progress
 from rag_retrieval.export.config import ExportConfig
-from rag_retrieval.export.onnx_graph import Graph, ScoreGraph, VectorGraph
-from rag_retrieval.infer.onnx_backend import OnnxBackend, OnnxEmbedder, OnnxFolder
-from rag_retrieval.infer.onnx_folder import EmbedderDescription, OnnxDescription, RerankerDescription
-from rag_retrieval.models.calibration import write_calibration
+from rag_retrieval.export.onnx_graph import EmbedderGraph, Graph, ScoreGraph
+from rag_retrieval.infer.backend import EmbedderBackend
+from rag_retrieval.infer.onnx_backend import OnnxBackend, OnnxEmbedder
+from rag_retrieval.infer.onnx_folder import (
+    SCORES,
+    EmbedderDescription,
+    OnnxDescription,
+    RerankerDescription,
+    output_names,
+)
+from rag_retrieval.infer.torch_backend import TorchEmbedder
+from rag_retrieval.models.calibration import CALIBRATION_FILE, write_calibration
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.embedding_heads import Projection
 from rag_retrieval.models.loading import NO_LIMIT
+from rag_retrieval.models.matching import lexical_score, maxsim
 from rag_retrieval.models.open import holds_embedder, open_embedder, open_scorer
 from rag_retrieval.models.options import EmbedderOptions, ModelOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.models.pair_scorer import PairScorer
-from rag_retrieval.models.representations import DENSE
+from rag_retrieval.models.representation_files import SPLADE
+from rag_retrieval.models.representations import DENSE, LEXICAL
+from rag_retrieval.models.scoring import run_encoded
 from rag_retrieval.models.settings import ModelFiles, resolve_model_path, write_settings
 from rag_retrieval.models.vectors import RANGES_FILE, finish, similarity
 
 logger = logging.getLogger(__name__)
+
+
+Results = dict[str, Sequence]  # "scores", or by representation: an entry for each text, as an `EmbedderBackend` has it
+Compute = Callable[[Sequence[EncodedPair]], Results]
+BATCH_SIZE = 256  # texts of one forward at most, while comparing
 
 
 class Source(Protocol):
@@ -39,7 +55,7 @@ class Source(Protocol):
     model: PairScorer | EmbeddingModel
     texts_of_a_pair: int
     budget: int
-    head: str | None  # output of the graph whose last product stays in float32 in int8
+    heads: Sequence[str]  # outputs of the graph whose last products stay in float32 in int8
 
     def count(self, document: str) -> int:
         """Its tokens, of any number."""
@@ -47,15 +63,16 @@ class Source(Protocol):
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedPair]:
         """`texts_of_a_pair` for each pair."""
 
-    def compared(self, results: np.ndarray) -> np.ndarray:
-        """What users get of results, which has to be equal."""
+    def results(self, texts: Sequence[EncodedPair], progress: Progress) -> Results:
+        """Of the model, as users get them."""
 
-    def scores(self, results: np.ndarray) -> np.ndarray:
-        """[pairs], float32."""
+    def open_exported(self, folder: Path) -> Compute:
+        """The same of the exported folder."""
+
+    def scores(self, results: Results) -> dict[str, np.ndarray]:
+        """Of the pairs that the texts are, by the kind of result: [pairs], float32."""
 
     def graph(self) -> Graph: ...
-
-    def open_exported(self, folder: Path) -> OnnxFolder: ...
 
     def write_files(self, folder: Path) -> None:
         """What lies beside graph, description, config and tokenizer."""
@@ -65,7 +82,7 @@ class Source(Protocol):
 
 
 class RerankerSource:
-    texts_of_a_pair, head = 1, RerankerDescription.output
+    texts_of_a_pair, heads = 1, (SCORES,)
 
     def __init__(self, config: ExportConfig, device: str):
         """Raises ValueError as `open_scorer`."""
@@ -79,16 +96,18 @@ class RerankerSource:
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedPair]:
         return self.encoder.encode(pairs)
 
-    def compared(self, results: np.ndarray) -> np.ndarray:
-        return results
+    def results(self, texts: Sequence[EncodedPair], progress: Progress) -> Results:
+        return {SCORES: run_encoded([self.model], texts, BATCH_SIZE, "no", progress).numpy()}
 
-    scores = compared
+    def open_exported(self, folder: Path) -> Compute:
+        backend = OnnxBackend(folder)
+        return lambda texts: {SCORES: backend.score(texts, BATCH_SIZE)}
+
+    def scores(self, results: Results) -> dict[str, np.ndarray]:
+        return results
 
     def graph(self) -> Graph:
         return ScoreGraph(self.model)
-
-    def open_exported(self, folder: Path) -> OnnxFolder:
-        return OnnxBackend(folder)
 
     def write_files(self, folder: Path) -> None:
         write_settings(folder, self.model.settings)
@@ -105,20 +124,15 @@ class EmbedderSource:
     texts_of_a_pair = 2
 
     def __init__(self, config: ExportConfig, device: str):
-        """Raises ValueError as `open_embedder`, and for a model without dense vectors."""
+        """Raises ValueError as `open_embedder`."""
         self.model = open_embedder(config.model, config.only(EmbedderOptions, device))
-        others = [name for name in self.model.settings.representations if name != DENSE]
-        if DENSE not in self.model.settings.representations:
-            raise ValueError(f"{config.model}: it gives {' and '.join(others)}; dense vectors alone can be exported")
-        if others:
-            logger.warning("%s: its dense vectors are exported, and not %s", config.model, " and ".join(others))
-            self.model.settings = replace(self.model.settings, representations=(DENSE,), lexical=None)
         self.folder = Path(resolve_model_path(config.model))
         self.encoder, self.settings = self.model.text_encoder, self.model.settings
         self.fixed = self.encoder.fixed_tokens(self.encoder.prompt_for("document"))
         self.budget = max(self.settings.max_lengths.values()) - self.fixed
         projects = any(isinstance(head, Projection) for head in self.model.heads.values())
-        self.head = EmbedderDescription.output if projects else None
+        names = output_names(self.settings)
+        self.heads = [output for name, output in names.items() if name != DENSE or projects]
 
     def count(self, document: str) -> int:
         return len(self.encoder.encode([document], "document", max_length=NO_LIMIT)[0]) - self.fixed
@@ -128,28 +142,53 @@ class EmbedderSource:
         documents = self.encoder.encode([document for _, document in pairs], "document")
         return [text for pair in zip(queries, documents, strict=True) for text in pair]
 
-    def compared(self, results: np.ndarray) -> np.ndarray:
-        return finish(results, normalize=self.settings.normalize)
+    def results(self, texts: Sequence[EncodedPair], progress: Progress) -> Results:
+        return self._computed(TorchEmbedder(self.model, "no"), texts, progress)
 
-    def scores(self, results: np.ndarray) -> np.ndarray:
-        vectors, kind = self.compared(results), self.settings.similarity
-        pairs = zip(vectors[0::2], vectors[1::2], strict=True)
-        return np.array([similarity(query[None], document[None], kind).item() for query, document in pairs], np.float32)
+    def open_exported(self, folder: Path) -> Compute:
+        backend = OnnxEmbedder(folder)
+        return lambda texts: self._computed(backend, texts)
+
+    def _computed(
+        self, backend: EmbedderBackend, texts: Sequence[EncodedPair], progress: Progress | None = None
+    ) -> Results:
+        found = backend.encode(texts, BATCH_SIZE, self.settings.representations, progress)
+        return found | ({DENSE: finish(found[DENSE], normalize=self.settings.normalize)} if DENSE in found else {})
+
+    def scores(self, results: Results) -> dict[str, np.ndarray]:
+        return {
+            name: np.array([self._score(name, *pair) for pair in zip(of[0::2], of[1::2], strict=True)], np.float32)
+            for name, of in results.items()
+        }
+
+    def _score(self, name: str, query: Any, document: Any) -> float:
+        if name == DENSE:
+            return similarity(query[None], document[None], self.settings.similarity).item()
+        if name == LEXICAL:
+            return lexical_score(*(dict(zip(*map(np.ndarray.tolist, text), strict=True)) for text in (query, document)))
+        return maxsim(query, document, self.settings.multi_vector_mean)
 
     def graph(self) -> Graph:
-        return VectorGraph(self.model)
-
-    def open_exported(self, folder: Path) -> OnnxFolder:
-        return OnnxEmbedder(folder)
+        return EmbedderGraph(self.model)
 
     def write_files(self, folder: Path) -> None:
         self.model.write_settings(folder)
-        if (self.folder / RANGES_FILE).is_file():
-            shutil.copyfile(self.folder / RANGES_FILE, folder / RANGES_FILE)
+        for name in (RANGES_FILE, CALIBRATION_FILE):  # the second where it ranks by token vectors
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
 
     def describe(self, **shared: Any) -> OnnxDescription:
-        kind = {"settings": self.settings, "template": self.encoder.template, "dim": self.model.dim}
-        return EmbedderDescription(**kind, **shared)
+        model = self.model
+        output_layer = model.model.get_output_embeddings() if self.settings.lexical == SPLADE else None
+        return EmbedderDescription(
+            settings=self.settings,
+            template=self.encoder.template,
+            dim=model.dim,
+            special=tuple(model.special_ids.tolist()),
+            skiplist=tuple(model.skiplist.tolist()),
+            vocabulary=None if output_layer is None else len(output_layer.weight),
+            **shared,
+        )
 
 
 def open_source(config: ExportConfig) -> Source:

@@ -5,8 +5,10 @@ still rank alike. float32 has to give the model's scores, or its vectors.
 """
 
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import ConstantInputWarning, spearmanr
@@ -15,7 +17,7 @@ from rag_retrieval.core.command import CommandFailure
 from rag_retrieval.data.beir import Run
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.export.config import ExportConfig
-from rag_retrieval.export.source import Source
+from rag_retrieval.export.source import Compute, Results, Source
 from rag_retrieval.metrics import run_metrics
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.retrieval.bm25 import BM25
@@ -24,6 +26,7 @@ FLOAT32_LIMIT = 1e-4  # largest difference of a score or of a number of a vector
 LEAST_CORRELATION = 0.98  # of int8: Spearman's, over all pairs
 LARGEST_LOSS = 0.01  # of int8: nDCG@10
 MEASURE = "ndcg@10"
+COMPUTED_PAIRS = 128  # of the data, at once
 QUERIES = (
     "How do I read a file line by line in Python?",
     "What are the first signs of the flu?",
@@ -52,57 +55,94 @@ class DifferenceError(CommandFailure):
 
 
 @dataclass(frozen=True)
-class Verification:
-    """pairs: number compared. shortest, longest: tokens. max_difference: of scores, or of the numbers of vectors.
-    rank_correlation: Spearman's, of the scores of all pairs; an embedder's are similarities.
-    data, queries, ndcg_before, ndcg_after: nDCG@10 of model and export, None without data."""
+class Change:
+    """What the export changes. max_difference: of the scores of pairs, and of the sample's results (`Computed`).
+    rank_correlation: Spearman's, of the scores of all pairs; an embedder's are similarities. ndcg_before, ndcg_after:
+    nDCG@10 of model and export, None without data."""
 
-    pairs: int
-    shortest: int
-    longest: int
     max_difference: float
     rank_correlation: float
-    data: str | None = None
-    queries: int | None = None
     ndcg_before: float | None = None
     ndcg_after: float | None = None
 
     def describe(self) -> str:
-        text = (
-            f"{self.pairs:,} pairs of {self.shortest} to {self.longest} tokens: largest difference "
-            f"{self.max_difference:.1e}, rank correlation {self.rank_correlation:.4f}"
-        )
-        if self.data is not None:
+        text = f"largest difference {self.max_difference:.1e}, rank correlation {self.rank_correlation:.4f}"
+        if self.ndcg_before is not None:
             change = self.ndcg_after - self.ndcg_before
-            text += (
-                f"; nDCG@10 on {self.data} ({self.queries} queries) {self.ndcg_before:.4f} before, "
-                f"{self.ndcg_after:.4f} after ({change:+.4f})"
-            )
+            text += f", nDCG@10 {self.ndcg_before:.4f} before, {self.ndcg_after:.4f} after ({change:+.4f})"
         return text
 
+    def problems(self) -> Iterator[str]:
+        """What is beyond the limits of int8."""
+        if not self.rank_correlation >= LEAST_CORRELATION:
+            yield f"rank correlation {self.rank_correlation:.4f} is below {LEAST_CORRELATION}"
+        if self.ndcg_before is not None and not self.ndcg_before - self.ndcg_after <= LARGEST_LOSS:
+            yield f"nDCG@10 falls by {self.ndcg_before - self.ndcg_after:.4f}, more than {LARGEST_LOSS}"
 
-def check_float32(expected: np.ndarray, exported: np.ndarray) -> None:
-    """Scores or vectors. Raises DifferenceError beyond FLOAT32_LIMIT, and for a number that is not finite."""
-    expected, exported = expected.ravel(), exported.ravel()
+
+@dataclass(frozen=True)
+class Verification:
+    """pairs: number compared. shortest, longest: tokens. changes: of the "scores" of a reranker, of an embedder by
+    representation. data, queries: what nDCG@10 is of, None without data."""
+
+    pairs: int
+    shortest: int
+    longest: int
+    changes: dict[str, Change]
+    data: str | None = None
+    queries: int | None = None
+
+    def describe(self) -> str:
+        on_data = "" if self.data is None else f", nDCG@10 on {self.data} ({self.queries} queries)"
+        lines = [f"{self.pairs:,} pairs of {self.shortest} to {self.longest} tokens{on_data}"]
+        return "\n  ".join([*lines, *(f"{kind}: {change.describe()}" for kind, change in self.changes.items())])
+
+
+def check_float32(expected: "Computed", exported: "Computed") -> None:
+    """Raises DifferenceError beyond FLOAT32_LIMIT, and for a number that is not finite. exported: perhaps of the sample
+    alone."""
+    for kind, results in exported.sample.items():
+        check_numbers(kind, *aligned(expected.sample[kind], results))
+        check_numbers(kind, expected.scores[kind][: len(exported.scores[kind])], exported.scores[kind])
+
+
+def check_numbers(kind: str, expected: np.ndarray, exported: np.ndarray) -> None:
     allowed = FLOAT32_LIMIT * np.maximum(1.0, np.abs(expected))
     wrong = np.flatnonzero(~(np.abs(expected - exported) <= allowed))
     if wrong.size:
         place = wrong[np.argmax(np.abs(expected - exported)[wrong])]
         raise DifferenceError(
-            f"the ONNX graph does not compute what the model computes: {wrong.size} of {expected.size} numbers differ "
-            f"by more than {FLOAT32_LIMIT}, such as {exported[place]:.6f} where the model gives {expected[place]:.6f}; "
-            "nothing was written. Exporting this family does not work with the installed torch"
+            f"the ONNX graph does not compute what the model computes: {kind}: {wrong.size} of {expected.size} numbers "
+            f"differ by more than {FLOAT32_LIMIT}, such as {exported[place]:.6f} where the model gives "
+            f"{expected[place]:.6f}; nothing was written. Exporting this family does not work with the installed torch"
         )
+
+
+def aligned(expected: Sequence, exported: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of texts' results beside each other, float32: scores, vectors, or weights of tokens, which are 0
+    where a text has no such token."""
+    sides: tuple[list, list] = ([], [])
+    for pair in zip(expected, exported, strict=True):
+        if isinstance(pair[0], tuple):
+            ids = np.union1d(pair[0][0], pair[1][0])
+            for side, (own, weights) in zip(sides, pair, strict=True):
+                side.append(np.zeros(len(ids), np.float32))
+                side[-1][np.searchsorted(ids, own)] = weights
+        else:
+            for side, values in zip(sides, pair, strict=True):
+                side.append(np.ravel(values))
+    return np.concatenate(sides[0]), np.concatenate(sides[1])
+
+
+def largest_difference(expected: "Computed", exported: "Computed", kind: str) -> float:
+    sides = aligned(expected.sample[kind], exported.sample[kind]), (expected.scores[kind], exported.scores[kind])
+    return max(float(np.abs(one - other).max(initial=0)) for one, other in sides)
 
 
 def check_int8(verification: Verification, force: bool) -> list[str]:
     """What is beyond the limits of int8, in words. Raises DifferenceError where there is something, without `force`."""
-    problems = []
-    if not verification.rank_correlation >= LEAST_CORRELATION:
-        problems.append(f"rank correlation {verification.rank_correlation:.4f} is below {LEAST_CORRELATION}")
-    if verification.data is not None and not verification.ndcg_before - verification.ndcg_after <= LARGEST_LOSS:
-        loss = verification.ndcg_before - verification.ndcg_after
-        problems.append(f"nDCG@10 on {verification.data} falls by {loss:.4f}, more than {LARGEST_LOSS}")
+    changes = verification.changes.items()
+    problems = [f"{problem} ({kind})" for kind, change in changes for problem in change.problems()]
     if problems and not force:
         raise DifferenceError(
             f"int8 changes this model too much: {' and '.join(problems)}; nothing was written. Leave --quantize out, "
@@ -116,6 +156,14 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
         return float(spearmanr(first, second).statistic)
+
+
+class Computed(NamedTuple):
+    """What a model or its export gives, by the kind of result. sample: of the texts of the sample's pairs. scores: of
+    the sample's pairs, then of the data's, float32 [pairs]."""
+
+    sample: Results
+    scores: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -132,22 +180,27 @@ class CheckData:
     def sample_texts(self) -> int:
         return self.samples * self.source.texts_of_a_pair
 
-    def compare(self, expected: np.ndarray, exported: np.ndarray) -> Verification:
-        """expected, exported: results of all texts, of the model and of its export.
+    def computed(self, compute: Compute, sample_alone: bool = False) -> Computed:
+        """Token vectors of the data's texts would fill the memory: of those the scores are kept."""
+        sample = compute(self.encoded[: self.sample_texts])
+        parts, size = [self.source.scores(sample)], COMPUTED_PAIRS * self.source.texts_of_a_pair
+        for start in range(self.sample_texts, self.sample_texts if sample_alone else len(self.encoded), size):
+            parts.append(self.source.scores(compute(self.encoded[start : start + size])))
+        return Computed(sample, {kind: np.concatenate([part[kind] for part in parts]) for kind in sample})
 
-        The rank correlation is over the data's pairs alone, where there are any.
-        """
-        lengths, compared = [len(text) for text in self.encoded], self.source.compared
-        largest, on_data = float(np.abs(compared(expected) - compared(exported)).max()), {}
-        expected, exported = self.source.scores(expected), self.source.scores(exported)
-        pairs = len(expected)
-        if self.data is not None:
-            expected, exported = expected[self.samples :], exported[self.samples :]
-            runs, qrels = map(self.run_of, (expected, exported)), self.data.qrels
-            before, after = (run_metrics(qrels, run, (MEASURE,))[MEASURE] for run in runs)
-            on_data = dict(data=self.data.name, queries=len(qrels), ndcg_before=before, ndcg_after=after)
-        correlation = rank_correlation(expected, exported)
-        return Verification(pairs, min(lengths), max(lengths), largest, correlation, **on_data)
+    def compare(self, expected: Computed, exported: Computed) -> Verification:
+        """The rank correlation is over the data's pairs alone, where there are any."""
+        lengths, changes = [len(text) for text in self.encoded], {}
+        for kind in expected.scores:
+            largest = largest_difference(expected, exported, kind)
+            scores, ndcg = [expected.scores[kind], exported.scores[kind]], ()
+            if self.data is not None:
+                scores = [each[self.samples :] for each in scores]
+                ndcg = (run_metrics(self.data.qrels, self.run_of(each), (MEASURE,))[MEASURE] for each in scores)
+            changes[kind] = Change(largest, rank_correlation(*scores), *ndcg)
+        on_data = () if self.data is None else (self.data.name, len(self.data.qrels))
+        pairs = len(self.encoded) // self.source.texts_of_a_pair
+        return Verification(pairs, min(lengths), max(lengths), changes, *on_data)
 
     def run_of(self, scores: np.ndarray) -> Run:
         """scores: of the data's pairs, in order."""

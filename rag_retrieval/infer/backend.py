@@ -4,6 +4,7 @@ Most options of a model are decided when it is exported. Nothing here imports to
 a folder needs it: an ONNX folder runs where torch is not installed.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,13 @@ from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
 from rag_retrieval.models.representations import DENSE
 from rag_retrieval.models.settings import ModelFiles, resolve_model_path
 from rag_retrieval.models.text_encoding import TextEncoder
+from rag_retrieval.models.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from rag_retrieval.models.embedder import EmbeddingModel
     from rag_retrieval.models.prompts import Prompt
+
+logger = logging.getLogger(__name__)
 
 # that an exported folder takes; the other options were decided when it was exported
 EXPORTED_OPTIONS = ("model_type", "max_length", "device", "query_max_length", "prompts", "normalize")
@@ -62,8 +66,10 @@ class EmbedderBackend(Protocol):
     model: "EmbeddingModel"  # of torch; ValueError for an exported folder, which has none
     settings: EmbedderSettings
     text_encoder: TextEncoder  # texts to EncodedPair
-    dim: int  # numbers of a vector
+    dim: int  # numbers of a dense vector
     devices: int  # that compute at once
+    device: str  # such as "cpu" or "cuda:0"; of several the first
+    limit: int | None  # tokens of a text at most that the model takes; None for no limit
 
     def encode(
         self,
@@ -76,8 +82,14 @@ class EmbedderBackend(Protocol):
         float32, not normalized; lexical, ids and weights, see `Weights`; multi_vector, an array [tokens, width],
         float32. outputs: of `settings.representations`. batch_size: texts of one forward at most."""
 
+    def kept_tokens(self, batch: TokenBatch) -> np.ndarray:
+        """[tokens], bool: which of the batch's tokens have a token vector."""
+
     def check_max_length(self, max_length: int) -> None:
         """Raises ValueError for more tokens of a text than the model takes."""
+
+    def describe(self) -> str:
+        """How it computes, in a few words, for logs."""
 
     def fingerprint(self) -> str:
         """A digest of everything that decides on vectors: weights, prompts, lengths, number formats, kind of device."""
@@ -98,7 +110,8 @@ def open_backend(
     folder = Path(model_name_or_path).expanduser()
     if holds(folder, RerankerDescription):
         return open_exported_backend(folder, options)
-    from rag_retrieval.infer.token_vector_backend import open_token_vector_backend
+    if is_exported(folder):
+        return open_token_vector_backend(folder, options)
     from rag_retrieval.infer.torch_backend import open_torch_backend
     from rag_retrieval.models.open import holds_token_vectors
 
@@ -123,6 +136,21 @@ def open_exported_backend(folder: Path, options: ModelOptions) -> Backend:
     return backend
 
 
+def open_token_vector_backend(model_name_or_path: str | os.PathLike, options: ModelOptions) -> Backend:
+    """Raises ValueError as `open_embedder_backend`, and for a model without token vectors. Options of models that read
+    both texts together are ignored with a warning."""
+    from rag_retrieval.infer.token_vector_backend import TokenVectorBackend
+
+    own = {name: getattr(options, name) for name in OpeningOptions.model_fields}
+    if options.model_type in ("onnx", "openvino"):
+        own["model_type"] = options.model_type
+    foreign = options.given(*(name for name in type(options).model_fields if name not in own))
+    if foreign:
+        names = ", ".join(foreign)
+        logger.warning("%s ranks by token vectors; ignored, since not for these: %s", model_name_or_path, names)
+    return TokenVectorBackend(open_embedder_backend(model_name_or_path, EmbedderOptions(**own)))
+
+
 def open_embedder_backend(
     model_name_or_path: str | os.PathLike, options: EmbedderOptions | None = None
 ) -> EmbedderBackend:
@@ -130,7 +158,7 @@ def open_embedder_backend(
     ImportError for a missing runtime."""
     options = options or EmbedderOptions()
     folder = Path(model_name_or_path).expanduser()
-    if holds(folder, EmbedderDescription):
+    if is_exported(folder):
         check_options(folder, options)
         from rag_retrieval.infer.onnx_backend import OnnxEmbedder
 
@@ -138,6 +166,11 @@ def open_embedder_backend(
     from rag_retrieval.infer.torch_backend import open_torch_embedder
 
     return open_torch_embedder(model_name_or_path, options)
+
+
+def is_exported(name: str | os.PathLike) -> bool:
+    """Whether it is the folder of an exported embedder."""
+    return holds(Path(name).expanduser(), EmbedderDescription)
 
 
 def check_options(folder: Path, options: OpeningOptions) -> None:

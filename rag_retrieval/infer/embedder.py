@@ -304,7 +304,7 @@ class Embedder:
         """Names of the tokens that have a vector."""
         encoder = self.backend.text_encoder
         batch = make_batch(encoder.encode([text], kind, max_length=self.text_limit(kind, max_length=max_length)))
-        kept = batch.ids[self.model.kept_tokens(batch)]
+        kept = batch.ids[self.backend.kept_tokens(batch)]
         return [token_name(encoder.fast_tokenizer, token) for token in kept.tolist()]
 
     def calibrate(

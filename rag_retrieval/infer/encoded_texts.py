@@ -65,6 +65,13 @@ class LexicalWeights(Sequence):
         return dict(zip(ids[order].tolist(), weights[order].tolist(), strict=True))
 
 
+def by_text(values: Sequence[np.ndarray], counts: np.ndarray) -> list:
+    """Arrays of the entries of texts, text after text, in pieces: for each text its part of the one array, or a tuple
+    of its parts. counts: [texts], entries of each."""
+    pieces = [np.split(each, np.cumsum(counts)[:-1]) for each in values]
+    return pieces[0] if len(pieces) == 1 else list(zip(*pieces, strict=True))
+
+
 def token_name(tokenizer: Tokenizer, token: int) -> str:
     """The text of a token without the mark of a word's beginning: "panda" for "▁panda".
 

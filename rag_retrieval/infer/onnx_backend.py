@@ -5,7 +5,7 @@ not there is an error. Nothing in this file imports torch.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
@@ -14,26 +14,32 @@ import numpy as np
 
 from rag_retrieval.core.files import content_digest, digest_of
 from rag_retrieval.core.log import Progress
+from rag_retrieval.infer.encoded_texts import by_text
 from rag_retrieval.infer.onnx_folder import (
     MODEL_FILE,
+    SCORES,
     TOKENIZER_FILE,
     Description,
     EmbedderDescription,
+    Forward,
+    Inputs,
     RerankerDescription,
     Run,
     check_length,
+    forwards,
+    padded_inputs,
     pair_encoder,
     read_description,
     read_tokenizer,
-    run_padded,
 )
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.embedding_files import choose_settings
+from rag_retrieval.models.kept_tokens import lexical_entries, tokens_with_vectors, unattended_tokens
 from rag_retrieval.models.options import EmbedderOptions
 from rag_retrieval.models.pair_encoding import EncodedPair
-from rag_retrieval.models.representations import DENSE
+from rag_retrieval.models.representations import DENSE, LEXICAL
 from rag_retrieval.models.text_encoding import TextEncoder
-from rag_retrieval.models.token_batch import CPU_TOKENS, CUDA_TOKENS
+from rag_retrieval.models.token_batch import CPU_TOKENS, CUDA_TOKENS, LOGITS, TokenBatch
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -46,25 +52,25 @@ class OnnxRuntime:
 
     name, package = "ONNX Runtime", "onnxruntime"
 
-    def __init__(self, file: Path, output: str, device: str, threads: int):
-        """output: of the graph, that is read. Raises as `open_session`."""
-        self._session, self._output = open_session(file, device, threads), output
+    def __init__(self, file: Path, device: str, threads: int):
+        """Raises as `open_session`."""
+        self._session = open_session(file, device, threads)
 
-    def runner(self) -> Run:
-        """Computes padded inputs, for one caller."""
-        return lambda inputs: self._session.run([self._output], inputs)[0]
+    def runner(self, outputs: Sequence[str]) -> Run:
+        """Computes these outputs of padded inputs, for one caller."""
+        return lambda inputs: self._session.run(outputs, inputs)
 
 
 class OpenVino:
     """The same graph, read by Intel's runtime on the CPU.
 
     OpenVINO's own default computes in bfloat16 on CPUs that have it, and a score then differs by hundredths; here it
-    computes in float32.
+    computes in float32. All outputs of the graph are computed, whichever are asked for.
     """
 
     name, package = "OpenVINO", "openvino"
 
-    def __init__(self, file: Path, output: str, device: str, threads: int):
+    def __init__(self, file: Path, device: str, threads: int):
         try:
             import openvino
         except ImportError as error:
@@ -75,16 +81,19 @@ class OpenVino:
         except Exception as error:  # RuntimeError with pages of its own sources
             reason = " ".join(str(error).split())
             raise ValueError(f"{file}: OpenVINO cannot read it ({reason:.300}); use ONNX Runtime") from error
-        self._output = output
 
-    def runner(self) -> Run:
+    def runner(self, outputs: Sequence[str]) -> Run:
         request = self._model.create_infer_request()  # not shared, so that several threads may compute at once
-        return lambda inputs: request.infer(inputs)[self._output]
+
+        def run(inputs: Inputs) -> list[np.ndarray]:
+            found = request.infer(inputs)
+            return [found[name] for name in outputs]
+
+        return run
 
 
 class OnnxFolder(Generic[Description]):
-    """An exported model: one result for each text. Several threads may call `run` at once; a copy or pickle opens the
-    folder again."""
+    """An exported model. Several threads may call `forwards` at once; a copy or pickle opens the folder again."""
 
     kind: type[Description]
 
@@ -96,16 +105,29 @@ class OnnxFolder(Generic[Description]):
         """
         self.folder, self.name, self.device, self.runtime = Path(folder), str(folder), device, runtime
         self.description: Description = read_description(self.folder, self.kind)
-        self.max_tokens = CPU_TOKENS if device == "cpu" else CUDA_TOKENS
-        self._graph = runtime(self.folder / MODEL_FILE, self.kind.output, device, default_threads(threads))
+        self._graph = runtime(self.folder / MODEL_FILE, device, default_threads(threads))
 
-    def run(self, texts: Sequence[EncodedPair], batch_size: int, progress: Progress | None = None) -> np.ndarray:
-        """Results in input order, float32. batch_size: texts of one forward at most. ValueError after `close`."""
+    def forwards(
+        self,
+        texts: Sequence[EncodedPair],
+        batch_size: int,
+        outputs: Sequence[str],
+        progress: Progress | None = None,
+    ) -> Iterator[Forward]:
+        """outputs: what is asked for, of `description.outputs`. batch_size: texts of one forward at most. ValueError
+        after `close`."""
         graph = self._graph
         if graph is None:
             raise ValueError(f"{self.folder} is closed; open it again")
-        names, pad = self.description.inputs, self.description.pad_token_id
-        return run_padded(graph.runner(), texts, names, pad, batch_size, self.max_tokens, progress)
+        run = graph.runner([self.description.outputs[name] for name in outputs])
+        return forwards(run, self._inputs, texts, batch_size, self._max_tokens(outputs), progress)
+
+    def _inputs(self, batch: TokenBatch) -> Inputs:
+        return padded_inputs(batch, self.description.inputs, self.description.pad_token_id)
+
+    def _max_tokens(self, outputs: Sequence[str]) -> int:
+        """Of one forward, padding included."""
+        return CPU_TOKENS if self.device == "cpu" else CUDA_TOKENS
 
     def digest(self, *about) -> str:
         """Of the files that decide on results, the runtime and the kind of device, and `about`."""
@@ -144,7 +166,10 @@ class OnnxBackend(OnnxFolder[RerankerDescription]):
         self.calibration = read_calibration(str(self.folder))
 
     def score(self, pairs: Sequence[EncodedPair], batch_size: int) -> np.ndarray:
-        return self.run(pairs, batch_size)
+        scores = np.empty(len(pairs), np.float32)
+        for forward in self.forwards(pairs, batch_size, (SCORES,)):
+            (scores[forward.places],) = forward.outputs
+        return scores
 
     def at_layer(self, layer: int) -> "OnnxBackend":
         raise ValueError(f"cutoff_layers: {self.folder} was exported with one head; leave it out")
@@ -180,11 +205,11 @@ class OnnxEmbedder(OnnxFolder[EmbedderDescription]):
             check_length(self.folder, self.description, length, name)
         max_length = options.max_length or saved.max_length
         self.settings = choose_settings(asdict(saved), options, None, max_length, saved.bidirectional)
-        self.settings = replace(self.settings, representations=(DENSE,))  # the graph has no other heads
         prompts, limits = self.settings.prompts, self.settings.max_lengths
-        tokenizer, template = read_tokenizer(self.folder), self.description.template
+        template = replace(self.description.template, expanded_length=limits["query"])
+        tokenizer = read_tokenizer(self.folder)
         self.text_encoder = TextEncoder(tokenizer, template, prompts, limits, self.settings.default_prompt)
-        self.dim = self.description.dim
+        self.dim, self.limit = self.description.dim, self.description.limit
 
     @property
     def model(self):
@@ -197,11 +222,49 @@ class OnnxEmbedder(OnnxFolder[EmbedderDescription]):
         outputs: Sequence[str] = (DENSE,),
         progress: Progress | None = None,
     ) -> dict[str, Sequence]:
-        assert tuple(outputs) == (DENSE,), "as the settings say"
-        return {DENSE: self.run(texts, batch_size, progress)}
+        found: dict[str, Sequence] = {name: [None] * len(texts) for name in outputs}
+        if DENSE in found:
+            found[DENSE] = np.empty((len(texts), self.dim), np.float32)
+        for forward in self.forwards(texts, batch_size, outputs, progress):
+            for name, output in zip(outputs, forward.outputs, strict=True):
+                for place, own in zip(forward.places, self._by_text(name, output, forward.batch), strict=True):
+                    found[name][place] = own
+        return found
+
+    def _by_text(self, name: str, output: np.ndarray, batch: TokenBatch) -> Sequence:
+        """An entry for each text of the batch. output: of the graph, without what is of padding or not kept."""
+        if name == DENSE:
+            return output
+        if self.description.vocabulary is not None and name == LEXICAL:
+            texts, ids = np.nonzero(output > 0)
+            return by_text((ids, output[texts, ids]), np.bincount(texts, minlength=len(batch)))
+        real = np.arange(output.shape[1]) < batch.lengths[:, None]
+        if name == LEXICAL:
+            entries = lexical_entries(batch, np.array(self.description.special, np.int32))
+            weights = np.zeros(len(entries.ids), np.float32)
+            np.maximum.at(weights, entries.entry_of_token, output[real][entries.tokens])
+            return by_text((entries.ids, weights), entries.counts)
+        kept = real.copy()
+        kept[real] = self.kept_tokens(batch)
+        return by_text((output[kept],), kept.sum(axis=1))
+
+    def kept_tokens(self, batch: TokenBatch) -> np.ndarray:
+        skiplist = np.array(self.description.skiplist, np.int32)
+        return tokens_with_vectors(batch, self.settings, self.text_encoder.template, skiplist)
+
+    def _inputs(self, batch: TokenBatch) -> Inputs:
+        unattended = unattended_tokens(batch, self.settings)
+        return padded_inputs(batch, self.description.inputs, self.description.pad_token_id, unattended)
+
+    def _max_tokens(self, outputs: Sequence[str]) -> int:
+        most, vocabulary = super()._max_tokens(outputs), self.description.vocabulary
+        return min(most, LOGITS // vocabulary) if vocabulary is not None and LEXICAL in outputs else most
 
     def check_max_length(self, max_length: int) -> None:
         check_length(self.folder, self.description, max_length)
+
+    def describe(self) -> str:
+        return f"in {self.runtime.name}, {self.description.precision}"
 
     def fingerprint(self) -> str:
         return self.digest(asdict(self.settings))

@@ -7,18 +7,23 @@
     reranker_onnx.json     the description read here; of an embedder embedder_onnx.json
     calibration.json       where a reranker had one; of an embedder int8_ranges.json
 
-The graph of an embedder gives `vectors`, which are cut and normalized as those of torch are, and for other programs
-`sentence_embedding`, of length 1 where the model normalizes.
+The graph of an embedder gives some of these, as the model has them; what is of padding means nothing:
+
+    vectors             [texts, dim], which are cut and normalized as those of torch are
+    sentence_embedding  the same for other programs, of length 1 where the model normalizes
+    token_weights       [texts, length], lexical weights by a linear head; the largest of equal tokens is the text's
+    lexical_weights     [texts, vocabulary], those of SPLADE
+    token_vectors       [texts, length, width], of length 1
 
 The fixed parts of a text are token ids here, not formats. To find them again would need
 transformers, and a tokenizer of another version could cut them elsewhere. Nothing here imports torch.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -27,9 +32,11 @@ from tokenizers import Tokenizer
 from rag_retrieval.core.log import Progress
 from rag_retrieval.models.embedding_files import EmbedderSettings
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, PairTemplate, TokenId
+from rag_retrieval.models.representation_files import SPLADE
+from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.settings import MODEL_TYPES, check_no_pointers, parsing, read_json
 from rag_retrieval.models.text_encoding import TextTemplate
-from rag_retrieval.models.token_batch import make_batch, plan_by_tokens
+from rag_retrieval.models.token_batch import TokenBatch, make_batch, padded, plan_by_tokens
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -37,8 +44,10 @@ FORMAT = 1  # of the description; another number is another meaning
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 PROMPT_TOKENS = "prompt_tokens"  # [texts]: tokens before each text itself, which its vector leaves out
 
+SCORES, SENTENCE_EMBEDDING = "scores", "sentence_embedding"  # outputs
+
 Inputs = dict[str, np.ndarray]
-Run = Callable[[Inputs], np.ndarray]  # padded inputs, each [texts, longest] int64, to one result for each text, float32
+Run = Callable[[Inputs], Sequence[np.ndarray]]  # padded inputs, each [texts, longest] int64, to outputs, float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,6 @@ class OnnxDescription:
 
     __pydantic_config__ = {"extra": "forbid"}
     file: ClassVar[str]  # where it lies
-    output: ClassVar[str]  # of the graph, which is read
 
     pad_token_id: TokenId
     inputs: tuple[str, ...]
@@ -70,13 +78,18 @@ class OnnxDescription:
     def expected_inputs(self) -> tuple[str, ...]:
         raise NotImplementedError
 
+    @property
+    def outputs(self) -> dict[str, str]:
+        """Of the graph, those that are read: by what they are."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class RerankerDescription(OnnxDescription):
     """`reranker_onnx.json`. max_length: tokens per pair."""
 
     __pydantic_config__ = {"extra": "forbid"}
-    file, output = "reranker_onnx.json", "scores"
+    file = "reranker_onnx.json"
 
     model_type: Literal[MODEL_TYPES]
     max_length: Annotated[int, Field(strict=True, ge=1)]
@@ -90,17 +103,26 @@ class RerankerDescription(OnnxDescription):
     def expected_inputs(self) -> tuple[str, ...]:
         return INPUTS if self.template.types is not None else INPUTS[:2]
 
+    @property
+    def outputs(self) -> dict[str, str]:
+        return {SCORES: SCORES}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedderDescription(OnnxDescription):
-    """`embedder_onnx.json`. dim: numbers of a vector."""
+    """`embedder_onnx.json`. dim: numbers of a dense vector. special: ids of tokens without a weight by a linear head.
+    skiplist: ids of tokens without a vector in documents of a ColBERT. vocabulary: numbers of `lexical_weights`, None
+    without them."""
 
     __pydantic_config__ = {"extra": "forbid"}
-    file, output = "embedder_onnx.json", "vectors"
+    file = "embedder_onnx.json"
 
     settings: EmbedderSettings
     template: TextTemplate
     dim: Annotated[int, Field(strict=True, ge=1)]
+    special: tuple[TokenId, ...] = ()
+    skiplist: tuple[TokenId, ...] = ()
+    vocabulary: Annotated[int, Field(strict=True, ge=1)] | None = None
 
     @property
     def limit(self) -> int:
@@ -108,8 +130,20 @@ class EmbedderDescription(OnnxDescription):
 
     @property
     def expected_inputs(self) -> tuple[str, ...]:
-        pools_all = self.settings.include_prompt or self.settings.reads_one_token
+        settings = self.settings
+        pools_all = DENSE not in settings.representations or settings.include_prompt or settings.reads_one_token
         return INPUTS[:2] if pools_all else (*INPUTS[:2], PROMPT_TOKENS)
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        return output_names(self.settings)
+
+
+def output_names(settings: EmbedderSettings) -> dict[str, str]:
+    """Of an embedder's graph, by representation."""
+    lexical = "lexical_weights" if settings.lexical == SPLADE else "token_weights"
+    names = {DENSE: "vectors", LEXICAL: lexical, MULTI_VECTOR: "token_vectors"}
+    return {representation: names[representation] for representation in settings.representations}
 
 
 Description = TypeVar("Description", bound=OnnxDescription)
@@ -179,44 +213,39 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def run_padded(
+class Forward(NamedTuple):
+    """places: of its texts among all. outputs: those that were asked for, with the texts of the batch as first axis."""
+
+    places: list[int]
+    batch: TokenBatch
+    outputs: Sequence[np.ndarray]
+
+
+def forwards(
     run: Run,
+    inputs_of: Callable[[TokenBatch], Inputs],
     texts: Sequence[EncodedPair],
-    names: Sequence[str],
-    pad_token_id: int,
     batch_size: int,
     max_tokens: int,
     progress: Progress | None = None,
-) -> np.ndarray:
-    """Results in input order: [texts] or [texts, dim], float32. Which texts share a forward changes no result beyond
-    float noise, in int8 neither, where every token has its own scale.
+) -> Iterator[Forward]:
+    """Over all texts. Which of them share a forward changes no result beyond float noise, in int8 neither, where every
+    token has its own scale.
 
-    names: of the inputs that the graph takes. batch_size: texts of one forward at most. max_tokens: of one forward,
-    padding included; a longer text is computed alone. Longest texts come first, so that running
-    out of memory shows at once.
+    batch_size: texts of one forward at most. max_tokens: of one forward, padding included; a longer text is computed
+    alone. Longest texts come first, so that running out of memory shows at once.
     """
-    results = np.empty(0, np.float32)
     parts = plan_by_tokens([[len(text)] for text in texts], max_tokens, padded=True, max_pairs=batch_size)
-    for place, part in enumerate(parts if texts else ()):
-        found = run(padded_inputs([texts[position] for position in part], names, pad_token_id))
-        if place == 0:
-            results = np.empty((len(texts), *found.shape[1:]), np.float32)
-        results[part] = found
+    for part in parts if texts else ():
+        batch = make_batch([texts[place] for place in part])
+        yield Forward(part, batch, run(inputs_of(batch)))
         if progress is not None:
             progress.update(len(part))
-    return results
 
 
-def padded_inputs(texts: Sequence[EncodedPair], names: Sequence[str], pad_token_id: int) -> Inputs:
-    """Right-padded inputs of at least one text."""
-    batch = make_batch(texts)
-    real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
-    inputs = {name: np.zeros(real.shape, np.int64) for name in names}
-    inputs["input_ids"][~real] = pad_token_id
-    inputs["input_ids"][real] = batch.ids
-    inputs["attention_mask"][real] = 1
-    if "token_type_ids" in inputs:
-        inputs["token_type_ids"][real] = batch.types
-    if PROMPT_TOKENS in inputs:
-        inputs[PROMPT_TOKENS] = batch.starts.astype(np.int64)
-    return inputs
+def padded_inputs(
+    batch: TokenBatch, names: Sequence[str], pad_token_id: int, unattended: np.ndarray | None = None
+) -> Inputs:
+    """names: of the inputs that the graph takes. unattended: as of `token_batch.padded`."""
+    inputs = padded(batch, pad_token_id, unattended) | {PROMPT_TOKENS: batch.starts}
+    return {name: inputs[name].astype(np.int64) for name in names}

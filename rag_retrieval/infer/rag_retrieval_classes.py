@@ -52,12 +52,12 @@ class Embedding:
         """
         import torch
 
-        from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH, position_limit
+        from rag_retrieval.models.loading import DEFAULT_MAX_LENGTH
 
         if device is not None:
             self.to(device)
         if max_len is None:
-            max_len = min(DEFAULT_MAX_LENGTH, position_limit(self.embedder.model.model) or DEFAULT_MAX_LENGTH)
+            max_len = min(DEFAULT_MAX_LENGTH, self.embedder.backend.limit or DEFAULT_MAX_LENGTH)
         return torch.from_numpy(self.embedder.encode(sentences, prompt, max_length=max_len, batch_size=batch_size))
 
 
@@ -112,10 +112,8 @@ class ColBERT:
         batch_size: texts of one forward at most. query_max_len, passage_max_len: tokens; what the model cannot take is
         cut to its limit, and a query that is expanded keeps the model's own length.
         """
-        from rag_retrieval.models.loading import position_limit
-
         settings = self.embedder.settings
-        limit = position_limit(self.embedder.model.model) or max(query_max_len, passage_max_len)
+        limit = self.embedder.backend.limit or max(query_max_len, passage_max_len)
         query_length = settings.max_lengths["query"] if settings.query_expansion else min(query_max_len, limit)
         lengths = {"query_max_length": query_length, "max_length": min(passage_max_len, limit)}
         scores = self.embedder.compute_score(sentences_pairs, outputs=[MULTI_VECTOR], batch_size=batch_size, **lengths)

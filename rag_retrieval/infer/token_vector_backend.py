@@ -1,25 +1,24 @@
 """Rerankers by token vectors: a query and a document are encoded apart, and their score is MaxSim.
 
 A text that stands in several pairs of a call is computed once, so that ten documents of a query cost eleven forwards'
-worth of texts, not ten pairs.
+worth of texts, not ten pairs. Nothing here imports torch.
 """
 
-import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rag_retrieval.infer.torch_backend import TorchEmbedder, open_torch_embedder
 from rag_retrieval.models.calibration import read_calibration
 from rag_retrieval.models.matching import maxsim
-from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, PairTemplate
 from rag_retrieval.models.representations import MULTI_VECTOR
 from rag_retrieval.models.text_encoding import TextEncoder
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from rag_retrieval.infer.onnx_backend import OnnxEmbedder
+    from rag_retrieval.infer.torch_backend import TorchEmbedder
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +78,17 @@ class TokenVectorBackend:
 
     model_type = MULTI_VECTOR
 
-    def __init__(self, embedder: TorchEmbedder):
-        self.embedder, self.name = embedder, embedder.name
+    def __init__(self, embedder: "TorchEmbedder | OnnxEmbedder"):
+        """Raises ValueError for an embedder without token vectors."""
+        own = embedder.settings.representations
+        if MULTI_VECTOR not in own:
+            raise ValueError(
+                f"{embedder.name}: it gives {' and '.join(own)}, and an embedder ranks by token vectors; give a "
+                "reranker, or open it with Embedder"
+            )
+        self.embedder, self.name, self.device = embedder, embedder.name, embedder.device
         self.pair_encoder = text_pair_encoder(embedder.text_encoder, embedder.text_encoder.max_length)
         self.calibration = read_calibration(self.name)
-
-    @property
-    def device(self) -> str:
-        return str(self.embedder.models[0].device)
 
     def score(self, pairs: Sequence[TextPair], batch_size: int) -> np.ndarray:
         if not pairs:
@@ -102,9 +104,9 @@ class TokenVectorBackend:
         raise ValueError(f"cutoff_layers: {self.name} ranks by token vectors, which are of one layer; leave it out")
 
     def describe(self) -> str:
-        model, queries = self.embedder.model, self.pair_encoder.texts.max_length_of("query")
-        layout = "packed" if model.packs else f"padded: {model.packing_problem}"
-        return f"token vectors, {queries} tokens of a query and {self.pair_encoder.max_length} of a document, {layout}"
+        queries, documents = self.pair_encoder.texts.max_length_of("query"), self.pair_encoder.max_length
+        how = self.embedder.describe()
+        return f"token vectors, {queries} tokens of a query and {documents} of a document, {how}"
 
     def fingerprint(self) -> str:
         return self.embedder.fingerprint()
@@ -117,12 +119,3 @@ def key_of(text: EncodedPair) -> tuple[bool, bytes]:
     return text.is_query, text.ids.tobytes()
 
 
-def open_token_vector_backend(model_name_or_path: str | os.PathLike, options: ModelOptions) -> TokenVectorBackend:
-    """Raises ValueError as `open_embedder`, and for devices and a precision that are not there. Options of models that
-    read both texts together are ignored with a warning."""
-    own = {name: getattr(options, name) for name in OpeningOptions.model_fields}
-    foreign = options.given(*(name for name in type(options).model_fields if name not in own))
-    if foreign:
-        names = ", ".join(foreign)
-        logger.warning("%s ranks by token vectors; ignored, since not for these: %s", model_name_or_path, names)
-    return TokenVectorBackend(open_torch_embedder(model_name_or_path, EmbedderOptions(**own)))

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from rag_retrieval.core.log import Progress
+from rag_retrieval.infer.encoded_texts import by_text
 from rag_retrieval.models.devices import check_devices, choose_precision
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.llm_decoder import LLMDecoder
+from rag_retrieval.models.loading import position_limit
 from rag_retrieval.models.open import open_embedder, open_scorer
 from rag_retrieval.models.options import EmbedderOptions, ModelOptions, OpeningOptions
 from rag_retrieval.models.outputs import Output
@@ -24,6 +26,7 @@ from rag_retrieval.models.pair_scorer import PairScorer
 from rag_retrieval.models.prompts import Prompt
 from rag_retrieval.models.representations import DENSE, Lexical, TokenVectors
 from rag_retrieval.models.scoring import Model, Precision, check_precision, replicas, run_encoded
+from rag_retrieval.models.token_batch import TokenBatch
 
 
 class SharedModel(Generic[Model]):
@@ -85,7 +88,8 @@ class TorchEmbedder(SharedModel[EmbeddingModel]):
     ):
         super().__init__(model, precision, devices)
         self.settings, self.text_encoder, self.dim = model.settings, model.text_encoder, model.dim
-        self.devices = len(self.models)
+        self.devices, self.device = len(self.models), str(self.models[0].device)
+        self.limit = position_limit(model.model)
 
     def encode(
         self,
@@ -95,11 +99,18 @@ class TorchEmbedder(SharedModel[EmbeddingModel]):
         progress: Progress | None = None,
     ) -> dict[str, Sequence]:
         found = self.run(texts, batch_size, progress, outputs)
-        return {name: by_text(getattr(found, name)) for name in outputs}
+        return {name: as_numpy(getattr(found, name)) for name in outputs}
+
+    def kept_tokens(self, batch: TokenBatch) -> np.ndarray:
+        self.check_is_open()
+        return self.model.kept_tokens(batch)
 
     def check_max_length(self, max_length: int) -> None:
         self.check_is_open()
         self.model.check_max_length(max_length)
+
+    def describe(self) -> str:
+        return "packed" if self.model.packs else f"padded: {self.model.packing_problem}"
 
     def fingerprint(self) -> str:
         encoder, kind = self.text_encoder, self.model.device.type  # whose digits differ
@@ -160,13 +171,12 @@ class TorchBackend:
         return self.__dict__ | {"_at_layer": {}}
 
 
-def by_text(output: torch.Tensor | Lexical | TokenVectors) -> Sequence:
-    """A representation of texts as numpy: the rows of dense vectors, else one entry for each text."""
+def as_numpy(output: torch.Tensor | Lexical | TokenVectors) -> Sequence:
+    """A representation of texts: the rows of dense vectors, else one entry for each text."""
     if isinstance(output, torch.Tensor):
         return output.numpy()
     *values, counts = (tensor.numpy() for tensor in output)
-    pieces = [np.split(each, counts.cumsum()[:-1]) for each in values]
-    return pieces[0] if len(pieces) == 1 else list(zip(*pieces, strict=True))
+    return by_text(values, counts)
 
 
 def digest_of_model(model: torch.nn.Module, about: list) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.models.representations import DENSE
 from rag_retrieval.retrieval.index import Index
-from rag_retrieval.retrieval.retriever import Retriever, SearchResult
+from rag_retrieval.retrieval.retriever import Retriever
+from rag_retrieval.retrieval.searched import SearchResult
 
 STAGE_SCORES, STAGE_RANKS = "stage_scores", "stage_ranks"  # keys in the metadata of a document that was found
 

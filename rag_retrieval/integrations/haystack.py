@@ -129,18 +129,21 @@ class IndexRetriever:
     """What a Retriever finds, best first, each document with the score of the last stage.
 
     index: a Retriever, an Index, or the folder of one, opened by `warm_up` or the first `run`. top_k: documents of a
-    query. retriever_kwargs: options of Retriever, for that. A document's meta are the index's, and the scores and ranks
-    of all stages, in `stage_scores` and `stage_ranks`.
+    query. where: conditions on the metadata, as for `Retriever.search`. retriever_kwargs: options of Retriever, where
+    it is opened here. A document's meta are the index's, and the scores and ranks of all stages, in `stage_scores` and
+    `stage_ranks`.
     """
 
     def __init__(
         self,
         index: Retriever | Index | str | os.PathLike,
         top_k: int = 10,
+        where: dict[str, Any] | None = None,
         retriever_kwargs: dict[str, Any] | None = None,
     ):
         self.index = index
         self.top_k = top_k
+        self.where = where
         self.retriever_kwargs = retriever_kwargs
         self._retriever: Retriever | None = None
 
@@ -150,10 +153,13 @@ class IndexRetriever:
             self._retriever = open_retriever(self.index, self.retriever_kwargs)
 
     @component.output_types(documents=list[Document])
-    def run(self, query: str, top_k: int | None = None) -> dict[str, list[Document]]:
-        """top_k: in the place of the component's own. ValueError for what `Retriever.search` refuses."""
+    def run(
+        self, query: str, top_k: int | None = None, where: dict[str, Any] | None = None
+    ) -> dict[str, list[Document]]:
+        """top_k, where: in the place of the component's own. ValueError for what `Retriever.search` refuses."""
         self.warm_up()
-        results = self._retriever.search(query, self.top_k if top_k is None else top_k)
+        top_k, where = self.top_k if top_k is None else top_k, self.where if where is None else where
+        results = self._retriever.search(query, top_k, where)
         return {
             "documents": [
                 Document(id=result.doc_id, content=result.text, meta=found_metadata(result), score=result.score)
@@ -163,7 +169,7 @@ class IndexRetriever:
 
     def to_dict(self) -> dict[str, Any]:
         """For pipeline files. ValueError where the component was given an open Retriever or Index."""
-        options = {"top_k": self.top_k, "retriever_kwargs": self.retriever_kwargs}
+        options = {"top_k": self.top_k, "where": self.where, "retriever_kwargs": self.retriever_kwargs}
         return default_to_dict(self, index=named("index", self.index), **options)
 
     @classmethod

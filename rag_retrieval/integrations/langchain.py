@@ -22,7 +22,8 @@ from rag_retrieval.integrations import (
     rerank_options,
 )
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
-from rag_retrieval.retrieval.retriever import Retriever, SearchResults
+from rag_retrieval.retrieval.retriever import Retriever
+from rag_retrieval.retrieval.searched import SearchResults
 
 try:
     from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun, Callbacks
@@ -68,26 +69,41 @@ class IndexRetriever(BaseRetriever):
     """What a Retriever finds, best first. The score of the last stage is in `metadata["relevance_score"]`, those of
     all stages in `stage_scores`, their ranks in `stage_ranks`; the rest of the metadata is the index's.
 
-    `invoke(query, top_k=3)` takes another number. ValueError for what `Retriever` and its `search` refuse.
+    `invoke(query, top_k=3, where={"year": {"gte": 2020}})` takes others for one call. ValueError for what `Retriever`
+    and its `search` refuse.
     """
 
     index: Any = Field(description="A Retriever, an Index, or the folder of one.")
     retriever_kwargs: dict[str, Any] | None = Field(None, description="Options of Retriever, where it is opened here.")
     top_k: int = Field(10, ge=1, description="Documents of a query.")
+    where: dict[str, Any] | None = Field(None, description="Conditions on the metadata, as for Retriever.search.")
     _retriever: Retriever = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
         self._retriever = open_retriever(self.index, self.retriever_kwargs)
 
     def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, top_k: int | None = None
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        top_k: int | None = None,
+        where: dict[str, Any] | None = None,
     ) -> list[Document]:
-        return found_documents(self._retriever.search(query, top_k or self.top_k))
+        return found_documents(self._retriever.search(query, *self._asked(top_k, where)))
 
     async def _aget_relevant_documents(
-        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, top_k: int | None = None
+        self,
+        query: str,
+        *,
+        run_manager: AsyncCallbackManagerForRetrieverRun,
+        top_k: int | None = None,
+        where: dict[str, Any] | None = None,
     ) -> list[Document]:
-        return found_documents(await self._retriever.asearch(query, top_k or self.top_k))
+        return found_documents(await self._retriever.asearch(query, *self._asked(top_k, where)))
+
+    def _asked(self, top_k: int | None, where: dict[str, Any] | None) -> tuple[int, dict[str, Any] | None]:
+        return self.top_k if top_k is None else top_k, self.where if where is None else where
 
 
 class RerankerCompressor(BaseDocumentCompressor):

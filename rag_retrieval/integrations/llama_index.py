@@ -26,7 +26,8 @@ from rag_retrieval.integrations import (
 )
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 from rag_retrieval.retrieval.index import Index
-from rag_retrieval.retrieval.retriever import Retriever, SearchResults
+from rag_retrieval.retrieval.retriever import Retriever
+from rag_retrieval.retrieval.searched import SearchResults
 
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -91,28 +92,29 @@ class EmbedderEmbedding(BaseEmbedding):
 class IndexRetriever(BaseRetriever):
     """What a Retriever finds, best first, each node with the score of the last stage.
 
-    index: a Retriever, an Index, or the folder of one. retriever_kwargs: options of Retriever, where it is opened here.
-    top_k: nodes of a query. A node's metadata are the index's; scores and ranks of all stages, in `stage_scores` and
-    `stage_ranks`, are kept from language models and rerankers. Further options are LlamaIndex's. ValueError for what
-    `Retriever` and its `search` refuse.
+    index: a Retriever, an Index, or the folder of one. top_k: nodes of a query. where: conditions on the metadata, as
+    for `Retriever.search`. retriever_kwargs: options of Retriever, where it is opened here. Further options are
+    LlamaIndex's. A node's metadata are the index's; scores and ranks of all stages, in `stage_scores` and
+    `stage_ranks`, are kept from language models and rerankers. ValueError for what `Retriever` and `search` refuse.
     """
 
     def __init__(
         self,
         index: Retriever | Index | str | os.PathLike,
         top_k: int = 10,
+        where: dict[str, Any] | None = None,
         retriever_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ):
         super().__init__(**options)
         self._retriever = open_retriever(index, retriever_kwargs)
-        self._top_k = top_k
+        self._asked = top_k, where
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return found_nodes(self._retriever.search(query_bundle.query_str, self._top_k))
+        return found_nodes(self._retriever.search(query_bundle.query_str, *self._asked))
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return found_nodes(await self._retriever.asearch(query_bundle.query_str, self._top_k))
+        return found_nodes(await self._retriever.asearch(query_bundle.query_str, *self._asked))
 
 
 def found_nodes(results: SearchResults) -> list[NodeWithScore]:

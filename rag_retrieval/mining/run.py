@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rag_retrieval.core.config import EngineOptions
-from rag_retrieval.core.distributed import on_main, process_group
+from rag_retrieval.core.distributed import on_main, own_device, process_group
 from rag_retrieval.core.files import (
     WorkFolder,
     atomic_write,
@@ -42,9 +42,6 @@ from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.fusion import FUSION_FILE, FusedSearch, Fusion
 from rag_retrieval.retrieval.index import Index, build_index
 from rag_retrieval.retrieval.index_files import IndexState, fingerprint
-
-if TYPE_CHECKING:
-    import torch
 
 PART, MINED_FILE = 256, "mined.jsonl"  # queries of a part, and its file
 DOCUMENTS_FILE = "documents.jsonl"
@@ -207,8 +204,9 @@ def plan(config: MiningConfig, folder: Path) -> tuple[dict[str, Any], int]:
     return {"source": source.made_from, "queries": queries.digest(), "part": PART} | settings, len(queries.queries)
 
 
-def open_miner(device: "torch.device", config: MiningConfig, folder: Path) -> MakeShard:
+def open_miner(config: MiningConfig, folder: Path) -> MakeShard:
     """Mines parts of `PART` queries: a line of the file for each."""
+    device = own_device()
     if config.device is None and device.type == "cuda":
         config = config.model_copy(update={"device": str(device)})
     source = open_source(config, folder)

@@ -35,12 +35,13 @@ from rag_retrieval.models.embedding_heads import (
     read_token_heads,
     save_token_heads,
 )
+from rag_retrieval.models.kept_tokens import cls_copies, tokens_with_vectors, unattended_tokens
 from rag_retrieval.models.lexical import linear_weights, splade_weights
-from rag_retrieval.models.multi_vector import kept_by_bge_m3, kept_by_colbert, skiplist_ids, token_vectors
+from rag_retrieval.models.multi_vector import skiplist_ids, token_vectors
 from rag_retrieval.models.options import EmbedderOptions, options_among
 from rag_retrieval.models.packed_model import packed_outputs, packing_problem, pairs_to_check, sliding_window
 from rag_retrieval.models.packing import Packing, on_device, padded_inputs
-from rag_retrieval.models.pooling import cls_copies, packed_sums, token_weights
+from rag_retrieval.models.pooling import packed_sums, token_weights
 from rag_retrieval.models.representation_files import SPLADE, RepresentationOptions
 from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, Lexical, Representations, TokenVectors
 from rag_retrieval.models.settings import ModelFiles, resolve_model_path
@@ -106,6 +107,11 @@ class EmbeddingModel(TransformerModule):
         return self.text_encoder.tokenizer
 
     @property
+    def special_ids(self) -> np.ndarray:
+        """Ids of special tokens, which have no lexical weight by a linear head."""
+        return np.array(self.tokenizer.all_special_ids, np.int32)
+
+    @property
     def width(self) -> int:
         """Numbers in a token's state."""
         return self.config.get_text_config().hidden_size
@@ -153,12 +159,13 @@ class EmbeddingModel(TransformerModule):
         pooled tokens alone, [texts, hidden], as after `prune_last_layer`."""
         last = self.settings.pooling == "last"
         shares = self.causal and last and dense_alone
-        unattended = self._unattended(batch)
+        unattended = unattended_tokens(batch, self.settings)
         packing = Packing(batch, shares, self.device, self.first_position, last, dense_alone, unattended)
         return packed_outputs(self.model, batch, packing).last_hidden_state[0], packing.pooled_index
 
     def _padded_states(self, batch: TokenBatch, _: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = padded_inputs(batch, self.tokenizer.pad_token_id, self.device, self._unattended(batch))
+        unattended = unattended_tokens(batch, self.settings)
+        inputs = padded_inputs(batch, self.tokenizer.pad_token_id, self.device, unattended)
         hidden = self.states_of(inputs)
         real = np.arange(hidden.shape[1]) < batch.lengths[:, None]
         ends = np.cumsum(batch.lengths, dtype=np.int32)
@@ -179,8 +186,11 @@ class EmbeddingModel(TransformerModule):
             kept_states = states if kept.all() else states[on_device(np.flatnonzero(kept), states.device)]
             return splade_weights(self.model, kept_states, lengths)
         with torch.autocast(states.device.type, enabled=False):
-            weights = self.token_heads[LEXICAL](states)[:, 0].relu()
-        return linear_weights(weights, batch, np.array(self.tokenizer.all_special_ids, np.int32))
+            return linear_weights(self.lexical_of_tokens(states), batch, self.special_ids)
+
+    def lexical_of_tokens(self, states: torch.Tensor) -> torch.Tensor:
+        """By the linear head: [..., hidden] to [...], float32."""
+        return self.token_heads[LEXICAL](states)[..., 0].relu()
 
     def _token_vectors(self, states: torch.Tensor, batch: TokenBatch) -> TokenVectors:
         with torch.autocast(states.device.type, enabled=False):
@@ -188,15 +198,10 @@ class EmbeddingModel(TransformerModule):
 
     def kept_tokens(self, batch: TokenBatch) -> np.ndarray:
         """[tokens], bool: which of the batch's tokens have a token vector."""
-        if self.settings.is_colbert:
-            return kept_by_colbert(batch, self.skiplist)
-        return kept_by_bge_m3(batch, len(self.text_encoder.template.prefix), self._cls_copies(batch))
+        return tokens_with_vectors(batch, self.settings, self.text_encoder.template, self.skiplist)
 
     def _cls_copies(self, batch: TokenBatch) -> np.ndarray:
         return cls_copies(batch, self.settings.cls_interval, len(self.text_encoder.template.suffix))
-
-    def _unattended(self, batch: TokenBatch) -> np.ndarray | None:
-        return None if self.settings.attend_to_expansion_tokens or not batch.expansion.any() else batch.expansion
 
     @cached_property
     def _pads_expansion(self) -> bool:

@@ -11,13 +11,13 @@ import torch
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from rag_retrieval.models.kept_tokens import lexical_entries
 from rag_retrieval.models.mlm_head import HEADS, head_states
 from rag_retrieval.models.packing import on_device
 from rag_retrieval.models.representations import Lexical
 from rag_retrieval.models.scoring import evaluating
-from rag_retrieval.models.token_batch import TokenBatch
+from rag_retrieval.models.token_batch import LOGITS, TokenBatch
 
-LOGITS = 2**25  # held at once, tokens times vocabulary
 GRADIENT_ENTRIES = 2**16  # whose rows of the output layer are held at once
 
 
@@ -26,16 +26,10 @@ def linear_weights(token_weights: torch.Tensor, batch: TokenBatch, left_out: np.
 
     A text's entries are its distinct ids, known before the forward; a weight of 0 keeps its entry.
     """
-    device = token_weights.device
-    texts = np.repeat(np.arange(len(batch)), batch.lengths)
-    kept = np.flatnonzero(~np.isin(batch.ids, left_out))
-    keys = texts[kept] << 32 | batch.ids[kept]
-    entries, entry_of_token = np.unique(keys, return_inverse=True)
-    weights = token_weights.new_zeros(len(entries)).scatter_reduce(
-        0, on_device(entry_of_token, device), token_weights[on_device(kept, device)], "amax"
-    )
-    counts = np.bincount(entries >> 32, minlength=len(batch))
-    return Lexical(on_device(entries & 0xFFFFFFFF, device), weights, on_device(counts, device))
+    entries, device = lexical_entries(batch, left_out), token_weights.device
+    ids, counts, tokens, entry_of_token = (on_device(values, device) for values in entries)
+    weights = token_weights.new_zeros(len(ids)).scatter_reduce(0, entry_of_token, token_weights[tokens], "amax")
+    return Lexical(ids, weights, counts)
 
 
 # ---- splade ---------------------------------------------------------------------------------------------

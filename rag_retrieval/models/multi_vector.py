@@ -6,7 +6,7 @@
     BGE-M3    beside dense vectors or lexical weights (https://arxiv.org/abs/2402.03216, section 3.1). The first token,
               whose state is the dense vector, has none. The score is a mean over the query's vectors.
 
-A vector is the projection of the token's state, made to length 1 in float32.
+A vector is the projection of the token's state, made to length 1 in float32. `kept_tokens` says which tokens have one.
 """
 
 import logging
@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import AddedToken
 from rag_retrieval.models.packing import on_device
 from rag_retrieval.models.representation_files import COLBERT_PROMPTS
 from rag_retrieval.models.representations import TokenVectors
-from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges
+from rag_retrieval.models.token_batch import TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +33,6 @@ def token_vectors(states: torch.Tensor, projection: nn.Module, batch: TokenBatch
     counts = np.bincount(texts[kept], minlength=len(batch))
     vectors = projection(states[on_device(np.flatnonzero(kept), states.device)])
     return TokenVectors(normalize(vectors.float(), dim=-1), on_device(counts, states.device))
-
-
-def kept_by_colbert(batch: TokenBatch, skiplist: np.ndarray) -> np.ndarray:
-    """[tokens], bool: all of a query, and of a document those whose ids are not in the skiplist."""
-    return np.repeat(batch.is_query, batch.lengths) | ~np.isin(batch.ids, skiplist)
-
-
-def kept_by_bge_m3(batch: TokenBatch, first: int, copies: np.ndarray) -> np.ndarray:
-    """[tokens], bool: all but the `first` tokens of a text and the copies of its cls (`cls_copies`)."""
-    places = concatenated_ranges(np.zeros_like(batch.lengths), batch.lengths)  # of each token in its text
-    return (places >= first) & ~copies
 
 
 # ---- the tokenizer of ColBERT ---------------------------------------------------------------------------

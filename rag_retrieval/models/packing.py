@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges
+from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges, padded
 
 
 def on_device(values: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -29,20 +29,8 @@ def on_device(values: np.ndarray, device: torch.device, dtype: torch.dtype = tor
 def padded_inputs(
     batch: TokenBatch, pad_token_id: int, device: torch.device, unattended: np.ndarray | None = None
 ) -> dict[str, torch.Tensor]:
-    """Right-padded model inputs: input_ids, attention_mask and, where the family has them, token_type_ids.
-
-    Each is [texts, longest], int64. unattended: [texts], tokens at the end of each text that none attends to.
-    """
-    real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
-    ids = np.full(real.shape, pad_token_id, np.int32)
-    ids[real] = batch.ids
-    inputs = {"input_ids": ids, "attention_mask": real}
-    if batch.types is not None:
-        inputs["token_type_ids"] = np.zeros(real.shape, np.int32)
-        inputs["token_type_ids"][real] = batch.types
-    if unattended is not None:
-        inputs["attention_mask"] = np.arange(real.shape[1]) < (batch.lengths - unattended)[:, None]
-    return {name: on_device(values, device) for name, values in inputs.items()}
+    """`token_batch.padded` as tensors, int64."""
+    return {name: on_device(values, device) for name, values in padded(batch, pad_token_id, unattended).items()}
 
 
 class KernelBounds(NamedTuple):

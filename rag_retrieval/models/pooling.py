@@ -10,15 +10,12 @@ Every pooling but that of one token is a weight for each token, made on the host
 batches; the sum over a text's tokens is taken in float32.
 """
 
-from typing import TypeVar
-
 import numpy as np
 import torch
 
+from rag_retrieval.models.kept_tokens import Numbers, is_cls_copy, places_in_texts
 from rag_retrieval.models.packing import on_device
-from rag_retrieval.models.token_batch import TokenBatch, concatenated_ranges
-
-Numbers = TypeVar("Numbers", np.ndarray, torch.Tensor)
+from rag_retrieval.models.token_batch import TokenBatch
 
 
 def token_weights(
@@ -29,7 +26,7 @@ def token_weights(
     include_prompt: whether the tokens before the text itself count; without them a text that has no others gets zeros.
     cls_interval: of MCLS, tokens from one cls to the next; suffix: tokens after a text, which are no cls.
     """
-    places = concatenated_ranges(np.zeros_like(batch.lengths), batch.lengths)  # of each token in its text
+    places = places_in_texts(batch)
     lengths, starts = (np.repeat(values, batch.lengths) for values in (batch.lengths, batch.starts))
     starts = None if include_prompt else starts
     weights = unscaled_weights(pooling, places, lengths, starts, cls_interval, suffix).astype(np.float64)
@@ -51,18 +48,10 @@ def unscaled_weights(
     text, None where all do.
     """
     if cls_interval is not None:
-        weights = (places % cls_interval == 0) & ((places < lengths - suffix) | (places == 0))
+        weights = (places == 0) | is_cls_copy(places, lengths, cls_interval, suffix)
     else:
         weights = places + 1 if pooling == "weighted_mean" else places >= 0
     return weights if starts is None else weights * (places >= starts)
-
-
-def cls_copies(batch: TokenBatch, cls_interval: int | None, suffix: int) -> np.ndarray:
-    """[tokens], bool: the tokens that MCLS adds. suffix: tokens after a text, which are none of them."""
-    places = concatenated_ranges(np.zeros_like(batch.lengths), batch.lengths)  # of each token in its text
-    if cls_interval is None:
-        return np.zeros(len(places), bool)
-    return (places > 0) & (places % cls_interval == 0) & (places < np.repeat(batch.lengths, batch.lengths) - suffix)
 
 
 def packed_sums(states: torch.Tensor, weights: np.ndarray, lengths: np.ndarray) -> torch.Tensor:

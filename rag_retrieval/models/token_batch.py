@@ -20,6 +20,7 @@ from rag_retrieval.models.pair_encoding import EncodedPair
 
 CPU_TOKENS = 2048  # of one forward: they stay in the CPU's caches and keep its cores busy
 CUDA_TOKENS = 65_536  # of one forward, until one does not fit
+LOGITS = 2**25  # of an output layer that are held at once, tokens times vocabulary
 
 
 @dataclass(eq=False)
@@ -62,6 +63,23 @@ def make_batch(pairs: Sequence[EncodedPair]) -> TokenBatch:
     is_query = np.array([pair.is_query for pair in pairs], bool)
     expansion = np.array([pair.expansion for pair in pairs], np.int32)
     return TokenBatch(ids, types, lengths, shared, starts, is_query, expansion)
+
+
+def padded(batch: TokenBatch, pad_token_id: int, unattended: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Right-padded inputs of transformers, each [texts, longest]: input_ids, int32; attention_mask, bool; and, where
+    the family has them, token_type_ids, int32. unattended: [texts], tokens at the end of each text that none attends
+    to."""
+    places = np.arange(batch.lengths.max())
+    real = places < batch.lengths[:, None]
+    ids = np.full(real.shape, pad_token_id, np.int32)
+    ids[real] = batch.ids
+    inputs = {"input_ids": ids, "attention_mask": real}
+    if unattended is not None:
+        inputs["attention_mask"] = places < (batch.lengths - unattended)[:, None]
+    if batch.types is not None:
+        inputs["token_type_ids"] = np.zeros(real.shape, np.int32)
+        inputs["token_type_ids"][real] = batch.types
+    return inputs
 
 
 def texts_of(batch: TokenBatch, start: int, stop: int) -> TokenBatch:

@@ -12,15 +12,18 @@ among a part.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from rag_retrieval.models.nearest import nearest
 from rag_retrieval.retrieval.approximate import search_faiss
 from rag_retrieval.retrieval.candidates import Candidates, part_found
 from rag_retrieval.retrieval.encoding import Encoded, Represent
 from rag_retrieval.retrieval.stored_vectors import Vectors, drawn_rows
+
+if TYPE_CHECKING:
+    import torch
 
 RECALL_QUERIES, RECALL_DEPTH = 200, 10
 FEW = 20_000  # documents that are compared exactly in about the time that FAISS takes to look among a part of a million
@@ -39,7 +42,7 @@ class DenseSearch:
         self,
         vectors: Vectors,
         encode: Represent | None,
-        device: str | torch.device,
+        device: "str | torch.device",
         finer: Vectors | None = None,
         index=None,
         factor: int = 1,

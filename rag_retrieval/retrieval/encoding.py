@@ -1,11 +1,11 @@
 """Texts as the model of an index represents them: dense vectors, lexical weights, token vectors, by one forward."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
+from rag_retrieval.infer.backend import is_exported
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.infer.encoded_texts import EncodedTexts
 from rag_retrieval.models.options import EmbedderOptions
@@ -13,6 +13,9 @@ from rag_retrieval.models.representations import DENSE
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.inverted_lists import Weights
 from rag_retrieval.retrieval.token_vectors import TokenVectors
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Encoded(NamedTuple):
@@ -27,12 +30,31 @@ Encode = Callable[[list[str]], np.ndarray]  # texts to float32 [texts, dim]
 Represent = Callable[[list[str]], Encoded]
 
 
-def open_embedder(options: IndexOptions, device: torch.device | None = None) -> Embedder:
-    """With every option that was given. device: where the options name none."""
+def open_embedder(options: IndexOptions, device: "str | torch.device | None" = None) -> Embedder:
+    """With every option that was given. device: of a model of torch, where the options name none."""
     given = options.given(*EmbedderOptions.model_fields)
-    if device is not None and not given.keys() & {"device", "devices"}:
+    if device is not None and not given.keys() & {"device", "devices"} and not is_exported(options.embedder):
         given["device"] = device
     return Embedder(options.embedder, **given)
+
+
+def search_device(options: IndexOptions, embedder: Embedder | None = None) -> str:
+    """Where vectors are compared: the device that is named, else the CPU beside an exported model, and the one that is
+    chosen for a model of torch. embedder: in place of the one that the options name."""
+    if options.device in (None, "cpu") and is_exported(embedder.backend.name if embedder else options.embedder):
+        return "cpu"
+    from rag_retrieval.models.devices import choose_device
+
+    return str(choose_device(options.device))
+
+
+def encoding_device(options: IndexOptions) -> str:
+    """The same for one of the processes of a launch."""
+    if is_exported(options.embedder):
+        return "cpu"
+    from rag_retrieval.core.distributed import own_device
+
+    return str(own_device())
 
 
 def encode_with(embedder: Embedder, kind: str, options: IndexOptions) -> Encode:

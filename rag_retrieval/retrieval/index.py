@@ -1,6 +1,6 @@
 """`Index`: the documents of a corpus with what they are searched by, words or vectors or both, in one folder.
 
-torch is not imported where words alone are searched.
+torch is not imported where words alone are searched, or the embedder is an exported folder.
 """
 
 import json
@@ -160,7 +160,7 @@ class Index:
         if "vectors" in state.parts:
             from rag_retrieval.retrieval.searches import open_searches
 
-            searches |= open_searches(state.paths, state.options, self.represent_queries)
+            searches |= open_searches(state.paths, state.options, self.represent_queries, self._given)
         return searches
 
     @property

@@ -6,9 +6,9 @@ https://arxiv.org/abs/2205.09707), or are all documents, which is exact and read
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from rag_retrieval.retrieval.candidates import Candidates, part_found
 from rag_retrieval.retrieval.dense import DenseSearch
@@ -27,6 +27,9 @@ from rag_retrieval.retrieval.token_vectors import (
     best_of_all,
     maxsim_of_rows,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 PROBES = 8  # centroids of a token of a query
 
@@ -93,7 +96,7 @@ class MultiVectorSearch:
         self,
         documents: StoredTokens,
         encode: Represent | None,
-        device: str | torch.device,
+        device: "str | torch.device",
         first: DenseSearch | LexicalSearch | CentroidSearch | None = None,
         factor: int = 1,
     ):

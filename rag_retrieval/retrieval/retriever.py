@@ -6,7 +6,7 @@
     combined    both scores added, where the fusion has a weight for this Reranker
 
 The searches (`find`) and what a reranker's scores make of them (`reranked`) stand apart, so that a server can let its
-own batches compute queries and pairs. torch is not imported for an index of words alone, without a reranker.
+own batches compute queries and pairs. torch is not imported for an index of words alone, and for exported models.
 """
 
 import asyncio

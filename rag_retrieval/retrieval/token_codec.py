@@ -8,12 +8,13 @@ by centroids, `buckets.npy` of residual codes (cutoffs, then values), `token_ran
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from rag_retrieval.core.files import read_json, write_json
 from rag_retrieval.metrics import Ranking, metric_value
+from rag_retrieval.models.arrays import on_device, on_host
 from rag_retrieval.models.vectors import Int8Ranges, finish, ranges_of
 from rag_retrieval.retrieval.candidates import part_found
 from rag_retrieval.retrieval.config import RESIDUAL_BITS, IndexOptions
@@ -27,6 +28,9 @@ from rag_retrieval.retrieval.token_vectors import (
     TokenVectors,
     maxsim,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 CODE = np.dtype("<i4")  # of a centroid
 CENTROIDS_FILE, BUCKETS_FILE, RANGES_FILE = "centroids.npy", "buckets.npy", "token_ranges.json"
@@ -52,7 +56,7 @@ class ResidualCodec:
     centroids: np.ndarray
     cutoffs: np.ndarray
     values: np.ndarray
-    device: str | torch.device = "cpu"
+    device: "str | torch.device" = "cpu"
 
     @property
     def bits(self) -> int:
@@ -87,7 +91,7 @@ def pack(buckets: np.ndarray, bits: int) -> np.ndarray:
     return np.bitwise_or.reduce(of_bytes << np.arange(0, 8, bits, dtype=np.uint8), axis=2)
 
 
-def fit_residuals(sample: np.ndarray, centroids: np.ndarray, bits: int, device: str | torch.device) -> ResidualCodec:
+def fit_residuals(sample: np.ndarray, centroids: np.ndarray, bits: int, device: "str | torch.device") -> ResidualCodec:
     """Cutoffs and values are quantiles of the distances of numbers to the centroid's, over the first vectors of the
     sample: float32 [vectors, dim], in no order."""
     sample = sample[:QUANTILE_VECTORS]
@@ -98,7 +102,7 @@ def fit_residuals(sample: np.ndarray, centroids: np.ndarray, bits: int, device: 
     return ResidualCodec(centroids, cutoffs, values, device)
 
 
-def fit_centroids(sample: np.ndarray, count: int, seed: int, device: str | torch.device = "cpu") -> np.ndarray:
+def fit_centroids(sample: np.ndarray, count: int, seed: int, device: "str | torch.device" = "cpu") -> np.ndarray:
     """Spherical k-means: float32 [centroids, dim], of length 1, as many as `count` or as the sample has vectors for.
 
     sample: float32 [vectors, dim], of length 1. It begins with vectors that the seed draws; a centroid that is nearest
@@ -115,14 +119,16 @@ def fit_centroids(sample: np.ndarray, count: int, seed: int, device: str | torch
     return centroids
 
 
-@torch.inference_mode()
-def nearest_centroids(vectors: np.ndarray, centroids: np.ndarray, device: str | torch.device) -> np.ndarray:
+def nearest_centroids(vectors: np.ndarray, centroids: np.ndarray, device: "str | torch.device") -> np.ndarray:
     """int64 [vectors], by the inner product."""
-    given, asked = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)), torch.from_numpy(centroids).to(device)
-    return torch.cat([(block.to(device) @ asked.T).argmax(dim=1).cpu() for block in given.split(COMPARED)]).numpy()
+    asked, found = on_device(centroids, device), [np.zeros(0, np.int64)]
+    for start in range(0, len(vectors), COMPARED):
+        given = on_device(np.asarray(vectors[start : start + COMPARED], np.float32), device)
+        found.append(on_host((given @ asked.T).argmax(1)))
+    return np.concatenate(found)
 
 
-def fit(sample: TokenVectors, documents: int, options: IndexOptions, device: torch.device, folder: Path) -> None:
+def fit(sample: TokenVectors, documents: int, options: IndexOptions, device: str, folder: Path) -> None:
     """Write what `read_codec` and `read_centroids` read. sample: of whole documents in no order. documents: of the
     corpus, whose number of tokens decides on that of the centroids, about 16 sqrt(tokens) as for ColBERTv2. Raises
     ValueError for centroids of a sample without a vector."""
@@ -148,7 +154,7 @@ def fit(sample: TokenVectors, documents: int, options: IndexOptions, device: tor
         write_json(folder / LOSS_FILE, loss_of(read_codec(folder, precision, device), sample, device))
 
 
-def read_codec(folder: Path | None, precision: str, device: str | torch.device) -> Codec:
+def read_codec(folder: Path | None, precision: str, device: "str | torch.device") -> Codec:
     """folder: of a fit; None where the precision needs none."""
     if precision not in RESIDUAL_BITS:
         ranges = Int8Ranges.read(folder / RANGES_FILE) if precision == "int8" else None
@@ -166,7 +172,7 @@ def read_loss(folder: Path | None) -> dict[str, float]:
     return {} if folder is None else read_json(folder / LOSS_FILE)
 
 
-def loss_of(codec: Codec, sample: TokenVectors, device: str | torch.device) -> dict[str, float]:
+def loss_of(codec: Codec, sample: TokenVectors, device: "str | torch.device") -> dict[str, float]:
     """What the vectors that are kept find among the sample, with its first documents as queries, of which the first
     `MEASURED_TOKENS` tokens are searched: `recall`, the part of the best `MEASURED_DEPTH`, and `ndcg`, the nDCG at this
     depth where the best document has the grade `MEASURED_DEPTH`, the second one less, and so on. A document does not

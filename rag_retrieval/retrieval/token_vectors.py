@@ -8,12 +8,15 @@ found by centroids, the documents of each (`inverted_lists` called `token_lists`
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
+from rag_retrieval.models.arrays import largest, on_device, on_host
 from rag_retrieval.retrieval.stored_vectors import Codec, Vectors, open_array
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENS, COUNTS, TOKEN_LISTS = "tokens", "token_counts", "token_lists"  # files of a shard
 BLOCK = 1 << 14  # token vectors of documents that are compared at once
@@ -87,20 +90,22 @@ class StoredTokens:
         return [part for part in np.split(rows, np.flatnonzero(np.diff(blocks)) + 1) if len(part)]
 
 
-@torch.inference_mode()
-def maxsim(queries: TokenVectors, documents: TokenVectors, device: str | torch.device = "cpu") -> np.ndarray:
+def maxsim(queries: TokenVectors, documents: TokenVectors, device: "str | torch.device" = "cpu") -> np.ndarray:
     """S of every query and document: float32 [queries, documents]; 0 for a text without a vector. All products of the
     given vectors exist at once, on the device."""
-    asked, given = (torch.from_numpy(each.vectors).to(device) for each in (queries, documents))
-    products, nothing = given @ asked.T, asked.new_zeros(len(asked))
-    # measured on a CPU: five times as fast as segment_reduce
-    best = [of_one.amax(dim=0) if len(of_one) else nothing for of_one in products.split(documents.counts.tolist())]
-    sums = [of_one.sum(dim=1) for of_one in torch.stack(best).split(queries.counts.tolist(), dim=1)]
-    return torch.stack(sums).cpu().numpy()
+    asked, given = (on_device(each.vectors, device) for each in (queries, documents))
+    products, best = given @ asked.T, on_device(np.zeros((len(documents.counts), len(asked)), np.float32), device)
+    ends = np.cumsum(documents.counts)
+    # measured on a CPU: as fast as reduceat or faster, and five times as fast as torch's segment_reduce
+    for place, (start, end) in enumerate(zip((ends - documents.counts).tolist(), ends.tolist(), strict=True)):
+        if start < end:
+            best[place] = largest(products[start:end])
+    of_queries = np.split(on_host(best), np.cumsum(queries.counts)[:-1], axis=1)
+    return np.stack([of_one.sum(axis=1) for of_one in of_queries])
 
 
 def maxsim_of_rows(
-    query: np.ndarray, documents: StoredTokens, rows: np.ndarray, device: str | torch.device
+    query: np.ndarray, documents: StoredTokens, rows: np.ndarray, device: "str | torch.device"
 ) -> np.ndarray:
     """Of one query, float32 [tokens, width], with some documents: float32 [rows]."""
     asked, scores = TokenVectors.of([query]), [np.zeros(0, np.float32)]
@@ -112,7 +117,7 @@ def best_of_all(
     queries: TokenVectors,
     documents: StoredTokens,
     depth: int,
-    device: str | torch.device,
+    device: "str | torch.device",
     among: np.ndarray | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(rows int64, scores float32) of the best `depth` of all documents, or of the rows `among`, for each query, equal

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from rag_retrieval.core.shard_folder import MakeShard
 from rag_retrieval.data.corpus import Corpus
@@ -19,7 +18,7 @@ from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.vectors import RANGES_FILE, Int8Ranges, ranges_of
 from rag_retrieval.retrieval import token_codec
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.encoding import Encoded, open_embedder, represent_with
+from rag_retrieval.retrieval.encoding import Encoded, encoding_device, open_embedder, represent_with
 from rag_retrieval.retrieval.inverted_lists import write_lists
 from rag_retrieval.retrieval.lexical import LexicalSearch
 from rag_retrieval.retrieval.stored_vectors import NumberCodec, Vectors, append_vectors, drawn_rows
@@ -67,7 +66,7 @@ def open_vectors(paths: Mapping[str, Path], options: IndexOptions) -> list[Vecto
     return [Vectors(shards, name, codec) for name, codec in codecs.items()]
 
 
-def open_tokens(paths: Mapping[str, Path], options: IndexOptions, device: str | torch.device) -> StoredTokens:
+def open_tokens(paths: Mapping[str, Path], options: IndexOptions, device: str) -> StoredTokens:
     codec = token_codec.read_codec(fitted_folder(paths), options.token_precision, device)
     return StoredTokens(shards_of(paths["vectors"]), codec)
 
@@ -75,8 +74,9 @@ def open_tokens(paths: Mapping[str, Path], options: IndexOptions, device: str | 
 # ---- making it
 
 
-def open_samples(device: torch.device, corpus: Path, options: IndexOptions) -> MakeShard:
+def open_samples(corpus: Path, options: IndexOptions) -> MakeShard:
     """Makes the one shard with what is fitted to documents that the seed draws: int8 ranges, centroids, codes."""
+    device = encoding_device(options)
 
     def make(number: int, folder: Path) -> None:
         documents = Corpus(corpus)
@@ -134,7 +134,7 @@ def placed(is_first: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.nd
 class DenseWriter:
     """Of the vectors of shards, one shard after another. old: shards whose documents are copied."""
 
-    def __init__(self, options: IndexOptions, fitted: Path | None, device: torch.device, old: Sequence[Path]):
+    def __init__(self, options: IndexOptions, fitted: Path | None, device: str, old: Sequence[Path]):
         self.codecs = dense_codecs(fitted, options)
         self.old = [Vectors(old, name, codec) for name, codec in self.codecs.items()] if old else []
 
@@ -155,7 +155,7 @@ class DenseWriter:
 class LexicalWriter:
     """The same of weights. The lists of a shard are made in memory."""
 
-    def __init__(self, options: IndexOptions, fitted: Path | None, device: torch.device, old: Sequence[Path]):
+    def __init__(self, options: IndexOptions, fitted: Path | None, device: str, old: Sequence[Path]):
         self.old, self.rows = LexicalSearch(old, encode=None), []
 
     def encoded(self, texts: Encoded) -> Rows:
@@ -177,7 +177,7 @@ class LexicalWriter:
 class TokenWriter:
     """The same of token vectors."""
 
-    def __init__(self, options: IndexOptions, fitted: Path | None, device: torch.device, old: Sequence[Path]):
+    def __init__(self, options: IndexOptions, fitted: Path | None, device: str, old: Sequence[Path]):
         self.codec = token_codec.read_codec(fitted, options.token_precision, device)
         self.centroids = token_codec.read_centroids(fitted) if options.has_token_lists else None
         self.old = StoredTokens(old, self.codec) if old else None
@@ -210,11 +210,11 @@ WRITERS = {DENSE: DenseWriter, LEXICAL: LexicalWriter, MULTI_VECTOR: TokenWriter
 
 
 def open_shards(
-    device: torch.device, corpus: Path, options: IndexOptions, fitted: Path | None, old: tuple[Path, Path] | None
+    corpus: Path, options: IndexOptions, fitted: Path | None, old: tuple[Path, Path] | None
 ) -> MakeShard:
     """Makes shards. fitted: what `open_samples` made. old: corpus and shards of another index with the same options and
     fit: what it has of a document that has the same id and text there is copied."""
-    documents = Corpus(corpus)
+    documents, device = Corpus(corpus), encoding_device(options)
     represent = cache(lambda: represent_with(open_embedder(options, device), "document", options))
     known, shards = (Corpus(old[0]), shards_of(old[1])) if old else (None, [])
 

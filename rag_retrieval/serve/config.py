@@ -48,6 +48,13 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
         min_length=1,
     )
     port: int = key("Port to listen on; 0 takes a free one and logs it.", 8080, ge=0, le=65535)
+    workers: int = key(
+        "Processes that share the port, each with models of its own, where there are cores for them. All limits below "
+        "are those of one process.",
+        1,
+        ge=1,
+        le=1024,
+    )
     token_file: FileOrFolder | None = key(
         "File whose one line is the bearer token that requests must bring. Absent: the token is in the environment as "
         f"{TOKEN_VARIABLE}, or none is asked for.",

@@ -10,9 +10,11 @@ import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
@@ -36,6 +38,7 @@ ERROR_TYPES = {
     503: "stopping",
     504: "timeout",
 }
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # of prometheus_client
 CLIENT_GONE = 499  # in the metrics alone: the client has left
 DRAIN_SECONDS = 5
 LONGEST_RETRY = 60  # seconds
@@ -236,6 +239,7 @@ class ServerMetrics:
     """The series of one server, for Prometheus, in a separate registry. model: "reranker" or "embedder"; its items are
     pairs or texts.
 
+    Where several workers serve, the values of each stand in files (`shared_metrics`), and every worker shows the sums.
     An unknown path is counted as `other`: else a client could make any number of series.
     """
 
@@ -243,6 +247,7 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         common = {"namespace": "rag_retrieval", "registry": self.registry}
         of_model = {"labelnames": ("model",), **common}
+        gauge = {"multiprocess_mode": "livesum"}
         self.requests = Counter("requests", "Requests by path and status.", ("path", "status"), **common)
         self.request_seconds = Histogram(
             "request_seconds", "From a request's first byte to its answer.", ("path",), buckets=SECONDS, **common
@@ -252,14 +257,26 @@ class ServerMetrics:
         self.truncated = Counter("truncated_texts", "Texts that were not read whole.", **of_model)
         self.batch_items = Histogram("batch_items", "Pairs or texts computed together.", buckets=ITEMS, **of_model)
         self.batch_seconds = Histogram("batch_seconds", "Time of one batch.", buckets=SECONDS, **of_model)
-        self.requests_inside = Gauge("requests_inside", "Requests that were taken and not answered.", **common)
-        self.queue_items = Gauge("queue_items", "Pairs or texts that wait for a batch.", **of_model)
+        self.inside = Gauge("requests_inside", "Requests that were taken and not answered.", **gauge, **common)
+        self.queue_items = Gauge("queue_items", "Pairs or texts that wait for a batch.", **gauge, **of_model)
 
     def watch(self, requests_inside: Callable[[], int], batchers: Mapping[str, Batcher]) -> None:
         """Where the gauges are read from. batchers: by model."""
-        self.requests_inside.set_function(requests_inside)
-        for model, batcher in batchers.items():
-            self.queue_items.labels(model).set_function(batcher.waiting_items)
+        self._requests_inside, self._batchers = requests_inside, batchers
+
+    def refresh(self) -> None:
+        """Set the gauges. Other workers show what was set last, so it is done ten times a second."""
+        self.inside.set(self._requests_inside())
+        for model, batcher in self._batchers.items():
+            self.queue_items.labels(model).set(batcher.waiting_items())
+
+    def text(self) -> bytes:
+        self.refresh()
+        registry = self.registry
+        if METRICS_VARIABLE in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)
+        return generate_latest(registry)
 
     def batch_counter(self, model: str) -> Callable[[int, int, float], None]:
         """What a Batcher calls after each batch."""
@@ -271,3 +288,20 @@ class ServerMetrics:
             self.batch_seconds.labels(model).observe(seconds)
 
         return count
+
+
+@contextmanager
+def shared_metrics() -> Iterator[None]:
+    """Processes that are started in this block count into files of a folder that they share.
+
+    The library decides by the variable when it is imported, so that a process has to be a new one.
+    """
+    with TemporaryDirectory(prefix="rag-retrieval-metrics-") as folder:
+        before = os.environ.get(METRICS_VARIABLE)
+        os.environ[METRICS_VARIABLE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[METRICS_VARIABLE]
+            if before is not None:
+                os.environ[METRICS_VARIABLE] = before

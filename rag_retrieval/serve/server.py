@@ -10,20 +10,24 @@ import asyncio
 import json
 import logging
 import math
+import os
 import resource
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import ip_address
+from multiprocessing.connection import Connection
 from types import FrameType
 from typing import ClassVar
 
 import h11
 import uvicorn
-from starlette.applications import Starlette
+from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from rag_retrieval.core.command import describe_error, with_extra
+from rag_retrieval.core.log import set_up_logging
 from rag_retrieval.serve.app import Service
 from rag_retrieval.serve.config import TOKEN_VARIABLE, ServeConfig
 from rag_retrieval.serve.embedding import EMBEDDER, opened_embedder
@@ -31,17 +35,19 @@ from rag_retrieval.serve.embedding_cohere import CohereEmbed, CohereEmbedV1
 from rag_retrieval.serve.embedding_openai import OpenAIEmbeddings
 from rag_retrieval.serve.embedding_tei import Embed, EmbedAll, EmbedSparse, Similarity, Tokenize
 from rag_retrieval.serve.endpoints import Endpoint, ServedModel
-from rag_retrieval.serve.http import Admission, RequestError, ServerMetrics, error_body, read_token
+from rag_retrieval.serve.http import RequestError, ServerMetrics, error_body, read_token, shared_metrics
 from rag_retrieval.serve.predicting import PredictEndpoint
 from rag_retrieval.serve.reranking import RERANKER, RerankEndpoint, opened_reranker
+from rag_retrieval.serve.workers import READY, Workers, ignore_signals
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays open: longer than those of clients' pools, which are 5 to 15
 HEADER_SECONDS = 10  # from a connection's or a request's first byte to the end of its headers
 GRACE = 5  # seconds beyond the time-out of requests in which their answers are sent
 MOST_CONNECTIONS = 4096
 OTHER_FILES = 256  # descriptors that are left for everything but connections
-BACKLOG = 64  # connections that wait to be accepted; asyncio accepts so many before it looks at one of them
+BACKLOG = 64  # connections that wait to be accepted
 PROBE_SECONDS = 0.2
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # of torch, ONNX Runtime and OpenVINO; of tokenizers
 LOG_SECONDS = 10  # at most one line about connections in so many
 
 RERANKING_ENDPOINTS = (RerankEndpoint, PredictEndpoint)
@@ -63,8 +69,12 @@ def serve(config: ServeConfig) -> int:
     with bound_socket(config.host, config.port) as opened:
         if token is None and not ip_address(opened.getsockname()[0]).is_loopback:
             log.warning("other machines see %s, and no token is asked for: set %s", config.host, TOKEN_VARIABLE)
-        with opened_service(config, token) as service:
-            run_server(service.app, service.admission, opened, config.timeout)
+        if config.workers > 1:
+            run_workers(config, token, opened)
+        else:
+            with opened_service(config, token) as service:
+                run_server(service, opened)
+        log.info("stopped")
     return 0
 
 
@@ -94,12 +104,12 @@ def opened_service(config: ServeConfig, token: bytes | None) -> Iterator[Service
 # ---- connections ----------------------------------------------------------------------------------------
 
 
-class Connection(H11Protocol):
+class ClientConnection(H11Protocol):
     """One connection. most: how many there may be; beyond it, the one is closed whose client has sent no request for
     the longest time. waiting: those between requests, in this order."""
 
     most: ClassVar[int] = MOST_CONNECTIONS
-    waiting: ClassVar[dict["Connection", None]] = {}
+    waiting: ClassVar[dict["ClientConnection", None]] = {}
     dropped: ClassVar[int] = 0  # since the last line in the log
     last_logged: ClassVar[float] = -math.inf
 
@@ -172,24 +182,40 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Logs where it listens once it does. Stops at SIGTERM or SIGINT once nothing is inside, at a second one now."""
+    """Logs where it listens once it does. Stops at SIGTERM or SIGINT once nothing is inside, at a second one now.
 
-    def __init__(self, config: uvicorn.Config, admission: Admission):
+    parent: of a worker; it is told that this process is ready, and stops it in place of signals."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, parent: Connection | None):
         super().__init__(config)
-        self.admission = admission
+        self.service = service
+        self.parent = parent
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        log.info("listening on %s", address_of(sockets[0]))
+        sockets[0].listen(BACKLOG)
+        if self.parent is None:
+            log.info("listening on %s", address_of(sockets[0]))
+            return
+        asyncio.get_running_loop().add_reader(self.parent.fileno(), self.stop_by_parent)
+        with suppress(OSError):  # the parent has died; then its pipe can be read
+            self.parent.send(READY)
+
+    def stop_by_parent(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.parent.fileno())
+        self.service.admission.stopping = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # not uvicorn's own: it would raise the signal again at the end, and the exit code would not be 0
-        if self.admission.stopping:
+        if self.parent is not None:
+            return
+        if self.service.admission.stopping:
             self.should_exit = self.force_exit = True
-        self.admission.stopping = True
+        self.service.admission.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        done = self.admission.stopping and self.admission.requests == 0
+        self.service.metrics.refresh()
+        done = self.service.admission.stopping and self.service.admission.requests == 0
         return await super().on_tick(counter) or done
 
 
@@ -222,21 +248,54 @@ def most_connections() -> int:
     return min(MOST_CONNECTIONS, max(limit - OTHER_FILES, limit // 2))
 
 
-def run_server(app: Starlette, admission: Admission, opened: socket.socket, timeout: float) -> None:
-    """Serve until a signal. timeout: seconds that a request may take."""
-    Connection.most = most_connections()
+def run_server(service: Service, opened: socket.socket, parent: Connection | None = None) -> None:
+    """Serve until a signal, or until `parent` says so."""
+    ClientConnection.most = most_connections()
     config = uvicorn.Config(
-        app,
+        service.app,
         loop="asyncio",
-        http=Connection,
+        http=ClientConnection,
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
-        backlog=BACKLOG,
+        backlog=1,  # accepted at once: workers share them, and each one is counted before the next
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=math.ceil(timeout) + GRACE,
+        timeout_graceful_shutdown=math.ceil(service.config.timeout) + GRACE,
     )
-    Server(config, admission).run(sockets=[opened])
-    log.info("stopped")
+    Server(config, service, parent).run(sockets=[opened])
+
+
+# ---- workers --------------------------------------------------------------------------------------------
+
+
+def run_workers(config: ServeConfig, token: bytes | None, opened: socket.socket) -> None:
+    """Serve with `config.workers` processes until a signal.
+
+    All accept from the one socket of this process. With a socket of each on the same port (SO_REUSEPORT), what waits
+    at a worker that dies would be lost, and a second server could take the port unnoticed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if config.workers > cores:
+        log.warning("%d workers share %d cores; with fewer, each batch is computed faster", config.workers, cores)
+    for variable in THREAD_VARIABLES:
+        os.environ.setdefault(variable, str(max(1, cores // config.workers)))
+
+    def on_ready() -> None:
+        log.info("listening on %s with %d workers", address_of(opened), config.workers)
+
+    stop_seconds = math.ceil(config.timeout) + 2 * GRACE
+    with shared_metrics():
+        arguments = (config, token, opened)
+        Workers(config.workers, serve_in_worker, arguments, stop_seconds, on_ready, on_end=mark_process_dead).run()
+
+
+def serve_in_worker(config: ServeConfig, token: bytes | None, opened: socket.socket, parent: Connection) -> None:
+    ignore_signals()
+    set_up_logging()
+    try:
+        with opened_service(config, token) as service:
+            run_server(service, opened, parent)
+    except (ValueError, OSError, ImportError) as error:
+        parent.send(describe_error(with_extra(error) if isinstance(error, ImportError) else error))

@@ -171,10 +171,10 @@ def test_a_damaged_part_is_named_and_scored_again_once_it_is_deleted(keys, tmp_p
 
 
 def test_data_that_change_while_they_are_scored_are_refused(keys, monkeypatch):
-    def shorten(device, config, parts, planned):
+    def shorten(config, parts, planned):
         lines = Path(keys["dataset"]).read_text().splitlines(keepends=True)
         Path(keys["dataset"]).write_text("".join(lines[:30]))
-        return open_teachers(device, config, parts, planned)
+        return open_teachers(config, parts, planned)
 
     open_teachers = run_module.open_teachers
     monkeypatch.setattr(run_module, "open_teachers", shorten)

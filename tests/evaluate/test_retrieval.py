@@ -157,7 +157,13 @@ def test_words_an_embedder_and_an_index_in_one_table_each_reranked(toy, embedder
         Reranker(model_folders["bert"], device="cpu").compute_score(pairs)[0].item(), abs=1e-5
     )
     page = (tmp_path / "out/report.html").read_text()
-    assert re.findall(r'<img alt="(\w+)"', page) == ["recall", "gains"] and "<script" not in page
+    assert re.findall(r'<img alt="(\w+)"', page) == ["recall", "gains"]
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["queries"][0]
+    found = {f"{answer['name']} {stage['name']}": stage for answer in shown["answers"] for stage in answer["stages"]}
+    assert list(found) == ["bm25 bm25", "bm25 reranked", "embedder dense", "embedder reranked", *names[4:]]
+    for name in names[4:]:
+        ranks = {hit["rank"]: hit["id"] for hit in found[name]["results"]}
+        assert [ranks[rank] for rank in sorted(ranks)][:10] == trec_order(files[name][shown["id"]])[:10]
     assert all(f"<td>{name}</td>" in page for name in [*names, *ceilings])
     assert (tmp_path / "out/figures/recall.png").read_bytes().startswith(b"\x89PNG")
 

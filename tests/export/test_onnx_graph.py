@@ -107,7 +107,7 @@ def check_scores(scorer, file) -> None:
     session = open_session(file, "cpu", 1)
     assert [node.name for node in session.get_inputs()] == list(names)
     for pairs, wanted in zip(batches, expected, strict=True):
-        (found,) = session.run(["scores"], padded_inputs(pairs, names, scorer.tokenizer.pad_token_id))
+        (found,) = session.run(["scores"], padded_inputs(make_batch(pairs), names, scorer.tokenizer.pad_token_id))
         assert found.shape == wanted.shape and found.dtype == np.float32
         assert np.abs(found - wanted).max() < 1e-4 * max(1, np.abs(wanted).max())
 
@@ -152,7 +152,7 @@ def test_weights_of_a_large_model_stand_beside_the_graph(load_tiny, tmp_path, mo
     assert (tmp_path / "model.onnx.data").stat().st_size > 0.9 * weights
     session = open_session(tmp_path / "model.onnx", "cpu", 1)
     names = [node.name for node in session.get_inputs()]
-    (found,) = session.run(["scores"], padded_inputs(pairs, names, 0))
+    (found,) = session.run(["scores"], padded_inputs(make_batch(pairs), names, 0))
     assert np.abs(found - expected).max() < 1e-4
 
 

@@ -20,6 +20,7 @@ from rag_retrieval.core.files import lock_file_of, locked  # noqa: E402
 from rag_retrieval.export import run, verify  # noqa: E402
 from rag_retrieval.export.onnx_graph import last_products  # noqa: E402
 from rag_retrieval.export.verify import DifferenceError  # noqa: E402
+from rag_retrieval.infer.onnx_backend import OnnxBackend  # noqa: E402
 
 WORDS = ("mountain", "river", "planet", "copper")
 
@@ -45,7 +46,8 @@ def test_the_folder_holds_all_that_a_runtime_needs_and_what_was_measured(model, 
     )  # fmt: skip
     assert described["source"]["class"] == "BertForSequenceClassification"
     measured = described["verification"]
-    assert measured["longest"] == 512 and measured["max_difference"] < 1e-4 and measured["data"] is None
+    assert measured["longest"] == 512 and measured["data"] is None
+    assert measured["changes"]["scores"]["max_difference"] < 1e-4
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"], "nothing unfinished is left"
 
 
@@ -79,7 +81,11 @@ def test_int8_has_small_weights_a_float32_head_and_nearly_the_same_scores(model,
     alone = Reranker(small).compute_score(pairs, batch_size=1)
     assert np.abs(alone - other).max() < 1e-4, "no score depends on the pairs beside it"
     description = json.loads((small / "reranker_onnx.json").read_text())
-    assert description["precision"] == "int8" and 0.9 < description["verification"]["rank_correlation"] < 1
+    assert description["precision"] == "int8" and 0.9 < correlation_of(description) < 1
+
+
+def correlation_of(description: dict) -> float:
+    return description["verification"]["changes"]["scores"]["rank_correlation"]
 
 
 def test_data_are_compared_by_ndcg_and_rank_correlation(model, tmp_path):
@@ -87,13 +93,13 @@ def test_data_are_compared_by_ndcg_and_rank_correlation(model, tmp_path):
     folder = exported(model, tmp_path / "out", quantize="int8", data=str(data), queries=3, depth=4, force=True)
     measured = json.loads((folder / "reranker_onnx.json").read_text())["verification"]
     assert (measured["data"], measured["queries"]) == ("toy test", 2), "every second one of four, at most three"
-    assert 0 < measured["ndcg_before"] <= 1 and 0 < measured["ndcg_after"] <= 1
+    assert all(0 < measured["changes"]["scores"][name] <= 1 for name in ("ndcg_before", "ndcg_after"))
     records = [{"query": "water", "hits": [{"content": text, "label": int(text == "river")} for text in WORDS]}]
     write_lines(tmp_path / "dev.jsonl", records)
     folder = exported(model, tmp_path / "two", data=str(tmp_path / "dev.jsonl"))
     measured = json.loads((folder / "reranker_onnx.json").read_text())["verification"]
     assert (measured["data"], measured["queries"]) == ("dev.jsonl", 1)
-    assert measured["ndcg_before"] == measured["ndcg_after"]
+    assert measured["changes"]["scores"]["ndcg_before"] == measured["changes"]["scores"]["ndcg_after"]
 
 
 # --- what is refused ---
@@ -104,8 +110,8 @@ def assert_nothing_left(tmp_path) -> None:
 
 
 def test_a_graph_that_does_not_compute_the_model_s_scores_is_refused_even_with_force(model, tmp_path, monkeypatch):
-    results = run.exported_results
-    monkeypatch.setattr(run, "exported_results", lambda *arguments: results(*arguments) + 3e-4)
+    score = OnnxBackend.score
+    monkeypatch.setattr(OnnxBackend, "score", lambda *arguments: score(*arguments) + 3e-4)
     for options in ({"force": True}, {"quantize": "int8"}):
         with pytest.raises(DifferenceError, match="does not compute what the model computes"):
             exported(model, tmp_path / "out", **options)
@@ -114,7 +120,7 @@ def test_a_graph_that_does_not_compute_the_model_s_scores_is_refused_even_with_f
 
 def test_int8_beyond_the_limit_is_refused_unless_forced(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verify, "LEAST_CORRELATION", 0.999999)
-    with pytest.raises(DifferenceError, match="is below 0.999999; nothing was written"):
+    with pytest.raises(DifferenceError, match=r"is below 0.999999 \(scores\); nothing was written"):
         exported(model, tmp_path / "out", quantize="int8")
     assert_nothing_left(tmp_path)
     monkeypatch.setattr(run, "write_graph", write_graph_once)

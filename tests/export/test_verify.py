@@ -1,6 +1,7 @@
 """Differences and rank correlations of scores, and what is refused, by hand arithmetic."""
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -10,8 +11,11 @@ from rag_retrieval import ExportConfig
 from rag_retrieval.export import source
 from rag_retrieval.export.source import RerankerSource
 from rag_retrieval.export.verify import (
+    Change,
+    Computed,
     DifferenceError,
     Verification,
+    aligned,
     check_float32,
     check_int8,
     rank_correlation,
@@ -30,14 +34,32 @@ def test_the_rank_correlation_is_spearman_s():
 
 def test_float32_may_differ_by_one_in_ten_thousand_and_relatively_beyond_one():
     expected = np.array([0.0, 1.0, -20.0])
-    check_float32(expected, expected + [0.9e-4, -0.9e-4, 1.9e-3])
-    for wrong in ([1.1e-4, 0, 0], [0, 0, 2.1e-3], [0, math.nan, 0]):
-        with pytest.raises(DifferenceError, match="1 of 3 numbers differ by more than 0.0001"):
-            check_float32(expected, expected + wrong)
+
+    def check(differences, of_sample: bool) -> None:
+        scores, sample = expected + (0 if of_sample else differences), expected + (differences if of_sample else 0)
+        computed = Computed({"dense": [sample]}, {"dense": scores})
+        check_float32(Computed({"dense": [expected]}, {"dense": expected}), computed)
+
+    for of_sample in (True, False):
+        check([0.9e-4, -0.9e-4, 1.9e-3], of_sample)
+        for wrong in ([1.1e-4, 0, 0], [0, 0, 2.1e-3], [0, math.nan, 0]):
+            with pytest.raises(DifferenceError, match="dense: 1 of 3 numbers differ by more than 0.0001"):
+                check(wrong, of_sample)
+
+
+def test_weights_are_compared_by_token_and_vectors_in_their_order():
+    one = [(np.array([3, 7]), np.array([0.5, 0.25])), (np.array([], int), np.array([]))]
+    other = [(np.array([2, 7]), np.array([1e-5, 0.5])), (np.array([9]), np.array([2.0]))]
+    expected, found = aligned(one, other)
+    np.testing.assert_allclose(expected, [0, 0.5, 0.25, 0])  # tokens 2, 3 and 7, then 9
+    np.testing.assert_allclose(found, [1e-5, 0, 0.5, 2])
+    vectors = [np.eye(2), np.ones((1, 2))]
+    assert [side.tolist() for side in aligned(vectors, vectors)] == [[1, 0, 0, 1, 1, 1]] * 2
 
 
 def int8(correlation: float, before: float | None = None, after: float | None = None) -> Verification:
-    return Verification(9, 3, 8, 0.2, correlation, before and "toy test", before and 4, before, after)
+    change = Change(0.2, correlation, before, after)
+    return Verification(9, 3, 8, {"scores": change}, before and "toy test", before and 4)
 
 
 def test_int8_within_its_limits_is_kept():
@@ -48,21 +70,23 @@ def test_int8_within_its_limits_is_kept():
 
 def test_int8_beyond_its_limits_is_refused_unless_forced():
     bad = int8(0.97, 0.80, 0.78)
-    with pytest.raises(DifferenceError, match=r"correlation 0\.9700 is below 0\.98 and nDCG@10 on toy test falls by 0"):
+    with pytest.raises(DifferenceError, match=r"0\.9700 is below 0\.98 \(scores\) and nDCG@10 falls by 0.0200"):
         check_int8(bad, force=False)
     assert check_int8(bad, force=True) == [
-        "rank correlation 0.9700 is below 0.98",
-        "nDCG@10 on toy test falls by 0.0200, more than 0.01",
+        "rank correlation 0.9700 is below 0.98 (scores)",
+        "nDCG@10 falls by 0.0200, more than 0.01 (scores)",
     ]
+    one_bad = replace(bad, changes={"dense": Change(0.1, 0.99, 0.8, 0.8), "lexical": Change(0.1, 0.99, 0.8, 0.7)})
+    assert check_int8(one_bad, force=True) == ["nDCG@10 falls by 0.1000, more than 0.01 (lexical)"]
     with pytest.raises(DifferenceError, match="correlation nan"):
         check_int8(int8(math.nan), force=False)
 
 
-def test_a_verification_is_described_in_one_line():
-    assert int8(0.991, 0.8, 0.795).describe() == (
-        "9 pairs of 3 to 8 tokens: largest difference 2.0e-01, rank correlation 0.9910; "
-        "nDCG@10 on toy test (4 queries) 0.8000 before, 0.7950 after (-0.0050)"
-    )
+def test_a_verification_is_described_in_one_line_and_one_for_each_kind_of_score():
+    assert int8(0.991, 0.8, 0.795).describe().split("\n  ") == [
+        "9 pairs of 3 to 8 tokens, nDCG@10 on toy test (4 queries)",
+        "scores: largest difference 2.0e-01, rank correlation 0.9910, nDCG@10 0.8000 before, 0.7950 after (-0.0050)",
+    ]
 
 
 def reranker_source(scorer) -> RerankerSource:

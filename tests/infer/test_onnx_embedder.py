@@ -104,8 +104,8 @@ def test_an_exported_folder_gives_dense_vectors_alone(embedder):
 
 def test_equal_texts_are_computed_once_and_have_equal_bits(folders):
     embedder = Embedder(folders[1])
-    run, computed = embedder.backend.run, []
-    embedder.backend.run = lambda texts, *more: computed.append(len(texts)) or run(texts, *more)
+    forwards, computed = embedder.backend.forwards, []
+    embedder.backend.forwards = lambda texts, *more: computed.append(len(texts)) or forwards(texts, *more)
     found = embedder.encode([TEXTS[place % 7] for place in range(40)], batch_size=2)
     assert computed == [7]
     for place in range(40):
@@ -178,7 +178,7 @@ def test_every_other_option_of_opening_is_refused_by_name(folders):
 
 
 def test_what_a_folder_is_not_is_said(folders, model_folders, tmp_path):
-    with pytest.raises(ValueError, match="no weights in it"):
+    with pytest.raises(ValueError, match="it gives dense, and an embedder ranks by token vectors"):
         Reranker(folders[1])
     with pytest.raises(ValueError, match="is an ONNX folder, which holds no model of torch"):
         _ = Embedder(folders[1]).model

@@ -10,13 +10,14 @@ from tiny_models import bert_tokenizer
 
 from rag_retrieval.infer.onnx_folder import (
     RerankerDescription,
+    forwards,
     padded_inputs,
     pair_encoder,
     read_description,
-    run_padded,
     write_description,
 )
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder, PairTemplate, encoder_template
+from rag_retrieval.models.token_batch import make_batch
 
 DECODER = PairTemplate([1], [7, 8], [9], None, "query: ", "document: ", "?", " ", (4,), (5, 6), "<s>")
 DESCRIPTION = RerankerDescription(
@@ -125,12 +126,12 @@ def pair(*ids: int) -> EncodedPair:
 
 
 def test_pairs_are_padded_at_the_right():
-    inputs = padded_inputs([pair(5, 6, 7), pair(8)], NAMES, pad_token_id=9)
+    inputs = padded_inputs(make_batch([pair(5, 6, 7), pair(8)]), NAMES, pad_token_id=9)
     assert inputs["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert inputs["token_type_ids"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert {values.dtype for values in inputs.values()} == {np.dtype(np.int64)}
-    assert list(padded_inputs([pair(1)], NAMES[:2], 0)) == list(NAMES[:2])
+    assert list(padded_inputs(make_batch([pair(1)]), NAMES[:2], 0)) == list(NAMES[:2])
 
 
 def test_scores_come_in_input_order_and_no_forward_is_beyond_its_bounds():
@@ -139,17 +140,26 @@ def test_scores_come_in_input_order_and_no_forward_is_beyond_its_bounds():
 
     def run(inputs):
         shapes.append(inputs["input_ids"].shape)
-        return inputs["input_ids"][:, 0].astype(np.float32)
+        return [inputs["input_ids"][:, 0].astype(np.float32)]
 
     for batch_size, max_tokens in ((1, 100), (3, 100), (256, 12), (256, 1), (2, 7)):
         shapes.clear()
-        scores = run_padded(run, pairs, NAMES, 0, batch_size, max_tokens)
-        assert scores.tolist() == [0, 100, 200, 300, 400, 500, 600] and scores.dtype == np.float32
+        scores = np.zeros(7)
+        for forward in forwards(run, lambda batch: padded_inputs(batch, NAMES, 0), pairs, batch_size, max_tokens):
+            (scores[forward.places],) = forward.outputs
+            assert forward.batch.lengths.tolist() == [len(pairs[place]) for place in forward.places]
+        assert scores.tolist() == [0, 100, 200, 300, 400, 500, 600]
         assert sum(rows for rows, _ in shapes) == 7
         assert all(rows <= batch_size and (rows * longest <= max_tokens or rows == 1) for rows, longest in shapes)
         assert [longest for _, longest in shapes] == sorted((longest for _, longest in shapes), reverse=True)
 
 
-def test_no_pairs_give_no_scores_and_no_forward():
-    scores = run_padded(lambda inputs: pytest.fail("a forward of nothing"), [], NAMES, 0, 8, 100)
-    assert scores.shape == (0,) and scores.dtype == np.float32
+def test_no_pairs_give_no_forward():
+    assert not list(forwards(lambda inputs: pytest.fail("a forward of nothing"), lambda batch: {}, [], 8, 100))
+
+
+def test_tokens_that_expand_a_query_are_not_attended_to():
+    query = replace(pair(5, 6, 3, 3), is_query=True, expansion=2)
+    inputs = padded_inputs(make_batch([query, pair(8)]), NAMES[:2], 0, unattended=np.array([2, 0]))
+    assert inputs["input_ids"].tolist() == [[5, 6, 3, 3], [8, 0, 0, 0]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]

@@ -65,6 +65,28 @@ def test_vectors_of_an_embedder_are_those_of_torch(tmp_path, family, options):
             np.testing.assert_allclose(found, getattr(of_torch, name)(TEXTS), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("xlm_roberta", {"representations": ("dense", "lexical", "multi_vector"), "pooling": "cls"}),
+        ("bert", {"representations": ["lexical"], "lexical": "splade"}),
+        ("bert", {"representations": ["multi_vector"], "query_max_length": 20}),
+    ],
+)
+def test_every_representation_is_that_of_torch(tmp_path, family, options):
+    model = EmbeddingModel.from_pretrained(FAMILIES[family](tmp_path / "base"), max_length=64, **options)
+    model.save_pretrained(tmp_path / "model")
+    of_torch = Embedder(tmp_path / "model", device="cpu")
+    embedder = Embedder(exported(tmp_path / "model", tmp_path / "onnx"), model_type="openvino")
+    pairs = [(TEXTS[place], TEXTS[-place]) for place in range(1, 8)]
+    found, expected = (each.compute_score(pairs, batch_size=5) for each in (embedder, of_torch))
+    for name in options["representations"]:
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+    if "multi_vector" in options["representations"]:
+        reranker = Reranker(tmp_path / "onnx", model_type="openvino")
+        np.testing.assert_allclose(reranker.compute_score(pairs), expected.multi_vector, rtol=1e-4, atol=1e-4)
+
+
 def test_an_int8_folder_ranks_like_the_float32_one(folder_of):
     pairs = some_pairs(40)
     exact = OnnxBackend(folder_of("bert"), runtime=OpenVino)

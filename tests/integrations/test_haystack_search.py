@@ -112,7 +112,7 @@ def test_a_pipeline_goes_through_yaml_and_finds_the_same(embedder, token_folder,
     pipeline = searching(store, MINILM, token_folder)
     pipeline.add_component("filled", filled)
     kwargs = {"reranker": token_folder, "stages": ["dense"], "depth": 4}
-    pipeline.add_component("index", IndexRetriever(index.folder, top_k=3, retriever_kwargs=kwargs))
+    pipeline.add_component("index", IndexRetriever(index.folder, 3, {"language": "zh"}, kwargs))
     again = Pipeline.loads(pipeline.dumps(), allowed_modules=ALLOWED)
     for name in ("embedder", "filled", "index"):
         before, after = pipeline.get_component(name), again.get_component(name)
@@ -171,5 +171,6 @@ def test_the_index_gives_the_retrievers_documents_scores_and_stages(index: Index
         assert (document.id, document.content, document.score) == (result.doc_id, result.text, result.score)
         assert document.meta == result.metadata | {"stage_scores": result.scores, "stage_ranks": result.ranks}
         assert document.meta["place"] == int(document.id)
-    inputs["retriever"]["top_k"] = 2
-    assert len(pipeline.run(inputs)["ranker"]["documents"]) == 2
+    inputs["retriever"] |= {"top_k": 2, "where": {"language": "en", "place": {"lt": 5}}}
+    chosen = places(pipeline.run(inputs)["ranker"])
+    assert len(chosen) == 2 and all(place < 5 for place in chosen)

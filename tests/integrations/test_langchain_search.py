@@ -106,10 +106,15 @@ def test_the_index_gives_the_retrievers_documents_scores_and_stages(index, token
     assert places(reranked(retriever, token_reranker).invoke(question))[0] == ANSWERS[question]
 
 
-def test_a_call_takes_another_top_k(index):
-    retriever = IndexRetriever(index=index)
-    assert len(retriever.invoke(QUESTION)) == 10
-    assert len(retriever.invoke(QUESTION, top_k=2)) == len(asyncio.run(retriever.ainvoke(QUESTION, top_k=2))) == 2
+def test_conditions_on_the_metadata_and_the_number_are_the_retrievers_or_the_calls(index):
+    retriever = IndexRetriever(index=index, where={"language": "zh"})
+    assert {document.metadata["language"] for document in retriever.invoke(QUESTION)} == {"zh"}
+    english = {"where": {"language": "en", "place": {"lt": 5}}, "top_k": 2}
+    for found in (retriever.invoke(QUESTION, **english), asyncio.run(retriever.ainvoke(QUESTION, **english))):
+        assert len(found) == 2 and all(place < 5 for place in places(found))
+    assert len(IndexRetriever(index=index).invoke(QUESTION)) == 10
+    with pytest.raises(ValueError, match="where: langauge"):
+        retriever.invoke(QUESTION, where={"langauge": "en"})
 
 
 def test_an_index_folder_is_opened_with_options_of_retriever(index, token_reranker):

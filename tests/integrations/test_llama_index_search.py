@@ -135,6 +135,12 @@ def test_the_index_gives_the_retrievers_nodes_and_scores(index, token_reranker, 
     assert places(response.source_nodes)[0] == ANSWERS[question]
 
 
+def test_conditions_on_the_metadata_reach_the_search(index):
+    retriever = IndexRetriever(index, where={"language": "en", "place": {"lt": 5}})
+    for found in (retriever.retrieve(QUESTION), asyncio.run(retriever.aretrieve(QUESTION))):
+        assert sorted(places(found)) == [0, 1, 2, 3, 4]
+
+
 def test_no_stage_is_read_by_a_language_model_or_a_reranker(index):
     node = IndexRetriever(index, top_k=1).retrieve(QUESTION)[0].node
     place = int(node.node_id)

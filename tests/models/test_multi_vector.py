@@ -9,9 +9,9 @@ from embedder_samples import TEXTS
 from tiny_models import bert_tokenizer
 
 from rag_retrieval.models.embedder import EmbeddingModel
-from rag_retrieval.models.multi_vector import kept_by_bge_m3, kept_by_colbert, skiplist_ids, token_vectors
+from rag_retrieval.models.kept_tokens import cls_copies, kept_by_bge_m3, kept_by_colbert
+from rag_retrieval.models.multi_vector import skiplist_ids, token_vectors
 from rag_retrieval.models.pair_encoding import EncodedPair
-from rag_retrieval.models.pooling import cls_copies
 from rag_retrieval.models.token_batch import TokenBatch, make_batch
 
 

@@ -36,6 +36,7 @@ def ask(service, path: str = "/rerank", method: str = "POST", **options) -> http
 
 
 def metric(service, name: str, **labels) -> float | None:
+    service.metrics.refresh()
     return service.metrics.registry.get_sample_value(f"rag_retrieval_{name}", labels)
 
 

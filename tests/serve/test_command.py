@@ -1,26 +1,17 @@
 """The command as a process of its own: options, start, signals."""
 
-import os
-import re
 import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
-from serve_samples import wait_until
+from serve_samples import started, wait_until
 from tiny_models import tiny_bert
 
 from rag_retrieval.cli import main
 from rag_retrieval.serve.server import bound_socket
 
-ROOT = Path(__file__).resolve().parents[2]
-START = 600  # seconds
 # scoring waits as long as the file in its first argument exists
 HELD = """
 import sys, time
@@ -35,41 +26,6 @@ def held_score(self, pairs):
 RerankModel.score = held_score
 sys.exit(main(sys.argv[2:]))
 """
-
-
-class Server:
-    """A running command. address: None until it listens. log: what it printed so far."""
-
-    def __init__(self, process: subprocess.Popen):
-        self.process = process
-        self.lines: list[str] = []
-        threading.Thread(target=lambda: self.lines.extend(iter(process.stdout.readline, "")), daemon=True).start()
-
-    @property
-    def log(self) -> str:
-        return "".join(self.lines)
-
-    @property
-    def address(self) -> str | None:
-        found = re.search(r"listening on (http://\S+)", self.log)
-        return found[1] if found else None
-
-
-@contextmanager
-def started(
-    *options: str, program: tuple[str, ...] = ("-m", "rag_retrieval.cli"), **environment: str
-) -> Iterator[Server]:
-    command = [sys.executable, *program, "serve", "--port", "0", *options]
-    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    process = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        server = Server(process)
-        wait_until(lambda: server.address or process.poll() is not None, START)
-        assert server.address, server.log
-        yield server
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_help_lists_every_key(capsys):

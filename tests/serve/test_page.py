@@ -60,7 +60,7 @@ def test_every_start_of_the_page_has_options_that_exist(tmp_path, monkeypatch):
     subprocess.run(commands("openssl")[0], shell=True, check=True)
     for command in commands("rag-retrieval serve"):
         load_config(ServeConfig, None, shlex.split(command)[2:])
-    assert len(commands("rag-retrieval serve")) == 2
+    assert len(commands("rag-retrieval serve")) == 3
     options = set(re.findall(r"`--([a-z_]+)", PAGE)) - {"help_all", "config", "auto"}
     assert options and options <= ServeConfig.model_fields.keys()
 

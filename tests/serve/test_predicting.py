@@ -32,6 +32,8 @@ def test_pairs_are_scored_in_their_order(service, backend, raw):
     np.testing.assert_allclose(found[:5], expected, atol=1e-5)
     assert found[0] == found[4] and found[5] == (-10_000 if raw else 0)
     assert {each[0]["label"] for each in answer} == {"LABEL_0"}
+    computed = service.metrics.registry.get_sample_value("rag_retrieval_items_total", {"model": "reranker"})
+    assert computed == 4, "equal pairs are computed once, and one without text is not read"
 
 
 def test_one_pair_that_stands_in_no_list_gets_one_answer(service):
