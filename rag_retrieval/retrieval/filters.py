@@ -208,16 +208,26 @@ class Filters:
         return np.flatnonzero(np.logical_and.reduce(matching))
 
     def _read(self, fields: Sequence[str]) -> dict[str, Column]:
-        with self._lock:
-            new = {field: Column(len(self.documents)) for field in fields if field not in self._columns}
-            if new and (self._fields is None or new.keys() <= self._fields.keys()):
-                self._fields = dict.fromkeys(self._fill(new))
-                self._columns |= {field: column for field, column in new.items() if len(column.rows)}
-            for field in fields:
-                if field not in self._columns and (field not in self._fields or field in new):
-                    there = _describe(self._fields, field)
-                    raise FilterError(f"where: {field}: no document has a value there; {there}")
-            return {field: self._columns[field] for field in fields}
+        """Fields that were read before wait for no other thread."""
+        if not self._columns.keys() >= set(fields):
+            with self._lock:
+                self._read_new([field for field in fields if field not in self._columns])
+        for field in fields:
+            if not len(self._columns[field].rows):
+                raise self._no_value(field)
+        return {field: self._columns[field] for field in fields}
+
+    def _read_new(self, fields: Sequence[str]) -> None:
+        for field in fields:
+            if self._fields is not None and field not in self._fields:
+                raise self._no_value(field)
+        if fields:  # else another thread has read them meanwhile
+            columns = {field: Column(len(self.documents)) for field in fields}
+            self._fields = dict.fromkeys(self._fill(columns))
+            self._columns |= columns
+
+    def _no_value(self, field: str) -> FilterError:
+        return FilterError(f"where: {field}: no document has a value there; {_describe(self._fields, field)}")
 
     def _fill(self, columns: Mapping[str, Column]) -> dict[str, Any]:
         """Read the columns. Keys of what is returned: all fields of the documents."""
@@ -255,6 +265,6 @@ def _describe(fields: Mapping[str, None], wanted: str) -> str:
     if not fields:
         return "none of the documents has metadata"
     close = get_close_matches(wanted, fields, n=3)
-    names = list(dict.fromkeys([*close, *fields]))
+    names = [field for field in dict.fromkeys([*close, *fields]) if field != wanted]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"the fields are {', '.join(names[:NAMED])}{more}"

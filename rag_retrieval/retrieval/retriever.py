@@ -146,11 +146,10 @@ class Retriever:
         """`searched` before the reranking. encoded: the queries as the model of the index represents them (see
         `retrieval.encoding`), which is not asked then."""
         opened, depth, seconds = self.index.opened, self.depth if depth is None else depth, {}
-        if where:
+        among = None
+        if where is not None:
             with timed(seconds, "filter"):
                 among = opened.filters.rows(where)
-        else:
-            among = None
         if self.needs_model and encoded is None:
             with timed(seconds, "encode"):
                 encoded = self.index.represent_queries(list(queries))

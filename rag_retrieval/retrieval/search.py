@@ -41,7 +41,7 @@ def default_format(config: "SearchConfig") -> str:
 class SearchConfig(ModelOptions, LongDocumentOptions):
     """One search."""
 
-    main_keys: ClassVar = ("index", "query", "queries", "where", "reranker", "output")
+    main_keys: ClassVar = ("index", "query", "queries", "where", "reranker")
     groups: ClassVar = ModelOptions.groups | {"long_document": "Long documents", "index": "Search", "output": "Output"}
     only_for: ClassVar = dict.fromkeys(
         ModelOptions.model_fields.keys() - {"device", "trust_remote_code"} | LongDocumentOptions.model_fields.keys(),

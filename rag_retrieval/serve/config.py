@@ -13,6 +13,7 @@ from rag_retrieval.models.options import EmbedderOptions, LongDocumentOptions, M
 TOKEN_VARIABLE = "RAG_RETRIEVAL_SERVE_TOKEN"
 RERANKER = Only("servers with model", lambda config: config.model is not None)
 EMBEDDER = Only("servers with embedder", lambda config: config.embedder is not None)
+INDEX = Only("servers with index", lambda config: config.index is not None)
 EITHER = Only("servers with model or embedder", lambda config: config.model or config.embedder)
 
 
@@ -37,6 +38,10 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
     model: ModelName | None = key("Folder, hub name, or package:NAME of a reranker.", min_length=1)
     embedder: ModelName | None = key("Folder, hub name, or package:NAME of an embedder.", min_length=1)
     index: FolderPath | None = key("Folder that rag-retrieval index wrote, to search in.", min_length=1)
+    depth: int = key(
+        "Documents that each stage of a search finds, and that are reranked; top_k where that is more.", 100,
+        only=INDEX, ge=1,
+    )  # fmt: skip
     name: str | None = key("What answers call the reranker. Absent: its folder's name.", only=RERANKER, min_length=1)
     embedder_name: str | None = key(
         "What answers call the embedder. Absent: its folder's name.", only=EMBEDDER, min_length=1
@@ -66,6 +71,7 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
         ge=16,
     )
     max_documents: int = key("Documents or texts of a request; more are refused with 422.", 1000, ge=1)
+    max_queries: int = key("Queries of a search; more are refused with 422.", 32, only=INDEX, ge=1)
     max_characters: int = key(
         "Characters of a query, document or text; a longer one is refused with 422.", 100_000, ge=1
     )
@@ -101,3 +107,5 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
                 "queue_pairs",
                 f"expected at least max_documents, which is {self.max_documents}, found {self.queue_pairs}",
             )
+        elif self.index is not None and self.model is not None and self.queue_pairs < self.depth:
+            yield "queue_pairs", f"expected at least depth, which is {self.depth}, found {self.queue_pairs}"

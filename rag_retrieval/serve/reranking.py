@@ -14,7 +14,7 @@ import numpy as np
 from starlette.responses import JSONResponse, Response
 
 from rag_retrieval.infer.backend import Backend, open_backend
-from rag_retrieval.infer.long_documents import EncodedDocument, PassageEncoder, document_tokens
+from rag_retrieval.infer.long_documents import NO_TEXT, EncodedDocument, PassageEncoder, ScoredPair, document_tokens
 from rag_retrieval.infer.results import ScoreType, shown_scores
 from rag_retrieval.models.options import OVERLAP
 from rag_retrieval.models.pair_encoding import EncodedPair
@@ -94,15 +94,25 @@ class RerankModel:
         """Logits: [pairs], float32."""
         return self.backend.score(pairs, FORWARD_PAIRS)
 
-    def logits(self, task: RerankTask, encoded: EncodedTask, scores: list[np.float32]) -> np.ndarray:
-        """[documents], float32, in the order of the request; -inf without text. scores: of `encoded.pairs`. Raises
+    def scored(self, task: RerankTask, encoded: EncodedTask, scores: list[np.float32]) -> list[ScoredPair]:
+        """Of each document in the order of the request; NO_TEXT without text. scores: of `encoded.pairs`. Raises
         ValueError for scores that are not finite."""
         combined = self.encoder.combine(list(encoded.documents.values()), np.array(scores, np.float32))
-        logit_of = {text: scored.score for text, scored in zip(encoded.documents, combined, strict=True)}
-        return np.array([logit_of.get(text, -np.inf) for text in task.documents], np.float32)
+        scored_of = dict(zip(encoded.documents, combined, strict=True))
+        return [scored_of.get(text, NO_TEXT) for text in task.documents]
 
     def shown(self, logits: np.ndarray, raw: bool) -> tuple[np.ndarray, ScoreType]:
         return shown_scores(logits, self.backend.calibration, normalize=not raw)
+
+
+async def compute(
+    model: RerankModel, batcher: Batcher, task: RerankTask, work: Work
+) -> tuple[EncodedTask, list[ScoredPair]]:
+    """(the task's tokens, what the model says of each document). batcher: that of the model. Raises what its steps
+    do."""
+    encoded = EncodedTask()
+    await work.encode(model.pieces(task), lambda texts: model.encode(task, texts, encoded))
+    return encoded, model.scored(task, encoded, await work.compute(batcher, encoded.pairs))
 
 
 class RerankEndpoint(Endpoint):
@@ -125,17 +135,15 @@ class RerankEndpoint(Endpoint):
         return len(task.documents)
 
     async def answer(self, task: RerankTask, work: Work) -> Response:
-        encoded = EncodedTask()
-        await work.encode(self.model.pieces(task), lambda texts: self.model.encode(task, texts, encoded))
-        pairs = encoded.pairs
-        logits = self.model.logits(task, encoded, await work.compute(self.batcher, pairs))
+        encoded, scored = await compute(self.model, self.batcher, task, work)
+        logits = np.array([document.score for document in scored], np.float32)
         shown, score_type = self.model.shown(logits, task.raw_scores)
         truncated = [position for position, text in enumerate(task.documents) if text in encoded.truncated]
         self.truncated.inc(len(truncated))
         if task.as_texts:
             answer = text_answer(task, logits, shown)
         else:
-            tokens = sum(map(len, pairs))
+            tokens = sum(map(len, encoded.pairs))
             answer = document_answer(task, logits, shown, score_type, tokens, truncated, self.model.name, work.id)
         return JSONResponse(answer, headers={"X-Score-Type": score_type})
 

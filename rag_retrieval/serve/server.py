@@ -36,8 +36,10 @@ from rag_retrieval.serve.embedding_openai import OpenAIEmbeddings
 from rag_retrieval.serve.embedding_tei import Embed, EmbedAll, EmbedSparse, Similarity, Tokenize
 from rag_retrieval.serve.endpoints import Endpoint, ServedModel
 from rag_retrieval.serve.http import RequestError, ServerMetrics, error_body, read_token, shared_metrics
+from rag_retrieval.serve.page import PageEndpoint
 from rag_retrieval.serve.predicting import PredictEndpoint
 from rag_retrieval.serve.reranking import RERANKER, RerankEndpoint, opened_reranker
+from rag_retrieval.serve.searching import INDEX, INDEX_EMBEDDER, DocumentEndpoint, opened_search
 from rag_retrieval.serve.workers import READY, Workers, ignore_signals
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays open: longer than those of clients' pools, which are 5 to 15
@@ -85,12 +87,24 @@ def opened_service(config: ServeConfig, token: bytes | None) -> Iterator[Service
     models: dict[str, ServedModel] = {}
     endpoints: list[Endpoint] = []
     with ExitStack() as stack:
+        reranking = embedding = None
         if config.model is not None:
-            model, batcher = stack.enter_context(opened_reranker(config, metrics))
+            reranking = model, batcher = stack.enter_context(opened_reranker(config, metrics))
             models[RERANKER] = ServedModel(model.name, batcher, model.info)
             endpoints += [kind(config, model, batcher, metrics) for kind in RERANKING_ENDPOINTS]
         if config.embedder is not None:
-            model, batcher = stack.enter_context(opened_embedder(config, metrics))
+            embedding = stack.enter_context(opened_embedder(config, metrics))
+        if config.index is not None:
+            search = stack.enter_context(opened_search(config, metrics, embedding, reranking))
+            models[INDEX] = ServedModel(search.name, None, search.info)
+            endpoints += [search, DocumentEndpoint(search.retriever.index), PageEndpoint()]
+            if embedding is None:
+                embedding = search.embedding
+            elif search.embedding not in (None, embedding):
+                model, batcher = search.embedding
+                models[INDEX_EMBEDDER] = ServedModel(model.name, batcher, model.info)
+        if embedding is not None:
+            model, batcher = embedding
             models[EMBEDDER] = ServedModel(model.name, batcher, model.info)
             endpoints += [kind(config, model, batcher, metrics) for kind in EMBEDDING_ENDPOINTS]
         for role, served in models.items():

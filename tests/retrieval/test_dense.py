@@ -242,6 +242,14 @@ def test_what_faiss_misses_of_a_part_is_compared(tmp_path, monkeypatch):
     assert [one.rows.tolist() for one in found] == [one.rows.tolist() for one in exact]
 
 
+def test_an_index_that_does_not_look_at_the_selector_finds_nothing_outside(tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr("rag_retrieval.retrieval.approximate.search_parameters", lambda *_: None)
+    build_faiss(stored(tmp_path, "float32"), options("Flat"), tmp_path)
+    rows = search_faiss(read_faiss(tmp_path, None), QUERIES, 30, PART)
+    assert (rows >= 0).any() and np.isin(rows[rows >= 0], PART).all()
+
+
 def test_a_search_among_a_part_keeps_the_parameters_of_the_index(tmp_path, monkeypatch):
     """With FAISS's own defaults it would look through one list."""
     pytest.importorskip("faiss")

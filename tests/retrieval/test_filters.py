@@ -207,6 +207,19 @@ def test_random_conditions_hold_as_a_loop_over_documents_says(tmp_path):
     assert checked > 500
 
 
+def test_documents_are_read_once_for_a_field_that_is_there_and_not_again_for_one_that_is_not(tmp_path):
+    filters = filters_of(tmp_path / "corpus", [{"a": 1, "b": None, "c": {"d": 2}}])
+    blocks, read = [], filters.documents.metadata_blocks
+    filters.documents.metadata_blocks = lambda size: blocks.append(size) or read(size)
+    for where, passes in (({"a": 1, "x": 1}, 1), ({"a": 1}, 1), ({"y": 1}, 1), ({"b": 1}, 2), ({"b": 1}, 2),
+                          ({"c": 1}, 3), ({"c": 1}, 3), ({"c.d": 2}, 4), ({"c.d": 2, "a": 1}, 4)):  # fmt: skip
+        try:
+            assert filters.rows(where).tolist() == [0]
+        except ValueError as error:
+            assert "the fields are" in str(error)
+        assert len(blocks) == passes, where
+
+
 def test_threads_read_a_column_once(tmp_path):
     filters = filters_of(tmp_path / "corpus", [{"a": n % 7, "b": str(n % 5)} for n in range(5000)])
     asked = [{"a": n % 7, "b": str(n % 5)} if n % 3 else {"a": {"lt": n % 7}} for n in range(200)]

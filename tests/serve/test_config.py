@@ -26,6 +26,13 @@ def test_the_queue_holds_at_least_one_request(tmp_path):
         load_config(ServeConfig, None, ["--model", str(tmp_path), "--queue_pairs", "999"])
 
 
+def test_the_queue_holds_what_a_search_reranks(tmp_path):
+    options = ["--index", str(tmp_path), "--queue_pairs", "1000", "--max_documents", "500", "--depth", "1001"]
+    with pytest.raises(ConfigError, match="^--queue_pairs: expected at least depth, which is 1001, found 1000$"):
+        load_config(ServeConfig, None, ["--model", str(tmp_path), *options])
+    assert load_config(ServeConfig, None, options).depth == 1001
+
+
 def test_a_server_without_a_model_names_what_it_takes():
     with pytest.raises(ConfigError, match="^--model: is missing; give model .*, embedder, index"):
         load_config(ServeConfig, None, ["--port", "0"])

@@ -17,7 +17,8 @@ from rag_retrieval.serve.http import ERROR_TYPES
 from rag_retrieval.serve.reranking import RerankEndpoint
 from rag_retrieval.serve.schemas import RerankRequest
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+WHOLE = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+PAGE = re.sub(r"\n## Search\n.*?(?=\n## )", "", WHOLE, flags=re.DOTALL)  # test_searching has the other part
 ADDRESS = "http://127.0.0.1:8080"
 
 

@@ -35,13 +35,17 @@ def encoded_by(model: RerankModel, task: RerankTask) -> EncodedTask:
     return encoded
 
 
+def logits_of(scored):
+    return np.array([document.score for document in scored], np.float32)
+
+
 @pytest.mark.parametrize("name", ["backend", "token_vector_backend"])
 def test_scores_are_those_of_the_reranker(name, request):
     backend, task = request.getfixturevalue(name), RerankTask(QUERY, documents())
     for long_document in LONG_DOCUMENT:
         model = RerankModel("tiny", backend, long_document)
         encoded = encoded_by(model, task)
-        logits = model.logits(task, encoded, list(model.score(encoded.pairs)))
+        logits = logits_of(model.scored(task, encoded, list(model.score(encoded.pairs))))
         for normalize in (False, True):
             shown, score_type = model.shown(logits, raw=not normalize)
             results = Reranker.from_backend(backend).rerank(
@@ -102,7 +106,7 @@ def test_a_query_is_tokenized_once_for_all_pieces(backend, monkeypatch):
 def test_scores_that_are_no_numbers_are_an_error(backend):
     model, task = RerankModel("tiny", backend, "truncate"), RerankTask("q", ["a"])
     with pytest.raises(ValueError, match="the score nan"):
-        model.logits(task, encoded_by(model, task), [np.float32("nan")])
+        model.scored(task, encoded_by(model, task), [np.float32("nan")])
 
 
 def test_a_request_without_text_has_no_pairs(backend):
@@ -111,7 +115,7 @@ def test_a_request_without_text_has_no_pairs(backend):
         task = RerankTask(QUERY, texts)
         encoded = encoded_by(model, task)
         assert encoded.pairs == []
-        logits = model.logits(task, encoded, [])
+        logits = logits_of(model.scored(task, encoded, []))
         assert model.shown(logits, raw=True)[0].tolist() == [-10_000.0] * len(texts)
         assert model.shown(logits, raw=False)[0].tolist() == [0.0] * len(texts)
 
