@@ -1,6 +1,7 @@
 """Backends over tiny models, read only."""
 
 import pytest
+import torch
 from tiny_models import CHINESE, ENGLISH
 
 from rag_retrieval.infer.backend import open_backend
@@ -35,8 +36,12 @@ def embedders(base_folders, tmp_path_factory) -> dict[str, Embedder]:
         "colbert": {"representations": ["multi_vector"], "colbert_dim": 16},
         "splade": {"representations": ["lexical"], "lexical": "splade"},
     }
-    for name, own in options.items():
-        EmbeddingModel.from_pretrained(base_folders["bert"], max_length=64, **own).save_pretrained(root / name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of new heads
+        for name, own in options.items():
+            EmbeddingModel.from_pretrained(base_folders["bert"], max_length=64, **own).save_pretrained(root / name)
+    state = torch.load(root / "unified" / "sparse_linear.pt")
+    torch.save(state | {"bias": state["bias"] + 1}, root / "unified" / "sparse_linear.pt")  # else most weights were 0
     found = {name: Embedder(root / name, device="cpu") for name in options}
     for name in ("calibrated", "unified"):
         found[name].calibrate([*ENGLISH, *CHINESE])
