@@ -243,7 +243,7 @@ async def compare(address: str, other: str, questions: list[Question], options) 
                 if turn:
                     outcomes[name].append(outcome)
     rates = {name: float(np.median([outcome.rate for outcome in each])) for name, each in outcomes.items()}
-    print(f"beside each other, 16 at once, {ROUNDS} rounds in turns:")
+    print(f"beside each other, 16 clients, {ROUNDS} rounds in turns:")
     for name, each in outcomes.items():
         spread = ", ".join(f"{outcome.rate:.1f}" for outcome in each)
         p50, p99 = (float(np.median([outcome.percentile(share) for outcome in each])) for share in (0.5, 0.99))

@@ -23,8 +23,8 @@ from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.endpoints import ServedModel
 from rag_retrieval.serve.http import ServerMetrics
-from rag_retrieval.serve.reranking import RERANKER, RerankEndpoint, RerankModel
-from rag_retrieval.serve.server import address_of, bound_socket, run_server
+from rag_retrieval.serve.reranking import RERANKER, RerankModel
+from rag_retrieval.serve.server import RERANKING_ENDPOINTS, address_of, bound_socket, run_server
 
 ROOT = Path(__file__).resolve().parents[1]
 START = 600  # seconds
@@ -62,7 +62,8 @@ def running_service(
     model = RerankModel("tiny", backend, long_document)
     with Batcher(model.score, batch_tokens, metrics.batch_counter(RERANKER)) as batcher:
         models = {RERANKER: ServedModel(model.name, batcher, model.info)}
-        service = Service(config, models, [RerankEndpoint(config, model, batcher, metrics)], metrics, token)
+        endpoints = [kind(config, model, batcher, metrics) for kind in RERANKING_ENDPOINTS]
+        service = Service(config, models, endpoints, metrics, token)
         yield service
         service.close()
 

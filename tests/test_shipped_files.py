@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,15 @@ def test_every_link_of_the_pages_leads_somewhere():
             file = page.parent / target if target else page
             assert file.exists(), f"{page}: {target}"
             assert not anchor or anchor in anchors_of(file), f"{page}: {target}#{anchor}"
+
+
+def test_every_file_beside_the_code_is_installed_with_it():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {ROOT.joinpath(*package.split(".")): patterns for package, patterns in settings["package-data"].items()}
+    installed = {file for folder, patterns in folders.items() for each in patterns for file in folder.glob(each)}
+    files = {file for file in (ROOT / "rag_retrieval").rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    others = {file for file in files if file.suffix != ".py" and file.name != ".gitkeep"}
+    assert set(map(name_of, others)) == set(map(name_of, installed))
 
 
 def test_the_json_and_yaml_blocks_of_the_pages_are_valid():

@@ -52,7 +52,7 @@ function drawQueries() {
   const sorted = () => {
     if (state.column === null) return view.queries;
     const sign = state.rising ? 1 : -1;
-    return view.queries.toSorted((a, b) => sign * (state.column.value(a) - state.column.value(b)));
+    return [...view.queries].sort((a, b) => sign * (state.column.value(a) - state.column.value(b)));
   };
   const headerOf = (column) => {
     const own = state.column === column;

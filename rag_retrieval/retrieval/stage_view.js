@@ -66,7 +66,7 @@ function describePlace(passage, text) {
 
 // Of a passage that was cut out of a file.
 function describeFile({ file, start, end }) {
-  if ([file, start, end].includes(undefined)) return null;
+  if (!file || !Number.isInteger(start) || !Number.isInteger(end)) return null;
   return textElement("span", "place", `${file}, characters ${number(start)} to ${number(end)}`);
 }
 

@@ -101,6 +101,8 @@ class Service:
         limits = {
             "max_client_batch_size": self.config.max_documents,
             "max_concurrent_requests": self.config.queue_requests,
+            "tokenization_workers": TEXT_THREADS,
+            "auto_truncate": True,
             "version": rag_retrieval.__version__,
         }
         return JSONResponse({**main, **limits, "models": of_models})
@@ -132,7 +134,7 @@ class Service:
     def _expected_seconds(self, endpoint: Endpoint) -> float:
         """How long a request waits for its turns with its texts and with the models."""
         models = (batcher.expected_seconds(first=endpoint.first) for batcher in endpoint.batchers)
-        return self.texts.expected_seconds() + sum(models)
+        return self.texts.expected_seconds(endpoint.first) + sum(models)
 
     def _authorize(self, request: Request) -> None:
         if not is_authorized(request.headers.get("authorization"), self.token):

@@ -11,7 +11,7 @@ from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.embedding import Embedded, EmbedTask
 from rag_retrieval.serve.embedding_requests import (
     EmbeddingEndpoint,
-    EmbeddingRequest,
+    StrictRequest,
     base64_of,
     inputs_of,
     limited_texts,
@@ -34,7 +34,7 @@ TYPES: dict[EmbeddingType, tuple[VectorPrecision, Shown]] = {
 }
 
 
-class CohereRequest(EmbeddingRequest):
+class CohereRequest(StrictRequest):
     """images, inputs: null alone."""
 
     texts: list[str]

@@ -8,8 +8,8 @@ from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.embedding import Embedded, EmbedTask
 from rag_retrieval.serve.embedding_requests import (
     EmbeddingEndpoint,
-    EmbeddingRequest,
     Inputs,
+    StrictRequest,
     base64_of,
     inputs_of,
     listed,
@@ -17,7 +17,7 @@ from rag_retrieval.serve.embedding_requests import (
 from rag_retrieval.serve.http import RequestError
 
 
-class OpenAIRequest(EmbeddingRequest):
+class OpenAIRequest(StrictRequest):
     """prompt_name, input_type and truncate are ours: OpenAI's models have one kind of text, and refuse long ones."""
 
     input: Inputs

@@ -28,7 +28,7 @@ INPUT_TYPES = {"search_query": "query", "search_document": "document", "passage"
 Inputs = str | list[int] | list[str | list[int]]
 
 
-class EmbeddingRequest(BaseModel):
+class StrictRequest(BaseModel):
     """A key that is not named is refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -54,7 +54,7 @@ class EmbeddingEndpoint(Endpoint):
         self.max_characters = config.max_characters
         self.schema, self.expected = self.body_schema(config)
 
-    def body_schema(self, config: ServeConfig) -> tuple[type[EmbeddingRequest], dict[str, str]]:
+    def body_schema(self, config: ServeConfig) -> tuple[type[StrictRequest], dict[str, str]]:
         """The schema, with limits to its lists; and what its keys with texts hold, in words."""
         raise NotImplementedError
 

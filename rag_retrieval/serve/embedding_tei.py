@@ -14,9 +14,9 @@ from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.embedding import Embedded, EmbedTask
 from rag_retrieval.serve.embedding_requests import (
     EmbeddingEndpoint,
-    EmbeddingRequest,
     EmptyRequest,
     Inputs,
+    StrictRequest,
     inputs_of,
     limited_texts,
     listed,
@@ -27,7 +27,7 @@ from rag_retrieval.serve.http import RequestError
 ERROR_TYPES = {424: "Backend", 429: "Overloaded", 500: "Backend", 503: "Unhealthy", 504: "Backend"}
 
 
-class CommonKeys(EmbeddingRequest):
+class CommonKeys(StrictRequest):
     prompt_name: str | None = None
     truncate: bool | None = None
     truncation_direction: Literal["left", "Left", "right", "Right"] | None = None
@@ -50,26 +50,30 @@ class EmbedRequest(EmbedAllRequest):
     dimensions: int | None = Field(None, ge=1)
 
 
-class SimilarityInputs(EmbeddingRequest):
+class SimilarityInputs(StrictRequest):
     source_sentence: str
     sentences: list[str]
 
 
-class SimilarityRequest(EmbeddingRequest):
+class SimilarityRequest(StrictRequest):
     inputs: SimilarityInputs
     parameters: CommonKeys | None = None
 
 
-class TokenizeRequest(EmbeddingRequest):
+class TokenizeRequest(StrictRequest):
     inputs: str | list[str]
     add_special_tokens: bool = True
     prompt_name: str | None = None
 
 
+def tei_error_body(error: RequestError) -> dict[str, Any]:
+    kind = "Empty" if isinstance(error, EmptyRequest) else ERROR_TYPES.get(error.status, "Validation")
+    return {"error": error.message, "error_type": kind}
+
+
 class TeiEndpoint(EmbeddingEndpoint):
     def error_body(self, error: RequestError, request_id: str) -> dict[str, Any]:
-        kind = "Empty" if isinstance(error, EmptyRequest) else ERROR_TYPES.get(error.status, "Validation")
-        return {"error": error.message, "error_type": kind}
+        return tei_error_body(error)
 
 
 class Embed(TeiEndpoint):

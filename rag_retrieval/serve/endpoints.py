@@ -79,7 +79,7 @@ class PieceThreads:
         self._first: deque[_Piece] = deque()
         self._others: deque[_Piece] = deque()
         self._passed = 0  # turns of first pieces since one of the others
-        self._cost = 0.0  # of pieces that are not done
+        self._cost = {True: 0.0, False: 0.0}  # of pieces that are not done, by whether they go first
         self._seconds_per_cost = 0.0
         self._changed = threading.Condition()
         self._closing = False
@@ -88,17 +88,18 @@ class PieceThreads:
 
     async def run(self, work: Callable[..., Any], *arguments: Any, cost: float = 0.0, first: bool = False) -> Any:
         """What `work` gives. A piece whose request is cancelled meanwhile is left out."""
-        piece = _Piece(work, arguments, cost, Future())
+        piece = _Piece(work, arguments, cost, first, Future())
         with self._changed:
-            self._cost += cost
+            self._cost[first] += cost
             (self._first if first else self._others).append(piece)
             self._changed.notify()
         piece.result.add_done_callback(lambda _: self._forget(piece))
         return await asyncio.wrap_future(piece.result)
 
-    def expected_seconds(self) -> float:
+    def expected_seconds(self, first: bool = False) -> float:
         """How long a new request waits for its first turn."""
-        return self._cost * self._seconds_per_cost / self.threads
+        cost = self._cost[True] if first else sum(self._cost.values())
+        return cost * self._seconds_per_cost / self.threads
 
     def close(self) -> None:
         """The threads end after the pieces at hand; what waits is cancelled."""
@@ -111,7 +112,7 @@ class PieceThreads:
 
     def _forget(self, piece: "_Piece") -> None:
         with self._changed:
-            self._cost -= piece.cost
+            self._cost[piece.first] -= piece.cost
 
     def _run(self) -> None:
         while True:
@@ -149,6 +150,7 @@ class _Piece:
     work: Callable[..., Any]
     arguments: tuple
     cost: float
+    first: bool
     result: Future
 
 
@@ -179,7 +181,7 @@ class Work:
     async def run(self, function: Callable[..., Any], *arguments: Any, first: bool = False) -> Any:
         """Other work that blocks, such as a search in an index, in one of a few threads. Raises RequestError (429)
         where it would wait too long."""
-        self._admission.check_wait(self._others.expected_seconds())
+        self._admission.check_wait(self._others.expected_seconds(first))
         return await self._others.run(function, *arguments, cost=1, first=first)
 
 

@@ -4,7 +4,6 @@
 const TOKEN = "rag_retrieval_token"; // in sessionStorage, which ends with the tab
 const DEFAULT_TOP_K = "10";
 const PROBLEMS = {
-  401: "This server asks for its token",
   404: "This is not here",
   413: "The request is too large",
   422: "The request is refused",
@@ -50,14 +49,15 @@ async function ask(path, options = {}) {
 }
 
 function problemOf(response, body, token) {
+  if (response.status === 401) {
+    return new Problem(token ? "The server does not accept this token." : "This server asks for its token.", 401);
+  }
   let said = response.statusText;
   try {
     const told = JSON.parse(body);
     said = told.message ?? told.error ?? said;
   } catch { /* a proxy that answers in HTML */ }
-  const title = response.status === 401 && token
-    ? "The server does not accept this token"
-    : PROBLEMS[response.status] ?? `The server answered with status ${response.status}`;
+  const title = PROBLEMS[response.status] ?? `The server answered with status ${response.status}`;
   const seconds = Number(response.headers.get("Retry-After")) || 0;
   return new Problem(said ? `${title}: ${said}` : `${title}.`, response.status, seconds);
 }

@@ -60,9 +60,8 @@ class RerankModel:
     def info(self) -> dict[str, Any]:
         """For /info."""
         return {
-            "model_type": {"reranker": {}},
+            "model_type": {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
             "max_input_length": self.backend.pair_encoder.max_length,
-            "auto_truncate": True,
             "long_document": self.encoder.long_document,
             "score_type": self.score_type,
         }

@@ -37,6 +37,7 @@ from rag_retrieval.serve.embedding_tei import Embed, EmbedAll, EmbedSparse, Simi
 from rag_retrieval.serve.endpoints import Endpoint, ServedModel
 from rag_retrieval.serve.http import RequestError, ServerMetrics, error_body, read_token, shared_metrics
 from rag_retrieval.serve.page import PageEndpoint
+from rag_retrieval.serve.predicting import PredictEndpoint
 from rag_retrieval.serve.reranking import RERANKER, RerankEndpoint, opened_reranker
 from rag_retrieval.serve.searching import INDEX, INDEX_EMBEDDER, DocumentEndpoint, opened_search
 from rag_retrieval.serve.workers import READY, Workers, ignore_signals
@@ -51,6 +52,7 @@ PROBE_SECONDS = 0.2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # of torch, ONNX Runtime and OpenVINO; of tokenizers
 LOG_SECONDS = 10  # at most one line about connections in so many
 
+RERANKING_ENDPOINTS = (RerankEndpoint, PredictEndpoint)
 EMBEDDING_ENDPOINTS = (
     OpenAIEmbeddings, Embed, EmbedAll, EmbedSparse, Similarity, Tokenize, CohereEmbed, CohereEmbedV1,
 )  # fmt: skip
@@ -89,7 +91,7 @@ def opened_service(config: ServeConfig, token: bytes | None) -> Iterator[Service
         if config.model is not None:
             reranking = model, batcher = stack.enter_context(opened_reranker(config, metrics))
             models[RERANKER] = ServedModel(model.name, batcher, model.info)
-            endpoints.append(RerankEndpoint(config, model, batcher, metrics))
+            endpoints += [kind(config, model, batcher, metrics) for kind in RERANKING_ENDPOINTS]
         if config.embedder is not None:
             embedding = stack.enter_context(opened_embedder(config, metrics))
         if config.index is not None:

@@ -6,8 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -22,7 +25,7 @@ from exported_samples import exported  # noqa: E402
 from tiny_models import tiny_xlm_roberta  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from rag_retrieval import Embedder, Index, Reranker  # noqa: E402
+from rag_retrieval import Embedder, Index, IndexOptions, Reranker, Retriever, build_index  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
 from rag_retrieval.models.embedder import EmbeddingModel  # noqa: E402
 
@@ -85,6 +88,63 @@ def test_nothing_of_it_imports_torch(folders, corpus, of_torch, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert_near(json.loads(done.stdout.splitlines()[-1]), json.loads(json.dumps(of_torch[0])))
+
+
+SERVER = """
+import sys
+from exported_answers import Refuse
+sys.meta_path.insert(0, Refuse())
+from rag_retrieval.cli import main
+sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
+"""
+
+
+@contextmanager
+def server(*options: str) -> Iterator[str]:
+    """The address of a server whose process refuses torch."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command, lines = [sys.executable, "-c", SERVER, *options], []
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if found := re.search(r"listening on (http://\S+)", line):
+                yield found[1]
+                return
+        raise AssertionError("".join(lines))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_a_server_answers_without_torch(folders, corpus, tmp_path):
+    build_index(corpus, tmp_path / "index", IndexOptions(embedder=str(folders[1]), representations=ALL))
+    queries, documents = ([pair[side] for pair in exported_answers.PAIRS] for side in (0, 1))
+    folder = str(folders[1])
+    with Embedder(folder) as embedder, Reranker(folder) as reranker:
+        expected = embedder.encode_queries(queries, outputs=ALL)
+        ranked = [result.score for result in reranker.rerank(queries[0], documents[:2])]
+        retriever = Retriever(tmp_path / "index", embedder=embedder, reranker=reranker, normalize=True)
+        searched = {result.doc_id: result.score for result in retriever.search(queries[0], top_k=5)}
+    with server("--model", folder, "--embedder", folder, "--index", str(tmp_path / "index")) as address:
+
+        def post(path: str, **body):
+            answer = httpx.post(f"{address}/{path}", json=body, timeout=300)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        inputs = {"inputs": queries[:3], "prompt_name": "query"}
+        np.testing.assert_allclose(post("embed", **inputs), expected.dense[:3], atol=1e-5)
+        for found, vectors in zip(post("embed_all", **inputs), expected.multi_vector[:3], strict=True):
+            np.testing.assert_allclose(found, vectors, atol=1e-5)
+        for place, found in enumerate(post("embed_sparse", **inputs)):
+            weights = {entry["index"]: entry["value"] for entry in found}
+            assert weights == pytest.approx(expected.lexical.by_id(place), abs=1e-5)
+        results = post("rerank", query=queries[0], documents=documents[:2], raw_scores=True)["results"]
+        assert [result["relevance_score"] for result in results] == pytest.approx(ranked, abs=1e-5)
+        results = post("search", query=queries[0], top_k=5)["results"]
+        assert {result["id"]: result["score"] for result in results} == pytest.approx(searched, abs=1e-4)
 
 
 def test_an_index_of_the_model_is_searched_with_the_export_that_is_given(folders, of_torch):

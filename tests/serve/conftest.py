@@ -1,6 +1,7 @@
 """Backends over tiny models, read only."""
 
 import pytest
+import torch
 from tiny_models import CHINESE, ENGLISH
 
 from rag_retrieval.infer.backend import open_backend
@@ -25,18 +26,23 @@ def token_vector_backend(base_folders, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def embedders(base_folders, tmp_path_factory) -> dict[str, Embedder]:
-    """Of 64 tokens. dense, calibrated: with prompts; the second with ranges for int8. unified: all representations.
-    colbert: token vectors, with queries that are filled up. splade: lexical weights alone."""
+    """Of 64 tokens. dense, calibrated, unified: with prompts; the last two with ranges for int8, the third with all
+    representations. colbert: token vectors, with queries that are filled up. splade: lexical weights alone."""
     root, prompts = tmp_path_factory.mktemp("embedders"), {"query": "query: ", "clustering": "Topic: "}
     options = {
         "dense": {"prompts": prompts},
         "calibrated": {"prompts": prompts},
-        "unified": {"representations": ["dense", "lexical", "multi_vector"]},
+        "unified": {"prompts": prompts, "representations": ["dense", "lexical", "multi_vector"]},
         "colbert": {"representations": ["multi_vector"], "colbert_dim": 16},
         "splade": {"representations": ["lexical"], "lexical": "splade"},
     }
-    for name, own in options.items():
-        EmbeddingModel.from_pretrained(base_folders["bert"], max_length=64, **own).save_pretrained(root / name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of new heads
+        for name, own in options.items():
+            EmbeddingModel.from_pretrained(base_folders["bert"], max_length=64, **own).save_pretrained(root / name)
+    state = torch.load(root / "unified" / "sparse_linear.pt")
+    torch.save(state | {"bias": state["bias"] + 1}, root / "unified" / "sparse_linear.pt")  # else most weights were 0
     found = {name: Embedder(root / name, device="cpu") for name in options}
-    found["calibrated"].calibrate([*ENGLISH, *CHINESE])
+    for name in ("calibrated", "unified"):
+        found[name].calibrate([*ENGLISH, *CHINESE])
     return found

@@ -254,7 +254,7 @@ def test_a_request_that_is_over_is_not_tokenized_to_its_end(backend, monkeypatch
 
 def test_text_that_waits_to_be_tokenized_counts_towards_the_wait_for_a_turn(service, monkeypatch):
     service.admission.longest_wait = 15
-    monkeypatch.setattr(service.texts, "expected_seconds", lambda: 25)
+    monkeypatch.setattr(service.texts, "expected_seconds", lambda first: 0 if first else 25)
     response = ask(service, json=TWO_TEXTS)
     assert response.status_code == 429 and response.headers["Retry-After"] == "25"
     monkeypatch.undo()
@@ -421,3 +421,12 @@ def test_health_fails_when_the_scoring_thread_has_ended(service):
     service.batchers["reranker"].close()
     wait_until(lambda: not service.batchers["reranker"].is_alive)
     assert ask(service, "/health", "GET").status_code == 503
+
+
+def test_what_is_served_is_told_with_the_keys_of_text_embeddings_inference(service):
+    info = ask(service, "/info", "GET").json()
+    (kind,) = info["model_type"]
+    assert kind == "reranker" and info["model_type"][kind]["label2id"] == {"LABEL_0": 0}
+    assert info["model_id"] == "tiny" and info["max_input_length"] == 64 and info["max_batch_tokens"] == 256
+    assert info["max_client_batch_size"] == 1000 and info["max_concurrent_requests"] == 256
+    assert info["auto_truncate"] is True and info["models"]["reranker"]["model_id"] == "tiny"

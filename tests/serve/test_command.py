@@ -5,11 +5,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 from serve_samples import started, wait_until
 from tiny_models import tiny_bert
 
 from rag_retrieval.cli import main
+from rag_retrieval.infer.embedder import Embedder
+from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.serve.server import bound_socket
 
 # scoring waits as long as the file in its first argument exists
@@ -102,3 +105,31 @@ def test_the_token_comes_from_the_environment_and_an_open_host_without_one_is_wa
         assert "secret" not in server.log and "no token" not in server.log
     with started("--model", model, "--host", "0.0.0.0") as server:
         assert "other machines see 0.0.0.0, and no token is asked for" in server.log
+
+
+@pytest.mark.slow
+def test_exported_folders_are_served_without_torch(base_folders, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from exported_samples import exported  # needs onnx
+
+    reranker = exported(tiny_bert(tmp_path / "model", head_labels=1), tmp_path / "reranker")
+    EmbeddingModel.from_pretrained(base_folders["bert"], max_length=64).save_pretrained(tmp_path / "embedding")
+    embedder = exported(tmp_path / "embedding", tmp_path / "embedder")
+    # whatever would import them fails
+    program = "import sys; sys.modules |= {'torch': None, 'transformers': None}"
+    program += "; from rag_retrieval.cli import main; sys.exit(main(sys.argv[1:]))"
+    with started("--model", str(reranker), "--embedder", str(embedder), program=("-c", program)) as server:
+        with httpx.Client(base_url=server.address, timeout=120) as client:
+            ranked = client.post("/rerank", json={"query": "capital", "texts": ["Paris", "Seine"]}).json()
+            vectors = client.post("/v1/embeddings", json={"input": ["Paris", "巴黎"]}).json()["data"]
+            info, metrics = client.get("/info").json(), client.get("/metrics").text
+        assert sorted(entry["index"] for entry in ranked) == [0, 1]
+        expected = Embedder(embedder).encode(["Paris", "巴黎"])
+        assert np.allclose([entry["embedding"] for entry in vectors], expected, atol=1e-5)
+        assert info["models"].keys() == {"reranker", "embedder"}
+        assert info["model_type"] == info["models"]["embedder"]["model_type"] == {"embedding": {"pooling": "mean"}}
+        assert info["models"]["reranker"]["model_type"].keys() == {"reranker"} and info["max_input_length"] == 64
+        assert 'rag_retrieval_requests_total{path="/v1/embeddings",status="200"} 1.0' in metrics
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(120) == 0
+    assert "reranker reranker is loaded" in server.log and "embedder embedder is loaded" in server.log

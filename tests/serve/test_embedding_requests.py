@@ -104,3 +104,19 @@ def test_a_request_counts_as_many_documents_as_it_has_texts(service):
     ):
         endpoint = endpoint_of(service, path)
         assert endpoint.size(endpoint.parse(json.dumps(body).encode(), path)) == expected
+
+
+def test_queries_go_before_the_documents_of_others(embedders, monkeypatch):
+    with running_embedder(embedders["dense"]) as service:
+        batcher, seen = service.batchers["embedder"], []
+        submit = batcher.submit
+        monkeypatch.setattr(batcher, "submit", lambda items, first=False: seen.append(first) or submit(items, first))
+        for path, body in (
+            ("/embed", {"inputs": "a", "prompt_name": "query"}),
+            ("/embed", {"inputs": "a", "prompt_name": "document"}),
+            ("/v2/embed", {"texts": ["a"], "input_type": "search_query"}),
+            ("/v2/embed", {"texts": ["a"], "input_type": "search_document"}),
+            ("/v1/embeddings", {"input": "a"}),
+        ):
+            assert ask(service, path, json=body).status_code == 200
+    assert seen == [True, False, True, False, False]

@@ -159,7 +159,7 @@ def test_info_says_what_the_model_gives(unified, embedders):
     info = ask(unified, "/info", "GET").json()
     assert info["model_id"] == "tiny" and info["model_type"] == {"embedding": {"pooling": "mean"}}
     assert (info["max_input_length"], info["dimensions"]) == (64, 32)
-    assert info["representations"] == ["dense", "lexical", "multi_vector"] and info["int8"] is False
+    assert info["representations"] == ["dense", "lexical", "multi_vector"] and info["int8"] is True
     assert info["max_client_batch_size"] == 1000
 
 

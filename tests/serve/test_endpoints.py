@@ -75,23 +75,25 @@ def test_a_cancelled_piece_is_left_out_and_its_cost_too():
     held.threads.close()
 
 
-def test_the_expected_wait_is_the_cost_of_what_waits_at_the_speed_so_far(monkeypatch):
+def test_the_expected_wait_is_the_cost_of_what_goes_before_at_the_speed_so_far(monkeypatch):
     clock = iter([0.0, 2.0])
     monkeypatch.setattr("rag_retrieval.serve.endpoints.time.perf_counter", lambda: next(clock, 2.0))
     held = Held()
 
-    async def measure() -> float:
+    async def measure() -> tuple[float, float]:
         await held.threads.run(lambda: None, cost=10)  # 0.2 s for 1, of which a tenth counts at once
         first = asyncio.create_task(held.threads.run(held.hold))
         await asyncio.to_thread(held.entered.wait, 60)
         waiting = [asyncio.create_task(held.threads.run(held.done.append, cost, cost=cost)) for cost in (30, 20)]
         await asyncio.sleep(0)
-        expected = held.threads.expected_seconds()
+        query = asyncio.create_task(held.threads.run(held.done.append, "query", cost=5, first=True))
+        await asyncio.sleep(0)
+        expected = held.threads.expected_seconds(), held.threads.expected_seconds(first=True)
         held.gate.set()
-        await asyncio.gather(first, *waiting)
+        await asyncio.gather(first, *waiting, query)
         return expected
 
-    assert asyncio.run(measure()) == pytest.approx(50 * 0.02)
+    assert asyncio.run(measure()) == pytest.approx((55 * 0.02, 5 * 0.02))
     held.threads.close()
 
 
@@ -99,7 +101,7 @@ def test_other_work_is_refused_where_it_would_wait_too_long(monkeypatch):
     threads = PieceThreads(1, "test")
     work = Work("id", threads, threads, Admission(1, 1, timeout=30))
     assert asyncio.run(work.run(lambda one: one + 1, 1)) == 2
-    monkeypatch.setattr(threads, "expected_seconds", lambda: 16)
+    monkeypatch.setattr(threads, "expected_seconds", lambda first: 16)
     with pytest.raises(RequestError) as caught:
         asyncio.run(work.run(lambda: 1))
     assert caught.value.status == 429
