@@ -236,8 +236,8 @@ class Admission:
 
 
 class ServerMetrics:
-    """The series of one server, for Prometheus, in a separate registry. model: "reranker" or "embedder"; its items are
-    pairs or texts.
+    """The series of one server, for Prometheus, in a separate registry. model: "reranker", "embedder" or
+    "index_embedder"; its items are pairs or texts.
 
     Where several workers serve, the values of each stand in files (`shared_metrics`), and every worker shows the sums.
     An unknown path is counted as `other`: else a client could make any number of series.

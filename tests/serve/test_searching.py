@@ -242,6 +242,9 @@ def test_another_embedder_leaves_the_index_its_own(folder, tmp_path):
             ask(service, {"query": QUERIES[1]}).json(), Retriever(folder, depth=6, device="cpu").search(QUERIES[1])
         )
         assert ask(service, {"input": "water"}, "/v1/embeddings").json()["model"] == "other"
+        metrics = ask(service, path="/metrics", method="GET").text
+        counted = re.findall(r'^rag_retrieval_tokens_total\{model="(\w+)"\} (?!0\.0)', metrics, re.MULTILINE)
+        assert counted == ["embedder", "index_embedder"]
 
 
 def test_an_index_that_changes_is_searched_as_it_is_now(rows, tmp_path, caplog):
