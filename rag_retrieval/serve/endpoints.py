@@ -212,10 +212,10 @@ def parse_json(body: bytes, schema: type[Request], expected: Mapping[str, str]) 
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
-        raise _refusal(error, schema, expected) from error
+        raise _refusal(error, expected) from error
 
 
-def _refusal(error: ValidationError, schema: type[BaseModel], expected: Mapping[str, str]) -> RequestError:
+def _refusal(error: ValidationError, expected: Mapping[str, str]) -> RequestError:
     """From the problem that pydantic met deepest in a list: of a key that may be several things, it is that of the one
     that was meant. The values themselves may be huge, so they are not shown."""
     if error.error_count() > MOST_ERRORS:
@@ -226,8 +226,7 @@ def _refusal(error: ValidationError, schema: type[BaseModel], expected: Mapping[
     if kind == "json_invalid":
         return RequestError(400, f"the body is no JSON: {problem['msg']}")
     if not place:
-        needed = " and ".join(key for key, field in schema.model_fields.items() if field.is_required())
-        return RequestError(422, f"the body: expected a JSON object with {needed}")
+        return RequestError(422, f"the body: expected an object with {' and '.join(expected)}")
     name = f"{place[0]!s:.100}" + "".join(f"[{position}]" for position in _positions(problem))
     if kind == "extra_forbidden":
         return RequestError(422, f"{name}: this server does not know the key; leave it out")
