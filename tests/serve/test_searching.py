@@ -178,6 +178,7 @@ def test_a_document_is_given_whole_by_its_id(service, rows):
         assert response.status_code == 200
         metadata = row.get("metadata", {}) | {"year": row["year"]}
         assert response.json() == {"id": id_, "text": row["text"], "metadata": metadata}
+        assert "connection" not in response.headers  # else the server had waited for a body that never comes
     for id_ in ("nothing", "", "panda-river/"):
         response = ask(service, None, f"/documents/{id_}", "GET")
         assert response.status_code == 404 and f"no document '{id_}'" in response.json()["message"]
