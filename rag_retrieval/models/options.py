@@ -150,6 +150,12 @@ class ModelOptions(OpeningOptions):
         """See `only`."""
         return self.only(ModelOptions, device)
 
+    def embedder_options(self) -> EmbedderOptions:
+        """Those that are for embedders too, for what opens one in a reranker's place or beside it."""
+        model_type = self.model_type if self.model_type in ("onnx", "openvino") else None
+        opening = {name: getattr(self, name) for name in OpeningOptions.model_fields}
+        return EmbedderOptions(**opening, model_type=model_type)
+
 
 class LongDocumentOptions(Config):
     """How documents are read that do not fit beside their query: `rerank` describes the values."""
