@@ -81,6 +81,12 @@ COMMANDS = {
             work=("rag_retrieval.export.run",),
         ),
         Command(
+            "benchmark",
+            "measure how fast models compute on this machine",
+            config="rag_retrieval.infer.benchmark:BenchmarkConfig",
+            run="rag_retrieval.infer.benchmark:run",
+        ),
+        Command(
             "serve",
             "answer requests to rerank, embed and search over HTTP",
             config="rag_retrieval.serve.config:ServeConfig",

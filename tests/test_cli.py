@@ -25,6 +25,7 @@ VALID = {  # options with which each command would begin its work
     "mine": "--data . --output o.jsonl",
     "distill": "--dataset o/d --teachers o/m --output o.jsonl",
     "export": "--model o/m --output out",
+    "benchmark": "--model o/m",
     "serve": "--model o/m",
     "push": "--model . --repo_id o/m",
     "quickstart": "",

@@ -5,13 +5,26 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rag_retrieval.core.config import NAMES, Config, FileOrFolder, FolderPath, ModelName, Only, OutputPath, key
+from rag_retrieval.core.config import (
+    NAMES,
+    Config,
+    FileOrFolder,
+    FolderPath,
+    Location,
+    ModelName,
+    Only,
+    OutputPath,
+    key,
+)
 from rag_retrieval.models.options import EmbedderOptions, ModelOptions
 
+CALIBRATION_METHODS = ("max", "percentile", "entropy")
 SCORING = Only("commands that score; export is in float32 on one device", lambda config: False)
 CHECKED = Only("exports with data", lambda config: config.data is not None)
 BEIR = Only("exports with data in BEIR layout", lambda config: config.data is not None and os.path.isdir(config.data))
 INT8 = Only("quantize int8", lambda config: config.quantize is not None)
+STATIC = Only("exports with calibrate_with", lambda config: config.calibrate_with is not None)
+PERCENTILE = Only("calibration_method percentile", lambda config: config.calibration_method == "percentile")
 SENT = Only("uploads, without dry_run", lambda config: config.dry_run is None)
 
 
@@ -19,8 +32,8 @@ class ExportConfig(ModelOptions, EmbedderOptions):
     """One export, of a reranker or an embedder: the folder says which. `force` lifts the limits of int8 alone: a
     float32 graph that differs from the model is wrong, and is never kept."""
 
-    main_keys: ClassVar = ("model", "output", "quantize", "data", "force")
-    groups: ClassVar = ModelOptions.groups | {"model": "Export"}
+    main_keys: ClassVar = ("model", "output", "quantize", "data", "calibrate_with", "exclude_layers", "force")
+    groups: ClassVar = ModelOptions.groups | {"model": "Export", "per_channel": "int8"}
     only_for: ClassVar = dict.fromkeys(("devices", "dtype", "precision"), SCORING)
 
     model: ModelName = Field(min_length=1, description="Folder, hub name, or package:NAME of the trained model.")
@@ -34,14 +47,41 @@ class ExportConfig(ModelOptions, EmbedderOptions):
         min_length=1,
     )
     split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv.", "test", only=BEIR, min_length=1)
-    max_length: int | None = Field(
-        None,
-        ge=1,
-        description="Longest pair, or text of an embedder, in tokens, special tokens included. Absent: what the "
-        "model's folder says, else 512.",
-    )
     queries: int = key("Judged queries of the data that are checked, at most.", 100, only=CHECKED, ge=1)
     depth: int = key("BM25's candidates of each query that are scored, in documents.", 50, only=CHECKED, ge=1)
+    documents: int = key(
+        "Of an embedder: documents of the corpus that are searched, at most; always those that are relevant or "
+        "candidates, and others evenly from all.",
+        20_000, only=BEIR, ge=1,
+    )  # fmt: skip
+    graded_pairs: Annotated[str, Location(file=True)] | None = key(
+        "A file of pairs with labels (query, content, label) to measure Spearman's correlation with the labels on.",
+        min_length=1,
+    )
+    per_channel: bool = key(
+        "A scale for each output channel of a product's weights, in place of one for all.", True, only=INT8
+    )
+    calibrate_with: FileOrFolder | None = key(
+        "Texts to calibrate static int8 on: a folder in BEIR layout, a file of ranking records, or for an embedder a "
+        ".txt file with a document in each line. Absent: dynamic int8, with a scale for each token.",
+        only=INT8, min_length=1,
+    )  # fmt: skip
+    calibration_texts: int = key(
+        "Pairs, or lines of a .txt file, that are calibrated on, at most: evenly from all.", 256, only=STATIC, ge=1
+    )
+    calibration_method: Literal[CALIBRATION_METHODS] = key(
+        "Which range of an activation the 8 bits cover: max, of all values; percentile, without the outermost; "
+        "entropy, that of the least KL divergence.",
+        "max", only=STATIC,
+    )  # fmt: skip
+    calibration_percentile: float = key(
+        "Values of an activation that its range covers, in percent.", 99.99, only=PERCENTILE, gt=50, le=100
+    )
+    exclude_layers: Annotated[list[str], NAMES] | None = key(
+        "Layers that stay in float32, by name or pattern, such as encoder.layer.11.* or *.output.dense; auto: what "
+        "each costs is measured, and the fewest of the costliest are left out that bring int8 within its limits.",
+        only=INT8, min_length=1,
+    )  # fmt: skip
     force: bool = key("Keep an int8 model that differs by more than the limits.", False, only=INT8)
 
 

@@ -49,8 +49,8 @@ BATCH_SIZE = 256  # texts of one forward at most, while comparing
 
 
 class Source(Protocol):
-    """texts_of_a_pair: results that a pair has. budget: tokens of a document at most, or of a query that may be longer.
-    """
+    """texts_of_a_pair: results that a pair has: 1 of a reranker; 2 of an embedder, whose source has `encode_kind` and
+    `search_scores` besides. budget: tokens of a document at most, or of a query that may be longer."""
 
     model: PairScorer | EmbeddingModel
     texts_of_a_pair: int
@@ -60,8 +60,8 @@ class Source(Protocol):
     def count(self, document: str) -> int:
         """Its tokens, of any number."""
 
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedPair]:
-        """`texts_of_a_pair` for each pair."""
+    def encode(self, pairs: Sequence[tuple[str, str]], alike: bool = False) -> list[EncodedPair]:
+        """`texts_of_a_pair` for each pair. alike: an embedder encodes both neither as a query nor as a document."""
 
     def results(self, texts: Sequence[EncodedPair], progress: Progress) -> Results:
         """Of the model, as users get them."""
@@ -93,7 +93,7 @@ class RerankerSource:
     def count(self, document: str) -> int:
         return len(self.encoder.text_ids([document], "document")[0])
 
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedPair]:
+    def encode(self, pairs: Sequence[tuple[str, str]], alike: bool = False) -> list[EncodedPair]:
         return self.encoder.encode(pairs)
 
     def results(self, texts: Sequence[EncodedPair], progress: Progress) -> Results:
@@ -137,10 +137,14 @@ class EmbedderSource:
     def count(self, document: str) -> int:
         return len(self.encoder.encode([document], "document", max_length=NO_LIMIT)[0]) - self.fixed
 
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedPair]:
-        queries = self.encoder.encode([query for query, _ in pairs], "query")
-        documents = self.encoder.encode([document for _, document in pairs], "document")
+    def encode(self, pairs: Sequence[tuple[str, str]], alike: bool = False) -> list[EncodedPair]:
+        queries = self.encode_kind([query for query, _ in pairs], None if alike else "query")
+        documents = self.encode_kind([document for _, document in pairs], None if alike else "document")
         return [text for pair in zip(queries, documents, strict=True) for text in pair]
+
+    def encode_kind(self, texts: Sequence[str], kind: str | None) -> list[EncodedPair]:
+        """kind: as of `Embedder.encode`."""
+        return self.encoder.encode(texts, kind)
 
     def results(self, texts: Sequence[EncodedPair], progress: Progress) -> Results:
         return self._computed(TorchEmbedder(self.model, "no"), texts, progress)
@@ -156,16 +160,29 @@ class EmbedderSource:
         return found | ({DENSE: finish(found[DENSE], normalize=self.settings.normalize)} if DENSE in found else {})
 
     def scores(self, results: Results) -> dict[str, np.ndarray]:
+        sides = {name: comparable(name, of) for name, of in results.items()}
         return {
             name: np.array([self._score(name, *pair) for pair in zip(of[0::2], of[1::2], strict=True)], np.float32)
-            for name, of in results.items()
+            for name, of in sides.items()
         }
+
+    def search_scores(self, queries: Results, documents: Results) -> dict[str, np.ndarray]:
+        """Of each query with each document, by representation: float32 [queries, documents]."""
+        found = {}
+        for name in queries:
+            left, right = comparable(name, queries[name]), comparable(name, documents[name])
+            if name == DENSE:
+                found[name] = similarity(left, right, self.settings.similarity)
+            else:
+                rows = [[self._score(name, query, document) for document in right] for query in left]
+                found[name] = np.array(rows, np.float32)
+        return found
 
     def _score(self, name: str, query: Any, document: Any) -> float:
         if name == DENSE:
             return similarity(query[None], document[None], self.settings.similarity).item()
         if name == LEXICAL:
-            return lexical_score(*(dict(zip(*map(np.ndarray.tolist, text), strict=True)) for text in (query, document)))
+            return lexical_score(query, document)
         return maxsim(query, document, self.settings.multi_vector_mean)
 
     def graph(self) -> Graph:
@@ -189,6 +206,11 @@ class EmbedderSource:
             vocabulary=None if output_layer is None else len(output_layer.weight),
             **shared,
         )
+
+
+def comparable(name: str, results: Sequence) -> Sequence:
+    """Lexical weights by token id; other representations as they are."""
+    return [dict(zip(*map(np.ndarray.tolist, text), strict=True)) for text in results] if name == LEXICAL else results
 
 
 def open_source(config: ExportConfig) -> Source:

@@ -4,17 +4,20 @@ int8 is judged by the order of documents, not by the size of differences: its sc
 still rank alike. float32 has to give the model's scores, or its vectors.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import ConstantInputWarning, spearmanr
 
 from rag_retrieval.core.command import CommandFailure
-from rag_retrieval.data.beir import Run
+from rag_retrieval.data.beir import Run, find_optional
+from rag_retrieval.evaluate.pairs import read_pairs
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
 from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.export.source import Compute, Results, Source
@@ -22,11 +25,14 @@ from rag_retrieval.metrics import run_metrics
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.retrieval.bm25 import BM25
 
+logger = logging.getLogger(__name__)
+
 FLOAT32_LIMIT = 1e-4  # largest difference of a score or of a number of a vector, relative where they exceed 1
 LEAST_CORRELATION = 0.98  # of int8: Spearman's, over all pairs
-LARGEST_LOSS = 0.01  # of int8: nDCG@10
+LARGEST_LOSS = 0.01  # of int8: nDCG@10, and Spearman's correlation with labels
 MEASURE = "ndcg@10"
-COMPUTED_PAIRS = 128  # of the data, at once
+COMPUTED_PAIRS = 128  # of the data, or documents of a corpus, at once
+RANKED = 100  # documents of a query that are searched for in a corpus
 QUERIES = (
     "How do I read a file line by line in Python?",
     "What are the first signs of the flu?",
@@ -58,32 +64,43 @@ class DifferenceError(CommandFailure):
 class Change:
     """What the export changes. max_difference: of the scores of pairs, and of the sample's results (`Computed`).
     rank_correlation: Spearman's, of the scores of all pairs; an embedder's are similarities. ndcg_before, ndcg_after:
-    nDCG@10 of model and export, None without data."""
+    nDCG@10 of model and export, None without data. graded_before, graded_after: Spearman's correlation of scores with
+    the labels of graded pairs, None without them."""
 
     max_difference: float
     rank_correlation: float
     ndcg_before: float | None = None
     ndcg_after: float | None = None
+    graded_before: float | None = None
+    graded_after: float | None = None
 
     def describe(self) -> str:
         text = f"largest difference {self.max_difference:.1e}, rank correlation {self.rank_correlation:.4f}"
-        if self.ndcg_before is not None:
-            change = self.ndcg_after - self.ndcg_before
-            text += f", nDCG@10 {self.ndcg_before:.4f} before, {self.ndcg_after:.4f} after ({change:+.4f})"
+        for name, before, after in self.measures():
+            text += f", {name} {before:.4f} before, {after:.4f} after ({after - before:+.4f})"
         return text
+
+    def measures(self) -> Iterator[tuple[str, float, float]]:
+        """(name, of the model, of the export)"""
+        if self.ndcg_before is not None:
+            yield "nDCG@10", self.ndcg_before, self.ndcg_after
+        if self.graded_before is not None:
+            yield "Spearman's correlation with the labels", self.graded_before, self.graded_after
 
     def problems(self) -> Iterator[str]:
         """What is beyond the limits of int8."""
         if not self.rank_correlation >= LEAST_CORRELATION:
             yield f"rank correlation {self.rank_correlation:.4f} is below {LEAST_CORRELATION}"
-        if self.ndcg_before is not None and not self.ndcg_before - self.ndcg_after <= LARGEST_LOSS:
-            yield f"nDCG@10 falls by {self.ndcg_before - self.ndcg_after:.4f}, more than {LARGEST_LOSS}"
+        for name, before, after in self.measures():
+            if not before - after <= LARGEST_LOSS:
+                yield f"{name} falls by {before - after:.4f}, more than {LARGEST_LOSS}"
 
 
 @dataclass(frozen=True)
 class Verification:
     """pairs: number compared. shortest, longest: tokens. changes: of the "scores" of a reranker, of an embedder by
-    representation. data, queries: what nDCG@10 is of, None without data."""
+    representation. data, queries: what nDCG@10 is of, None without data. searched: what is ranked for each query, in
+    words. graded: the file of graded pairs, None without them."""
 
     pairs: int
     shortest: int
@@ -91,11 +108,18 @@ class Verification:
     changes: dict[str, Change]
     data: str | None = None
     queries: int | None = None
+    searched: str | None = None
+    graded: str | None = None
 
     def describe(self) -> str:
-        on_data = "" if self.data is None else f", nDCG@10 on {self.data} ({self.queries} queries)"
+        on_data = "" if self.data is None else f", nDCG@10 on {self.data} ({self.queries} queries, {self.searched})"
+        on_data += "" if self.graded is None else f", labels of {self.graded}"
         lines = [f"{self.pairs:,} pairs of {self.shortest} to {self.longest} tokens{on_data}"]
         return "\n  ".join([*lines, *(f"{kind}: {change.describe()}" for kind, change in self.changes.items())])
+
+    def problems(self) -> list[str]:
+        """What is beyond the limits of int8, in words."""
+        return [f"{problem} ({kind})" for kind, change in self.changes.items() for problem in change.problems()]
 
 
 def check_float32(expected: "Computed", exported: "Computed") -> None:
@@ -141,12 +165,11 @@ def largest_difference(expected: "Computed", exported: "Computed", kind: str) ->
 
 def check_int8(verification: Verification, force: bool) -> list[str]:
     """What is beyond the limits of int8, in words. Raises DifferenceError where there is something, without `force`."""
-    changes = verification.changes.items()
-    problems = [f"{problem} ({kind})" for kind, change in changes for problem in change.problems()]
+    problems = verification.problems()
     if problems and not force:
         raise DifferenceError(
             f"int8 changes this model too much: {' and '.join(problems)}; nothing was written. Leave --quantize out, "
-            "or keep it all the same with --force"
+            "leave the costliest layers in float32 with --exclude_layers auto, or keep it all the same with --force"
         )
     return problems
 
@@ -160,10 +183,19 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 class Computed(NamedTuple):
     """What a model or its export gives, by the kind of result. sample: of the texts of the sample's pairs. scores: of
-    the sample's pairs, then of the data's, float32 [pairs]."""
+    the sample's pairs, then of the data's, float32 [pairs]. graded: the same of the graded pairs."""
 
     sample: Results
     scores: dict[str, np.ndarray]
+    graded: dict[str, np.ndarray]
+
+
+class GradedPairs(NamedTuple):
+    """texts: of all pairs, encoded. labels: float64 [pairs]."""
+
+    name: str
+    texts: list[EncodedPair]
+    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -175,32 +207,76 @@ class CheckData:
     encoded: list[EncodedPair]
     samples: int
     data: RankingData | None
+    graded: GradedPairs | None
 
     @property
     def sample_texts(self) -> int:
         return self.samples * self.source.texts_of_a_pair
 
+    @property
+    def texts(self) -> list[EncodedPair]:
+        """All that are computed."""
+        return self.encoded + (self.graded.texts if self.graded is not None else [])
+
+    @property
+    def searched(self) -> str:
+        return f"{self.data.source}'s candidates"
+
     def computed(self, compute: Compute, sample_alone: bool = False) -> Computed:
-        """Token vectors of the data's texts would fill the memory: of those the scores are kept."""
         sample = compute(self.encoded[: self.sample_texts])
-        parts, size = [self.source.scores(sample)], COMPUTED_PAIRS * self.source.texts_of_a_pair
-        for start in range(self.sample_texts, self.sample_texts if sample_alone else len(self.encoded), size):
-            parts.append(self.source.scores(compute(self.encoded[start : start + size])))
-        return Computed(sample, {kind: np.concatenate([part[kind] for part in parts]) for kind in sample})
+        scores, graded = self.source.scores(sample), {}
+        if not sample_alone:
+            on_data = self.data_scores(compute)
+            scores = {kind: np.concatenate([own, *on_data.get(kind, [])]) for kind, own in scores.items()}
+            if self.graded is not None:
+                graded = {kind: np.concatenate(of) for kind, of in self.pair_scores(self.graded.texts, compute).items()}
+        return Computed(sample, scores, graded)
+
+    def pair_scores(self, texts: Sequence[EncodedPair], compute: Compute) -> dict[str, list[np.ndarray]]:
+        """Parts of some pairs each. Token vectors of all texts would fill the memory: of those the scores are kept."""
+        parts: dict[str, list[np.ndarray]] = {}
+        size = COMPUTED_PAIRS * self.source.texts_of_a_pair
+        for start in range(0, len(texts), size):
+            for kind, scores in self.source.scores(compute(texts[start : start + size])).items():
+                parts.setdefault(kind, []).append(scores)
+        return parts
+
+    def data_scores(self, compute: Compute) -> dict[str, list[np.ndarray]]:
+        """Of the data's pairs, in parts."""
+        return self.pair_scores(self.encoded[self.sample_texts :], compute)
+
+    def pair_texts(self, place: int) -> list[EncodedPair]:
+        """Of the pair whose scores are at `place` of `Computed.scores`."""
+        count = self.source.texts_of_a_pair
+        return self.encoded[place * count : (place + 1) * count]
+
+    def candidate_places(self) -> np.ndarray:
+        """Where the scores of the data's candidates are among all; without data those of the sample's pairs."""
+        pairs = len(self.encoded) // self.source.texts_of_a_pair
+        return np.arange(self.samples if self.data is not None else 0, pairs)
+
+    def some_pairs(self, count: int) -> tuple[np.ndarray, list[EncodedPair]]:
+        """(places among all scores, texts) of at most `count` candidates, evenly from all."""
+        places = self.candidate_places()
+        places = places[:: -(-len(places) // count)]
+        return places, [text for place in places.tolist() for text in self.pair_texts(place)]
 
     def compare(self, expected: Computed, exported: Computed) -> Verification:
-        """The rank correlation is over the data's pairs alone, where there are any."""
-        lengths, changes = [len(text) for text in self.encoded], {}
+        """The rank correlation is over the data's candidates alone, where there are any."""
+        lengths, places, changes = [len(text) for text in self.texts], self.candidate_places(), {}
         for kind in expected.scores:
             largest = largest_difference(expected, exported, kind)
-            scores, ndcg = [expected.scores[kind], exported.scores[kind]], ()
+            sides, ndcg, graded = (expected, exported), (None, None), (None, None)
+            correlation = rank_correlation(*(side.scores[kind][places] for side in sides))
             if self.data is not None:
-                scores = [each[self.samples :] for each in scores]
-                ndcg = (run_metrics(self.data.qrels, self.run_of(each), (MEASURE,))[MEASURE] for each in scores)
-            changes[kind] = Change(largest, rank_correlation(*scores), *ndcg)
-        on_data = () if self.data is None else (self.data.name, len(self.data.qrels))
-        pairs = len(self.encoded) // self.source.texts_of_a_pair
-        return Verification(pairs, min(lengths), max(lengths), changes, *on_data)
+                runs = [self.run_of(side.scores[kind][self.samples :]) for side in sides]
+                ndcg = [run_metrics(self.data.qrels, run, (MEASURE,))[MEASURE] for run in runs]
+            if self.graded is not None:
+                graded = [rank_correlation(side.graded[kind], self.graded.labels) for side in sides]
+            changes[kind] = Change(largest, correlation, *ndcg, *graded)
+        on_data = (None,) * 3 if self.data is None else (self.data.name, len(self.data.qrels), self.searched)
+        graded_name = None if self.graded is None else self.graded.name
+        return Verification(len(places), min(lengths), max(lengths), changes, *on_data, graded_name)
 
     def run_of(self, scores: np.ndarray) -> Run:
         """scores: of the data's pairs, in order."""
@@ -211,18 +287,98 @@ class CheckData:
         }
 
 
+@dataclass(frozen=True)
+class CorpusData(CheckData):
+    """The whole corpus, or a part of it, searched by an embedder: the data's pairs are each query with each document.
+    encoded: of the sample alone. queries, documents: by id. corpus: documents there are."""
+
+    queries: dict[str, EncodedPair]
+    documents: dict[str, EncodedPair]
+    corpus: int
+
+    @property
+    def texts(self) -> list[EncodedPair]:
+        return [*super().texts, *self.queries.values(), *self.documents.values()]
+
+    @property
+    def searched(self) -> str:
+        found = len(self.documents)
+        return f"all {found:,} documents" if found == self.corpus else f"{found:,} of {self.corpus:,} documents"
+
+    def data_scores(self, compute: Compute) -> dict[str, list[np.ndarray]]:
+        queries, documents = compute(list(self.queries.values())), list(self.documents.values())
+        blocks: dict[str, list[np.ndarray]] = {}
+        for start in range(0, len(documents), COMPUTED_PAIRS):
+            found = compute(documents[start : start + COMPUTED_PAIRS])
+            for kind, scores in self.source.search_scores(queries, found).items():
+                blocks.setdefault(kind, []).append(scores)
+        return {kind: [np.concatenate(of, axis=1).ravel()] for kind, of in blocks.items()}
+
+    def pair_texts(self, place: int) -> list[EncodedPair]:
+        query, document = divmod(place - self.samples, len(self.documents))
+        return [list(self.queries.values())[query], list(self.documents.values())[document]]
+
+    def candidate_places(self) -> np.ndarray:
+        columns = {document: place for place, document in enumerate(self.documents)}
+        found = [
+            self.samples + row * len(columns) + columns[document]
+            for row, query in enumerate(self.queries)
+            for document in self.data.candidates[query]
+        ]
+        return np.array(found, np.int64)
+
+    def run_of(self, scores: np.ndarray) -> Run:
+        """The best of each query. A document with the query's own id is none of them, as among candidates."""
+        ids, run = list(self.documents), {}
+        for query, own in zip(self.queries, scores.reshape(len(self.queries), -1), strict=True):
+            best = np.argsort(-own, kind="stable")[: RANKED + 1]
+            run[query] = {ids[place]: float(own[place]) for place in best.tolist() if ids[place] != query}
+        return run
+
+
 def read_check_data(config: ExportConfig, source: Source) -> CheckData:
     """Raises ValueError for data that cannot be read."""
-    samples = sample_pairs(source)
+    samples, graded = sample_pairs(source), read_graded(config, source)
     if config.data is None:
-        return CheckData(source, source.encode(samples), len(samples), None)
-    data = first_queries(read_ranking_data(config.data, config.split, BM25, config.depth), config.queries)
+        return CheckData(source, source.encode(samples), len(samples), None, graded)
+    whole = read_ranking_data(config.data, config.split, BM25, config.depth)
+    data = first_queries(whole, config.queries)
+    path = Path(config.data)
+    has_corpus = path.is_dir() and find_optional(path, f"candidates.{config.split}.tsv") is None
+    searches = has_corpus and source.texts_of_a_pair == 2
+    if not searches and "documents" in config.model_fields_set:
+        logger.warning("documents: only for an embedder and a folder without a pool of candidates; ignored")
+    if searches:
+        queries = {query: data.queries[query] for query in data.qrels}
+        documents = some_documents(data, config.documents)
+        encoded = (dict(zip(of, source.encode_kind(list(of.values()), kind), strict=True))
+                   for of, kind in ((queries, "query"), (documents, "document")))  # fmt: skip
+        return CorpusData(source, source.encode(samples), len(samples), data, graded, *encoded, len(data.documents))
     pairs = [
         (data.queries[query], data.documents[document])
         for query, documents in data.candidates.items()
         for document in documents
     ]
-    return CheckData(source, source.encode([*samples, *pairs]), len(samples), data)
+    return CheckData(source, source.encode([*samples, *pairs]), len(samples), data, graded)
+
+
+def read_graded(config: ExportConfig, source: Source) -> GradedPairs | None:
+    if config.graded_pairs is None:
+        return None
+    first, second, labels = read_pairs(Path(config.graded_pairs))
+    texts = source.encode(list(zip(first, second, strict=True)), alike=True)
+    return GradedPairs(Path(config.graded_pairs).name, texts, labels)
+
+
+def some_documents(data: RankingData, count: int) -> dict[str, str]:
+    """Texts by id: all that are relevant or candidates for a query, and others evenly from the corpus up to `count`."""
+    kept = {document for grades in data.qrels.values() for document, grade in grades.items() if grade > 0}
+    kept |= {document for candidates in data.candidates.values() for document in candidates}
+    others = [document for document in data.documents if document not in kept]
+    room = max(0, count - len(kept & data.documents.keys()))
+    places = np.linspace(0, len(others), min(room, len(others)), endpoint=False).astype(int)
+    kept |= {others[place] for place in places.tolist()}
+    return {document: text for document, text in data.documents.items() if document in kept}
 
 
 def first_queries(data: RankingData, count: int) -> RankingData:

@@ -141,14 +141,12 @@ def open_token_vector_backend(model_name_or_path: str | os.PathLike, options: Mo
     both texts together are ignored with a warning."""
     from rag_retrieval.infer.token_vector_backend import TokenVectorBackend
 
-    own = {name: getattr(options, name) for name in OpeningOptions.model_fields}
-    if options.model_type in ("onnx", "openvino"):
-        own["model_type"] = options.model_type
-    foreign = options.given(*(name for name in type(options).model_fields if name not in own))
+    own = options.embedder_options()
+    foreign = [name for name in options.given(*ModelOptions.model_fields) if getattr(own, name, None) is None]
     if foreign:
         names = ", ".join(foreign)
         logger.warning("%s ranks by token vectors; ignored, since not for these: %s", model_name_or_path, names)
-    return TokenVectorBackend(open_embedder_backend(model_name_or_path, EmbedderOptions(**own)))
+    return TokenVectorBackend(open_embedder_backend(model_name_or_path, own))
 
 
 def open_embedder_backend(

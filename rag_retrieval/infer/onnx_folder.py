@@ -229,8 +229,8 @@ def forwards(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> Iterator[Forward]:
-    """Over all texts. Which of them share a forward changes no result beyond float noise, in int8 neither, where every
-    token has its own scale.
+    """Over all texts. Which of them share a forward changes no result beyond float noise. In int8 neither: a scale
+    is a token's own or that of all texts.
 
     batch_size: texts of one forward at most. max_tokens: of one forward, padding included; a longer text is computed
     alone. Longest texts come first, so that running out of memory shows at once.

@@ -66,7 +66,8 @@ class OpeningOptions(Config):
     max_length: int | None = Field(
         None,
         ge=1,
-        description="Longest pair, in tokens, special tokens included. Absent: what the model's folder says, else 512.",
+        description="Longest pair, or text of an embedder, in tokens, special tokens included. Absent: what the "
+        "model's folder says, else 512.",
     )
     attn_implementation: str | None = Field(
         None,
@@ -149,6 +150,12 @@ class ModelOptions(OpeningOptions):
     def model_options(self, device: Any = None) -> "ModelOptions":
         """See `only`."""
         return self.only(ModelOptions, device)
+
+    def embedder_options(self) -> EmbedderOptions:
+        """Those that are for embedders too, for what opens one in a reranker's place or beside it."""
+        model_type = self.model_type if self.model_type in ("onnx", "openvino") else None
+        opening = {name: getattr(self, name) for name in OpeningOptions.model_fields}
+        return EmbedderOptions(**opening, model_type=model_type)
 
 
 class LongDocumentOptions(Config):

@@ -27,6 +27,7 @@ from rag_retrieval.serve.http import (
     Admission,
     RequestError,
     ServerMetrics,
+    check_content,
     error_body,
     error_response,
     is_authorized,
@@ -117,10 +118,11 @@ class Service:
                 self._authorize(request)
             deadline = asyncio.get_running_loop().time() + self.config.timeout
             with self.admission.admit_request(self._expected_seconds(endpoint)):
-                body = b""
                 if endpoint.method == "POST":
-                    body = await read_body(request, self.config.max_body_bytes, deadline)
-                    request.state.body_was_read = True
+                    check_content(request)
+                # a GET's too: what is awaited of its client from then on is that it leaves
+                body = await read_body(request, self.config.max_body_bytes, deadline)
+                request.state.body_was_read = True
                 return await while_connected(request, self._answer(endpoint, body, request), deadline)
 
         return handle

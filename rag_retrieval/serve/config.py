@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from rag_retrieval.core.config import FileOrFolder, FolderPath, ModelName, Only, key
-from rag_retrieval.models.options import EmbedderOptions, LongDocumentOptions, ModelOptions, OpeningOptions
+from rag_retrieval.models.options import LongDocumentOptions, ModelOptions, OpeningOptions
 
 TOKEN_VARIABLE = "RAG_RETRIEVAL_SERVE_TOKEN"
 RERANKER = Only("servers with model", lambda config: config.model is not None)
@@ -91,13 +91,6 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
         gt=0,
         le=86_400,
     )
-
-    def embedder_options(self) -> EmbedderOptions:
-        """What the options for opening a model say for the embedder."""
-        model_type = self.model_type if self.model_type in ("onnx", "openvino") else None
-        return EmbedderOptions(
-            **{name: getattr(self, name) for name in OpeningOptions.model_fields}, model_type=model_type
-        )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.model is None and self.embedder is None and self.index is None:

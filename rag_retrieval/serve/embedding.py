@@ -84,7 +84,6 @@ class EmbedModel:
         """With the keys of text-embeddings-inference where there are such."""
         settings = self.embedder.settings
         return {
-            "model_id": self.name,
             "model_type": {"embedding": {"pooling": "splade" if settings.is_splade_alone else settings.pooling}},
             "max_input_length": self.embedder.text_limit(),
             "dimensions": self.embedder.dim,
@@ -159,7 +158,7 @@ class EmbedModel:
         return Embedded(results, [len(text) for text in texts], truncated)
 
 
-async def compute(
+async def compute_texts(
     model: EmbedModel, batcher: Batcher, task: EmbedTask, work: Work, first: bool = False
 ) -> tuple[list[EmbedItem], list[dict[str, Any]]]:
     """What `EmbedModel.embedded` takes. batcher: that of the model. first: as of `Work`. Raises what its steps do."""
@@ -183,13 +182,13 @@ def opened_embedder(config: ServeConfig, metrics: ServerMetrics) -> Iterator[tup
 
 @contextmanager
 def served_embedder(
-    name: str, embedder: Embedder, config: ServeConfig, metrics: ServerMetrics
+    name: str, embedder: Embedder, config: ServeConfig, metrics: ServerMetrics, role: str = EMBEDDER
 ) -> Iterator[tuple[EmbedModel, Batcher]]:
-    """Of an embedder that is open already."""
+    """Of an embedder that is open already. role: what /health, /info and the metrics call it."""
     model, encoder = EmbedModel(name, embedder), embedder.backend.text_encoder
     texts = ["one", "two", "three", "four", "word " * 2 * encoder.max_length]
     task = model.task(texts, "texts[{}]".format, outputs=embedder.settings.representations)
-    with Batcher(model.compute, MOST_TOKENS, metrics.batch_counter(EMBEDDER)) as batcher:
+    with Batcher(model.compute, MOST_TOKENS, metrics.batch_counter(role)) as batcher:
         items, outputs = model.encode(task, texts), task.forms[0].names
         warm_up(name, encoder, batcher, items, lambda text: EmbedItem(text, outputs), config.batch_tokens)
         yield model, batcher

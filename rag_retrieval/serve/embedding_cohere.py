@@ -11,12 +11,12 @@ from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.embedding import Embedded, EmbedTask
 from rag_retrieval.serve.embedding_requests import (
     EmbeddingEndpoint,
-    StrictRequest,
     base64_of,
     inputs_of,
     limited_texts,
     listed,
 )
+from rag_retrieval.serve.endpoints import StrictRequest
 from rag_retrieval.serve.http import RequestError
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]

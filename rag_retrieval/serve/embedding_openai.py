@@ -9,11 +9,11 @@ from rag_retrieval.serve.embedding import Embedded, EmbedTask
 from rag_retrieval.serve.embedding_requests import (
     EmbeddingEndpoint,
     Inputs,
-    StrictRequest,
     base64_of,
     inputs_of,
     listed,
 )
+from rag_retrieval.serve.endpoints import StrictRequest
 from rag_retrieval.serve.http import RequestError
 
 

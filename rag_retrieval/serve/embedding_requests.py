@@ -10,28 +10,30 @@ from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import Field
 from pydantic_core import to_json
 from starlette.responses import Response
-from typing_extensions import TypeAliasType
 
 from rag_retrieval.models.representations import DENSE
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import ServeConfig
-from rag_retrieval.serve.embedding import EMBEDDER, Embedded, EmbedItem, EmbedModel, EmbedTask, Input, Place, compute
-from rag_retrieval.serve.endpoints import Endpoint, Work, check_characters, parse_json
+from rag_retrieval.serve.embedding import (
+    EMBEDDER,
+    Embedded,
+    EmbedItem,
+    EmbedModel,
+    EmbedTask,
+    Input,
+    Place,
+    compute_texts,
+)
+from rag_retrieval.serve.endpoints import Endpoint, StrictRequest, Work, check_characters, limited_list, parse_json
 from rag_retrieval.serve.http import RequestError, ServerMetrics
 
 # what other services call the kinds of texts; the model's own names are taken besides
 INPUT_TYPES = {"search_query": "query", "search_document": "document", "passage": "document"}
 
 Inputs = str | list[int] | list[str | list[int]]
-
-
-class StrictRequest(BaseModel):
-    """A key that is not named is refused."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class EmptyRequest(RequestError):
@@ -84,7 +86,7 @@ class EmbeddingEndpoint(Endpoint):
         request, task = parsed
         first = task.kind == "query"  # for which people wait
         with self.own_statuses():
-            items, found = await compute(self.model, self.batcher, task, work, first)
+            items, found = await compute_texts(self.model, self.batcher, task, work, first)
         body, truncated = await work.run(self._body, request, task, items, found, work.id, first=first)
         self.truncated.inc(truncated)
         headers = {"X-Truncated": str(truncated)} if truncated else None
@@ -161,11 +163,6 @@ def inputs_of(value: Inputs, field: str) -> list[Input]:
 
 def limited_texts(config: ServeConfig) -> Any:
     return limited_list("texts", str, config.max_documents)
-
-
-def limited_list(name: str, entry: Any, most: int) -> Any:
-    """It ends at its first mistake and at its limit: a hostile body costs no more than a good one."""
-    return TypeAliasType(name, Annotated[list[entry], FailFast(), Field(max_length=most)])
 
 
 def listed(field: str) -> Place:

@@ -16,12 +16,11 @@ from rag_retrieval.serve.embedding_requests import (
     EmbeddingEndpoint,
     EmptyRequest,
     Inputs,
-    StrictRequest,
     inputs_of,
     limited_texts,
     listed,
 )
-from rag_retrieval.serve.endpoints import Work, pieces_of
+from rag_retrieval.serve.endpoints import StrictRequest, Work, pieces_of
 from rag_retrieval.serve.http import RequestError
 
 ERROR_TYPES = {424: "Backend", 429: "Overloaded", 500: "Backend", 503: "Unhealthy", 504: "Backend"}

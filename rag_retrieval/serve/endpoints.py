@@ -2,7 +2,7 @@
 
     body -> parse -> task -> admission of its documents -> answer: tokens in pieces, batches of a model -> response
 
-A new kind of request is one class here below `Endpoint`. Ids, tokens, limits, time-outs, cancellation, metrics and
+A new kind of request is one subclass of `Endpoint`. Ids, tokens, limits, time-outs, cancellation, metrics and
 errors are the application's (`app.py`), the same for all.
 """
 
@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from starlette.responses import Response
+from typing_extensions import TypeAliasType
 
 from rag_retrieval.serve.batching import TURNS, Batcher
 from rag_retrieval.serve.http import Admission, RequestError, error_body
@@ -201,14 +202,25 @@ def pieces_of(texts: Iterable[str]) -> Iterator[list[str]]:
 # ---- bodies ---------------------------------------------------------------------------------------------
 
 
+class StrictRequest(BaseModel):
+    """A key that is not named is refused, and so is a value of another type."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+def limited_list(name: str, entry: Any, most: int) -> Any:
+    """The type of a list that ends at its first mistake and at its limit: a hostile body costs no more than a good
+    one. name: of the type, in pydantic's messages."""
+    return TypeAliasType(name, Annotated[list[entry], FailFast(), Field(max_length=most)])
+
+
 def parse_json(body: bytes, schema: type[Request], expected: Mapping[str, str]) -> Request:
     """Raises RequestError: 400 for what is no JSON, 422 for a field, named with its position, that is not as expected.
 
-    Lists of the schema should end at their first mistake (`FailFast`) and have a `max_length`: then a hostile body
-    costs no more than a good one. expected: of keys with texts, what they hold, in words.
+    Lists of the schema should be a `limited_list`. expected: of keys with texts, what they hold, in words.
     """
     if body.count(b"[") + body.count(b"{") > 1000 + len(body) // 10:  # no text has so many of them
-        raise RequestError(422, "the body: too many lists and objects; documents are strings")
+        raise RequestError(422, "the body: too many lists and objects for its length; send texts as strings")
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
@@ -226,7 +238,7 @@ def _refusal(error: ValidationError, expected: Mapping[str, str]) -> RequestErro
     if kind == "json_invalid":
         return RequestError(400, f"the body is no JSON: {problem['msg']}")
     if not place:
-        return RequestError(422, 'the body: expected an object such as {"query": "...", "documents": ["..."]}')
+        return RequestError(422, f"the body: expected an object with {next(iter(expected))}")
     name = f"{place[0]!s:.100}" + "".join(f"[{position}]" for position in _positions(problem))
     if kind == "extra_forbidden":
         return RequestError(422, f"{name}: this server does not know the key; leave it out")

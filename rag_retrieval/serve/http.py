@@ -109,14 +109,18 @@ def is_authorized(header: str | None, token: bytes | None) -> bool:
 # ---- bodies ---------------------------------------------------------------------------------------------
 
 
-async def read_body(request: Request, most_bytes: int, deadline: float) -> bytes:
-    """deadline: on the clock of the event loop. Raises RequestError (408, 413, 415), and ClientDisconnect."""
+def check_content(request: Request) -> None:
+    """Raises RequestError (415)."""
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise RequestError(415, f"Content-Type: expected application/json, found {media_type!r:.100}")
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise RequestError(415, f"Content-Encoding: found {encoding!r:.100}; send the body uncompressed")
+
+
+async def read_body(request: Request, most_bytes: int, deadline: float) -> bytes:
+    """deadline: on the clock of the event loop. Raises RequestError (408, 413), and ClientDisconnect."""
     too_large = RequestError(413, f"the body is larger than {most_bytes} bytes; send fewer or shorter documents")
     if content_length(request) > most_bytes:
         raise too_large
@@ -236,8 +240,8 @@ class Admission:
 
 
 class ServerMetrics:
-    """The series of one server, for Prometheus, in a separate registry. model: "reranker" or "embedder"; its items are
-    pairs or texts.
+    """The series of one server, for Prometheus, in a separate registry. model: "reranker", "embedder" or
+    "index_embedder"; its items are pairs or texts.
 
     Where several workers serve, the values of each stand in files (`shared_metrics`), and every worker shows the sums.
     An unknown path is counted as `other`: else a client could make any number of series.

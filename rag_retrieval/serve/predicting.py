@@ -12,13 +12,20 @@ from starlette.responses import JSONResponse, Response
 from rag_retrieval.infer.long_documents import EncodedDocument
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import ServeConfig
-from rag_retrieval.serve.embedding_requests import EmptyRequest, StrictRequest, limited_list
+from rag_retrieval.serve.embedding_requests import EmptyRequest
 from rag_retrieval.serve.embedding_tei import tei_error_body
-from rag_retrieval.serve.endpoints import Endpoint, Work, check_characters, parse_json, pieces_of
+from rag_retrieval.serve.endpoints import (
+    Endpoint,
+    StrictRequest,
+    Work,
+    check_characters,
+    limited_list,
+    parse_json,
+    pieces_of,
+)
 from rag_retrieval.serve.http import RequestError, ServerMetrics
-from rag_retrieval.serve.reranking import RERANKER, RerankModel
+from rag_retrieval.serve.reranking import LABEL, RERANKER, RerankModel
 
-LABEL = "LABEL_0"  # what transformers calls the one label of a head that was not given a name
 PAIRS = "a pair [query, document], or a list of such pairs"
 
 

@@ -26,6 +26,7 @@ from rag_retrieval.serve.schemas import RerankTask, document_answer, limited_req
 from rag_retrieval.serve.warm_up import MOST_TOKENS, warm_up
 
 RERANKER = "reranker"  # in /health, /info and the metrics
+LABEL = "LABEL_0"  # what transformers calls the one label of a head that was not given a name
 FORWARD_PAIRS = 256  # of one forward at most; the backend bounds it by tokens besides
 
 
@@ -60,7 +61,7 @@ class RerankModel:
     def info(self) -> dict[str, Any]:
         """For /info."""
         return {
-            "model_type": {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
+            "model_type": {"reranker": {"id2label": {"0": LABEL}, "label2id": {LABEL: 0}}},
             "max_input_length": self.backend.pair_encoder.max_length,
             "long_document": self.encoder.long_document,
             "score_type": self.score_type,
@@ -104,7 +105,7 @@ class RerankModel:
         return shown_scores(logits, self.backend.calibration, normalize=not raw)
 
 
-async def compute(
+async def compute_documents(
     model: RerankModel, batcher: Batcher, task: RerankTask, work: Work
 ) -> tuple[EncodedTask, list[ScoredPair]]:
     """(the task's tokens, what the model says of each document). batcher: that of the model. Raises what its steps
@@ -134,7 +135,7 @@ class RerankEndpoint(Endpoint):
         return len(task.documents)
 
     async def answer(self, task: RerankTask, work: Work) -> Response:
-        encoded, scored = await compute(self.model, self.batcher, task, work)
+        encoded, scored = await compute_documents(self.model, self.batcher, task, work)
         logits = np.array([document.score for document in scored], np.float32)
         shown, score_type = self.model.shown(logits, task.raw_scores)
         truncated = [position for position, text in enumerate(task.documents) if text in encoded.truncated]

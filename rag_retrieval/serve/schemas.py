@@ -7,14 +7,13 @@ result. docs/serve.md has the table.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field, create_model
-from typing_extensions import TypeAliasType
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from rag_retrieval.infer.results import ScoreType, best_first
-from rag_retrieval.serve.endpoints import check_characters, parse_json
+from rag_retrieval.serve.endpoints import StrictRequest, check_characters, limited_list, parse_json
 from rag_retrieval.serve.http import RequestError
 
 TEXTS = 'a list of strings or of objects with "text"'
@@ -31,14 +30,12 @@ class TextObject(BaseModel):
 Text = str | TextObject
 
 
-class RerankRequest(BaseModel):
+class RerankRequest(StrictRequest):
     """A request to rerank, as it is sent. `limited_request` sets the greatest number of documents.
 
     Of keys with a Literal (or None alone) only that value is taken, at which they change nothing: they are known to
     other servers, and to ignore them would change the result. Any other key is refused.
     """
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     query: Text
     documents: list[Text] | None = None
@@ -66,8 +63,7 @@ class RerankRequest(BaseModel):
 
 
 def limited_request(max_documents: int) -> type[RerankRequest]:
-    """Lists end at their first mistake, and at `max_documents`: a hostile body costs no more than a good one."""
-    texts = TypeAliasType("texts", Annotated[list[Text], FailFast(), Field(max_length=max_documents)])
+    texts = limited_list("texts", Text, max_documents)
     fields = {"documents": (texts | None, None), "texts": (texts | None, None)}
     return create_model("LimitedRequest", __base__=RerankRequest, **fields)
 

@@ -13,11 +13,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, create_model
+from pydantic import Field, create_model
 from starlette.responses import Response
-from typing_extensions import TypeAliasType
 
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.inputs import is_unicode
@@ -29,13 +28,12 @@ from rag_retrieval.retrieval.index import Index
 from rag_retrieval.retrieval.index_files import LOCAL_KEYS
 from rag_retrieval.retrieval.retriever import Retriever
 from rag_retrieval.retrieval.searched import Searched
-from rag_retrieval.serve import embedding, reranking
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import ServeConfig
-from rag_retrieval.serve.embedding import EmbedModel, served_embedder
-from rag_retrieval.serve.endpoints import Endpoint, Work, check_characters, parse_json
+from rag_retrieval.serve.embedding import EMBEDDER, EmbedModel, compute_texts, served_embedder
+from rag_retrieval.serve.endpoints import Endpoint, StrictRequest, Work, check_characters, limited_list, parse_json
 from rag_retrieval.serve.http import RequestError, ServerMetrics
-from rag_retrieval.serve.reranking import RerankModel
+from rag_retrieval.serve.reranking import RerankModel, compute_documents
 from rag_retrieval.serve.schemas import RerankTask
 
 INDEX, INDEX_EMBEDDER = "index", "index_embedder"  # in /health and /info
@@ -45,10 +43,8 @@ WARM_UP = "a query, 一个查询"
 log = logging.getLogger(__name__)
 
 
-class SearchRequest(BaseModel):
+class SearchRequest(StrictRequest):
     """As it is sent. `limited_request` sets the greatest numbers."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     query: str | list[str]
     top_k: int = Field(10, ge=1)
@@ -58,7 +54,7 @@ class SearchRequest(BaseModel):
 
 
 def limited_request(max_queries: int, max_results: int) -> type[SearchRequest]:
-    queries = TypeAliasType("queries", Annotated[list[str], FailFast(), Field(max_length=max_queries)])
+    queries = limited_list("queries", str, max_queries)
     fields = {"query": (str | queries, ...), "top_k": (int, Field(10, ge=1, le=max_results))}
     return create_model("LimitedRequest", __base__=SearchRequest, **fields)
 
@@ -141,7 +137,7 @@ class SearchEndpoint(Endpoint):
         started, (model, batcher) = perf_counter(), self.embedding
         how = represented_how(model.embedder, "query", self.retriever.index.options)
         embed_task = model.task(task.queries, "query[{}]".format, **how)
-        items, found = await embedding.compute(model, batcher, embed_task, work, first=True)
+        items, found = await compute_texts(model, batcher, embed_task, work, first=True)
         is_mean = model.embedder.settings.multi_vector_mean
         encoded = encoded_of(model.embedded(embed_task, items, found).results["float32"], is_mean)
         return encoded, {"encode": perf_counter() - started}
@@ -156,7 +152,7 @@ class SearchEndpoint(Endpoint):
     async def _rerank(self, searched: Searched, task: SearchTask, work: Work) -> Searched:
         started, (model, batcher) = perf_counter(), self.reranking
         texts = await work.run(searched.texts, first=True)
-        _, scored = await reranking.compute(model, batcher, RerankTask(searched.query, texts), work)
+        _, scored = await compute_documents(model, batcher, RerankTask(searched.query, texts), work)
         return self.retriever.reranked(searched, scored, perf_counter() - started, normalize=not task.raw_scores)
 
     def _response(self, searched: Sequence[Searched], task: SearchTask, request_id: str) -> Response:
@@ -234,8 +230,8 @@ def opened_search(
         if not retriever.needs_model:
             embedding = None
         elif embedding is None or index.embedder is not embedding[0].embedder:
-            name = PurePath(index.options.embedder).name
-            embedding = stack.enter_context(served_embedder(name, index.embedder, config, metrics))
+            name, role = PurePath(index.options.embedder).name, EMBEDDER if embedding is None else INDEX_EMBEDDER
+            embedding = stack.enter_context(served_embedder(name, index.embedder, config, metrics, role))
         yield SearchEndpoint(config, retriever, embedding, reranking)
 
 

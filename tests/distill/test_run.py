@@ -184,7 +184,7 @@ def test_data_that_change_while_they_are_scored_are_refused(keys, monkeypatch):
 
 def test_a_worker_on_another_kind_of_device_than_planned_is_refused(keys):
     with pytest.raises(ValueError, match="device: a worker computes on cpu, and the first process on cuda"):
-        run_module.open_teachers(CPU, DistillConfig(**keys), [], planned="cuda")
+        run_module.open_teachers(DistillConfig(**keys), [], planned="cuda")
 
 
 def test_a_folder_of_something_else_where_parts_go_is_refused_and_kept(keys, tmp_path):

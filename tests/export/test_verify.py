@@ -37,8 +37,8 @@ def test_float32_may_differ_by_one_in_ten_thousand_and_relatively_beyond_one():
 
     def check(differences, of_sample: bool) -> None:
         scores, sample = expected + (0 if of_sample else differences), expected + (differences if of_sample else 0)
-        computed = Computed({"dense": [sample]}, {"dense": scores})
-        check_float32(Computed({"dense": [expected]}, {"dense": expected}), computed)
+        computed = Computed({"dense": [sample]}, {"dense": scores}, {})
+        check_float32(Computed({"dense": [expected]}, {"dense": expected}, {}), computed)
 
     for of_sample in (True, False):
         check([0.9e-4, -0.9e-4, 1.9e-3], of_sample)
@@ -59,7 +59,8 @@ def test_weights_are_compared_by_token_and_vectors_in_their_order():
 
 def int8(correlation: float, before: float | None = None, after: float | None = None) -> Verification:
     change = Change(0.2, correlation, before, after)
-    return Verification(9, 3, 8, {"scores": change}, before and "toy test", before and 4)
+    on_data = ("toy test", 4, "all 9 documents") if before else ()
+    return Verification(9, 3, 8, {"scores": change}, *on_data)
 
 
 def test_int8_within_its_limits_is_kept():
@@ -78,13 +79,17 @@ def test_int8_beyond_its_limits_is_refused_unless_forced():
     ]
     one_bad = replace(bad, changes={"dense": Change(0.1, 0.99, 0.8, 0.8), "lexical": Change(0.1, 0.99, 0.8, 0.7)})
     assert check_int8(one_bad, force=True) == ["nDCG@10 falls by 0.1000, more than 0.01 (lexical)"]
+    graded = replace(bad, changes={"dense": Change(0.1, 0.99, graded_before=0.8, graded_after=0.78)})
+    assert check_int8(graded, force=True) == [
+        "Spearman's correlation with the labels falls by 0.0200, more than 0.01 (dense)"
+    ]
     with pytest.raises(DifferenceError, match="correlation nan"):
         check_int8(int8(math.nan), force=False)
 
 
 def test_a_verification_is_described_in_one_line_and_one_for_each_kind_of_score():
     assert int8(0.991, 0.8, 0.795).describe().split("\n  ") == [
-        "9 pairs of 3 to 8 tokens, nDCG@10 on toy test (4 queries)",
+        "9 pairs of 3 to 8 tokens, nDCG@10 on toy test (4 queries, all 9 documents)",
         "scores: largest difference 2.0e-01, rank correlation 0.9910, nDCG@10 0.8000 before, 0.7950 after (-0.0050)",
     ]
 

@@ -25,7 +25,7 @@ from exported_samples import exported  # noqa: E402
 from tiny_models import tiny_xlm_roberta  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from rag_retrieval import Embedder, Index, Reranker  # noqa: E402
+from rag_retrieval import Embedder, Index, IndexOptions, Reranker, Retriever, build_index  # noqa: E402
 from rag_retrieval.infer.onnx_backend import open_session  # noqa: E402
 from rag_retrieval.models.embedder import EmbeddingModel  # noqa: E402
 
@@ -118,13 +118,16 @@ def server(*options: str) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_server_answers_without_torch(folders):
+def test_a_server_answers_without_torch(folders, corpus, tmp_path):
+    build_index(corpus, tmp_path / "index", IndexOptions(embedder=str(folders[1]), representations=ALL))
     queries, documents = ([pair[side] for pair in exported_answers.PAIRS] for side in (0, 1))
     folder = str(folders[1])
     with Embedder(folder) as embedder, Reranker(folder) as reranker:
         expected = embedder.encode_queries(queries, outputs=ALL)
         ranked = [result.score for result in reranker.rerank(queries[0], documents[:2])]
-    with server("--model", folder, "--embedder", folder) as address:
+        retriever = Retriever(tmp_path / "index", embedder=embedder, reranker=reranker, normalize=True)
+        searched = {result.doc_id: result.score for result in retriever.search(queries[0], top_k=5)}
+    with server("--model", folder, "--embedder", folder, "--index", str(tmp_path / "index")) as address:
 
         def post(path: str, **body):
             answer = httpx.post(f"{address}/{path}", json=body, timeout=300)
@@ -140,6 +143,8 @@ def test_a_server_answers_without_torch(folders):
             assert weights == pytest.approx(expected.lexical.by_id(place), abs=1e-5)
         results = post("rerank", query=queries[0], documents=documents[:2], raw_scores=True)["results"]
         assert [result["relevance_score"] for result in results] == pytest.approx(ranked, abs=1e-5)
+        results = post("search", query=queries[0], top_k=5)["results"]
+        assert {result["id"]: result["score"] for result in results} == pytest.approx(searched, abs=1e-4)
 
 
 def test_an_index_of_the_model_is_searched_with_the_export_that_is_given(folders, of_torch):

@@ -41,6 +41,12 @@ def test_a_hostile_body_of_four_megabytes_is_refused(service, path, key):
         assert caught.value.status in (400, 422) and len(caught.value.message) < 250
 
 
+def test_a_body_that_is_no_object_names_the_keys_of_its_own_service(service):
+    for path, key in (("/v1/embeddings", "input"), ("/embed", "inputs"), ("/v2/embed", "texts")):
+        with pytest.raises(RequestError, match=f"expected an object with {key}$"):
+            endpoint_of(service, path).parse(b"[]", path)
+
+
 def test_half_a_surrogate_pair_is_no_json(service):
     for path, body in (
         ("/v1/embeddings", b'{"input": "\\ud83d"}'),

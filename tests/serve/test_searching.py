@@ -185,6 +185,7 @@ def test_a_document_is_given_whole_by_its_id(service, rows):
         assert response.status_code == 200
         metadata = row.get("metadata", {}) | {"year": row["year"]}
         assert response.json() == {"id": id_, "text": row["text"], "metadata": metadata}
+        assert "connection" not in response.headers  # else the server had waited for a body that never comes
     for id_ in ("nothing", "", "panda-river/"):
         response = ask(service, None, f"/documents/{id_}", "GET")
         assert response.status_code == 404 and f"no document '{id_}'" in response.json()["message"]
@@ -249,6 +250,9 @@ def test_another_embedder_leaves_the_index_its_own(folder, tmp_path):
             ask(service, {"query": QUERIES[1]}).json(), Retriever(folder, depth=6, device="cpu").search(QUERIES[1])
         )
         assert ask(service, {"input": "water"}, "/v1/embeddings").json()["model"] == "other"
+        metrics = ask(service, path="/metrics", method="GET").text
+        counted = re.findall(r'^rag_retrieval_tokens_total\{model="(\w+)"\} (?!0\.0)', metrics, re.MULTILINE)
+        assert counted == ["embedder", "index_embedder"]
 
 
 def test_an_index_that_changes_is_searched_as_it_is_now(rows, tmp_path, caplog):
