@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from pydantic import Field, create_model
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.responses import Response
 
 from rag_retrieval.infer.reranker import Reranker
@@ -161,11 +162,20 @@ class SearchEndpoint(Endpoint):
         return json_response(answer | {"id": request_id, "model": self.name})
 
 
+class DocumentId(PathConvertor):
+    """Starlette's `path` ends at a line feed, which an id may have."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("document_id", DocumentId())
+
+
 class DocumentEndpoint(Endpoint):
     """A whole document of the index, by its id."""
 
     method = "GET"
-    paths = (f"{DOCUMENTS}{{id:path}}",)
+    paths = (f"{DOCUMENTS}{{id:document_id}}",)
 
     def __init__(self, index: Index):
         self.index = index

@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -186,9 +187,9 @@ def test_a_document_is_given_whole_by_its_id(service, rows):
         metadata = row.get("metadata", {}) | {"year": row["year"]}
         assert response.json() == {"id": id_, "text": row["text"], "metadata": metadata}
         assert "connection" not in response.headers  # else the server had waited for a body that never comes
-    for id_ in ("nothing", "", "panda-river/"):
-        response = ask(service, None, f"/documents/{id_}", "GET")
-        assert response.status_code == 404 and f"no document '{id_}'" in response.json()["message"]
+    for id_ in ("nothing", "", "panda-river/", "panda\nriver"):
+        response = ask(service, None, f"/documents/{quote(id_)}", "GET")
+        assert response.status_code == 404 and f"no document {id_!r}" in response.json()["message"]
 
 
 @pytest.mark.parametrize(
