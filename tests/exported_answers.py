@@ -46,17 +46,8 @@ def answers(model: str, corpus: str, work: Path) -> dict:
     assert main(["index", "--corpus", corpus, *index, *kept]) == 0
     Path(work / "new.jsonl").write_text(json.dumps({"id": "new", "text": "Water and sugar make oxygen."}))
     assert main(["index", *index, "--add", str(work / "new.jsonl"), "--device", "cpu"]) == 0
-    search = [
-        "--index",
-        str(work / "index"),
-        "--query",
-        queries[0],
-        "--device",
-        "cpu",
-        "--output",
-        str(work / "found.json"),
-    ]
-    assert main(["search", *search, "--reranker", model]) == 0
+    asked = ["--index", str(work / "index"), "--query", queries[0], "--output", str(work / "found.json")]
+    assert main(["search", *asked, "--device", "cpu", "--reranker", model]) == 0
     results = json.loads((work / "found.json").read_text())["results"]
     told["search"] = {result["doc_id"]: result["scores"] for result in results}
     # another index, of which only the order is looked at: codes amplify the last bits of vectors

@@ -1,5 +1,5 @@
-"""A service with a reranker for tests: in this process over ASGI, on a free loopback port in a thread, or as the
-command in a process of its own."""
+"""A service with one model for tests: in this process over ASGI, on a free loopback port in a thread, or as the command
+in a process of its own."""
 
 import asyncio
 import json
@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,9 +19,10 @@ import numpy as np
 from rag_retrieval.infer.backend import Backend
 from rag_retrieval.models.pair_encoding import EncodedPair
 from rag_retrieval.serve.app import Service
-from rag_retrieval.serve.batching import Batcher
+from rag_retrieval.serve.batching import Batcher, Compute
 from rag_retrieval.serve.config import ServeConfig
-from rag_retrieval.serve.endpoints import ServedModel
+from rag_retrieval.serve.embedding import EmbedModel
+from rag_retrieval.serve.endpoints import Endpoint, ServedModel
 from rag_retrieval.serve.http import ServerMetrics
 from rag_retrieval.serve.reranking import RERANKER, RerankModel
 from rag_retrieval.serve.server import RERANKING_ENDPOINTS, address_of, bound_socket, run_server
@@ -53,19 +54,32 @@ class GatedBackend:
 
 
 @contextmanager
-def running_service(
-    backend, token: bytes | None = None, long_document: str = "truncate", batch_tokens: int = BATCH_TOKENS, **options
+def service_of(
+    role: str,
+    served: RerankModel | EmbedModel,
+    compute: Compute,
+    kinds: Sequence[type[Endpoint]],
+    token: bytes | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    **options,
 ) -> Iterator[Service]:
-    """options: of ServeConfig; without a timeout among them none ends, however slow the machine."""
-    options = {"timeout": 3600} | options
-    config, metrics = ServeConfig(model="tiny", **options), ServerMetrics()
-    model = RerankModel("tiny", backend, long_document)
-    with Batcher(model.score, batch_tokens, metrics.batch_counter(RERANKER)) as batcher:
-        models = {RERANKER: ServedModel(model.name, batcher, model.info)}
-        endpoints = [kind(config, model, batcher, metrics) for kind in RERANKING_ENDPOINTS]
+    """compute: of the Batcher. options: of ServeConfig; without a timeout among them none ends, however slow the
+    machine."""
+    config, metrics = ServeConfig(**{"timeout": 3600} | options), ServerMetrics()
+    with Batcher(compute, batch_tokens, metrics.batch_counter(role)) as batcher:
+        models = {role: ServedModel(served.name, batcher, served.info)}
+        endpoints = [kind(config, served, batcher, metrics) for kind in kinds]
         service = Service(config, models, endpoints, metrics, token)
         yield service
         service.close()
+
+
+def running_service(
+    backend, token: bytes | None = None, long_document: str = "truncate", **options
+) -> AbstractContextManager[Service]:
+    """With a reranker. options: of `service_of`."""
+    model = RerankModel("tiny", backend, long_document)
+    return service_of(RERANKER, model, model.score, RERANKING_ENDPOINTS, token, model="tiny", **options)
 
 
 def client_of(service: Service, **options) -> httpx.AsyncClient:

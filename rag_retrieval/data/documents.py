@@ -36,7 +36,7 @@ _UNSPACED = rf"(?:\p{{Han}}|{UNSPACED})"
 _TOKEN = regex.compile(rf"{_UNSPACED}|(?:(?!{_UNSPACED})\w){{1,16}}|[^\w\s]")
 _BLANK_LINES = regex.compile(r"(?:\r?\n[ \t]*){2,}")
 _HEADING = regex.compile(r"\s*#{1,6} [^\n]*\s*")
-_SENTENCE_END = regex.compile(r"[。!?！？…]|\.(?=\s)|\.\Z")
+SENTENCE_END = regex.compile(r"[。!?！？…]|\.(?=\s)|\.\Z")
 
 
 class Document(NamedTuple):
@@ -187,7 +187,7 @@ def _pieces(text: str, limit: int) -> Iterator[tuple[int, int, int]]:
             stop = min(begin + limit, len(tokens))
             if stop < len(tokens):
                 ends = range(stop, begin + limit // 2, -1)
-                stop = next((place for place in ends if _SENTENCE_END.match(text, tokens[place - 1][0])), stop)
+                stop = next((place for place in ends if SENTENCE_END.match(text, tokens[place - 1][0])), stop)
             yield tokens[begin][0], tokens[stop - 1][1], stop - begin
             begin = stop
 

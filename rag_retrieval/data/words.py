@@ -47,11 +47,38 @@ def tokenize(texts: Sequence[str], language: str = AUTO) -> list[list[str]]:
     English) or "plain" (words as they are). Raises ValueError for another name.
     """
     check_language(language)
-    tokenized = []
-    for text in texts:
-        words = _WORD.findall(text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold())
-        tokenized.append([part for word in words for part in _parts(word, language)])
-    return tokenized
+    return [[part for word in _WORD.findall(_normalised(text)) for part in _parts(word, language)] for text in texts]
+
+
+class WordFinder:
+    """Which of some words, as `tokenize` makes them, occur in a text; `tokenize` of the text may take several times as
+    long.
+
+    A word of a script without spaces occurs wherever its characters stand together, also inside what jieba takes for a
+    longer word. language: see `tokenize`.
+    """
+
+    def __init__(self, words: Iterable[str], language: str = AUTO):
+        self.language = language
+        self.spaced, self.unspaced = set(), set()
+        for word in words:
+            (self.unspaced if _STRETCH.match(word).lastgroup else self.spaced).add(word)
+
+    def find(self, text: str) -> set[str]:
+        text = _normalised(text)
+        found = {word for word in self.unspaced if word in text}
+        for word in _WORD.findall(text) if self.spaced else ():
+            for stretch in [word] if word.isascii() else _spaced_stretches(word):
+                found.update([part for part in _parts(stretch, self.language) if part in self.spaced])
+        return found
+
+
+def _spaced_stretches(word: str) -> list[str]:
+    return [match[0] for match in _STRETCH.finditer(word) if not match.lastgroup]
+
+
+def _normalised(text: str) -> str:
+    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
 
 
 def check_language(language: str) -> None:

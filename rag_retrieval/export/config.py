@@ -32,7 +32,7 @@ class ExportConfig(ModelOptions, EmbedderOptions):
     """One export, of a reranker or an embedder: the folder says which. `force` lifts the limits of int8 alone: a
     float32 graph that differs from the model is wrong, and is never kept."""
 
-    main_keys: ClassVar = ("model", "output", "quantize", "data", "calibrate_with", "exclude_layers", "force")
+    main_keys: ClassVar = ("model", "output", "quantize", "data", "calibrate_with")
     groups: ClassVar = ModelOptions.groups | {"model": "Export", "per_channel": "int8"}
     only_for: ClassVar = dict.fromkeys(("devices", "dtype", "precision"), SCORING)
 
@@ -47,12 +47,6 @@ class ExportConfig(ModelOptions, EmbedderOptions):
         min_length=1,
     )
     split: str = key("Of a BEIR folder: the qrels/SPLIT.tsv.", "test", only=BEIR, min_length=1)
-    max_length: int | None = Field(
-        None,
-        ge=1,
-        description="Longest pair, or text of an embedder, in tokens, special tokens included. Absent: what the "
-        "model's folder says, else 512.",
-    )
     queries: int = key("Judged queries of the data that are checked, at most.", 100, only=CHECKED, ge=1)
     depth: int = key("BM25's candidates of each query that are scored, in documents.", 50, only=CHECKED, ge=1)
     documents: int = key(

@@ -198,7 +198,7 @@ def example_inputs(names: tuple[str, ...], vocabulary: int, texts: str) -> tuple
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the advice that exporter and quantizer log and warn of, which no user of ours can act on."""
+    """Without the advice that torch's exporter logs and warns of, which no user of ours can act on."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -49,8 +49,8 @@ BATCH_SIZE = 256  # texts of one forward at most, while comparing
 
 
 class Source(Protocol):
-    """texts_of_a_pair: results that a pair has. budget: tokens of a document at most, or of a query that may be longer.
-    """
+    """texts_of_a_pair: results that a pair has: 1 of a reranker; 2 of an embedder, whose source has `encode_kind` and
+    `search_scores` besides. budget: tokens of a document at most, or of a query that may be longer."""
 
     model: PairScorer | EmbeddingModel
     texts_of_a_pair: int
@@ -143,6 +143,7 @@ class EmbedderSource:
         return [text for pair in zip(queries, documents, strict=True) for text in pair]
 
     def encode_kind(self, texts: Sequence[str], kind: str | None) -> list[EncodedPair]:
+        """kind: as of `Embedder.encode`."""
         return self.encoder.encode(texts, kind)
 
     def results(self, texts: Sequence[EncodedPair], progress: Progress) -> Results:

@@ -28,7 +28,7 @@ from rag_retrieval.core.log import Progress
 from rag_retrieval.core.terminal import plain_table, rendered, terminal_columns
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.infer.onnx_backend import default_threads
-from rag_retrieval.infer.onnx_folder import EmbedderDescription, RerankerDescription, holds
+from rag_retrieval.infer.onnx_folder import EmbedderDescription, OnnxDescription, RerankerDescription, holds
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.models.options import DeviceName
 from rag_retrieval.models.pair_encoding import EncodedPair
@@ -77,9 +77,9 @@ class Subject:
         options: dict[str, Any] = {"device": device} if runtime is None else {"model_type": runtime}
         self.folder, self.embeds = folder, is_embedder(folder)
         self.model = (Embedder if self.embeds else Reranker)(folder, **options)
-        exported = getattr(self.model.backend, "runtime", None)
-        self.runtime = "torch" if exported is None else exported.name
-        self.precision = "" if exported is None else self.model.backend.description.precision
+        self.runtime, self.precision = "torch", ""
+        if exported_kind(folder) is not None:
+            self.runtime, self.precision = self.model.backend.runtime.name, self.model.backend.description.precision
         self.unit = "texts" if self.embeds else "pairs"
 
     @property
@@ -112,10 +112,16 @@ class Subject:
             self.model.rerank(query, documents)
 
 
+def exported_kind(folder: str) -> type[OnnxDescription] | None:
+    """Of the model that an exported folder holds; None for other folders."""
+    kinds = (EmbedderDescription, RerankerDescription)
+    return next((kind for kind in kinds if holds(Path(folder).expanduser(), kind)), None)
+
+
 def is_embedder(folder: str) -> bool:
-    for kind in (EmbedderDescription, RerankerDescription):
-        if holds(Path(folder).expanduser(), kind):
-            return kind is EmbedderDescription
+    exported = exported_kind(folder)
+    if exported is not None:
+        return exported is EmbedderDescription
     from rag_retrieval.models.open import holds_embedder
 
     return holds_embedder(ModelFiles(resolve_model_path(folder)))
@@ -147,8 +153,7 @@ def run(config: BenchmarkConfig) -> str:
 
 
 def runtimes_of(folder: str, config: BenchmarkConfig) -> tuple[str | None, ...]:
-    exported = any(holds(Path(folder).expanduser(), kind) for kind in (EmbedderDescription, RerankerDescription))
-    return (None, "openvino") if exported and config.openvino else (None,)
+    return (None, "openvino") if exported_kind(folder) is not None and config.openvino else (None,)
 
 
 # ---- texts

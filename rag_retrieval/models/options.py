@@ -66,7 +66,8 @@ class OpeningOptions(Config):
     max_length: int | None = Field(
         None,
         ge=1,
-        description="Longest pair, in tokens, special tokens included. Absent: what the model's folder says, else 512.",
+        description="Longest pair, or text of an embedder, in tokens, special tokens included. Absent: what the "
+        "model's folder says, else 512.",
     )
     attn_implementation: str | None = Field(
         None,

@@ -79,7 +79,7 @@ def _place_scores(folder: Path, lengths: np.ndarray, num_words: int) -> None:
         np.add.at(sizes, block["word"], 1)
     ends = np.concatenate([[0], np.cumsum(sizes)])
     np.save(folder / "indptr.csc.index.npy", ends)
-    weights = np.log1p((len(lengths) - sizes + 0.5) / (sizes + 0.5)).astype(np.float32)
+    weights = _idf(sizes, len(lengths)).astype(np.float32)
     norms = K1 * (1 - B + B * lengths / lengths.mean())
     columns = {
         name: _mapped_column(folder / f"{name}.csc.index.npy", dtype, int(ends[-1]))
@@ -98,6 +98,11 @@ def _place_scores(folder: Path, lengths: np.ndarray, num_words: int) -> None:
             progress.update(len(block))
     for column in columns.values():
         column.flush()
+
+
+def _idf(num_with: np.ndarray, num_documents: int) -> np.ndarray:
+    """float64, of words that so many documents have."""
+    return np.log1p((num_documents - num_with + 0.5) / (num_with + 0.5))
 
 
 def _mapped_column(file: Path, dtype: type, count: int) -> np.ndarray:
@@ -122,6 +127,14 @@ class Bm25Search:
 
         self.index = bm25s.BM25.load(folder, mmap=True)
         self.language, self.words = ((folder / name).read_text() for name in ("language", "words"))
+
+    def weights(self, query: str) -> dict[str, float]:
+        """The idf of each different word of a query that some document has."""
+        numbers = self.index.vocab_dict
+        words = [word for word in dict.fromkeys(tokenize([query], self.language)[0]) if word in numbers]
+        starts, places = self.index.scores["indptr"], np.array([numbers[word] for word in words], np.int64)
+        weights = _idf(starts[places + 1] - starts[places], self.index.scores["num_docs"])
+        return dict(zip(words, weights.tolist(), strict=True))
 
     def search(
         self,

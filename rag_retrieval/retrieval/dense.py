@@ -34,7 +34,7 @@ Found = tuple[np.ndarray, np.ndarray]  # of a query: rows, best first, and their
 
 
 class DenseSearch:
-    """Candidates by inner product. encode: queries, as the model of the index does. finer: a copy of the vectors that
+    """Candidates by inner product. represent: queries, as the index's model does. finer: a copy of the vectors that
     scores the best anew. index: of FAISS. factor: how many are scored anew for each one asked for. Without finer and
     index every document is compared, exactly."""
 
@@ -43,18 +43,18 @@ class DenseSearch:
     def __init__(
         self,
         vectors: Vectors,
-        encode: Represent | None,
+        represent: Represent | None,
         device: "str | torch.device",
         finer: Vectors | None = None,
         index=None,
         factor: int = 1,
     ):
-        self.vectors, self.encode, self.device, self.index = vectors, encode, device, index
+        self.vectors, self.represent, self.device, self.index = vectors, represent, device, index
         self.finest, self.factor = finer or vectors, factor
         self.is_exact = index is None and finer is None
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
-        return self.search_encoded(self.encode(list(queries)), judged, depth)
+        return self.search_encoded(self.represent(list(queries)), judged, depth)
 
     def search_encoded(
         self, queries: Encoded, judged: Sequence[np.ndarray], depth: int, among: np.ndarray | None = None

@@ -15,15 +15,15 @@ from rag_retrieval.retrieval.inverted_lists import InvertedLists, Weights
 class LexicalSearch:
     """Candidates by the sum over common terms of w_q w_d; documents without a common term are not found.
 
-    shards: folders of an index. encode: queries, as the model of the index does. Scores are computed for all documents
+    shards: folders of an index. represent: queries, as the index's model does. Scores are computed for all documents
     at once: 4 bytes a document.
     """
 
     words = ""
 
-    def __init__(self, shards: Sequence[Path], encode: Represent | None):
+    def __init__(self, shards: Sequence[Path], represent: Represent | None):
         self.lists = [InvertedLists(shard, LEXICAL, has_weights=True) for shard in shards]
-        self.encode = encode
+        self.represent = represent
         self._starts = np.cumsum([0, *(len(lists.counts) for lists in self.lists)])
         self._by_document = lru_cache(maxsize=1)(lambda shard: list(self.lists[shard].by_document().texts()))
 
@@ -32,7 +32,7 @@ class LexicalSearch:
         return sum(len(lists.documents) for lists in self.lists)
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
-        return self.search_encoded(self.encode(list(queries)), judged, depth)
+        return self.search_encoded(self.represent(list(queries)), judged, depth)
 
     def search_encoded(
         self, queries: Encoded, judged: Sequence[np.ndarray], depth: int, among: np.ndarray | None = None

@@ -83,7 +83,7 @@ class CentroidSearch:
 class MultiVectorSearch:
     """Candidates, then the best of them by MaxSim of the vectors that are kept; so are judged documents scored.
 
-    encode: queries, as the model of the index does. first: where candidates come from; None: all documents are scored.
+    represent: queries, as the index's model does. first: where candidates come from; None: all documents are scored.
     factor: candidates for each document that is asked for.
 
     Among a part of the documents (`among`) all of them are scored where they are no more than the candidates would be,
@@ -95,16 +95,16 @@ class MultiVectorSearch:
     def __init__(
         self,
         documents: StoredTokens,
-        encode: Represent | None,
+        represent: Represent | None,
         device: "str | torch.device",
         first: DenseSearch | LexicalSearch | CentroidSearch | None = None,
         factor: int = 1,
     ):
-        self.documents, self.encode, self.device = documents, encode, device
+        self.documents, self.represent, self.device = documents, represent, device
         self.first, self.factor, self.is_exact = first, factor, first is None
 
     def search(self, queries: Sequence[str], judged: Sequence[np.ndarray], depth: int) -> list[Candidates]:
-        return self.search_encoded(self.encode(list(queries)), judged, depth)
+        return self.search_encoded(self.represent(list(queries)), judged, depth)
 
     def search_encoded(
         self, queries: Encoded, judged: Sequence[np.ndarray], depth: int, among: np.ndarray | None = None

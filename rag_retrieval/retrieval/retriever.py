@@ -24,6 +24,7 @@ from rag_retrieval.infer.reranker import Reranker, open_reranker
 from rag_retrieval.infer.results import best_first, shown_scores
 from rag_retrieval.models.inputs import check_flag, check_list, check_number, check_text
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.retrieval.best_passage import query_words
 from rag_retrieval.retrieval.bm25 import BM25
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion, combine
@@ -166,7 +167,8 @@ class Retriever:
             if len(self.stages) > 1:
                 with timed(own_seconds, FUSED):
                     lists[FUSED] = self.fusion.fuse(lists, nothing, depth)
-            searched.append(Searched(query, opened.documents, lists, own_seconds, score_type=list(lists)[-1]))
+            words = query_words(query, opened.searches.get(BM25))
+            searched.append(Searched(query, opened.documents, lists, own_seconds, list(lists)[-1], words))
         return searched
 
     def reranked(

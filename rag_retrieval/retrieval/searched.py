@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from rag_retrieval.data.corpus import Corpus
 from rag_retrieval.infer.long_documents import ScoredPair
 from rag_retrieval.infer.results import RerankResult, RerankResults
+from rag_retrieval.retrieval.best_passage import QueryWords
 from rag_retrieval.retrieval.candidates import Candidates
 
 
@@ -40,7 +41,8 @@ class SearchResults(RerankResults):
 class Searched:
     """stages: what each found, by its name, in the order in which they work; the last is the result. seconds: of each
     stage and, where there are such, of "encode" (the query by the model) and "filter"; what queries that are asked
-    together share is that of all of them. scored: what the reranker said of each row. score_type: of `SearchResults`.
+    together share is that of all of them. score_type: of `SearchResults`. words: of the query, by which the best
+    passage of a text is found. scored: what the reranker said of each row.
     """
 
     query: str
@@ -48,6 +50,7 @@ class Searched:
     stages: Mapping[str, Candidates]
     seconds: Mapping[str, float]
     score_type: str
+    words: QueryWords
     scored: Mapping[int, ScoredPair] = field(default_factory=dict)
 
     @property
@@ -93,7 +96,7 @@ class Searched:
                 "score": result.score,
                 "rank": result.rank,
                 "metadata": result.metadata,
-                "passage": result.slice and dict(zip(("start", "end"), result.slice, strict=True)),
+                "passage": self._passage(result.document_index, result.text),
                 "truncated": result.truncated,
                 "scores": result.scores,
                 "ranks": result.ranks,
@@ -102,6 +105,12 @@ class Searched:
         ]
         answer = {"query": self.query, "results": results, "score_type": self.score_type}
         return answer | (self._stages_of_answer(top_k) if with_stages else {})
+
+    def _passage(self, row: int, text: str) -> dict[str, int] | None:
+        """The reranker's best slice; else the best passage by words."""
+        scored = self.scored.get(row)
+        best = (scored and scored.span) or self.words.best_passage(text)
+        return best and {"start": best[0], "end": best[1]}
 
     def _stages_of_answer(self, top_k: int) -> dict[str, Any]:
         stages = [
@@ -118,9 +127,10 @@ class Searched:
         others = dict.fromkeys(row for of in self.stages.values() for row in of.rows.tolist())
         for row in self.last.rows[:top_k].tolist():
             del others[row]
-        documents = {
-            self.documents.id(row): {"text": self.documents.text(row), "metadata": self.documents.metadata(row)}
-            for row in others
-        }
+        documents = {}
+        for row in others:
+            document = self.documents.document(row)
+            own = {"text": document.text, "metadata": document.metadata, "passage": self._passage(row, document.text)}
+            documents[document.id] = own
         before = {f"{name}_seconds": self.seconds[name] for name in ("encode", "filter") if name in self.seconds}
         return {"stages": stages, "documents": documents} | before

@@ -39,7 +39,9 @@ def open_searches(
     return searches
 
 
-def open_dense(paths: Mapping[str, Path], options: IndexOptions, encode: Represent | None, device: str) -> DenseSearch:
+def open_dense(
+    paths: Mapping[str, Path], options: IndexOptions, represent: Represent | None, device: str
+) -> DenseSearch:
     vectors, *finer = open_vectors(paths, options)
     index = read_faiss(paths["faiss"], options.faiss_search) if "faiss" in paths else None
-    return DenseSearch(vectors, encode, device, *finer, index=index, factor=options.rescore_factor)
+    return DenseSearch(vectors, represent, device, *finer, index=index, factor=options.rescore_factor)

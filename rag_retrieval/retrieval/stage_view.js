@@ -1,8 +1,8 @@
 // The stages of a search side by side, and a document in full: for the server's page and the report of an evaluation.
 //
 // An answer is what POST /search gives with `stages`: {query, stages: [{name, seconds, results: [{id, score, rank}]}],
-// results: [{id, text, metadata, passage}], documents: {id: {text, metadata}}}. Seconds, results and passages may be
-// missing. Texts are data: they become text nodes and nothing else, and each is isolated from the direction of its
+// results: [{id, text, metadata, passage}], documents: {id: {text, metadata, passage}}}. Seconds, results and passages
+// may be missing. Texts are data: they become text nodes and nothing else, and each is isolated from the direction of its
 // neighbours.
 "use strict";
 

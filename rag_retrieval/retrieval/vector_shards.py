@@ -156,7 +156,7 @@ class LexicalWriter:
     """The same of weights. The lists of a shard are made in memory."""
 
     def __init__(self, options: IndexOptions, fitted: Path | None, device: str, old: Sequence[Path]):
-        self.old, self.rows = LexicalSearch(old, encode=None), []
+        self.old, self.rows = LexicalSearch(old, represent=None), []
 
     def encoded(self, texts: Encoded) -> Rows:
         return Rows(texts.lexical[:2], texts.lexical.counts)

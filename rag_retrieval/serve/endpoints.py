@@ -238,7 +238,7 @@ def _refusal(error: ValidationError, expected: Mapping[str, str]) -> RequestErro
     if kind == "json_invalid":
         return RequestError(400, f"the body is no JSON: {problem['msg']}")
     if not place:
-        return RequestError(422, f"the body: expected an object with {' and '.join(expected)}")
+        return RequestError(422, f"the body: expected an object with {next(iter(expected))}")
     name = f"{place[0]!s:.100}" + "".join(f"[{position}]" for position in _positions(problem))
     if kind == "extra_forbidden":
         return RequestError(422, f"{name}: this server does not know the key; leave it out")

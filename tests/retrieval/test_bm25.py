@@ -60,6 +60,13 @@ def test_candidates_have_the_scores_of_the_formula_and_positives_theirs(tmp_path
     assert found.judged_scores.tolist() == pytest.approx([expected[1], 0])
 
 
+def test_the_words_of_a_query_weigh_their_idf_and_unknown_ones_nothing(tmp_path):
+    search = Bm25Search(built(tmp_path, ["panda panda bamboo", "panda river", "tiger river forest", ""]))
+    found = search.weights("The river tigers, the tiger and a zebra")
+    assert found == pytest.approx({"river": np.log(1 + 2.5 / 2.5), "tiger": np.log(1 + 3.5 / 1.5)})
+    assert search.weights("zebra?") == {}
+
+
 def test_a_query_without_a_known_word_has_no_candidates(tmp_path):
     search = Bm25Search(built(tmp_path, ["panda", "tiger"]))
     for text in ("zebra", "the", "?"):

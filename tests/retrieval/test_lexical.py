@@ -35,7 +35,7 @@ HAND = [{7: 0.5, 250_000: 1.0}, {}, {7: 2.0}, {3: 1.0, 9: 0.25}, {9: 4.0, 7: 0.5
 
 
 def test_a_document_has_the_sum_of_the_products_of_common_terms(tmp_path):
-    search = LexicalSearch(written(tmp_path, HAND), encode=None)
+    search = LexicalSearch(written(tmp_path, HAND), represent=None)
     queries = weights_of([{7: 2.0, 9: 1.0}, {250_000: 3.0, 8: 9.0}, {8: 1.0}, {}])
     first, second, *others = search.search_weights(queries, [np.array([1, 3, 4]), np.array([0, 2]), NONE, NONE], 3)
     # 7: 2 x .5, 2 x 2, 2 x .5 + 1 x 4; 9: 1 x .25
@@ -54,7 +54,7 @@ def test_shards_of_any_size_find_what_a_loop_over_dicts_finds(tmp_path, size):
     ]
     documents, queries = texts[:50], texts[50:]
     encoded = Encoded(None, weights_of(queries), None)
-    search = LexicalSearch(written(tmp_path, documents, size), encode=lambda names: encoded)
+    search = LexicalSearch(written(tmp_path, documents, size), represent=lambda names: encoded)
     found = search.search(["q"] * 6, [np.arange(50)] * 6, 8)
     for candidates, query in zip(found, queries, strict=True):
         scores = [sum(weight * document.get(term, 0) for term, weight in query.items()) for document in documents]
@@ -65,7 +65,7 @@ def test_shards_of_any_size_find_what_a_loop_over_dicts_finds(tmp_path, size):
 
 
 def test_weights_of_documents_come_back_in_any_order(tmp_path):
-    search = LexicalSearch(written(tmp_path, HAND, size=2), encode=None)
+    search = LexicalSearch(written(tmp_path, HAND, size=2), represent=None)
     rows = np.array([4, 0, 1, 4, 3])
     back = search.rows(rows)
     texts = [dict(zip(ids.tolist(), weights.tolist(), strict=True)) for ids, weights in back.texts()]
@@ -84,16 +84,16 @@ def test_lists_are_mapped_and_hold_four_bytes_a_number(tmp_path):
 
 
 def test_a_shard_without_any_term_is_searched(tmp_path):
-    search = LexicalSearch(written(tmp_path, [{}, {}]), encode=None)
+    search = LexicalSearch(written(tmp_path, [{}, {}]), represent=None)
     (found,) = search.search_weights(weights_of([{1: 1.0}]), [np.array([1])], 5)
     assert len(found.rows) == 0 and found.judged_scores.tolist() == [0]
 
 
 def test_the_first_document_is_known_by_its_weights(tmp_path):
-    search = LexicalSearch(written(tmp_path, HAND), encode=None)
+    search = LexicalSearch(written(tmp_path, HAND), represent=None)
     assert search.similarity_of_first(weights_of(HAND[:1])) == pytest.approx(1)
     assert search.similarity_of_first(weights_of([{7: 1.0, 8: 2.0}])) == pytest.approx(0.5 / np.sqrt(1.25 * 5))
     assert search.similarity_of_first(weights_of([{}])) == 0
     (tmp_path / "empty").mkdir()
-    empty = LexicalSearch(written(tmp_path / "empty", [{}]), encode=None)
+    empty = LexicalSearch(written(tmp_path / "empty", [{}]), represent=None)
     assert empty.similarity_of_first(weights_of([{}])) == 1
