@@ -125,8 +125,9 @@ def calibration_texts(config: ExportConfig, source: Source) -> list[EncodedPair]
     return source.encode([(record.query, record.documents[0]) for record in evenly(records, most)])
 
 
-def evenly(values: list, most: int) -> list:
-    return values[:: -(-len(values) // most)] if values else []
+def evenly(values: Sequence, most: int) -> Sequence:
+    """Every n-th, with the least n for which they are at most `most`."""
+    return values[:: max(1, -(-len(values) // most))]
 
 
 def activation_ranges(

@@ -32,7 +32,7 @@ class ExportConfig(ModelOptions, EmbedderOptions):
     """One export, of a reranker or an embedder: the folder says which. `force` lifts the limits of int8 alone: a
     float32 graph that differs from the model is wrong, and is never kept."""
 
-    main_keys: ClassVar = ("model", "output", "quantize", "data", "calibrate_with", "exclude_layers", "force")
+    main_keys: ClassVar = ("model", "output", "quantize", "data", "calibrate_with")
     groups: ClassVar = ModelOptions.groups | {"model": "Export", "per_channel": "int8"}
     only_for: ClassVar = dict.fromkeys(("devices", "dtype", "precision"), SCORING)
 

@@ -19,6 +19,7 @@ from rag_retrieval.core.command import CommandFailure
 from rag_retrieval.data.beir import Run, find_optional
 from rag_retrieval.evaluate.pairs import read_pairs
 from rag_retrieval.evaluate.ranking_data import RankingData, read_ranking_data
+from rag_retrieval.export.calibrate import evenly
 from rag_retrieval.export.config import ExportConfig
 from rag_retrieval.export.source import Compute, Results, Source
 from rag_retrieval.metrics import run_metrics
@@ -257,8 +258,7 @@ class CheckData:
 
     def some_pairs(self, count: int) -> tuple[np.ndarray, list[EncodedPair]]:
         """(places among all scores, texts) of at most `count` candidates, evenly from all."""
-        places = self.candidate_places()
-        places = places[:: -(-len(places) // count)]
+        places = evenly(self.candidate_places(), count)
         return places, [text for place in places.tolist() for text in self.pair_texts(place)]
 
     def compare(self, expected: Computed, exported: Computed) -> Verification:
@@ -383,8 +383,7 @@ def some_documents(data: RankingData, count: int) -> dict[str, str]:
 
 def first_queries(data: RankingData, count: int) -> RankingData:
     """At most `count` judged queries, evenly from all."""
-    names = list(data.qrels)
-    kept = names[:: -(-len(names) // count)]
+    kept = evenly(list(data.qrels), count)
     qrels, candidates = ({query: values[query] for query in kept} for values in (data.qrels, data.candidates))
     return replace(data, qrels=qrels, candidates=candidates)
 

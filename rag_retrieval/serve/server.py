@@ -199,7 +199,7 @@ class ClientConnection(H11Protocol):
 class Server(uvicorn.Server):
     """Logs where it listens once it does. Stops at SIGTERM or SIGINT once nothing is inside, at a second one now.
 
-    parent: of a worker; it is told that this process is ready, and stops it in place of signals."""
+    parent: of a worker; this process says there that it is ready, and is stopped from there in place of signals."""
 
     def __init__(self, config: uvicorn.Config, service: Service, parent: Connection | None):
         super().__init__(config)
