@@ -117,7 +117,8 @@ def _decode_json(raw: bytes) -> object:
         return RecordError(f"found JSON that cannot be read ({error}); expected one record.")
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict:
+def unique_object(pairs: list[tuple[str, object]]) -> dict:
+    """For `object_pairs_hook` of json. Raises RecordError for a key that stands twice."""
     entry = dict(pairs)
     if len(entry) < len(pairs):
         raise RecordError(_repeated("key", [key for key, _ in pairs]))
@@ -125,7 +126,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 
 _SEPARATOR = re.compile(r"\s*([\[,]?)\s*(\]\s*\Z)?")  # before an element of an array, or at the end of the array
-_JSON = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each line
+_JSON = json.JSONDecoder(object_pairs_hook=unique_object)  # json.loads would make one for each line
 
 
 def _repeated(what: str, names: list[str]) -> str:

@@ -15,7 +15,7 @@ from rag_retrieval.core.files import atomic_write, check_new_file
 from rag_retrieval.core.log import Progress
 from rag_retrieval.core.terminal import on_one_line, rendered, terminal_columns, wrapped
 from rag_retrieval.data.beir import query_texts, run_lines
-from rag_retrieval.data.readers import text_lines
+from rag_retrieval.data.readers import text_lines, unique_object
 from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
 from rag_retrieval.retrieval.filters import parse_where
 
@@ -91,7 +91,7 @@ class SearchConfig(ModelOptions, LongDocumentOptions):
     def conditions(self) -> dict[str, Any] | None:
         """Raises ValueError for what is no JSON."""
         try:
-            return None if self.where is None else json.loads(self.where)
+            return None if self.where is None else json.loads(self.where, object_pairs_hook=unique_object)
         except ValueError as error:
             found = f"found {shown_value(self.where)} ({error})"
             raise ValueError(f'expected JSON such as {{"year": {{"gte": 2020}}}}, {found}') from None

@@ -314,6 +314,7 @@ def test_all_ways_of_asking_filter_alike(built, capsys):
     for wrong, message in (
         ("{year: 3}", "--where: expected JSON such as"),
         ('{"year": [3]}', "--where: year: expected a string, a number"),
+        ('{"year": 3, "year": 4}', "found the key 'year' twice"),
         ('{"yeer": 3}', "where: yeer: no document has a value there"),
     ):
         assert main([*command, "--where", wrong]) == 2
