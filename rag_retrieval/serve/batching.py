@@ -159,8 +159,10 @@ class Batcher:
 
     def _forget(self, job: _Job) -> None:
         """Drop what waits of a job that is done: its client has gone, or another part of it failed."""
-        with self._changed, suppress(ValueError):  # it is not in the line
-            self._line(job).remove(job)
+        line = self._line(job)
+        with self._changed:
+            if job in line:  # what `remove` raises of one that is not there has all its results in the message
+                line.remove(job)
 
     def _take(self) -> list[_Part]:
         """The next batch."""

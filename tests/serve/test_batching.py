@@ -253,3 +253,18 @@ def test_a_query_waits_for_queries_alone_and_documents_for_all_of_them():
     assert batcher.expected_seconds(10) == pytest.approx((3 * 20 + 10) * second)
     scorer.gate.set()
     batcher.close()
+
+
+def test_results_are_never_put_into_words():
+    """Those of an embedder are arrays, whose words cost more than to compute them."""
+
+    class Result:
+        shown = 0
+
+        def __repr__(self):
+            Result.shown += 1
+            return "a result"
+
+    with Batcher(lambda pairs: [Result() for _ in pairs], 1000, lambda *counts: None) as batcher:
+        results = batcher.submit(numbered_pairs(1, 2)).result(60)
+    assert len(results) == 2 and Result.shown == 0
