@@ -201,7 +201,8 @@ def of_export(folder: Path, tmp_path: Path) -> list[float]:
 
     source = open_source(ExportConfig(model=str(folder), output="unused"))
     encoded = source.encode([(QUERY, text) for text in DOCUMENTS])
-    return own_results(str(folder), source, CheckData(source, encoded, len(DOCUMENTS), None)).scores["scores"].tolist()
+    check = CheckData(source, encoded, len(DOCUMENTS), data=None, graded=None)
+    return own_results(str(folder), source, check).scores["scores"].tolist()
 
 
 ENTRIES = (of_rerank, of_evaluate, of_mine, of_distill, of_serve, of_langchain, of_llama_index, of_haystack,

@@ -108,7 +108,7 @@ def test_duckdb_searches_the_exported_vectors_as_we_do(whole, tmp_path):
     file = tmp_path / "vectors.parquet"
     assert main(["index", "--output", str(whole), "--parquet", str(file)]) == 0
     index = Index(whole)
-    (query,) = index.searches["dense"].encode(["which panda lives near a river"]).dense
+    (query,) = index.searches["dense"].represent(["which panda lives near a river"]).dense
     found = duckdb.execute(
         f"SELECT id, text, metadata, array_inner_product(vector::FLOAT[{len(query)}], $query::FLOAT[{len(query)}]) "
         f"AS score FROM '{file}' ORDER BY score DESC LIMIT 5",

@@ -47,7 +47,8 @@ CASES = [(kind, cut) for kind in KINDS for cut in ("recomputed", "accumulated, c
 def test_a_step_is_the_same_however_it_is_cut(runs, kept, kind, cut, tmp_path):
     values = runs[kind] | CUTS[cut] | {"output_dir": str(tmp_path / "run")}
     train(values)
-    assert_same(outcome(values), kept[kind], 2e-6)
+    # the gradients of SPLADE add up a whole vocabulary, in an order that depends on the CPU
+    assert_same(outcome(values), kept[kind], 4e-6 if kind == "splade" else 2e-6)
 
 
 def test_every_head_learns(runs, kept):
@@ -82,7 +83,7 @@ def test_the_card_says_how_each_kind_is_used_and_what_else_opens_it(runs, kept):
     for kind, text in texts.items():
         assert [name for name in says.values() if name in text] == [says[kind]]
     assert "outputs=['dense', 'lexical', 'multi_vector']" in texts["unified"] and "pooling mean" in texts["unified"]
-    assert "lexical weights by splade" in texts["splade"] and "pooling" not in texts["splade"]
+    assert "lexical weights by splade" in texts["splade"] and "pooling mean" not in texts["splade"]
     assert "at most 48 tokens per text and 8 per query" in texts["colbert"] and "query: [Q] " in texts["colbert"]
 
 
