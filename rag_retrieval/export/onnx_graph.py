@@ -25,7 +25,7 @@ from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR
 from rag_retrieval.models.scoring import evaluating
 from rag_retrieval.models.transformer import TransformerModule
 
-OPSET = 20  # the first with Gelu as one node: 10 percent of the time of a MiniLM in ONNX Runtime
+OPSET = 20  # the first with Gelu as one node
 TRACED = (3, 17)  # texts, tokens: numbers that no dimension of a model has
 EXTERNAL_FROM = 1_500_000_000  # bytes of weights; a file of ONNX itself ends at 2 GiB
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 RECALL_QUERIES, RECALL_DEPTH = 200, 10
-# documents; among fewer FAISS looks through lists that hold few of them: of 300,000 vectors IVF256,PQ48 found 68 of the
-# 100 nearest among 20,000, and 97 among 50,000
-FEW = 50_000
+FEW = 50_000  # documents; among fewer, most of the lists that FAISS looks through would hold none of them
 
 Found = tuple[np.ndarray, np.ndarray]  # of a query: rows, best first, and their scores
 

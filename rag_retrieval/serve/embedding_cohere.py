@@ -16,7 +16,7 @@ from rag_retrieval.serve.embedding_requests import (
     limited_texts,
     listed,
 )
-from rag_retrieval.serve.endpoints import StrictRequest
+from rag_retrieval.serve.endpoints import StrictRequest, cut_warning
 from rag_retrieval.serve.http import RequestError
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -92,8 +92,7 @@ class CohereEmbed(EmbeddingEndpoint):
     ) -> dict[str, Any]:
         meta: dict[str, Any] = {"billed_units": {"input_tokens": sum(embedded.tokens)}}
         if embedded.truncated:
-            count = f"{len(embedded.truncated)} of {len(request.texts)} texts were too long and were cut"
-            meta["warnings"] = [f"{count}, the first of them texts[{embedded.truncated[0]}]"]
+            meta["warnings"] = [cut_warning(embedded.truncated, len(request.texts), "texts", "texts[{}]".format)]
         return {
             "id": request_id,
             "response_type": response_type,

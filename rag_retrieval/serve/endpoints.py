@@ -260,3 +260,12 @@ def check_characters(texts: Iterable[tuple[str, str]], most: int) -> None:
     for place, text in texts:
         if len(text) > most:
             raise RequestError(422, f"{place}: found {len(text)} characters, at most {most} are taken; cut it")
+
+
+# ---- answers --------------------------------------------------------------------------------------------
+
+
+def cut_warning(truncated: Sequence[int], count: int, things: str, place: Callable[[int], str]) -> str:
+    """Cohere's, of things that were not read whole. truncated: their positions among `count`, at least one."""
+    cut = f"{len(truncated)} of {count} {things} were too long and were cut"
+    return f"{cut}, the first of them {place(truncated[0])}"

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from rag_retrieval.infer.results import ScoreType, best_first
-from rag_retrieval.serve.endpoints import StrictRequest, check_characters, limited_list, parse_json
+from rag_retrieval.serve.endpoints import StrictRequest, check_characters, cut_warning, limited_list, parse_json
 from rag_retrieval.serve.http import RequestError
 
 TEXTS = 'a list of strings or of objects with "text"'
@@ -150,8 +150,7 @@ def document_answer(
     ]
     meta: dict[str, Any] = {"tokens": {"input_tokens": tokens}}
     if truncated:
-        count = f"{len(truncated)} of {len(task.documents)} documents were too long and were cut"
-        meta["warnings"] = [f"{count}, the first of them {task.place(truncated[0])}"]
+        meta["warnings"] = [cut_warning(truncated, len(task.documents), "documents", task.place)]
     return {
         "id": request_id,
         "model": model,
