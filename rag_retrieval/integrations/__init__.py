@@ -4,11 +4,13 @@ Each module derives classes from its framework's, so importing it needs the fram
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.models.representations import DENSE
+from rag_retrieval.retrieval.filters import AND, NOT, ONE, OR, FilterError, Filters, parse_where
 from rag_retrieval.retrieval.index import Index
 from rag_retrieval.retrieval.retriever import Retriever
 from rag_retrieval.retrieval.searched import SearchResult
@@ -60,6 +62,41 @@ def open_retriever(
 def found_metadata(result: SearchResult) -> dict[str, Any]:
     """What the index has, and the score and rank of each stage that found the document."""
     return result.metadata | {STAGE_SCORES: result.scores, STAGE_RANKS: result.ranks}
+
+
+# ---- filters of frameworks, as `where`
+
+
+def all_of(*conditions: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """`where` for what all of these hold for; None and {} are no condition."""
+    given = [condition for condition in conditions if condition]
+    return {AND: given} if len(given) > 1 else given[0] if given else None
+
+
+def condition_on(documents: Filters, field: str, condition: Any, shapes: Set[str] = frozenset({ONE})) -> dict[str, Any]:
+    """`where` of one field, for a framework's condition that means the same where all documents have one of `shapes`
+    there, and values of one kind. FilterError for other documents, and as `Filters.rows`."""
+    if field in (AND, OR, NOT):
+        raise FilterError("where cannot name such a field")
+    where = {field: condition}
+    (parsed,) = parse_where(where)
+    column = documents.column(field)
+    column.check_kinds(parsed)
+    if len(column.kinds) > 1 or column.shapes - shapes:
+        others = sorted(column.shapes - shapes) or ["values of several kinds"]
+        raise FilterError(
+            f"documents have {' or '.join(others)} there, which this operator compares unlike where; give it as where"
+        )
+    return where
+
+
+@contextmanager
+def named_errors(place: str) -> Iterator[None]:
+    """place: field and operator, as the framework writes them, for the message of a FilterError."""
+    try:
+        yield
+    except FilterError as error:
+        raise FilterError(f"filters: {place}: {error}") from error
 
 
 def missing_library(library: str, extra: str) -> ImportError:

@@ -18,13 +18,17 @@ from rag_retrieval.infer.reranker import Reranker, open_reranker
 from rag_retrieval.integrations import (
     STAGE_RANKS,
     STAGE_SCORES,
+    all_of,
+    condition_on,
     found_metadata,
     missing_library,
+    named_errors,
     open_dense_embedder,
     open_retriever,
     rerank_options,
 )
 from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
+from rag_retrieval.retrieval.filters import AND, LIST, NOT, ONE, OR, FilterError, Filters
 from rag_retrieval.retrieval.index import Index
 from rag_retrieval.retrieval.retriever import Retriever
 from rag_retrieval.retrieval.searched import SearchResults
@@ -37,10 +41,26 @@ try:
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
     from llama_index.core.retrievers import BaseRetriever
     from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+    from llama_index.core.vector_stores import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 except ImportError as error:
     raise missing_library("llama-index-core", "llama-index") from error
 
 dispatcher = get_dispatcher(__name__)
+
+COMPARED = {  # by operator: the condition of `where` for its value
+    FilterOperator.EQ: lambda value: {"in": [value]},
+    FilterOperator.NE: lambda value: {"ne": value},
+    FilterOperator.GT: lambda value: {"gt": value},
+    FilterOperator.GTE: lambda value: {"gte": value},
+    FilterOperator.LT: lambda value: {"lt": value},
+    FilterOperator.LTE: lambda value: {"lte": value},
+    FilterOperator.IN: lambda value: {"in": value},
+    FilterOperator.NIN: lambda value: {"in": value},  # negated
+}
+OF_LISTS = {  # of fields that hold lists
+    FilterOperator.CONTAINS: lambda value: {"in": [value]},
+    FilterOperator.ANY: lambda value: {"in": value},
+}
 
 
 class EmbedderEmbedding(BaseEmbedding):
@@ -93,9 +113,10 @@ class IndexRetriever(BaseRetriever):
     """What a Retriever finds, best first, each node with the score of the last stage.
 
     index: a Retriever, an Index, or the folder of one. top_k: nodes of a query. where: conditions on the metadata, as
-    for `Retriever.search`. retriever_kwargs: options of Retriever, where it is opened here. Further options are
-    LlamaIndex's. A node's metadata are the index's; scores and ranks of all stages, in `stage_scores` and
-    `stage_ranks`, are kept from language models and rerankers. ValueError for what `Retriever` and `search` refuse.
+    for `Retriever.search`. retriever_kwargs: options of Retriever, where it is opened here. filters: LlamaIndex's own,
+    which hold besides `where`; see `where_of`. Further options are LlamaIndex's. A node's metadata are the
+    index's; scores and ranks of all stages, in `stage_scores` and `stage_ranks`, are kept from language models and
+    rerankers. ValueError for what `Retriever` and `search` refuse.
     """
 
     def __init__(
@@ -104,17 +125,66 @@ class IndexRetriever(BaseRetriever):
         top_k: int = 10,
         where: dict[str, Any] | None = None,
         retriever_kwargs: dict[str, Any] | None = None,
+        filters: MetadataFilters | None = None,
         **options: Any,
     ):
         super().__init__(**options)
         self._retriever = open_retriever(index, retriever_kwargs)
-        self._asked = top_k, where
+        self._top_k, self._where, self._filters = top_k, where, filters
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return found_nodes(self._retriever.search(query_bundle.query_str, *self._asked))
+        own = where_of(self._filters, self._retriever.index.opened.filters) if self._filters else None
+        return found_nodes(self._retriever.search(query_bundle.query_str, self._top_k, all_of(self._where, own)))
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return found_nodes(await self._retriever.asearch(query_bundle.query_str, *self._asked))
+        return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+def where_of(filters: MetadataFilters, documents: Filters) -> dict[str, Any]:
+    """LlamaIndex's filters as `where` that holds for the same of these documents, as its store in memory compares them;
+    {} for no filter. Groups may stand in groups; NOT is for none of its filters.
+
+    Raises FilterError, with field and operator, for what `Filters.rows` refuses, for the operators of substrings, and
+    where LlamaIndex compares in another way than `where`: names with a point, values of several kinds, and lists where
+    it wants values or the reverse. The latter also depends on the documents.
+    """
+    if not filters.filters:
+        return {}
+    members = []
+    for one in filters.filters:
+        if isinstance(one, MetadataFilters):
+            members.append(where_of(one, documents))
+        else:
+            with named_errors(f"{one.key} {one.operator.value}"):
+                members.append(compared(one, documents))
+    if {} in members:
+        raise FilterError("filters: expected at least one filter in each group, found none")
+    if filters.condition == FilterCondition.NOT:
+        return {NOT: {OR: members}}
+    return {OR if filters.condition == FilterCondition.OR else AND: members}
+
+
+def compared(one: MetadataFilter, documents: Filters) -> dict[str, Any]:
+    field, value = one.key, one.value
+    if "." in field:
+        raise FilterError("where reads a name with a point as a field inside an object; use where")
+    if one.operator == FilterOperator.IS_EMPTY:
+        if documents.column(field).values[str][:1] == [""]:  # in a list it does not make the list empty
+            return condition_on(documents, field, {"in": [None, ""]})
+        return condition_on(documents, field, {"in": [None]}, {ONE, LIST})
+    if value is None:
+        raise FilterError(f"expected a value, found none; {FilterOperator.IS_EMPTY.value} is for documents without one")
+    if one.operator in COMPARED:
+        where = condition_on(documents, field, COMPARED[one.operator](value))
+        return {NOT: where} if one.operator == FilterOperator.NIN else where
+    if one.operator in OF_LISTS:
+        return condition_on(documents, field, OF_LISTS[one.operator](value), {LIST})
+    if one.operator == FilterOperator.ALL and isinstance(value, list) and value:
+        return {AND: [condition_on(documents, field, {"in": [each]}, {LIST}) for each in value]}
+    if one.operator == FilterOperator.ALL:
+        raise FilterError(f"expected a list of values, found {value!r:.100}")
+    known = [operator.value for operator in (*COMPARED, *OF_LISTS, FilterOperator.ALL, FilterOperator.IS_EMPTY)]
+    raise FilterError(f"where has no such operator; expected one of {', '.join(known)}")
 
 
 def found_nodes(results: SearchResults) -> list[NodeWithScore]:

@@ -2,9 +2,12 @@
 
     {"language": "zh", "year": {"gte": 2020, "lt": 2024}, "source": {"in": ["a", "b"]}, "tags": {"ne": "draft"}}
 
-All conditions hold. A value is equality. A field that holds a list has each of its elements as a value, and a field
-inside an object is called `author.name`. Numbers are compared as numbers, strings by their characters, so that dates
-compare as YYYY-MM-DD; true is no number. null is for documents in which the field is null, an empty list, or missing.
+All conditions hold. Others are combined by {"$or": [...]}, {"$and": [...]} and {"$not": {...}}, which hold conditions
+themselves and stand beside fields.
+
+A value is equality. A field that holds a list has each of its elements as a value, and a field inside an object is
+called `author.name`. Numbers are compared as numbers, strings by their characters, so that dates compare as YYYY-MM-DD;
+true is no number. null is for documents in which the field is null, an empty list, or missing.
 
 The metadata are JSON on the disk. A field becomes a column in memory when it is first asked for, by one pass through
 all documents, and later conditions on it read the column alone.
@@ -17,12 +20,16 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rag_retrieval.data.corpus import Corpus
 
+AND, OR, NOT = "$and", "$or", "$not"
+MOST_NESTED = 20  # groups in each other
+MOST_CONDITIONS = 256  # each takes a pass over the documents
 RANGE = ("gt", "gte", "lt", "lte")
 OPERATORS = (*RANGE, "in", "ne")
 KINDS = {bool: "true or false", float: "a number", str: "a string"}
@@ -30,6 +37,9 @@ KIND_OF = {bool: bool, int: float, float: float, str: str, type(None): None}
 EXPECTED = 'a string, a number, true, false, null, or an object such as {"gte": 2020} or {"in": ["a", "b"]}'
 BLOCK = 4096  # documents read at once
 NAMED = 20  # fields in a message
+# what a document has in a field: one value; a list of values; else an object, a list with null, lists or objects, what
+# is inside such a list, or what has a name with a point
+ONE, LIST, OTHER = "one value", "a list", "an object or a list of other than values"
 
 
 class FilterError(ValueError):
@@ -52,13 +62,59 @@ class Condition(NamedTuple):
         return [self.equal] * self.has_equal + list(operators.pop("in", ())) + list(operators.values())
 
 
-def parse_where(where: Mapping[str, Any] | None) -> list[Condition]:
+class Group(NamedTuple):
+    """operator: `AND`, `OR` or `NOT`. members: conditions that all hold together; of NOT one."""
+
+    operator: str
+    members: "list[Conditions]"
+
+
+Conditions = list[Condition | Group]  # all of which hold
+
+
+def parse_where(where: Mapping[str, Any] | None) -> Conditions:
     """Raises FilterError that names the field and what is expected."""
-    if where is None:
-        return []
+    conditions = [] if where is None else _parse_all("where", where, MOST_NESTED)
+    if len(list(single_conditions(conditions))) > MOST_CONDITIONS:
+        raise FilterError(f"where: at most {MOST_CONDITIONS} conditions are taken; in takes many values in one")
+    return conditions
+
+
+def single_conditions(conditions: Conditions) -> Iterator[Condition]:
+    """All of them, with those in groups."""
+    for one in conditions:
+        if isinstance(one, Group):
+            for member in one.members:
+                yield from single_conditions(member)
+        else:
+            yield one
+
+
+def _parse_all(place: str, where: Any, levels: int) -> Conditions:
     if not isinstance(where, Mapping) or not all(isinstance(field, str) for field in where):
-        raise FilterError(f'where: expected an object such as {{"year": {{"gte": 2020}}}}, found {shown(where)}')
-    return [_parse(f"where: {field}", field, value) for field, value in where.items()]
+        raise FilterError(f'{place}: expected an object such as {{"year": {{"gte": 2020}}}}, found {shown(where)}')
+    beginning = f"{place}: " if place == "where" else f"{place}."
+    return [
+        _parse_group(beginning + field, field, value, levels)
+        if field in (AND, OR, NOT)
+        else _parse(beginning + field, field, value)
+        for field, value in where.items()
+    ]
+
+
+def _parse_group(place: str, operator: str, members: Any, levels: int) -> Group:
+    if not levels:
+        raise FilterError(f"where: at most {MOST_NESTED} of {AND}, {OR} and {NOT} are taken in each other")
+    if operator == NOT:
+        placed = [(place, members)]
+    elif isinstance(members, Sequence) and not isinstance(members, (str, bytes)) and members:
+        placed = [(f"{place}[{number}]", member) for number, member in enumerate(members)]
+    else:
+        raise FilterError(f'{place}: expected a list of objects such as {{"year": 2020}}, found {shown(members)}')
+    parsed = [_parse_all(place, member, levels - 1) for place, member in placed]
+    if [] in parsed:
+        raise FilterError(f"{placed[parsed.index([])][0]}: expected at least one condition, found none")
+    return Group(operator, parsed)
 
 
 def _parse(place: str, field: str, value: Any) -> Condition:
@@ -104,10 +160,12 @@ def shown(value: Any) -> str:
 
 class Column:
     """The values of one field. A code is the place of a value among the different ones in their order: true and false,
-    numbers, strings. rows, codes: int32 [values], in the order of the documents."""
+    numbers, strings. rows, codes: int32 [values], in the order of the documents. shapes: `ONE`, `LIST` or `OTHER`,
+    those that documents have there. values: the different ones by kind, rising."""
 
     def __init__(self, count: int):
         self.count = count
+        self.shapes: set[str] = set()
         self.rows, self.codes = array("i"), array("i")
         self.values: dict[type, list] = {}
         self._codes: dict[tuple[type, Any], int] = {}
@@ -133,7 +191,7 @@ class Column:
 
     def matching(self, condition: Condition) -> np.ndarray:
         """bool [documents]"""
-        self._check_kinds(condition)
+        self.check_kinds(condition)
         if condition.has_equal:
             return self._have([condition.equal])
         operators, matching = condition.operators, np.ones(self.count, bool)
@@ -145,9 +203,14 @@ class Column:
             matching &= ~self._have([operators["ne"]])
         return matching
 
-    def _check_kinds(self, condition: Condition) -> None:
-        """A value of a kind that the field never has is a mistake, and finding nothing would hide it."""
-        kinds = [kind for kind, values in self.values.items() if values]
+    @property
+    def kinds(self) -> list[type]:
+        """Of the values, keys of KINDS."""
+        return [kind for kind, values in self.values.items() if values]
+
+    def check_kinds(self, condition: Condition) -> None:
+        """A value of a kind that the field never has is a mistake, and finding nothing would hide it: FilterError."""
+        kinds = self.kinds
         for value in condition.values:
             if value is not None and kind_of(value) not in kinds:
                 expected = " or ".join(KINDS[kind] for kind in kinds)
@@ -203,9 +266,31 @@ class Filters:
         conditions = parse_where(where)
         if not conditions:
             return None
-        columns = self._read([condition.field for condition in conditions])
-        matching = [columns[condition.field].matching(condition) for condition in conditions]
-        return np.flatnonzero(np.logical_and.reduce(matching))
+        columns = self._read([condition.field for condition in single_conditions(conditions)])
+        return np.flatnonzero(self._matching(conditions, columns))
+
+    def column(self, field: str) -> Column:
+        """Raises FilterError for a field in which no document has a value."""
+        return self._read([field])[field]
+
+    def _matching(self, conditions: Conditions, columns: Mapping[str, Column]) -> np.ndarray:
+        """bool [documents]: for which all hold."""
+        matching = np.ones(len(self.documents), bool)
+        for one in conditions:
+            if isinstance(one, Condition):
+                matching &= columns[one.field].matching(one)
+            elif one.operator == OR:
+                matching &= self._any_matching(one.members, columns)
+            else:
+                all_hold = self._matching(list(chain.from_iterable(one.members)), columns)
+                matching &= ~all_hold if one.operator == NOT else all_hold
+        return matching
+
+    def _any_matching(self, members: Sequence[Conditions], columns: Mapping[str, Column]) -> np.ndarray:
+        matching = np.zeros(len(self.documents), bool)
+        for member in members:
+            matching |= self._matching(member, columns)
+        return matching
 
     def _read(self, fields: Sequence[str]) -> dict[str, Column]:
         """Fields that were read before wait for no other thread."""
@@ -241,8 +326,13 @@ class Filters:
                             fields[field] = None
                             if field in columns:
                                 columns[field].add(row, one)
+                        if any(f"{field}.".startswith(f"{name}.") for field in columns):
+                            for field, shape in shapes_of(name, value):
+                                if field in columns:
+                                    columns[field].shapes.add(OTHER if "." in name else shape)
                     elif name in columns and value is not None:
                         columns[name].add(row, value)
+                        columns[name].shapes.add(OTHER if "." in name else ONE)
                 row += 1
         for column in columns.values():
             column.finish()
@@ -259,6 +349,21 @@ def values_of(field: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from values_of(f"{field}.{name}", one)
     elif value is not None:
         yield field, value
+
+
+def shapes_of(field: str, value: Any) -> Iterator[tuple[str, str]]:
+    """(field, shape) of all that are in a value and are not null."""
+    if isinstance(value, list):
+        yield field, LIST if all(kind_of(one) in KINDS for one in value) else OTHER
+        inside = [found for one in value for found in shapes_of(field, one)]
+        yield from ((name, OTHER) for name, _ in inside if name != field)
+    elif isinstance(value, dict):
+        yield field, OTHER
+        for name, one in value.items():
+            for inner, shape in shapes_of(f"{field}.{name}", one):
+                yield inner, OTHER if "." in name else shape
+    elif value is not None:
+        yield field, ONE
 
 
 def _describe(fields: Mapping[str, None], wanted: str) -> str:

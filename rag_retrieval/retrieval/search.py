@@ -61,7 +61,8 @@ class SearchConfig(ModelOptions, LongDocumentOptions):
     top_k: int = key("Documents of a query.", 10, ge=1)
     where: str | None = key(
         'Conditions on the metadata as JSON, all of which hold: {"language": "zh", "year": {"gte": 2020}}; a value '
-        "for equality, or gt, gte, lt, lte, in, ne. Absent: all documents are searched.", min_length=1
+        "for equality, or gt, gte, lt, lte, in, ne; $or, $and, $not combine them. Absent: all documents are searched.",
+        min_length=1,
     )  # fmt: skip
     depth: int = key("Documents that each stage finds, and that are reranked; top_k where that is more.", DEPTH, ge=1)
     stages: Annotated[list[str], NAMES] | None = key(

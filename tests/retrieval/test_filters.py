@@ -14,7 +14,7 @@ from rag_retrieval.cli import main
 from rag_retrieval.data.corpus import build_corpus
 from rag_retrieval.data.documents import Document
 from rag_retrieval.retrieval.config import IndexOptions
-from rag_retrieval.retrieval.filters import Filters, parse_where
+from rag_retrieval.retrieval.filters import LIST, ONE, OTHER, Filters, parse_where
 from rag_retrieval.retrieval.index import Index, build_index
 
 pytest.importorskip("bm25s")
@@ -77,6 +77,14 @@ def hand(tmp_path_factory):
         ({"year": {"gte": 2019, "ne": 2024}, "language": "zh"}, [0]),
         ({"year": {"in": [2020, 2024], "gt": 2020}}, [4]),
         ({"year": {"gt": 3000}}, []),
+        ({"$or": [{"year": 2020}, {"language": "zh"}]}, [0, 1]),
+        ({"$or": [{"year": 2019, "language": "zh"}, {"mixed": "1"}]}, [0, 5]),
+        ({"$or": [{"year": 2019}, {"mixed": 1}], "language": "EN"}, [4]),
+        ({"$and": [{"tags": "猫"}, {"tags": "狗"}]}, [0]),
+        ({"$not": {"language": {"in": ["zh", "en"]}}}, [2, 3, 4, 5, 6]),
+        ({"$not": {"year": {"gte": 2020}}}, [0, 3, 5, 6]),
+        ({"$not": {"year": 2019, "language": "zh"}}, [1, 2, 3, 4, 5, 6]),
+        ({"$not": {"$or": [{"year": 2019}, {"$not": {"language": None}}]}}, [2, 3, 5, 6]),
     ],
 )
 def test_conditions_hold_for_the_documents_that_they_say(hand, where, rows):
@@ -85,6 +93,29 @@ def test_conditions_hold_for_the_documents_that_they_say(hand, where, rows):
 
 def test_no_condition_is_all_documents(hand):
     assert hand.rows(None) is None and hand.rows({}) is None
+
+
+def nested(where, levels):
+    return {"$not": nested(where, levels - 1)} if levels else where
+
+
+def test_groups_stand_in_each_other(hand):
+    assert hand.rows(nested({"year": 2020}, 20)).tolist() == [1]
+    assert hand.rows({"$or": [{"year": year} for year in range(1000, 1255)] + [{"year": 2020}]}).tolist() == [1]
+
+
+def test_a_column_knows_what_documents_have_there(tmp_path):
+    rows = [
+        {"a": 1, "b": [1, 2], "c": [], "d": [None], "e": [[1]], "f": {"g": 1, "h": {"i": [2], "j": None}}, "k": None},
+        {"a": None, "b": 3, "d": 4, "e": 5, "f": [{"g": 2}], "c": [1], "k": 1, "l.m": 1, "n": {"o.p": 1}, "l.q": [1]},
+        {"f": {"g": [1]}},
+    ]  # fmt: skip
+    filters = filters_of(tmp_path / "corpus", rows)
+    expected = {
+        "a": {ONE}, "b": {LIST, ONE}, "c": {LIST}, "d": {OTHER, ONE}, "e": {OTHER, ONE}, "f.g": {ONE, OTHER, LIST},
+        "f.h.i": {LIST}, "k": {ONE}, "l.m": {OTHER}, "n.o.p": {OTHER}, "l.q": {OTHER},
+    }  # fmt: skip
+    assert {field: filters.column(field).shapes for field in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -108,6 +139,17 @@ def test_no_condition_is_all_documents(hand):
         ({"year": "2019"}, "where: year: expected a number, as the documents have there, such as 2019; found \"2019\""),
         ({"date": {"gt": 2020}}, "where: date: expected a string, .* such as \"2020-03-01\"; found 2020"),
         ({"language": {"in": ["zh", 3]}}, "where: language: expected a string, .*; found 3"),
+        ({"$or": {"year": 2019}}, r"where: \$or: expected a list of objects such as .*, found {\"year\": 2019}"),
+        ({"$and": []}, r"where: \$and: expected a list of objects"),
+        ({"$or": [{"year": 2019}, {}]}, r"where: \$or\[1\]: expected at least one condition, found none"),
+        ({"$or": [{"year": 2019}, 3]}, r"where: \$or\[1\]: expected an object such as .* found 3"),
+        ({"$not": [{"year": 2019}]}, r"where: \$not: expected an object"),
+        ({"$not": {}}, r"where: \$not: expected at least one condition"),
+        ({"$or": [{"year": 2019}, {"year": {"above": 2}}]}, r"where: \$or\[1\].year: expected operators among"),
+        ({"$not": {"yaer": 2019}}, "where: yaer: no document has a value there"),
+        ({"$or": [{"year": "2019"}]}, "where: year: expected a number"),
+        ({"$or": [{"year": 2019}] * 257}, "where: at most 256 conditions are taken"),
+        (nested({"year": 2019}, 21), r"where: at most 20 of \$and, \$or and \$not are taken in each other"),
         ({"open": {"ne": 0}}, "where: open: expected true or false, .* such as false; found 0"),
     ],
 )  # fmt: skip
@@ -149,6 +191,11 @@ def are_alike(one, other):
 def slow_holds(metadata, where):
     kept = {"gt": lambda a, b: a > b, "gte": lambda a, b: a >= b, "lt": lambda a, b: a < b, "lte": lambda a, b: a <= b}
     for field, asked in where.items():
+        if field.startswith("$"):
+            members = [slow_holds(metadata, member) for member in ([asked] if field == "$not" else asked)]
+            if not {"$or": any(members), "$and": all(members), "$not": not members[0]}[field]:
+                return False
+            continue
         values = slow_values(metadata, field)
 
         def has(one, values=values):
@@ -201,6 +248,10 @@ def test_random_conditions_hold_as_a_loop_over_documents_says(tmp_path):
     for _ in range(1500):
         fields = generator.choice(["a", "b", "c", "a.b", "b.a", "a.a.b"], generator.integers(1, 3), replace=False)
         where = {field: random_condition(generator) for field in fields.tolist()}
+        if generator.random() < 0.5:
+            members = [{field: random_condition(generator)} for field in ("a", "b", "c")]
+            members[0] |= {"$not": where}
+            where = {("$and", "$or")[generator.integers(2)]: members, "c": random_condition(generator)}
         expected = [row for row, metadata in enumerate(rows) if slow_holds(metadata, where)]
         assert filters.rows(where).tolist() == expected, where
         checked += 0 < len(expected) < 300
