@@ -27,6 +27,7 @@ from rag_retrieval.models.options import LONG_DOCUMENT_DEFAULT, OVERLAP
 from rag_retrieval.retrieval.best_passage import query_words
 from rag_retrieval.retrieval.bm25 import BM25
 from rag_retrieval.retrieval.candidates import Candidates
+from rag_retrieval.retrieval.config import DEPTH
 from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion, combine
 from rag_retrieval.retrieval.index import Index
 from rag_retrieval.retrieval.searched import ENCODE, FILTER, Searched, SearchResults
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from rag_retrieval.retrieval.encoding import Encoded
 
 FUSED, RERANKED, COMBINED = "fused", "reranked", "combined"  # stages after the searches
-DEPTH = 100  # documents
 
 
 class Retriever:
