@@ -14,6 +14,7 @@ from rag_retrieval.models.options import EmbedderOptions
 from rag_retrieval.models.representations import DENSE, LEXICAL, MULTI_VECTOR, Representation
 from rag_retrieval.models.vectors import VectorPrecision
 
+DEPTH = 100  # documents that each stage of a search finds, where nobody says another number
 RESIDUAL_BITS = {"residual4": 4, "residual2": 2, "residual1": 1}  # by the name of the precision
 TokenPrecision = Literal["float32", "float16", "int8", "residual4", "residual2", "residual1"]
 TokenCandidates = Literal["dense", "lexical", "tokens", "all"]

@@ -26,6 +26,7 @@ from rag_retrieval.infer.results import EMPTY_SCORE
 from rag_retrieval.metrics import PATTERNS, Qrels, Ranking, is_relevant, metric_value, parse_metric
 from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.candidates import Candidates
+from rag_retrieval.retrieval.config import DEPTH
 from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class FitFusionConfig(Config):
         min_length=1,
     )
     metric: str = key(f"What is maximised, one of {PATTERNS}.", "ndcg@10", min_length=1)
-    depth: int = key("Documents of each stage, also of the reranker, as many as searches will ask for.", 100, ge=1)
+    depth: int = key("Documents of each stage, also of the reranker, as many as searches will ask for.", DEPTH, ge=1)
     output: OutputPath | None = key(f"The file to write. Absent: {FUSION_FILE} in the index, for all its searches.")
     device: str | None = key("Such as cpu or cuda:0. Absent: a GPU if there is one.", min_length=1)
     trust_remote_code: bool = key("Run Python code that comes with a model.", False)

@@ -17,6 +17,7 @@ from rag_retrieval.core.terminal import on_one_line, rendered, terminal_columns,
 from rag_retrieval.data.beir import query_texts, run_lines
 from rag_retrieval.data.readers import text_lines, unique_object
 from rag_retrieval.models.options import LongDocumentOptions, ModelOptions
+from rag_retrieval.retrieval.config import DEPTH
 from rag_retrieval.retrieval.filters import parse_where
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class SearchConfig(ModelOptions, LongDocumentOptions):
         'Conditions on the metadata as JSON, all of which hold: {"language": "zh", "year": {"gte": 2020}}; a value '
         "for equality, or gt, gte, lt, lte, in, ne. Absent: all documents are searched.", min_length=1
     )  # fmt: skip
-    depth: int = key("Documents that each stage finds, and that are reranked; top_k where that is more.", 100, ge=1)
+    depth: int = key("Documents that each stage finds, and that are reranked; top_k where that is more.", DEPTH, ge=1)
     stages: Annotated[list[str], NAMES] | None = key(
         "Those of the index to search. Absent: all that count in the fusion.", min_length=1
     )

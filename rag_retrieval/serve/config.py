@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from rag_retrieval.core.config import FileOrFolder, FolderPath, ModelName, Only, key
 from rag_retrieval.models.options import LongDocumentOptions, ModelOptions, OpeningOptions
+from rag_retrieval.retrieval.config import DEPTH
 
 TOKEN_VARIABLE = "RAG_RETRIEVAL_SERVE_TOKEN"
 RERANKER = Only("servers with model", lambda config: config.model is not None)
@@ -39,7 +40,7 @@ class ServeConfig(ModelOptions, LongDocumentOptions):
     embedder: ModelName | None = key("Folder, hub name, or package:NAME of an embedder.", min_length=1)
     index: FolderPath | None = key("Folder that rag-retrieval index wrote, to search in.", min_length=1)
     depth: int = key(
-        "Documents that each stage of a search finds, and that are reranked; top_k where that is more.", 100,
+        "Documents that each stage of a search finds, and that are reranked; top_k where that is more.", DEPTH,
         only=INDEX, ge=1,
     )  # fmt: skip
     name: str | None = key("What answers call the reranker. Absent: its folder's name.", only=RERANKER, min_length=1)

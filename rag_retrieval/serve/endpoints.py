@@ -27,6 +27,7 @@ MOST_ERRORS = 100  # of a request that are looked at
 DECAY = 0.9  # of the weight of earlier work in the measured speed
 
 Request = TypeVar("Request", bound=BaseModel)
+Position = TypeVar("Position")
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ def check_characters(texts: Iterable[tuple[str, str]], most: int) -> None:
 # ---- answers --------------------------------------------------------------------------------------------
 
 
-def cut_warning(truncated: Sequence[int], count: int, things: str, place: Callable[[int], str]) -> str:
-    """Cohere's, of things that were not read whole. truncated: their positions among `count`, at least one."""
+def cut_warning(truncated: Sequence[Position], count: int, things: str, place: Callable[[Position], str]) -> str:
+    """Cohere's, of things that were not read whole. truncated: where they stand among `count`, at least one."""
     cut = f"{len(truncated)} of {count} {things} were too long and were cut"
     return f"{cut}, the first of them {place(truncated[0])}"

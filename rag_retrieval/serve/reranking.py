@@ -4,9 +4,11 @@
 read by the model; equal documents of a request are computed once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
@@ -42,6 +44,10 @@ class EncodedTask:
     @property
     def pairs(self) -> list[EncodedPair]:
         return [pair for document in self.documents.values() for pair in document.pairs]
+
+    def truncated_of(self, task: RerankTask) -> list[int]:
+        """Positions of the task's documents that are not read whole."""
+        return [position for position, text in enumerate(task.documents) if text in self.truncated]
 
 
 class RerankModel:
@@ -106,13 +112,15 @@ class RerankModel:
 
 
 async def compute_documents(
-    model: RerankModel, batcher: Batcher, task: RerankTask, work: Work
-) -> tuple[EncodedTask, list[ScoredPair]]:
-    """(the task's tokens, what the model says of each document). batcher: that of the model. Raises what its steps
-    do."""
-    encoded = EncodedTask()
-    await work.encode(model.pieces(task), lambda texts: model.encode(task, texts, encoded))
-    return encoded, model.scored(task, encoded, await work.compute(batcher, encoded.pairs))
+    model: RerankModel, batcher: Batcher, tasks: Sequence[RerankTask], work: Work
+) -> tuple[list[EncodedTask], list[list[np.float32]]]:
+    """For each task its tokens and their scores, which `RerankModel.scored` takes. batcher: that of the model; it gets
+    the pairs of all tasks at once, which fill its batches together. Raises what its steps do."""
+    encoded = [EncodedTask() for _ in tasks]
+    for task, own in zip(tasks, encoded, strict=True):
+        await work.encode(model.pieces(task), partial(model.encode, task, encoded=own))
+    scores = iter(await work.compute(batcher, [pair for own in encoded for pair in own.pairs]))
+    return encoded, [list(islice(scores, len(own.pairs))) for own in encoded]
 
 
 class RerankEndpoint(Endpoint):
@@ -135,10 +143,10 @@ class RerankEndpoint(Endpoint):
         return len(task.documents)
 
     async def answer(self, task: RerankTask, work: Work) -> Response:
-        encoded, scored = await compute_documents(self.model, self.batcher, task, work)
-        logits = np.array([document.score for document in scored], np.float32)
+        (encoded,), (scores,) = await compute_documents(self.model, self.batcher, [task], work)
+        logits = np.array([document.score for document in self.model.scored(task, encoded, scores)], np.float32)
         shown, score_type = self.model.shown(logits, task.raw_scores)
-        truncated = [position for position, text in enumerate(task.documents) if text in encoded.truncated]
+        truncated = encoded.truncated_of(task)
         self.truncated.inc(len(truncated))
         if task.as_texts:
             answer = text_answer(task, logits, shown)

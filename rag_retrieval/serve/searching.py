@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -26,15 +26,23 @@ from rag_retrieval.models.settings import model_content
 from rag_retrieval.retrieval.encoding import Encoded, encoded_of, represented_how
 from rag_retrieval.retrieval.filters import FilterError, parse_where
 from rag_retrieval.retrieval.index import Index
-from rag_retrieval.retrieval.index_files import LOCAL_KEYS
+from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState
 from rag_retrieval.retrieval.retriever import Retriever
-from rag_retrieval.retrieval.searched import Searched
+from rag_retrieval.retrieval.searched import ENCODE, Searched
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.embedding import EMBEDDER, EmbedModel, compute_texts, served_embedder
-from rag_retrieval.serve.endpoints import Endpoint, StrictRequest, Work, check_characters, limited_list, parse_json
+from rag_retrieval.serve.endpoints import (
+    Endpoint,
+    StrictRequest,
+    Work,
+    check_characters,
+    cut_warning,
+    limited_list,
+    parse_json,
+)
 from rag_retrieval.serve.http import RequestError, ServerMetrics
-from rag_retrieval.serve.reranking import RerankModel, compute_documents
+from rag_retrieval.serve.reranking import RERANKER, RerankModel, compute_documents
 from rag_retrieval.serve.schemas import RerankTask
 
 INDEX, INDEX_EMBEDDER = "index", "index_embedder"  # in /health and /info
@@ -73,10 +81,14 @@ class SearchTask:
     with_stages: bool
     raw_scores: bool
 
+    def place(self, position: int) -> str:
+        """What the request calls a query."""
+        return f"query[{position}]" if self.is_list else "query"
+
 
 class SearchEndpoint(Endpoint):
-    """embedding: the model of the index and its batcher; None where no stage needs it. reranking: the same of what is
-    found; None for none."""
+    """embedding: the model of the index and its batcher; None where no stage needs it. role: what metrics call it.
+    reranking: the same of what is found; None for none."""
 
     paths = ("/search",)
     first = True
@@ -87,7 +99,10 @@ class SearchEndpoint(Endpoint):
         retriever: Retriever,
         embedding: tuple[EmbedModel, Batcher] | None,
         reranking: tuple[RerankModel, Batcher] | None,
+        metrics: ServerMetrics,
+        role: str,
     ):
+        self.truncated, self.role = metrics.truncated, role
         self.retriever, self.embedding, self.reranking = retriever, embedding, reranking
         self.name = retriever.index.folder.resolve().name
         self.batchers = [served[1] for served in (embedding, reranking) if served is not None]
@@ -104,14 +119,13 @@ class SearchEndpoint(Endpoint):
         request = parse_json(body, self.schema, {"query": "a text or a list of texts"})
         is_list = isinstance(request.query, list)
         queries = request.query if is_list else [request.query]
-        placed = [(f"query[{place}]" if is_list else "query", query) for place, query in enumerate(queries)]
-        check_characters(placed, self.max_characters)
         try:
             parse_where(request.where)
         except FilterError as error:
             raise RequestError(422, str(error)) from error
         depth = max(self.retriever.depth, request.top_k)
         task = SearchTask(queries, is_list, request.top_k, depth, request.where, request.stages, request.raw_scores)
+        check_characters(((task.place(place), query) for place, query in enumerate(queries)), self.max_characters)
         if self.size(task) > self.most:
             found = f"{len(queries)} queries, of each of which {depth} documents are reranked"
             raise RequestError(422, f"query: {found}; at most {self.most} documents are taken: send them in parts")
@@ -123,25 +137,31 @@ class SearchEndpoint(Endpoint):
 
     async def answer(self, task: SearchTask, work: Work) -> Response:
         searched: list[Searched] = []
+        warnings: list[str] = []
         if task.queries:
-            encoded, seconds = await self._encode(task, work)
+            encoded, seconds = await self._encode(task, work, warnings)
             searched = await work.run(self._find, task, encoded, first=True)
             searched = [replace(one, seconds=one.seconds | seconds) for one in searched]
-        if self.reranking is not None:
-            searched = [await self._rerank(one, task, work) for one in searched]
-        return await work.run(self._response, searched, task, work.id, first=True)
+            if self.reranking is not None:
+                searched = await self._rerank(searched, task, work, warnings)
+        return await work.run(self._response, searched, task, warnings, work.id, first=True)
 
-    async def _encode(self, task: SearchTask, work: Work) -> tuple[Encoded | None, dict[str, float]]:
-        """The queries as the index compares them, and the seconds of that."""
+    async def _encode(
+        self, task: SearchTask, work: Work, warnings: list[str]
+    ) -> tuple[Encoded | None, dict[str, float]]:
+        """The queries as the index compares them, and the seconds of that. warnings: gets one where some are cut."""
         if self.embedding is None:
             return None, {}
         started, (model, batcher) = perf_counter(), self.embedding
         how = represented_how(model.embedder, "query", self.retriever.index.options)
-        embed_task = model.task(task.queries, "query[{}]".format, **how)
+        embed_task = model.task(task.queries, task.place, **how)
         items, found = await compute_texts(model, batcher, embed_task, work, first=True)
-        is_mean = model.embedder.settings.multi_vector_mean
-        encoded = encoded_of(model.embedded(embed_task, items, found).results["float32"], is_mean)
-        return encoded, {"encode": perf_counter() - started}
+        embedded = model.embedded(embed_task, items, found)
+        if embedded.truncated:
+            self.truncated.labels(self.role).inc(len(embedded.truncated))
+            warnings.append(cut_warning(embedded.truncated, len(task.queries), "queries", task.place))
+        encoded = encoded_of(embedded.results["float32"], model.embedder.settings.multi_vector_mean)
+        return encoded, {ENCODE: perf_counter() - started}
 
     def _find(self, task: SearchTask, encoded: Encoded | None) -> list[Searched]:
         refresh(self.retriever.index)
@@ -150,16 +170,45 @@ class SearchEndpoint(Endpoint):
         except FilterError as error:
             raise RequestError(422, str(error)) from error
 
-    async def _rerank(self, searched: Searched, task: SearchTask, work: Work) -> Searched:
+    async def _rerank(
+        self, searched: Sequence[Searched], task: SearchTask, work: Work, warnings: list[str]
+    ) -> list[Searched]:
+        """With the stages after the reranking. warnings: gets one where documents are cut."""
         started, (model, batcher) = perf_counter(), self.reranking
-        texts = await work.run(searched.texts, first=True)
-        _, scored = await compute_documents(model, batcher, RerankTask(searched.query, texts), work)
-        return self.retriever.reranked(searched, scored, perf_counter() - started, normalize=not task.raw_scores)
+        rerank_tasks = await work.run(lambda: [RerankTask(one.query, one.texts()) for one in searched], first=True)
+        encoded, scores = await compute_documents(model, batcher, rerank_tasks, work)
+        seconds = perf_counter() - started
 
-    def _response(self, searched: Sequence[Searched], task: SearchTask, request_id: str) -> Response:
+        def reranked() -> list[Searched]:
+            scored = map(model.scored, rerank_tasks, encoded, scores)
+            options = {"seconds": seconds, "normalize": not task.raw_scores}
+            return [self.retriever.reranked(one, own, **options) for one, own in zip(searched, scored, strict=True)]
+
+        cut = [own.truncated_of(of_query) for own, of_query in zip(encoded, rerank_tasks, strict=True)]
+        if any(cut):
+            warnings.append(cut_documents_warning(searched, cut, task))
+            self.truncated.labels(RERANKER).inc(sum(map(len, cut)))
+        return await work.run(reranked, first=True)
+
+    def _response(
+        self, searched: Sequence[Searched], task: SearchTask, warnings: Sequence[str], request_id: str
+    ) -> Response:
         answers: Any = [one.answer(task.top_k, task.with_stages) for one in searched]
         answer = {"results": answers} if task.is_list else answers[0]
-        return json_response(answer | {"id": request_id, "model": self.name})
+        meta = {"meta": {"warnings": warnings}} if warnings else {}
+        return json_response(answer | {"id": request_id, "model": self.name} | meta)
+
+
+def cut_documents_warning(searched: Sequence[Searched], cut: Sequence[Sequence[int]], task: SearchTask) -> str:
+    """cut: of each query the positions of the documents that were not read whole; at least one."""
+    positions = [(query, position) for query, own in enumerate(cut) for position in own]
+    count = sum(len(one.last.rows) for one in searched)
+
+    def place(found: tuple[int, int]) -> str:
+        one = searched[found[0]]
+        return f"{one.documents.id(int(one.last.rows[found[1]]))!r:.100} for {task.place(found[0])}"
+
+    return cut_warning(positions, count, "reranked documents", place)
 
 
 class DocumentId(PathConvertor):
@@ -228,9 +277,9 @@ def opened_search(
     the index has one of its own.
     """
     local = config.given("device", "devices", "trust_remote_code")
-    index = Index(config.index, **local)
-    if embedding is not None and is_embedder_of(index, config):
-        index = Index(config.index, embedder=embedding[0].embedder, **local)
+    is_shared = embedding is not None and is_embedder_of(IndexState.read(Path(config.index), local), config)
+    index = Index(config.index, embedder=embedding[0].embedder if is_shared else None, **local)
+    role = EMBEDDER if embedding is None or is_shared else INDEX_EMBEDDER
     reranker = None if reranking is None else Reranker.from_backend(reranking[0].backend)
     options = {"normalize": True, "long_document": config.long_document, "overlap": config.overlap}
     with ExitStack() as stack:
@@ -239,13 +288,15 @@ def opened_search(
         retriever.find([WARM_UP])
         if not retriever.needs_model:
             embedding = None
-        elif embedding is None or index.embedder is not embedding[0].embedder:
-            name, role = PurePath(index.options.embedder).name, EMBEDDER if embedding is None else INDEX_EMBEDDER
+        elif not is_shared:
+            name = Path(index.options.embedder).name
             embedding = stack.enter_context(served_embedder(name, index.embedder, config, metrics, role))
-        yield SearchEndpoint(config, retriever, embedding, reranking)
+        yield SearchEndpoint(config, retriever, embedding, reranking, metrics, role)
 
 
-def is_embedder_of(index: Index, config: ServeConfig) -> bool:
+def is_embedder_of(state: IndexState | None, config: ServeConfig) -> bool:
+    """state: of the index; None where there is none, which opening it reports."""
     names = [name for name in EmbedderOptions.model_fields if name not in LOCAL_KEYS]
-    has_same_options = index.options.given(*names) == config.embedder_options().given(*names)
-    return has_same_options and model_content(config.embedder) == index.made_from.get("model")
+    if state is None or state.options.given(*names) != config.embedder_options().given(*names):
+        return False
+    return model_content(config.embedder) == state.made_from.get("model")

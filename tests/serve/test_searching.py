@@ -179,6 +179,63 @@ def test_the_weight_of_a_reranker_makes_a_combined_stage(words, models):
         (Index(words).folder / "fusion.json").unlink()
 
 
+def series(service, name: str) -> dict[str, float]:
+    """By model, those above 0."""
+    text = ask(service, path="/metrics", method="GET").text
+    found = re.findall(rf'^{name}{{model="(\w+)"}} (.+)$', text, re.MULTILINE)
+    return {model: float(value) for model, value in found if float(value)}
+
+
+def test_a_list_of_queries_is_reranked_in_common_batches_with_the_results_of_each(service):
+    batches = "rag_retrieval_batch_items_count"
+    before = series(service, batches)["reranker"]
+    answers = ask(service, {"query": QUERIES[:3] + QUERIES[:1], "top_k": 4, "stages": True}).json()["results"]
+    assert series(service, batches)["reranker"] == before + 1
+    for query, answer in zip(QUERIES[:3] + QUERIES[:1], answers, strict=True):
+        alone = ask(service, {"query": query, "top_k": 4, "stages": True}).json()
+        assert answer["query"] == query and answer.keys() | {"id", "model", "meta"} >= alone.keys()
+        for one, other in zip(answer["results"], alone["results"], strict=True):
+            assert one["score"] == pytest.approx(other.pop("score"), **CLOSE)
+            assert one["scores"] == pytest.approx(other.pop("scores"), **CLOSE)
+            assert one | other == one
+        ids, expected = ([[one["id"] for one in stage["results"]] for stage in of["stages"]] for of in (answer, alone))
+        assert ids == expected
+
+
+def test_reranked_documents_of_all_queries_count_towards_the_queue(words, models):
+    with serving(words, models, queue_pairs=12, max_documents=12) as service:
+        assert ask(service, {"query": ["panda", "tiger"]}).status_code == 422  # top_k is 10: 20 documents
+        assert ask(service, {"query": ["panda", "tiger"], "top_k": 6}).status_code == 200
+        service.admission.documents = 1
+        assert ask(service, {"query": ["panda", "tiger"], "top_k": 6}).status_code == 429
+        assert ask(service, {"query": "panda", "top_k": 6}).status_code == 200
+        assert service.admission.documents == 1
+        service.admission.documents = 0
+
+
+def test_cut_queries_and_documents_are_told_and_counted(folder, models):
+    name, long = "rag_retrieval_truncated_texts_total", "大熊猫主要吃竹子。" * 200
+    with serving(folder, models) as service:
+        answer = ask(service, {"query": "zebra", "where": WHERE}).json()
+        assert "meta" not in answer and series(service, name) == {}
+        answer = ask(service, {"query": ["panda", "熊猫"], "where": {"year": {"in": [1990, 2030]}}}).json()
+        assert [[one["id"] for one in each["results"] if one["truncated"]] for each in answer["results"]] == [
+            [LONG["_id"]], [LONG["_id"]]
+        ]  # fmt: skip
+        cut = "2 of 4 reranked documents were too long and were cut, the first of them '长/文 1' for query[0]"
+        assert answer["meta"] == {"warnings": [cut]} and series(service, name) == {"reranker": 2.0}
+        # another request, with one query and fewer results than are reranked
+        answer = ask(service, {"query": long, "where": {"year": 1990}}).json()
+        cut = ["1 of 1 queries were too long and were cut, the first of them query"]
+        cut += ["1 of 1 reranked documents were too long and were cut, the first of them 'panda-river' for query"]
+        assert answer["meta"] == {"warnings": cut} and series(service, name) == {"reranker": 3.0, "embedder": 1.0}
+    with serving(folder) as service:
+        answer = ask(service, {"query": ["a", long, "b", long]}).json()
+        cut = "2 of 4 queries were too long and were cut, the first of them query[1]"
+        assert answer["meta"] == {"warnings": [cut]} and "meta" not in answer["results"][1]
+        assert series(service, name) == {"embedder": 2.0}
+
+
 def test_a_document_is_given_whole_by_its_id(service, rows):
     for id_ in ("panda-river", LONG["_id"]):
         response = ask(service, None, f"/documents/{id_}", "GET")
@@ -241,6 +298,13 @@ def test_the_embedder_of_the_index_answers_for_embeddings_and_is_opened_once(fol
         assert len(opened) == 1
         expected = Retriever(folder, depth=6, device="cpu").search(QUERIES[1])
         check_results(ask(service, {"query": QUERIES[1]}).json(), expected)
+
+
+def test_the_index_is_opened_once_beside_an_embedder(folder, models, monkeypatch):
+    opened, init = [], Index.__init__
+    monkeypatch.setattr(Index, "__init__", lambda self, *own, **more: opened.append(own) or init(self, *own, **more))
+    with serving(folder, embedder=models["embedder"]):
+        assert opened == [(folder,)]
 
 
 def test_another_embedder_leaves_the_index_its_own(folder, tmp_path):
