@@ -55,11 +55,11 @@ def small_run(model: str, output: Path) -> str:
     return f"--model_name_or_path {model} --max_len 32 --log_interval 50 --output_dir {output} --num_workers 0"
 
 
-def few_records(folder: Path) -> str:
-    """Options for the first records of the files that the shipped configurations name: decoders take their time."""
+def few_records(folder: Path, kind: str = "grouped") -> str:
+    """Options for the first records of the files that the shipped configurations name."""
     options = ""
     for key, split in (("train_dataset", "train"), ("val_dataset", "dev")):
-        lines = (ROOT / "example_data" / f"stdlib_grouped.{split}.jsonl").read_text(encoding="utf-8").split("\n")
+        lines = (ROOT / "example_data" / f"stdlib_{kind}.{split}.jsonl").read_text(encoding="utf-8").split("\n")
         (folder / f"{split}.jsonl").write_text("\n".join(lines[:40]), encoding="utf-8")
         options += f" --{key} {folder / split}.jsonl"
     return options
@@ -81,7 +81,8 @@ def test_a_launch_command_of_the_training_page_trains_a_model_that_loads(command
     if "deepspeed" in command:
         pytest.importorskip("deepspeed")
     log = re.search(r" > (\S+)", command)
-    run_command(command, TRAINER, small_run(tiny_bert(tmp_path / "base"), tmp_path / "out"))
+    options = small_run(tiny_bert(tmp_path / "base"), tmp_path / "out") + few_records(tmp_path, "pointwise")
+    run_command(command, TRAINER, f"{options} --log_interval 1")
     if log:
         written = TRAINER / log.group(1)
         assert "loss" in written.read_text(encoding="utf-8")

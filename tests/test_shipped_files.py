@@ -207,8 +207,21 @@ def test_both_readmes_are_short_and_show_the_same_commands():
     english, chinese = ROOT / "README.md", ROOT / "README_zh.md"
     assert code_blocks(english) == code_blocks(chinese)
     links = [re.findall(r"\]\(((?!README)[^)]*)\)", page.read_text(encoding="utf-8")) for page in (english, chinese)]
-    assert sorted(links[0]) == sorted(links[1])
+    assert sorted(links[0]) == sorted(link.replace("_zh.md", ".md") for link in links[1])
     assert all(page.read_text(encoding="utf-8").count("\n") < 170 for page in (english, chinese))
+
+
+def test_a_translated_page_has_the_blocks_and_links_of_the_english_one():
+    """So that the test that runs the English page covers both."""
+    translated = list((ROOT / "docs").glob("*_zh.md"))
+    assert translated
+    for page in translated:
+        original = page.with_stem(page.stem.removesuffix("_zh"))
+        texts = [each.read_text(encoding="utf-8") for each in (page, original)]
+        blocks = [re.findall(r"^```\w*\n.*?^```$", text, flags=re.DOTALL | re.MULTILINE) for text in texts]
+        assert blocks[0] == blocks[1]
+        links = [re.findall(r"\]\(([^)]*)\)", text) for text in texts]
+        assert {*links[0], page.name} == {*links[1], original.name}, "each names the other"
 
 
 def run_in(folder: Path, command: list[str], **kwargs) -> subprocess.CompletedProcess:

@@ -71,7 +71,7 @@ def evaluate_reranker(config: EvaluationConfig) -> RerankerEvaluation:
             reranker = open_listwise(config) if config.listwise else open_reranker(config.model, config)
             if config.calibrate is not None:
                 reranker.backend.calibration = calibrate(config, reranker, output_dir)
-            run = score_candidates(reranker, name_of(config.model), data, output_dir / "run.trec", config)
+            run = score_candidates(reranker, name_of(config.model), data, output_dir / "run.trec", config).run
             baseline = baseline_run(config, data, output_dir)
             return measure(config, data, run, baseline, reranker, output_dir)
 
@@ -125,7 +125,7 @@ def calibrate(config: EvaluationConfig, reranker: Reranker, output_dir: Path) ->
     if not Path(path).is_dir():
         split, path = config.split, config.calibrate
     data = read_data(config, path, split, BM25, config.depth)
-    run = score_candidates(reranker, name_of(config.model), data, output_dir / "calibration.trec", config)
+    run = score_candidates(reranker, name_of(config.model), data, output_dir / "calibration.trec", config).run
 
     def fit_and_save() -> Calibration:
         calibration = fit_calibration(*scored_pairs(run, data.qrels, config.relevant_from), data.name)
@@ -146,7 +146,7 @@ def baseline_run(config: EvaluationConfig, data: RankingData, output_dir: Path) 
         other = read_data(config, config.data, config.split, config.baseline, depth)
         return other.source, other.candidates
     reranker, name = open_reranker(config.baseline, config), name_of(config.baseline)
-    return name, score_candidates(reranker, name, data, output_dir / "baseline.trec", config)
+    return name, score_candidates(reranker, name, data, output_dir / "baseline.trec", config).run
 
 
 def measure(

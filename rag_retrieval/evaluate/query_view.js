@@ -88,7 +88,12 @@ function drawQueries() {
 
 // Where the relevant documents are, and the stages.
 function drawQuery(query) {
-  const answers = query.answers.map((answer) => ({ ...answer, query: query.query, documents: view.documents }));
+  const own = Object.entries(query.documents).map(([id, one]) => [id, { ...view.documents[id], ...one }]);
+  const documents = { ...view.documents, ...Object.fromEntries(own) };
+  const answers = query.answers.map((answer) => {
+    const stages = answer.stages.map((stage) => ({ ...stage, seconds: view.seconds[answer.name][stage.name] }));
+    return { ...answer, query: query.query, documents, stages };
+  });
   const judged = new Map(query.judged.map((one) => [
     one.id, { name: one.relevant ? `relevant, grade ${one.grade}` : `judged, grade ${one.grade}`, relevant: one.relevant },
   ]));
@@ -102,12 +107,12 @@ function drawPlaces(query, answers, judged, load) {
   const head = ["relevant document", "grade", ...stages.map(nameOfStage)];
   const rows = relevantOf(query).map((one) => {
     const open = element("button", { type: "button", className: "query" }, textElement("bdi", "", one.id));
-    const text = foundDocument(answers, one.id).text;
+    const found = foundDocument(answers, one.id);
     open.addEventListener("click", () => openDocument(one.id, { answers, stages, judged, load }));
     const cells = stages.map((stage) => placeOf(one, stage));
     return element(
       "tr", {},
-      element("td", {}, open, text === undefined ? null : textElement("span", "beginning quiet", text)),
+      element("td", {}, open, found.text === undefined ? null : textElement("span", "beginning quiet", found.text, snippet(found))),
       [String(one.grade), ...cells].map((cell) => element("td", {}, cell)),
     );
   });

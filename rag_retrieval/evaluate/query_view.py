@@ -2,10 +2,12 @@
 
 The page holds them as JSON, which query_view.js and the script of the search page draw. Of each query it has what POST
 /search answers with `stages`, once for each retriever: the first documents of every stage, the relevant ones, and where
-both stand in the other stages. Texts are there once, and their beginnings alone.
+both stand in the other stages. Texts are there once, and their beginnings alone; a query whose best passage of a
+document stands further back has the surroundings of that passage. Seconds are those of a mean query.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from rag_retrieval.evaluate.report import note
 from rag_retrieval.evaluate.retrieval import RetrievalEvaluation
 from rag_retrieval.metrics import is_relevant, trec_order
 from rag_retrieval.retrieval import stage_view
+from rag_retrieval.retrieval.best_passage import QueryWords, query_words
+from rag_retrieval.retrieval.searched import ENCODE
 
 SCRIPT = stage_view.SCRIPT + Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 MOST_QUERIES = 200
 MOST_CHARACTERS = 8_000_000  # of the JSON; a query that begins before them is whole
 LONGEST_TEXT = 1000  # characters of a document
+AROUND = 300  # characters before and after a passage that stands further back
 SHOWN = 10  # documents of a stage
 
 
@@ -29,16 +34,33 @@ def section(evaluation: RetrievalEvaluation) -> list[str]:
     about = f"All {measured:,} queries, those with the {lowest} first."
     if shown < measured:
         about = f"Of {measured:,} queries the {shown:,} with the {lowest}; per_query.jsonl has the figures of all."
-    about += f" A query opens into the first {SHOWN} documents of each stage, and the relevant ones below."
+    about += (
+        f" A query opens into the first {SHOWN} documents of each stage, and the relevant ones below, with the passage "
+        "of each in which most of the query's words stand."
+    )
+    notes = note(about) + "".join(map(note, describe_seconds(evaluation.seconds)))
     return [
-        f'<section class="queries" aria-labelledby="of-queries">\n<h2 id="of-queries">Queries</h2>\n{note(about)}',
+        f'<section class="queries" aria-labelledby="of-queries">\n<h2 id="of-queries">Queries</h2>\n{notes}',
         f'<script type="application/json" id="data">{stage_view.script_json(view)}</script>\n</section>',
     ]
 
 
+def describe_seconds(seconds: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """seconds: of `RetrievalEvaluation`. Nothing where no time is known."""
+    if not any(seconds.values()):
+        return []
+    encoding = [f"{name} {1000 * own[ENCODE]:,.1f} ms" for name, own in seconds.items() if ENCODE in own]
+    about = (
+        "The time of a stage is a mean: an evaluation asks all queries together, and this is the stage's time, with "
+        "what it loads for the first, divided by their number. A query by itself takes longer. What was computed "
+        "before has no time."
+    )
+    return [about + (f" Encoding a query, before the stages: {', '.join(encoding)}." if encoding else "")]
+
+
 def query_view(evaluation: RetrievalEvaluation) -> dict[str, Any]:
     """What the script reads: names and numbers of the rows, queries (those of the lowest first measure of the last row
-    first), and documents by id."""
+    first), seconds by retriever and stage, and documents by id."""
     systems = evaluation.systems
     view: dict[str, Any] = {
         "measures": list(evaluation.config.measures),
@@ -46,6 +68,7 @@ def query_view(evaluation: RetrievalEvaluation) -> dict[str, Any]:
         "before": systems.index(evaluation.before),
         "after": systems.index(evaluation.after),
         "shown": SHOWN,
+        "seconds": evaluation.seconds,
         "queries": [],
         "documents": {},
     }
@@ -55,8 +78,11 @@ def query_view(evaluation: RetrievalEvaluation) -> dict[str, Any]:
         if characters > MOST_CHARACTERS:
             break
         one = view_of_query(evaluation, query)
-        texts = {id_: evaluation.data.documents.get(id_) for id_ in ids_of(one) - view["documents"].keys()}
-        new = {id_: document_of(text) for id_, text in texts.items() if text is not None}
+        found = {id_: text for id_ in sorted(ids_of(one)) if (text := evaluation.data.documents.get(id_)) is not None}
+        words = evaluation.words.get(query) or query_words(one["query"], None)
+        one["documents"] = passages_of(words, found)
+        elsewhere = view["documents"].keys() | {id_ for id_, own in one["documents"].items() if "text" in own}
+        new = {id_: part_of(text, 0, LONGEST_TEXT) for id_, text in found.items() if id_ not in elsewhere}
         view["queries"].append(one)
         view["documents"] |= new
         characters += len(json.dumps([one, new], ensure_ascii=False))
@@ -100,7 +126,25 @@ def ids_of(query: dict[str, Any]) -> set[str]:
     return {hit["id"] for stage in stages for hit in stage["results"]} | {judged["id"] for judged in query["judged"]}
 
 
-def document_of(text: str) -> dict[str, Any]:
-    """The beginning of its text; that it is one stands in the metadata."""
-    cut = {"text": f"the first {LONGEST_TEXT:,} of {len(text):,} characters"} if len(text) > LONGEST_TEXT else {}
-    return {"text": text[:LONGEST_TEXT], "metadata": cut}
+def passages_of(words: QueryWords, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Of the documents that have a best passage: its place in the whole text and, where it ends behind the beginning
+    that all queries share, the text around it."""
+    documents = {}
+    for id_, text in texts.items():
+        best = words.best_passage(text)
+        if best is None:
+            continue
+        start, end = best
+        around = part_of(text, max(0, start - AROUND), end + AROUND) if end > LONGEST_TEXT else {}
+        documents[id_] = {"passage": {"start": start, "end": end}} | around
+    return documents
+
+
+def part_of(text: str, start: int, end: int) -> dict[str, Any]:
+    """As a document. Where it is not the whole text: its place, and the characters of the whole; in words too, in the
+    metadata."""
+    part = text[start:end]
+    if part == text:
+        return {"text": text, "metadata": {}}
+    place = f"characters {start:,} to {start + len(part):,} of {len(text):,}"
+    return {"text": part, "metadata": {"text": place}, "begin": start, "characters": len(text)}

@@ -34,8 +34,9 @@ from rag_retrieval.infer.backend import open_backend
 from rag_retrieval.infer.reranker import Reranker
 from rag_retrieval.metrics import is_relevant, means, parse_metric, perfect_run, trec_order
 from rag_retrieval.models.options import ModelOptions
+from rag_retrieval.retrieval.best_passage import QueryWords
 from rag_retrieval.retrieval.fusion import combine
-from rag_retrieval.retrieval.retriever import COMBINED, RERANKED
+from rag_retrieval.retrieval.retriever import COMBINED, RERANKED, timed
 from rag_retrieval.significance import Comparison
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ class RetrievalEvaluation(Evaluation):
     compared with; after: the last. ceilings: a perfect order of each retriever's candidates, which no reranker
     surpasses. of_each: comparisons of each system but `before`, by its name. places: by system, with k of the first
     measure. recall: by system, of the first 1, 2, ... depth documents: float64 [depth]. absent: by retriever the
-    relevant documents that its corpus lacks."""
+    relevant documents that its corpus lacks. seconds: by retriever a query's, as of `Retrieved` and of the reranker;
+    without stages that were computed before. words: of each query, with the weights of the first retriever that
+    searches by words."""
 
     stages: dict[str, dict[str, System]]
     ceilings: list[System]
@@ -67,6 +70,8 @@ class RetrievalEvaluation(Evaluation):
     places: dict[str, Places]
     recall: dict[str, np.ndarray]
     absent: dict[str, set[str]]
+    seconds: dict[str, dict[str, float]]
+    words: dict[str, QueryWords]
 
     @property
     def systems(self) -> list[System]:
@@ -114,31 +119,37 @@ def evaluate_retriever(config: RetrievalEvaluationConfig, indexes: Path | None =
             pairs = zip(config.retriever, names, strict=True)
             place = indexes or output_dir / "indexes"
             found = [retrieve(config, retriever, name, judged, place) for retriever, name in pairs]
-            reranked = rerank(config, found, judged, output_dir)
+            reranked, seconds = rerank(config, found, judged, output_dir)
+            found = [replace(one, seconds=one.seconds | seconds[one.name]) for one in found]
             return measure(config, judged, found, reranked, output_dir)
 
 
 def rerank(
     config: RetrievalEvaluationConfig, found: Sequence[Retrieved], judged: RankingData, output_dir: Path
-) -> dict[str, dict[str, Run]]:
+) -> tuple[dict[str, dict[str, Run]], dict[str, dict[str, float]]]:
     """By retriever and stage: its candidates with the reranker's scores and, where the fusion of its index has a weight
-    for this reranker, with both scores combined. Without a reranker none."""
+    for this reranker, with both scores combined; and the seconds of these stages, a query. Without a reranker none."""
+    runs: dict[str, dict[str, Run]] = {one.name: {} for one in found}
+    seconds: dict[str, dict[str, float]] = {one.name: {} for one in found}
     if config.reranker is None:
-        return {one.name: {} for one in found}
+        return runs, seconds
     own = {} if config.devices else {"device": own_device()}
     options = ModelOptions(**own | config.given(*SHARED))
     reranker, name = Reranker.from_backend(open_backend(config.reranker, options)), name_of(config.reranker)
-    runs = {}
     for one in found:
         data = replace(judged, documents=one.texts, candidates=one.candidates, source=one.name)
         file = run_file(output_dir, one.row(RERANKED))
-        runs[one.name] = {RERANKED: score_candidates(reranker, name, data, file, config)}
+        runs[one.name][RERANKED], taken = score_candidates(reranker, name, data, file, config)
+        if taken is not None:
+            seconds[one.name][RERANKED] = taken
         weight = on_main(lambda one=one: one.fusion and one.fusion.weight_of(reranker.backend.name))
         if weight is not None:
-            combined, row = combined_run(weight, one.candidates, runs[one.name][RERANKED]), one.row(COMBINED)
+            with timed(seconds[one.name], COMBINED):
+                combined, row = combined_run(weight, one.candidates, runs[one.name][RERANKED]), one.row(COMBINED)
+            seconds[one.name][COMBINED] /= len(combined)
             on_main(lambda run=combined, row=row: write_run(run_file(output_dir, row), run, row))
             runs[one.name][COMBINED] = combined
-    return runs
+    return runs, seconds
 
 
 def combined_run(weight: float, candidates: Run, reranked: Run) -> Run:
@@ -187,6 +198,8 @@ def measure(
         places=places,
         recall={system.name: recall_by_depth(system, judged.qrels, config, len(texts)) for system in systems},
         absent={one.name: one.absent for one in found},
+        seconds={one.name: one.seconds for one in found},
+        words=next((one.words for one in found if one.words), {}),
     )
 
 

@@ -4,7 +4,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +31,15 @@ from rag_retrieval.evaluate.vector_files import Documents, document_vectors, sea
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.metrics import is_relevant
 from rag_retrieval.models.representations import DENSE
+from rag_retrieval.retrieval.best_passage import QueryWords, query_words
+from rag_retrieval.retrieval.bm25 import BM25
 from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.encoding import encode_with, open_embedder
 from rag_retrieval.retrieval.fusion import Fusion
 from rag_retrieval.retrieval.index import Index, build_index
 from rag_retrieval.retrieval.index_files import fingerprint
-from rag_retrieval.retrieval.retriever import Retriever
+from rag_retrieval.retrieval.retriever import FUSED, Retriever, timed
+from rag_retrieval.retrieval.searched import ENCODE, Searched
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,9 @@ class Retrieved:
     """What one retriever found. name: in tables. stages: runs by the name of the stage, the last of which a reranker
     gets. texts: of all documents found, by id. relevant: texts of the relevant documents, found or not. absent:
     relevant documents that its corpus lacks. identical_ids: queries that found a document with their own id, which was
-    left out. fusion: of the index, which may have a weight for the reranker."""
+    left out. fusion: of the index, which may have a weight for the reranker. seconds: a query, by stage and of "encode"
+    (the query by the model), means over all queries; none of a run file. words: of each query with their weights in the
+    search by words, for a report; none without such a search."""
 
     name: str
     stages: dict[str, Run]
@@ -57,6 +62,8 @@ class Retrieved:
     absent: set[str]
     identical_ids: int
     fusion: Fusion | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    words: dict[str, QueryWords] = field(default_factory=dict)
 
     @property
     def candidates(self) -> Run:
@@ -114,15 +121,31 @@ def of_index(config: RetrievalEvaluationConfig, folder: Path, name: str, judged:
     index, texts = Index(folder, trust_remote_code=config.trust_remote_code, **local), list(judged.queries.values())
     if folder in map(Path, config.retriever):  # and not one that was made for these data
         check_corpus(config, index)
-    fusion = None
+    fusion, seconds = None, {}
     if config.query_model is None:
         retriever = Retriever(index)
-        found, fusion = retriever.search_stages(texts, wanted(config)), retriever.fusion
+        searched = retriever.searched(texts, wanted(config))
+        found, fusion, seconds = [one.stages for one in searched], retriever.fusion, seconds_of_all(searched)
     else:
-        queries = query_vectors(config, texts, width=next(index.vectors()).shape[1])
+        queries = query_vectors(config, texts, next(index.vectors()).shape[1], seconds)
         none = [np.zeros(0, np.int64)] * len(texts)
-        found = [{DENSE: one} for one in index.searches[DENSE].search_vectors(queries, none, wanted(config))]
-    return replace(of_candidates(config, name, judged, found, index.documents), fusion=fusion)
+        with timed(seconds, DENSE):
+            found = [{DENSE: one} for one in index.searches[DENSE].search_vectors(queries, none, wanted(config))]
+    of_one = of_candidates(config, name, judged, found, index.documents)
+    words, bm25 = {}, index.searches.get(BM25)
+    if config.report and bm25 is not None:
+        words = {query: query_words(text, bm25) for query, text in judged.queries.items()}
+    return replace(of_one, fusion=fusion, seconds=means_of(seconds, texts), words=words)
+
+
+def seconds_of_all(searched: Sequence[Searched]) -> dict[str, float]:
+    """Of all queries together. The searches have that already; the lists of each query are fused by themselves."""
+    own = {FUSED: sum(one.seconds[FUSED] for one in searched)} if FUSED in searched[0].stages else {}
+    return {**searched[0].seconds, **own}
+
+
+def means_of(seconds: dict[str, float], queries: Sequence[str]) -> dict[str, float]:
+    return {stage: of_all / len(queries) for stage, of_all in seconds.items()}
 
 
 def of_vector_files(config: RetrievalEvaluationConfig, retriever: str, name: str, judged: RankingData) -> Retrieved:
@@ -132,22 +155,30 @@ def of_vector_files(config: RetrievalEvaluationConfig, retriever: str, name: str
     parts = document_vectors(Path(config.corpus_embeddings), documents.texts, encode, embedder.dim)
 
     def search() -> Retrieved:
-        own = embedder if config.query_model is None else None
-        queries = query_vectors(config, list(judged.queries.values()), embedder.dim, own)
-        found = search_vectors(queries, parts, wanted(config), own_device())
-        return of_candidates(config, name, judged, [{DENSE: one} for one in found], documents)
+        own, texts, seconds = embedder if config.query_model is None else None, list(judged.queries.values()), {}
+        queries = query_vectors(config, texts, embedder.dim, seconds, own)
+        with timed(seconds, DENSE):
+            found = search_vectors(queries, parts, wanted(config), own_device())
+        of_one = of_candidates(config, name, judged, [{DENSE: one} for one in found], documents)
+        return replace(of_one, seconds=means_of(seconds, texts))
 
     return on_main(search)
 
 
 def query_vectors(
-    config: RetrievalEvaluationConfig, texts: list[str], width: int, embedder: Embedder | None = None
+    config: RetrievalEvaluationConfig,
+    texts: list[str],
+    width: int,
+    seconds: dict[str, float],
+    embedder: Embedder | None = None,
 ) -> np.ndarray:
     """By the embedder of the only retriever or, without it, the query model: float32 [texts, width]. Raises ValueError
-    for another width."""
+    for another width. seconds: gets that of ENCODE, without the opening of the model."""
     name = config.query_model or config.retriever[0]
     options = config.index_options(name)
-    vectors = encode_with(embedder or open_embedder(options, own_device()), "query", options)(texts)
+    encode = encode_with(embedder or open_embedder(options, own_device()), "query", options)
+    with timed(seconds, ENCODE):
+        vectors = encode(texts)
     if vectors.shape[1] != width:
         raise ValueError(f"query_model: vectors of {name} have {vectors.shape[1]} numbers, and those of the documents "
                          f"{width}; give two models that were trained together")  # fmt: skip

@@ -16,6 +16,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
 
 from rag_retrieval.core.distributed import gather, on_all, on_main, process_count, process_index
 from rag_retrieval.core.files import locked
@@ -36,7 +38,16 @@ AnyReranker = Reranker | ListwiseReranker
 IDENTITY_KEYS = ("model", "retriever", "query_model", "reranker", "data", "split")
 
 
-def score_candidates(reranker: AnyReranker, name: str, data: RankingData, file: Path, config: EvaluationConfig) -> Run:
+class Scored(NamedTuple):
+    """seconds: a query, mean of those that were scored now; None where all were scored before."""
+
+    run: Run
+    seconds: float | None
+
+
+def score_candidates(
+    reranker: AnyReranker, name: str, data: RankingData, file: Path, config: EvaluationConfig
+) -> Scored:
     """The candidates with the reranker's scores; `file` is written, or read where it is finished already.
 
     Every process of a group calls it with the same arguments, and each has the whole result. name: of the system,
@@ -45,17 +56,20 @@ def score_candidates(reranker: AnyReranker, name: str, data: RankingData, file: 
     key = on_main(lambda: key_of(reranker, data, config))
     finished = on_main(lambda: read_finished(file, key, data))
     if finished is not None:
-        return in_order_of(data, finished)
+        return Scored(in_order_of(data, finished), None)
     folder = file.with_name(file.name + ".parts")
     parts = plan_parts(data, PART_PAIRS["cpu" if device_of(reranker) == "cpu" else "cuda"])
     done = on_main(lambda: begin(folder, key))
     finished_pairs = sum(pairs_in(data, parts[place]) for place in done if place < len(parts))
+    start, scored = perf_counter(), 0
     with Progress(data.num_pairs, "scoring", "pairs", finished_pairs, shown=process_index() == 0) as progress:
         for place, queries in enumerate(parts):
             if place not in done:
                 score_part(reranker, name, data, queries, folder / part_name(place), config)
                 progress.update(pairs_in(data, queries))
-    return on_main(lambda: finish(file, folder, key, name, data, len(parts)))
+                scored += len(queries)
+    seconds = (perf_counter() - start) / scored if scored else None
+    return Scored(on_main(lambda: finish(file, folder, key, name, data, len(parts))), seconds)
 
 
 def score_part(

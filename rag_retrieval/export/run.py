@@ -174,7 +174,7 @@ def quantize_folder(
 
     costs: list[LayerCost] = []
     if config.exclude_layers == ["auto"]:
-        costs = layer_costs(list(layers.nodes), open_with, check, expected)
+        costs = layer_costs(list(layers.nodes), verified)
         names = [cost.name for cost in costs]
         excluded = fewest_to_exclude(names, lambda some: not verified(some).problems())
     verification = verified(excluded)

@@ -246,20 +246,10 @@ class CheckData:
         """Of the data's pairs, in parts."""
         return self.pair_scores(self.encoded[self.sample_texts :], compute)
 
-    def pair_texts(self, place: int) -> list[EncodedPair]:
-        """Of the pair whose scores are at `place` of `Computed.scores`."""
-        count = self.source.texts_of_a_pair
-        return self.encoded[place * count : (place + 1) * count]
-
     def candidate_places(self) -> np.ndarray:
         """Where the scores of the data's candidates are among all; without data those of the sample's pairs."""
         pairs = len(self.encoded) // self.source.texts_of_a_pair
         return np.arange(self.samples if self.data is not None else 0, pairs)
-
-    def some_pairs(self, count: int) -> tuple[np.ndarray, list[EncodedPair]]:
-        """(places among all scores, texts) of at most `count` candidates, evenly from all."""
-        places = evenly(self.candidate_places(), count)
-        return places, [text for place in places.tolist() for text in self.pair_texts(place)]
 
     def compare(self, expected: Computed, exported: Computed) -> Verification:
         """The rank correlation is over the data's candidates alone, where there are any."""
@@ -313,10 +303,6 @@ class CorpusData(CheckData):
             for kind, scores in self.source.search_scores(queries, found).items():
                 blocks.setdefault(kind, []).append(scores)
         return {kind: [np.concatenate(of, axis=1).ravel()] for kind, of in blocks.items()}
-
-    def pair_texts(self, place: int) -> list[EncodedPair]:
-        query, document = divmod(place - self.samples, len(self.documents))
-        return [list(self.queries.values())[query], list(self.documents.values())[document]]
 
     def candidate_places(self) -> np.ndarray:
         columns = {document: place for place, document in enumerate(self.documents)}

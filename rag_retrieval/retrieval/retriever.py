@@ -30,7 +30,7 @@ from rag_retrieval.retrieval.candidates import Candidates
 from rag_retrieval.retrieval.config import DEPTH
 from rag_retrieval.retrieval.fusion import FUSION_FILE, Fusion, combine
 from rag_retrieval.retrieval.index import Index
-from rag_retrieval.retrieval.searched import Searched, SearchResults
+from rag_retrieval.retrieval.searched import ENCODE, FILTER, Searched, SearchResults
 
 if TYPE_CHECKING:
     from rag_retrieval.infer.embedder import Embedder
@@ -149,10 +149,11 @@ class Retriever:
         opened, depth, seconds = self.index.opened, self.depth if depth is None else depth, {}
         among = None
         if where is not None:
-            with timed(seconds, "filter"):
+            with timed(seconds, FILTER):
                 among = opened.filters.rows(where)
         if self.needs_model and encoded is None:
-            with timed(seconds, "encode"):
+            _ = self.index.embedder  # opened now, so that a first query's time is without it
+            with timed(seconds, ENCODE):
                 encoded = self.index.represent_queries(list(queries))
         nothing, found = np.zeros(0, np.int64), {}
         for stage in self.stages:

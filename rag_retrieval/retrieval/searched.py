@@ -14,6 +14,8 @@ from rag_retrieval.infer.results import RerankResult, RerankResults
 from rag_retrieval.retrieval.best_passage import QueryWords
 from rag_retrieval.retrieval.candidates import Candidates
 
+ENCODE, FILTER = "encode", "filter"  # before the stages: the query by the model, the filter on the metadata
+
 
 @dataclass(frozen=True)
 class SearchResult(RerankResult):
@@ -40,7 +42,7 @@ class SearchResults(RerankResults):
 @dataclass(frozen=True)
 class Searched:
     """stages: what each found, by its name, in the order in which they work; the last is the result. seconds: of each
-    stage and, where there are such, of "encode" (the query by the model) and "filter"; what queries that are asked
+    stage and, where there are such, of ENCODE and FILTER; what queries that are asked
     together share is that of all of them. score_type: of `SearchResults`. words: of the query, by which the best
     passage of a text is found. scored: what the reranker said of each row.
     """
@@ -132,5 +134,5 @@ class Searched:
             document = self.documents.document(row)
             own = {"text": document.text, "metadata": document.metadata, "passage": self._passage(row, document.text)}
             documents[document.id] = own
-        before = {f"{name}_seconds": self.seconds[name] for name in ("encode", "filter") if name in self.seconds}
+        before = {f"{name}_seconds": self.seconds[name] for name in (ENCODE, FILTER) if name in self.seconds}
         return {"stages": stages, "documents": documents} | before

@@ -2,8 +2,9 @@
 //
 // An answer is what POST /search gives with `stages`: {query, stages: [{name, seconds, results: [{id, score, rank}]}],
 // results: [{id, text, metadata, passage}], documents: {id: {text, metadata, passage}}}. Seconds, results and passages
-// may be missing. Texts are data: they become text nodes and nothing else, and each is isolated from the direction of its
-// neighbours.
+// may be missing. The text of a document may be a part: it then has `begin`, the characters before it, and `characters`,
+// of the whole, in which the passage has its place. Texts are data: they become text nodes and nothing else, and each is
+// isolated from the direction of its neighbours.
 "use strict";
 
 const LABELS = { bm25: "words", dense: "vectors", multi_vector: "token vectors" }; // others are called by their names
@@ -43,24 +44,24 @@ function unitsOf(text, characters) {
   return units;
 }
 
-function wholeText(text, passage) {
+function wholeText({ text, passage, begin = 0 }) {
   if (!passage) return [text];
-  const [start, end] = [passage.start, passage.end].map((place) => unitsOf(text, place));
+  const [start, end] = [passage.start, passage.end].map((place) => unitsOf(text, place - begin));
   return [text.slice(0, start), element("mark", {}, text.slice(start, end)), text.slice(end)];
 }
 
 // The beginning of a text or, where there is one, the surroundings of its best passage.
-function snippet(text, passage) {
-  const first = passage ? Math.max(0, passage.start - BEFORE_PASSAGE) : 0;
-  const start = unitsOf(text, first);
+function snippet({ text, passage, begin = 0, characters }) {
+  const first = passage ? Math.max(begin, passage.start - BEFORE_PASSAGE) : begin;
+  const start = unitsOf(text, first - begin);
   const end = start + unitsOf(text.slice(start), SNIPPET);
   const cut = text.slice(start, end);
-  const inside = passage && { start: passage.start - first, end: passage.end - first };
-  return [start > 0 ? "… " : null, ...wholeText(cut, inside), end < text.length ? " …" : null];
+  const goesOn = end < text.length || begin + [...text].length < characters;
+  return [first > 0 ? "… " : null, ...wholeText({ text: cut, passage, begin: first }), goesOn ? " …" : null];
 }
 
-function describePlace(passage, text) {
-  const [start, end, all] = [passage.start, passage.end, [...text].length].map(number);
+function describePlace({ text, passage, characters = [...text].length }) {
+  const [start, end, all] = [passage.start, passage.end, characters].map(number);
   return `best passage: characters ${start} to ${end} of ${all}`;
 }
 
@@ -117,7 +118,8 @@ function move(input, hit, several) {
 const drawBadge = (judged) => element("span", { className: judged.relevant ? "badge" : "quiet" }, judged.name);
 
 function drawHit(hit, stage, view) {
-  const { text = null, passage = null, metadata = {} } = foundDocument(view.answers, hit.id);
+  const found = foundDocument(view.answers, hit.id);
+  const { text = null, passage = null, metadata = {} } = found;
   const judged = view.judged.get(hit.id);
   const head = element(
     "span", { className: "head" },
@@ -130,8 +132,8 @@ function drawHit(hit, stage, view) {
   const button = element(
     "button", { className: `hit${judged?.relevant ? " relevant" : ""}`, type: "button", tabIndex: -1 }, head,
     badge || moves.length ? element("span", { className: "moves" }, badge, moves) : null,
-    text === null ? null : textElement("span", "snippet", text, snippet(text, passage)),
-    passage && stage.last ? element("span", { className: "place" }, describePlace(passage, text)) : null,
+    text === null ? null : textElement("span", "snippet", text, snippet(found)),
+    passage && stage.last ? element("span", { className: "place" }, describePlace(found)) : null,
     stage.last ? describeFile(metadata) : null,
   );
   button.hit = hit.id;
@@ -246,7 +248,8 @@ async function openDocument(id, view) {
   body.querySelector("mark")?.scrollIntoView({ block: "center" });
 }
 
-function fillDocument(body, id, { text = null, metadata = {}, passage = null }, view, problem) {
+function fillDocument(body, id, found, view, problem) {
+  const { text = null, metadata = {}, passage = null } = found;
   const judged = view.judged.get(id);
   const facts = Object.entries(metadata ?? {}).map(([name, value]) => [
     textElement("dt", "", name),
@@ -257,8 +260,8 @@ function fillDocument(body, id, { text = null, metadata = {}, passage = null }, 
     judged ? element("p", {}, drawBadge(judged)) : null,
     ranksTable(id, view.stages),
     facts.length ? element("dl", {}, facts.flat()) : null,
-    passage && text !== null ? element("p", { className: "place" }, describePlace(passage, text)) : null,
-    text === null ? null : textElement("div", "text", text, wholeText(text, passage)),
+    passage && text !== null ? element("p", { className: "place" }, describePlace(found)) : null,
+    text === null ? null : textElement("div", "text", text, wholeText(found)),
   ].filter((child) => child !== null));
 }
 

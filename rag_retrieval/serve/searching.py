@@ -28,7 +28,7 @@ from rag_retrieval.retrieval.filters import FilterError, parse_where
 from rag_retrieval.retrieval.index import Index
 from rag_retrieval.retrieval.index_files import LOCAL_KEYS, IndexState
 from rag_retrieval.retrieval.retriever import Retriever
-from rag_retrieval.retrieval.searched import Searched
+from rag_retrieval.retrieval.searched import ENCODE, Searched
 from rag_retrieval.serve.batching import Batcher
 from rag_retrieval.serve.config import ServeConfig
 from rag_retrieval.serve.embedding import EMBEDDER, EmbedModel, compute_texts, served_embedder
@@ -161,7 +161,7 @@ class SearchEndpoint(Endpoint):
             self.truncated.labels(self.role).inc(len(embedded.truncated))
             warnings.append(cut_warning(embedded.truncated, len(task.queries), "queries", task.place))
         encoded = encoded_of(embedded.results["float32"], model.embedder.settings.multi_vector_mean)
-        return encoded, {"encode": perf_counter() - started}
+        return encoded, {ENCODE: perf_counter() - started}
 
     def _find(self, task: SearchTask, encoded: Encoded | None) -> list[Searched]:
         refresh(self.retriever.index)

@@ -88,7 +88,55 @@ def test_texts_are_there_once_also_of_documents_that_nothing_found_and_cut(evalu
     assert documents.keys() == {*(f"d{place}" for place in (*range(1, 11), 12, 15, 20))}
     assert documents["d20"] == {"text": "text 20", "metadata": {}}
     assert documents["d1"]["text"] == HOSTILE
-    assert documents["d2"] == {"text": "长" * 1000, "metadata": {"text": "the first 1,000 of 1,200 characters"}}
+    place = {"begin": 0, "characters": 1200, "metadata": {"text": "characters 0 to 1,000 of 1,200"}}
+    assert documents["d2"] == {"text": "长" * 1000} | place
+
+
+LEMUR = "Some words. " * 20 + "A red panda eats bamboo. " + "More words. " * 20  # the panda at 240 to 264
+FAR = "Filler 😀!!! " * 130 + "Pandas sleep. " + "Filler here. " * 50  # the pandas at 1,560 to 1,573
+
+
+def test_a_query_has_the_best_passage_of_each_document_and_its_surroundings_beyond_the_beginning(data, evaluate):
+    assert LEMUR[240:264] == "A red panda eats bamboo." and FAR[1560:1573] == "Pandas sleep."
+    write_lines(data / "queries.jsonl", [{"_id": f"q{n}", "text": text} for n, text in enumerate(("panda", "cat"), 1)])
+    texts = {"d1": LEMUR, "d2": FAR, "d3": "A panda.", "d4": "A cat."}
+    write_lines(data / "corpus.jsonl", [{"_id": id_, "text": text} for id_, text in texts.items()])
+    write(data / "qrels/test.tsv", "q1\td3\t1\nq2\td2\t1\n")
+    write(data / "one.trec", run_lines("q1", ["d1", "d2", "d3"]) + run_lines("q2", ["d1", "d4"]))
+    view = query_view.query_view(evaluate(data / "one.trec"))
+    cat, panda = view["queries"]
+    assert cat["query"] == "cat" and cat["documents"] == {}
+    around = {"text": FAR[1260:1873], "begin": 1260, "characters": len(FAR)}
+    assert panda["documents"] == {
+        "d1": {"passage": {"start": 240, "end": 264}},
+        "d2": {"passage": {"start": 1560, "end": 1573}} | around
+        | {"metadata": {"text": f"characters 1,260 to 1,873 of {len(FAR):,}"}},
+    }  # fmt: skip
+    assert view["documents"]["d2"]["text"] == FAR[:1000]  # for the query without a passage
+    assert view["seconds"] == {"one.trec": {}}
+
+
+def test_a_text_that_every_query_has_in_its_own_part_is_not_there_twice(data, evaluate):
+    write_lines(data / "queries.jsonl", [{"_id": "q1", "text": "panda"}])
+    write_lines(data / "corpus.jsonl", [{"_id": "d1", "text": FAR}])
+    write(data / "qrels/test.tsv", "q1\td1\t1\n")
+    write(data / "one.trec", run_lines("q1", ["d1"]))
+    assert query_view.query_view(evaluate(data / "one.trec"))["documents"] == {}
+
+
+def test_stages_have_mean_seconds_and_passages_the_weights_of_the_search_by_words(data, evaluate, tmp_path):
+    write_lines(data / "queries.jsonl", [{"_id": f"q{n}", "text": "panda cat"} for n in (1, 2, 3)])
+    common = [{"_id": f"c{n}", "text": "A panda."} for n in range(9)]
+    text = "A panda is here. " + "Filler words. " * 20 + "A cat."  # 'cat' is rarer, and so weighs more
+    write_lines(data / "corpus.jsonl", [*common, {"_id": "d1", "text": text}])
+    write(data / "qrels/test.tsv", "q1\td1\t1\n")
+    evaluation = evaluate("bm25")
+    view = query_view.query_view(evaluation)
+    assert view["queries"][0]["documents"] == {"d1": {"passage": {"start": len(text) - 6, "end": len(text)}}}
+    assert view["seconds"] == evaluation.seconds and 0 < view["seconds"]["bm25"]["bm25"] < 10
+    write_retrieval(evaluation)
+    page = (evaluation.output_dir / "report.html").read_text(encoding="utf-8")
+    assert "time of a stage is a mean" in page and "Encoding a query" not in page
 
 
 def test_limits_on_queries_and_characters_keep_the_worst_and_say_what_is_left_out(evaluation, monkeypatch):
@@ -184,10 +232,30 @@ def test_a_query_opens_into_stages_with_relevant_documents_and_their_places(brow
     open_report(browser, evaluation, "#q3", width=360, dark=True)
     assert browser.texts(".places tbody td:not(:first-child)") == ["1", "not among 1", "not among 1"]
     browser.all(".places button")[0].click()
-    assert "the first 1,000 of 1,200 characters" in browser.one("dialog").text
+    assert "characters 0 to 1,000 of 1,200" in browser.one("dialog").text
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
     assert browser.run("return getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert browser.complaints() == [] and all(one.startswith(("file:", "data:")) for one in browser.requested())
+
+
+@pytest.mark.slow
+def test_the_best_passage_is_marked_where_it_stands_with_its_place_in_the_whole_text(browser, data, evaluate):
+    write_lines(data / "queries.jsonl", [{"_id": "q1", "text": "panda"}])
+    write_lines(data / "corpus.jsonl", [{"_id": "d1", "text": LEMUR}, {"_id": "d2", "text": FAR}])
+    write(data / "qrels/test.tsv", "q1\td2\t1\n")
+    evaluation = evaluate("bm25")
+    open_report(browser, evaluation, "#q1")
+    assert browser.texts(".places mark") == ["Pandas sleep."]
+    assert sorted(browser.texts(".stage mark")) == ["A red panda eats bamboo.", "Pandas sleep."]
+    far = f"best passage: characters 1,560 to 1,573 of {len(FAR):,}"
+    assert sorted(browser.texts(".stage .place")) == [far, f"best passage: characters 240 to 264 of {len(LEMUR)}"]
+    assert all(text.startswith("… ") for text in browser.texts(".snippet"))
+    (seconds,) = browser.texts(".stage .seconds")
+    assert re.fullmatch(r"[\d.]+ m?s", seconds) and "time of a stage is a mean" in browser.one(".queries").text
+    browser.all(".places button")[0].click()
+    assert browser.texts("dialog mark") == ["Pandas sleep."]
+    assert far in browser.one("dialog").text and "characters 1,260 to 1,873" in browser.one("dialog").text
+    assert browser.complaints() == []
 
 
 @pytest.mark.slow

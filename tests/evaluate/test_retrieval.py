@@ -16,12 +16,15 @@ from rag_retrieval.cli import main
 from rag_retrieval.data.beir import read_run
 from rag_retrieval.evaluate.retrieval import Places
 from rag_retrieval.evaluate.retrieval_output import result_of
+from rag_retrieval.evaluate.retrievers import means_of, seconds_of_all
 from rag_retrieval.metrics import run_metrics, trec_order
 from rag_retrieval.models.embedder import EmbeddingModel
 from rag_retrieval.models.settings import model_content
+from rag_retrieval.retrieval.best_passage import QueryWords
 from rag_retrieval.retrieval.config import IndexOptions
 from rag_retrieval.retrieval.fusion import Fusion
 from rag_retrieval.retrieval.index import build_index
+from rag_retrieval.retrieval.searched import Searched
 
 pytest.importorskip("bm25s")
 
@@ -159,6 +162,8 @@ def test_words_an_embedder_and_an_index_in_one_table_each_reranked(toy, embedder
     page = (tmp_path / "out/report.html").read_text()
     assert re.findall(r'<img alt="(\w+)"', page) == ["recall", "gains"]
     shown = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["queries"][0]
+    encodings = re.search(r"Encoding a query, before the stages: embedder ([\d.]+) ms, both ([\d.]+) ms\.", page)
+    assert all(float(milliseconds) > 0 for milliseconds in encodings.groups())
     found = {f"{answer['name']} {stage['name']}": stage for answer in shown["answers"] for stage in answer["stages"]}
     assert list(found) == ["bm25 bm25", "bm25 reranked", "embedder dense", "embedder reranked", *names[4:]]
     for name in names[4:]:
@@ -181,6 +186,8 @@ def test_an_index_with_a_weight_for_the_reranker_has_a_row_of_both(weighted, mea
     found = measure(weighted, "bm25", reranker=model_folders["bert"])
     names = ["weighted bm25", "weighted dense", "weighted fused", "weighted reranked", "weighted combined"]
     assert [system.name for system in found.systems] == [*names, "bm25", "bm25 reranked"]
+    stages = {"weighted": ["encode", "bm25", "dense", "fused", "reranked", "combined"], "bm25": ["bm25", "reranked"]}
+    assert {name: list(seconds) for name, seconds in found.seconds.items()} == stages
     fused, reranked, run = (system.run for system in found.systems[2:5])
     for query, documents in run.items():
         (lowest, scores), (least, logits) = ((min(of[query].values()), of[query]) for of in (fused, reranked))
@@ -225,6 +232,8 @@ def test_a_second_run_encodes_no_document_and_scores_no_pair_again(
     scored.clear()
     again = measure(embedder, reranker=model_folders["bert"])
     assert encoded == [4] and not scored
+    stages = ["encode", "dense", "reranked"]
+    assert [list(one.seconds["embedder"]) for one in (first, again)] == [stages, stages[:2]]
     assert [system.run for system in again.systems] == [system.run for system in first.systems]
 
 
@@ -250,6 +259,15 @@ def test_results_of_other_retrievers_or_rerankers_are_not_written_over(measure, 
         measure("bm25", reranker=model_folders["xlm_roberta"])
 
 
+def test_seconds_are_those_of_a_query_of_all_that_are_asked_together():
+    """The search took 3 s for both, the fusion 1 s for one and 2 s for the other."""
+    both = [
+        Searched("query", None, {"bm25": None, "fused": None}, {"bm25": 3.0, "fused": own}, "fused", QueryWords({}))
+        for own in (1.0, 2.0)
+    ]
+    assert means_of(seconds_of_all(both), ["query"] * 2) == {"bm25": 1.5, "fused": 1.5}
+
+
 def test_queries_and_passages_have_models_and_limits_of_their_own(measure, base_folders, embedder, toy, tmp_path):
     other = EmbeddingModel.from_pretrained(embedder, pooling="mean")
     words = other.model.embeddings.word_embeddings.weight
@@ -264,7 +282,9 @@ def test_queries_and_passages_have_models_and_limits_of_their_own(measure, base_
         str(tmp_path / "two"),
     ]
     limits = ["--query_max_length", "5", "--passage_max_length", "6"]
-    assert main(["evaluate", "--data", str(toy), *options, *limits]) == 0
+    assert main(["evaluate", "--data", str(toy), *options, *limits, "--report"]) == 0
+    page = (tmp_path / "two/report.html").read_text()
+    assert re.search(r'"seconds":{"embedder":{"encode":[\d.e-]+,"dense":[\d.e-]+}}', page)
     run = read_run(tmp_path / "two/runs/embedder.trec")
     query = Embedder(tmp_path / "asks", query_max_length=5, device="cpu").encode_queries("where is window 8")
     whole = Embedder(tmp_path / "asks", device="cpu").encode_queries("where is window 8")

@@ -62,7 +62,9 @@ def test_missing_files_are_written_once_and_taken_the_second_time(toy, base_fold
     expected = Embedder(base_folders["bert"], device="cpu").encode_documents(list(corpus_of(toy).values()))
     assert file.name == "corpus_embeddings_rank0.npy" and np.abs(np.load(file) - expected).max() < 1e-6
     np.save(file, np.zeros_like(expected))
-    assert main(arguments) == 0
+    assert main([*arguments, "--report"]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert re.search(r'"seconds":{"[^"]+":{"encode":[\d.e-]+,"dense":[\d.e-]+}}', page)
     (run,) = (tmp_path / "out/runs").iterdir()
     assert set(read_run(run)["q8"].values()) == {0.0}
 
