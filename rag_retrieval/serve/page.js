@@ -131,7 +131,8 @@ function show(answer, seconds) {
   const documents = `${number(count)} ${count === 1 ? "document" : "documents"}`;
   const parts = [["encode_seconds", "the query"], ["filter_seconds", "the filter"]].filter(([key]) => key in answer);
   const times = parts.map(([key, name]) => `${name} ${shownTime(answer[key])}`).join(", ");
-  form.status.textContent = `${answer.model}: ${documents} in ${shownTime(seconds)}${times && `, of which ${times}`}`;
+  const done = `${answer.model}: ${documents} in ${shownTime(seconds)}${times && `, of which ${times}`}`;
+  form.status.textContent = [done, ...(answer.meta?.warnings ?? [])].join("; ");
   const load = (id) => ask(`documents/${encodeURIComponent(id)}`);
   const stages = drawStages([answer], { load, shown: Number(form.top_k.value) });
   form.found.replaceChildren(stages);

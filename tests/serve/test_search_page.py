@@ -272,6 +272,16 @@ def test_what_has_the_focus_is_outlined_and_one_document_is_a_tab_stop(browser, 
 
 
 @in_a_browser
+def test_a_query_that_was_cut_is_told(browser, address):
+    search(browser, address, "panda")
+    assert "cut" not in browser.one("#status").text
+    search(browser, address, "panda " * 600)
+    status = browser.one("#status").text
+    assert "; 1 of 1 queries were too long and were cut, the first of them query; " in status
+    assert re.search(r"; \d+ of \d+ reranked documents were too long and were cut, the first of them '", status)
+
+
+@in_a_browser
 def test_a_filter_leaves_matching_documents_and_a_broken_one_asks_nothing(browser, address):
     where = quote('{"animal": {"in": ["panda", "tiger"]}}')
     browser.open(f"{address}/?q=river&where={where}")
