@@ -7,7 +7,6 @@ What the page prints is compared but for its numbers, which depend on the machin
 import io
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -18,21 +17,13 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from page_blocks import blocks, missing_lines
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "service.md"
 START = 300  # seconds until the server has opened its models
-
-
-def blocks(text: str) -> list[tuple[str, str]]:
-    """(language, content) of each; what a block prints has no language."""
-    return re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def masked(line: str) -> str:
-    return " ".join(re.sub(r"[-+]?\d[\d.,]*", "0", line).split())
 
 
 def free_port() -> int:
@@ -77,8 +68,7 @@ def test_the_page_runs_from_top_to_bottom_and_prints_what_it_shows(tmp_path, mon
             elif language == "json":
                 assert json.loads(printed).keys() == json.loads(content).keys()
             else:
-                lines = {masked(line) for line in printed.splitlines()}
-                missing = [line for line in content.splitlines() if masked(line) not in lines]
+                missing = missing_lines(content, printed)
                 assert not missing, f"{missing} is not in:\n{printed}"
     finally:
         if server is not None:
