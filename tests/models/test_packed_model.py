@@ -103,13 +103,14 @@ def random_pairs(scorer, lengths: list[int], seed: int = 0) -> list[EncodedPair]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_agree_at_every_length_and_with_any_neighbours(models, family):
+def test_scores_agree_at_short_and_long_lengths_and_with_any_neighbours(models, family):
     scorer = models(family)
     assert scorer.packing_problem is None
-    lengths = (torch.randperm(512, generator=torch.Generator().manual_seed(3)) + 1).tolist()
-    pairs = random_pairs(scorer, lengths)
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.cat([torch.arange(1, 65), torch.randperm(447, generator=generator)[:63] + 65, torch.tensor([512])])
+    pairs = random_pairs(scorer, lengths[torch.randperm(128, generator=generator)].tolist())
     with torch.no_grad():
-        for start in range(0, 512, 32):  # lengths of a batch lie far apart, its neighbours are random
+        for start in range(0, 128, 32):  # lengths of a batch lie far apart, its neighbours are random
             batch = make_batch(pairs[start : start + 32])
             difference = scorer.packed_scores(batch) - scorer.padded_scores(batch)
             assert difference.abs().max() <= 1e-5

@@ -245,7 +245,7 @@ def test_random_conditions_hold_as_a_loop_over_documents_says(tmp_path):
     generator = np.random.default_rng(0)
     rows = [random_metadata(generator) for _ in range(300)]
     filters, checked = filters_of(tmp_path / "corpus", rows), 0
-    for _ in range(1500):
+    for _ in range(600):
         fields = generator.choice(["a", "b", "c", "a.b", "b.a", "a.a.b"], generator.integers(1, 3), replace=False)
         where = {field: random_condition(generator) for field in fields.tolist()}
         if generator.random() < 0.5:
@@ -255,7 +255,7 @@ def test_random_conditions_hold_as_a_loop_over_documents_says(tmp_path):
         expected = [row for row, metadata in enumerate(rows) if slow_holds(metadata, where)]
         assert filters.rows(where).tolist() == expected, where
         checked += 0 < len(expected) < 300
-    assert checked > 500
+    assert checked > 200
 
 
 def test_documents_are_read_once_for_a_field_that_is_there_and_not_again_for_one_that_is_not(tmp_path):
@@ -272,7 +272,7 @@ def test_documents_are_read_once_for_a_field_that_is_there_and_not_again_for_one
 
 
 def test_threads_read_a_column_once(tmp_path):
-    filters = filters_of(tmp_path / "corpus", [{"a": n % 7, "b": str(n % 5)} for n in range(5000)])
+    filters = filters_of(tmp_path / "corpus", [{"a": n % 7, "b": str(n % 5)} for n in range(1000)])
     asked = [{"a": n % 7, "b": str(n % 5)} if n % 3 else {"a": {"lt": n % 7}} for n in range(200)]
     blocks, read = [], filters.documents.metadata_blocks
     filters.documents.metadata_blocks = lambda size: blocks.append(size) or read(size)
@@ -280,7 +280,7 @@ def test_threads_read_a_column_once(tmp_path):
         found = list(threads.map(filters.rows, asked))
     assert len(blocks) <= 2
     for where, rows in zip(asked, found, strict=True):
-        assert rows.tolist() == [n for n in range(5000) if slow_holds({"a": n % 7, "b": str(n % 5)}, where)]
+        assert rows.tolist() == [n for n in range(1000) if slow_holds({"a": n % 7, "b": str(n % 5)}, where)]
 
 
 # ---- in every search
