@@ -98,6 +98,7 @@ def test_an_unknown_command_is_a_mistake(capsys):
     assert "error: a command is missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stdout_that_is_full_closed_or_not_read_leaves_no_traceback(tmp_path):
     for name in cli.COMMANDS.keys() - {"quickstart"}:
         full, closed = (started(name, "--help", tmp_path, after=word) for word in ("> /dev/full", ">&-"))
@@ -136,6 +137,7 @@ def test_the_work_is_done_whatever_becomes_of_its_text(tmp_path):
         (tmp_path / "output").unlink()
 
 
+@pytest.mark.slow
 def test_a_signal_during_imports_is_one_line_and_the_shells_exit_code(tmp_path):
     """Libraries that never finish their import stand in for slow ones."""
     for library in ("numpy", "torch", "huggingface_hub"):
@@ -148,12 +150,14 @@ def test_a_signal_during_imports_is_one_line_and_the_shells_exit_code(tmp_path):
             assert finish(process) == (128 + number, "", f"error: interrupted by {number.name}\n"), name
 
 
+@pytest.mark.slow
 def test_rank_without_a_group_is_not_read(tmp_path):
     for name in cli.COMMANDS.keys() - {"quickstart"}:  # which loads torch first
         code, _, err = finish(started(name, "--no_such_key 1", tmp_path, RANK="1"))
         assert code == 2 and err.startswith("error: --no_such_key"), name
 
 
+@pytest.mark.slow
 def test_a_deleted_current_folder_is_one_line(tmp_path):
     for name, options in VALID.items():
         (tmp_path / name).mkdir()

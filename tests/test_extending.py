@@ -113,6 +113,7 @@ def test_the_metric_of_the_page_counts_as_it_says(package, monkeypatch):
     assert [metric_value(f"success@{k}", ranking) for k in (1, 2, 3)] == [0.0, 0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_an_entry_in_the_table_of_losses_makes_its_option_a_key(package):
     """In a process of its own: the configuration reads the table when it is imported."""
     (entry,) = re.findall(r"```python\n(Loss\(.*?)```", PAGE, flags=re.S)

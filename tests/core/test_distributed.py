@@ -1,5 +1,6 @@
 import sys
 
+import pytest
 from training_runs import launch
 
 # what a command does under a launcher; the names of the threads that are left of it
@@ -20,6 +21,7 @@ assert not [name for name in names if "gloo" in name], names
 """
 
 
+@pytest.mark.slow
 def test_no_thread_of_a_group_of_processes_outlives_it(model_folders, tmp_path):
     script = tmp_path / "ended_group.py"
     script.write_text(ENDED_GROUP)

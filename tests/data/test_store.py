@@ -204,6 +204,7 @@ def _open_together(path, barrier):
     return (store.folder / "meta.json").stat().st_ino, groups_of(store)
 
 
+@pytest.mark.slow
 def test_two_processes_that_build_at_once_share_one_store(tmp_path, cache_dir):
     path = write(tmp_path / "a.jsonl", random_records(seed=4, count=3000))
     context = multiprocessing.get_context("spawn")

@@ -34,6 +34,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(benchmark, "in_own_process", lambda function, *arguments: function(*arguments))
 
 
+@pytest.mark.slow
 def test_models_of_torch_and_exports_are_measured_side_by_side(folders, in_this_process, tmp_path, capsys):
     output = tmp_path / "speed.json"
     command = ["benchmark", "--model", ",".join(folders), *OPTIONS, "--device", "cpu", "--output", str(output)]

@@ -81,6 +81,7 @@ def test_the_event_loop_runs_while_documents_are_scored(load_tiny):
     assert one == many[0] == reranker.rerank("where is Paris?", list(ENGLISH), top_k=3)
 
 
+@pytest.mark.slow
 def test_a_reranker_can_be_copied_pickled_and_sent_to_another_process(load_tiny):
     reranker = Reranker.from_backend(TorchBackend(load_tiny("bert", max_length=64)))
     expected = reranker.rerank(*requests()[0])  # also after its first use

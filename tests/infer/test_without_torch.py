@@ -77,6 +77,7 @@ def assert_near(found, expected, place: str = "") -> None:
         )
 
 
+@pytest.mark.slow
 def test_every_answer_is_that_of_the_model(folders, corpus, of_torch, tmp_path):
     assert_near(json.loads(json.dumps(answers(str(folders[1]), corpus, tmp_path))), json.loads(json.dumps(of_torch[0])))
 
