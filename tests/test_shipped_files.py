@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from page_blocks import blocks
 
 from rag_retrieval.core.config_reader import load_config
 from rag_retrieval.data.beir import read_folder, read_qrels
@@ -199,8 +200,8 @@ def test_the_json_and_yaml_blocks_of_the_pages_are_valid():
 
 def code_blocks(page: Path) -> list[str]:
     """Blocks of commands, Python, JSON and YAML, without comments and the texts of examples."""
-    blocks = re.findall(r"```(?:bash|json|yaml)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [re.sub(r"\s*# .*", "", block) for block in blocks]
+    found = blocks(page.read_text(encoding="utf-8"))
+    return [re.sub(r"\s*# .*", "", content) for language, content in found if language in ("bash", "json", "yaml")]
 
 
 def test_both_readmes_are_short_and_show_the_same_commands():
@@ -218,8 +219,7 @@ def test_a_translated_page_has_the_blocks_and_links_of_the_english_one():
     for page in translated:
         original = page.with_stem(page.stem.removesuffix("_zh"))
         texts = [each.read_text(encoding="utf-8") for each in (page, original)]
-        blocks = [re.findall(r"^```\w*\n.*?^```$", text, flags=re.DOTALL | re.MULTILINE) for text in texts]
-        assert blocks[0] == blocks[1]
+        assert blocks(texts[0]) == blocks(texts[1]) != []
         links = [re.findall(r"\]\(([^)]*)\)", text) for text in texts]
         assert {*links[0], page.name} == {*links[1], original.name}, "each names the other"
 

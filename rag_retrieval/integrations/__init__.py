@@ -67,6 +67,17 @@ def found_metadata(result: SearchResult) -> dict[str, Any]:
 # ---- filters of frameworks, as `where`
 
 
+COMPARED = {  # by operator, as Haystack and LlamaIndex both write it: the condition of `where` for its value
+    "==": lambda value: {"in": [value]},
+    "!=": lambda value: {"ne": value},
+    ">": lambda value: {"gt": value},
+    ">=": lambda value: {"gte": value},
+    "<": lambda value: {"lt": value},
+    "<=": lambda value: {"lte": value},
+    "in": lambda value: {"in": value},
+}
+
+
 def all_of(*conditions: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """`where` for what all of these hold for; None and {} are no condition."""
     given = [condition for condition in conditions if condition]

@@ -20,6 +20,7 @@ from typing import Any
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.infer.reranker import Reranker, open_reranker
 from rag_retrieval.integrations import (
+    COMPARED,
     all_of,
     condition_on,
     found_metadata,
@@ -41,16 +42,8 @@ except ImportError as error:
     raise missing_library("haystack-ai", "haystack") from error
 
 GROUPS = ("AND", "OR", "NOT")
-COMPARED = {  # by operator: the condition of `where` for its value
-    "==": lambda value: {"in": [value]},
-    "!=": lambda value: {"ne": value},
-    ">": lambda value: {"gt": value},
-    ">=": lambda value: {"gte": value},
-    "<": lambda value: {"lt": value},
-    "<=": lambda value: {"lte": value},
-    "in": lambda value: {"in": value},
-    "not in": lambda value: {"in": value},  # negated
-}
+NOT_IN = "not in"
+OPERATORS = (*COMPARED, NOT_IN)
 LIKE_DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[Tt ]|\Z)")
 DATE = re.compile(
     r"(\d{4}-\d\d-\d\d(?:[T ](?:[01]\d|2[0-3]):\d\d(?::\d\d(?:\.\d{1,6})?)?)?)(Z|[+-]\d\d:\d\d)?", re.ASCII
@@ -246,17 +239,17 @@ def where_of(filters: Any, documents: Filters) -> dict[str, Any]:
 def compared(comparison: Mapping[str, Any], documents: Filters) -> dict[str, Any]:
     """A filter of one field."""
     name, operator = comparison["field"], comparison.get("operator")
-    if not isinstance(name, str) or operator not in list(COMPARED) or "value" not in comparison:
-        raise FilterError(f"expected an operator of {', '.join(COMPARED)}, and a value; found {shown(comparison)}")
+    if not isinstance(name, str) or operator not in OPERATORS or "value" not in comparison:
+        raise FilterError(f"expected an operator of {', '.join(OPERATORS)}, and a value; found {shown(comparison)}")
     field = name.removeprefix("meta.")
     if field == name and ("." in name or name in [each.name for each in fields(Document)]):
         raise FilterError("where compares metadata alone; their fields are written meta.NAME")
     value = comparison["value"]
     values = [each.isoformat() if isinstance(each, datetime) else each for each in listed(value)]
-    condition = COMPARED[operator](values if isinstance(value, list) else values[0])
+    condition = COMPARED["in" if operator == NOT_IN else operator](values if isinstance(value, list) else values[0])
     where = condition_on(documents, field, condition)
     check_dates(documents.column(field), values, is_range=not condition.keys().isdisjoint(RANGE))
-    return {NOT: where} if operator == "not in" else where
+    return {NOT: where} if operator == NOT_IN else where
 
 
 def listed(value: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.infer.reranker import Reranker, open_reranker
 from rag_retrieval.integrations import (
+    COMPARED,
     STAGE_RANKS,
     STAGE_SCORES,
     all_of,
@@ -47,19 +48,9 @@ except ImportError as error:
 
 dispatcher = get_dispatcher(__name__)
 
-COMPARED = {  # by operator: the condition of `where` for its value
-    FilterOperator.EQ: lambda value: {"in": [value]},
-    FilterOperator.NE: lambda value: {"ne": value},
-    FilterOperator.GT: lambda value: {"gt": value},
-    FilterOperator.GTE: lambda value: {"gte": value},
-    FilterOperator.LT: lambda value: {"lt": value},
-    FilterOperator.LTE: lambda value: {"lte": value},
-    FilterOperator.IN: lambda value: {"in": value},
-    FilterOperator.NIN: lambda value: {"in": value},  # negated
-}
-OF_LISTS = {  # of fields that hold lists
-    FilterOperator.CONTAINS: lambda value: {"in": [value]},
-    FilterOperator.ANY: lambda value: {"in": value},
+OF_LISTS = {  # of fields that hold lists, of which one element is compared
+    FilterOperator.CONTAINS: COMPARED["=="],
+    FilterOperator.ANY: COMPARED["in"],
 }
 
 
@@ -174,16 +165,18 @@ def compared(one: MetadataFilter, documents: Filters) -> dict[str, Any]:
         return condition_on(documents, field, {"in": [None]}, {ONE, LIST})
     if value is None:
         raise FilterError(f"expected a value, found none; {FilterOperator.IS_EMPTY.value} is for documents without one")
-    if one.operator in COMPARED:
-        where = condition_on(documents, field, COMPARED[one.operator](value))
-        return {NOT: where} if one.operator == FilterOperator.NIN else where
+    if one.operator == FilterOperator.NIN:
+        return {NOT: condition_on(documents, field, COMPARED["in"](value))}
+    if one.operator.value in COMPARED:
+        return condition_on(documents, field, COMPARED[one.operator.value](value))
     if one.operator in OF_LISTS:
         return condition_on(documents, field, OF_LISTS[one.operator](value), {LIST})
     if one.operator == FilterOperator.ALL and isinstance(value, list) and value:
         return {AND: [condition_on(documents, field, {"in": [each]}, {LIST}) for each in value]}
     if one.operator == FilterOperator.ALL:
         raise FilterError(f"expected a list of values, found {value!r:.100}")
-    known = [operator.value for operator in (*COMPARED, *OF_LISTS, FilterOperator.ALL, FilterOperator.IS_EMPTY)]
+    others = (FilterOperator.NIN, *OF_LISTS, FilterOperator.ALL, FilterOperator.IS_EMPTY)
+    known = [*COMPARED, *(operator.value for operator in others)]
     raise FilterError(f"where has no such operator; expected one of {', '.join(known)}")
 
 

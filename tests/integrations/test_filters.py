@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mining_samples import write_jsonl
+from page_blocks import blocks
 
 from rag_retrieval.data.corpus import build_corpus
 from rag_retrieval.data.documents import Document as Row
@@ -230,7 +231,7 @@ def test_the_retriever_of_haystack_takes_filters_as_haystacks_own_do(haystack, i
 
 def test_the_filters_of_the_page_run_as_they_stand_there(haystack, llama, index, tmp_path, monkeypatch):
     page = (Path(__file__).resolve().parents[2] / "docs" / "other_software.md").read_text(encoding="utf-8")
-    block = page.partition("### Their filters")[2].partition("```python\n")[2].partition("```")[0]
+    _, block = blocks(page.partition("### Their filters")[2])[0]
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "index").symlink_to(index.folder)
     monkeypatch.chdir(tmp_path)
