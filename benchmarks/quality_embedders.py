@@ -249,6 +249,8 @@ def train_sentence_transformers(data: Path, options: argparse.Namespace, work: P
     ]
     model = SentenceTransformer(resolve_model_path(options.model), device="cpu")
     model.max_seq_length = options.max_len
+    # as ours uses the model's prompts, which this trainer takes by column only
+    texts = {"anchor": "query"} | {column: "document" for column in rows[0] if column != "anchor"}
     settings = SentenceTransformerTrainingArguments(
         output_dir=str(work / "trainer"),
         num_train_epochs=options.epochs,
@@ -261,6 +263,7 @@ def train_sentence_transformers(data: Path, options: argparse.Namespace, work: P
         seed=options.seed,
         bf16=options.precision == "bf16",
         use_cpu=True,
+        prompts={column: model.prompts.get(prompt) or "" for column, prompt in texts.items()},
         dataloader_pin_memory=False,
         save_strategy="no",
         report_to="none",

@@ -83,8 +83,8 @@ def make_row(options: argparse.Namespace, name: str) -> dict:
     setting = {key: getattr(options, key) for key in (*quality_embedders.SAME, "negatives", "batch_size")}
     counts = {"test_queries": len(collection.queries), "documents": len(collection.documents)}
     return {
-        "setting": {"data": options.data.name} | counts | setting | {"keys": " ".join(options.keys)},
-        "trainer": name,
+        "setting": {"data": options.data.name} | counts | setting,
+        "trainer": " ".join([name, *(options.keys if name != BASE else [])]),
         "seed": options.seed,
         "figures": {way: means(of_way) for way, of_way in found.items()},
         "per_query": {way: rounded(of_way) for way, of_way in found.items()},

@@ -103,6 +103,20 @@ def test_both_trainers_start_from_the_base_and_are_measured_alike(toy, tmp_path)
 
 
 @pytest.mark.slow
+def test_sentence_transformers_trains_with_the_prompts_of_the_base(toy, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    tiny_bert(tmp_path / "bert")
+    weights = []
+    for prompts in ({}, {"query": "word1 word2 "}, {"document": "word1 word2 "}):
+        base, work = tmp_path / f"base{len(weights)}", tmp_path / f"work{len(weights)}"
+        EmbeddingModel.from_pretrained(tmp_path / "bert", prompts=prompts).save_pretrained(base)
+        theirs = ("--trainer", "sentence-transformers", "--model", str(base), "--work", str(work))
+        run(toy, tmp_path / "rows.jsonl", *theirs)
+        weights.append((work / "model" / "model.safetensors").read_bytes())
+    assert len(set(weights)) == 3
+
+
+@pytest.mark.slow
 def test_an_exported_model_finds_what_the_model_finds(toy, tmp_path):
     pytest.importorskip("onnxruntime")
     tiny_bert(tmp_path / "bert")

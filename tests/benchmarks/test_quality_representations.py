@@ -48,7 +48,11 @@ def test_rows_are_trained_and_measured_from_one_base(tmp_path):
     files = ["--data", str(toy), "--model", str(tmp_path / "bert"), "--out", str(out)]
     steps = ["--queries", "8", "--batch_size", "4", "--epochs", "2", "--depth", "4", "--threads", "1"]
     quality_representations.main([*files, *steps, "--train", "base", "unified"])
-    base, unified = read_rows(out)
+    quality_representations.main([*files, *steps, "--train", "base", "multi_vector", "--keys", "colbert_dim=8"])
+    base, unified, same, narrow = read_rows(out)
+    assert same["trainer"] == base["trainer"] == "base" and narrow["trainer"] == "multi_vector colbert_dim=8"
+    assert narrow["setting"] == base["setting"], "rows of other keys stand in one table"
+    assert narrow["sizes"]["multi_vector"] < unified["sizes"]["multi_vector"]
     assert list(unified["figures"]) == ["dense", "lexical", "multi_vector", "ensemble"]
     assert unified["sizes"]["dense"] < unified["sizes"]["multi_vector"] and unified["sizes"]["lexical"] > 0
     assert base["setting"] == unified["setting"] and json.dumps(base["figures"]) != json.dumps(unified["figures"])
