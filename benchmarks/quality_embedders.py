@@ -38,7 +38,7 @@ COLUMNS = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 TESTED, DEPTH, DISTRACTORS = "ndcg@10", 100, 10
 WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.01, 1.0
 SAME = (  # what rows of one table have in common
-    "model", "queries", "depth", "epochs", "max_len", "lr", "temperature", "precision", "threads",
+    "queries", "depth", "epochs", "max_len", "lr", "temperature", "precision", "threads",
 )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def make_row(options: argparse.Namespace) -> dict:
 def trainer_name(options: argparse.Namespace) -> str:
     """What trained, and how it differs from the plain training: a row of a table for each."""
     plain = argument_parser()
-    levers = ("runtime",) if options.trainer == "base" else ("negatives", "batch_size", "runtime")
+    levers = ("model", "runtime") if options.trainer == "base" else ("model", "negatives", "batch_size", "runtime")
     given = {name: getattr(options, name) for name in levers}
     changed = [f"{name}={value}" for name, value in given.items() if value != plain.get_default(name)]
     records = [options.records.name] if options.records else []
@@ -311,11 +311,12 @@ def markdown_table(setting: dict, table: dict[str, dict[int, dict]]) -> str:
 
 def seeds_difference(before: str, after: str, table: dict[str, dict[int, dict]]) -> list[str]:
     """One line, or none where the two have no seed in common."""
-    seeds = sorted(table[after]) if before == "base" else sorted(table[before].keys() & table[after].keys())
+    of_untrained = before.split()[0] == "base"
+    seeds = sorted(table[after]) if of_untrained else sorted(table[before].keys() & table[after].keys())
     if not seeds:
         return []
     of_base = list(table[before].values())
-    runs = [of_base if before == "base" else [table[before][seed] for seed in seeds], [table[after][s] for s in seeds]]
+    runs = [of_base if of_untrained else [table[before][seed] for seed in seeds], [table[after][s] for s in seeds]]
     return [difference(after, before, *map(per_query, runs), len(seeds))]
 
 

@@ -80,7 +80,7 @@ def make_row(options: argparse.Namespace, name: str) -> dict:
             model, training = quality.timed(quality_embedders.train_ours, data, given, work)
         (runs, sizes), searching = quality.timed(find, model, collection, options)
     found = {way: query_metrics(collection.qrels, run, COLUMNS) for way, run in runs.items()}
-    setting = {key: getattr(options, key) for key in (*quality_embedders.SAME, "negatives", "batch_size")}
+    setting = {key: getattr(options, key) for key in (*quality_embedders.SAME, "model", "negatives", "batch_size")}
     counts = {"test_queries": len(collection.queries), "documents": len(collection.documents)}
     return {
         "setting": {"data": options.data.name} | counts | setting,

@@ -70,6 +70,18 @@ def test_seeds_are_averaged_and_the_base_stands_beside_all_of_them():
     assert "-0.2250" in line and "(2 seeds)" in line  # seeds 1 and 2: (.4 - .7) x .75
 
 
+def test_models_and_runtimes_are_rows_of_one_table():
+    options = quality_embedders.argument_parser().parse_args
+    assert quality_embedders.trainer_name(options(["--trainer", "base"])) == "base"
+    assert quality_embedders.trainer_name(options(["--trainer", "base", "--model", "a/b"])) == "base model=a/b"
+    int8 = options(["--trainer", "base", "--model", "a/b", "--runtime", "int8"])
+    assert quality_embedders.trainer_name(int8) == "base model=a/b runtime=int8"
+    assert quality_embedders.trainer_name(options(["--model", "a/b", "--keys", "lr=1"])) == "ours model=a/b lr=1"
+    text = quality_embedders.markdown_tables([result("base model=a/b", 0.4), *(result("ours", 0.8, s) for s in (1, 2))])
+    (line,) = [line for line in text.splitlines() if line.startswith("ours - base model=a/b")]
+    assert "+0.3000" in line and "(2 seeds)" in line  # (.8 - .4) x (1 + 1/2) / 2
+
+
 def test_without_negatives_the_questions_and_answers_are_those_of_one(toy, tmp_path):
     drawn = (8, 1, 4, 0)
     of = [quality_embedders.draw_records(read_folder(toy), drawn, count, tmp_path / f"{count}") for count in (0, 1)]
@@ -94,7 +106,10 @@ def test_both_trainers_start_from_the_base_and_are_measured_alike(toy, tmp_path)
     tiny_bert(tmp_path / "bert")
     out = tmp_path / "rows.jsonl"
     rows = [run(toy, out, "--trainer", trainer) for trainer in quality_embedders.TRAINERS]
-    assert [row["trainer"] for row in rows] == ["base", "ours batch_size=4", "sentence-transformers batch_size=4"]
+    of = f"model={tmp_path / 'bert'}"
+    assert [row["trainer"] for row in rows] == [
+        f"base {of}", f"ours {of} batch_size=4", f"sentence-transformers {of} batch_size=4",
+    ]  # fmt: skip
     assert len({json.dumps(row["setting"]) for row in rows}) == 1
     base, *trained = (row["figures"] for row in rows)
     for figures in trained:
@@ -123,5 +138,5 @@ def test_an_exported_model_finds_what_the_model_finds(toy, tmp_path):
     EmbeddingModel.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "embedder")
     base = (toy, tmp_path / "rows.jsonl", "--trainer", "base", "--model", str(tmp_path / "embedder"))
     model, exported = run(*base), run(*base, "--runtime", "onnx")
-    assert (model["trainer"], exported["trainer"]) == ("base", "base runtime=onnx")
+    assert exported["trainer"] == f"{model['trainer']} runtime=onnx"
     assert exported["figures"] == pytest.approx(model["figures"])
