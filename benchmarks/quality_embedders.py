@@ -33,7 +33,7 @@ from rag_retrieval.metrics import PerQuery, means, query_metrics
 from rag_retrieval.models.vectors import finish, ranges_of, to_float32, to_precision
 
 TRAINERS = ("base", "ours", "sentence-transformers")
-RUNTIMES = ("torch", "onnx", "int8", "openvino")  # int8: of ONNX Runtime
+RUNTIMES = ("torch", *(f"{name}{int8}" for name in ("onnx", "openvino") for int8 in ("", "-int8", "-static-int8")))
 COLUMNS = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 TESTED, DEPTH, DISTRACTORS = "ndcg@10", 100, 10
 WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.01, 1.0
@@ -159,8 +159,8 @@ def encode(model: str | Path, collection: Collection, options: argparse.Namespac
     from rag_retrieval import Embedder
 
     of_torch = {"max_length": options.max_len, "normalize": True, "dtype": options.encode_dtype}
-    runtimes = {"torch": of_torch, "openvino": {"model_type": "openvino"}}
-    embedder = Embedder(model, **runtimes.get(options.runtime, {}))
+    runtimes = {"torch": of_torch, "onnx": {}, "openvino": {"model_type": "openvino"}}
+    embedder = Embedder(model, **runtimes[options.runtime.split("-")[0]])
     queries = embedder.encode_queries(list(collection.queries.values()))
     return queries, embedder.encode_documents(list(collection.documents.values()))
 
@@ -169,7 +169,9 @@ def export(model: str | Path, options: argparse.Namespace, folder: Path) -> Path
     """The model as `rag-retrieval export` writes it; int8 whatever it costs, the row says what that is."""
     from rag_retrieval import ExportConfig, export_model
 
-    int8 = {"quantize": "int8", "force": True} if options.runtime == "int8" else {}
+    int8 = {"quantize": "int8", "force": True} if "int8" in options.runtime else {}
+    if "static" in options.runtime:
+        int8["calibrate_with"] = str(options.data)
     export_model(ExportConfig(model=str(model), output=str(folder), max_length=options.max_len, normalize=True, **int8))
     return folder
 

@@ -74,8 +74,8 @@ def test_models_and_runtimes_are_rows_of_one_table():
     options = quality_embedders.argument_parser().parse_args
     assert quality_embedders.trainer_name(options(["--trainer", "base"])) == "base"
     assert quality_embedders.trainer_name(options(["--trainer", "base", "--model", "a/b"])) == "base model=a/b"
-    int8 = options(["--trainer", "base", "--model", "a/b", "--runtime", "int8"])
-    assert quality_embedders.trainer_name(int8) == "base model=a/b runtime=int8"
+    int8 = options(["--trainer", "base", "--model", "a/b", "--runtime", "onnx-int8"])
+    assert quality_embedders.trainer_name(int8) == "base model=a/b runtime=onnx-int8"
     assert quality_embedders.trainer_name(options(["--model", "a/b", "--keys", "lr=1"])) == "ours model=a/b lr=1"
     text = quality_embedders.markdown_tables([result("base model=a/b", 0.4), *(result("ours", 0.8, s) for s in (1, 2))])
     (line,) = [line for line in text.splitlines() if line.startswith("ours - base model=a/b")]
@@ -140,3 +140,6 @@ def test_an_exported_model_finds_what_the_model_finds(toy, tmp_path):
     model, exported = run(*base), run(*base, "--runtime", "onnx")
     assert exported["trainer"] == f"{model['trainer']} runtime=onnx"
     assert exported["figures"] == pytest.approx(model["figures"])
+    run(*base, "--runtime", "onnx-static-int8", "--work", str(tmp_path / "static"))
+    description = json.loads((tmp_path / "static" / "exported" / "embedder_onnx.json").read_text())
+    assert description["verification"]["calibrated_with"] == "toy"
