@@ -27,7 +27,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 import psutil
 
@@ -42,7 +42,7 @@ ROUNDS = 3  # of both servers, in turns
 SIMPLEST = Path(__file__).with_name("simplest_server.py")
 TEXT = "fever cough doctor medicine river bridge train station python returns list water sugar oxygen light music piano"
 VOCABULARY = TEXT.split()
-LIBRARIES = ("torch", "transformers", "sentence-transformers", "starlette", "uvicorn", "httpx")
+LIBRARIES = ("torch", "transformers", "sentence-transformers", "starlette", "uvicorn", "aiohttp")
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,10 @@ def address_in(log) -> str:
     raise SystemExit("the server did not start:\n" + "".join(printed))
 
 
-def client_of(address: str) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(base_url=address, limits=limits, timeout=120)
+def client_of(address: str) -> aiohttp.ClientSession:
+    """With as many connections as there are requests on the way."""
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=120)
+    return aiohttp.ClientSession(address, connector=connector, timeout=timeout)
 
 
 async def compare(address: str, other: str, questions: list[Question], options) -> None:
@@ -276,7 +277,7 @@ def row(name: str, outcome: Outcome) -> str:
 
 
 async def closed_loop(
-    client: httpx.AsyncClient, questions: list[Question], concurrency: int, seconds: float
+    client: aiohttp.ClientSession, questions: list[Question], concurrency: int, seconds: float
 ) -> Outcome:
     """So many clients, each of which asks again as soon as it has its answer."""
     outcome, numbers, started = Outcome(), count(), time.perf_counter()
@@ -290,7 +291,7 @@ async def closed_loop(
     return outcome
 
 
-async def open_loop(client: httpx.AsyncClient, questions: list[Question], rate: float, seconds: float) -> Outcome:
+async def open_loop(client: aiohttp.ClientSession, questions: list[Question], rate: float, seconds: float) -> Outcome:
     """`rate` requests a second, whether or not earlier ones are answered; less where this process cannot send them."""
     outcome, tasks, started = Outcome(), [], time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds:
@@ -302,23 +303,24 @@ async def open_loop(client: httpx.AsyncClient, questions: list[Question], rate: 
     return outcome
 
 
-async def ask(client: httpx.AsyncClient, question: Question, outcome: Outcome) -> None:
+async def ask(client: aiohttp.ClientSession, question: Question, outcome: Outcome) -> None:
     started = time.perf_counter()
     outcome.sent += 1
     try:
-        response = await client.post(question.path, json=question.body)
-    except httpx.TransportError:
+        async with client.post(question.path, json=question.body) as response:
+            answer = await response.json() if response.status == 200 else await response.read()
+    except (aiohttp.ClientError, TimeoutError):
         outcome.failed += 1
         return
-    outcome.statuses[response.status_code] += 1
-    if response.status_code == 200:
+    outcome.statuses[response.status] += 1
+    if response.status == 200:
         outcome.seconds.append(time.perf_counter() - started)
         outcome.texts += question.texts
-        outcome.wrong += not question.is_right(response.json())
+        outcome.wrong += not question.is_right(answer)
 
 
 async def overload(
-    client: httpx.AsyncClient, process: psutil.Process, questions: list[Question], rate: float, seconds: float
+    client: aiohttp.ClientSession, process: psutil.Process, questions: list[Question], rate: float, seconds: float
 ) -> None:
     """Twice, since the first time fills the allocator's pools."""
     print(f"\noverload: {rate:.0f} requests/s asked for; server's memory before: {resident(process):.0f} MiB")
@@ -336,7 +338,9 @@ async def overload(
     print(row("1, afterwards", after))
 
 
-async def steady(client: httpx.AsyncClient, process: psutil.Process, questions: list[Question], requests: int) -> None:
+async def steady(
+    client: aiohttp.ClientSession, process: psutil.Process, questions: list[Question], requests: int
+) -> None:
     """16 clients until so many requests are answered, with the memory after each tenth of them."""
     total, memory = Outcome(), [resident(process)]
     while total.answered < requests:

@@ -4,9 +4,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from tiny_models import tiny_bert
 
 # the scripts import each other by bare name, as Python runs them
@@ -59,17 +60,20 @@ def test_requests_are_the_same_again_and_right_as_each_text_alone(model_folders)
 
 
 def test_refusals_broken_connections_and_wrong_answers_are_counted_apart():
-    def answer(request: httpx.Request) -> httpx.Response:
+    async def answer(request: web.Request) -> web.Response:
         number = next(numbers)
         if number == 2:
-            raise httpx.ConnectError("broken")
-        return httpx.Response(429) if number == 1 else httpx.Response(200, json=RIGHT)
+            request.transport.close()
+        return web.Response(status=429) if number == 1 else web.json_response(RIGHT)
 
     numbers = iter(range(5))
     outcome = serve_benchmark.Outcome()
 
     async def ask_five():
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as client:
+        app = web.Application()
+        app.router.add_post("/rerank", answer)
+        server = TestServer(app)
+        async with server, serve_benchmark.client_of(str(server.make_url("/"))) as client:
             for scores in (SCORES, SCORES, SCORES, SCORES, SCORES[::-1]):
                 is_right = partial(serve_benchmark.has_scores, scores=scores)
                 await serve_benchmark.ask(client, serve_benchmark.Question("/rerank", {}, 3, is_right), outcome)
