@@ -2,7 +2,7 @@
 
     python benchmarks/mixed_lengths.py
 
-Forward and backward of an encoder of MiniLM-L6's shape with 8,192 positions and random weights, planned as the trainer
+Forward and backward of an encoder of MiniLM-L6's shape with 8,192 positions, planned as the trainer
 plans it: micro-batches of at most `CPU_TOKENS` tokens, a longer text by itself, packed without padding. CPU seconds of
 one thread, float32, after a round that is not counted. `waste` is what the mixed step takes beyond its two halves.
 `padded` are the tokens of one batch of all texts, padded to the longest.
@@ -51,12 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def with_positions(name: str, positions: int) -> EmbeddingModel:
-    """The model with as many positions, and random weights for them."""
+    """The model with as many positions: its own, again and again."""
     model = EmbeddingModel.from_pretrained(name)
     model.config.max_position_embeddings = positions
     embeddings = model.model.embeddings
-    width = embeddings.position_embeddings.embedding_dim
-    embeddings.position_embeddings = torch.nn.Embedding(positions, width)
+    own = embeddings.position_embeddings.weight.detach()
+    repeated = own.repeat(-(-positions // len(own)), 1)[:positions]
+    embeddings.position_embeddings = torch.nn.Embedding.from_pretrained(repeated, freeze=False)
     embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     embeddings.register_buffer("token_type_ids", torch.zeros(1, positions, dtype=torch.int64), persistent=False)
     return model.train()
