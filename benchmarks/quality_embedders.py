@@ -17,7 +17,7 @@ import os
 import random
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -232,7 +232,6 @@ def train_ours(data: Path, options: argparse.Namespace, work: Path) -> Path:
 
 def train_sentence_transformers(data: Path, options: argparse.Namespace, work: Path) -> Path:
     """SentenceTransformerTrainer with MultipleNegativesRankingLoss. Returns the model's folder."""
-    from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
@@ -242,37 +241,55 @@ def train_sentence_transformers(data: Path, options: argparse.Namespace, work: P
 
     from rag_retrieval.models.settings import resolve_model_path
 
+    model = SentenceTransformer(resolve_model_path(options.model), device="cpu")
+    model.max_seq_length = options.max_len
+    loss = MultipleNegativesRankingLoss(model, scale=1 / options.temperature)
+    rows = their_rows(data, options.negatives)
+    settings = SentenceTransformerTrainingArguments(**their_settings(options, model.prompts, rows[0], work))
+    return run_theirs(SentenceTransformerTrainer, model, settings, rows, loss, work)
+
+
+def their_rows(data: Path, negatives: int) -> list[dict[str, str]]:
+    """The records with so many negatives, by column."""
     records = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-    rows = [
+    return [
         {"anchor": record["query"], "positive": record["pos"][0]}
         | {f"negative_{place}": text for place, text in enumerate(record["neg"])}
         for record in records
-        if len(record["neg"]) == options.negatives
+        if len(record["neg"]) == negatives
     ]
-    model = SentenceTransformer(resolve_model_path(options.model), device="cpu")
-    model.max_seq_length = options.max_len
-    # as ours uses the model's prompts, which this trainer takes by column only
-    texts = {"anchor": "query"} | {column: "document" for column in rows[0] if column != "anchor"}
-    settings = SentenceTransformerTrainingArguments(
-        output_dir=str(work / "trainer"),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        learning_rate=options.lr,
-        weight_decay=WEIGHT_DECAY,
-        warmup_steps=WARMUP,  # below 1 it is a share
-        lr_scheduler_type="cosine",
-        max_grad_norm=MAX_GRAD_NORM,
-        seed=options.seed,
-        bf16=options.precision == "bf16",
-        use_cpu=True,
-        prompts={column: model.prompts.get(prompt) or "" for column, prompt in texts.items()},
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=10,
-    )
-    loss = MultipleNegativesRankingLoss(model, scale=1 / options.temperature)
-    SentenceTransformerTrainer(model=model, args=settings, train_dataset=Dataset.from_list(rows), loss=loss).train()
+
+
+def their_settings(
+    options: argparse.Namespace, prompts: dict[str, str | None], columns: Iterable[str], work: Path
+) -> dict:
+    """Training arguments of sentence-transformers that are ours."""
+    texts = {column: "query" if column == "anchor" else "document" for column in columns}
+    return {
+        "output_dir": str(work / "trainer"),
+        "num_train_epochs": options.epochs,
+        "per_device_train_batch_size": options.batch_size,
+        "learning_rate": options.lr,
+        "weight_decay": WEIGHT_DECAY,
+        "warmup_steps": WARMUP,  # below 1 it is a share
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": MAX_GRAD_NORM,
+        "seed": options.seed,
+        "bf16": options.precision == "bf16",
+        "use_cpu": True,
+        # as ours uses the model's prompts, which this trainer takes by column only
+        "prompts": {column: prompts.get(prompt) or "" for column, prompt in texts.items()},
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 10,
+    }
+
+
+def run_theirs(trainer: type, model, settings, rows: list[dict[str, str]], loss, work: Path) -> Path:
+    from datasets import Dataset
+
+    trainer(model=model, args=settings, train_dataset=Dataset.from_list(rows), loss=loss).train()
     model.save_pretrained(str(work / "model"), create_model_card=False)
     return work / "model"
 

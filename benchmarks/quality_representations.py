@@ -4,7 +4,8 @@
     python benchmarks/quality_representations.py --table rows.jsonl
 
 A row is one training of `TRAININGS` on the records of `quality_embedders.py`, or `base`: the model as it is, with heads
-of lexical weights and token vectors that have learnt nothing. Every document is scored for every query, exactly, by
+of lexical weights and token vectors that have learnt nothing; or `multi_vector by sentence-transformers`, whose trainer
+starts from new token vectors too. Every document is scored for every query, exactly, by
 each representation that the model has and by their ensemble, with the weights of its training. Sizes are those of one
 document: numbers of its dense vector, lexical entries above 0, numbers of its token vectors.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import quality
 import quality_embedders
+import yaml
 from quality_embedders import COLUMNS, DEPTH, TESTED
 from quality_tables import decimals, difference, per_query, read_rows, seconds
 
@@ -39,12 +41,13 @@ TRAININGS = {  # by name, keys of our trainer's YAML
     "unified, self-distilled": [ALL, "use_self_distill=true"],
 }
 BASE = "base"
+THEIRS = "multi_vector by sentence-transformers"  # MultiVectorEncoderTrainer
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = quality_embedders.argument_parser()
     parser.description = __doc__.splitlines()[0]
-    parser.add_argument("--train", nargs="+", choices=[BASE, *TRAININGS], default=[BASE, *TRAININGS])
+    parser.add_argument("--train", nargs="+", choices=[BASE, *TRAININGS, THEIRS], default=[BASE, *TRAININGS])
     options = parser.parse_args(arguments)
     if options.table:
         print(markdown_tables(read_rows(options.table)))
@@ -76,8 +79,11 @@ def make_row(options: argparse.Namespace, name: str) -> dict:
             data = options.records or quality_embedders.draw_records(
                 folder, drawn, options.negatives, work / "train.jsonl"
             )
-            given = argparse.Namespace(**vars(options) | {"keys": [*TRAININGS[name], *options.keys]})
-            model, training = quality.timed(quality_embedders.train_ours, data, given, work)
+            train, given = train_theirs, options
+            if name != THEIRS:
+                train = quality_embedders.train_ours
+                given = argparse.Namespace(**vars(options) | {"keys": [*TRAININGS[name], *options.keys]})
+            model, training = quality.timed(train, data, given, work)
         (runs, sizes), searching = quality.timed(find, model, collection, options)
     found = {way: query_metrics(collection.qrels, run, COLUMNS) for way, run in runs.items()}
     setting = {key: getattr(options, key) for key in (*quality_embedders.SAME, "model", "negatives", "batch_size")}
@@ -109,6 +115,32 @@ def untrained(model: str, folder: Path) -> None:
     torch.manual_seed(0)
     folder.mkdir()
     EmbeddingModel.from_pretrained(model, representations=tuple(WEIGHTS)).save_pretrained(folder)
+
+
+def train_theirs(data: Path, options: argparse.Namespace, work: Path) -> Path:
+    """From a folder with new token vectors, whose options are `--keys`. Returns the model's folder."""
+    from sentence_transformers import (
+        MultiVectorEncoder,
+        MultiVectorEncoderTrainer,
+        MultiVectorEncoderTrainingArguments,
+    )
+    from sentence_transformers.multi_vector_encoder.losses import MultiVectorMultipleNegativesRankingLoss
+    from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scores
+
+    from rag_retrieval.models.embedder import EmbeddingModel
+
+    heads = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in options.keys)}
+    lengths = {"max_length": options.max_len, "query_max_length": options.max_len}
+    EmbeddingModel.from_pretrained(options.model, representations=["multi_vector"], **lengths, **heads).save_pretrained(
+        work / "start"
+    )
+    model = MultiVectorEncoder(str(work / "start"), device="cpu")
+    scale = 1 / options.temperature
+    loss = MultiVectorMultipleNegativesRankingLoss(model, scale=scale, similarity_fct=mean_colbert_scores)
+    rows = quality_embedders.their_rows(data, options.negatives)
+    given = quality_embedders.their_settings(options, model.prompts, rows[0], work)
+    settings = MultiVectorEncoderTrainingArguments(**given)
+    return quality_embedders.run_theirs(MultiVectorEncoderTrainer, model, settings, rows, loss, work)
 
 
 # ---- exact search of the whole corpus
