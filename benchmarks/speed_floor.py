@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rag_retrieval.models.cpu_products import product
+
 TRAINING = 3  # forward, and a backward of twice its products
 ROWS = {"cpu": (2048, 1024), "cuda": (16384, 8192)}  # tokens of a model's product, side of the square one
 
@@ -80,19 +82,29 @@ def gemm_rate(
     clock: Callable[[str], float] = now,
 ) -> tuple[float, tuple[int, int, int]]:
     """FLOP per second of the best of `shapes` (rows, inner, columns), and that shape; `seconds` for each."""
-    return max((rate_of(shape, dtype, device, seconds, clock), shape) for shape in shapes)
+    ways = [torch.mm, by_onednn] if device == "cpu" and dtype == torch.float32 else [torch.mm]
+    return max((rate_of(shape, dtype, device, seconds, clock, way), shape) for shape in shapes for way in ways)
+
+
+def by_onednn(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return product(left, right.T)
 
 
 def rate_of(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: str, seconds: float, clock: Callable[[str], float] = now
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    seconds: float,
+    clock: Callable[[str], float] = now,
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.mm,
 ) -> float:
     rows, inner, columns = shape
     left = torch.randn(rows, inner, device=device).to(dtype)
-    right = torch.randn(inner, columns, device=device).to(dtype)
-    out = torch.mm(left, right)  # the first product is slower: kernels are chosen, memory is touched
+    right = torch.randn(columns, inner, device=device).to(dtype).T  # as the weight of a layer lies
+    multiply(left, right)  # the first product is slower: kernels are chosen, memory is touched
     done, took, started = 0, 0.0, clock(device)
     while took < seconds:
         for _ in range(4):
-            torch.mm(left, right, out=out)
+            multiply(left, right)
         done, took = done + 4, clock(device) - started
     return 2 * rows * inner * columns * done / took

@@ -22,6 +22,7 @@ from torch import nn
 
 from rag_retrieval.core.log import Progress
 from rag_retrieval.models.calibration import Calibration
+from rag_retrieval.models.cpu_products import fast_products
 from rag_retrieval.models.devices import check_devices
 from rag_retrieval.models.outputs import Output, Results, concatenated, in_order, with_token_vectors_on_cpu
 from rag_retrieval.models.pair_encoding import EncodedPair, PairEncoder
@@ -289,8 +290,10 @@ def forward_if_it_fits(
 
     Raises torch.cuda.OutOfMemoryError for a single text that does not fit.
     """
+    batch = make_batch(texts)
     try:
-        return model(make_batch(texts)) if outputs is None else model(make_batch(texts), outputs)
+        with fast_products(model.device, len(batch.ids)):
+            return model(batch) if outputs is None else model(batch, outputs)
     except torch.cuda.OutOfMemoryError as error:
         if len(texts) == 1:
             raise torch.cuda.OutOfMemoryError(

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from rag_retrieval.core.distributed import StartError, host_group
 from rag_retrieval.core.signals import StopRequest, TrainingStopped, on_signals
+from rag_retrieval.models.cpu_products import fast_products
 from rag_retrieval.train.checkpoints import CheckpointStore, Saver, TrainState
 from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.failures import (
@@ -85,7 +86,8 @@ class Trainer:
         Raises TrainingStopped after SIGTERM or SIGINT, ProcessFailure for what strikes this process alone, and
         TrainingError where training cannot continue.
         """
-        with translate_worker_deaths(), on_signals(self.stop_request.note):
+        products = nullcontext() if self.config.torch_compile else fast_products(self.accelerator.device)
+        with translate_worker_deaths(), on_signals(self.stop_request.note), products:
             self.tracking = Tracking(
                 self.accelerator,
                 self.output_dir,

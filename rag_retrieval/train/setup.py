@@ -6,6 +6,7 @@ has them, the parameters that no checkpoint gave.
 """
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from rag_retrieval.models.cpu_products import fast_products
 from rag_retrieval.models.packed_attention import ATTENTION, packed_attention
 from rag_retrieval.models.packed_model import attention_dropout
 from rag_retrieval.train.config import TrainingConfig
@@ -39,8 +41,10 @@ def prepare_for_training(model: Any, config: TrainingConfig) -> Any:
     if config.gradient_checkpointing:
         # transformers renamed it between 5.17 and 5.23
         enable = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
+        # the backward pass computes layers again outside of the modes of the step; compiled layers take no context
+        again = {} if config.torch_compile else {"context_fn": lambda: (nullcontext(), fast_products(bare.device))}
         # the reentrant form needs inputs with gradients, which frozen embeddings and LoRA do not have
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, **again})
     if config.torch_compile:
         compile_layers(bare)
     return adapter

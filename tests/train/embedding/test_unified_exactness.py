@@ -48,7 +48,7 @@ def test_a_step_is_the_same_however_it_is_cut(runs, kept, kind, cut, tmp_path):
     values = runs[kind] | CUTS[cut] | {"output_dir": str(tmp_path / "run")}
     train(values)
     # the gradients of SPLADE add up a whole vocabulary, in an order that depends on the CPU
-    assert_same(outcome(values), kept[kind], 4e-6 if kind == "splade" else 2e-6)
+    assert_same(outcome(values), kept[kind], 6e-6 if kind == "splade" else 2e-6)
 
 
 def test_every_head_learns(runs, kept):

@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rag_retrieval.core.distributed import StartError
 from rag_retrieval.data.sampling import epoch_order, pair_order
+from rag_retrieval.models import cpu_products
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.models.llm_decoder import LLMDecoder
 from rag_retrieval.models.pair_scorer import PairScorer
@@ -512,6 +513,21 @@ def decoder(settings, qwen2):
 
 
 LORA = {"lora_r": 4, "lora_target_modules": "all-linear"}
+
+
+def test_layers_multiply_in_the_same_way_when_they_are_computed_again(settings, tmp_path, monkeypatch):
+    products, multiply = [], cpu_products.product
+    monkeypatch.setattr(cpu_products, "mkl_lacks_avx512", lambda: True)
+    monkeypatch.setattr(cpu_products, "product", lambda *tensors: products.append(1) or multiply(*tensors))
+    plain = settings(max_tokens_per_batch=10**6)
+    saving = plain | {"gradient_checkpointing": True, "output_dir": str(tmp_path / "saving")}
+    counts = []
+    for values in (plain, saving):
+        train(values)
+        counts.append(len(products))
+    assert 0 < counts[0] < counts[1] - counts[0]
+    first, second = (final_weights(values["output_dir"]) for values in (plain, saving))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def count_layer_runs(monkeypatch, family: str) -> list[int]:

@@ -1,0 +1,82 @@
+"""Float32 products of linear layers, on processors that torch does not use in full.
+
+On x86 torch multiplies float32 matrices with Intel's MKL, which has AVX-512 for Intel's own processors alone. oneDNN,
+which is in torch too, uses it on AMD's as well, where it is about twice as fast (`benchmarks/linear_products.py`).
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+LEAST_ROWS = 32  # tokens; below this, the way to oneDNN costs more than it gains
+
+
+def fast_products(device: torch.device, tokens: int | None = None) -> AbstractContextManager:
+    """While it is entered, linear layers on such a processor multiply with oneDNN, in this thread.
+
+    tokens: of the forward, where it is one; few are left to MKL.
+    """
+    enough = tokens is None or tokens >= LEAST_ROWS
+    return OneDnnProducts() if device.type == "cpu" and enough and mkl_lacks_avx512() else nullcontext()
+
+
+@cache
+def mkl_lacks_avx512() -> bool:
+    """Whether this processor has AVX-512 and is not Intel's."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text(errors="replace")
+
+
+class OneDnnProducts(TorchFunctionMode):
+    """`F.linear` of float32 on the CPU, forward and backward, by oneDNN. Equal to torch's but for float noise."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and not kwargs and suits(*args):
+            inputs, weight, *bias = args
+            return OneDnnLinear.apply(inputs, weight, bias[0] if bias else None)
+        return func(*args, **(kwargs or {}))
+
+
+def suits(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return (
+        type(inputs) in (Tensor, torch.nn.Parameter)
+        and weight.dtype == inputs.dtype == torch.float32
+        and inputs.device.type == "cpu"
+        and inputs.layout == torch.strided
+        and inputs.dim() > 1
+        and inputs.numel() >= LEAST_ROWS * inputs.shape[-1] > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class OneDnnLinear(torch.autograd.Function):
+    """inputs @ weight.T + bias. inputs: [..., columns]; weight: [outputs, columns]; bias: [outputs] or None."""
+
+    @staticmethod
+    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return product(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            product(gradient, weight.T) if of_inputs else None,
+            product(rows.T, inputs.flatten(0, -2).T) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(inputs.to_mkldnn(), weight, bias).to_dense()
