@@ -47,7 +47,7 @@ class OneDnnProducts(TorchFunctionMode):
 
 def suits(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
-        type(inputs) in (Tensor, torch.nn.Parameter)
+        {type(inputs), type(weight)} <= {Tensor, torch.nn.Parameter}  # not those of a trace, or in parts
         and weight.dtype == inputs.dtype == torch.float32
         and inputs.device.type == "cpu"
         and inputs.layout == torch.strided

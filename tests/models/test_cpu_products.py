@@ -62,6 +62,10 @@ def test_only_the_gradients_that_are_asked_for_are_computed(used):
     assert used == [(48, 24), (48, 40)] and weight.grad is None and inputs.grad is not None and bias.grad is not None
 
 
+class Traced(torch.Tensor):
+    """Like those of an export."""
+
+
 @pytest.mark.parametrize(
     "inputs, weight",
     [
@@ -71,6 +75,8 @@ def test_only_the_gradients_that_are_asked_for_are_computed(used):
         (torch.ones(48, 24, dtype=torch.float64), torch.ones(40, 24, dtype=torch.float64)),
         (torch.ones(48, 24, dtype=torch.bfloat16), torch.ones(40, 24, dtype=torch.bfloat16)),
         (torch.ones(48, 24).to_mkldnn(), torch.ones(40, 24)),
+        (torch.ones(48, 24), torch.ones(40, 24).as_subclass(Traced)),
+        (torch.ones(48, 24).as_subclass(Traced), torch.ones(40, 24)),
     ],
 )
 def test_other_products_are_left_to_torch(inputs, weight, used):
