@@ -27,6 +27,7 @@ from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.loop import Trainer
 from rag_retrieval.train.resume import claim
 from rag_retrieval.train.run_folder import Provenance
+from rag_retrieval.train.script import leave
 from rag_retrieval.train.steps import MixedSteps, StepShape
 from rag_retrieval.train.task import StepLoss
 
@@ -143,3 +144,4 @@ def run(output_dir: Path, batch_size: int, accumulation: int) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    leave(0)

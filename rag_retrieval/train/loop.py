@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 
 from rag_retrieval.core.distributed import StartError, host_group
 from rag_retrieval.core.signals import StopRequest, TrainingStopped, on_signals
-from rag_retrieval.models.cpu_products import fast_products
 from rag_retrieval.train.checkpoints import CheckpointStore, Saver, TrainState
 from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.failures import (
@@ -34,6 +33,7 @@ from rag_retrieval.train.failures import (
 )
 from rag_retrieval.train.optim import warmup_stable_cosine
 from rag_retrieval.train.run_folder import Provenance, finish, publish
+from rag_retrieval.train.setup import products_of
 from rag_retrieval.train.step_checks import StepChecks, StepOutcome
 from rag_retrieval.train.steps import MicroBatch, MixedSteps, step_loader
 from rag_retrieval.train.task import Task, weighted_sum
@@ -86,7 +86,7 @@ class Trainer:
         Raises TrainingStopped after SIGTERM or SIGINT, ProcessFailure for what strikes this process alone, and
         TrainingError where training cannot continue.
         """
-        products = nullcontext() if self.config.torch_compile else fast_products(self.accelerator.device)
+        products = products_of(self.config, self.accelerator)
         with translate_worker_deaths(), on_signals(self.stop_request.note), products:
             self.tracking = Tracking(
                 self.accelerator,

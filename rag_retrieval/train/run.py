@@ -106,7 +106,7 @@ def prepare(training: Training, accelerator: Accelerator, output_dir: Path) -> T
     set_seed(config.seed)
     model = on_all(training.load_model)
     check_wrapped_layers(model.model)
-    adapter = on_all(lambda: prepare_for_training(model, config))
+    adapter = on_all(lambda: prepare_for_training(model, config, accelerator))
     if accelerator.is_main_process:
         report_data(sources, lambda store: training.token_lengths(store, model))
     trainer = build_trainer(training, accelerator, model, adapter, state, origin)

@@ -6,11 +6,12 @@ has them, the parameters that no checkpoint gave.
 """
 
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -27,7 +28,14 @@ logger = logging.getLogger(__name__)
 CPU_PACKED_TOKENS, CPU_PADDED_TOKENS = 2048, 1024
 
 
-def prepare_for_training(model: Any, config: TrainingConfig) -> Any:
+def products_of(config: TrainingConfig, accelerator: Accelerator) -> AbstractContextManager:
+    """What multiplies in float32 linear layers while the run trains. ZeRO-2 of DeepSpeed 0.19 takes wrong steps where a
+    layer's gradients do not come from torch's own linear function; compiled layers choose by themselves."""
+    left_to_torch = config.torch_compile or accelerator.distributed_type == DistributedType.DEEPSPEED
+    return nullcontext() if left_to_torch else fast_products(accelerator.device)
+
+
+def prepare_for_training(model: Any, config: TrainingConfig, accelerator: Accelerator) -> Any:
     """Freeze, checkpoint gradients and add LoRA in place. Returns peft's wrapper, or None without LoRA."""
     bare = model.model
     # first: peft makes all else untrainable
@@ -41,8 +49,8 @@ def prepare_for_training(model: Any, config: TrainingConfig) -> Any:
     if config.gradient_checkpointing:
         # transformers renamed it between 5.17 and 5.23
         enable = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
-        # the backward pass computes layers again outside of the modes of the step; compiled layers take no context
-        again = {} if config.torch_compile else {"context_fn": lambda: (nullcontext(), fast_products(bare.device))}
+        # the backward pass computes layers again outside of what the step entered; compiled layers take no context
+        again = {} if config.torch_compile else {"context_fn": lambda: (nullcontext(), products_of(config, accelerator))}
         # the reentrant form needs inputs with gradients, which frozen embeddings and LoRA do not have
         enable({"use_reentrant": False, **again})
     if config.torch_compile:

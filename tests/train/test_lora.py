@@ -75,12 +75,15 @@ def test_a_model_that_cannot_be_merged_is_refused_before_the_first_step(settings
 
 
 def test_the_rehearsal_changes_no_weight(bert):
+    from accelerate import Accelerator
+
     from rag_retrieval import CrossEncoder
     from rag_retrieval.train.config import TrainingConfig
     from rag_retrieval.train.setup import prepare_for_training
 
     scorer = CrossEncoder.from_pretrained(bert)
-    adapter = prepare_for_training(scorer, TrainingConfig(model_name_or_path=bert, output_dir="x", lora_r=4))
+    config = TrainingConfig(model_name_or_path=bert, output_dir="x", lora_r=4)
+    adapter = prepare_for_training(scorer, config, Accelerator(cpu=True))
     before = {name: value.clone() for name, value in scorer.state_dict().items()}
     lora.SavedModel(scorer, None, adapter).rehearse()
     assert all(torch.equal(value, before[name]) for name, value in scorer.state_dict().items())
