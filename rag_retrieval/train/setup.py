@@ -50,9 +50,9 @@ def prepare_for_training(model: Any, config: TrainingConfig, accelerator: Accele
         # transformers renamed it between 5.17 and 5.23
         enable = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
         # the backward pass computes layers again outside of what the step entered; compiled layers take no context
-        again = {} if config.torch_compile else {"context_fn": lambda: (nullcontext(), products_of(config, accelerator))}
+        contexts = {"context_fn": lambda: (nullcontext(), products_of(config, accelerator))}
         # the reentrant form needs inputs with gradients, which frozen embeddings and LoRA do not have
-        enable({"use_reentrant": False, **again})
+        enable({"use_reentrant": False} | ({} if config.torch_compile else contexts))
     if config.torch_compile:
         compile_layers(bare)
     return adapter
