@@ -161,7 +161,7 @@ def trainer_at(training, first: int):
     sources = training.open_data()
     set_seed(training.config.seed)
     model = training.load_model()
-    adapter = prepare_for_training(model, training.config)
+    adapter = prepare_for_training(model, training.config, accelerator)
     state = TrainState("speed", step=first)
     origin = provenance(training.config, sources, accelerator)
     return build_trainer(training, accelerator, model, adapter, state, origin)
