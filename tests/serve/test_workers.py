@@ -51,7 +51,11 @@ def test_workers_share_a_port_count_together_are_replaced_and_stop_together(mode
         held = [httpx.Client(base_url=server.address, timeout=120) for _ in range(24)]
         with ThreadPoolExecutor(24) as pool:
             answers = list(pool.map(lambda client: client.post("/rerank", json=TWO_TEXTS), held))
-        assert {answer.status_code for answer in answers} == {200} and len({answer.text for answer in answers}) == 1
+        assert {answer.status_code for answer in answers} == {200}
+        # alone or in a batch with others, a score may differ in the last bit
+        first, *others = ([(each["index"], each["score"]) for each in answer.json()] for answer in answers)
+        expected = [(index, pytest.approx(score, rel=1e-5)) for index, score in first]
+        assert all(other == expected for other in others)
         of_port = [
             sum(
                 connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port
