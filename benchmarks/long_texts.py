@@ -9,8 +9,6 @@ is an encoder whose position embeddings are repeated up to `--most` tokens. Each
 """
 
 import argparse
-import json
-import os
 import random
 from importlib.metadata import version
 from itertools import pairwise
@@ -21,7 +19,7 @@ import quality
 import quality_embedders
 from mixed_lengths import with_positions
 from quality_embedders import COLUMNS, TESTED
-from quality_tables import difference
+from quality_tables import append_row, difference
 
 from rag_retrieval.data.beir import BeirFolder, find_optional, read_folder, read_qrels
 from rag_retrieval.data.collection import Collection
@@ -45,10 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--short", type=int, default=512, help="tokens where documents are truncated, and of a slice")
     parser.add_argument("--train", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     parser.set_defaults(epochs=4, batch_size=16, negatives=0, precision="bf16", encode_dtype="bf16")
-    options = parser.parse_args(arguments)
-    if options.data is None or options.out is None:
-        parser.error("it needs --data and --out")
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    options = quality_embedders.parse(parser, arguments)
+    if options.table:
+        parser.error("--table: the differences of these rows are printed as they are made")
     import torch
 
     torch.set_num_threads(options.threads)
@@ -153,8 +150,7 @@ def slices_of(texts: list[str], tokenizer, tokens: int) -> list[list[str]]:
 def write_row(options, name: str, reading: str, found: PerQuery, training: float, searching: float) -> None:
     figures = means(found)
     row = {"trained": name, "read": reading, "figures": figures, "training": training, "searching": searching}
-    with open(options.out, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(options.out, row)
     cells = [name, reading, *(f"{figures[column]:.4f}" for column in COLUMNS), f"{training:.0f}", f"{searching:.0f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
 

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from quality_tables import COLUMNS, LOSSES, TESTED, TRAINERS, describe_row, markdown_tables, read_rows
+from quality_tables import COLUMNS, LOSSES, TESTED, TRAINERS, append_row, describe_row, markdown_tables, read_rows
 
 from rag_retrieval.data.beir import BeirFolder, Qrels, Run, read_folder, read_pool, read_qrels
 from rag_retrieval.evaluate.ranking_data import BM25, first_stage
@@ -53,8 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     # before torch is loaded: its worker threads read it once
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     row = make_row(options)
-    with open(options.out, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(options.out, row)
     print(describe_row(row))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import quality
 import yaml
-from quality_tables import decimals, difference, per_query, read_rows, seconds
+from quality_tables import append_row, decimals, difference, per_query, read_rows, seconds
 
 from rag_retrieval.data.beir import BeirFolder, Qrels, read_folder, read_pool, read_qrels
 from rag_retrieval.data.collection import Collection
@@ -43,20 +43,24 @@ SAME = (  # what rows of one table have in common
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argument_parser()
-    options = parser.parse_args(arguments)
+    options = parse(argument_parser(), arguments)
     if options.table:
         print(markdown_tables(read_rows(options.table)))
         return
-    if options.data is None or options.out is None:
+    row = make_row(options) | {"command": options.command}
+    append_row(options.out, row)
+    print(markdown_tables([row]))
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options of a row, with the `command` that gave them, in a process that has not loaded torch yet."""
+    options = parser.parse_args(arguments)
+    if not options.table and (options.data is None or options.out is None):
         parser.error("a row needs --data and --out")
     # before torch is loaded: its worker threads read it once
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    row = make_row(options)
-    row["command"] = shlex.join(["python", *(sys.argv if arguments is None else ["quality_embedders.py", *arguments])])
-    with open(options.out, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(markdown_tables([row]))
+    options.command = shlex.join(["python", *(sys.argv if arguments is None else [parser.prog, *arguments])])
+    return options
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -11,10 +11,7 @@ document: numbers of its dense vector, lexical entries above 0, numbers of its t
 """
 
 import argparse
-import json
 import os
-import shlex
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +20,7 @@ import quality
 import quality_embedders
 import yaml
 from quality_embedders import COLUMNS, DEPTH, TESTED
-from quality_tables import decimals, difference, per_query, read_rows, seconds
+from quality_tables import append_row, decimals, difference, per_query, read_rows, seconds
 
 from rag_retrieval.data.beir import read_folder
 from rag_retrieval.data.collection import Collection
@@ -48,19 +45,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = quality_embedders.argument_parser()
     parser.description = __doc__.splitlines()[0]
     parser.add_argument("--train", nargs="+", choices=[BASE, *TRAININGS, THEIRS], default=[BASE, *TRAININGS])
-    options = parser.parse_args(arguments)
+    options = quality_embedders.parse(parser, arguments)
     if options.table:
         print(markdown_tables(read_rows(options.table)))
         return
-    if options.data is None or options.out is None:
-        parser.error("a row needs --data and --out")
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    command = shlex.join(["python", *(sys.argv if arguments is None else ["quality_representations.py", *arguments])])
     rows = []
     for name in options.train:
-        rows.append(make_row(options, name) | {"command": command})
-        with open(options.out, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        rows.append(make_row(options, name) | {"command": options.command})
+        append_row(options.out, rows[-1])
     print(markdown_tables(rows))
 
 

@@ -41,6 +41,11 @@ def read_rows(path: Path) -> list[Row]:
         return [json.loads(line) for line in file if line.strip()]
 
 
+def append_row(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def markdown_tables(rows: list[Row], baseline: str | None = None) -> str:
     """A table for each setting. Rows that differ in the seed alone become one; of a seed twice, the later.
 
