@@ -22,6 +22,7 @@ from torch import nn  # noqa: E402
 from training_runs import train  # noqa: E402
 
 from rag_retrieval.core.log import set_up_logging  # noqa: E402
+from rag_retrieval.models import cpu_products  # noqa: E402
 from rag_retrieval.train.script import leave  # noqa: E402
 
 PartialState.destroy_process_group = lambda self, group=None: None
@@ -39,9 +40,11 @@ def note_dtype(module: nn.Module, inputs: tuple, output) -> None:
 def main() -> int:
     set_up_logging()
     nn.modules.module.register_module_forward_hook(note_dtype)
+    this_processor = cpu_products.mkl_lacks_avx512()
     for name, values in json.loads(Path(sys.argv[1]).read_text()).items():
         print(f"case {name}", file=sys.stderr)
         hidden_dtypes.clear()
+        cpu_products.mkl_lacks_avx512 = lambda onednn=name == "onednn" or this_processor: onednn
         train(values)
         (Path(values["output_dir"]) / "hidden_dtypes.json").write_text(json.dumps(sorted(hidden_dtypes)))
     return 0

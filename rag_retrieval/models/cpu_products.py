@@ -20,10 +20,13 @@ LEAST_ROWS = 32  # tokens; below this, the way to oneDNN costs more than it gain
 def fast_products(device: torch.device, tokens: int | None = None) -> AbstractContextManager:
     """While it is entered, linear layers on such a processor multiply with oneDNN, in this thread.
 
-    tokens: of the forward, where it is one; few are left to MKL.
+    tokens: of the forward, where it is one; few are left to MKL. None: of a training, where the number of rows must not
+        choose the product. The processes have different numbers, and the product decides in which order the gradients
+        of a weight and its bias are there; ZeRO-2 (DeepSpeed 0.19.8) adds them up over the processes in that order.
     """
-    enough = tokens is None or tokens >= LEAST_ROWS
-    return OneDnnProducts() if device.type == "cpu" and enough and mkl_lacks_avx512() else nullcontext()
+    if device.type != "cpu" or not mkl_lacks_avx512() or (tokens is not None and tokens < LEAST_ROWS):
+        return nullcontext()
+    return OneDnnProducts(1 if tokens is None else LEAST_ROWS)
 
 
 @cache
@@ -36,23 +39,30 @@ def mkl_lacks_avx512() -> bool:
 
 
 class OneDnnProducts(TorchFunctionMode):
-    """`F.linear` of float32 on the CPU, forward and backward, by oneDNN. Equal to torch's but for float noise."""
+    """`F.linear` of float32 on the CPU, forward and backward, by oneDNN. Equal to torch's but for float noise.
+
+    least_rows: of the inputs; fewer are left to torch.
+    """
+
+    def __init__(self, least_rows: int = 1):
+        super().__init__()
+        self.least_rows = least_rows
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and not kwargs and suits(*args):
+        if func is F.linear and not kwargs and suits(self.least_rows, *args):
             inputs, weight, *bias = args
             return OneDnnLinear.apply(inputs, weight, bias[0] if bias else None)
         return func(*args, **(kwargs or {}))
 
 
-def suits(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def suits(least_rows: int, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         {type(inputs), type(weight)} <= {Tensor, torch.nn.Parameter}  # not those of a trace, or in parts
         and weight.dtype == inputs.dtype == torch.float32
         and inputs.device.type == "cpu"
         and inputs.layout == torch.strided
         and inputs.dim() > 1
-        and inputs.numel() >= LEAST_ROWS * inputs.shape[-1] > 0
+        and inputs.numel() >= least_rows * inputs.shape[-1] > 0
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -29,10 +28,8 @@ CPU_PACKED_TOKENS, CPU_PADDED_TOKENS = 2048, 1024
 
 
 def products_of(config: TrainingConfig, accelerator: Accelerator) -> AbstractContextManager:
-    """What multiplies in float32 linear layers while the run trains. ZeRO-2 of DeepSpeed 0.19 takes wrong steps where a
-    layer's gradients do not come from torch's own linear function; compiled layers choose by themselves."""
-    left_to_torch = config.torch_compile or accelerator.distributed_type == DistributedType.DEEPSPEED
-    return nullcontext() if left_to_torch else fast_products(accelerator.device)
+    """What multiplies in float32 linear layers while the run trains; compiled layers choose by themselves."""
+    return nullcontext() if config.torch_compile else fast_products(accelerator.device)
 
 
 def prepare_for_training(model: Any, config: TrainingConfig, accelerator: Accelerator) -> Any:

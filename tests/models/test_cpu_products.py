@@ -69,7 +69,6 @@ class Traced(torch.Tensor):
 @pytest.mark.parametrize(
     "inputs, weight",
     [
-        (torch.ones(31, 24), torch.ones(40, 24)),
         (torch.ones(48), torch.ones(40, 48)),
         (torch.ones(0, 24), torch.ones(40, 24)),
         (torch.ones(48, 24, dtype=torch.float64), torch.ones(40, 24, dtype=torch.float64)),
@@ -80,7 +79,7 @@ class Traced(torch.Tensor):
     ],
 )
 def test_other_products_are_left_to_torch(inputs, weight, used):
-    assert not suits(inputs, weight)
+    assert not suits(1, inputs, weight)
     with OneDnnProducts():
         F.linear(inputs, weight)
     assert not used
@@ -101,6 +100,15 @@ def test_it_holds_for_the_thread_that_entered_it(used):
         thread.start()
         thread.join()
     assert not used
+
+
+def test_few_rows_are_left_to_torch_but_in_training(used, everywhere):
+    """Where the processes of a step have different numbers of rows, and must agree."""
+    cpu = torch.device("cpu")
+    for tokens, rows, counted in ((48, 31, 0), (48, 32, 1), (None, 1, 2)):
+        with fast_products(cpu, tokens):
+            F.linear(torch.ones(rows, 24), torch.ones(40, 24))
+        assert len(used) == counted
 
 
 def test_few_tokens_and_other_devices_are_left_to_torch(everywhere):

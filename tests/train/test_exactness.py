@@ -120,6 +120,7 @@ def further_keys(
         "lora-qwen2": base | decoder | lora,
         "layerwise": base | decoder | {"start_layer": 1, "layer_distillation": 0.7},
         "bf16": base | {"mixed_precision": "bf16"},
+        "onednn": cases["point_mse-3-bert"],
         "whole": whole,
         "again": whole | {"num_workers": 2},
         **{f"evaluation-{queries}": still | {"val_dataset": file} for queries, file in validation.items()},
@@ -233,6 +234,11 @@ def test_five_steps_over_two_files_and_losses_equal_a_plain_loop(outputs, alone,
 
 def test_gradient_checkpointing_changes_nothing(outputs, plain):
     assert_plain_steps(outputs / "checkpointing-bert", *plain("listwise_ce-3-bert"))
+
+
+def test_products_of_onednn_take_the_same_steps(outputs, plain):
+    """engine_runs.py forces them. Some micro-batches have so few tokens that scoring would leave them to MKL."""
+    assert_plain_steps(outputs / "onednn", *plain("point_mse-3-bert"))
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen2"])
