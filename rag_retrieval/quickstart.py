@@ -20,6 +20,7 @@ from rag_retrieval.infer.embedder import Embedder
 from rag_retrieval.metrics import group_metrics, metric_value, rank_group
 from rag_retrieval.models.cross_encoder import CrossEncoder
 from rag_retrieval.train.reranker.config import RerankerConfig
+from rag_retrieval.train.run_folder import CONFIGURATION_FILE
 from rag_retrieval.train.script import TRAINERS, main_of
 
 CONFIG = TRAINERS["reranker"].config_folder / "quickstart.yaml"
@@ -35,7 +36,9 @@ class QuickstartConfig(Config):
 
     main_keys: ClassVar = ("output_dir", "share", "seed")
 
-    output_dir: OutputPath = key("New or empty folder for the run.", "runs/quickstart", min_length=1)
+    output_dir: OutputPath = key(
+        "Folder for the run: new, empty, or with a run that was interrupted, which continues.", "runs/quickstart",
+        min_length=1)
     share: float = key("Of the training questions that are used; half of them take 0.6 of the time.", 1.0, gt=0, le=1)
     seed: int = key("Of the training.", 42, ge=0, lt=2**32)
 
@@ -43,17 +46,19 @@ class QuickstartConfig(Config):
 def run(config: QuickstartConfig) -> str | int:
     """What to print, or the exit code of a training that failed."""
     output_dir = Path(config.output_dir)
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+    model_folder = output_dir / "model"
+    interrupted = (output_dir / CONFIGURATION_FILE).is_file() and not model_folder.exists()
+    if not interrupted and output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(f"output_dir: {output_dir} is not empty; name another --output_dir, or remove it")
     started = time.monotonic()
     train_dataset = [{"path": str(EXAMPLES / "stdlib_grouped.train.jsonl"), "weight": config.share}]
     options = ["--train_dataset", json.dumps(train_dataset), "--seed", str(config.seed)]
+    options += ["--resume", "auto"] if interrupted else []
     if code := main_of("reranker", ["--config", str(CONFIG), "--output_dir", str(output_dir), *options]):
         return code
     store = open_store(EXAMPLES / "stdlib_grouped.test.jsonl")
     groups = [store.group(index) for index in range(store.num_groups)]
     base = load_config(RerankerConfig, str(CONFIG), options).model_name_or_path
-    model_folder = output_dir / "model"
     rankings = {
         "BM25's order": [-np.arange(len(group.documents), dtype=float) for group in groups],
         "the base's embeddings, cosine": cosine_scores(base, groups),

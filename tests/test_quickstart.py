@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,15 +42,21 @@ def installed(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_runs_it_in_any_folder(installed, tmp_path):
+def test_an_installed_wheel_runs_it_in_any_folder_and_continues_what_was_interrupted(installed, tmp_path):
     # one thread: two that wait for each other on a busy machine took five times the CPU time
     environment = os.environ | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     where = "import rag_retrieval; print(rag_retrieval.__file__)"
     found = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.stdout.strip() == str(installed / "rag_retrieval" / "__init__.py")
     command = [sys.executable, "-m", "rag_retrieval.cli", "quickstart", "--share", "0.5"]  # for time's sake
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as interrupted:
+        for line in interrupted.stderr:
+            if " step 10/" in line:
+                interrupted.send_signal(signal.SIGINT)
+    assert interrupted.returncode == 130
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stderr
+    assert " step 10/" not in done.stderr and " step 20/" in done.stderr
     rows = dict(re.findall(r"^  (\S.*?)\s{2,}(0\.\d{4})\s+0\.\d{4}$", done.stdout, flags=re.MULTILINE))
     assert list(rows) == ["BM25's order", "the base's embeddings, cosine", "the trained reranker"]
     assert "67 held-out queries" in done.stdout

@@ -434,7 +434,7 @@ def choose_max_length(
         default, source = min(known[0][0], LONGEST_DEFAULT), known[0][1]
     max_length = choose_setting("max_length", given, saved, min(default, limit))
     if given is not None or saved is not None:
-        source = "as given" if given is not None else "as it was saved"
+        source = "as configured" if given is not None else "as it was saved"
     check_max_length(max_length, model)
     logger.info("%s: at most %d tokens (%s)", files.path, max_length, source)
     return int(max_length)

@@ -107,7 +107,10 @@ def find_hub_file(repository: str, name: str) -> Path | None:
         return Path(hf_hub_download(repository, name))
     except LocalEntryNotFoundError as error:  # the hub cannot be reached
         if not isinstance(try_to_load_from_cache(repository, "config.json"), str):
-            raise ValueError(f"{nowhere} neither reachable nor in the cache") from error
+            raise ValueError(
+                f"{nowhere} neither reachable nor in the cache; give a folder, or with a connection run: "
+                f"hf download {repository}"
+            ) from error
         # the cache notes files that the hub lacks, and .gitattributes is there only where all files were fetched
         known_absent = try_to_load_from_cache(repository, name) is not None
         if known_absent or isinstance(try_to_load_from_cache(repository, ".gitattributes"), str):

@@ -5,6 +5,7 @@ imports torch: a wrong configuration is reported before anything heavy is loaded
 """
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,6 +23,10 @@ from rag_retrieval.core.config import (
 )
 from rag_retrieval.data.readers import DATASET_HELP, DatasetName, is_file
 
+LIBRARIES = (  # key, value, what it needs; the extra has the name of the value
+    ("fine_tune_type", "lora", "peft"), ("log_with", "tensorboard", "tensorboard"), ("log_with", "wandb", "wandb"),
+)  # fmt: skip
+
 LORA = Only("fine_tune_type lora", lambda config: config.fine_tune_type == "lora")
 RESUMED = Only("runs with resume", lambda config: config.resume is not None)
 VALIDATED = Only("runs with val_dataset", lambda config: config.val_dataset is not None)
@@ -37,7 +42,18 @@ class TrainingConfig(Config):
     """
 
     validation_keys: ClassVar = {"val_dataset", "val_split", "metric_for_best_model"}
-    aliases: ClassVar = {"epoch": "epochs"}
+    aliases: ClassVar = {
+        "epoch": "epochs",
+        # transformers' names
+        "per_device_train_batch_size": "batch_size",
+        "learning_rate": "lr",
+        "num_train_epochs": "epochs",
+        "warmup_ratio": "warmup_proportion",
+        "logging_steps": "log_interval",
+        "save_total_limit": "num_max_checkpoints",
+        "dataloader_num_workers": "num_workers",
+        "report_to": "log_with",
+    }
     groups: ClassVar = {
         "model_name_or_path": "Model",
         "output_dir": "Run",
@@ -141,4 +157,7 @@ class TrainingConfig(Config):
         warmup, stable = self.warmup_proportion, self.stable_proportion
         if warmup + stable > 1 + 1e-9:  # 0.7 + 0.2 + 0.1 is not 1 in binary
             yield "stable_proportion", f"expected at most 1 with warmup_proportion, found {warmup:g} + {stable:g}"
+        for name, value, library in LIBRARIES:
+            if getattr(self, name) == value and find_spec(library) is None:
+                yield name, f"{value} needs {library}; run: pip install -e '.[{value}]'"
 

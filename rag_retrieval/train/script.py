@@ -81,7 +81,7 @@ def train(config: Any) -> int:
             return report(ConnectionError(reason), 1, on_all_processes=False)
         if isinstance(error, RuntimeError) and not has_home():
             raise
-        return report_crash(error, how_to_continue(config))
+        return report_crash(error, config)
     return 0
 
 
@@ -95,12 +95,15 @@ def how_to_continue(config: Any) -> str:
     return f"continue with --resume auto --output_dir {config.output_dir}"
 
 
-def report_crash(error: Exception, advice: str) -> int:
+def report_crash(error: Exception, config: Any) -> int:
     """Print the traceback of an error that is no user's, whole and at once, with the process that it struck."""
     if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
         raise error
+    where = f" in process {launched_rank()}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     text = "".join(traceback.format_exception(error))
-    sys.stderr.write(f"error in process {launched_rank()}:\n{text}Checkpoints written before are intact; {advice}\n")
+    written = any(Path(config.output_dir).glob("checkpoint-*"))
+    advice = f"Checkpoints written before are intact; {how_to_continue(config)}\n" if written else ""
+    sys.stderr.write(f"error{where}:\n{text}{advice}")
     sys.stderr.flush()
     return 1
 

@@ -105,7 +105,6 @@ def test_wrong_types_and_values_outside_the_range_are_refused():
         "log_with": ["mlflow"],
         "output_dir": ["", 2024],
         "btach_size": [3],
-        "learning_rate": [1e-5],
     }
     for name, values in wrong.items():
         for value in values:

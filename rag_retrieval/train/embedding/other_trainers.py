@@ -1,5 +1,5 @@
 """The keys of other embedding trainers, so that their files and commands run here: RAG-Retrieval's, FlagEmbedding's,
-PaddleNLP's, and those of transformers that the last two take.
+PaddleNLP's.
 
 `docs/embedding.md` has all of them in one table.
 """
@@ -10,8 +10,9 @@ from typing import Any
 
 from rag_retrieval.core.config import ABSENT, shown_value
 from rag_retrieval.models.representations import REPRESENTATIONS
+from rag_retrieval.train.config import TrainingConfig
 
-ALIASES = {  # another name of a key of ours, with the same values
+ALIASES = TrainingConfig.aliases | {  # another name of a key of ours, with the same values
     # RAG-Retrieval
     "dataset": "train_dataset",
     "all_gather": "negatives_cross_device",
@@ -29,15 +30,6 @@ ALIASES = {  # another name of a key of ours, with the same values
     "matryoshka_dims": "mrl_dims",
     "matryoshka_loss_weights": "mrl_weights",
     "recompute": "gradient_checkpointing",
-    # transformers
-    "per_device_train_batch_size": "batch_size",
-    "learning_rate": "lr",
-    "num_train_epochs": "epochs",
-    "warmup_ratio": "warmup_proportion",
-    "logging_steps": "log_interval",
-    "save_total_limit": "num_max_checkpoints",
-    "dataloader_num_workers": "num_workers",
-    "report_to": "log_with",
 }
 POOLING_NAMES = {"last_token": "last"}
 WITHOUT_EFFECT = {  # and why

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from training_runs import ROOT, launch, read_metrics, write_yaml
 
+from rag_retrieval.core.config_reader import load_config
+from rag_retrieval.train.reranker.config import RerankerConfig
 from rag_retrieval.train.reranker.train_reranker import main
 
 SCRIPT = "rag_retrieval/train/reranker/train_reranker.py"
@@ -36,6 +38,31 @@ def test_a_mistake_in_the_configuration_is_an_error_line_and_code_2(config, caps
     assert line.startswith("error: --loss_typ: unknown key") and "loss_type" in line
 
 
+def test_names_of_transformers_mean_ours():
+    given = "--learning_rate 3e-5 --num_train_epochs 2 --per_device_train_batch_size 4 --warmup_ratio 0.2"
+    given += " --logging_steps 7 --save_total_limit 5 --dataloader_num_workers 1 --report_to tensorboard"
+    required = "--model_name_or_path owner/model --model_type bert_encoder --train_dataset README.md --output_dir out"
+    found = load_config(RerankerConfig, None, [*required.split(), "--loss_type", "listwise_ce", *given.split()])
+    assert (found.lr, found.epochs, found.batch_size, found.warmup_proportion) == (3e-5, 2, 4, 0.2)
+    assert (found.log_interval, found.num_max_checkpoints, found.num_workers) == (7, 5, 1)
+    assert found.log_with == "tensorboard"
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--fine_tune_type", "lora"], "--fine_tune_type: lora needs peft; run: pip install -e '.[lora]'"),
+        (["--log_with", "wandb"], "--log_with: wandb needs wandb; run: pip install -e '.[wandb]'"),
+        (["--report_to", "tensorboard"], "--report_to: tensorboard needs tensorboard; run: "),
+    ],
+)
+def test_a_library_that_is_missing_is_named_before_anything_is_loaded(config, capsys, monkeypatch, options, told):
+    monkeypatch.setattr("rag_retrieval.train.config.find_spec", lambda name: None)
+    assert main(["--config", config(model_name_or_path="a-hub/model-that-is-not-here"), *options]) == 2
+    (line,) = errors(capsys)
+    assert line.startswith(f"error: {told}")
+
+
 def test_help_names_the_keys_and_no_argument_says_what_is_missing(capsys):
     assert main(["--help"]) == 0 and "head_lr" in capsys.readouterr().out
     for arguments in ([], ["--lr", "1e-3"]):
@@ -53,7 +80,8 @@ def test_a_mistake_in_the_data_names_file_and_line_before_a_model_is_loaded(conf
 
 def test_a_model_that_is_not_there_is_an_error_line(config, capsys):
     assert main(["--config", config(model_name_or_path="a-hub/model-that-is-not-here")]) == 2
-    assert "error:" in capsys.readouterr().err
+    (line,) = errors(capsys)
+    assert "no such folder" in line and line.endswith("run: hf download a-hub/model-that-is-not-here")
 
 
 def test_a_contradiction_of_launcher_and_configuration_is_an_error_line(config, capsys, monkeypatch):
@@ -140,7 +168,8 @@ def test_an_error_of_ours_keeps_its_traceback(config, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", fail)
     assert main(["--config", config()]) == 1
     told = capsys.readouterr().err
-    assert "error in process 0:\nTraceback" in told and "in fail" in told and "--resume auto" in told
+    assert told.splitlines().count("error:") == 1 and "error:\nTraceback" in told and "in fail" in told
+    assert "Checkpoints" not in told, "none was written"
 
 
 def test_a_process_whose_peer_has_ended_says_so_without_a_traceback(config, capsys, monkeypatch):
