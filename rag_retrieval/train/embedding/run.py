@@ -94,7 +94,8 @@ class EmbeddingTraining:
         kept = config.max_tokens_with_graph
         if kept is None:
             kept = graph_tokens(model, accelerator, config.gradient_checkpointing)
-            logger.info("max_tokens_with_graph: about %s tokens of a step fit in memory", f"{kept:,}")
+            logger.info("max_tokens_with_graph: about %s tokens of a step fit in memory with their activations; beyond "
+                        "that a step is computed twice", f"{kept:,}")  # fmt: skip
         options = EmbeddingOptions(config.seed, kept, not packs, config.negatives_cross_device is not False)
         objectives = {file.name: self.objective for file in self.files}
         task = EmbeddingTask(
