@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 import tempfile
 
 # what a shell, a cluster or a service may have set: ranks of a group, how text is shown, a proxy before 127.0.0.1, keys
@@ -28,6 +29,14 @@ def record_cache_of_this_session():
     with tempfile.TemporaryDirectory(prefix="rag-retrieval-tests-") as folder:
         os.environ["RAG_RETRIEVAL_CACHE"] = folder
         yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its state for the whole process; each run needs its own, of us and of other trainers."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from record_samples import random_records, read, write
 from tiny_models import ENGLISH, tiny_bert, tiny_qwen2
 from training_runs import (
@@ -230,17 +229,9 @@ def test_the_command_prints_a_summary_and_says_what_is_wrong(keys, capsys):
     assert "--teacher: unknown key; did you mean teachers?" in capsys.readouterr().err
 
 
-@pytest.fixture
-def accelerator_left_as_found():
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.mark.parametrize("kind", ["pointwise", "grouped"])
 @pytest.mark.parametrize("loss", ["point_ce", "point_mse"])
-def test_a_student_learns_from_the_soft_labels_of_an_output(
-    tmp_path, model_folders, kind, loss, accelerator_left_as_found
-):
+def test_a_student_learns_from_the_soft_labels_of_an_output(tmp_path, model_folders, kind, loss):
     """The teacher is the student with its head turned round, so that it says no where the student says yes."""
     teacher = CrossEncoder.from_pretrained(model_folders["bert"])
     with torch.no_grad():

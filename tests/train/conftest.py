@@ -1,7 +1,6 @@
 """Models and settings for tests of the trainer."""
 
 import pytest
-from accelerate.state import AcceleratorState
 from tiny_models import tiny_bert, tiny_qwen2
 from training_runs import grouped_records, pointwise_records, without_dropout, write_jsonl
 
@@ -20,13 +19,6 @@ def bert_with_dropout(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def qwen2(tmp_path_factory) -> str:
     return tiny_qwen2(tmp_path_factory.mktemp("qwen2"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps its state for the whole process; each run needs its own."""
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture
