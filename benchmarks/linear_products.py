@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from speed_report import machine
 
-from rag_retrieval.models.cpu_products import OneDnnProducts, mkl_lacks_avx512
+from rag_retrieval.models.cpu_products import OneDnnProducts, onednn_is_faster
 
 SHAPES = [(384, 384), (384, 1536), (1536, 384), (1024, 4096)]  # columns and outputs of layers
 ROWS = (32, 256, 2048)
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    used = "is" if mkl_lacks_avx512() else "is not"
+    used = "is" if onednn_is_faster() else "is not"
     print(f"{machine('cpu')['processor']}, torch {torch.__version__}; oneDNN {used} used on this processor\n")
     print("| tokens | layer | MKL, GFLOP/s | oneDNN | with backward: MKL | oneDNN |\n|---|---|---|---|---|---|")
     for columns, outputs in SHAPES:

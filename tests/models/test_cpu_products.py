@@ -8,7 +8,7 @@ from tiny_models import tiny_bert
 
 from rag_retrieval import Embedder
 from rag_retrieval.models import cpu_products
-from rag_retrieval.models.cpu_products import OneDnnProducts, fast_products, mkl_lacks_avx512, suits
+from rag_retrieval.models.cpu_products import OneDnnProducts, fast_products, onednn_is_faster, suits
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
@@ -28,7 +28,7 @@ def used(monkeypatch):
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    monkeypatch.setattr(cpu_products, "mkl_lacks_avx512", lambda: True)
+    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: True)
 
 
 def tensors(*shape: int, bias: bool = True) -> list[torch.Tensor]:
@@ -121,16 +121,18 @@ def test_few_tokens_and_other_devices_are_left_to_torch(everywhere):
 @pytest.mark.parametrize(
     "capability, cpuinfo, expected",
     [
-        ("AVX512", "vendor_id\t: AuthenticAMD", True),
-        ("AVX512", "vendor_id\t: GenuineIntel", False),
-        ("AVX2", "vendor_id\t: AuthenticAMD", False),
+        ("AVX512", "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t: 2\n", True),
+        ("AVX512", "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t: 17\n", False),
+        ("AVX512", "vendor_id\t: AuthenticAMD\n", False),
+        ("AVX512", "vendor_id\t: GenuineIntel\ncpu family\t: 26\n", False),
+        ("AVX2", "vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", False),
     ],
 )
 def test_the_processor_decides(capability, cpuinfo, expected, monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(cpu_products, "Path", lambda name: tmp_path / name.removeprefix("/proc/"))
-    assert mkl_lacks_avx512.__wrapped__() is expected
+    assert onednn_is_faster.__wrapped__() is expected
 
 
 def test_vectors_are_the_same_either_way(tmp_path, everywhere, used, monkeypatch):
@@ -138,7 +140,7 @@ def test_vectors_are_the_same_either_way(tmp_path, everywhere, used, monkeypatch
     texts = ["a word of it", "is it " * 40, "where is a text of it " * 20]
     fast = Embedder(model).encode(texts)
     assert used
-    monkeypatch.setattr(cpu_products, "mkl_lacks_avx512", lambda: False)
+    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: False)
     used.clear()
     plain = Embedder(model).encode(texts)
     assert not used

@@ -517,7 +517,7 @@ LORA = {"lora_r": 4, "lora_target_modules": "all-linear"}
 
 def test_layers_multiply_in_the_same_way_when_they_are_computed_again(settings, tmp_path, monkeypatch):
     products, multiply = [], cpu_products.product
-    monkeypatch.setattr(cpu_products, "mkl_lacks_avx512", lambda: True)
+    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(cpu_products, "product", lambda *tensors: products.append(1) or multiply(*tensors))
     plain = settings(max_tokens_per_batch=10**6)
     saving = plain | {"gradient_checkpointing": True, "output_dir": str(tmp_path / "saving")}
