@@ -4,6 +4,8 @@ import pytest
 from tiny_models import tiny_bert, tiny_qwen2
 from training_runs import grouped_records, pointwise_records, without_dropout, write_jsonl
 
+from rag_retrieval.models import cpu_products
+
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory) -> str:
@@ -19,6 +21,14 @@ def bert_with_dropout(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def qwen2(tmp_path_factory) -> str:
     return tiny_qwen2(tmp_path_factory.mktemp("qwen2"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def products_of_torch():
+    """Runs here multiply as those of engine_runs.py, and the same on every processor. Tests of oneDNN ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_products, "onednn_is_faster", lambda: False)
+        yield
 
 
 @pytest.fixture
