@@ -51,12 +51,12 @@ def test_an_installed_wheel_runs_it_in_any_folder_and_continues_what_was_interru
     command = [sys.executable, "-m", "rag_retrieval.cli", "quickstart", "--share", "0.5"]  # for time's sake
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as interrupted:
         for line in interrupted.stderr:
-            if " step 10/" in line:
+            if " step 20/" in line:
                 interrupted.send_signal(signal.SIGINT)
     assert interrupted.returncode == 130
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stderr
-    assert " step 10/" not in done.stderr and " step 20/" in done.stderr
+    assert " step 20/" not in done.stderr and " step 40/" in done.stderr
     rows = dict(re.findall(r"^  (\S.*?)\s{2,}(0\.\d{4})\s+0\.\d{4}$", done.stdout, flags=re.MULTILINE))
     assert list(rows) == ["BM25's order", "the base's embeddings, cosine", "the trained reranker"]
     assert "67 held-out queries" in done.stdout
