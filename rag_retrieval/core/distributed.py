@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from rag_retrieval.core.command import CommandFailure
+from rag_retrieval.core.log import launched_processes
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def process_group() -> Iterator[None]:
     gloo on every device: only settings, counts, texts and scores on the CPU are exchanged. Its threads end with the
     block: one that still releases a Python tensor while the interpreter exits aborts the process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or is_distributed():
+    if launched_processes() == 1 or is_distributed():
         yield
         return
     import torch.distributed as dist

@@ -25,9 +25,14 @@ BAR_WIDTH = 12  # columns
 _in_command = False
 
 
+def launched_processes() -> int:
+    """How many a launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def launched_rank() -> int:
     """This process's rank among those that a launcher started, else 0. RANK alone says nothing: clusters set it."""
-    return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
+    return int(os.environ.get("RANK") or 0) if launched_processes() > 1 else 0
 
 
 def set_up_logging() -> None:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rag_retrieval.core.log import launched_processes
 from rag_retrieval.train.config import TrainingConfig
 from rag_retrieval.train.run_folder import TRACKER_FOLDER
 
@@ -170,14 +171,14 @@ def adapt_to_cpu() -> str | None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         logger.warning("no accelerator found: training with data parallelism on the CPU instead of FSDP")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     return None
 
 
 def check_one_group(processes: int) -> None:
     """Raises LaunchError unless all that the launcher was asked to start train together."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = launched_processes()
     if started != processes:
         raise LaunchError(
             f"the launcher started {started} processes but accelerate sees {processes}: they would train "

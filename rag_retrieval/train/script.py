@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_retrieval.core.command import Command, has_home, load_object, report, run_command
-from rag_retrieval.core.log import launched_rank
+from rag_retrieval.core.log import launched_processes, launched_rank
 from rag_retrieval.core.signals import Interrupted, TrainingStopped, exit_code, interrupt, leave_at_once, on_signals
 
 KINDS = {"reranker": "a reranker", "embedding": "an embedder", "pretrain": "an encoder on plain texts"}
@@ -99,7 +99,7 @@ def report_crash(error: Exception, config: Any) -> int:
     """Print the traceback of an error that is no user's, whole and at once, with the process that it struck."""
     if os.environ.get("RAG_RETRIEVAL_TRACEBACK"):
         raise error
-    where = f" in process {launched_rank()}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    where = f" in process {launched_rank()}" if launched_processes() > 1 else ""
     text = "".join(traceback.format_exception(error))
     written = any(Path(config.output_dir).glob("checkpoint-*"))
     advice = f"Checkpoints written before are intact; {how_to_continue(config)}\n" if written else ""
@@ -111,7 +111,7 @@ def report_crash(error: Exception, config: Any) -> int:
 def leave(code: int) -> None:
     """End the process. One of several skips the interpreter's teardown: there, a thread of the exchange between
     processes can abort a run whose work is done and saved (seen with DeepSpeed over gloo)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched_processes() == 1:
         sys.exit(code)
     logging.shutdown()
     sys.stdout.flush()

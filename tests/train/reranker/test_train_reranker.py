@@ -172,6 +172,23 @@ def test_an_error_of_ours_keeps_its_traceback(config, capsys, monkeypatch):
     assert "Checkpoints" not in told, "none was written"
 
 
+def test_an_error_after_a_checkpoint_says_how_to_continue(config, capsys, monkeypatch):
+    from rag_retrieval.train.loop import Trainer
+
+    take_step = Trainer.train_step
+
+    def fail_at_the_third(self, micro_batches):
+        if self.state.step == 2:
+            raise ValueError("a thing that cannot be")
+        return take_step(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "train_step", fail_at_the_third)
+    assert main(["--config", config(save_steps=1)]) == 1
+    told = capsys.readouterr().err
+    assert "Checkpoints written before are intact; continue with: rag-retrieval train" in told
+    assert "--resume auto" in told
+
+
 def test_a_process_whose_peer_has_ended_says_so_without_a_traceback(config, capsys, monkeypatch):
     from rag_retrieval.train.loop import Trainer
 
